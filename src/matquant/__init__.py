@@ -1,0 +1,55 @@
+"""matquant: one int8 checkpoint that is a good int4 and int2 model too (Matryoshka Quantization).
+
+The base package needs no torch. ``load``, ``quantize`` and ``evaluate`` come with the extra ``train`` and are imported
+when first used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from matquant.checkpoint import open_checkpoint, verify_checkpoint
+from matquant.errors import InputError
+from matquant.nest import slice_codes, slice_values
+from matquant.spec import Plan, Spec
+from matquant.tensor import NestedTensor
+
+if TYPE_CHECKING:
+    from matquant.eval.likelihood import evaluate
+    from matquant.integrations.transformers import load
+    from matquant.train import quantize
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "InputError",
+    "NestedTensor",
+    "Plan",
+    "Spec",
+    "evaluate",
+    "load",
+    "open_checkpoint",
+    "quantize",
+    "slice_codes",
+    "slice_values",
+    "verify_checkpoint",
+]
+
+_NEEDS_TORCH = {
+    "evaluate": "matquant.eval.likelihood",
+    "load": "matquant.integrations.transformers",
+    "quantize": "matquant.train",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _NEEDS_TORCH:
+        raise AttributeError(f"module 'matquant' has no attribute {name!r}")
+    try:
+        module = importlib.import_module(_NEEDS_TORCH[name])
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("matquant"):
+            raise
+        raise InputError(
+            f"matquant.{name} needs {error.name}, which is not installed; pip install 'matquant[train]'"
+        ) from None
+    return getattr(module, name)

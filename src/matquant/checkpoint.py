@@ -1,0 +1,452 @@
+"""The nested checkpoint on disk: a Hugging Face directory that is a stock int8 model to everyone else.
+
+The 8-bit codes are stored as compressed-tensors W8A16 (``pack-quantized``): ``weight_packed`` viewed as uint8 IS the
+code matrix. Ours on top: the "matquant" object in config.json's ``quantization_config``, the affines of the widths that
+have their own in matquant_slices.safetensors (which stock loaders never open), and a manifest of sha256 sums.
+docs/format.md specifies all of it byte by byte.
+
+A checkpoint is written shard by shard into a temporary sibling directory, synced, hashed, then renamed into place: a
+crash leaves the old checkpoint or the new one. Reading checks the hashes first, so damage is an error and never a wrong
+model. No pickle anywhere. Shapes: N out features, K in features, G groups.
+"""
+
+import contextlib
+import ctypes
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from matquant.errors import InputError
+from matquant.nest import MASTER_BITS
+from matquant.spec import FORMAT_VERSION, Spec
+from matquant.tensor import NestedTensor
+
+MANIFEST = "matquant_manifest.json"
+SLICES = "matquant_slices.safetensors"
+SHARD_BYTES = 5 * 10**9  # what transformers itself shards at
+CODES_PER_WORD = 4  # 8-bit codes in an int32
+
+Item = tuple[str, "np.ndarray | NestedTensor"]
+
+
+# ---------------------------------------------------------------------------------------------------------- writing
+
+
+def write_checkpoint(
+    directory: Path | str,
+    items: Iterable[Item],
+    *,
+    spec: Spec,
+    config: Mapping[str, Any],
+    ignore: Iterable[str],
+    files: Mapping[str, bytes],
+    overwrite: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write a nested checkpoint, one shard in memory at a time.
+
+    items: (path, NestedTensor) for quantised weights and (tensor name, array) for all others, numpy; may be lazy.
+    config: the model's config.json; ignore: module names of linears that stay unquantised; files: further files by
+    name (tokenizer, logs). Raises InputError if ``directory`` exists and ``overwrite`` is false, or the disk is full;
+    nothing is left behind then.
+    """
+    target = Path(directory)
+    check_writable(target, overwrite=overwrite)
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        _write_tensors(partial, items, spec=spec, shard_bytes=shard_bytes)
+        quantised = {**config, "quantization_config": quantization_config(spec, ignore)}
+        _write_bytes(partial / "config.json", _json_bytes(quantised))
+        for name, content in files.items():
+            _write_bytes(partial / name, content)
+        _write_bytes(partial / MANIFEST, _json_bytes(_manifest(partial)))
+        _sync_directory(partial)
+        _move_into_place(partial, target)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise InputError(
+            f"{target} was not written: no space left on the device "
+            f"({shutil.disk_usage(target.parent).free} bytes free); free some space or give another -o"
+        ) from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_writable(target: Path, *, overwrite: bool) -> None:
+    """InputError if ``target`` may not be written: it exists without ``overwrite``, or is not a checkpoint of ours."""
+    if not target.exists():
+        return
+    if not overwrite:
+        raise InputError(f"{target} exists; give another -o, or --overwrite to replace it")
+    if not target.is_dir() or (any(target.iterdir()) and not (target / MANIFEST).is_file()):
+        raise InputError(f"{target} is not a matquant checkpoint and will not be replaced; give another -o")
+
+
+def quantization_config(spec: Spec, ignore: Iterable[str]) -> dict[str, Any]:
+    """The stock compressed-tensors description of the int8 master, with our Spec as the extra key "matquant"."""
+    weights = {
+        "num_bits": MASTER_BITS,
+        "type": "int",
+        "symmetric": spec.symmetric,
+        "strategy": "channel" if spec.group_size is None else "group",
+        "group_size": spec.group_size,
+        "dynamic": False,
+    }
+    config: dict[str, Any] = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+        "ignore": sorted(ignore),
+        "matquant": spec.to_json(),
+    }
+    if not spec.symmetric:
+        # transformers 5.23 mis-shapes packed zero points unless it dequantises while loading.
+        config["dequantize"] = True
+    return config
+
+
+def pack_codes(codes_NK: np.ndarray) -> np.ndarray:
+    """uint8 codes [N, K] as int32 words [N, ceil(K/4)], little endian, rows padded with zero bytes."""
+    padding = -codes_NK.shape[1] % CODES_PER_WORD
+    return np.ascontiguousarray(np.pad(codes_NK, ((0, 0), (0, padding)))).view("<i4")
+
+
+def unpack_codes(words: np.ndarray, columns: int) -> np.ndarray:
+    """The uint8 codes [N, columns] inside int32 words; a view, no copy."""
+    return words.view(np.uint8)[:, :columns]
+
+
+def _stored_tensors(path: str, tensor: NestedTensor, spec: Spec) -> Iterator[tuple[str, np.ndarray]]:
+    yield f"{path}.weight_packed", pack_codes(tensor.codes)
+    yield f"{path}.weight_scale", tensor.scale.astype(_scale_dtype(path, spec))
+    yield f"{path}.weight_shape", np.array(tensor.codes.shape, dtype=np.int64)
+    if not spec.symmetric:
+        # Packed along the rows, as compressed-tensors has it.
+        yield f"{path}.weight_zero_point", np.ascontiguousarray(pack_codes(tensor.zero.T.astype(np.uint8)).T)
+
+
+def _scale_dtype(path: str, spec: Spec) -> Any:
+    # transformers decompresses fused experts in the dtype of their scale, so theirs are float32 always.
+    return np.float32 if ".experts." in path or spec.scale_dtype == "float32" else ml_dtypes.bfloat16
+
+
+def _write_tensors(directory: Path, items: Iterable[Item], *, spec: Spec, shard_bytes: int) -> None:
+    shard: dict[str, np.ndarray] = {}
+    slices: dict[str, np.ndarray] = {}
+    shards: list[list[str]] = []
+    total = 0
+
+    def flush() -> None:
+        save_file(shard, directory / f"shard-{len(shards):05d}", metadata={"format": "pt"})
+        shards.append(list(shard))
+        shard.clear()
+
+    for name, value in items:
+        entries = list(_stored_tensors(name, value, spec)) if isinstance(value, NestedTensor) else [(name, value)]
+        size = sum(array.nbytes for _, array in entries)
+        if shard and sum(array.nbytes for array in shard.values()) + size > shard_bytes:
+            flush()
+        shard.update((key, np.ascontiguousarray(array)) for key, array in entries)
+        total += size
+        if isinstance(value, NestedTensor):
+            for bits, (scale, zero) in value.slices.items():
+                slices[f"{name}.{bits}.scale"] = scale.astype(ml_dtypes.bfloat16)
+                slices[f"{name}.{bits}.zero"] = zero.astype(np.float16)
+    flush()
+    if slices:
+        save_file(slices, directory / SLICES)
+    _name_shards(directory, shards, total)
+
+
+def _name_shards(directory: Path, shards: list[list[str]], total: int) -> None:
+    if len(shards) == 1:
+        (directory / "shard-00000").rename(directory / "model.safetensors")
+        return
+    names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    for number, name in enumerate(names):
+        (directory / f"shard-{number:05d}").rename(directory / name)
+    weight_map = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    _write_bytes(directory / "model.safetensors.index.json", _json_bytes(index))
+
+
+def _manifest(directory: Path) -> dict[str, Any]:
+    files = sorted(file for file in directory.iterdir() if file.name != MANIFEST)
+    with ThreadPoolExecutor() as pool:
+        sums = list(pool.map(_sha256, files))
+    entries = {f.name: {"bytes": f.stat().st_size, "sha256": s} for f, s in zip(files, sums, strict=True)}
+    return {"format": FORMAT_VERSION, "files": entries}
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _json_bytes(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _write_bytes(file: Path, content: bytes) -> None:
+    file.write_bytes(content)
+
+
+def _sync_directory(directory: Path) -> None:
+    for file in [*directory.iterdir(), directory]:
+        descriptor = os.open(file, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def _move_into_place(partial: Path, target: Path) -> None:
+    if not target.exists():
+        partial.rename(target)
+    elif not _exchange(partial, target):
+        old = target.with_name(f".{target.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        target.rename(old)
+        partial.rename(target)
+        shutil.rmtree(old)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap two directories in one atomic step (Linux renameat2); False where the system cannot."""
+    with contextlib.suppress(AttributeError, OSError):
+        here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+        swapped = ctypes.CDLL(None).renameat2(here, os.fsencode(first), here, os.fsencode(second), exchange)
+        return bool(swapped == 0)
+    return False
+
+
+# ---------------------------------------------------------------------------------------------------------- reading
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """An opened nested checkpoint: its records, and where each tensor lies. Numbers are read when asked for.
+
+    config: config.json without quantization_config. ignore: linears left unquantised. shapes: path -> (N, K).
+    """
+
+    directory: Path
+    config: Mapping[str, Any]
+    spec: Spec
+    ignore: tuple[str, ...]
+    files: Mapping[str, str]
+    shapes: Mapping[str, tuple[int, int]]
+
+    def array(self, name: str) -> np.ndarray:
+        """A stored tensor by its full name, as it lies in the file."""
+        with safe_open(self.directory / self.files[name], "np") as file:
+            array: np.ndarray = file.get_tensor(name)
+        return array
+
+    def plain_names(self) -> list[str]:
+        """Names of the tensors that are not part of a quantised weight."""
+        ours = {f"{path}.weight_{part}" for path in self.shapes for part in ("packed", "scale", "shape", "zero_point")}
+        return [name for name, file in self.files.items() if name not in ours and file != SLICES]
+
+    def nested(self, path: str) -> NestedTensor:
+        """The quantised weight at ``path``, numpy arrays."""
+        rows, columns = self.shapes[path]
+        scale = self.array(f"{path}.weight_scale").astype(np.float32)
+        zero = np.full_like(scale, 2 ** (MASTER_BITS - 1))
+        if f"{path}.weight_zero_point" in self.files:
+            words = np.ascontiguousarray(self.array(f"{path}.weight_zero_point").T)
+            zero = np.ascontiguousarray(unpack_codes(words, rows).T.astype(np.float32))
+        slices = {
+            bits: (
+                self.array(f"{path}.{bits}.scale").astype(np.float32),
+                self.array(f"{path}.{bits}.zero").astype(np.float32),
+            )
+            for bits in self.spec.slices
+        }
+        codes = unpack_codes(self.array(f"{path}.weight_packed"), columns)
+        return NestedTensor(codes=codes, scale=scale, zero=zero, rule=self.spec.rule, slices=slices)
+
+
+def open_checkpoint(directory: Path | str, *, check_hashes: bool = True) -> Checkpoint:
+    """Open a nested checkpoint after checking its manifest (unless told not to) and its structure.
+
+    Raises InputError naming the file or tensor at fault and what would do.
+    """
+    where = Path(directory)
+    if not where.is_dir():
+        raise InputError(f"{where}: no such directory; give a checkpoint made by matquant quantize")
+    if not (where / MANIFEST).is_file():
+        raise InputError(f"{where} has no {MANIFEST}; give a checkpoint made by matquant quantize")
+    if check_hashes:
+        _check_manifest(where)
+    config = _read_json(where / "config.json")
+    quantised = config.pop("quantization_config", {})
+    if "matquant" not in quantised:
+        raise InputError(
+            f'{where / "config.json"} has no "matquant" object; give a checkpoint made by matquant quantize'
+        )
+    spec = Spec.from_json(quantised["matquant"], where=str(where / "config.json"))
+    files = _tensor_files(where)
+    checkpoint = Checkpoint(
+        directory=where,
+        config=config,
+        spec=spec,
+        ignore=tuple(quantised.get("ignore", ())),
+        files=files,
+        shapes=_check_structure(where, files, spec),
+    )
+    if not checkpoint.shapes:
+        raise InputError(f"{where} holds no quantised weight; the checkpoint is damaged: write it again")
+    return checkpoint
+
+
+def verify_checkpoint(directory: Path | str) -> Checkpoint:
+    """Check every hash, shape and scale; returns the checkpoint, or raises InputError."""
+    checkpoint = open_checkpoint(directory)
+    for path in checkpoint.shapes:
+        tensor = checkpoint.nested(path)
+        for scale, zero in ((tensor.scale, tensor.zero), *tensor.slices.values()):
+            if not (np.isfinite(scale).all() and np.isfinite(zero).all() and (scale > 0).all()):
+                raise InputError(
+                    f"{path} has a scale or zero that is not a positive number; write the checkpoint again"
+                )
+    return checkpoint
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise InputError(f"{file} is missing; copy it again or write the checkpoint again") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{file} is not JSON ({error}); copy it again or write the checkpoint again") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{file} is not a JSON object; copy it again or write the checkpoint again")
+    return values
+
+
+def _check_manifest(where: Path) -> None:
+    manifest = _read_json(where / MANIFEST)
+    version = manifest.get("format")
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise InputError(
+            f"{where} is in format {version!r}; this matquant reads formats up to {FORMAT_VERSION}: upgrade matquant"
+        )
+    entries = manifest.get("files")
+    if not isinstance(entries, dict) or "config.json" not in entries:
+        raise InputError(f"{where / MANIFEST} lists no files; copy it again or write the checkpoint again")
+    for name, entry in entries.items():
+        file = where / name
+        if not file.is_file():
+            raise InputError(f"{file} is missing; copy it again or write the checkpoint again")
+        if file.stat().st_size != entry["bytes"]:
+            raise InputError(
+                f"{file} has {file.stat().st_size} bytes, the manifest says {entry['bytes']}; "
+                "copy it again or write the checkpoint again"
+            )
+    with ThreadPoolExecutor() as pool:
+        sums = pool.map(_sha256, (where / name for name in entries))
+        for (name, entry), found in zip(entries.items(), sums, strict=True):
+            if found != entry["sha256"]:
+                raise InputError(
+                    f"{where / name} is damaged: sha256 {found[:12]}…, the manifest says {entry['sha256'][:12]}…; "
+                    "copy it again or write the checkpoint again"
+                )
+
+
+def _tensor_files(where: Path) -> dict[str, str]:
+    """Tensor name -> file name, over the model's shards and the slices file."""
+    index = where / "model.safetensors.index.json"
+    shards = set(_read_json(index)["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+    if (where / SLICES).is_file():
+        shards.add(SLICES)
+    files: dict[str, str] = {}
+    for shard in sorted(shards):
+        try:
+            with safe_open(where / shard, "np") as file:
+                files.update(dict.fromkeys(file.keys(), shard))
+        except (SafetensorError, FileNotFoundError) as error:
+            raise InputError(
+                f"{where / shard} cannot be read ({error}); copy it again or write the checkpoint again"
+            ) from None
+    return files
+
+
+def _check_structure(where: Path, files: Mapping[str, str], spec: Spec) -> dict[str, tuple[int, int]]:
+    """Path -> (N, K) of every quantised weight, after checking that all its tensors are there in the right shape."""
+    shapes: dict[str, tuple[int, int]] = {}
+    suffix = ".weight_packed"
+    handles: dict[str, Any] = {}
+    with contextlib.ExitStack() as stack:
+        for shard in set(files.values()):
+            handles[shard] = stack.enter_context(safe_open(where / shard, "np"))
+
+        def shape(name: str) -> list[int]:
+            if name not in files:
+                raise InputError(f"{where} lacks the tensor {name}; the checkpoint is damaged: write it again")
+            return list(handles[files[name]].get_slice(name).get_shape())
+
+        for path in sorted(name.removesuffix(suffix) for name in files if name.endswith(suffix)):
+            shape(f"{path}.weight_shape")
+            rows, columns = (int(n) for n in handles[files[f"{path}.weight_shape"]].get_tensor(f"{path}.weight_shape"))
+            groups = columns // (spec.group_size or columns)
+            expected = {
+                f"{path}.weight_packed": [rows, -(-columns // CODES_PER_WORD)],
+                f"{path}.weight_scale": [rows, groups],
+                **{f"{path}.{bits}.{part}": [rows, groups] for bits in spec.slices for part in ("scale", "zero")},
+            }
+            if not spec.symmetric:
+                expected[f"{path}.weight_zero_point"] = [-(-rows // CODES_PER_WORD), groups]
+            for name, wanted in expected.items():
+                if shape(name) != wanted:
+                    raise InputError(
+                        f"{name} has shape {shape(name)}, {path} of {rows} x {columns} needs {wanted}; "
+                        "the checkpoint is damaged: write it again"
+                    )
+            shapes[path] = (rows, columns)
+    return shapes
+
+
+# ------------------------------------------------------------------------------------------------------------ sizes
+
+
+def size_bytes(checkpoint: Checkpoint, path: str, bits: int) -> float:
+    """Honest bytes of one weight served at ``bits`` bits: packed codes, the scale and zero of that width, its shape.
+
+    Under rule ``extra`` the bucket 2^r needs room too: a bitmap of 1 bit per weight or a 16-bit index per overflowing
+    weight, whichever is smaller (the paper's own count, r + fraction bits, leaves the index out).
+    """
+    rows, columns = checkpoint.shapes[path]
+    groups = columns // (checkpoint.spec.group_size or columns)
+    own = bits in checkpoint.spec.slices
+    per_group = 4 if own else np.dtype(_scale_dtype(path, checkpoint.spec)).itemsize + (not checkpoint.spec.symmetric)
+    shape_entry = 16
+    size = rows * columns * bits / 8 + rows * groups * per_group + shape_entry
+    if checkpoint.spec.rule == "extra" and bits < MASTER_BITS:
+        size += rows * columns * min(1.0, 16 * checkpoint.nested(path).overflow(bits)) / 8
+    return size
+
+
+def bits_per_weight(checkpoint: Checkpoint, plan: Mapping[str, int]) -> float:
+    """Honest bits per quantised weight of a whole model at ``plan`` (path -> bits)."""
+    weights = sum(rows * columns for rows, columns in checkpoint.shapes.values())
+    return 8 * sum(size_bytes(checkpoint, path, bits) for path, bits in plan.items()) / weights
+
+
+def plain_bytes(checkpoint: Checkpoint) -> int:
+    """Bytes of the tensors that are not quantised (embeddings, norms, biases, linears out of scope)."""
+    return sum(checkpoint.array(name).nbytes for name in checkpoint.plain_names())

@@ -1,0 +1,204 @@
+"""The command line: verbs only. What they do is in the packages they call."""
+
+import importlib
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from matquant.checkpoint import open_checkpoint, verify_checkpoint
+from matquant.contents import render, summarise
+from matquant.errors import InputError
+from matquant.nest import check_bits
+
+app = typer.Typer(
+    help="One int8 checkpoint that is a good int4 and int2 model too (Matryoshka Quantization).",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 140},
+)
+Option = typer.Option
+Files = Annotated[
+    list[Path] | None, Option("--text", metavar="FILE...", help="UTF-8 text, documents cut at <|endoftext|>.")
+]
+MoreFiles = Annotated[list[Path] | None, typer.Argument(metavar="[FILE]...", hidden=True)]
+Directory = Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint made by matquant quantize.")]
+
+
+def main() -> None:
+    """Run the command line; the user's mistakes end with one message and exit code 2."""
+    try:
+        app()
+    except (InputError, OSError) as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {_plain(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted; the same command with --resume continues", soft_wrap=True)
+        sys.exit(130)
+
+
+@app.command()
+def quantize(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Hugging Face directory or hub id of a float model.")],
+    out: Annotated[Path, Option("--out", "-o", metavar="OUT", help="Directory to write.")],
+    more_text: MoreFiles = None,
+    method: Annotated[str, Option(help="rtn (round to nearest) or qat (joint training).")] = "qat",
+    objective: Annotated[str, Option(help='Widths and distillation, e.g. "8,4,2,8->2" or "8,4,2,fp->2".')] = "8,4,2",
+    weights: Annotated[
+        str | None, Option(help="Lambda per width, in that order [default: 0.1 each, narrowest 1].")
+    ] = None,
+    rule: Annotated[str, Option(help="prefix, round (paper Eq. 6) or extra (Eq. 8).")] = "prefix",
+    scope: Annotated[str, Option(help="Linears to quantise: ffn, attention or all.")] = "ffn",
+    group_size: Annotated[str, Option(metavar="channel|N", help="Weights that share a scale.")] = "channel",
+    symmetric: Annotated[
+        bool, Option("--symmetric/--asymmetric", help="Zero at 128, or an integer zero per group.")
+    ] = True,
+    affine: Annotated[str, Option(help="Own scale and zero of widths 2-4: none, refit or learned.")] = "refit",
+    scale_dtype: Annotated[
+        str, Option(help="bfloat16 (exact in every engine) or float32 (Eq. 1 to the letter).")
+    ] = "bfloat16",
+    baseline_bits: Annotated[int | None, Option(help="Train the dedicated model of this width instead.")] = None,
+    text: Files = None,
+    steps: Annotated[int, Option(help="Optimiser steps.")] = 300,
+    batch_size: Annotated[int, Option(help="Sequences per forward pass.")] = 8,
+    seq_len: Annotated[int, Option(help="Tokens per sequence.")] = 256,
+    lr: Annotated[float | None, Option(help="Peak learning rate [default: from the model's width].")] = None,
+    seed: Annotated[int, Option(help="Order of the data.")] = 0,
+    accumulate: Annotated[int, Option(help="Forward passes per optimiser step.")] = 1,
+    autocast: Annotated[bool, Option("--bf16/--fp32", help="Arithmetic of forward and backward.")] = False,
+    checkpoint_activations: Annotated[bool, Option("--checkpoint-activations", help="Less memory, more time.")] = False,
+    train_rest: Annotated[bool, Option("--train-rest", help="Also train what is not quantised.")] = False,
+    resume: Annotated[bool, Option("--resume", help="Continue an interrupted run.")] = False,
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace OUT, and any interrupted run.")] = False,
+) -> None:
+    """Make one nested checkpoint of a float model."""
+    options: dict[str, Any] = {
+        key: value for key, value in locals().items() if key not in ("model", "out", "more_text")
+    }
+    options |= {"weights": _numbers(weights, float, "--weights") if weights else None}
+    options |= {"group_size": _group_size(group_size), "text": [*(text or []), *(more_text or [])]}
+    with _progress(steps) as report:
+        written = _needs_torch("matquant.train").quantize(model, out, report=report, **options)
+    print(f"wrote {written}; try: matquant eval {written} --text FILE")
+
+
+@app.command("eval")
+def evaluate(
+    directory: Directory,
+    more_text: MoreFiles = None,
+    bits: Annotated[str, Option(help="Widths to evaluate.")] = "8,6,4,3,2",
+    text: Files = None,
+    plan: Annotated[Path | None, Option(metavar="FILE", help="Also a plan, bits per module path.")] = None,
+    reference: Annotated[str | None, Option(metavar="MODEL", help="Also this float model.")] = None,
+    seq_len: Annotated[int | None, Option(help="Window in tokens [default: the model's context].")] = None,
+    stride: Annotated[int | None, Option(help="Distance of windows [default: no overlap].")] = None,
+    max_tokens: Annotated[int | None, Option(help="Only the first so many tokens.")] = None,
+    skip_documents: Annotated[int, Option(help="Leave out the first so many documents.")] = 0,
+    json_file: Annotated[Path | None, Option("--json", metavar="FILE", help="Write the record here too.")] = None,
+    plot: Annotated[Path | None, Option(metavar="FILE", help="Draw log-perplexity against bits.")] = None,
+) -> None:
+    """Log-perplexity at every width of one checkpoint; the last line is JSON."""
+    widths = _numbers(bits, int, "--bits")
+    for width in widths:
+        check_bits(width)
+    files = [*(text or []), *(more_text or [])]
+    if not files:
+        raise InputError("eval needs text; give --text FILE")
+    record = _needs_torch("matquant.eval.run").evaluate_checkpoint(
+        directory,
+        bits=widths,
+        text=files,
+        plan_file=plan,
+        reference=reference,
+        seq_len=seq_len,
+        stride=stride,
+        max_tokens=max_tokens,
+        skip_documents=skip_documents,
+        json_file=json_file,
+        plot_file=plot,
+        show=Console().print,
+    )
+    print(json.dumps(record, sort_keys=True))
+
+
+@app.command("inspect")
+def inspect_checkpoint(
+    directory: Directory,
+    as_json: Annotated[bool, Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Widths, rule, honest bytes and bits per weight, overflow and histograms."""
+    checkpoint = open_checkpoint(directory)
+    summary = summarise(checkpoint)
+    if as_json:
+        print(json.dumps(summary, sort_keys=True))
+    else:
+        Console().print(render(checkpoint, summary))
+
+
+@app.command()
+def verify(directory: Directory) -> None:
+    """Check every hash and every shape of a checkpoint."""
+    checkpoint = verify_checkpoint(directory)
+    print(f"{directory} is whole: {len(checkpoint.shapes)} quantised weights, rule {checkpoint.spec.rule}")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, Option("--out", "-o", metavar="OUT", help="Directory for checkpoints and pictures.")] = Path(
+        "out/demo"
+    ),
+) -> None:
+    """Quantise the embedded model jointly and against its baselines, in a few minutes."""
+    _needs_torch("matquant.demo").run(out, Console())
+
+
+def _needs_torch(module: str) -> Any:
+    """Import a module of the training world, or say what to install."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("matquant"):
+            raise
+        raise InputError(f"this needs {error.name}, which is not installed; pip install 'matquant[train]'") from None
+
+
+def _numbers(text: str, kind: type, flag: str) -> list[Any]:
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(f"{flag} {text!r} is not a list of numbers; give them with commas, such as 8,4,2") from None
+
+
+def _group_size(text: str) -> int | None:
+    if text == "channel":
+        return None
+    if not text.isdigit():
+        raise InputError(f"--group-size {text!r} is neither 'channel' nor a number; give one of them, such as 128")
+    return int(text)
+
+
+def _plain(text: str) -> str:
+    return text.replace("[", r"\[")
+
+
+@contextmanager
+def _progress(steps: int) -> Iterator[Any]:
+    """A bar with loss per width, tokens per second and time left, on stderr; yields the report function."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("training", total=steps, visible=False)
+
+        def report(record: dict[str, Any]) -> None:
+            losses = "  ".join(f"int{bits} {loss:.3f}" for bits, loss in record["loss"].items())
+            progress.update(
+                task, completed=record["step"], description=f"{losses}  {record['tok_s']:,.0f} tok/s", visible=True
+            )
+
+        yield report

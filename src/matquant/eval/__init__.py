@@ -1,0 +1,1 @@
+"""Evaluation: how good a checkpoint is at each width."""

@@ -1,0 +1,77 @@
+"""Log-perplexity of every width of one checkpoint, in one process and without reloading.
+
+Token-weighted mean negative log-likelihood, nats per token, over windows of the model's context: window i holds tokens
+i*stride .. i*stride + context and predicts each token once. With stride < context the earlier part of a window is
+context only.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from matquant.errors import InputError
+from matquant.spec import Plan
+
+BATCH_TOKENS = 8192
+
+
+def log_perplexity(model: Any, stream: np.ndarray, *, context: int, stride: int | None = None) -> float:
+    """Mean nats per predicted token of ``stream`` (int64 token ids). Deterministic.
+
+    Windows of ``context`` inputs; stride None or context: no overlap. Tokens after the last whole window are left out.
+    InputError if there is no whole window.
+    """
+    step = stride or context
+    if not 1 <= step <= context:
+        raise InputError(f"stride={step} is outside 1..{context}, the window; use a value inside")
+    count = (len(stream) - 1 - context) // step + 1
+    if count < 1:
+        raise InputError(
+            f"the text has {len(stream)} tokens, shorter than one window of {context} + 1; "
+            "give more text or a smaller --seq-len"
+        )
+    starts = np.arange(count)[:, None] * step
+    windows = stream[starts + np.arange(context + 1)]
+    total, tokens = 0.0, 0
+    size = max(1, BATCH_TOKENS // context)
+    with torch.inference_mode():
+        for first in range(0, count, size):
+            rows = torch.from_numpy(windows[first : first + size]).to(model.device)
+            logits = model(input_ids=rows[:, :-1], use_cache=False).logits.float()
+            loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), rows[:, 1:], reduction="none")
+            for row, values in enumerate(loss.double()):
+                new = values if first + row == 0 else values[context - step :]
+                total += float(new.sum())
+                tokens += new.numel()
+    return total / tokens
+
+
+def evaluate(
+    model: Any,
+    stream: np.ndarray,
+    *,
+    bits: Sequence[int] = (8, 6, 4, 3, 2),
+    plan: Plan | None = None,
+    context: int | None = None,
+    stride: int | None = None,
+) -> dict[str, float]:
+    """Log-perplexity of a model from ``matquant.load`` at each width, and at ``plan`` (key "plan") if one is given.
+
+    context None: the model's own (max_position_embeddings). The model is left at the last width evaluated.
+    """
+    length = context or context_length(model)
+    results = {}
+    for width in bits:
+        model.set_bits(width)
+        results[str(width)] = log_perplexity(model, stream, context=length, stride=stride)
+    if plan is not None:
+        model.set_bits(plan.default, plan=plan)
+        results["plan"] = log_perplexity(model, stream, context=length, stride=stride)
+    return results
+
+
+def context_length(model: Any) -> int:
+    """The context the model was made for, in tokens."""
+    return int(model.config.get_text_config().max_position_embeddings)

@@ -1,0 +1,76 @@
+"""What an evaluation looks like: a table for people, a record for programs, a picture for slides."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from rich.table import Table
+
+mpl.use("Agg")
+from matplotlib import pyplot as plt
+
+
+def width_table(title: str, log_perplexity: Mapping[str, float], bits_per_weight: Mapping[str, float]) -> Table:
+    """One row per width: log-perplexity in nats per token, perplexity, honest bits per quantised weight."""
+    table = Table(title=title, title_justify="left")
+    for column in ("width", "log-perplexity", "perplexity", "bits per weight"):
+        table.add_column(column, justify="right")
+    for width, value in log_perplexity.items():
+        bits = f"{bits_per_weight[width]:.3f}" if width in bits_per_weight else ""
+        name = f"int{width}" if width.isdigit() else width
+        table.add_row(name, f"{value:.4f}", f"{np.exp(min(value, 700)):.3f}", bits)
+    return table
+
+
+def write_json(file: Path, record: Mapping[str, Any]) -> None:
+    """Write a record as one JSON object, atomically."""
+    write_atomically(file, (json.dumps(record, sort_keys=True) + "\n").encode())
+
+
+def write_atomically(file: Path, content: bytes) -> None:
+    """Write ``content`` beside ``file``, then rename it into place."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_bytes(content)
+    partial.replace(file)
+
+
+def plot_widths(
+    file: Path, curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, reference: float | None
+) -> None:
+    """Log-perplexity against bits per weight: name -> (bits per weight, log-perplexity); reference: the float model."""
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for (name, (x, y)), marker in zip(curves.items(), "osD^vP*X", strict=False):
+        order = np.argsort(x)
+        axes.plot(np.asarray(x)[order], np.asarray(y)[order], marker=marker, label=name)
+    lowest = min(min(y) for _, y in curves.values())
+    if reference is not None:
+        axes.axhline(reference, color="black", linestyle=":", label="float model")
+        lowest = min(lowest, reference)
+    axes.set(xlabel="bits per quantised weight (all overhead counted)", ylabel="log-perplexity (nats per token)")
+    axes.set_ylim(lowest - 0.05, min(max(max(y) for _, y in curves.values()), lowest + 3) + 0.05)
+    axes.legend()
+    _save(figure, file)
+
+
+def plot_histograms(file: Path, codes: Mapping[str, np.ndarray]) -> None:
+    """Histograms of 8-bit codes (the paper's Fig. 1c): name -> counts of the 256 codes."""
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for name, counts in codes.items():
+        share = counts / counts.sum()
+        mean = float((np.arange(len(counts)) * share).sum())
+        axes.stairs(share, np.arange(len(counts) + 1), label=f"{name} (mean code {mean:.1f})", fill=True, alpha=0.45)
+    axes.set(xlabel="8-bit code", ylabel="share of weights")
+    axes.legend()
+    _save(figure, file)
+
+
+def _save(figure: Any, file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".{file.name}.partial")
+    figure.savefig(partial, format=file.suffix.lstrip(".") or "png", dpi=130)
+    plt.close(figure)
+    partial.replace(file)

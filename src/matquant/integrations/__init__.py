@@ -1,0 +1,1 @@
+"""Nested checkpoints inside other libraries."""

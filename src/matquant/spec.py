@@ -1,0 +1,118 @@
+"""What reaches disk besides numbers: Spec (how a checkpoint was made and is read) and Plan (bits per path).
+
+Both are frozen, keyword-only, and read from JSON strictly: an unknown key raises and names the nearest known one.
+"""
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from matquant.errors import InputError
+from matquant.nest import MASTER_BITS, check_bits, check_rule
+
+FORMAT_VERSION = 1
+SCALE_DTYPES = ("bfloat16", "float32")
+
+
+def _known_only(record: type, values: Mapping[str, Any], *, where: str) -> dict[str, Any]:
+    known = [f.name for f in dataclasses.fields(record)]
+    for key in values:
+        if key not in known:
+            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+            raise InputError(
+                f"{where} has the key {key!r}, which format {FORMAT_VERSION} does not; nearest: {nearest!r}"
+            )
+    return dict(values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spec:
+    """How the codes of a checkpoint are read and how they were made: the "matquant" object of config.json.
+
+    format: version of the file format. rule: slicing rule. widths: the widths trained (any of 1..8 can be read).
+    slices: widths with affines of their own in matquant_slices.safetensors. group_size: None for one group per row.
+    symmetric: the 8-bit zero is 128. scale_dtype: how exactly 8-bit scales are kept (bfloat16: exact in every engine;
+    float32: the formulas to the letter). scope: which linears. method, objective, weights, baseline_bits, steps, seed,
+    data_sha256: how it was made (data_sha256 is over the tokens trained on; empty without data).
+    """
+
+    format: int = FORMAT_VERSION
+    rule: str
+    widths: tuple[int, ...]
+    slices: tuple[int, ...] = ()
+    group_size: int | None = None
+    symmetric: bool = True
+    scale_dtype: str = "bfloat16"
+    scope: str = "ffn"
+    method: str = "rtn"
+    objective: str = ""
+    weights: tuple[float, ...] = ()
+    baseline_bits: int | None = None
+    steps: int = 0
+    seed: int = 0
+    data_sha256: str = ""
+
+    def __post_init__(self) -> None:
+        check_rule(self.rule)
+        for bits in (*self.widths, *self.slices):
+            check_bits(bits)
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any], *, where: str) -> Self:
+        """Parse the "matquant" object of ``where``; InputError for a future format, unknown or missing keys."""
+        version = values.get("format")
+        if not isinstance(version, int) or version > FORMAT_VERSION:
+            raise InputError(
+                f"{where} is in format {version!r}; "
+                f"this matquant reads formats up to {FORMAT_VERSION}: upgrade matquant"
+            )
+        known = _known_only(cls, values, where=where)
+        for name in ("rule", "widths"):
+            if name not in known:
+                raise InputError(f"{where} lacks {name!r}; the checkpoint is damaged: write it again")
+        values = {key: tuple(value) if isinstance(value, list) else value for key, value in known.items()}
+        return cls(**values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Bits per module path (Mix'n'Match): ``bits[path]``, or ``default`` for paths not listed."""
+
+    default: int = MASTER_BITS
+    bits: Mapping[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for width in (self.default, *self.bits.values()):
+            check_bits(width)
+
+    def resolve(self, paths: Iterable[str]) -> dict[str, int]:
+        """The width of every path; InputError if the plan names a path the model does not have."""
+        known = list(paths)
+        unknown = [path for path in self.bits if path not in set(known)]
+        if unknown:
+            nearest = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0.0)
+            raise InputError(
+                f"the plan names {unknown[0]!r}, which the model does not quantise; nearest: {nearest[0]!r}"
+            )
+        return {path: self.bits.get(path, self.default) for path in known}
+
+    @classmethod
+    def read(cls, file: Path | str) -> Self:
+        """Read {"default": bits, "bits": {path: bits}} from a JSON file."""
+        where = Path(file)
+        if not where.is_file():
+            raise InputError(f'--plan {where}: no such file; give a JSON file {{"default": 4, "bits": {{path: bits}}}}')
+        try:
+            values = json.loads(where.read_text())
+        except json.JSONDecodeError as error:
+            raise InputError(f'--plan {where} is not JSON ({error}); give {{"default": 4, "bits": {{...}}}}') from None
+        if not isinstance(values, dict) or not isinstance(values.get("bits", {}), dict):
+            raise InputError(f'--plan {where} is not an object with "bits"; give {{"default": 4, "bits": {{...}}}}')
+        return cls(**_known_only(cls, values, where=str(where)))

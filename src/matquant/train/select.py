@@ -1,0 +1,34 @@
+"""Which linears are quantised: FFN, attention or all, in any architecture.
+
+A linear under a decoder layer is attention if its path says ``attn`` or ``attention``, else FFN. That rule covers every
+decoder family transformers has, OPT's bare fc1 and fused experts included, without naming one.
+"""
+
+import re
+from collections.abc import Mapping
+
+from matquant.errors import InputError
+from matquant.models import Model, View, linear_views
+
+SCOPES = ("ffn", "attention", "all")
+
+
+def select_linears(model: Model, scope: str) -> Mapping[str, View]:
+    """Path -> View of the linears in ``scope``; InputError if there are none."""
+    if scope not in SCOPES:
+        raise InputError(f"scope={scope!r} is not known; use one of {', '.join(SCOPES)}")
+    views = linear_views(model)
+    chosen = {
+        path: view for path, view in views.items() if scope == "all" or is_attention(path) == (scope == "attention")
+    }
+    if not chosen:
+        raise InputError(
+            f"{type(model).__name__} has no linear in scope {scope!r} "
+            f"({len(views)} linears under its decoder layers); use another --scope"
+        )
+    return chosen
+
+
+def is_attention(path: str) -> bool:
+    """Whether a module path belongs to an attention block."""
+    return re.search(r"attn|attention", path) is not None
