@@ -17,6 +17,7 @@ untrained Gaussian rows.
 The lines run on numpy arrays and torch tensors. Shapes: N out features, K in features, G groups of K/G features.
 """
 
+import math
 from typing import Any
 
 from array_api_compat import array_namespace
@@ -26,6 +27,7 @@ from matquant.nest import check_bits, slice_affine, slice_codes
 
 SMALLEST_SCALE = 2.0**-24  # the smallest positive fp16 number
 LARGEST_SCALE = 65280.0  # the largest fp16 number with 8 significant bits
+LARGEST_ZERO = 65504.0  # the largest fp16 number
 GROUP_SIZES = (16, 32, 64, 128, 256)  # what other engines can read
 
 
@@ -35,7 +37,8 @@ def check_finite(weight_NK: Any, *, name: str = "weight") -> None:
     bad = int(xp.sum(xp.astype(~xp.isfinite(weight_NK), xp.int64)))
     if bad:
         raise InputError(
-            f"{name} has {bad} NaN or infinite weights of {_size(weight_NK)}; repair the tensor or exclude this path"
+            f"{name} has {bad} NaN or infinite weights of {math.prod(weight_NK.shape)}; "
+            "repair the tensor or exclude this path"
         )
 
 
@@ -68,7 +71,8 @@ def fit_grid(
 
     weight_NK: floats [N, K], numpy or torch. gamma, beta: clipping factors in (0, 1], scalars or [N, G].
     symmetric: one range max|w| on both sides, zero at 2^(bits-1). Otherwise, with ``integer_zero``, the range is
-    widened to contain 0 and the zero rounded to an integer; without it, exactly Eq. 1 and Eq. 3.
+    widened to contain 0 and the zero rounded to an integer; without it, exactly Eq. 1 and Eq. 3 (float32 then loses the
+    half-step guarantee on narrow groups far from 0, and a group whose clipped range is empty takes |max| for it).
     storable: round scales up to 8 significant bits in the range of fp16. Up, so that no weight is clipped by it.
     Returns (scale_NG, zero_NG), float32. Raises ValueError on NaN or infinite weights and on group sizes that do not
     divide K, both naming ``name``.
@@ -79,20 +83,22 @@ def fit_grid(
     rows, columns = weight_NK.shape
     size = check_group_size(columns, group_size, name=name)
     grouped = xp.reshape(xp.astype(weight_NK, xp.float32), (rows, columns // size, size))
-    high = gamma * xp.max(grouped, axis=-1)
-    low = beta * xp.min(grouped, axis=-1)
+    high = xp.astype(gamma * xp.max(grouped, axis=-1), xp.float32)
+    low = xp.astype(beta * xp.min(grouped, axis=-1), xp.float32)
     top_code = 2**bits - 1
+    # Each end is divided before they are added: their sum may leave float32.
     if symmetric:
-        span = 2 * xp.maximum(xp.abs(high), xp.abs(low))
+        step = xp.maximum(xp.abs(high), xp.abs(low)) / top_code * 2
     elif integer_zero:
         high, low = xp.clip(high, min=0.0), xp.clip(low, max=0.0)
-        span = high - low
+        step = high / top_code - low / top_code
     else:
-        # A constant group has no span; half a step of |c|/top is as near as its neighbours get.
-        span = xp.where(high > low, high - low, xp.abs(high))
-    scale = xp.clip(span / top_code, min=SMALLEST_SCALE, max=LARGEST_SCALE)
+        # A constant group has no range; with |c|/top as its step it decodes to within half of it.
+        step = xp.where(high > low, high / top_code - low / top_code, xp.abs(high) / top_code)
     if storable and (symmetric or integer_zero):
-        scale = storable_scale(scale, up=True)
+        scale = storable_scale(step, up=True)
+    else:
+        scale = xp.where(step > 0, step, xp.full_like(step, SMALLEST_SCALE))
     if symmetric:
         return scale, xp.full_like(scale, 2 ** (bits - 1))
     zero = -low / scale
@@ -144,14 +150,16 @@ def fit_slice(
     covariance = xp.sum(centred_code * (weight - mean_weight[..., None]), axis=-1)
     default, _ = slice_affine(scale, zero, bits, rule=rule)
     slope = covariance / xp.where(variance > 0, variance, xp.ones_like(variance))
-    usable = (variance > 0) & (slope >= SMALLEST_SCALE)
+    usable = (variance > 0) & (slope >= (SMALLEST_SCALE if storable else 0.0)) & (slope > 0)
     fitted = xp.where(usable, slope, default)
-    if storable:
-        fitted = storable_scale(fitted)
+    if not storable:
+        return fitted, mean_code - mean_weight / fitted
+    fitted = storable_scale(fitted)
+    # A nearly constant group far from 0 can ask for a zero beyond float16.
+    holds = xp.abs(mean_code - mean_weight / fitted) < LARGEST_ZERO
+    fitted = xp.where(holds, fitted, storable_scale(default))
     zero_r = mean_code - mean_weight / fitted
-    if storable:
-        zero_r = xp.astype(xp.astype(zero_r, xp.float16), xp.float32)
-    return fitted, zero_r
+    return fitted, xp.astype(xp.astype(zero_r, xp.float16), xp.float32)
 
 
 def storable_scale(scale: Any, *, up: bool = False) -> Any:
@@ -174,7 +182,3 @@ def _grouped(values_NK: Any, scale_NG: Any) -> Any:
     rows, columns = values_NK.shape
     groups = scale_NG.shape[-1]
     return xp.reshape(values_NK, (rows, groups, columns // groups))
-
-
-def _size(array: Any) -> int:
-    return int(array.shape[0]) * int(array.shape[1]) if len(array.shape) == 2 else int(array.size)

@@ -41,12 +41,14 @@ def slice_codes(codes: Any, bits: int, *, rule: str = "prefix") -> Any:
     """Slice 8-bit codes to ``bits`` bits.
 
     codes: numpy array or torch tensor of any integer dtype and shape, values 0..255.
-    Returns r-bit codes of the same kind, dtype and shape: 0..2^r - 1, or 0..2^r under ``extra``.
-    Raises ValueError for a width outside 1..8 or an unknown rule, TypeError for codes that are not integers.
+    Returns r-bit codes of the same kind, dtype and shape: 0..2^r - 1, or 0..2^r under ``extra``. At 8 bits it is
+    ``codes`` itself, not a copy.
+    Raises ValueError for a width outside 1..8 or an unknown rule, TypeError for a dtype that cannot hold them.
     """
     check_bits(bits)
     check_rule(rule)
-    if not array_namespace(codes).isdtype(codes.dtype, "integral"):
+    xp = array_namespace(codes)
+    if not xp.isdtype(codes.dtype, "integral") or xp.iinfo(codes.dtype).max < 2**MASTER_BITS - 1:
         raise TypeError(f"codes of dtype {codes.dtype} cannot be sliced; use uint8 codes 0..255")
     drop = MASTER_BITS - bits
     if drop == 0:

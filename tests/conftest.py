@@ -1,0 +1,103 @@
+"""Shared fixtures: tiny random models of every family, a tokenizer, a text, and the third-party data where it is."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+torch.set_num_threads(1)  # two pytest workers on two cores
+
+SMALL: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 300,
+    "max_position_embeddings": 64,
+    "bos_token_id": 256,
+    "eos_token_id": 256,
+    "pad_token_id": 256,
+}
+HEADS = {"head_dim": 8}
+OLD = {key: SMALL[key] for key in SMALL if key not in ("num_key_value_heads", "intermediate_size")}
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "decoder_sparse_step": 1}
+
+FAMILIES: dict[str, Callable[[], Any]] = {
+    "llama": lambda: transformers.LlamaConfig(**SMALL),
+    "mistral": lambda: transformers.MistralConfig(**SMALL),
+    "gemma2": lambda: transformers.Gemma2Config(**SMALL, **HEADS),
+    "gemma3": lambda: transformers.Gemma3TextConfig(**SMALL, **HEADS),
+    "qwen2": lambda: transformers.Qwen2Config(**SMALL),
+    "qwen3": lambda: transformers.Qwen3Config(**SMALL, **HEADS),
+    "phi3": lambda: transformers.Phi3Config(**SMALL),
+    "opt": lambda: transformers.OPTConfig(**OLD, ffn_dim=48, word_embed_proj_dim=32),
+    "gpt_neox": lambda: transformers.GPTNeoXConfig(**OLD, intermediate_size=48),
+    "qwen3_moe": lambda: transformers.Qwen3MoeConfig(**SMALL, **HEADS, **MOE, mlp_only_layers=[]),
+}
+
+
+def make_model(family: str, directory: Path) -> Path:
+    """A tiny random model of ``family`` with a byte-level tokenizer, saved as a Hugging Face directory."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(FAMILIES[family]())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(4.0)  # far from uniform predictions, so that a wrong width shows
+    model.save_pretrained(directory)
+    make_tokenizer().save_pretrained(directory)
+    return directory
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Bytes, and <|endoftext|> as token 256."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(letters)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    end = "<|endoftext|>"
+    tokenizer.add_special_tokens([end])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=end, eos_token=end, pad_token=end)
+
+
+@pytest.fixture(scope="session")
+def family_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """family -> directory of its tiny model, made once."""
+    root = tmp_path_factory.mktemp("models")
+
+    def get(family: str) -> Path:
+        directory = root / family
+        return directory if directory.is_dir() else make_model(family, directory)
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def llama(family_model: Callable[[str], Path]) -> Path:
+    return family_model("llama")
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few hundred short documents with something to learn."""
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    lines = [f"The {i % 7}th cat saw {i % 11} mice and said: {'meow ' * (i % 3 + 1)}." for i in range(300)]
+    file.write_text("<|endoftext|>".join(lines))
+    return file
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    """The folder of third-party data (models/, text/), beside the project or in $MATQUANT_DATA."""
+    beside = Path(__file__).resolve().parents[2] / "shared" / "data"
+    directory = Path(os.environ.get("MATQUANT_DATA", beside))
+    if not (directory / "models" / "stories260K").is_dir():
+        pytest.skip(f"no third-party data in {directory}; set MATQUANT_DATA")
+    return directory
