@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import FAMILIES
 from safetensors.torch import load_file
 
 import matquant
+from conftest import FAMILIES
 from matquant.checkpoint import open_checkpoint
 from matquant.models import linear_views, load_float
 from matquant.train.select import select_linears
@@ -51,7 +51,7 @@ def oracle_weight(path: str, directory: Path, bits: int) -> np.ndarray:
     """The ``bits``-bit weight straight from the files, in plain numpy."""
     tensors = load_file(directory / "model.safetensors")
     slices = load_file(directory / "matquant_slices.safetensors")
-    rows, columns = tensors[f"{path}.weight_shape"].tolist()
+    _, columns = tensors[f"{path}.weight_shape"].tolist()
     codes = tensors[f"{path}.weight_packed"].numpy().view(np.uint8)[:, :columns].astype(np.int64)
     scale = tensors[f"{path}.weight_scale"].float().numpy()
     step = 2 ** (8 - bits)

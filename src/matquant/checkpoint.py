@@ -142,8 +142,9 @@ def _stored_tensors(path: str, tensor: NestedTensor, spec: Spec) -> Iterator[tup
 
 
 def _scale_dtype(path: str, spec: Spec) -> Any:
-    # transformers decompresses fused experts in the dtype of their scale, so theirs are float32 always.
-    return np.float32 if ".experts." in path or spec.scale_dtype == "float32" else ml_dtypes.bfloat16
+    # transformers decompresses fused experts and asymmetric weights in the dtype of their scale: float32 is exact there.
+    exact = spec.scale_dtype == "float32" or ".experts." in path or not spec.symmetric
+    return np.float32 if exact else ml_dtypes.bfloat16
 
 
 def _write_tensors(directory: Path, items: Iterable[Item], *, spec: Spec, shard_bytes: int) -> None:

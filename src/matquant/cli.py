@@ -75,6 +75,9 @@ def quantize(
     autocast: Annotated[bool, Option("--bf16/--fp32", help="Arithmetic of forward and backward.")] = False,
     checkpoint_activations: Annotated[bool, Option("--checkpoint-activations", help="Less memory, more time.")] = False,
     train_rest: Annotated[bool, Option("--train-rest", help="Also train what is not quantised.")] = False,
+    learn_clip: Annotated[bool, Option("--learn-clip", help="Learn a clipping factor per group (Eq. 3).")] = False,
+    save_every: Annotated[int, Option(help="Steps between saved states.")] = 100,
+    threads: Annotated[int | None, Option(help="CPU threads [default: all].")] = None,
     resume: Annotated[bool, Option("--resume", help="Continue an interrupted run.")] = False,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace OUT, and any interrupted run.")] = False,
 ) -> None:

@@ -79,6 +79,7 @@ def quantize(
     train_rest: bool = False,
     learn_clip: bool = False,
     save_every: int = 100,
+    threads: int | None = None,
     resume: bool = False,
     overwrite: bool = False,
     report: qat.Report = lambda record: None,
@@ -91,6 +92,8 @@ def quantize(
     Raises InputError before any work for whatever can be known before it, and never leaves a half-written checkpoint.
     """
     target = Path(out)
+    if threads is not None:
+        torch.set_num_threads(threads)
     widths = _widths(objective, weights, baseline_bits)
     check_rule(rule)
     _check_choices(

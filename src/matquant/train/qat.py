@@ -304,7 +304,7 @@ def _prepare(model: Model, views: Mapping[str, View], schedule: Schedule) -> Non
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     if schedule.checkpoint_activations:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
 
 
 def _autocast(model: Model, schedule: Schedule) -> contextlib.AbstractContextManager[Any]:

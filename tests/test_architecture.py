@@ -1,0 +1,73 @@
+"""The shape of the code: imports point one way, and the base package never needs torch."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).resolve().parents[1] / "src" / "matquant"
+# A module may import from layers before its own, or from its own package.
+LAYERS = [
+    {"errors"},
+    {"nest"},
+    {"spec", "grid"},
+    {"tensor", "text"},
+    {"checkpoint"},
+    {"models", "contents"},
+    {"train", "integrations"},
+    {"eval"},
+    {"demo"},
+    {"cli"},
+    {"__init__", "__main__"},
+]
+NO_TORCH = {"errors", "nest", "spec", "grid", "tensor", "text", "checkpoint", "contents", "cli", "__init__", "__main__"}
+FILES = sorted(SOURCE.rglob("*.py"))
+
+
+def imports(file: Path) -> list[str]:
+    tree = ast.parse(file.read_text())
+    found = []
+    for node in tree.body:
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            found.append(node.module or "")
+    return found
+
+
+def layer(part: str) -> int:
+    return next(index for index, parts in enumerate(LAYERS) if part in parts)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(SOURCE)))
+def test_imports_point_one_way(file: Path) -> None:
+    own = file.relative_to(SOURCE).parts[0].removesuffix(".py")
+    for name in imports(file):
+        if name.startswith("matquant."):
+            other = name.split(".")[1]
+            assert other == own or layer(other) < layer(own), f"{own} imports {name}"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(SOURCE)))
+def test_our_own_package_is_never_imported_inside_a_function(file: Path) -> None:
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.FunctionDef):
+            for inner in ast.walk(node):
+                assert not (isinstance(inner, ast.ImportFrom) and (inner.module or "").startswith("matquant"))
+
+
+def test_transformers_and_matplotlib_are_imported_in_one_file_each() -> None:
+    for package, place in (("transformers", "models.py"), ("matplotlib", "eval/report.py")):
+        users = [f for f in FILES if any(name.split(".")[0] == package for name in imports(f))]
+        assert [str(f.relative_to(SOURCE)) for f in users] == [place]
+
+
+def test_the_base_package_never_imports_torch() -> None:
+    modules = ", ".join(
+        "matquant" if name == "__init__" else f"matquant.{name}" for name in sorted(NO_TORCH - {"__main__"})
+    )
+    code = f"import sys, numpy; import {modules}; matquant.slice_codes(numpy.zeros(3, 'uint8'), 2)"
+    code += "; assert not {'torch', 'transformers', 'matplotlib'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)

@@ -1,0 +1,224 @@
+"""Joint training: its gradients against plain autograd, its state against SIGKILL, its result against its purpose."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+import matquant
+from matquant.checkpoint import open_checkpoint
+from matquant.models import load_float
+from matquant.train import qat
+from matquant.train.fake import Grid, nest, read_learned
+from matquant.train.objective import parse_objective
+from matquant.train.select import select_linears
+
+RUN: dict[str, Any] = {"steps": 6, "batch_size": 2, "seq_len": 16, "lr": 1e-3, "seed": 3}
+
+
+def schedule(**changes: Any) -> qat.Schedule:
+    return qat.Schedule(**{**RUN, "warmup": 1, **changes})
+
+
+def masters_gradients(
+    directory: Path, objective: str, *, grid: Grid, **changes: Any
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Gradients of the masters after one step of our training, and its log record."""
+    model = load_float(directory, dtype=torch.float32)
+    views = select_linears(model, "ffn")
+    plan = schedule(lr=0.0, clip_norm=1e9, **changes)
+    state = qat.start(model, views, grid, plan)
+    optimizer = qat.make_optimizer(state, plan)
+    teacher = load_float(directory, dtype=torch.float32) if "fp" in objective else None
+    qat._prepare(model, views, plan)
+    windows = np.random.default_rng(0).integers(0, 256, size=(4, 17))
+    record = qat.train_step(model, views, grid, state, optimizer, parse_objective(objective), windows, plan, teacher)
+    return {name: tensor.grad.clone() for name, tensor in state.named() if tensor.grad is not None}, record
+
+
+def oracle_gradients(directory: Path, objective: str, grid: Grid, size: int) -> dict[str, torch.Tensor]:
+    """Eq. 7 by one autograd graph over all widths: w + (sliced(w) - w).detach() inside functional_call."""
+    model = load_float(directory, dtype=torch.float32)
+    windows = np.random.default_rng(0).integers(0, 256, size=(4, 17))
+    tokens = torch.from_numpy(windows[np.random.default_rng([3, 0]).permutation(4)[:size]])
+    names = [f"{path}.weight" for path in select_linears(model, "ffn")]
+    leaves = {name: model.get_parameter(name).detach().clone().requires_grad_() for name in names}
+    logits: dict[int, torch.Tensor] = {}
+    if "fp" in objective:
+        logits[0] = model(tokens[:, :-1]).logits.detach()
+    total = torch.zeros(())
+    for width in parse_objective(objective):
+        sliced = {
+            name: leaf + (nest(leaf.detach(), grid).read(width.bits) - leaf).detach() for name, leaf in leaves.items()
+        }
+        logits[width.bits] = torch.func.functional_call(model, sliced, (tokens[:, :-1],)).logits
+        terms = []
+        if width.truth:
+            terms.append(functional.cross_entropy(logits[width.bits].flatten(0, 1), tokens[:, 1:].flatten()))
+        for teacher in width.teachers:
+            target = logits[teacher].detach().flatten(0, 1).softmax(-1)
+            difference = target.log() - logits[width.bits].flatten(0, 1).log_softmax(-1)
+            terms.append((target * difference).sum(-1).mean())
+        total = total + width.weight * sum(terms) / len(terms)
+    total.backward()
+    return {
+        f"{name.removesuffix('.weight')}/weight": leaf.grad for name, leaf in leaves.items() if leaf.grad is not None
+    }
+
+
+def assert_same_gradients(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert set(found) == set(expected)
+    for name, gradient in expected.items():
+        gap = (found[name] - gradient).abs().max() / gradient.abs().max()
+        if gap > 1e-4:
+            raise AssertionError(f"gradient of {name} differs by {gap:.1e} of its size")
+
+
+@pytest.mark.parametrize("rule", ["prefix", "round", "extra"])
+@pytest.mark.parametrize("objective", ["8,4,2", "8,4,8->2", "8,4,2,8->4;2", "8,4,2,fp->2", "2"])
+def test_gradients_are_those_of_the_summed_objective(objective: str, rule: str, llama: Path) -> None:
+    grid = Grid(rule=rule, sliced=(2, 4))
+    found, _ = masters_gradients(llama, objective, grid=grid)
+    expected = oracle_gradients(llama, objective, grid, 2)
+    assert_same_gradients(found, expected)
+    other = oracle_gradients(llama, objective.replace("2", "3"), Grid(rule=rule, sliced=(3, 4)), 2)
+    with pytest.raises(AssertionError, match="differs"):
+        assert_same_gradients(found, other)
+
+
+@pytest.mark.parametrize("changes", [{"checkpoint_activations": True}, {"accumulate": 2, "batch_size": 1}])
+def test_memory_savers_do_not_change_gradients(changes: dict[str, Any], llama: Path) -> None:
+    grid = Grid(rule="prefix", sliced=(2, 4))
+    plain, _ = masters_gradients(llama, "8,4,2", grid=grid)
+    saved, _ = masters_gradients(llama, "8,4,2", grid=grid, **changes)
+    assert_same_gradients(saved, plain)
+
+
+def test_fused_experts_get_gradients_per_expert(family_model: Callable[[str], Path]) -> None:
+    gradients, _ = masters_gradients(family_model("qwen3_moe"), "8,4,2", grid=Grid(rule="prefix"))
+    assert any(".experts.3.down_proj" in name for name in gradients)
+    assert all(torch.isfinite(gradient).all() for gradient in gradients.values())
+
+
+def test_learned_reads_equal_plain_reads() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(6, 32)
+    for rule in ("prefix", "round", "extra"):
+        grid = Grid(rule=rule, affine="none", group_size=16)
+        for bits in range(1, 9):
+            plain = nest(weight, grid).read(bits)
+            torch.testing.assert_close(read_learned(weight, bits, grid, torch.ones(()), None), plain)
+
+
+def test_learned_affines_and_clipping_get_the_gradients_of_finite_differences() -> None:
+    """The scale and zero of a width enter linearly, so their gradients are exact whatever the codes do."""
+    torch.manual_seed(0)
+    weight, target = torch.randn(4, 16), torch.randn(4, 16)
+    grid = Grid(rule="prefix", affine="learned")
+    gamma = torch.ones(4, 1)
+    scale, zero = torch.full((4, 1), 0.7, requires_grad=True), torch.full((4, 1), 1.4, requires_grad=True)
+
+    def loss() -> torch.Tensor:
+        return ((read_learned(weight, 2, grid, gamma, (scale, zero)) - target) ** 2).sum()
+
+    loss().backward()
+    for tensor in (scale, zero):
+        for row in range(4):
+            with torch.no_grad():
+                tensor[row] += 1e-3
+                above = loss()
+                tensor[row] -= 2e-3
+                below = loss()
+                tensor[row] += 1e-3
+            assert tensor.grad is not None
+            assert float(tensor.grad[row]) == pytest.approx(float(above - below) / 2e-3, rel=2e-2, abs=1e-2)
+
+
+def test_clipped_weights_stop_the_gradient_and_move_gamma() -> None:
+    weight = torch.tensor([[-1.0, -0.2, 0.3, 0.9]], requires_grad=True)
+    gamma = torch.full((1, 1), 0.5, requires_grad=True)
+    read = read_learned(weight, 8, Grid(rule="prefix"), gamma, None)
+    read.sum().backward()
+    assert weight.grad is not None
+    torch.testing.assert_close(weight.grad, torch.tensor([[0.0, 1.0, 1.0, 0.0]]))
+    assert gamma.grad is not None
+
+
+def test_training_lowers_the_loss_and_only_touches_what_it_should(llama: Path, text_file: Path, tmp_path: Path) -> None:
+    records: list[dict[str, Any]] = []
+    out = matquant.quantize(
+        llama, tmp_path / "out", text=[text_file], **{**RUN, "steps": 40, "lr": 3e-3}, report=records.append
+    )
+    assert records[-1]["loss"]["2"] < 0.8 * records[0]["loss"]["2"]
+    assert len((out / "training.jsonl").read_text().splitlines()) == 40
+    source, trained = load_float(llama), matquant.load(out)
+    for name, parameter in source.named_parameters():
+        if ".mlp." not in name:
+            assert torch.equal(trained.get_parameter(name), parameter), name
+
+
+def test_train_rest_trains_the_rest(llama: Path, text_file: Path, tmp_path: Path) -> None:
+    out = matquant.quantize(llama, tmp_path / "out", text=[text_file], train_rest=True, **RUN)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert not torch.equal(matquant.load(out).get_parameter(name), load_float(llama).get_parameter(name))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_a_dedicated_baseline_is_its_own_grid_and_reads_back_exactly(
+    bits: int, llama: Path, text_file: Path, tmp_path: Path
+) -> None:
+    out = matquant.quantize(llama, tmp_path / "out", text=[text_file], baseline_bits=bits, affine="none", **RUN)
+    checkpoint = open_checkpoint(out)
+    tensor = checkpoint.nested("model.layers.0.mlp.up_proj")
+    if bits < 8:
+        units = tensor.read(bits) / tensor.affine(bits)[0]
+        levels = np.arange(2**bits) - (2**bits - 1) / 2  # centred: -max .. max
+        np.testing.assert_allclose(np.unique(units.round(3)), levels)
+        np.testing.assert_allclose(tensor.read(8), tensor.read(bits), rtol=1e-6)  # stock int8 is the same model
+    else:
+        assert len(np.unique(tensor.codes)) > 100
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_does_not(llama: Path, text_file: Path, tmp_path: Path) -> None:
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        matquant.quantize(llama, tmp_path / name, text=[text_file], **{**RUN, "seed": seed})
+    shard = "model.safetensors"
+    assert (tmp_path / "a" / shard).read_bytes() == (tmp_path / "b" / shard).read_bytes()
+    assert (tmp_path / "a" / shard).read_bytes() != (tmp_path / "c" / shard).read_bytes()
+
+
+@pytest.mark.parametrize("affine", ["refit", "learned"])
+def test_a_killed_run_resumes_to_the_same_bits(affine: str, llama: Path, text_file: Path, tmp_path: Path) -> None:
+    options = [*("--text", str(text_file)), *("--batch-size", "2"), *("--seq-len", "16"), *("--lr", "1e-3")]
+    options += ["--steps", "400", "--affine", affine, "--save-every", "7", "--threads", "1"]
+
+    def command(name: str, *extra: str) -> list[str]:
+        return [sys.executable, "-m", "matquant", "quantize", str(llama), "-o", str(tmp_path / name), *options, *extra]
+
+    subprocess.run(command("whole"), check=True, capture_output=True)
+    log = tmp_path / ".killed.work" / "training.jsonl"
+    kills = int.from_bytes(os.urandom(1)) % 60 + 5
+    process = subprocess.Popen(command("killed"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and (not log.is_file() or log.read_bytes().count(b"\n") < kills):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed").exists()
+    subprocess.run(command("killed", "--resume"), check=True, capture_output=True)
+    for file in ("model.safetensors", "matquant_slices.safetensors"):
+        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "killed" / file).read_bytes(), (
+            f"killed at {kills}"
+        )
+    steps = [json.loads(line)["step"] for line in (tmp_path / "killed" / "training.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 401))
