@@ -142,7 +142,7 @@ def _stored_tensors(path: str, tensor: NestedTensor, spec: Spec) -> Iterator[tup
 
 
 def _scale_dtype(path: str, spec: Spec) -> Any:
-    # transformers decompresses fused experts and asymmetric weights in the dtype of their scale: float32 is exact there.
+    # transformers decompresses fused experts and asymmetric weights in the dtype of their scale: float32 is exact.
     exact = spec.scale_dtype == "float32" or ".experts." in path or not spec.symmetric
     return np.float32 if exact else ml_dtypes.bfloat16
 

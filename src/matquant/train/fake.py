@@ -1,24 +1,29 @@
 """A weight in training: a float master whose slices are simulated, with a straight-through gradient.
 
-Forward, at width r:   codes = encode(weight);  read = scale_r * (slice_codes(codes, r) - zero_r)
-Backward, two ways:
-- plain: d read / d weight = 1, through round, slice and clamp alike. Nothing to compute: the gradients of all widths
-  add up in one tensor.
-- learned: the clamp stops the gradient, and the clipping factor gamma (MatQuant Eq. 3) and each width's own scale and
-  zero get theirs, as in learned step size quantisation (Esser et al. 2020).
+Forward at width r, from codes that all widths of a step share:
 
-The grid is fitted to the master afresh at every step. A dedicated baseline of c bits is the same with a c-bit grid.
+    codes = clamp(round(w/scale + zero)),   read = scale_r * slice_codes(codes, r) - offset_r
+
+Backward, with g the gradient of ``read`` and the rounding and the slice passed straight through:
+
+    d w       = g                                          plain: round, slice and clamp alike (the default grid)
+    d w       = g * scale_r/(2^(8-r) * scale), 0 outside the clamp                 where affines or clips are learned
+    d scale_r = sum g * code_r = (sum g * (read + offset_r)) / scale_r,    d offset_r = -sum g
+    d clip    = (sum over widths without an own affine of g * read  -  sum (d w) * w) / clip
+
+as in learned step size quantisation (Esser et al. 2020). ``clip`` is gamma*max|w| of MatQuant Eq. 3. All learned
+tensors are in the units of the weights, so that one learning rate fits them at any model size. The grid is fitted to
+the master at every step. A dedicated baseline of c bits is the same with a c-bit grid.
 Shapes: N out features, K in features, G groups.
 """
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 
-from matquant.grid import decode, encode, fit_grid, fit_slice, storable_scale
-from matquant.nest import MASTER_BITS, slice_affine, slice_codes
+from matquant.grid import encode, fit_grid, fit_slice, storable_scale
+from matquant.nest import MASTER_BITS
 from matquant.tensor import Affine, NestedTensor
 
 AFFINES = ("none", "refit", "learned")
@@ -26,61 +31,41 @@ AFFINES = ("none", "refit", "learned")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Grid:
-    """What all weights of a run have in common. bits: 8, or the width of a dedicated baseline."""
+    """What all weights of a run have in common. bits: 8, or the width of a dedicated baseline.
+
+    affine: where the own scale and zero of the widths ``sliced`` come from: "none" (there are none), "refit" (least
+    squares to the master at every step) or "learned". storable: 8-bit scales of 8 significant bits; False is Eq. 1 to
+    the letter, stored in float32.
+    """
 
     rule: str
     bits: int = MASTER_BITS
     group_size: int | None = None
     symmetric: bool = True
     affine: str = "refit"
-    storable: bool = True  # scales of 8 significant bits; False: to the letter of Eq. 1, stored in float32
-    sliced: tuple[int, ...] = ()  # the widths with an affine of their own
+    storable: bool = True
+    sliced: tuple[int, ...] = ()
 
 
-def fit(weight_NK: torch.Tensor, grid: Grid, *, gamma: Any = 1.0, name: str = "weight") -> Affine:
-    """Scale and zero [N, G] of ``grid`` for a weight; gradients flow to ``gamma`` through the rounding of the scale.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Learned:
+    """What a weight learns besides itself. clip: [N, G] or None; affines: width -> (scale_r, offset_r), [N, G] each."""
 
-    A baseline grid of less than 8 bits is centred (zero at (2^c - 1)/2) when symmetric, so that its extreme codes are
-    -max|w| and max|w| as in Eq. 1.
-    """
-    options: dict[str, Any] = {"bits": grid.bits, "group_size": grid.group_size, "symmetric": grid.symmetric}
-    scale, zero = fit_grid(weight_NK, gamma=gamma, beta=gamma, storable=False, name=name, **options)
-    if grid.storable:
-        scale = scale + (storable_scale(scale.detach(), up=True) - scale).detach()
-    if grid.symmetric and grid.bits < MASTER_BITS:
-        zero = zero - 0.5
-    return scale, zero.detach()
+    clip: torch.Tensor | None = None
+    affines: Mapping[int, Affine] = dataclasses.field(default_factory=dict)
 
 
-def master(weight_NK: torch.Tensor, grid: Grid, affine: Affine) -> NestedTensor:
-    """Encode a weight on its grid. Codes of a c-bit baseline become 8-bit codes at the centre of their prefix bin."""
-    scale, zero = affine
-    codes = encode(weight_NK, scale, zero, bits=grid.bits)
-    slices: Mapping[int, Affine] = {}
-    if grid.bits < MASTER_BITS:
-        step = 2 ** (MASTER_BITS - grid.bits)
-        slices = {grid.bits: (scale, zero)}
-        codes = codes * step + step // 2
-        scale, zero = scale / step, zero * step + step / 2
-    return NestedTensor(codes=codes, scale=scale, zero=zero, rule=grid.rule, slices=slices)
-
-
-def nest(
-    weight_NK: torch.Tensor,
-    grid: Grid,
-    *,
-    gamma: Any = 1.0,
-    learned: Mapping[int, Affine] | None = None,
-    name: str = "",
-) -> NestedTensor:
-    """The nested tensor of a weight: encoded, with each width of ``grid.sliced`` refitted, or as ``learned``."""
+def nest(weight_NK: torch.Tensor, grid: Grid, *, learned: Learned | None = None, name: str = "weight") -> NestedTensor:
+    """Encode a weight on its grid and give the widths ``grid.sliced`` their own affines, as they would be stored."""
+    learned = learned or Learned()
     with torch.no_grad():
-        tensor = master(weight_NK, grid, fit(weight_NK, grid, gamma=gamma, name=name or "weight"))
+        tensor = _encode(weight_NK, grid, learned.clip, name)
         slices = dict(tensor.slices)
         for bits in grid.sliced if grid.affine != "none" else ():
-            if learned is not None and bits in learned:
-                scale_r, zero_r = learned[bits]
-                slices[bits] = (storable_scale(scale_r), zero_r.half().float())
+            if bits in learned.affines:
+                scale, offset = learned.affines[bits]
+                scale = storable_scale(scale)
+                slices[bits] = (scale, (offset / scale).half().float())
             else:
                 slices[bits] = fit_slice(
                     weight_NK, tensor.codes, bits, rule=grid.rule, scale=tensor.scale, zero=tensor.zero
@@ -88,24 +73,97 @@ def nest(
         return dataclasses.replace(tensor, slices=slices)
 
 
-def read_learned(
-    weight_NK: torch.Tensor, bits: int, grid: Grid, gamma: torch.Tensor, affine: Affine | None
+def start_learning(weight_NK: torch.Tensor, grid: Grid, *, clip: bool, name: str = "weight") -> Learned:
+    """The learned tensors of a weight before the first step: no clipping, least-squares affines."""
+    tensor = nest(weight_NK, grid, name=name)
+    widths = grid.sliced if grid.affine == "learned" else ()
+    own = {bits: tensor.slices[bits] for bits in widths}
+    affines = {bits: (scale.clone(), scale * zero) for bits, (scale, zero) in own.items()}
+    return Learned(clip=_largest(weight_NK, tensor.scale.shape[1]) if clip else None, affines=affines)
+
+
+def backward(
+    gradient_NK: torch.Tensor, read_NK: torch.Tensor, tensor: NestedTensor, bits: int, learned: Learned
 ) -> torch.Tensor:
-    """The ``bits``-bit weight with gradients to the weight, ``gamma`` and the width's ``affine`` (see the top)."""
-    scale, zero = fit(weight_NK.detach(), grid, gamma=gamma)
-    rows, columns = weight_NK.shape
-    position = weight_NK.view(rows, scale.shape[1], -1) / scale[..., None] + zero[..., None]
-    top_code = 2**grid.bits - 1
-    position = position.clamp(0, top_code).view(rows, columns)
-    codes = (position.detach() + 0.5).floor().to(torch.uint8)
-    if grid.bits < MASTER_BITS:
-        return _decode(position + (codes - position).detach(), (scale, zero))
-    step = 2 ** (MASTER_BITS - bits)
-    sliced = slice_codes(codes, bits, rule=grid.rule)
-    code = position / step + (sliced - position / step).detach()
-    return _decode(code, affine or slice_affine(scale, zero, bits, rule=grid.rule))
+    """Chain the gradient of one width's read into ``learned`` (adding to .grad); returns its share of d w (see the top).
+
+    read_NK: ``tensor.read(bits)``. The clamp is left to ``finish_backward``.
+    """
+    rows, groups = tensor.scale.shape
+    gradient = gradient_NK.reshape(rows, groups, -1)
+    scale, _ = tensor.affine(bits)
+    product = torch.linalg.vecdot(gradient, read_NK.reshape(rows, groups, -1))
+    if bits in learned.affines:
+        own_scale, own_offset = learned.affines[bits]
+        total = gradient.sum(-1)
+        _add_gradient(own_scale, (product + own_offset.detach() * total) / scale)
+        _add_gradient(own_offset, -total)
+    elif learned.clip is not None and bits not in tensor.slices:
+        _add_gradient(learned.clip, product / learned.clip.detach())
+    ratio = scale / (tensor.scale * 2 ** (MASTER_BITS - bits))
+    share: torch.Tensor = gradient * ratio[..., None]
+    return share.view_as(gradient_NK)
 
 
-def _decode(code_NK: torch.Tensor, affine: Affine) -> torch.Tensor:
-    weight: torch.Tensor = decode(code_NK, *affine)
-    return weight
+def finish_backward(
+    gradient_NK: torch.Tensor, weight_NK: torch.Tensor, tensor: NestedTensor, learned: Learned
+) -> torch.Tensor:
+    """Stop the summed gradient d w of all widths at the clamp and give the clip its part of it; returns d w."""
+    if learned.clip is None:
+        return gradient_NK
+    rows, groups = tensor.scale.shape
+    weight, gradient = weight_NK.reshape(rows, groups, -1), gradient_NK.reshape(rows, groups, -1)
+    low, high = -tensor.zero * tensor.scale, (2**MASTER_BITS - 1 - tensor.zero) * tensor.scale
+    gradient = gradient * ((weight >= low[..., None]) & (weight <= high[..., None]))
+    _add_gradient(learned.clip, -torch.linalg.vecdot(gradient, weight) / learned.clip.detach())
+    stopped: torch.Tensor = gradient.view_as(gradient_NK)
+    return stopped
+
+
+def keep_in_range(learned: Learned, weight_NK: torch.Tensor, tensor: NestedTensor) -> None:
+    """After an optimiser step: clips inside 0.1..1 of max|w|, scales inside 0.1..10 of the grid's own; in place."""
+    with torch.no_grad():
+        if learned.clip is not None:
+            largest = _largest(weight_NK, tensor.scale.shape[1])
+            learned.clip.clamp_(0.1 * largest, largest)
+        for bits, (scale, _) in learned.affines.items():
+            default = tensor.scale * 2 ** (MASTER_BITS - bits)
+            scale.clamp_(0.1 * default, 10 * default)
+
+
+def _encode(weight_NK: torch.Tensor, grid: Grid, clip: torch.Tensor | None, name: str) -> NestedTensor:
+    """Codes on the grid. Codes of a c-bit baseline become 8-bit codes at the centre of their prefix bin.
+
+    A symmetric baseline grid of less than 8 bits is centred, zero at (2^c - 1)/2, so that its extreme codes are
+    -max|w| and max|w| as in Eq. 1.
+    """
+    groups = 1 if grid.group_size is None else weight_NK.shape[1] // grid.group_size
+    gamma = 1.0 if clip is None else clip / _largest(weight_NK, groups)
+    scale, zero = fit_grid(
+        weight_NK,
+        bits=grid.bits,
+        group_size=grid.group_size,
+        symmetric=grid.symmetric,
+        gamma=gamma,
+        beta=gamma,
+        storable=grid.storable,
+        name=name,
+    )
+    if grid.bits == MASTER_BITS:
+        return NestedTensor(codes=encode(weight_NK, scale, zero), scale=scale, zero=zero, rule=grid.rule)
+    if grid.symmetric:
+        zero = zero - 0.5
+    step = 2 ** (MASTER_BITS - grid.bits)
+    codes = encode(weight_NK, scale, zero, bits=grid.bits) * step + step // 2
+    own = {grid.bits: (scale, zero)}
+    return NestedTensor(codes=codes, scale=scale / step, zero=zero * step + step / 2, rule=grid.rule, slices=own)
+
+
+def _largest(weight_NK: torch.Tensor, groups: int) -> torch.Tensor:
+    """max|w| of each group, [N, G]; tiny instead of 0."""
+    largest = weight_NK.detach().reshape(weight_NK.shape[0], groups, -1).abs().amax(-1)
+    return largest.clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def _add_gradient(tensor: torch.Tensor, gradient: torch.Tensor) -> None:
+    tensor.grad = gradient if tensor.grad is None else tensor.grad + gradient

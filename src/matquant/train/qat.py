@@ -20,7 +20,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +31,9 @@ from safetensors.torch import save_file
 
 from matquant.errors import InputError
 from matquant.models import Model, View, write_weights
-from matquant.tensor import Affine, NestedTensor
+from matquant.tensor import NestedTensor
 from matquant.text import batch
-from matquant.train.fake import Grid, fit, nest, read_learned
+from matquant.train.fake import Grid, Learned, backward, finish_backward, keep_in_range, nest, start_learning
 from matquant.train.objective import FLOAT, Width, width_loss
 
 STATE = "state.safetensors"
@@ -70,20 +70,24 @@ class State:
     """The tensors being trained, by path, and how far training has come."""
 
     masters: dict[str, torch.Tensor]
-    gammas: dict[str, torch.Tensor] = field(default_factory=dict)
-    affines: dict[str, dict[int, Affine]] = field(default_factory=dict)
-    rest: dict[str, torch.Tensor] = field(default_factory=dict)
+    learned: dict[str, Learned]
+    rest: dict[str, torch.Tensor]
     step: int = 0
 
     def named(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every trained tensor under a unique name."""
         yield from ((f"{path}/weight", tensor) for path, tensor in self.masters.items())
-        yield from ((f"{path}/gamma", tensor) for path, tensor in self.gammas.items())
-        for path, widths in self.affines.items():
-            for bits, (scale, zero) in widths.items():
-                yield f"{path}/{bits}/scale", scale
-                yield f"{path}/{bits}/zero", zero
         yield from ((f"{name}/rest", tensor) for name, tensor in self.rest.items())
+        yield from self.named_learned()
+
+    def named_learned(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The learned clips and affines."""
+        for path, learned in self.learned.items():
+            if learned.clip is not None:
+                yield f"{path}/clip", learned.clip
+            for bits, (scale, offset) in learned.affines.items():
+                yield f"{path}/{bits}/scale", scale
+                yield f"{path}/{bits}/offset", offset
 
 
 Report = Callable[[dict[str, Any]], None]
@@ -122,46 +126,34 @@ def train(
             if state.step % schedule.save_every == 0 or state.step == schedule.steps:
                 log.flush()
                 save(state, optimizer, work, fingerprint)
-    _zero_slots(model)
+    model.zero_grad(set_to_none=True)
     return finish(state, grid)
 
 
 def start(model: Model, views: Mapping[str, View], grid: Grid, schedule: Schedule) -> State:
     """Float masters of all weights, and what else is learned, before step 0."""
     parameters = dict(model.named_parameters())
-    masters = {
-        p: v.of(parameters[v.parameter].detach()).float().clone(memory_format=torch.contiguous_format)
-        for p, v in views.items()
-    }
-    state = State(masters=masters)
-    for path, weight in masters.items():
-        scale, _ = fit(weight, grid, name=path)
-        if schedule.learn_clip:
-            state.gammas[path] = torch.ones_like(scale)
-        if grid.affine == "learned":
-            tensor = nest(weight, dataclasses.replace(grid, affine="refit"), name=path)
-            state.affines[path] = {
-                bits: (s.clone(), z.clone()) for bits, (s, z) in tensor.slices.items() if bits in grid.sliced
-            }
-    if schedule.train_rest:
-        taken = {view.parameter for view in views.values()}
-        state.rest = {name: parameter for name, parameter in parameters.items() if name not in taken}
-    return state
+    taken = {view.parameter for view in views.values()}
+    masters = {path: view.of(parameters[view.parameter].detach()).float().clone() for path, view in views.items()}
+    return State(
+        masters=masters,
+        learned={path: start_learning(w, grid, clip=schedule.learn_clip, name=path) for path, w in masters.items()},
+        rest={name: p for name, p in parameters.items() if name not in taken} if schedule.train_rest else {},
+    )
 
 
 def make_optimizer(state: State, schedule: Schedule) -> torch.optim.Optimizer:
-    """AdamW over everything trained; clipping and affines in a group of their own without decay."""
+    """AdamW over everything trained; clips and affines in a group of their own, without decay."""
     weights = [*state.masters.values(), *state.rest.values()]
-    grid = [*state.gammas.values(), *(t for widths in state.affines.values() for pair in widths.values() for t in pair)]
-    for tensor in (*weights, *grid):
+    learned = [tensor for _, tensor in state.named_learned()]
+    for tensor in (*weights, *learned):
         tensor.requires_grad_(True)
     groups = [
         {"params": weights, "factor": 1.0, "weight_decay": schedule.weight_decay},
-        {"params": grid, "factor": schedule.affine_lr, "weight_decay": 0.0},
+        {"params": learned, "factor": schedule.affine_lr, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=schedule.lr, betas=(0.9, 0.95), fused=True
-    )
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, lr=schedule.lr, betas=(0.9, 0.95), fused=True)
 
 
 def learning_rate(step: int, schedule: Schedule) -> float:
@@ -188,9 +180,10 @@ def train_step(
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(state.step, schedule) * group["factor"]
     optimizer.zero_grad()
-    _zero_slots(model)
+    for parameter in model.parameters():
+        parameter.grad = None
     losses = dict.fromkeys((str(width.bits) for width in objective), 0.0)
-    nested = _encode(state, grid, objective)
+    nested = _nest(state, grid, objective)
     for part in range(schedule.accumulate):
         rows = batch(windows, state.step * schedule.accumulate + part, size=schedule.batch_size, seed=schedule.seed)
         tokens = torch.from_numpy(rows).to(model.device)
@@ -201,22 +194,20 @@ def train_step(
                 with torch.no_grad():
                     logits[FLOAT] = teacher(input_ids=inputs, use_cache=False).logits
             for width in objective:
-                _install(model, views, state, grid, width.bits, nested)
+                write_weights(model, views, ((path, tensor.read(width.bits)) for path, tensor in nested.items()))
                 output = model(input_ids=inputs, use_cache=False).logits
                 loss = width_loss(output, targets, [logits[bits] for bits in width.teachers], truth=width.truth)
                 torch.autograd.backward(loss * width.weight / schedule.accumulate)
                 losses[str(width.bits)] += loss.item() / schedule.accumulate
                 if any(width.bits in student.teachers for student in objective):
                     logits[width.bits] = output.detach()
-                if _is_learned(state):
-                    _backward_learned(model, views, state, grid, width.bits)
-    if not _is_learned(state):
-        _take_gradients(model, views, state)
+                if _learns(state):
+                    _chain_gradients(model, views, state, nested, width.bits)
+    _finish_gradients(model, views, state, nested)
     norm = torch.nn.utils.clip_grad_norm_([t for _, t in state.named() if t.grad is not None], schedule.clip_norm)
     optimizer.step()
-    with torch.no_grad():
-        for gamma in state.gammas.values():
-            gamma.clamp_(min=0.05, max=1.0)
+    for path, tensor in nested.items():
+        keep_in_range(state.learned[path], state.masters[path], tensor)
     state.step += 1
     seconds = time.perf_counter() - began
     count = schedule.accumulate * schedule.batch_size * schedule.seq_len
@@ -232,66 +223,53 @@ def train_step(
 def finish(state: State, grid: Grid) -> Iterator[tuple[str, NestedTensor]]:
     """The nested tensors of the trained masters, one at a time."""
     for path, weight in state.masters.items():
-        learned = {bits: (s.detach(), z.detach()) for bits, (s, z) in state.affines.get(path, {}).items()}
-        yield path, nest(weight.detach(), grid, gamma=_gamma(state, path), learned=learned, name=path)
+        yield path, nest(weight.detach(), grid, learned=state.learned[path], name=path)
 
 
 # ------------------------------------------------------------------------------------------------------ inside a step
 
 
-def _is_learned(state: State) -> bool:
-    return bool(state.gammas or state.affines)
+def _learns(state: State) -> bool:
+    return next(state.named_learned(), None) is not None
 
 
-def _gamma(state: State, path: str) -> Any:
-    return state.gammas[path].detach() if path in state.gammas else 1.0
-
-
-def _encode(state: State, grid: Grid, objective: tuple[Width, ...]) -> dict[str, NestedTensor]:
+def _nest(state: State, grid: Grid, objective: tuple[Width, ...]) -> dict[str, NestedTensor]:
     """All weights encoded once for this step; every width reads the same codes."""
-    if _is_learned(state):
-        return {}
     needed = dataclasses.replace(grid, sliced=tuple(w.bits for w in objective if w.bits in grid.sliced))
-    return {path: nest(weight.detach(), needed, name=path) for path, weight in state.masters.items()}
+    return {
+        path: nest(weight.detach(), needed, learned=state.learned[path], name=path)
+        for path, weight in state.masters.items()
+    }
 
 
-def _install(
-    model: Model, views: Mapping[str, View], state: State, grid: Grid, bits: int, nested: Mapping[str, NestedTensor]
+def _chain_gradients(
+    model: Model, views: Mapping[str, View], state: State, nested: Mapping[str, NestedTensor], bits: int
 ) -> None:
-    """Write the ``bits``-bit weights into the model."""
-    with torch.no_grad():
-        if nested:
-            write_weights(model, views, ((path, tensor.read(bits)) for path, tensor in nested.items()))
-        else:
-            write_weights(model, views, ((path, _read(state, path, bits, grid)) for path in state.masters))
-
-
-def _read(state: State, path: str, bits: int, grid: Grid) -> torch.Tensor:
-    weight = state.masters[path]
-    gamma = state.gammas.get(path, torch.ones((), device=weight.device))
-    return read_learned(weight, bits, grid, gamma, state.affines.get(path, {}).get(bits))
-
-
-def _zero_slots(model: Model) -> None:
-    for parameter in model.parameters():
-        parameter.grad = None
-
-
-def _backward_learned(model: Model, views: Mapping[str, View], state: State, grid: Grid, bits: int) -> None:
-    """Chain the gradient of the sliced weights into masters, clipping and affines, weight by weight."""
+    """Chain one width's gradients into masters, clips and affines, weight by weight."""
     parameters = dict(model.named_parameters())
-    for path, view in views.items():
-        gradient = view.of(parameters[view.parameter].grad)
-        torch.autograd.backward(_read(state, path, bits, grid), gradient)
+    with torch.no_grad():
+        for path, view in views.items():
+            parameter, weight = parameters[view.parameter], state.masters[path]
+            share = backward(
+                view.of(parameter.grad).float(), view.of(parameter), nested[path], bits, state.learned[path]
+            )
+            weight.grad = share if weight.grad is None else weight.grad.add_(share)
     for name in {view.parameter for view in views.values()}:
         parameters[name].grad = None
 
 
-def _take_gradients(model: Model, views: Mapping[str, View], state: State) -> None:
-    """Straight through: the summed gradients of the sliced weights are the masters' gradients."""
+def _finish_gradients(
+    model: Model, views: Mapping[str, View], state: State, nested: Mapping[str, NestedTensor]
+) -> None:
+    """The masters' gradients: chained width by width, or straight through, the sum that autograd made of all widths."""
     parameters = dict(model.named_parameters())
-    for path, view in views.items():
-        state.masters[path].grad = view.of(parameters[view.parameter].grad).contiguous().float()
+    with torch.no_grad():
+        for path, view in views.items():
+            weight = state.masters[path]
+            if weight.grad is None:
+                weight.grad = view.of(parameters[view.parameter].grad).contiguous().float()
+            else:
+                weight.grad = finish_backward(weight.grad, weight, nested[path], state.learned[path])
 
 
 def _prepare(model: Model, views: Mapping[str, View], schedule: Schedule) -> None:
