@@ -177,8 +177,8 @@ def _document(records: list[dict[str, Any]], reference: float) -> str:
         f"Perplexity on {TEST:,} held-out tokens of tinystories-valid (context {CONTEXT}); float model "
         f"{math.exp(reference):.3f}. {STEPS} steps of",
         f"{BATCH} x {LENGTH} tokens of tinystories-train, the same for every method; lambda 0.1, 0.1, 1 unless it says",
-        "otherwise. The learning rate is the best of those tried on other held-out tokens. Bits per weight count scales",
-        "and affines; rows have only 64 or 172 weights here, which makes them dear.",
+        "otherwise. The learning rate is the best of those tried on other held-out tokens. Bits per weight count",
+        "scales and affines; rows have only 64 or 172 weights here, which makes them dear.",
         "",
         "| method | lr (tried) | int8 | int6 | int4 | int3 | int2 | bits per weight at int2 |",
         "|---|---|---|---|---|---|---|---|",

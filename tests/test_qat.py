@@ -41,7 +41,7 @@ def masters_gradients(
     state = qat.start(model, views, grid, plan)
     optimizer = qat.make_optimizer(state, plan)
     teacher = load_float(directory, dtype=torch.float32) if "fp" in objective else None
-    qat._prepare(model, views, plan)
+    qat.prepare(model, views, plan)
     windows = np.random.default_rng(0).integers(0, 256, size=(4, 17))
     record = qat.train_step(model, views, grid, state, optimizer, parse_objective(objective), windows, plan, teacher)
     return {name: tensor.grad.clone() for name, tensor in state.named() if tensor.grad is not None}, record

@@ -52,7 +52,7 @@ def quantize(
     method: Annotated[str, Option(help="rtn (round to nearest) or qat (joint training).")] = "qat",
     objective: Annotated[str, Option(help='Widths and distillation, e.g. "8,4,2,8->2" or "8,4,2,fp->2".')] = "8,4,2",
     weights: Annotated[
-        str | None, Option(help="Lambda per width, in that order [default: 0.1 each, narrowest 1].")
+        str | None, Option(help="Lambda per width, in that order.", show_default="0.1 each, narrowest 1")
     ] = None,
     rule: Annotated[str, Option(help="prefix, round (paper Eq. 6) or extra (Eq. 8).")] = "prefix",
     scope: Annotated[str, Option(help="Linears to quantise: ffn, attention or all.")] = "ffn",
@@ -60,7 +60,10 @@ def quantize(
     symmetric: Annotated[
         bool, Option("--symmetric/--asymmetric", help="Zero at 128, or an integer zero per group.")
     ] = True,
-    affine: Annotated[str, Option(help="Own scale and zero of widths 2-4: none, refit or learned.")] = "refit",
+    affine: Annotated[
+        str | None,
+        Option(help="Own scale and zero of widths 2-4: none, refit, learned.", show_default="learned; rtn: refit"),
+    ] = None,
     scale_dtype: Annotated[
         str, Option(help="bfloat16 (exact in every engine) or float32 (Eq. 1 to the letter).")
     ] = "bfloat16",
@@ -69,15 +72,20 @@ def quantize(
     steps: Annotated[int, Option(help="Optimiser steps.")] = 300,
     batch_size: Annotated[int, Option(help="Sequences per forward pass.")] = 8,
     seq_len: Annotated[int, Option(help="Tokens per sequence.")] = 256,
-    lr: Annotated[float | None, Option(help="Peak learning rate [default: from the model's width].")] = None,
+    lr: Annotated[float | None, Option(help="Peak learning rate.", show_default="from the model's width")] = None,
     seed: Annotated[int, Option(help="Order of the data.")] = 0,
     accumulate: Annotated[int, Option(help="Forward passes per optimiser step.")] = 1,
     autocast: Annotated[bool, Option("--bf16/--fp32", help="Arithmetic of forward and backward.")] = False,
     checkpoint_activations: Annotated[bool, Option("--checkpoint-activations", help="Less memory, more time.")] = False,
     train_rest: Annotated[bool, Option("--train-rest", help="Also train what is not quantised.")] = False,
-    learn_clip: Annotated[bool, Option("--learn-clip", help="Learn a clipping factor per group (Eq. 3).")] = False,
+    learn_clip: Annotated[
+        bool | None,
+        Option(
+            "--learn-clip/--no-learn-clip", help="Learn the clip of Eq. 3.", show_default="where affines are learned"
+        ),
+    ] = None,
     save_every: Annotated[int, Option(help="Steps between saved states.")] = 100,
-    threads: Annotated[int | None, Option(help="CPU threads [default: all].")] = None,
+    threads: Annotated[int | None, Option(help="CPU threads.", show_default="all")] = None,
     resume: Annotated[bool, Option("--resume", help="Continue an interrupted run.")] = False,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace OUT, and any interrupted run.")] = False,
 ) -> None:
@@ -100,8 +108,8 @@ def evaluate(
     text: Files = None,
     plan: Annotated[Path | None, Option(metavar="FILE", help="Also a plan, bits per module path.")] = None,
     reference: Annotated[str | None, Option(metavar="MODEL", help="Also this float model.")] = None,
-    seq_len: Annotated[int | None, Option(help="Window in tokens [default: the model's context].")] = None,
-    stride: Annotated[int | None, Option(help="Distance of windows [default: no overlap].")] = None,
+    seq_len: Annotated[int | None, Option(help="Window in tokens.", show_default="the model's context")] = None,
+    stride: Annotated[int | None, Option(help="Distance of windows.", show_default="no overlap")] = None,
     max_tokens: Annotated[int | None, Option(help="Only the first so many tokens.")] = None,
     skip_documents: Annotated[int, Option(help="Leave out the first so many documents.")] = 0,
     json_file: Annotated[Path | None, Option("--json", metavar="FILE", help="Write the record here too.")] = None,

@@ -60,7 +60,7 @@ def quantize(
     scope: str = "ffn",
     group_size: int | None = None,
     symmetric: bool = True,
-    affine: str = "refit",
+    affine: str | None = None,
     scale_dtype: str = "bfloat16",
     baseline_bits: int | None = None,
     text: Sequence[Path | str] = (),
@@ -77,7 +77,7 @@ def quantize(
     autocast: bool = False,
     checkpoint_activations: bool = False,
     train_rest: bool = False,
-    learn_clip: bool = False,
+    learn_clip: bool | None = None,
     save_every: int = 100,
     threads: int | None = None,
     resume: bool = False,
@@ -88,7 +88,8 @@ def quantize(
 
     model: Hugging Face directory or hub id. out: directory to write; an interrupted run leaves ``.OUT.work`` beside it,
     which ``resume`` continues. objective, weights: see ``objective.parse_objective``. baseline_bits: train the
-    dedicated model of that width instead, on its own grid. Everything else: see ``Grid`` and ``qat.Schedule``.
+    dedicated model of that width instead, on its own grid. affine None: "learned" for qat, "refit" for rtn; learn_clip
+    None: where affines are learned. lr None: ``default_lr``. Everything else: see ``Grid`` and ``qat.Schedule``.
     Raises InputError before any work for whatever can be known before it, and never leaves a half-written checkpoint.
     """
     target = Path(out)
@@ -96,6 +97,8 @@ def quantize(
         torch.set_num_threads(threads)
     widths = _widths(objective, weights, baseline_bits)
     check_rule(rule)
+    affine = affine or ("learned" if method == "qat" else "refit")
+    learn_clip = affine == "learned" if learn_clip is None else learn_clip
     _check_choices(
         method,
         affine,

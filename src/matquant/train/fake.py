@@ -85,7 +85,7 @@ def start_learning(weight_NK: torch.Tensor, grid: Grid, *, clip: bool, name: str
 def backward(
     gradient_NK: torch.Tensor, read_NK: torch.Tensor, tensor: NestedTensor, bits: int, learned: Learned
 ) -> torch.Tensor:
-    """Chain the gradient of one width's read into ``learned`` (adding to .grad); returns its share of d w (see the top).
+    """Chain the gradient of one width's read into ``learned`` (adding to .grad); returns its share of d w.
 
     read_NK: ``tensor.read(bits)``. The clamp is left to ``finish_backward``.
     """

@@ -115,7 +115,7 @@ def train(
     if (work / STATE).is_file():
         restore(state, optimizer, work, fingerprint)
     teacher = copy.deepcopy(model) if any(FLOAT in width.teachers for width in objective) else None
-    _prepare(model, views, schedule)
+    prepare(model, views, schedule)
     with (work / LOG).open("a") as log:
         while state.step < schedule.steps:
             record = train_step(model, views, grid, state, optimizer, objective, windows, schedule, teacher)
@@ -272,7 +272,7 @@ def _finish_gradients(
                 weight.grad = finish_backward(weight.grad, weight, nested[path], state.learned[path])
 
 
-def _prepare(model: Model, views: Mapping[str, View], schedule: Schedule) -> None:
+def prepare(model: Model, views: Mapping[str, View], schedule: Schedule) -> None:
     """Training mode without dropout; only what is trained asks for gradients."""
     model.train()
     taken = {view.parameter for view in views.values()}
