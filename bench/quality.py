@@ -43,31 +43,33 @@ TEST = 117 * CONTEXT  # tokens, the first of tinystories-valid after its cut fir
 SELECT = 60 * CONTEXT  # tokens, the ones after them
 RATES = (1e-3, 2e-3, 4e-3)
 
-PLAIN: dict[str, Any] = {"affine": "none"}
-LEARNED: dict[str, Any] = {"affine": "learned", "learn_clip": True}
+PLAIN: dict[str, Any] = {"affine": "none", "objective": "8,4,2", "learn_clip": False}
+LEARNED: dict[str, Any] = {"affine": "learned", "objective": "8,4,2", "learn_clip": True}
 EVEN = {"weights": (1.0, 1.0, 1.0)}
+BEST = {**BEST}
 FLOAT = "8,4,2,fp->8;4;2"
 
 # name -> (what it is, options, learning rates)
 CELLS: dict[str, tuple[str, dict[str, Any], tuple[float, ...]]] = {
     "rtn": ("round to nearest, sliced (prefix)", {"method": "rtn", **PLAIN}, ()),
-    "rtn-refit": ("round to nearest, affines refitted", {"method": "rtn", "affine": "refit"}, ()),
+    "rtn-refit": ("round to nearest, affines refitted", {"method": "rtn"}, ()),
     "int8": ("dedicated int8, sliced (prefix)", {"baseline_bits": 8, **PLAIN}, RATES),
     "int2": ("dedicated int2 (Eq. 1)", {"baseline_bits": 2, **PLAIN}, RATES),
     "int2-learned": ("dedicated int2, learned clip and affine", {"baseline_bits": 2, **LEARNED}, RATES),
     "round": ("MatQuant 8,4,2, Eq. 6", {"rule": "round", **PLAIN}, RATES),
     "prefix": ("MatQuant 8,4,2, prefix", PLAIN, RATES),
     "extra": ("MatQuant 8,4,2, Eq. 8 (E.P.)", {"rule": "extra", **PLAIN}, (2e-3,)),
-    "single": ("S.P. MatQuant 2, prefix", {"objective": "2", **PLAIN}, (2e-3,)),
-    "refit": ("prefix + affines refitted each step", {"affine": "refit"}, (2e-3,)),
-    "learned": ("prefix + learned affines", {"affine": "learned"}, (2e-3,)),
+    "single": ("S.P. MatQuant 2, prefix", {**PLAIN, "objective": "2"}, (2e-3,)),
+    "refit": ("prefix + affines refitted each step", {**PLAIN, "affine": "refit"}, (2e-3,)),
+    "learned": ("prefix + learned affines", {**PLAIN, "affine": "learned"}, (2e-3,)),
     "clip": ("prefix + learned affines and clipping", LEARNED, RATES),
-    "even": ("... lambda 1,1,1", {**LEARNED, **EVEN}, (2e-3,)),
-    "codistil": ("... 8,4,2,8->4;2", {"objective": "8,4,2,8->4;2", **LEARNED}, (2e-3,)),
-    "float": (f"... {FLOAT}", {"objective": FLOAT, **LEARNED}, (2e-3,)),
-    "float-only": ("... fp->8;4;2", {"objective": "fp->8;4;2", **LEARNED}, (2e-3,)),
-    "best": ("... fp->8;4;2, lambda 1,1,1", {"objective": "fp->8;4;2", **LEARNED, **EVEN}, RATES),
-    "round-best": ("the same under Eq. 6", {"objective": "fp->8;4;2", "rule": "round", **LEARNED, **EVEN}, (2e-3,)),
+    "even": ("... lambda 1,1,1", BEST, (2e-3,)),
+    "codistil": ("... 8,4,2,8->4;2", {**LEARNED, "objective": "8,4,2,8->4;2"}, (2e-3,)),
+    "float": (f"... {FLOAT}", {**LEARNED, "objective": FLOAT}, (2e-3,)),
+    "float-only": ("... fp->8;4;2", {**LEARNED, "objective": "fp->8;4;2"}, (2e-3,)),
+    "best": ("... fp->8;4;2, lambda 1,1,1", {**BEST, "objective": "fp->8;4;2"}, RATES),
+    "rest": ("... and everything else trained too", {**BEST, "objective": "fp->8;4;2", "train_rest": True}, (2e-3,)),
+    "round-best": ("the same under Eq. 6", {**BEST, "objective": "fp->8;4;2", "rule": "round"}, (2e-3,)),
 }
 
 Streams = tuple[np.ndarray, np.ndarray]  # TEST and SELECT tokens
