@@ -46,7 +46,7 @@ RATES = (1e-3, 2e-3, 4e-3)
 PLAIN: dict[str, Any] = {"affine": "none", "objective": "8,4,2", "learn_clip": False}
 LEARNED: dict[str, Any] = {"affine": "learned", "objective": "8,4,2", "learn_clip": True}
 EVEN = {"weights": (1.0, 1.0, 1.0)}
-BEST = {**BEST}
+BEST = {**LEARNED, **EVEN}
 FLOAT = "8,4,2,fp->8;4;2"
 
 # name -> (what it is, options, learning rates)
@@ -56,6 +56,7 @@ CELLS: dict[str, tuple[str, dict[str, Any], tuple[float, ...]]] = {
     "int8": ("dedicated int8, sliced (prefix)", {"baseline_bits": 8, **PLAIN}, RATES),
     "int2": ("dedicated int2 (Eq. 1)", {"baseline_bits": 2, **PLAIN}, RATES),
     "int2-learned": ("dedicated int2, learned clip and affine", {"baseline_bits": 2, **LEARNED}, RATES),
+    "int2-float": ("... fp->2", {"baseline_bits": 2, **LEARNED, "objective": "fp->2"}, RATES),
     "round": ("MatQuant 8,4,2, Eq. 6", {"rule": "round", **PLAIN}, RATES),
     "prefix": ("MatQuant 8,4,2, prefix", PLAIN, RATES),
     "extra": ("MatQuant 8,4,2, Eq. 8 (E.P.)", {"rule": "extra", **PLAIN}, (2e-3,)),
@@ -86,9 +87,10 @@ def run(
     torch.set_num_threads(threads)
     streams = _streams()
     done = {(record["cell"], record["lr"]) for record in _records()}
-    for name, (_, options, rates) in CELLS.items():
+    for name in only or CELLS:
+        _, options, rates = CELLS[name]
         for lr in rates or (None,):
-            if (name, lr) not in done and (not only or name in only):
+            if (name, lr) not in done:
                 record = _cell(name, options, lr, streams)
                 with RECORDS.open("a") as file:
                     file.write(json.dumps(record, sort_keys=True) + "\n")

@@ -88,7 +88,7 @@ def quantize(
 
     model: Hugging Face directory or hub id. out: directory to write; an interrupted run leaves ``.OUT.work`` beside it,
     which ``resume`` continues. objective, weights: see ``objective.parse_objective``. baseline_bits: train the
-    dedicated model of that width instead, on its own grid. affine None: "learned" for qat, "refit" for rtn; learn_clip
+    dedicated model of that width instead, on its own grid (cross-entropy, or ``objective`` if it names that width only). affine None: "learned" for qat, "refit" for rtn; learn_clip
     None: where affines are learned. lr None: ``default_lr``. Everything else: see ``Grid`` and ``qat.Schedule``.
     Raises InputError before any work for whatever can be known before it, and never leaves a half-written checkpoint.
     """
@@ -137,7 +137,7 @@ def quantize(
         scale_dtype=scale_dtype,
         scope=scope,
         method=method,
-        objective=objective if baseline_bits is None else "",
+        objective=objective if baseline_bits is None or widths[0].teachers else str(baseline_bits),
         weights=tuple(width.weight for width in widths),
         baseline_bits=baseline_bits,
         steps=steps if method == "qat" else 0,
@@ -233,6 +233,9 @@ def _widths(objective: str, weights: Sequence[float] | None, baseline_bits: int 
     if baseline_bits is None:
         return parse_objective(objective, weights)
     check_bits(baseline_bits)
+    own = parse_objective(objective, weights)
+    if [width.bits for width in own] == [baseline_bits]:
+        return own
     return (Width(bits=baseline_bits, truth=True, teachers=(), weight=1.0),)
 
 
