@@ -11,7 +11,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "matquant"
 # A module may import from layers before its own, or from its own package.
 LAYERS = [
     {"errors"},
-    {"nest"},
+    {"nest", "files"},
     {"spec", "grid"},
     {"tensor", "text"},
     {"checkpoint"},
@@ -22,7 +22,20 @@ LAYERS = [
     {"cli"},
     {"__init__", "__main__"},
 ]
-NO_TORCH = {"errors", "nest", "spec", "grid", "tensor", "text", "checkpoint", "contents", "cli", "__init__", "__main__"}
+NO_TORCH = {
+    "errors",
+    "files",
+    "nest",
+    "spec",
+    "grid",
+    "tensor",
+    "text",
+    "checkpoint",
+    "contents",
+    "cli",
+    "__init__",
+    "__main__",
+}
 FILES = sorted(SOURCE.rglob("*.py"))
 
 

@@ -12,7 +12,6 @@ model. No pickle anywhere. Shapes: N out features, K in features, G groups.
 
 import contextlib
 import ctypes
-import errno
 import hashlib
 import json
 import os
@@ -29,6 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from matquant.errors import InputError
+from matquant.files import explain_full_disk, sync
 from matquant.nest import MASTER_BITS
 from matquant.spec import FORMAT_VERSION, Spec
 from matquant.tensor import NestedTensor
@@ -67,22 +67,18 @@ def write_checkpoint(
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        partial.mkdir(parents=True)
-        _write_tensors(partial, items, spec=spec, shard_bytes=shard_bytes)
-        quantised = {**config, "quantization_config": quantization_config(spec, ignore)}
-        _write_bytes(partial / "config.json", _json_bytes(quantised))
-        for name, content in files.items():
-            _write_bytes(partial / name, content)
-        _write_bytes(partial / MANIFEST, _json_bytes(_manifest(partial)))
-        _sync_directory(partial)
+        with explain_full_disk(target):
+            partial.mkdir(parents=True)
+            _write_tensors(partial, items, spec=spec, shard_bytes=shard_bytes)
+            quantised = {**config, "quantization_config": quantization_config(spec, ignore)}
+            (partial / "config.json").write_bytes(_json_bytes(quantised))
+            for name, content in files.items():
+                (partial / name).write_bytes(content)
+            (partial / MANIFEST).write_bytes(_json_bytes(_manifest(partial)))
+            for file in [*partial.iterdir(), partial]:
+                sync(file)
         _move_into_place(partial, target)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        raise InputError(
-            f"{target} was not written: no space left on the device "
-            f"({shutil.disk_usage(target.parent).free} bytes free); free some space or give another -o"
-        ) from None
+        sync(target.absolute().parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -184,7 +180,7 @@ def _name_shards(directory: Path, shards: list[list[str]], total: int) -> None:
         (directory / f"shard-{number:05d}").rename(directory / name)
     weight_map = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    _write_bytes(directory / "model.safetensors.index.json", _json_bytes(index))
+    (directory / "model.safetensors.index.json").write_bytes(_json_bytes(index))
 
 
 def _manifest(directory: Path) -> dict[str, Any]:
@@ -202,17 +198,6 @@ def _sha256(file: Path) -> str:
 
 def _json_bytes(value: Any) -> bytes:
     return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
-
-
-def _write_bytes(file: Path, content: bytes) -> None:
-    file.write_bytes(content)
-
-
-def _sync_directory(directory: Path) -> None:
-    for file in [*directory.iterdir(), directory]:
-        descriptor = os.open(file, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
 
 
 def _move_into_place(partial: Path, target: Path) -> None:

@@ -40,7 +40,9 @@ def main() -> None:
         Console(stderr=True).print(f"[bold red]error:[/] {_plain(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted; the same command with --resume continues", soft_wrap=True)
+        Console(stderr=True).print(
+            "interrupted; if it was training, the same command with --resume continues", soft_wrap=True
+        )
         sys.exit(130)
 
 
@@ -85,6 +87,7 @@ def quantize(
         ),
     ] = None,
     save_every: Annotated[int, Option(help="Steps between saved states.")] = 100,
+    device: Annotated[str | None, Option(help="cpu or cuda.", show_default="cuda if there is one")] = None,
     threads: Annotated[int | None, Option(help="CPU threads.", show_default="all")] = None,
     resume: Annotated[bool, Option("--resume", help="Continue an interrupted run.")] = False,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace OUT, and any interrupted run.")] = False,

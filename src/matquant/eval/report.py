@@ -9,6 +9,8 @@ import matplotlib as mpl
 import numpy as np
 from rich.table import Table
 
+from matquant.files import replace_when_done, write_atomically
+
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 
@@ -28,14 +30,6 @@ def width_table(title: str, log_perplexity: Mapping[str, float], bits_per_weight
 def write_json(file: Path, record: Mapping[str, Any]) -> None:
     """Write a record as one JSON object, atomically."""
     write_atomically(file, (json.dumps(record, sort_keys=True) + "\n").encode())
-
-
-def write_atomically(file: Path, content: bytes) -> None:
-    """Write ``content`` beside ``file``, then rename it into place."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_bytes(content)
-    partial.replace(file)
 
 
 def plot_widths(
@@ -70,7 +64,6 @@ def plot_histograms(file: Path, codes: Mapping[str, np.ndarray]) -> None:
 
 def _save(figure: Any, file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.partial")
-    figure.savefig(partial, format=file.suffix.lstrip(".") or "png", dpi=130)
+    with replace_when_done(file) as partial:
+        figure.savefig(partial, format=file.suffix.lstrip(".") or "png", dpi=130)
     plt.close(figure)
-    partial.replace(file)

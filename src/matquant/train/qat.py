@@ -17,9 +17,8 @@ import copy
 import dataclasses
 import json
 import math
-import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,30 +29,35 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from matquant.errors import InputError
+from matquant.files import check_space, replace_when_done
 from matquant.models import Model, View, write_weights
 from matquant.tensor import NestedTensor
-from matquant.text import batch
+from matquant.text import batch, cut_windows
 from matquant.train.fake import Grid, Learned, backward, finish_backward, keep_in_range, nest, start_learning
+from matquant.train.job import Job
 from matquant.train.objective import FLOAT, Width, width_loss
 
 STATE = "state.safetensors"
 LOG = "training.jsonl"
+STATE_COPIES = 2  # the state and the next one while it is written
 
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """Everything a run depends on besides model, data, grid and objective. seq_len in tokens, lr of the weights.
+    """Everything a run depends on besides model, data, grid and objective.
 
-    warmup: steps of linear warm-up, then cosine to 0. affine_lr: of clipping and affines, as a multiple of lr.
-    train_rest: also train what is not quantised (embeddings, norms, attention under scope ffn).
+    seq_len in tokens. lr: the peak, of the weights (None: ``default_lr``). warmup: steps of linear warm-up, then cosine
+    to 0 (None: a tenth, at most the paper's 150). affine_lr: of clips and affines, as a multiple of lr. learn_clip
+    (None: where affines are learned). train_rest: also train what is not quantised (embeddings, norms, attention
+    under scope ffn). save_every: steps between saved states.
     """
 
-    steps: int
-    batch_size: int
-    seq_len: int
-    lr: float
-    seed: int
-    warmup: int
+    steps: int = 300
+    batch_size: int = 8
+    seq_len: int = 256
+    lr: float | None = None
+    seed: int = 0
+    warmup: int | None = None
     affine_lr: float = 1.0
     weight_decay: float = 0.0
     clip_norm: float = 1.0
@@ -61,8 +65,38 @@ class Schedule:
     autocast: bool = False
     checkpoint_activations: bool = False
     train_rest: bool = False
-    learn_clip: bool = False
+    learn_clip: bool | None = None
     save_every: int = 100
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """InputError for a number that cannot be trained with; TypeError for an option that does not exist."""
+    schedule = Schedule(**options)
+    for name in ("steps", "batch_size", "seq_len", "lr", "accumulate", "clip_norm", "save_every"):
+        value = getattr(schedule, name)
+        if value is not None and not value > 0:
+            raise InputError(f"{name}={value}; give a number above 0")
+
+
+def make_schedule(job: Job) -> Schedule:
+    """The schedule of a job, with its defaults filled in."""
+    schedule = Schedule(**job.options)
+    hidden_size = job.model.config.get_text_config().hidden_size
+    return dataclasses.replace(
+        schedule,
+        lr=schedule.lr or default_lr(hidden_size),
+        warmup=min(150, max(1, schedule.steps // 10)) if schedule.warmup is None else schedule.warmup,
+        learn_clip=job.grid.affine == "learned" if schedule.learn_clip is None else schedule.learn_clip,
+    )
+
+
+def default_lr(hidden_size: int) -> float:
+    """A peak learning rate for a model of this width.
+
+    2e-3 at 64 and 1e-5 at the paper's 2304 (App. B), a power law between and constant outside.
+    """
+    slope = math.log(2e-3 / 1e-5) / math.log(2304 / 64)
+    return float(min(2e-3, max(1e-5, 2e-3 * (hidden_size / 64) ** -slope)))
 
 
 @dataclass(kw_only=True)
@@ -90,39 +124,29 @@ class State:
                 yield f"{path}/{bits}/offset", offset
 
 
-Report = Callable[[dict[str, Any]], None]
+def train(job: Job) -> Iterator[tuple[str, NestedTensor]]:
+    """Train and return the nested tensors; what is not quantised is trained in place if the schedule says so.
 
-
-def train(
-    model: Model,
-    views: Mapping[str, View],
-    grid: Grid,
-    *,
-    objective: tuple[Width, ...],
-    windows: np.ndarray,
-    schedule: Schedule,
-    work: Path,
-    fingerprint: Mapping[str, Any],
-    report: Report,
-) -> Iterator[tuple[str, NestedTensor]]:
-    """Train and return the nested tensors; the model's other parameters are trained in place if the schedule says so.
-
-    windows: tokens [count, seq_len + 1]. work: folder for the state and the log; a state there is continued, after
-    checking that its fingerprint is ours. report: called with each step's log record.
+    A state in ``job.work`` is continued, after checking that it is of the same run.
     """
+    model, views, grid, work, schedule = job.model, job.views, job.grid, job.work, make_schedule(job)
+    fingerprint = {"model": job.source, **job.spec.to_json(), **dataclasses.asdict(schedule), "affine": grid.affine}
+    windows = cut_windows(job.stream, schedule.seq_len)
     state = start(model, views, grid, schedule)
     optimizer = make_optimizer(state, schedule)
+    check_space(work, STATE_COPIES * sum(3 * tensor.nbytes for _, tensor in state.named()))
     if (work / STATE).is_file():
         restore(state, optimizer, work, fingerprint)
-    teacher = copy.deepcopy(model) if any(FLOAT in width.teachers for width in objective) else None
+    teacher = copy.deepcopy(model) if any(FLOAT in width.teachers for width in job.objective) else None
     prepare(model, views, schedule)
+    work.mkdir(parents=True, exist_ok=True)
     with (work / LOG).open("a") as log:
         while state.step < schedule.steps:
-            record = train_step(model, views, grid, state, optimizer, objective, windows, schedule, teacher)
+            record = train_step(model, views, grid, state, optimizer, job.objective, windows, schedule, teacher)
             if not all(math.isfinite(loss) for loss in record["loss"].values()):
-                raise InputError(f"the loss is not finite at step {state.step}; use a smaller --lr")
+                raise InputError(f"the loss is not finite at step {state.step}; use a smaller --lr and --overwrite")
             log.write(json.dumps(record) + "\n")
-            report(record)
+            job.report(record)
             if state.step % schedule.save_every == 0 or state.step == schedule.steps:
                 log.flush()
                 save(state, optimizer, work, fingerprint)
@@ -137,7 +161,9 @@ def start(model: Model, views: Mapping[str, View], grid: Grid, schedule: Schedul
     masters = {path: view.of(parameters[view.parameter].detach()).float().clone() for path, view in views.items()}
     return State(
         masters=masters,
-        learned={path: start_learning(w, grid, clip=schedule.learn_clip, name=path) for path, w in masters.items()},
+        learned={
+            path: start_learning(w, grid, clip=bool(schedule.learn_clip), name=path) for path, w in masters.items()
+        },
         rest={name: p for name, p in parameters.items() if name not in taken} if schedule.train_rest else {},
     )
 
@@ -153,15 +179,16 @@ def make_optimizer(state: State, schedule: Schedule) -> torch.optim.Optimizer:
         {"params": learned, "factor": schedule.affine_lr, "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=schedule.lr, betas=(0.9, 0.95), fused=True)
+    return torch.optim.AdamW(groups, lr=schedule.lr or 0.0, betas=(0.9, 0.95), fused=True)
 
 
 def learning_rate(step: int, schedule: Schedule) -> float:
     """Linear warm-up to ``lr``, then cosine to 0 (App. B)."""
-    if step < schedule.warmup:
-        return schedule.lr * (step + 1) / schedule.warmup
-    done = (step - schedule.warmup) / max(1, schedule.steps - schedule.warmup)
-    return schedule.lr * (1 + math.cos(math.pi * done)) / 2
+    peak, warmup = schedule.lr or 0.0, schedule.warmup or 0
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    done = (step - warmup) / max(1, schedule.steps - warmup)
+    return peak * (1 + math.cos(math.pi * done)) / 2
 
 
 def train_step(
@@ -300,12 +327,9 @@ def save(state: State, optimizer: torch.optim.Optimizer, work: Path, fingerprint
     for name, tensor in state.named():
         for key, value in optimizer.state[tensor].items():
             tensors[f"{name}//{key}"] = value
-    partial = work / f"{STATE}.partial"
     metadata = {"step": str(state.step), "fingerprint": json.dumps(fingerprint, sort_keys=True)}
-    save_file(tensors, partial, metadata=metadata)
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    partial.replace(work / STATE)
+    with replace_when_done(work / STATE) as partial:
+        save_file(tensors, partial, metadata=metadata)
 
 
 def restore(state: State, optimizer: torch.optim.Optimizer, work: Path, fingerprint: Mapping[str, Any]) -> None:

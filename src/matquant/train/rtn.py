@@ -1,18 +1,23 @@
 """Round to nearest: the smallest method, and the example for all others.
 
-A method takes a float model, the views of its linears and a Grid, and returns nested tensors by path. It changes no
-model and writes no file.
+A method takes a Job and returns nested tensors by path, one at a time if it can. It writes no checkpoint, and changes
+nothing in the model but what the job asks it to train.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
-from matquant.models import Model, View
+from matquant.errors import InputError
 from matquant.tensor import NestedTensor
-from matquant.train.fake import Grid, nest
+from matquant.train.fake import nest
+from matquant.train.job import Job
 
 
-def round_to_nearest(model: Model, views: Mapping[str, View], grid: Grid) -> Iterator[tuple[str, NestedTensor]]:
-    """Encode every weight on its min-max grid (MatQuant Eq. 1), one at a time. No data, no training."""
-    parameters = dict(model.named_parameters())
-    for path, view in views.items():
-        yield path, nest(view.of(parameters[view.parameter].detach()).float(), grid, name=path)
+def round_to_nearest(job: Job) -> Iterator[tuple[str, NestedTensor]]:
+    """Encode every weight on its min-max grid (MatQuant Eq. 1). No data, no training, one weight in memory."""
+    if job.grid.affine == "learned":
+        raise InputError("method 'rtn' learns nothing; use --affine refit or none")
+    parameters = dict(job.model.named_parameters())
+    return (
+        (path, nest(view.of(parameters[view.parameter].detach()).float(), job.grid, name=path))
+        for path, view in job.views.items()
+    )

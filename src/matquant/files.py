@@ -1,0 +1,71 @@
+"""Writing files so that a crash or a full disk never leaves half of one."""
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from matquant.errors import InputError
+
+
+def write_atomically(file: Path, content: bytes) -> None:
+    """Write ``content`` beside ``file``, sync it, and rename it into place."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with replace_when_done(file) as partial:
+        partial.write_bytes(content)
+
+
+@contextlib.contextmanager
+def replace_when_done(file: Path) -> Iterator[Path]:
+    """Yield a path to write to; afterwards it is synced and becomes ``file``. A failure leaves ``file`` as it was."""
+    partial = file.with_name(f".{file.name}.partial")
+    try:
+        with explain_full_disk(file):
+            yield partial
+            sync(partial)
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Force a file or directory to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def explain_full_disk(target: Path) -> Iterator[None]:
+    """Turn "no space left", from the system or from safetensors, into an InputError that says what would do."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT) and "os error 28" not in str(error):
+            raise
+        raise InputError(
+            f"{target} was not written: no space left on the device ({free_bytes(target)} bytes free); "
+            "free some space or give another place"
+        ) from None
+
+
+def check_space(target: Path, needed_bytes: int) -> None:
+    """InputError if the disk of ``target`` has less than ``needed_bytes`` free."""
+    free = free_bytes(target)
+    if free < needed_bytes:
+        raise InputError(
+            f"{target} needs about {needed_bytes} bytes, its disk has {free} free; "
+            "free some space or give another place"
+        )
+
+
+def free_bytes(target: Path) -> int:
+    """Free bytes on the disk that ``target`` is, or would be, on."""
+    existing = next(parent for parent in [target, *target.absolute().parents] if parent.exists())
+    return shutil.disk_usage(existing).free
