@@ -18,7 +18,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +30,16 @@ from safetensors.numpy import save_file
 from matquant.errors import InputError
 from matquant.files import explain_full_disk, sync
 from matquant.nest import MASTER_BITS
-from matquant.spec import FORMAT_VERSION, Spec
+from matquant.spec import FORMAT_VERSION, Spec, check_format
 from matquant.tensor import NestedTensor
 
 MANIFEST = "matquant_manifest.json"
 SLICES = "matquant_slices.safetensors"
 SHARD_BYTES = 5 * 10**9  # what transformers itself shards at
 CODES_PER_WORD = 4  # 8-bit codes in an int32
+MADE_BY = "give a checkpoint made by matquant quantize"
+AGAIN = "copy it again or write the checkpoint again"
+DAMAGED = "the checkpoint is damaged: write it again"
 
 Item = tuple[str, "np.ndarray | NestedTensor"]
 
@@ -62,7 +65,7 @@ def write_checkpoint(
     name (tokenizer, logs). Raises InputError if ``directory`` exists and ``overwrite`` is false, or the disk is full;
     nothing is left behind then.
     """
-    target = Path(directory)
+    target = Path(directory).resolve()  # through a link, the checkpoint it points to is replaced
     check_writable(target, overwrite=overwrite)
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -159,7 +162,8 @@ def _write_tensors(directory: Path, items: Iterable[Item], *, spec: Spec, shard_
         size = sum(array.nbytes for _, array in entries)
         if shard and sum(array.nbytes for array in shard.values()) + size > shard_bytes:
             flush()
-        shard.update((key, np.ascontiguousarray(array)) for key, array in entries)
+        # ascontiguousarray alone would turn a scalar into a vector
+        shard.update((key, np.ascontiguousarray(array).reshape(array.shape)) for key, array in entries)
         total += size
         if isinstance(value, NestedTensor):
             for bits, (scale, zero) in value.slices.items():
@@ -201,14 +205,20 @@ def _json_bytes(value: Any) -> bytes:
 
 
 def _move_into_place(partial: Path, target: Path) -> None:
+    """Rename ``partial`` to ``target``; an old checkpoint is there until the new one is."""
     if not target.exists():
         partial.rename(target)
     elif not _exchange(partial, target):
         old = target.with_name(f".{target.name}.old")
         shutil.rmtree(old, ignore_errors=True)
-        target.rename(old)
-        partial.rename(target)
-        shutil.rmtree(old)
+        try:
+            target.rename(old)
+            partial.rename(target)
+        except BaseException:
+            if not target.exists():
+                old.rename(target)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _exchange(first: Path, second: Path) -> bool:
@@ -236,11 +246,14 @@ class Checkpoint:
     ignore: tuple[str, ...]
     files: Mapping[str, str]
     shapes: Mapping[str, tuple[int, int]]
+    handles: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)  # open files, by name
 
     def array(self, name: str) -> np.ndarray:
         """A stored tensor by its full name, as it lies in the file."""
-        with safe_open(self.directory / self.files[name], "np") as file:
-            array: np.ndarray = file.get_tensor(name)
+        file = self.files[name]
+        if file not in self.handles:
+            self.handles[file] = safe_open(self.directory / file, "np")
+        array: np.ndarray = self.handles[file].get_tensor(name)
         return array
 
     def plain_names(self) -> list[str]:
@@ -274,30 +287,29 @@ def open_checkpoint(directory: Path | str, *, check_hashes: bool = True) -> Chec
     """
     where = Path(directory)
     if not where.is_dir():
-        raise InputError(f"{where}: no such directory; give a checkpoint made by matquant quantize")
+        raise InputError(f"{where}: no such directory; {MADE_BY}")
     if not (where / MANIFEST).is_file():
-        raise InputError(f"{where} has no {MANIFEST}; give a checkpoint made by matquant quantize")
-    if check_hashes:
-        _check_manifest(where)
+        raise InputError(f"{where} has no {MANIFEST}; {MADE_BY}")
+    listed = _check_manifest(where, check_hashes=check_hashes)
     config = _read_json(where / "config.json")
-    quantised = config.pop("quantization_config", {})
-    if "matquant" not in quantised:
-        raise InputError(
-            f'{where / "config.json"} has no "matquant" object; give a checkpoint made by matquant quantize'
-        )
-    spec = Spec.from_json(quantised["matquant"], where=str(where / "config.json"))
-    files = _tensor_files(where)
-    checkpoint = Checkpoint(
+    quantised = config.pop("quantization_config", None)
+    record = quantised.get("matquant") if isinstance(quantised, dict) else None
+    if not isinstance(quantised, dict) or not isinstance(record, dict):
+        raise InputError(f'{where / "config.json"} has no "matquant" object; {MADE_BY}')
+    spec = Spec.from_json(record, where=str(where / "config.json"))
+    with contextlib.ExitStack() as stack:
+        handles = {file: stack.enter_context(_open_tensors(where / file)) for file in _tensor_files(where, listed)}
+        files = _tensor_names(where, handles)
+        shapes = _check_structure(where, files, handles, spec)
+    ignore = quantised.get("ignore")
+    return Checkpoint(
         directory=where,
         config=config,
         spec=spec,
-        ignore=tuple(quantised.get("ignore", ())),
+        ignore=tuple(map(str, ignore)) if isinstance(ignore, list) else (),
         files=files,
-        shapes=_check_structure(where, files, spec),
+        shapes=shapes,
     )
-    if not checkpoint.shapes:
-        raise InputError(f"{where} holds no quantised weight; the checkpoint is damaged: write it again")
-    return checkpoint
 
 
 def verify_checkpoint(directory: Path | str) -> Checkpoint:
@@ -315,96 +327,140 @@ def verify_checkpoint(directory: Path | str) -> Checkpoint:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        values = json.loads(file.read_text())
+        values = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InputError(f"{file} is missing; copy it again or write the checkpoint again") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{file} is not JSON ({error}); copy it again or write the checkpoint again") from None
+        raise InputError(f"{file} is missing; {AGAIN}") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{file} is not JSON ({error}); {AGAIN}") from None
     if not isinstance(values, dict):
-        raise InputError(f"{file} is not a JSON object; copy it again or write the checkpoint again")
+        raise InputError(f"{file} is not a JSON object; {AGAIN}")
     return values
 
 
-def _check_manifest(where: Path) -> None:
+def _check_manifest(where: Path, *, check_hashes: bool) -> set[str]:
+    """The names of the files the manifest lists, after checking their sizes and (if told to) their hashes."""
     manifest = _read_json(where / MANIFEST)
-    version = manifest.get("format")
-    if not isinstance(version, int) or version > FORMAT_VERSION:
-        raise InputError(
-            f"{where} is in format {version!r}; this matquant reads formats up to {FORMAT_VERSION}: upgrade matquant"
-        )
+    check_format(manifest.get("format"), where=where)
     entries = manifest.get("files")
     if not isinstance(entries, dict) or "config.json" not in entries:
-        raise InputError(f"{where / MANIFEST} lists no files; copy it again or write the checkpoint again")
+        raise InputError(f"{where / MANIFEST} lists no files; {AGAIN}")
     for name, entry in entries.items():
         file = where / name
+        if file.name != name or name in (MANIFEST, ".", ".."):
+            raise InputError(f"{where / MANIFEST} lists {name!r}, which is not a file name; {AGAIN}")
+        if (
+            not isinstance(entry, dict)
+            or type(entry.get("bytes")) is not int
+            or not isinstance(entry.get("sha256"), str)
+        ):
+            raise InputError(f"{where / MANIFEST} has no size and sha256 of {name}; {AGAIN}")
         if not file.is_file():
-            raise InputError(f"{file} is missing; copy it again or write the checkpoint again")
-        if file.stat().st_size != entry["bytes"]:
-            raise InputError(
-                f"{file} has {file.stat().st_size} bytes, the manifest says {entry['bytes']}; "
-                "copy it again or write the checkpoint again"
-            )
-    with ThreadPoolExecutor() as pool:
-        sums = pool.map(_sha256, (where / name for name in entries))
+            raise InputError(f"{file} is missing; {AGAIN}")
+        if check_hashes and file.stat().st_size != entry["bytes"]:
+            raise InputError(f"{file} has {file.stat().st_size} bytes, the manifest says {entry['bytes']}; {AGAIN}")
+    if check_hashes:
+        with ThreadPoolExecutor() as pool:
+            sums = list(pool.map(_sha256, (where / name for name in entries)))
         for (name, entry), found in zip(entries.items(), sums, strict=True):
             if found != entry["sha256"]:
                 raise InputError(
-                    f"{where / name} is damaged: sha256 {found[:12]}…, the manifest says {entry['sha256'][:12]}…; "
-                    "copy it again or write the checkpoint again"
+                    f"{where / name} is damaged: sha256 {found[:12]}…, "
+                    f"the manifest says {entry['sha256'][:12]}…; {AGAIN}"
                 )
+    return set(entries)
 
 
-def _tensor_files(where: Path) -> dict[str, str]:
-    """Tensor name -> file name, over the model's shards and the slices file."""
+def _tensor_files(where: Path, listed: set[str]) -> list[str]:
+    """Names of the files that hold tensors: the model's shards and the slices. Only listed files are read."""
     index = where / "model.safetensors.index.json"
-    shards = set(_read_json(index)["weight_map"].values()) if index.is_file() else {"model.safetensors"}
-    if (where / SLICES).is_file():
+    shards: set[Any] = {"model.safetensors"}
+    if index.exists():
+        if index.name not in listed:
+            raise InputError(f"{index} is not listed in {MANIFEST}; {AGAIN}")
+        weight_map = _read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+            raise InputError(f"{index} has no weight_map; {AGAIN}")
+        shards = set(weight_map.values())
+    if (where / SLICES).exists():
         shards.add(SLICES)
-    files: dict[str, str] = {}
     for shard in sorted(shards):
-        try:
-            with safe_open(where / shard, "np") as file:
-                files.update(dict.fromkeys(file.keys(), shard))
-        except (SafetensorError, FileNotFoundError) as error:
-            raise InputError(
-                f"{where / shard} cannot be read ({error}); copy it again or write the checkpoint again"
-            ) from None
+        if shard not in listed:
+            raise InputError(f"{where / shard} is not listed in {MANIFEST}; {AGAIN}")
+    return sorted(shards)
+
+
+def _open_tensors(file: Path) -> Any:
+    try:
+        return safe_open(file, "np")
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{file} cannot be read ({error}); {AGAIN}") from None
+
+
+def _tensor_names(where: Path, handles: Mapping[str, Any]) -> dict[str, str]:
+    """Tensor name -> file name."""
+    files: dict[str, str] = {}
+    for file, handle in handles.items():
+        for name in handle.keys():  # noqa: SIM118  (a safetensors handle is no mapping)
+            if name in files:
+                raise InputError(f"{where} has the tensor {name} in {files[name]} and in {file}; {DAMAGED}")
+            files[name] = file
     return files
 
 
-def _check_structure(where: Path, files: Mapping[str, str], spec: Spec) -> dict[str, tuple[int, int]]:
-    """Path -> (N, K) of every quantised weight, after checking that all its tensors are there in the right shape."""
+def _check_structure(
+    where: Path, files: Mapping[str, str], handles: Mapping[str, Any], spec: Spec
+) -> dict[str, tuple[int, int]]:
+    """Path -> (N, K) of every quantised weight, after checking that all its tensors have the right shape and dtype."""
     shapes: dict[str, tuple[int, int]] = {}
-    suffix = ".weight_packed"
-    handles: dict[str, Any] = {}
-    with contextlib.ExitStack() as stack:
-        for shard in set(files.values()):
-            handles[shard] = stack.enter_context(safe_open(where / shard, "np"))
-
-        def shape(name: str) -> list[int]:
+    parts = (".weight_packed", ".weight_scale", ".weight_shape", ".weight_zero_point")
+    paths = {name.removesuffix(part) for name in files for part in parts if name.endswith(part)}
+    for path in sorted(paths):
+        name = f"{path}.weight_shape"
+        if name not in files:
+            raise InputError(f"{where} lacks the tensor {name}; {DAMAGED}")
+        stored = handles[files[name]].get_tensor(name)
+        if stored.dtype != np.int64:
+            dtype = handles[files[name]].get_slice(name).get_dtype()
+            raise InputError(f"{name} has dtype {dtype}, {path} needs I64; {DAMAGED}")
+        if stored.shape != (2,) or (stored < 1).any():
+            raise InputError(f"{name} is {stored.tolist()}, not the size of a matrix; {DAMAGED}")
+        rows, columns = (int(n) for n in stored)
+        if columns % (spec.group_size or 1):
+            raise InputError(
+                f"{where} has group_size={spec.group_size}, "
+                f"which does not divide in_features={columns} of {path}; {DAMAGED}"
+            )
+        for name, wanted in _expected_tensors(path, rows, columns, spec).items():
             if name not in files:
-                raise InputError(f"{where} lacks the tensor {name}; the checkpoint is damaged: write it again")
-            return list(handles[files[name]].get_slice(name).get_shape())
-
-        for path in sorted(name.removesuffix(suffix) for name in files if name.endswith(suffix)):
-            shape(f"{path}.weight_shape")
-            rows, columns = (int(n) for n in handles[files[f"{path}.weight_shape"]].get_tensor(f"{path}.weight_shape"))
-            groups = columns // (spec.group_size or columns)
-            expected = {
-                f"{path}.weight_packed": [rows, -(-columns // CODES_PER_WORD)],
-                f"{path}.weight_scale": [rows, groups],
-                **{f"{path}.{bits}.{part}": [rows, groups] for bits in spec.slices for part in ("scale", "zero")},
-            }
-            if not spec.symmetric:
-                expected[f"{path}.weight_zero_point"] = [-(-rows // CODES_PER_WORD), groups]
-            for name, wanted in expected.items():
-                if shape(name) != wanted:
-                    raise InputError(
-                        f"{name} has shape {shape(name)}, {path} of {rows} x {columns} needs {wanted}; "
-                        "the checkpoint is damaged: write it again"
-                    )
-            shapes[path] = (rows, columns)
+                raise InputError(f"{where} lacks the tensor {name}; {DAMAGED}")
+            entry = handles[files[name]].get_slice(name)
+            if entry.get_dtype() != wanted[1]:
+                raise InputError(f"{name} has dtype {entry.get_dtype()}, {path} needs {wanted[1]}; {DAMAGED}")
+            if list(entry.get_shape()) != wanted[0]:
+                raise InputError(
+                    f"{name} has shape {list(entry.get_shape())}, "
+                    f"{path} of {rows} x {columns} needs {wanted[0]}; {DAMAGED}"
+                )
+        shapes[path] = (rows, columns)
+    if not shapes:
+        raise InputError(f"{where} holds no quantised weight; {DAMAGED}")
     return shapes
+
+
+def _expected_tensors(path: str, rows: int, columns: int, spec: Spec) -> dict[str, tuple[list[int], str]]:
+    """Tensor name -> (shape, dtype) of a quantised weight, besides its weight_shape."""
+    groups = columns // (spec.group_size or columns)
+    scale_dtype = "F32" if _scale_dtype(path, spec) is np.float32 else "BF16"
+    expected = {
+        f"{path}.weight_packed": ([rows, -(-columns // CODES_PER_WORD)], "I32"),
+        f"{path}.weight_scale": ([rows, groups], scale_dtype),
+    }
+    if not spec.symmetric:
+        expected[f"{path}.weight_zero_point"] = ([-(-rows // CODES_PER_WORD), groups], "I32")
+    for bits in spec.slices:
+        expected[f"{path}.{bits}.scale"] = ([rows, groups], "BF16")
+        expected[f"{path}.{bits}.zero"] = ([rows, groups], "F16")
+    return expected
 
 
 # ------------------------------------------------------------------------------------------------------------ sizes

@@ -59,7 +59,7 @@ def render(checkpoint: Checkpoint, summary: dict[str, Any]) -> RenderableType:
             "method",
             f"{spec.method} {spec.objective}" + (f" baseline int{spec.baseline_bits}" if spec.baseline_bits else ""),
         ),
-        ("trained widths", ", ".join(map(str, spec.widths))),
+        ("trained widths", ", ".join(map(str, spec.widths)) or "none"),
         ("rule", spec.rule),
         ("grid", f"{'symmetric' if spec.symmetric else 'asymmetric'}, groups: {group}; own affines at widths: {own}"),
         ("quantised", f"{summary['weights']:,} weights in {len(checkpoint.shapes)} linears ({spec.scope})"),

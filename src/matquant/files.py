@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,7 +48,9 @@ def explain_full_disk(target: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        if getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT) and "os error 28" not in str(error):
+        found = re.search(r"os error (\d+)", str(error))  # how safetensors says it
+        number = int(found[1]) if found else getattr(error, "errno", None)
+        if number not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         raise InputError(
             f"{target} was not written: no space left on the device ({free_bytes(target)} bytes free); "

@@ -6,7 +6,7 @@ Both are frozen, keyword-only, and read from JSON strictly: an unknown key raise
 import dataclasses
 import difflib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -27,6 +27,41 @@ def _known_only(record: type, values: Mapping[str, Any], *, where: str) -> dict[
                 f"{where} has the key {key!r}, which format {FORMAT_VERSION} does not; nearest: {nearest!r}"
             )
     return dict(values)
+
+
+def _is_int(value: Any, low: int, high: float = float("inf")) -> bool:
+    return type(value) is int and low <= value <= high
+
+
+def _all_ints(value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is int for item in value)
+
+
+# What each key of a record must be: a test and its words.
+_KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "rule": (lambda v: isinstance(v, str), "a string"),
+    "widths": (_all_ints, "a list of integers"),
+    "slices": (_all_ints, "a list of integers"),
+    "group_size": (lambda v: v is None or _is_int(v, 1), "null or an integer above 0"),
+    "symmetric": (lambda v: isinstance(v, bool), "true or false"),
+    "scale_dtype": (lambda v: v in SCALE_DTYPES, " or ".join(SCALE_DTYPES)),
+    "scope": (lambda v: isinstance(v, str), "a string"),
+    "method": (lambda v: isinstance(v, str), "a string"),
+    "objective": (lambda v: isinstance(v, str), "a string"),
+    "weights": (lambda v: isinstance(v, list) and all(type(w) in (int, float) for w in v), "a list of numbers"),
+    "baseline_bits": (lambda v: v is None or _is_int(v, 1, MASTER_BITS), "null or an integer 1..8"),
+    "steps": (lambda v: _is_int(v, 0), "an integer of at least 0"),
+    "seed": (lambda v: type(v) is int, "an integer"),
+    "data_sha256": (lambda v: isinstance(v, str), "a string"),
+}
+
+
+def check_format(version: Any, *, where: object) -> None:
+    """InputError unless ``version`` is a format this package reads."""
+    if not _is_int(version, 1, FORMAT_VERSION):
+        raise InputError(
+            f"{where} is in format {version!r}; this matquant reads formats up to {FORMAT_VERSION}: upgrade matquant"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,18 +102,23 @@ class Spec:
     @classmethod
     def from_json(cls, values: dict[str, Any], *, where: str) -> Self:
         """Parse the "matquant" object of ``where``; InputError for a future format, unknown or missing keys."""
-        version = values.get("format")
-        if not isinstance(version, int) or version > FORMAT_VERSION:
-            raise InputError(
-                f"{where} is in format {version!r}; "
-                f"this matquant reads formats up to {FORMAT_VERSION}: upgrade matquant"
-            )
+        check_format(values.get("format"), where=where)
         known = _known_only(cls, values, where=where)
         for name in ("rule", "widths"):
             if name not in known:
                 raise InputError(f"{where} lacks {name!r}; the checkpoint is damaged: write it again")
+        for key, (is_right, words) in _KINDS.items():
+            if key in known and not is_right(known[key]):
+                raise InputError(
+                    f"{where} has {key}={known[key]!r}, which must be {words}; "
+                    "the checkpoint is damaged: write it again"
+                )
         values = {key: tuple(value) if isinstance(value, list) else value for key, value in known.items()}
-        return cls(**values)
+        try:
+            return cls(**values)
+        except InputError as error:
+            found = ", ".join(f"{key}={known.get(key)!r}" for key in ("rule", "widths", "slices"))
+            raise InputError(f"{where} has {found}: {error}") from None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -87,7 +87,8 @@ def quantize(
     widths = _widths(objective, weights, baseline_bits)
     affine = affine or ("learned" if method == "qat" else "refit")
     _check_choices(method=method, affine=affine, scale_dtype=scale_dtype, rule=rule)
-    if method in NEEDS_TEXT:
+    trains = method in NEEDS_TEXT
+    if trains:
         qat.check_options(options)
         if not text:
             raise InputError(f"method {method!r} needs text to train on; give --text FILE, or --method rtn")
@@ -95,7 +96,7 @@ def quantize(
     check_model_path(model)
     work = target.with_name(f".{target.name}.work")
     _check_work(work, resume=resume, overwrite=overwrite)
-    documents = read_documents(text) if method in NEEDS_TEXT else []
+    documents = read_documents(text) if trains else []
 
     source = load_float(model)
     dtypes = {name: tensor.dtype for name, tensor in source.state_dict().items()}
@@ -115,17 +116,17 @@ def quantize(
     )
     spec = Spec(
         rule=grid.rule,
-        widths=tuple(width.bits for width in widths),
+        widths=tuple(width.bits for width in widths) if trains else (),
         slices=grid.sliced or ((baseline_bits,) if baseline_bits and baseline_bits < MASTER_BITS else ()),
         group_size=group_size,
         symmetric=symmetric,
         scale_dtype=scale_dtype,
         scope=scope,
         method=method,
-        objective=objective if baseline_bits is None or widths[0].teachers else str(baseline_bits),
-        weights=tuple(width.weight for width in widths),
+        objective=_objective(objective, baseline_bits, widths) if trains else "",
+        weights=tuple(width.weight for width in widths) if trains else (),
         baseline_bits=baseline_bits,
-        steps=options.get("steps", qat.Schedule.steps) if method in NEEDS_TEXT else 0,
+        steps=options.get("steps", qat.Schedule.steps) if trains else 0,
         seed=options.get("seed", 0),
         data_sha256=data_sha256(stream) if len(stream) else "",
     )
@@ -138,7 +139,7 @@ def quantize(
         objective=widths,
         work=work,
         stream=stream,
-        options=options if method in NEEDS_TEXT else {},
+        options=options if trains else {},
         report=report,
     )
     nested = METHODS[method](job)
@@ -147,6 +148,11 @@ def quantize(
     _write(target, source, views, nested, spec=spec, dtypes=dtypes, files=files, overwrite=overwrite)
     shutil.rmtree(work, ignore_errors=True)
     return target
+
+
+def _objective(objective: str, baseline_bits: int | None, widths: tuple[Width, ...]) -> str:
+    """What was really trained: ``objective`` unless a baseline put its own width in its place."""
+    return str(baseline_bits) if baseline_bits is not None and not widths[0].teachers else objective
 
 
 def _own_affines(affine: str, baseline_bits: int | None) -> tuple[int, ...]:

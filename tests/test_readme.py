@@ -1,0 +1,49 @@
+"""The README's code runs as it stands."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from matquant import cli
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_the_python_blocks_run_and_print_what_they_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    said = []
+    for block in blocks("python"):
+        exec(compile(block, "README.md", "exec"), {})
+        said += [line.split("#", 1)[1].split() for line in block.splitlines() if line.startswith("print(")]
+    assert capsys.readouterr().out.split() == [word for line in said for word in line]
+
+
+def test_the_commands_run(
+    llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = {"MODEL": llama, "OUT": tmp_path / "OUT", "corpus.txt": text_file, "heldout.txt": text_file}
+    commands = [line for block in blocks("") for line in block.splitlines() if line.startswith("matquant ")]
+    assert len(commands) == 4
+    for line in commands:
+        words = [str(names.get(word, word)) for word in shlex.split(line, comments=True)]
+        if words[1] == "quantize":
+            words += ["--steps", "2", "--seq-len", "16"]
+        monkeypatch.setattr("sys.argv", words)
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert ended.value.code in (0, None), capsys.readouterr().err
+
+
+def test_every_file_the_readme_names_exists() -> None:
+    for name in re.findall(r"\b(?:docs|bench|examples)/[\w./-]*\w", README):
+        assert (ROOT / name).exists(), name
