@@ -513,7 +513,13 @@ def test_a_command_that_does_not_parse_ends_with_2(
 
 
 def test_a_message_is_printed_as_it_is_and_once(run: Run) -> None:
-    for name in ("/nowhere/[bold]x[/bold]", "/nowhere/[/x]", "/nowhere/:smile:", "/nowhere/\\[b]", f"/{'x' * 300}"):
+    for name in (
+        "/nowhere/[bold]x[/bold]",
+        "/nowhere/[/x]",
+        "/nowhere/:smile:",
+        "/nowhere/\\[b]",
+        "/nowhere" + "/much_too_deep" * 20,
+    ):
         result = run("verify", name)
         assert (result.code, result.out) == (2, "")
         assert result.err == f"error: {name}: no such directory; give a checkpoint made by matquant quantize\n"
@@ -750,13 +756,16 @@ def test_a_run_interrupted_before_its_first_state_starts_again(
 
 
 def test_a_failed_start_keeps_an_interrupted_run(
-    interrupted: Path, refuse: Refuse, start: Arguments, text_file: Path
+    interrupted: Path, refuse: Refuse, llama: Path, text_file: Path, tmp_path: Path
 ) -> None:
     assert interrupted.is_dir()
-    nowhere = text_file.parent / "nowhere"
-    message = f"--text {nowhere}: no such file; give a UTF-8 text file"
+    start = ("quantize", llama, "-o", tmp_path / "out", *QAT)
+    nowhere, short = tmp_path / "nowhere", tmp_path / "short"
+    short.write_text("too short")
     for flag in ("--resume", "--overwrite"):
-        refuse(*start("--text", nowhere, flag), message=message)
+        refuse(*start, flag, "--text", nowhere, message=f"--text {nowhere}: no such file; give a UTF-8 text file")
+        refuse(*start, flag, "--text", short, naming=("the text has 10 tokens, shorter than one window of 16 + 1",))
+        refuse(*start, flag, "--text", text_file, "--scope", "nope", naming=("scope='nope' is not known",))
 
 
 def test_a_damaged_state_is_refused(interrupted: Path, refuse: Refuse, start: Arguments) -> None:
@@ -782,26 +791,36 @@ def test_quantising_says_what_it_wrote_and_what_to_try(run: Run, llama: Path, ch
 def test_quantising_takes_every_option_of_the_record(run: Run, llama: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     options = ("--rule", "extra", "--scope", "attention", "--group-size", "16", "--asymmetric", "--affine", "none")
-    more = ("--scale-dtype", "float32", "--objective", "8,4,8->2", "--weights", "1,0.5,2", "--seed", "7")
+    more = ("--scale-dtype", "float32", "--seed", "7")
     assert run("quantize", llama, "-o", out, "--method", "rtn", *options, *more).code == 0
     spec = verify_checkpoint(out).spec
     assert dataclasses.asdict(spec) == {
         "format": 1,
         "rule": "extra",
-        "widths": (8, 4, 2),
+        "widths": (),
         "slices": (),
         "group_size": 16,
         "symmetric": False,
         "scale_dtype": "float32",
         "scope": "attention",
         "method": "rtn",
-        "objective": "8,4,8->2",
-        "weights": (1.0, 0.5, 2.0),
+        "objective": "",
+        "weights": (),
         "baseline_bits": None,
         "steps": 0,
         "seed": 7,
         "data_sha256": "",
     }
+
+
+def test_training_records_what_it_was_asked(run: Run, start: Arguments, tmp_path: Path) -> None:
+    options = ("--objective", "8,4,8->2", "--weights", "1,0.5,2", "--seed", "7", "--rule", "round")
+    assert run(*start(*options)).code == 0
+    spec = verify_checkpoint(tmp_path / "out").spec
+    assert (spec.method, spec.rule, spec.widths, spec.weights) == ("qat", "round", (8, 4, 2), (1.0, 0.5, 2.0))
+    assert (spec.objective, spec.seed, spec.steps, spec.baseline_bits) == ("8,4,8->2", 7, 3, None)
+    assert len(spec.data_sha256) == 64
+    assert steps_logged(tmp_path / "out") == [1, 2, 3]
 
 
 def test_training_takes_several_texts_and_leaves_no_work(
@@ -833,7 +852,7 @@ def test_inspecting_shows_every_width_with_its_honest_bits(run: Run, checkpoint:
         assert row["bits_per_weight"] == bits_per_weight(found, plan)
     for fact in (
         "rule            prefix",
-        "trained widths  8, 4, 2",
+        "trained widths  none",
         "9,216 weights in 6 linears (ffn)",
         str(checkpoint),
     ):
@@ -1052,7 +1071,14 @@ def test_the_help_fits_a_small_terminal(run: Run) -> None:
 def option_lines(text: str) -> list[str]:
     """The lines in the box of options."""
     box = text.split("─ Options ─", 1)[1].split("╰", 1)[0]
-    return [line.strip("│ ") for line in box.splitlines()[1:]]
+    return [line.strip("│ ").removeprefix("*").strip() for line in box.splitlines()[1:]]
+
+
+def shown_defaults(lines: list[str]) -> dict[str, str]:
+    """First name of a flag -> its default, where one is shown; lines that do not begin with a flag continue."""
+    flags = re.split(r"\n(?=--)", "\n".join(lines))
+    found = ((flag.split()[0], re.search(r"\[default: (.*?)\]", flag.replace("\n", " "))) for flag in flags)
+    return {name: default[1] for name, default in found if default}
 
 
 FLAGS: dict[str, list[str]] = {
@@ -1079,7 +1105,7 @@ DEFAULTS: dict[str, dict[str, str]] = {
         "--scope": "ffn",
         "--group-size": "channel",
         "--symmetric": "symmetric",
-        "--affine": "(learned; rtn: refit)",
+        "--affine": "(by method)",
         "--scale-dtype": "bfloat16",
         "--steps": "300",
         "--batch-size": "8",
@@ -1088,7 +1114,7 @@ DEFAULTS: dict[str, dict[str, str]] = {
         "--seed": "0",
         "--accumulate": "1",
         "--bf16": "fp32",
-        "--learn-clip": "(where affines are learned)",
+        "--learn-clip": "(as affines)",
         "--save-every": "100",
         "--device": "(cuda if there is one)",
         "--threads": "(all)",
@@ -1110,7 +1136,7 @@ def test_the_help_of_a_verb_has_one_line_for_each_flag(verb: str, run: Run) -> N
     result = run(verb, "--help", columns=140)
     assert (result.code, result.err) == (0, "")
     lines = option_lines(result.out)
-    flags = [re.match(r"(?:\* +)?(--[\w-]+)", line) for line in lines]
+    flags = [re.match(r"(--[\w-]+)", line) for line in lines]
     wrapped = [line for line, flag in zip(lines, flags, strict=True) if flag is None]
     assert wrapped == [], "these lines continue the one before"
     assert [flag[1] for flag in flags if flag] == FLAGS[verb]
@@ -1118,13 +1144,7 @@ def test_the_help_of_a_verb_has_one_line_for_each_flag(verb: str, run: Run) -> N
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_the_help_of_a_verb_shows_every_default(verb: str, run: Run) -> None:
-    text = " ".join(option_lines(run(verb, "--help", columns=200).out))
-    shown = {}
-    for part in re.split(r"(?:^| )(?=(?:\* +)?--[\w-]+ +(?:-\w|--[\w-]+|<|[A-Z]|channel))", text):
-        flag, default = re.search(r"--[\w-]+", part), re.search(r"\[default: (.*?)\]", part)
-        if flag and default:
-            shown[flag[0]] = default[1]
-    assert shown == DEFAULTS[verb]
+    assert shown_defaults(option_lines(run(verb, "--help", columns=140).out)) == DEFAULTS[verb]
 
 
 # Without torch --------------------------------------------------------------------------------------------------------

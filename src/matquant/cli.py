@@ -37,13 +37,8 @@ def main() -> None:
     try:
         app()
     except (InputError, OSError) as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {_plain(str(error))}", highlight=False, soft_wrap=True)
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        Console(stderr=True).print(
-            "interrupted; if it was training, the same command with --resume continues", soft_wrap=True
-        )
-        sys.exit(130)
 
 
 @app.command()
@@ -52,7 +47,7 @@ def quantize(
     out: Annotated[Path, Option("--out", "-o", metavar="OUT", help="Directory to write.")],
     more_text: MoreFiles = None,
     method: Annotated[str, Option(help="rtn (round to nearest) or qat (joint training).")] = "qat",
-    objective: Annotated[str, Option(help='Widths and distillation, e.g. "8,4,2,8->2" or "8,4,2,fp->2".')] = "8,4,2",
+    objective: Annotated[str, Option(help='Widths and distillation, such as "8,4,2,fp->2".')] = "8,4,2",
     weights: Annotated[
         str | None, Option(help="Lambda per width, in that order.", show_default="0.1 each, narrowest 1")
     ] = None,
@@ -64,11 +59,9 @@ def quantize(
     ] = True,
     affine: Annotated[
         str | None,
-        Option(help="Own scale and zero of widths 2-4: none, refit, learned.", show_default="learned; rtn: refit"),
+        Option(help="Own affines of widths 2-4: none, refit, learned.", show_default="by method"),
     ] = None,
-    scale_dtype: Annotated[
-        str, Option(help="bfloat16 (exact in every engine) or float32 (Eq. 1 to the letter).")
-    ] = "bfloat16",
+    scale_dtype: Annotated[str, Option(help="Of stored scales: bfloat16 or float32 (exact Eq. 1).")] = "bfloat16",
     baseline_bits: Annotated[int | None, Option(help="Train the dedicated model of this width instead.")] = None,
     text: Files = None,
     steps: Annotated[int, Option(help="Optimiser steps.")] = 300,
@@ -82,9 +75,7 @@ def quantize(
     train_rest: Annotated[bool, Option("--train-rest", help="Also train what is not quantised.")] = False,
     learn_clip: Annotated[
         bool | None,
-        Option(
-            "--learn-clip/--no-learn-clip", help="Learn the clip of Eq. 3.", show_default="where affines are learned"
-        ),
+        Option("--learn-clip/--no-learn-clip", help="Learn the clip of Eq. 3.", show_default="as affines"),
     ] = None,
     save_every: Annotated[int, Option(help="Steps between saved states.")] = 100,
     device: Annotated[str | None, Option(help="cpu or cuda.", show_default="cuda if there is one")] = None,
@@ -96,7 +87,7 @@ def quantize(
     options: dict[str, Any] = {
         key: value for key, value in locals().items() if key not in ("model", "out", "more_text")
     }
-    options |= {"weights": _numbers(weights, float, "--weights") if weights else None}
+    options |= {"weights": _numbers(weights, float, "--weights") if weights is not None else None}
     options |= {"group_size": _group_size(group_size), "text": [*(text or []), *(more_text or [])]}
     with _progress(steps) as report:
         written = _needs_torch("matquant.train").quantize(model, out, report=report, **options)
@@ -193,26 +184,29 @@ def _numbers(text: str, kind: type, flag: str) -> list[Any]:
 def _group_size(text: str) -> int | None:
     if text == "channel":
         return None
-    if not text.isdigit():
+    if not text.isdecimal():
         raise InputError(f"--group-size {text!r} is neither 'channel' nor a number; give one of them, such as 128")
     return int(text)
-
-
-def _plain(text: str) -> str:
-    return text.replace("[", r"\[")
 
 
 @contextmanager
 def _progress(steps: int) -> Iterator[Any]:
     """A bar with loss per width, tokens per second and time left, on stderr; yields the report function."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("training", total=steps, visible=False)
+    progress = Progress(*columns, console=Console(stderr=True))
+    task = progress.add_task("training", total=steps)
 
-        def report(record: dict[str, Any]) -> None:
-            losses = "  ".join(f"int{bits} {loss:.3f}" for bits, loss in record["loss"].items())
-            progress.update(
-                task, completed=record["step"], description=f"{losses}  {record['tok_s']:,.0f} tok/s", visible=True
-            )
+    def report(record: dict[str, Any]) -> None:
+        progress.start()  # not before the first step: a refused run prints its message and nothing else
+        losses = "  ".join(f"int{bits} {loss:.3f}" for bits, loss in record["loss"].items())
+        progress.update(task, completed=record["step"], description=f"{losses}  {record['tok_s']:,.0f} tok/s")
 
+    try:
         yield report
+    except KeyboardInterrupt:
+        progress.stop()
+        print("interrupted; if it was training, the same command with --resume continues", file=sys.stderr)
+        raise typer.Exit(130) from None
+    finally:
+        if progress.live.is_started:
+            progress.stop()

@@ -17,6 +17,7 @@ import ml_dtypes
 import numpy as np
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -69,13 +70,26 @@ def load_float(source: Path | str, *, dtype: torch.dtype | None = None) -> Model
                 raise InputError(f"{source} is quantised already; give the float model it was made from")
             if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
                 raise InputError(f"{source} is a {config.model_type} model, not a causal language model; give one")
-            model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype or "auto")
-    except (OSError, KeyError) as error:
+            model, info = transformers.AutoModelForCausalLM.from_pretrained(
+                source, dtype=dtype or "auto", output_loading_info=True, ignore_mismatched_sizes=True
+            )
+    except InputError:
+        raise
+    except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(
-            f"{source} cannot be loaded as a model ({str(error).splitlines()[0]}); "
+            f"{source} cannot be loaded as a model ({(str(error) or type(error).__name__).splitlines()[0]}); "
             "give a directory with config.json and safetensors, or a hub id that this machine can reach"
         ) from None
+    _check_loaded(info, source, "repair the model")
     return model.eval()
+
+
+def _check_loaded(info: Mapping[str, Any], source: object, remedy: str) -> None:
+    """InputError if transformers had to invent or drop a weight."""
+    for problem in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        names = sorted(key if isinstance(key, str) else str(key[0]) for key in info[problem])
+        if names and (problem != "unexpected_keys" or remedy != "repair the model"):
+            raise InputError(f"{source} has {problem.replace('_', ' ')}: {names[0]}; {remedy}")
 
 
 def check_model_path(source: Path | str) -> None:
@@ -114,12 +128,7 @@ def build_model(
             raise InputError(
                 f"{directory} does not fit its config.json ({str(error).splitlines()[0]}); write the checkpoint again"
             ) from None
-        for problem in ("missing_keys", "mismatched_keys", "unexpected_keys"):
-            if info[problem]:
-                raise InputError(
-                    f"{directory} has {problem.replace('_', ' ')}: {sorted(map(str, info[problem]))[0]}; "
-                    "write the checkpoint again"
-                )
+        _check_loaded(info, directory, "write the checkpoint again")
         with contextlib.suppress(OSError):
             model.generation_config = transformers.GenerationConfig.from_pretrained(directory)
     model.config.name_or_path = str(directory)

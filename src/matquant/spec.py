@@ -151,7 +151,7 @@ class Plan:
             raise InputError(f'--plan {where}: no such file; give a JSON file {{"default": 4, "bits": {{path: bits}}}}')
         try:
             values = json.loads(where.read_text())
-        except json.JSONDecodeError as error:
+        except ValueError as error:
             raise InputError(f'--plan {where} is not JSON ({error}); give {{"default": 4, "bits": {{...}}}}') from None
         if not isinstance(values, dict) or not isinstance(values.get("bits", {}), dict):
             raise InputError(f'--plan {where} is not an object with "bits"; give {{"default": 4, "bits": {{...}}}}')

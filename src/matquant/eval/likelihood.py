@@ -24,14 +24,7 @@ def log_perplexity(model: Any, stream: np.ndarray, *, context: int, stride: int 
     InputError if there is no whole window.
     """
     step = stride or context
-    if not 1 <= step <= context:
-        raise InputError(f"stride={step} is outside 1..{context}, the window; use a value inside")
-    count = (len(stream) - 1 - context) // step + 1
-    if count < 1:
-        raise InputError(
-            f"the text has {len(stream)} tokens, shorter than one window of {context} + 1; "
-            "give more text or a smaller --seq-len"
-        )
+    count = _count_windows(stream, context, step)
     starts = np.arange(count)[:, None] * step
     windows = stream[starts + np.arange(context + 1)]
     total, tokens = 0.0, 0
@@ -75,3 +68,21 @@ def evaluate(
 def context_length(model: Any) -> int:
     """The context the model was made for, in tokens."""
     return int(model.config.get_text_config().max_position_embeddings)
+
+
+def predicted_tokens(stream: np.ndarray, *, context: int, stride: int | None = None) -> int:
+    """How many tokens ``log_perplexity`` is the mean over."""
+    step = stride or context
+    return context + (_count_windows(stream, context, step) - 1) * step
+
+
+def _count_windows(stream: np.ndarray, context: int, step: int) -> int:
+    if not 1 <= step <= context:
+        raise InputError(f"stride={step} is outside 1..{context}, the window; use a value inside")
+    count = (len(stream) - 1 - context) // step + 1
+    if count < 1:
+        raise InputError(
+            f"the text has {len(stream)} tokens, shorter than one window of {context} + 1; "
+            "give more text or a smaller --seq-len"
+        )
+    return count

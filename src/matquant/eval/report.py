@@ -7,8 +7,10 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib.backend_bases import FigureCanvasBase
 from rich.table import Table
 
+from matquant.errors import InputError
 from matquant.files import replace_when_done, write_atomically
 
 mpl.use("Agg")
@@ -30,6 +32,13 @@ def width_table(title: str, log_perplexity: Mapping[str, float], bits_per_weight
 def write_json(file: Path, record: Mapping[str, Any]) -> None:
     """Write a record as one JSON object, atomically."""
     write_atomically(file, (json.dumps(record, sort_keys=True) + "\n").encode())
+
+
+def check_picture(file: Path) -> None:
+    """InputError unless ``file`` is the name of a picture that matplotlib can write."""
+    kinds = FigureCanvasBase.get_supported_filetypes()
+    if file.is_dir() or file.suffix.lstrip(".").lower() not in kinds:
+        raise InputError(f"--plot {file} is not the name of a picture; give one that ends in .png, .svg or .pdf")
 
 
 def plot_widths(

@@ -7,8 +7,9 @@ from typing import Any
 from rich.console import RenderableType
 
 from matquant.checkpoint import bits_per_weight, open_checkpoint
-from matquant.eval.likelihood import context_length, evaluate, log_perplexity
-from matquant.eval.report import plot_widths, width_table, write_json
+from matquant.errors import InputError, check_positive
+from matquant.eval.likelihood import context_length, evaluate, log_perplexity, predicted_tokens
+from matquant.eval.report import check_picture, plot_widths, width_table, write_json
 from matquant.integrations.transformers import load
 from matquant.models import load_float, load_tokenizer
 from matquant.spec import Plan
@@ -35,11 +36,19 @@ def evaluate_checkpoint(
     The record is {"log_perplexity": {width: nats per token}, "bits_per_weight": {width: bits}, "reference": nats or
     None, "tokens": predicted tokens, "context": window}. max_tokens: evaluate on the first so many tokens.
     """
+    counts = {"seq_len": seq_len, "stride": stride, "max_tokens": max_tokens}
+    check_positive(**{name: value for name, value in counts.items() if value is not None})
+    if plot_file is not None:
+        check_picture(plot_file)
+    if json_file is not None and json_file.is_dir():
+        raise InputError(f"--json {json_file} is a directory; give a file")
     checkpoint = open_checkpoint(directory)
     plan = Plan.read(plan_file) if plan_file is not None else None
     resolved = plan.resolve(checkpoint.shapes) if plan is not None else {}
-    documents = read_documents(text)[skip_documents:]
-    stream = token_stream(documents, load_tokenizer(directory))
+    documents = read_documents(text)
+    if not 0 <= skip_documents < len(documents):
+        raise InputError(f"skip_documents={skip_documents} of {len(documents)} documents; leave at least one")
+    stream = token_stream(documents[skip_documents:], load_tokenizer(directory))
     if max_tokens is not None:
         stream = stream[: max_tokens + 1]
     model = load(directory, check_hashes=False)  # open_checkpoint has just checked them
@@ -53,14 +62,14 @@ def evaluate_checkpoint(
         "bits_per_weight": sizes,
         "reference": None,
         "context": context,
-        "tokens": len(stream),
+        "tokens": predicted_tokens(stream, context=context, stride=stride),
     }
     shown = dict(results)
     if reference is not None:
         dtype = next(model.parameters()).dtype
         record["reference"] = log_perplexity(load_float(reference, dtype=dtype), stream, context=context, stride=stride)
         shown = {"float": record["reference"], **results}
-    show(width_table(f"{directory}, {len(stream):,} tokens, windows of {context}", shown, sizes))
+    show(width_table(f"{directory}, {record['tokens']:,} tokens, windows of {context}", shown, sizes))
     if plot_file is not None:
         names = [str(width) for width in bits]
         curve = ([sizes[name] for name in names], [results[name] for name in names])

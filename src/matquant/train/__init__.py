@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from matquant.checkpoint import check_writable, write_checkpoint
-from matquant.errors import InputError
+from matquant.errors import InputError, check_positive
 from matquant.files import check_space
 from matquant.grid import check_finite, check_group_size
 from matquant.models import (
@@ -83,6 +83,7 @@ def quantize(
     """
     target = Path(out)
     if threads is not None:
+        check_positive(threads=threads)
         torch.set_num_threads(threads)
     widths = _widths(objective, weights, baseline_bits)
     affine = affine or ("learned" if method == "qat" else "refit")
@@ -138,6 +139,7 @@ def quantize(
         spec=spec,
         objective=widths,
         work=work,
+        resume=resume,
         stream=stream,
         options=options if trains else {},
         report=report,
@@ -214,10 +216,8 @@ def _check_choices(*, method: str, affine: str, scale_dtype: str, rule: str) -> 
 def _check_work(work: Path, *, resume: bool, overwrite: bool) -> None:
     if resume and not work.is_dir():
         raise InputError(f"--resume found no interrupted run in {work}; leave --resume out to start one")
-    if work.is_dir() and not resume:
-        if not overwrite:
-            raise InputError(f"{work} holds an interrupted run; --resume to continue it, or --overwrite to start again")
-        shutil.rmtree(work)
+    if work.is_dir() and not resume and not overwrite:
+        raise InputError(f"{work} holds an interrupted run; --resume to continue it, or --overwrite to start again")
 
 
 def _check_weights(model: Model, views: Mapping[str, View], group_size: int | None) -> None:
@@ -225,3 +225,5 @@ def _check_weights(model: Model, views: Mapping[str, View], group_size: int | No
     for path, view in views.items():
         check_group_size(view.shape[1], group_size, name=path)
         check_finite(view.of(parameters[view.parameter].detach()), name=path)
+    for name, parameter in parameters.items():
+        check_finite(parameter.detach(), name=name.removesuffix(".weight"))

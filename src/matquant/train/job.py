@@ -20,7 +20,8 @@ class Job:
     """A float model and what is to be made of it.
 
     source: where the model came from. views: the linears to quantise, by path. stream: token ids, for methods with
-    data. options: the method's own settings. work: a folder that outlives an interruption. report: called with each
+    data. options: the method's own settings. work: a folder that outlives an interruption; resume: go on
+    from what is in it. report: called with each
     log record.
     """
 
@@ -31,6 +32,7 @@ class Job:
     spec: Spec
     objective: tuple[Width, ...]
     work: Path
+    resume: bool = False
     stream: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     options: Mapping[str, Any] = field(default_factory=dict)
     report: Report = lambda record: None

@@ -6,6 +6,7 @@ from the float model (ours). Targets come with stop-gradient; distillation is KL
 width with both losses takes their mean, the paper's "weighted equally". One width alone is single precision MatQuant.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,8 +40,9 @@ def parse_objective(text: str, weights: Sequence[float] | None = None) -> tuple[
     truth: list[int] = []
     teachers: dict[int, list[int]] = {}
     order: list[int] = []
-    position = 0
+    begin = 0
     for part in text.split(","):
+        position = begin + len(part) - len(part.lstrip())
         match = _TERM.fullmatch(part.strip())
         if match is None:
             raise _error(text, position, f"cannot read {part.strip()!r}")
@@ -60,7 +62,7 @@ def parse_objective(text: str, weights: Sequence[float] | None = None) -> tuple[
                 if teacher != FLOAT and teacher <= width:
                     raise _error(text, position, f"width {width} cannot learn from width {teacher}")
                 teachers.setdefault(width, []).append(teacher)
-        position += len(part) + 1
+        begin += len(part) + 1
     _check(text, order, truth, teachers)
     lambdas = _lambdas(order, weights)
     return tuple(
@@ -91,7 +93,7 @@ def _lambdas(order: list[int], weights: Sequence[float] | None) -> dict[int, flo
             f"{len(weights)} weights for the {len(order)} widths {', '.join(map(str, order))}; "
             "give one for each, in that order"
         )
-    if min(weights) < 0 or sum(weights) <= 0:
+    if not all(0 <= weight < math.inf for weight in weights) or not sum(weights):
         raise InputError(f"weights {', '.join(map(str, weights))}; give numbers of at least 0, not all 0")
     return dict(zip(order, weights, strict=True))
 

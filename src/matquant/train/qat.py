@@ -17,6 +17,7 @@ import copy
 import dataclasses
 import json
 import math
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -25,10 +26,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from matquant.errors import InputError
+from matquant.errors import InputError, check_positive
 from matquant.files import check_space, replace_when_done
 from matquant.models import Model, View, write_weights
 from matquant.tensor import NestedTensor
@@ -74,8 +75,10 @@ def check_options(options: Mapping[str, Any]) -> None:
     schedule = Schedule(**options)
     for name in ("steps", "batch_size", "seq_len", "lr", "accumulate", "clip_norm", "save_every"):
         value = getattr(schedule, name)
-        if value is not None and not value > 0:
-            raise InputError(f"{name}={value}; give a number above 0")
+        if value is not None:
+            check_positive(**{name: value})
+    if schedule.seed < 0:
+        raise InputError(f"seed={schedule.seed}; give a number of at least 0")
 
 
 def make_schedule(job: Job) -> Schedule:
@@ -135,8 +138,11 @@ def train(job: Job) -> Iterator[tuple[str, NestedTensor]]:
     state = start(model, views, grid, schedule)
     optimizer = make_optimizer(state, schedule)
     check_space(work, STATE_COPIES * sum(3 * tensor.nbytes for _, tensor in state.named()))
+    if not job.resume:
+        shutil.rmtree(work, ignore_errors=True)  # only now: a refused start must not cost an interrupted run
     if (work / STATE).is_file():
         restore(state, optimizer, work, fingerprint)
+    _trim_log(work / LOG, state.step)
     teacher = copy.deepcopy(model) if any(FLOAT in width.teachers for width in job.objective) else None
     prepare(model, views, schedule)
     work.mkdir(parents=True, exist_ok=True)
@@ -334,7 +340,11 @@ def save(state: State, optimizer: torch.optim.Optimizer, work: Path, fingerprint
 
 def restore(state: State, optimizer: torch.optim.Optimizer, work: Path, fingerprint: Mapping[str, Any]) -> None:
     """Continue from a saved state; InputError naming the first setting that differs from the run that wrote it."""
-    with safe_open(work / STATE, "pt") as file:
+    try:
+        opened = safe_open(work / STATE, "pt")
+    except SafetensorError as error:
+        raise InputError(f"{work / STATE} is damaged ({error}); --overwrite to start again") from None
+    with opened as file:
         metadata = file.metadata()
         theirs = json.loads(metadata["fingerprint"])
         ours = json.loads(json.dumps(fingerprint))
@@ -351,7 +361,6 @@ def restore(state: State, optimizer: torch.optim.Optimizer, work: Path, fingerpr
                 tensor.copy_(file.get_tensor(name))
             moments = [key for key in names if key.startswith(f"{name}//")]
             optimizer.state[tensor] = {key.rpartition("//")[2]: file.get_tensor(key) for key in moments}
-    _trim_log(work / LOG, state.step)
 
 
 def _trim_log(log: Path, step: int) -> None:
