@@ -320,6 +320,16 @@ def test_a_text_shorter_than_a_window_is_refused(
     assert run(*with_text(file, *window)).code == 0
 
 
+def test_a_window_longer_than_the_context_is_refused(
+    refuse: Refuse, family_model: Callable[[str], Path], text_file: Path, tmp_path: Path
+) -> None:
+    model = family_model("opt")  # it has no positions beyond its context
+    matquant.quantize(model, tmp_path / "opt", method="rtn")
+    text = ("--text", text_file, "--seq-len", "65")
+    refuse("quantize", model, "-o", tmp_path / "out", "--steps", "1", *text, naming=("seq_len=65", "64"))
+    refuse("eval", tmp_path / "opt", "--bits", "8", *text, naming=("seq_len=65", "64"))
+
+
 def test_text_is_needed(refuse: Refuse, llama: Path, checkpoint: Path, tmp_path: Path) -> None:
     message = "method 'qat' needs text to train on; give --text FILE, or --method rtn"
     refuse("quantize", llama, "-o", tmp_path / "out", message=message)
@@ -464,6 +474,11 @@ def test_a_learning_rate_is_a_number_above_0(value: str, refuse: Refuse, start: 
     refuse(*start("--lr", value), naming=(f"lr={float(value)}; give a ", "above 0"))
 
 
+@pytest.mark.parametrize("device", ["nope", "", "cuda:99"])
+def test_a_device_that_is_not_there_is_refused(device: str, refuse: Refuse, start: Arguments) -> None:
+    refuse(*start("--device", device), naming=("device", repr(device), "cpu"))
+
+
 def test_a_seed_is_at_least_0(refuse: Refuse, start: Arguments) -> None:
     refuse(*start("--seed", "-1"), naming=("seed=-1; give a number", "0"))
 
@@ -542,6 +557,19 @@ def test_an_output_that_exists_is_not_replaced_without_being_asked(
     assert run(*start("--method", "rtn", "--overwrite", "--rule", "round")).code == 0
     assert verify_checkpoint(out).spec.rule == "round"
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_directory_we_are_in_may_be_replaced(
+    run: Run, start: Arguments, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(copy)
+    for method in ("rtn", "qat"):
+        arguments = ["." if argument == tmp_path / "out" else argument for argument in start("--method", method)]
+        assert run(*arguments).code == 2  # it exists
+        assert run(*arguments, "--overwrite").code == 0
+        assert verify_checkpoint(copy).spec.method == method
+        assert [file.name for file in tmp_path.iterdir()] == ["copy"]
+        monkeypatch.chdir(copy)  # a new directory of that name
 
 
 def test_an_output_that_is_no_checkpoint_is_never_replaced(refuse: Refuse, start: Arguments, tmp_path: Path) -> None:
@@ -978,6 +1006,14 @@ def test_a_picture_of_an_unknown_kind_is_refused_before_any_work(
 ) -> None:
     arguments = ("eval", checkpoint, "--text", text_file, "--bits", "8", "--plot", tmp_path / picture)
     refuse(*arguments, naming=(f"--plot {tmp_path / picture}", ".png"))
+
+
+def test_a_reference_that_is_no_model_is_refused_before_any_work(
+    refuse: Refuse, checkpoint: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("matquant.eval.run.evaluate", Interrupt(print, 1))  # Ctrl-C if it comes to evaluating
+    arguments = ("eval", checkpoint, "--text", text_file, "--bits", "8", "--reference", "nowhere")
+    refuse(*arguments, message=f"nowhere: no such model directory; {KIND}")
 
 
 def test_a_record_cannot_replace_a_directory(refuse: Refuse, checkpoint: Path, text_file: Path, tmp_path: Path) -> None:

@@ -120,7 +120,7 @@ def read_by_autograd(
     step = 2 ** (8 - bits)
     code = position / step + ((position + 0.5).floor().clamp(0, 255).div(step).floor() - position / step).detach()
     if affine is not None:
-        return affine[0] * code - affine[1]
+        return affine[0] * (2 * code / (2**bits - 1) - 1) + affine[1]
     return scale * step * (code - (128 - (step - 1) / 2) / step)
 
 
@@ -144,7 +144,9 @@ def test_learned_gradients_are_those_of_autograd(bits: int, own: bool) -> None:
     learned = Learned(clip=clip, affines={bits: affine} if affine is not None else {})
     nested = nest(weight.detach(), grid, learned=learned)
     if affine is not None:  # unrounded, as in the oracle
-        nested = dataclasses.replace(nested, slices={bits: (affine[0].detach(), (affine[1] / affine[0]).detach())})
+        reach, centre = (tensor.detach() for tensor in affine)
+        half = (2**bits - 1) / 2
+        nested = dataclasses.replace(nested, slices={bits: (reach / half, half - half * centre / reach)})
     with torch.no_grad():
         share = backward(gradient, nested.read(bits), nested, bits, learned)
         weight.grad = finish_backward(share, weight, nested, learned)

@@ -2,17 +2,20 @@
 
 Forward at width r, from codes that all widths of a step share:
 
-    codes = clamp(round(w/scale + zero)),   read = scale_r * slice_codes(codes, r) - offset_r
+    codes = clamp(round(w/scale + zero)),   read = scale_r * (slice_codes(codes, r) - zero_r)
+
+A learned affine is kept as reach_r and centre_r, read = reach_r * (2 code_r/(2^r - 1) - 1) + centre_r.
 
 Backward, with g the gradient of ``read`` and the rounding and the slice passed straight through:
 
     d w       = g                                          plain: round, slice and clamp alike (the default grid)
     d w       = g * scale_r/(2^(8-r) * scale), 0 outside the clamp                 where affines or clips are learned
-    d scale_r = sum g * code_r = (sum g * (read + offset_r)) / scale_r,    d offset_r = -sum g
+    d reach_r = sum g * (read - centre_r) / reach_r,    d centre_r = sum g
     d clip    = (sum over widths without an own affine of g * read  -  sum (d w) * w) / clip
 
 as in learned step size quantisation (Esser et al. 2020). ``clip`` is gamma*max|w| of MatQuant Eq. 3. All learned
-tensors are in the units of the weights, so that one learning rate fits them at any model size. The grid is fitted to
+tensors are in the units of the weights, and a step of any of them moves no weight by more than itself, so that one
+learning rate fits them at every width and model size. The grid is fitted to
 the master at every step. A dedicated baseline of c bits is the same with a c-bit grid.
 Shapes: N out features, K in features, G groups.
 """
@@ -49,7 +52,7 @@ class Grid:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Learned:
-    """What a weight learns besides itself. clip: [N, G] or None; affines: width -> (scale_r, offset_r), [N, G] each."""
+    """What a weight learns besides itself. clip: [N, G] or None; affines: width -> (reach_r, centre_r), [N, G] each."""
 
     clip: torch.Tensor | None = None
     affines: Mapping[int, Affine] = dataclasses.field(default_factory=dict)
@@ -63,9 +66,7 @@ def nest(weight_NK: torch.Tensor, grid: Grid, *, learned: Learned | None = None,
         slices = dict(tensor.slices)
         for bits in grid.sliced if grid.affine != "none" else ():
             if bits in learned.affines:
-                scale, offset = learned.affines[bits]
-                scale = storable_scale(scale)
-                slices[bits] = (scale, (offset / scale).half().float())
+                slices[bits] = _stored_affine(*learned.affines[bits], bits)
             else:
                 slices[bits] = fit_slice(
                     weight_NK, tensor.codes, bits, rule=grid.rule, scale=tensor.scale, zero=tensor.zero
@@ -78,7 +79,7 @@ def start_learning(weight_NK: torch.Tensor, grid: Grid, *, clip: bool, name: str
     tensor = nest(weight_NK, grid, name=name)
     widths = grid.sliced if grid.affine == "learned" else ()
     own = {bits: tensor.slices[bits] for bits in widths}
-    affines = {bits: (scale.clone(), scale * zero) for bits, (scale, zero) in own.items()}
+    affines = {bits: (scale * middle(bits), scale * (middle(bits) - zero)) for bits, (scale, zero) in own.items()}
     return Learned(clip=_largest(weight_NK, tensor.scale.shape[1]) if clip else None, affines=affines)
 
 
@@ -94,10 +95,10 @@ def backward(
     scale, _ = tensor.affine(bits)
     product = torch.linalg.vecdot(gradient, read_NK.reshape(rows, groups, -1))
     if bits in learned.affines:
-        own_scale, own_offset = learned.affines[bits]
+        reach, centre = learned.affines[bits]
         total = gradient.sum(-1)
-        _add_gradient(own_scale, (product + own_offset.detach() * total) / scale)
-        _add_gradient(own_offset, -total)
+        _add_gradient(reach, (product - centre.detach() * total) / reach.detach())
+        _add_gradient(centre, total)
     elif learned.clip is not None and bits not in tensor.slices:
         _add_gradient(learned.clip, product / learned.clip.detach())
     ratio = scale / (tensor.scale * 2 ** (MASTER_BITS - bits))
@@ -120,15 +121,26 @@ def finish_backward(
     return stopped
 
 
+def middle(bits: int) -> float:
+    """The middle of the ``bits``-bit codes, (2^bits - 1) / 2."""
+    return float(2**bits - 1) / 2
+
+
+def _stored_affine(reach: torch.Tensor, centre: torch.Tensor, bits: int) -> Affine:
+    """(scale_r, zero_r) as they are stored, of a learned affine."""
+    scale = storable_scale(reach / middle(bits))
+    return scale, (middle(bits) - centre / scale).half().float()
+
+
 def keep_in_range(learned: Learned, weight_NK: torch.Tensor, tensor: NestedTensor) -> None:
-    """After an optimiser step: clips inside 0.1..1 of max|w|, scales inside 0.1..10 of the grid's own; in place."""
+    """After an optimiser step: clips inside 0.1..1 of max|w|, reaches inside 0.1..10 of the grid's own; in place."""
     with torch.no_grad():
         if learned.clip is not None:
             largest = _largest(weight_NK, tensor.scale.shape[1])
             learned.clip.clamp_(0.1 * largest, largest)
-        for bits, (scale, _) in learned.affines.items():
-            default = tensor.scale * 2 ** (MASTER_BITS - bits)
-            scale.clamp_(0.1 * default, 10 * default)
+        for bits, (reach, _) in learned.affines.items():
+            own = tensor.scale * 2 ** (MASTER_BITS - bits) * middle(bits)
+            reach.clamp_(0.1 * own, 10 * own)
 
 
 def _encode(weight_NK: torch.Tensor, grid: Grid, clip: torch.Tensor | None, name: str) -> NestedTensor:

@@ -20,9 +20,8 @@ class Job:
     """A float model and what is to be made of it.
 
     source: where the model came from. views: the linears to quantise, by path. stream: token ids, for methods with
-    data. options: the method's own settings. work: a folder that outlives an interruption; resume: go on
-    from what is in it. report: called with each
-    log record.
+    data. options: the method's own settings. work: a folder that outlives an interruption; resume: go on from what is
+    in it. report: called with each log record.
     """
 
     source: str
