@@ -105,6 +105,16 @@ def test_memory_savers_do_not_change_gradients(changes: dict[str, Any], llama: P
     assert_same_gradients(saved, plain)
 
 
+def test_bf16_reads_the_weights_of_each_width(llama: Path) -> None:
+    """Autocast caches cast weights: with its cache on, every width would run on the first one's."""
+    grid = Grid(rule="prefix", sliced=(2, 4))
+    _, exact = masters_gradients(llama, "8,4,2", grid=grid)
+    _, rounded = masters_gradients(llama, "8,4,2", grid=grid, autocast=True)
+    gaps = {bits: abs(rounded["loss"][bits] - exact["loss"][bits]) for bits in ("8", "4", "2")}
+    between = abs(exact["loss"]["8"] - exact["loss"]["2"])
+    assert max(gaps.values()) < between / 4, f"{gaps} against {between} between widths"
+
+
 def test_fused_experts_get_gradients_per_expert(family_model: Callable[[str], Path]) -> None:
     gradients, _ = masters_gradients(family_model("qwen3_moe"), "8,4,2", grid=Grid(rule="prefix"))
     assert any(".experts.3.down_proj" in name for name in gradients)

@@ -321,7 +321,8 @@ def prepare(model: Model, views: Mapping[str, View], schedule: Schedule) -> None
 def _autocast(model: Model, schedule: Schedule) -> contextlib.AbstractContextManager[Any]:
     if not schedule.autocast:
         return contextlib.nullcontext()
-    return torch.autocast(model.device.type, torch.bfloat16)
+    # Its cache of cast weights would serve the first width's weights to all others: the slots change inside it.
+    return torch.autocast(model.device.type, torch.bfloat16, cache_enabled=False)
 
 
 # ---------------------------------------------------------------------------------------------------- saved training
