@@ -1119,7 +1119,8 @@ def shown_defaults(lines: list[str]) -> dict[str, str]:
 
 FLAGS: dict[str, list[str]] = {
     "quantize": [
-        "--out", "--method", "--objective", "--weights", "--rule", "--scope", "--group-size", "--symmetric",
+        "--out", "--method", "--objective", "--weights", "--rule", "--scope", "--exclude", "--group-size",
+        "--symmetric",
         "--affine", "--scale-dtype", "--baseline-bits", "--text", "--steps", "--batch-size", "--seq-len", "--lr",
         "--seed", "--accumulate", "--bf16", "--checkpoint-activations", "--train-rest", "--learn-clip",
         "--save-every", "--device", "--threads", "--resume", "--overwrite", "--help",
@@ -1135,8 +1136,8 @@ FLAGS: dict[str, list[str]] = {
 DEFAULTS: dict[str, dict[str, str]] = {
     "quantize": {
         "--method": "qat",
-        "--objective": "8,4,2",
-        "--weights": "(0.1 each, narrowest 1)",
+        "--objective": "fp->8;4;2",
+        "--weights": "(by objective)",
         "--rule": "prefix",
         "--scope": "ffn",
         "--group-size": "channel",

@@ -31,6 +31,7 @@ BROKEN = {
     "9": ("width 9 is outside 1..8", 0),
     "8,0": ("width 0 is outside 1..8", 2),
     "8,2->4": ("width 4 cannot learn from width 2", 2),
+    "8,2,8->2,8->2": ("width 2 learns from this teacher twice", 9),
     "8,8->8": ("width 8 cannot learn from width 8", 2),
 }
 
@@ -66,6 +67,7 @@ def test_a_teacher_must_be_trained() -> None:
 def test_default_lambdas_are_the_papers() -> None:
     assert [width.weight for width in parse_objective("8,4,2")] == [0.1, 0.1, 1.0]
     assert [width.weight for width in parse_objective("2")] == [1.0]
+    assert [width.weight for width in parse_objective("fp->8;4;2")] == [1.0, 1.0, 1.0]
 
 
 def test_lambdas_follow_the_order_of_first_mention() -> None:

@@ -47,12 +47,13 @@ def quantize(
     out: Annotated[Path, Option("--out", "-o", metavar="OUT", help="Directory to write.")],
     more_text: MoreFiles = None,
     method: Annotated[str, Option(help="rtn (round to nearest) or qat (joint training).")] = "qat",
-    objective: Annotated[str, Option(help='Widths and distillation, such as "8,4,2,fp->2".')] = "8,4,2",
-    weights: Annotated[
-        str | None, Option(help="Lambda per width, in that order.", show_default="0.1 each, narrowest 1")
-    ] = None,
+    objective: Annotated[str, Option(help="What is trained, such as 8,4,2 (the paper).")] = "fp->8;4;2",
+    weights: Annotated[str | None, Option(help="Lambda per width, in that order.", show_default="by objective")] = None,
     rule: Annotated[str, Option(help="prefix, round (paper Eq. 6) or extra (Eq. 8).")] = "prefix",
     scope: Annotated[str, Option(help="Linears to quantise: ffn, attention or all.")] = "ffn",
+    exclude: Annotated[
+        list[str] | None, Option(help="Leave out paths in which this regular expression is found.")
+    ] = None,
     group_size: Annotated[str, Option(metavar="channel|N", help="Weights that share a scale.")] = "channel",
     symmetric: Annotated[
         bool, Option("--symmetric/--asymmetric", help="Zero at 128, or an integer zero per group.")
@@ -61,7 +62,7 @@ def quantize(
         str | None,
         Option(help="Own affines of widths 2-4: none, refit, learned.", show_default="by method"),
     ] = None,
-    scale_dtype: Annotated[str, Option(help="Of stored scales: bfloat16 or float32 (exact Eq. 1).")] = "bfloat16",
+    scale_dtype: Annotated[str, Option(help="Stored scales: bfloat16, or float32 (exact).")] = "bfloat16",
     baseline_bits: Annotated[int | None, Option(help="Train the dedicated model of this width instead.")] = None,
     text: Files = None,
     steps: Annotated[int, Option(help="Optimiser steps.")] = 300,
@@ -88,6 +89,7 @@ def quantize(
         key: value for key, value in locals().items() if key not in ("model", "out", "more_text")
     }
     options |= {"weights": _numbers(weights, float, "--weights") if weights is not None else None}
+    options |= {"exclude": exclude or []}
     options |= {"group_size": _group_size(group_size), "text": [*(text or []), *(more_text or [])]}
     with _progress(steps) as report:
         written = _needs_torch("matquant.train").quantize(model, out, report=report, **options)

@@ -8,6 +8,7 @@ checkpoint conversion, so every family that transformers can save is covered and
 
 import contextlib
 import dataclasses
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,6 +101,14 @@ def check_model_path(source: Path | str) -> None:
             raise InputError(f"{where} has no config.json; give a Hugging Face model directory or a hub id")
     elif where.is_absolute() or str(source).count("/") != 1 or str(source).startswith("."):
         raise InputError(f"{source}: no such model directory; give a Hugging Face model directory or a hub id")
+
+
+def check_context(model: Model, seq_len: int) -> None:
+    """InputError if ``seq_len`` is more than a model with learned positions can read (rotary ones have no end)."""
+    context = model.config.get_text_config().max_position_embeddings
+    learned = any(re.search(r"embed_positions|wpe|position_embeddings", name) for name, _ in model.named_parameters())
+    if learned and seq_len > context:
+        raise InputError(f"seq_len={seq_len} is longer than the model's context, {context}; give at most {context}")
 
 
 def load_tokenizer(source: Path | str) -> Any:

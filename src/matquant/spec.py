@@ -150,8 +150,8 @@ class Plan:
         if not where.is_file():
             raise InputError(f'--plan {where}: no such file; give a JSON file {{"default": 4, "bits": {{path: bits}}}}')
         try:
-            values = json.loads(where.read_text())
-        except ValueError as error:
+            values = json.loads(where.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
             raise InputError(f'--plan {where} is not JSON ({error}); give {{"default": 4, "bits": {{...}}}}') from None
         if not isinstance(values, dict) or not isinstance(values.get("bits", {}), dict):
             raise InputError(f'--plan {where} is not an object with "bits"; give {{"default": 4, "bits": {{...}}}}')

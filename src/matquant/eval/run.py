@@ -11,7 +11,7 @@ from matquant.errors import InputError, check_positive
 from matquant.eval.likelihood import context_length, evaluate, log_perplexity, predicted_tokens
 from matquant.eval.report import check_picture, plot_widths, width_table, write_json
 from matquant.integrations.transformers import load
-from matquant.models import load_float, load_tokenizer
+from matquant.models import check_context, check_model_path, load_float, load_tokenizer
 from matquant.spec import Plan
 from matquant.text import read_documents, token_stream
 
@@ -42,6 +42,8 @@ def evaluate_checkpoint(
         check_picture(plot_file)
     if json_file is not None and json_file.is_dir():
         raise InputError(f"--json {json_file} is a directory; give a file")
+    if reference is not None:
+        check_model_path(reference)
     checkpoint = open_checkpoint(directory)
     plan = Plan.read(plan_file) if plan_file is not None else None
     resolved = plan.resolve(checkpoint.shapes) if plan is not None else {}
@@ -53,6 +55,7 @@ def evaluate_checkpoint(
         stream = stream[: max_tokens + 1]
     model = load(directory, check_hashes=False)  # open_checkpoint has just checked them
     context = seq_len or context_length(model)
+    check_context(model, context)
     results = evaluate(model, stream, bits=bits, plan=plan, context=context, stride=stride)
     sizes = {str(width): bits_per_weight(checkpoint, dict.fromkeys(checkpoint.shapes, width)) for width in bits}
     if plan is not None:

@@ -55,10 +55,11 @@ def quantize(
     out: Path | str,
     *,
     method: str = "qat",
-    objective: str = "8,4,2",
+    objective: str = "fp->8;4;2",
     weights: Sequence[float] | None = None,
     rule: str = "prefix",
     scope: str = "ffn",
+    exclude: Sequence[str] = (),
     group_size: int | None = None,
     symmetric: bool = True,
     affine: str | None = None,
@@ -75,13 +76,13 @@ def quantize(
     """Quantise a float model into one nested checkpoint and return its directory.
 
     model: Hugging Face directory or hub id. out: directory to write; an interrupted run leaves ``.OUT.work`` beside it,
-    which ``resume`` continues. objective, weights: see ``objective.parse_objective``. baseline_bits: train the
-    dedicated model of that width instead, on its own grid (on cross-entropy, or ``objective`` if it names that width
-    alone). affine None: "learned" for qat, "refit" for rtn. device None: cuda if there is one. options: the method's
-    own, for qat the fields of ``qat.Schedule``.
+    which ``resume`` continues. objective, weights: see ``objective.parse_objective``. exclude: regular expressions of
+    paths to leave out. baseline_bits: train the dedicated model of that width instead, on its own grid (on
+    cross-entropy, or ``objective`` if it names that width alone). affine None: "learned" for qat, "refit" for rtn.
+    device None: cuda if there is one. options: the method's own, for qat the fields of ``qat.Schedule``.
     Raises InputError before any work for whatever can be known before it, and never leaves a half-written checkpoint.
     """
-    target = Path(out)
+    target = Path(out).resolve()
     if threads is not None:
         check_positive(threads=threads)
         torch.set_num_threads(threads)
@@ -99,10 +100,11 @@ def quantize(
     _check_work(work, resume=resume, overwrite=overwrite)
     documents = read_documents(text) if trains else []
 
+    place = _device(device)
     source = load_float(model)
     dtypes = {name: tensor.dtype for name, tensor in source.state_dict().items()}
-    source = source.float().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    views = select_linears(source, scope)
+    source = source.float().to(place)
+    views = select_linears(source, scope, exclude=exclude)
     _check_weights(source, views, group_size)
     check_space(target, sum(dtype.itemsize * source.state_dict()[name].numel() for name, dtype in dtypes.items()))
     stream = token_stream(documents, load_tokenizer(model)) if documents else np.zeros(0, dtype=np.int64)
@@ -155,6 +157,17 @@ def quantize(
 def _objective(objective: str, baseline_bits: int | None, widths: tuple[Width, ...]) -> str:
     """What was really trained: ``objective`` unless a baseline put its own width in its place."""
     return str(baseline_bits) if baseline_bits is not None and not widths[0].teachers else objective
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        found = "cpu, cuda" if torch.cuda.is_available() else "cpu"
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(f"device={name!r} is not there ({reason}); use one of {found}") from None
 
 
 def _own_affines(affine: str, baseline_bits: int | None) -> tuple[int, ...]:

@@ -34,8 +34,8 @@ class Width:
 def parse_objective(text: str, weights: Sequence[float] | None = None) -> tuple[Width, ...]:
     """The widths of an objective, widest first, with their lambdas (given in the order the widths are first named).
 
-    ``weights`` None means 0.1, ..., 0.1, 1 (the paper's choice), the 1 on the narrowest width. Raises InputError that
-    points at the place that cannot be read.
+    ``weights`` None means 0.1, ..., 0.1, 1 (the paper's choice), the 1 on the narrowest width, or 1 for all where the
+    float model teaches (measured: docs/results.md). Raises InputError that points at the place that cannot be read.
     """
     truth: list[int] = []
     teachers: dict[int, list[int]] = {}
@@ -61,10 +61,13 @@ def parse_objective(text: str, weights: Sequence[float] | None = None) -> tuple[
             for width in widths:
                 if teacher != FLOAT and teacher <= width:
                     raise _error(text, position, f"width {width} cannot learn from width {teacher}")
-                teachers.setdefault(width, []).append(teacher)
+                if teacher in teachers.setdefault(width, []):
+                    raise _error(text, position, f"width {width} learns from this teacher twice")
+                teachers[width].append(teacher)
         begin += len(part) + 1
     _check(text, order, truth, teachers)
-    lambdas = _lambdas(order, weights)
+    even = any(FLOAT in sources for sources in teachers.values())
+    lambdas = _lambdas(order, weights, even=even)
     return tuple(
         Width(bits=bits, truth=bits in truth, teachers=tuple(teachers.get(bits, ())), weight=lambdas[bits])
         for bits in sorted(order, reverse=True)
@@ -85,9 +88,9 @@ def _check(text: str, order: list[int], truth: list[int], teachers: dict[int, li
                 )
 
 
-def _lambdas(order: list[int], weights: Sequence[float] | None) -> dict[int, float]:
+def _lambdas(order: list[int], weights: Sequence[float] | None, *, even: bool) -> dict[int, float]:
     if weights is None:
-        return {bits: 1.0 if bits == min(order) else 0.1 for bits in order}
+        return {bits: 1.0 if even or bits == min(order) else 0.1 for bits in order}
     if len(weights) != len(order):
         raise InputError(
             f"{len(weights)} weights for the {len(order)} widths {', '.join(map(str, order))}; "

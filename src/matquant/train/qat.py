@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 
 from matquant.errors import InputError, check_positive
 from matquant.files import check_space, replace_when_done
-from matquant.models import Model, View, write_weights
+from matquant.models import Model, View, check_context, write_weights
 from matquant.tensor import NestedTensor
 from matquant.text import batch, cut_windows
 from matquant.train.fake import Grid, Learned, backward, finish_backward, keep_in_range, nest, start_learning
@@ -134,6 +134,7 @@ def train(job: Job) -> Iterator[tuple[str, NestedTensor]]:
     """
     model, views, grid, work, schedule = job.model, job.views, job.grid, job.work, make_schedule(job)
     fingerprint = {"model": job.source, **job.spec.to_json(), **dataclasses.asdict(schedule), "affine": grid.affine}
+    check_context(model, schedule.seq_len)
     windows = cut_windows(job.stream, schedule.seq_len)
     state = start(model, views, grid, schedule)
     optimizer = make_optimizer(state, schedule)

@@ -5,7 +5,7 @@ decoder family transformers has, OPT's bare fc1 and fused experts included, with
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from matquant.errors import InputError
 from matquant.models import Model, View, linear_views
@@ -13,14 +13,22 @@ from matquant.models import Model, View, linear_views
 SCOPES = ("ffn", "attention", "all")
 
 
-def select_linears(model: Model, scope: str) -> Mapping[str, View]:
-    """Path -> View of the linears in ``scope``; InputError if there are none."""
+def select_linears(model: Model, scope: str, *, exclude: Sequence[str] = ()) -> Mapping[str, View]:
+    """Path -> View of the linears in ``scope`` whose path no pattern of ``exclude`` is found in.
+
+    InputError if there are none, or a pattern is not a regular expression.
+    """
     if scope not in SCOPES:
         raise InputError(f"scope={scope!r} is not known; use one of {', '.join(SCOPES)}")
     views = linear_views(model)
     chosen = {
         path: view for path, view in views.items() if scope == "all" or is_attention(path) == (scope == "attention")
     }
+    for pattern in exclude:
+        try:
+            chosen = {path: view for path, view in chosen.items() if not re.search(pattern, path)}
+        except re.error as error:
+            raise InputError(f"--exclude {pattern!r} is not a regular expression ({error}); escape it") from None
     if not chosen:
         raise InputError(
             f"{type(model).__name__} has no linear in scope {scope!r} "
