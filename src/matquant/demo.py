@@ -29,7 +29,7 @@ REFERENCE = Path(__file__).resolve().parents[2] / "examples" / "reference"
 WIDTHS = (8, 6, 4, 3, 2)
 STEPS = 80  # what fits in five minutes on two cores, with room to spare
 HELD_OUT = 40 * 512  # tokens evaluated on
-PROMPT = "Once upon a time"
+PROMPT = "One day, a little dog"
 MATQUANT = "MatQuant 8,4,2"
 METHODS: dict[str, dict[str, Any]] = {
     "RTN sliced": {"method": "rtn", "affine": "none"},
