@@ -34,6 +34,7 @@ from matquant.text import read_documents, token_stream
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS = ROOT / "bench" / "quality.jsonl"
 RESULTS = ROOT / "docs" / "results.md"
+TRAIN_RECORD = ROOT / "bench" / "train.json"  # python bench/train.py | tail -1 > bench/train.json
 DATA = Path(os.environ.get("MATQUANT_DATA", ROOT.parent / "shared" / "data"))
 MODEL = DATA / "models" / "stories260K"
 WIDTHS = (8, 6, 4, 3, 2)
@@ -192,7 +193,58 @@ def _document(records: list[dict[str, Any]], reference: float) -> str:
         values = [record["log_perplexity"].get(str(width)) for width in WIDTHS]
         cells = ["" if value is None else f"{math.exp(value):.3f}" for value in values]
         lines.append(f"| {CELLS[name][0]} | {rate} | {' | '.join(cells)} | {record['bits_per_weight']['2']:.3f} |")
-    return "\n".join([*lines, "", *_verdicts(best), ""])
+    return "\n".join([*lines, "", *_verdicts(best), "", *_steps(best), "", *_training_cost(), ""])
+
+
+# (what changed, the cell before, the cell after): only one thing differs between the two
+STEPS_TRIED = (
+    ("`prefix` in place of Eq. 6", "round", "prefix"),
+    ("Eq. 8 (extra precision) in place of Eq. 6, at one learning rate", "round", "extra"),
+    ("single precision: int2 alone, sliced from 8 bits", "prefix", "single"),
+    ("affines refitted at every step", "prefix", "refit"),
+    ("affines learned", "prefix", "learned"),
+    ("affines and clipping learned", "prefix", "clip"),
+    ("then lambda 1, 1, 1", "clip", "even"),
+    ("then co-distillation 8,4,2,8->4;2", "clip", "codistil"),
+    ("then the float model as a second target at all widths", "clip", "float"),
+    ("then the float model as the only target", "clip", "float-only"),
+    ("then also lambda 1, 1, 1 (the default of `matquant quantize`)", "float-only", "best"),
+    ("then everything that is not quantised trained too", "best", "rest"),
+    ("Eq. 6 in place of `prefix` with all improvements", "best", "round-best"),
+    ("dedicated int2: affine and clipping learned", "int2", "int2-learned"),
+    ("dedicated int2: then the float model as the only target", "int2-learned", "int2-float"),
+)
+
+
+def _steps(best: dict[str, dict[str, Any]]) -> list[str]:
+    lines = ["## What helped and what did not", "", "Perplexity before and after one change (below 0 % is better):", ""]
+    lines += ["| change | int8 | int4 | int3 | int2 |", "|---|---|---|---|---|"]
+    for what, before, after in STEPS_TRIED:
+        if before in best and after in best:
+            cells = []
+            for width in ("8", "4", "3", "2"):
+                values = [best[cell]["log_perplexity"].get(width) for cell in (before, after)]
+                old, new = (None if value is None else math.exp(value) for value in values)
+                cells.append("" if old is None or new is None else f"{old:.3f} to {new:.3f} ({new / old - 1:+.1%})")
+            lines.append(f"| {what} | {' | '.join(cells)} |")
+    return lines
+
+
+def _training_cost() -> list[str]:
+    """The last record of bench/train.py, if there is one."""
+    if not TRAIN_RECORD.is_file():
+        return []
+    record = json.loads(TRAIN_RECORD.read_text())
+    lines = [
+        "## What a joint step costs",
+        "",
+        f"`{record['command']}` on {record['machine']}: a step over 8, 4, 2 against",
+    ]
+    lines += ["an ordinary fine-tuning step of the same model (111 M parameters) and batch, interleaved.", ""]
+    lines += ["| step | time | peak memory |", "|---|---|---|"]
+    for name, ratio in record["time_ratio"].items():
+        lines.append(f"| {name} | {ratio:.2f} x | {record['memory_ratio'][name]:.2f} x |")
+    return lines
 
 
 def _verdicts(best: dict[str, dict[str, Any]]) -> list[str]:
@@ -211,10 +263,10 @@ def _verdicts(best: dict[str, dict[str, Any]]) -> list[str]:
             "- No width of `prefix` is worse than the same width of Eq. 6: "
             f"{verdict(all(value('prefix', w) <= value('round', w) for w in WIDTHS))}.",
         ]
-    if {"best", "int2-learned"} <= set(best):
+    if {"best", "int2-float"} <= set(best):
         lines += [
-            "- With every improvement on both sides, MatQuant's int2 beats the dedicated int2: "
-            f"{verdict(value('best', 2) < value('int2-learned', 2))}.",
+            "- With every improvement on both sides (learned clip and affine, the float model as the target), "
+            f"MatQuant's int2 beats the dedicated int2: {verdict(value('best', 2) < value('int2-float', 2))}.",
         ]
     if {"clip", "int2-learned"} <= set(best):
         lines += [
