@@ -218,10 +218,12 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(llama: Path, tex
     assert (tmp_path / "a" / shard).read_bytes() != (tmp_path / "c" / shard).read_bytes()
 
 
-@pytest.mark.parametrize("affine", ["refit", "learned"])
-def test_a_killed_run_resumes_to_the_same_bits(affine: str, llama: Path, text_file: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("variant", [("--affine", "refit"), ("--train-rest",)])
+def test_a_killed_run_resumes_to_the_same_bits(
+    variant: tuple[str, ...], llama: Path, text_file: Path, tmp_path: Path
+) -> None:
     options = [*("--text", str(text_file)), *("--batch-size", "2"), *("--seq-len", "16"), *("--lr", "1e-3")]
-    options += ["--steps", "400", "--affine", affine, "--save-every", "7", "--threads", "1"]
+    options += ["--steps", "400", *variant, "--save-every", "7", "--threads", "1"]
 
     def command(name: str, *extra: str) -> list[str]:
         return [sys.executable, "-m", "matquant", "quantize", str(llama), "-o", str(tmp_path / name), *options, *extra]

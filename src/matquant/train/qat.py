@@ -123,9 +123,9 @@ class State:
         for path, learned in self.learned.items():
             if learned.clip is not None:
                 yield f"{path}/clip", learned.clip
-            for bits, (scale, offset) in learned.affines.items():
-                yield f"{path}/{bits}/scale", scale
-                yield f"{path}/{bits}/offset", offset
+            for bits, (reach, centre) in learned.affines.items():
+                yield f"{path}/{bits}/reach", reach
+                yield f"{path}/{bits}/centre", centre
 
 
 def train(job: Job) -> Iterator[tuple[str, NestedTensor]]:
@@ -142,10 +142,11 @@ def train(job: Job) -> Iterator[tuple[str, NestedTensor]]:
     check_space(work, STATE_COPIES * sum(3 * tensor.nbytes for _, tensor in state.named()))
     if not job.resume:
         shutil.rmtree(work, ignore_errors=True)  # only now: a refused start must not cost an interrupted run
+    # Before a state is restored: that changes the model's other parameters if they are trained too.
+    teacher = copy.deepcopy(model) if any(FLOAT in width.teachers for width in job.objective) else None
     if (work / STATE).is_file():
         restore(state, optimizer, work, fingerprint)
     _trim_log(work / LOG, state.step)
-    teacher = copy.deepcopy(model) if any(FLOAT in width.teachers for width in job.objective) else None
     prepare(model, views, schedule)
     work.mkdir(parents=True, exist_ok=True)
     with (work / LOG).open("a") as log:
