@@ -64,12 +64,16 @@ def nest(weight_NK: torch.Tensor, grid: Grid, *, learned: Learned | None = None,
     with torch.no_grad():
         tensor = _encode(weight_NK, grid, learned.clip, name)
         slices = dict(tensor.slices)
+        # With learned clips and affines the model is what its slices read, no longer the master: measured on
+        # stories260K, int3 fitted to the master is 5 % worse in perplexity than fitted to the 8-bit read.
+        learns = learned.clip is not None or learned.affines
+        target = tensor.read() if learns else weight_NK
         for bits in grid.sliced if grid.affine != "none" else ():
             if bits in learned.affines:
                 slices[bits] = _stored_affine(*learned.affines[bits], bits)
             else:
                 slices[bits] = fit_slice(
-                    weight_NK, tensor.codes, bits, rule=grid.rule, scale=tensor.scale, zero=tensor.zero
+                    target, tensor.codes, bits, rule=grid.rule, scale=tensor.scale, zero=tensor.zero
                 )
         return dataclasses.replace(tensor, slices=slices)
 
