@@ -82,7 +82,7 @@ def joint(
         steps=10**6, batch_size=BATCH, seq_len=LENGTH, lr=1e-5, seed=0, warmup=1, learn_clip=learn_clip
     )
     our_grid = Grid(rule="prefix", **grid)
-    state = qat.start(model, views, our_grid, schedule)
+    state = qat.start(model, views, our_grid, schedule, trained=(8, 4, 2))
     optimizer = qat.make_optimizer(state, schedule)
     qat.prepare(model, views, schedule)
     objective = parse_objective("8,4,2")

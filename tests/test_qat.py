@@ -18,6 +18,7 @@ from torch.nn import functional
 
 import matquant
 from matquant.checkpoint import open_checkpoint
+from matquant.grid import fit_slice
 from matquant.models import load_float
 from matquant.train import qat
 from matquant.train.fake import Grid, Learned, backward, finish_backward, nest
@@ -38,7 +39,7 @@ def masters_gradients(
     model = load_float(directory, dtype=torch.float32)
     views = select_linears(model, "ffn")
     plan = schedule(lr=0.0, clip_norm=1e9, **changes)
-    state = qat.start(model, views, grid, plan)
+    state = qat.start(model, views, grid, plan, trained=[width.bits for width in parse_objective(objective)])
     optimizer = qat.make_optimizer(state, plan)
     teacher = load_float(directory, dtype=torch.float32) if "fp" in objective else None
     qat.prepare(model, views, plan)
@@ -163,6 +164,16 @@ def test_learned_gradients_are_those_of_autograd(bits: int, own: bool) -> None:
     torch.testing.assert_close(nested.read(bits), read_by_autograd(weight, bits, clip, affine).detach())
     for tensor, wanted in zip(leaves, expected, strict=True):
         torch.testing.assert_close(tensor.grad, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_interpolated_widths_are_fitted_to_the_trained_weights(llama: Path, text_file: Path, tmp_path: Path) -> None:
+    """int3 is not trained, so its affine must not be the one of the first step."""
+    out = matquant.quantize(llama, tmp_path / "out", text=[text_file], **{**RUN, "steps": 30, "lr": 3e-3})
+    for path in open_checkpoint(out).shapes:
+        tensor = open_checkpoint(out).nested(path)
+        fitted = fit_slice(tensor.read(), tensor.codes, 3, rule="prefix", scale=tensor.scale, zero=tensor.zero)
+        np.testing.assert_allclose(tensor.slices[3][0], fitted[0], rtol=0.03)
+        assert not np.allclose(tensor.slices[2][0], 2 * fitted[0], rtol=0.03), "int2 is learned"
 
 
 def test_plain_training_is_learned_training_with_nothing_learned(llama: Path) -> None:

@@ -19,7 +19,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,7 +137,7 @@ def train(job: Job) -> Iterator[tuple[str, NestedTensor]]:
     fingerprint = {"model": job.source, **job.spec.to_json(), **dataclasses.asdict(schedule), "affine": grid.affine}
     check_context(model, schedule.seq_len)
     windows = cut_windows(job.stream, schedule.seq_len)
-    state = start(model, views, grid, schedule)
+    state = start(model, views, grid, schedule, trained=[width.bits for width in job.objective])
     optimizer = make_optimizer(state, schedule)
     check_space(work, STATE_COPIES * sum(3 * tensor.nbytes for _, tensor in state.named()))
     if not job.resume:
@@ -163,7 +163,7 @@ def train(job: Job) -> Iterator[tuple[str, NestedTensor]]:
     return finish(state, grid)
 
 
-def start(model: Model, views: Mapping[str, View], grid: Grid, schedule: Schedule) -> State:
+def start(model: Model, views: Mapping[str, View], grid: Grid, schedule: Schedule, *, trained: Sequence[int]) -> State:
     """Float masters of all weights, and what else is learned, before step 0."""
     parameters = dict(model.named_parameters())
     taken = {view.parameter for view in views.values()}
@@ -171,7 +171,8 @@ def start(model: Model, views: Mapping[str, View], grid: Grid, schedule: Schedul
     return State(
         masters=masters,
         learned={
-            path: start_learning(w, grid, clip=bool(schedule.learn_clip), name=path) for path, w in masters.items()
+            path: start_learning(w, grid, trained=trained, clip=bool(schedule.learn_clip), name=path)
+            for path, w in masters.items()
         },
         rest={name: p for name, p in parameters.items() if name not in taken} if schedule.train_rest else {},
     )
