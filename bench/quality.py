@@ -219,6 +219,7 @@ STEPS_TRIED = (
     ("then co-distillation 8,4,2,8->4;2", "clip", "codistil"),
     ("then the float model as a second target at all widths", "clip", "float"),
     ("then the float model as the only target", "clip", "float-only"),
+    ("lambda 1, 1, 1, then the float model as the only target", "even", "best"),
     ("then also lambda 1, 1, 1 (the default of `matquant quantize`)", "float-only", "best"),
     ("then everything that is not quantised trained too", "best", "rest"),
     ("Eq. 6 in place of `prefix` with all improvements", "best", "round-best"),
