@@ -177,6 +177,20 @@ def test_groups_and_zero_points_load_in_stock_transformers(
     assert_same_logits(load_file(tmp_path / "logits")[str(out)], logits(matquant.load(out, dtype=torch.float32)))
 
 
+def test_asymmetric_fused_experts_are_refused(family_model: Callable[[str], Path], tmp_path: Path) -> None:
+    model = family_model("qwen3_moe")
+    with pytest.raises(matquant.InputError) as caught:
+        matquant.quantize(model, tmp_path / "out", method="rtn", symmetric=False)
+    assert str(caught.value) == (
+        "--asymmetric asked for model.layers.0.mlp.experts.0.gate_proj, a fused expert, which stock transformers "
+        "cannot read with zero points; leave --asymmetric out, or --exclude experts"
+    )
+    assert not (tmp_path / "out").exists()
+    options = {"method": "rtn", "scope": "all", "symmetric": False}
+    out = matquant.quantize(model, tmp_path / "out", exclude=["experts"], **options)
+    assert not any("experts" in path for path in open_checkpoint(out).shapes)
+
+
 def test_a_stored_scale_of_float32_is_eq_1_to_the_letter(llama: Path, tmp_path: Path) -> None:
     out = matquant.quantize(llama, tmp_path / "out", method="rtn", scale_dtype="float32", affine="none")
     checkpoint = open_checkpoint(out)

@@ -106,6 +106,12 @@ def quantize(
     source = source.float().to(place)
     views = select_linears(source, scope, exclude=exclude)
     _check_weights(source, views, group_size)
+    fused = [path for path in views if ".experts." in path]
+    if fused and not symmetric:
+        raise InputError(
+            f"--asymmetric asked for {fused[0]}, a fused expert, which stock transformers "
+            "cannot read with zero points; leave --asymmetric out, or --exclude experts"
+        )
     check_space(target, sum(dtype.itemsize * source.state_dict()[name].numel() for name, dtype in dtypes.items()))
     stream = token_stream(documents, load_tokenizer(model)) if documents else np.zeros(0, dtype=np.int64)
     grid = Grid(
