@@ -81,15 +81,15 @@ def load_float(source: Path | str, *, dtype: torch.dtype | None = None) -> Model
             f"{source} cannot be loaded as a model ({(str(error) or type(error).__name__).splitlines()[0]}); "
             "give a directory with config.json and safetensors, or a hub id that this machine can reach"
         ) from None
-    _check_loaded(info, source, "repair the model")
+    _check_loaded(info, source, ("missing_keys", "mismatched_keys"), "repair the model")
     return model.eval()
 
 
-def _check_loaded(info: Mapping[str, Any], source: object, remedy: str) -> None:
-    """InputError if transformers had to invent or drop a weight."""
-    for problem in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+def _check_loaded(info: Mapping[str, Any], source: object, problems: Iterable[str], remedy: str) -> None:
+    """InputError if transformers met one of ``problems`` while loading: a weight invented, misfitting or left over."""
+    for problem in problems:
         names = sorted(key if isinstance(key, str) else str(key[0]) for key in info[problem])
-        if names and (problem != "unexpected_keys" or remedy != "repair the model"):
+        if names:
             raise InputError(f"{source} has {problem.replace('_', ' ')}: {names[0]}; {remedy}")
 
 
@@ -137,7 +137,8 @@ def build_model(
             raise InputError(
                 f"{directory} does not fit its config.json ({str(error).splitlines()[0]}); write the checkpoint again"
             ) from None
-        _check_loaded(info, directory, "write the checkpoint again")
+        problems = ("missing_keys", "mismatched_keys", "unexpected_keys")
+        _check_loaded(info, directory, problems, "write the checkpoint again")
         with contextlib.suppress(OSError):
             model.generation_config = transformers.GenerationConfig.from_pretrained(directory)
     model.config.name_or_path = str(directory)

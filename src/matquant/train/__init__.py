@@ -112,7 +112,7 @@ def quantize(
             f"--asymmetric asked for {fused[0]}, a fused expert, which stock transformers "
             "cannot read with zero points; leave --asymmetric out, or --exclude experts"
         )
-    check_space(target, sum(dtype.itemsize * source.state_dict()[name].numel() for name, dtype in dtypes.items()))
+    check_space(target, sum(dtypes[name].itemsize * tensor.numel() for name, tensor in source.state_dict().items()))
     stream = token_stream(documents, load_tokenizer(model)) if documents else np.zeros(0, dtype=np.int64)
     grid = Grid(
         rule="prefix" if baseline_bits and baseline_bits < MASTER_BITS else rule,
@@ -244,5 +244,8 @@ def _check_weights(model: Model, views: Mapping[str, View], group_size: int | No
     for path, view in views.items():
         check_group_size(view.shape[1], group_size, name=path)
         check_finite(view.of(parameters[view.parameter].detach()), name=path)
+    taken = {view.parameter for view in views.values()}
     for name, parameter in parameters.items():
+        if name in taken:
+            continue
         check_finite(parameter.detach(), name=name.removesuffix(".weight"))

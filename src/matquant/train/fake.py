@@ -15,8 +15,8 @@ Backward, with g the gradient of ``read`` and the rounding and the slice passed 
 
 as in learned step size quantisation (Esser et al. 2020). ``clip`` is gamma*max|w| of MatQuant Eq. 3. All learned
 tensors are in the units of the weights, and a step of any of them moves no weight by more than itself, so that one
-learning rate fits them at every width and model size. The grid is fitted to
-the master at every step. A dedicated baseline of c bits is the same with a c-bit grid.
+learning rate fits them at every width and model size. The grid is fitted to the master at every step.
+A dedicated baseline of c bits is the same with a c-bit grid.
 Shapes: N out features, K in features, G groups.
 """
 
