@@ -46,8 +46,10 @@ def quantize(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Hugging Face directory or hub id of a float model.")],
     out: Annotated[Path, Option("--out", "-o", metavar="OUT", help="Directory to write.")],
     more_text: MoreFiles = None,
-    method: Annotated[str, Option(help="rtn (round to nearest) or qat (joint training).")] = "qat",
-    objective: Annotated[str, Option(help="What is trained, such as 8,4,2 (the paper).")] = "fp->8;4;2",
+    method: Annotated[str, Option(help="rtn, gptq (one pass), omniquant or qat (joint training).")] = "qat",
+    objective: Annotated[
+        str | None, Option(help="Widths and targets, such as 8,4,2 (the paper).", show_default="by method")
+    ] = None,
     weights: Annotated[str | None, Option(help="Lambda per width, in that order.", show_default="by objective")] = None,
     rule: Annotated[str, Option(help="prefix, round (paper Eq. 6) or extra (Eq. 8).")] = "prefix",
     scope: Annotated[str, Option(help="Linears to quantise: ffn, attention or all.")] = "ffn",
@@ -65,20 +67,39 @@ def quantize(
     scale_dtype: Annotated[str, Option(help="Stored scales: bfloat16, or float32 (exact).")] = "bfloat16",
     baseline_bits: Annotated[int | None, Option(help="Train the dedicated model of this width instead.")] = None,
     text: Files = None,
-    steps: Annotated[int, Option(help="Optimiser steps.")] = 300,
-    batch_size: Annotated[int, Option(help="Sequences per forward pass.")] = 8,
-    seq_len: Annotated[int, Option(help="Tokens per sequence.")] = 256,
-    lr: Annotated[float | None, Option(help="Peak learning rate.", show_default="from the model's width")] = None,
-    seed: Annotated[int, Option(help="Order of the data.")] = 0,
-    accumulate: Annotated[int, Option(help="Forward passes per optimiser step.")] = 1,
-    autocast: Annotated[bool, Option("--bf16/--fp32", help="Arithmetic of forward and backward.")] = False,
-    checkpoint_activations: Annotated[bool, Option("--checkpoint-activations", help="Less memory, more time.")] = False,
-    train_rest: Annotated[bool, Option("--train-rest", help="Also train what is not quantised.")] = False,
+    steps: Annotated[
+        int | None, Option(help="Optimiser steps.", show_default="qat 300, omniquant 1220 a block")
+    ] = None,
+    batch_size: Annotated[
+        int | None, Option(help="Sequences per forward pass.", show_default="qat 8, others 4")
+    ] = None,
+    seq_len: Annotated[int | None, Option(help="Tokens per sequence.", show_default="qat 256, others 2048")] = None,
+    samples: Annotated[
+        int | None, Option(help="Calibration sequences of gptq and omniquant.", show_default="128")
+    ] = None,
+    lr: Annotated[
+        float | None, Option(help="Peak learning rate.", show_default="qat by model width, omniquant 1e-3")
+    ] = None,
+    clip_lr: Annotated[float | None, Option(help="omniquant: of clips.", show_default="as --lr")] = None,
+    transform_lr: Annotated[float | None, Option(help="omniquant: of transformations.", show_default="as --lr")] = None,
+    transform: Annotated[
+        bool | None, Option("--transform/--no-transform", help="omniquant: learn Eq. 4.", show_default="transform")
+    ] = None,
+    damp: Annotated[float | None, Option(help="gptq: damping of the Hessian.", show_default="0.01")] = None,
+    seed: Annotated[int | None, Option(help="Order of the data.", show_default="0")] = None,
+    accumulate: Annotated[int | None, Option(help="Forward passes per optimiser step.", show_default="1")] = None,
+    autocast: Annotated[
+        bool | None, Option("--bf16/--fp32", help="Arithmetic of forward and backward.", show_default="fp32")
+    ] = None,
+    checkpoint_activations: Annotated[
+        bool | None, Option("--checkpoint-activations", help="Less memory, more time.")
+    ] = None,
+    train_rest: Annotated[bool | None, Option("--train-rest", help="Also train what is not quantised.")] = None,
     learn_clip: Annotated[
         bool | None,
         Option("--learn-clip/--no-learn-clip", help="Learn the clip of Eq. 3.", show_default="as affines"),
     ] = None,
-    save_every: Annotated[int, Option(help="Steps between saved states.")] = 100,
+    save_every: Annotated[int | None, Option(help="Steps between saved states.", show_default="100")] = None,
     device: Annotated[str | None, Option(help="cpu or cuda.", show_default="cuda if there is one")] = None,
     threads: Annotated[int | None, Option(help="CPU threads.", show_default="all")] = None,
     resume: Annotated[bool, Option("--resume", help="Continue an interrupted run.")] = False,
@@ -86,12 +107,12 @@ def quantize(
 ) -> None:
     """Make one nested checkpoint of a float model."""
     options: dict[str, Any] = {
-        key: value for key, value in locals().items() if key not in ("model", "out", "more_text")
+        key: value for key, value in locals().items() if key not in ("model", "out", "more_text") and value is not None
     }
-    options |= {"weights": _numbers(weights, float, "--weights") if weights is not None else None}
+    options |= {"weights": _numbers(weights, float, "--weights")} if weights is not None else {}
     options |= {"exclude": exclude or []}
     options |= {"group_size": _group_size(group_size), "text": [*(text or []), *(more_text or [])]}
-    with _progress(steps) as report:
+    with _progress() as report:
         written = _needs_torch("matquant.train").quantize(model, out, report=report, **options)
     print(f"wrote {written}; try: matquant eval {written} --text FILE")
 
@@ -192,16 +213,19 @@ def _group_size(text: str) -> int | None:
 
 
 @contextmanager
-def _progress(steps: int) -> Iterator[Any]:
-    """A bar with loss per width, tokens per second and time left, on stderr; yields the report function."""
+def _progress() -> Iterator[Any]:
+    """A bar with loss per width, speed and time left, on stderr; yields the report function."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     progress = Progress(*columns, console=Console(stderr=True))
-    task = progress.add_task("training", total=steps)
+    task = progress.add_task("quantising", total=None)
 
     def report(record: dict[str, Any]) -> None:
         progress.start()  # not before the first step: a refused run prints its message and nothing else
-        losses = "  ".join(f"int{bits} {loss:.3f}" for bits, loss in record["loss"].items())
-        progress.update(task, completed=record["step"], description=f"{losses}  {record['tok_s']:,.0f} tok/s")
+        if "notice" in record:
+            progress.console.print(f"note: {record['notice']}", highlight=False, soft_wrap=True)
+        losses = "  ".join(f"int{bits} {loss:.3g}" for bits, loss in record["loss"].items())
+        speed = f"{record['tok_s']:,.0f} tok/s" if "tok_s" in record else record.get("block", "")
+        progress.update(task, completed=record["step"], total=record["steps"], description=f"{losses}  {speed}")
 
     try:
         yield report

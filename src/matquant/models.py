@@ -9,7 +9,7 @@ checkpoint conversion, so every family that transformers can save is covered and
 import contextlib
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,18 @@ import ml_dtypes
 import numpy as np
 import torch
 import transformers
-from safetensors import SafetensorError
+from accelerate import init_empty_weights
+from safetensors import SafetensorError, safe_open
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils.hub import get_checkpoint_shard_files
 
 from matquant.errors import InputError
 from matquant.tensor import NestedTensor
 
 Model = Any  # a transformers PreTrainedModel
+Call = Callable[[torch.nn.Module, torch.Tensor], torch.Tensor]  # runs a decoder layer on hidden states
 SIDE_FILES = (
     *("added_tokens.json", "merges.txt", "special_tokens_map.json", "tokenizer.json", "tokenizer.model"),
     *("tokenizer_config.json", "vocab.json", "vocab.txt", "chat_template.jinja", "generation_config.json"),
@@ -63,17 +67,22 @@ def _quiet() -> Iterator[None]:
 
 def load_float(source: Path | str, *, dtype: torch.dtype | None = None) -> Model:
     """The float model of a local directory or a hub id, in evaluation mode; ``dtype`` None keeps the file's."""
+    with _loading(source):
+        config = _float_config(source)
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            source, config=config, dtype=dtype or "auto", output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    _check_loaded(info, source, ("missing_keys", "mismatched_keys"), "repair the model")
+    return model.eval()
+
+
+@contextlib.contextmanager
+def _loading(source: Path | str) -> Iterator[None]:
+    """Loading from ``source`` without transformers' noise; its errors in our words."""
     check_model_path(source)
     try:
         with _quiet():
-            config = transformers.AutoConfig.from_pretrained(source)
-            if getattr(config, "quantization_config", None):
-                raise InputError(f"{source} is quantised already; give the float model it was made from")
-            if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-                raise InputError(f"{source} is a {config.model_type} model, not a causal language model; give one")
-            model, info = transformers.AutoModelForCausalLM.from_pretrained(
-                source, dtype=dtype or "auto", output_loading_info=True, ignore_mismatched_sizes=True
-            )
+            yield
     except InputError:
         raise
     except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
@@ -81,8 +90,15 @@ def load_float(source: Path | str, *, dtype: torch.dtype | None = None) -> Model
             f"{source} cannot be loaded as a model ({(str(error) or type(error).__name__).splitlines()[0]}); "
             "give a directory with config.json and safetensors, or a hub id that this machine can reach"
         ) from None
-    _check_loaded(info, source, ("missing_keys", "mismatched_keys"), "repair the model")
-    return model.eval()
+
+
+def _float_config(source: Path | str) -> Any:
+    config = transformers.AutoConfig.from_pretrained(source)
+    if getattr(config, "quantization_config", None):
+        raise InputError(f"{source} is quantised already; give the float model it was made from")
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise InputError(f"{source} is a {config.model_type} model, not a causal language model; give one")
+    return config
 
 
 def _check_loaded(info: Mapping[str, Any], source: object, problems: Iterable[str], remedy: str) -> None:
@@ -91,6 +107,143 @@ def _check_loaded(info: Mapping[str, Any], source: object, problems: Iterable[st
         names = sorted(key if isinstance(key, str) else str(key[0]) for key in info[problem])
         if names:
             raise InputError(f"{source} has {problem.replace('_', ' ')}: {names[0]}; {remedy}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shards:
+    """A float model whose tensors are read when asked for; ``model`` may have no numbers of its own.
+
+    read: parameter or buffer name -> tensor of the stored dtype. dtypes: the same names -> that dtype.
+    """
+
+    model: Model
+    read: Callable[[str], torch.Tensor]
+    dtypes: Mapping[str, torch.dtype]
+
+
+def open_shards(source: Path | str) -> Shards:
+    """Open a model for reading tensor by tensor from its safetensors shards.
+
+    A model that has none, or names its tensors in a way of its own, is loaded whole and read from memory.
+    """
+    with _loading(source):
+        config = _float_config(source)
+        with init_empty_weights(include_buffers=False):
+            model = transformers.AutoModelForCausalLM.from_config(config).eval()
+        model.config.name_or_path = str(source)
+        files = _shard_files(source)
+        parameters = dict(model.named_parameters())
+        tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+        keys = {name: _stored_keys(model, name, p) for name, p in parameters.items() if name not in tied}
+        if not all(key in files for shapes in keys.values() for key in shapes):
+            return _whole(load_float(source))
+        dtypes: dict[str, torch.dtype] = {}
+        for name, shapes in keys.items():
+            for key, shape in shapes.items():
+                found, dtype = files[key][1:]
+                if found != tuple(shape):
+                    raise InputError(f"{source} has mismatched keys: {key}; repair the model")
+                dtypes[name] = config.dtype or dtype
+    buffers: dict[str, torch.Tensor] = dict(model.named_buffers())
+
+    def stored(key: str) -> torch.Tensor:
+        with safe_open(files[key][0], "pt") as file:  # closed again: an open one keeps what was read in memory
+            tensor: torch.Tensor = file.get_tensor(key).clone()
+        return tensor
+
+    def read(name: str) -> torch.Tensor:
+        if name in buffers:
+            return buffers[name]
+        if list(keys[name]) == [name]:
+            return stored(name).to(dtypes[name])
+        tensor = torch.empty(parameters[name].shape, dtype=dtypes[name])
+        for path, view in _checkpoint_views(model, name, parameters[name]).items():
+            view.of(tensor).copy_(stored(f"{path}.weight"))
+        return tensor
+
+    return Shards(model=model, read=read, dtypes=dtypes)
+
+
+def _whole(model: Model) -> Shards:
+    state = model.state_dict()
+    return Shards(model=model, read=state.__getitem__, dtypes={name: tensor.dtype for name, tensor in state.items()})
+
+
+def _shard_files(source: Path | str) -> dict[str, tuple[str, tuple[int, ...], torch.dtype]]:
+    """Tensor name -> (its safetensors file, shape, dtype); empty if the model is stored in another way."""
+    missing = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    single = cached_file(str(source), SAFE_WEIGHTS_NAME, **missing)
+    index = None if single else cached_file(str(source), SAFE_WEIGHTS_INDEX_NAME, **missing)
+    found = {}
+    for path in [single] if single else get_checkpoint_shard_files(str(source), index)[0] if index else []:
+        with safe_open(path, "pt") as file:
+            for key in file.keys():  # noqa: SIM118 (a safetensors file is no mapping)
+                stored = file.get_slice(key)
+                first = stored[tuple(slice(0, 1) for _ in stored.get_shape())]
+                found[key] = (path, tuple(stored.get_shape()), first.dtype)
+    return found
+
+
+def _stored_keys(model: Model, name: str, parameter: torch.Tensor) -> dict[str, torch.Size]:
+    """Checkpoint names of a parameter and their shapes."""
+    return {key: part.shape for key, part in revert_weight_conversion(model, {name: parameter.detach()}).items()}
+
+
+# ------------------------------------------------------------------------------------------------------------- layers
+
+
+def decoder_layers(model: Model) -> list[tuple[str, torch.nn.Module]]:
+    """(module name, module) of each decoder layer, in order."""
+    depth = model.config.get_text_config().num_hidden_layers
+    prefix = next(iter(_layer_prefixes(model))).removesuffix(".")
+    layers = list(model.get_submodule(prefix))
+    assert len(layers) == depth
+    return [(f"{prefix}.{index}", layer) for index, layer in enumerate(layers)]
+
+
+def embed(model: Model, batches: Iterable[torch.Tensor]) -> tuple[list[torch.Tensor], list[Call]]:
+    """What flows into the first decoder layer, [B, T, H] per batch of token ids [B, T], and how each layer is called.
+
+    The layers themselves are not run and may be empty; the rest of the decoder must have its numbers. All batches must
+    be of one length: positions and masks are those of the first sequence.
+    """
+    layers = [layer for _, layer in decoder_layers(model)]
+    hidden: list[torch.Tensor] = []
+    arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def first(states: torch.Tensor, *rest: Any, **named: Any) -> torch.Tensor:
+        hidden.append(states.detach())
+        return states
+
+    def later(states: torch.Tensor, *rest: Any, **named: Any) -> torch.Tensor:
+        arguments.append((rest, named))
+        return states
+
+    decoder = model.get_decoder()
+    with torch.no_grad():
+        for number, tokens in enumerate(batches):
+            if number == 0:
+                with _replaced(layers, [later] * len(layers)):
+                    decoder(input_ids=tokens[:1], use_cache=False)
+            with _replaced(layers, [first] + [lambda states, *_, **__: states] * (len(layers) - 1)):
+                decoder(input_ids=tokens, use_cache=False)
+
+    def call(rest: tuple[Any, ...], named: dict[str, Any]) -> Call:
+        return lambda layer, states: layer(states, *rest, **named)
+
+    return hidden, [call(rest, named) for rest, named in arguments]
+
+
+@contextlib.contextmanager
+def _replaced(modules: Sequence[torch.nn.Module], forwards: Sequence[Callable[..., torch.Tensor]]) -> Iterator[None]:
+    """Modules with other forward functions."""
+    for module, forward in zip(modules, forwards, strict=True):
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.forward
 
 
 def check_model_path(source: Path | str) -> None:
@@ -183,16 +336,24 @@ def unquantised_linears(model: Model, views: Mapping[str, View]) -> list[str]:
 
 
 def plain_items(
-    model: Model, views: Mapping[str, View], dtypes: Mapping[str, torch.dtype]
+    model: Model,
+    views: Mapping[str, View],
+    dtypes: Mapping[str, torch.dtype],
+    *,
+    read: Callable[[str], torch.Tensor] | None = None,
 ) -> Iterator[tuple[str, Any]]:
-    """The tensors that are not quantised, under their checkpoint names, as numpy arrays, tied copies left out."""
+    """The tensors that are not quantised, under their checkpoint names, as numpy arrays, tied copies left out.
+
+    read: where their numbers are, by name; None: in the model.
+    """
     taken = {view.parameter for view in views.values()}
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     for name, tensor in model.state_dict().items():
         if name not in taken and name not in tied:
-            stored = tensor.detach().to(dtypes.get(name, tensor.dtype))
-            for key, value in revert_weight_conversion(model, {name: stored}).items():
-                yield key, to_numpy(value)
+            value = tensor if read is None else read(name)
+            stored = value.detach().to(dtypes.get(name, value.dtype))
+            for key, part in revert_weight_conversion(model, {name: stored}).items():
+                yield key, to_numpy(part)
 
 
 def write_weights(model: Model, views: Mapping[str, View], weights: Iterable[tuple[str, torch.Tensor]]) -> None:

@@ -3,26 +3,31 @@
 ``quantize`` is the whole of it: check every input first, load the model, run a method of METHODS, write the checkpoint.
 """
 
+import dataclasses
+import functools
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from matquant.checkpoint import check_writable, write_checkpoint
+from matquant.checkpoint import SHARD_BYTES, check_writable, write_checkpoint
 from matquant.errors import InputError, check_positive
 from matquant.files import check_space
 from matquant.grid import check_finite, check_group_size
 from matquant.models import (
     Model,
+    Shards,
     View,
     check_model_path,
     load_float,
     load_tokenizer,
     nested_to_numpy,
+    open_shards,
     plain_items,
     side_files,
     unquantised_linears,
@@ -31,20 +36,50 @@ from matquant.nest import MASTER_BITS, check_bits, check_rule
 from matquant.spec import SCALE_DTYPES, Spec
 from matquant.tensor import NestedTensor
 from matquant.text import data_sha256, read_documents, token_stream
-from matquant.train import qat
+from matquant.train import gptq, qat
+from matquant.train.blocks import read_tensor
 from matquant.train.fake import AFFINES, Grid
-from matquant.train.job import Job, Report
+from matquant.train.job import LOG, Job, Report
 from matquant.train.objective import Width, parse_objective
 from matquant.train.rtn import round_to_nearest
 from matquant.train.select import select_linears
 
 Nested = Iterator[tuple[str, NestedTensor]]
+STREAMED_SHARD_BYTES = 5 * 10**8  # a shard is put together in memory
 
-METHODS: dict[str, Callable[[Job], Nested]] = {
-    "rtn": round_to_nearest,
-    "qat": qat.train,
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A method and what it needs. settings: the record of its own options, None for a method without data. streamed:
+    works block by block, the model stays on disk. objective: what it makes unless told otherwise.
+    """
+
+    run: Callable[[Job], Nested]
+    settings: Any = None
+    check_options: Callable[[Mapping[str, Any]], None] = lambda options: None
+    streamed: bool = False
+    affine: str
+    objective: str
+
+
+METHODS: dict[str, Method] = {
+    "rtn": Method(run=round_to_nearest, affine="refit", objective=""),
+    "gptq": Method(
+        run=gptq.train,
+        settings=gptq.Settings,
+        check_options=gptq.check_options,
+        streamed=True,
+        affine="refit",
+        objective="8,6,4,3,2",
+    ),
+    "qat": Method(
+        run=qat.train,
+        settings=qat.Schedule,
+        check_options=qat.check_options,
+        affine="learned",
+        objective="fp->8;4;2",
+    ),
 }
-NEEDS_TEXT = {"qat"}
 
 # An affine of its own costs 4 bytes per row and width; from 5 bits on the fit gains nothing (measured: int6 0 %).
 AFFINE_WIDTHS = (2, 3, 4)
@@ -55,7 +90,7 @@ def quantize(
     out: Path | str,
     *,
     method: str = "qat",
-    objective: str = "fp->8;4;2",
+    objective: str | None = None,
     weights: Sequence[float] | None = None,
     rule: str = "prefix",
     scope: str = "ffn",
@@ -76,43 +111,51 @@ def quantize(
     """Quantise a float model into one nested checkpoint and return its directory.
 
     model: Hugging Face directory or hub id. out: directory to write; an interrupted run leaves ``.OUT.work`` beside it,
-    which ``resume`` continues. objective, weights: see ``objective.parse_objective``. exclude: regular expressions of
-    paths to leave out. baseline_bits: train the dedicated model of that width instead, on its own grid (on
-    cross-entropy, or ``objective`` if it names that width alone). affine None: "learned" for qat, "refit" for rtn.
-    device None: cuda if there is one. options: the method's own, for qat the fields of ``qat.Schedule``.
+    which ``resume`` continues. objective, weights: see ``objective.parse_objective``; None: the method's own (METHODS).
+    exclude: regular expressions of paths to leave out. baseline_bits: train the dedicated model of that width instead,
+    on its own grid (on the method's own target, or ``objective`` if it names that width alone). affine None: the
+    method's. device None: cuda if there is one. options: the method's own: the fields of ``qat.Schedule``,
+    ``gptq.Settings`` or ``omniquant.Settings``.
     Raises InputError before any work for whatever can be known before it, and never leaves a half-written checkpoint.
     """
     target = Path(out).resolve()
     if threads is not None:
         check_positive(threads=threads)
         torch.set_num_threads(threads)
-    widths = _widths(objective, weights, baseline_bits)
-    affine = affine or ("learned" if method == "qat" else "refit")
-    _check_choices(method=method, affine=affine, scale_dtype=scale_dtype, rule=rule)
-    trains = method in NEEDS_TEXT
-    if trains:
-        qat.check_options(options)
+    if method not in METHODS:
+        raise InputError(f"method={method!r} is not known; use one of {', '.join(METHODS)}")
+    chosen = METHODS[method]
+    objective = objective or chosen.objective
+    widths = _widths(objective, weights, baseline_bits) if objective else ()
+    affine = affine or chosen.affine
+    _check_choices(affine=affine, scale_dtype=scale_dtype, rule=rule)
+    if chosen.settings:
+        _check_options(method, options)
         if not text:
-            raise InputError(f"method {method!r} needs text to train on; give --text FILE, or --method rtn")
+            raise InputError(f"method {method!r} needs text to work with; give --text FILE, or --method rtn")
     check_writable(target, overwrite=overwrite)
     check_model_path(model)
     work = target.with_name(f".{target.name}.work")
     _check_work(work, resume=resume, overwrite=overwrite)
-    documents = read_documents(text) if trains else []
+    documents = read_documents(text) if chosen.settings else []
 
     place = _device(device)
-    source = load_float(model)
-    dtypes = {name: tensor.dtype for name, tensor in source.state_dict().items()}
-    source = source.float().to(place)
-    views = select_linears(source, scope, exclude=exclude)
-    _check_weights(source, views, group_size)
+    source = open_shards(model) if chosen.streamed else _in_memory(model, place)
+    views = select_linears(source.model, scope, exclude=exclude)
+    for path, view in views.items():
+        check_group_size(view.shape[1], group_size, name=path)
+    if not chosen.streamed:
+        _check_finite(source.model, views)
     fused = [path for path in views if ".experts." in path]
     if fused and not symmetric:
         raise InputError(
             f"--asymmetric asked for {fused[0]}, a fused expert, which stock transformers "
             "cannot read with zero points; leave --asymmetric out, or --exclude experts"
         )
-    check_space(target, sum(dtypes[name].itemsize * tensor.numel() for name, tensor in source.state_dict().items()))
+    check_space(
+        target,
+        sum(source.dtypes[n].itemsize * t.numel() for n, t in source.model.state_dict().items() if n in source.dtypes),
+    )
     stream = token_stream(documents, load_tokenizer(model)) if documents else np.zeros(0, dtype=np.int64)
     grid = Grid(
         rule="prefix" if baseline_bits and baseline_bits < MASTER_BITS else rule,
@@ -123,25 +166,29 @@ def quantize(
         storable=scale_dtype == "bfloat16",
         sliced=_own_affines(affine, baseline_bits),
     )
+    settings = chosen.settings(**options) if chosen.settings else None
     spec = Spec(
         rule=grid.rule,
-        widths=tuple(width.bits for width in widths) if trains else (),
+        widths=tuple(width.bits for width in widths),
         slices=grid.sliced or ((baseline_bits,) if baseline_bits and baseline_bits < MASTER_BITS else ()),
         group_size=group_size,
         symmetric=symmetric,
         scale_dtype=scale_dtype,
         scope=scope,
         method=method,
-        objective=_objective(objective, baseline_bits, widths) if trains else "",
-        weights=tuple(width.weight for width in widths) if trains else (),
+        objective=_objective(objective, baseline_bits, widths) if widths else "",
+        weights=tuple(width.weight for width in widths),
         baseline_bits=baseline_bits,
-        steps=options.get("steps", qat.Schedule.steps) if trains else 0,
-        seed=options.get("seed", 0),
+        steps=getattr(settings, "steps", 0),
+        seed=getattr(settings, "seed", 0),
         data_sha256=data_sha256(stream) if len(stream) else "",
     )
     job = Job(
         source=str(model),
-        model=source,
+        model=source.model,
+        read=source.read,
+        dtypes=source.dtypes,
+        device=place,
         views=views,
         grid=grid,
         spec=spec,
@@ -149,15 +196,34 @@ def quantize(
         work=work,
         resume=resume,
         stream=stream,
-        options=options if trains else {},
+        options=options if chosen.settings else {},
         report=report,
     )
-    nested = METHODS[method](job)
-    log = work / qat.LOG
+    if chosen.streamed and not resume:
+        shutil.rmtree(work, ignore_errors=True)
+    nested = chosen.run(job)
+    log = work / LOG
     files = side_files(model) | ({log.name: log.read_bytes()} if log.is_file() else {})
-    _write(target, source, views, nested, spec=spec, dtypes=dtypes, files=files, overwrite=overwrite)
+    _write(target, job, nested, streamed=chosen.streamed, files=files, overwrite=overwrite)
     shutil.rmtree(work, ignore_errors=True)
     return target
+
+
+def _in_memory(model: Path | str, device: torch.device) -> Shards:
+    """The whole model in float32 on ``device``; dtypes are those of the file."""
+    source = load_float(model)
+    dtypes = {name: tensor.dtype for name, tensor in source.state_dict().items()}
+    source = source.float().to(device)
+    return Shards(model=source, read=lambda name: source.state_dict()[name], dtypes=dtypes)
+
+
+def _check_options(method: str, options: Mapping[str, Any]) -> None:
+    known = [field.name for field in dataclasses.fields(METHODS[method].settings)]
+    for name in options:
+        if name not in known:
+            flags = ", ".join(known)
+            raise InputError(f"method {method!r} has no option {name!r}; it has {flags}")
+    METHODS[method].check_options(options)
 
 
 def _objective(objective: str, baseline_bits: int | None, widths: tuple[Width, ...]) -> str:
@@ -183,31 +249,25 @@ def _own_affines(affine: str, baseline_bits: int | None) -> tuple[int, ...]:
 
 
 def _write(
-    target: Path,
-    model: Model,
-    views: Mapping[str, View],
-    nested: Nested,
-    *,
-    spec: Spec,
-    dtypes: Mapping[str, torch.dtype],
-    files: Mapping[str, bytes],
-    overwrite: bool,
+    target: Path, job: Job, nested: Nested, *, streamed: bool, files: Mapping[str, bytes], overwrite: bool
 ) -> None:
     def items() -> Iterator[Any]:
         yield from ((path, nested_to_numpy(tensor)) for path, tensor in nested)
-        yield from plain_items(model, views, dtypes)
+        read = functools.partial(read_tensor, job) if streamed else None
+        yield from plain_items(job.model, job.views, job.dtypes, read=read)
 
-    config = json.loads(model.config.to_json_string(use_diff=False))
-    config["dtype"] = str(next(iter(dtypes.values()))).removeprefix("torch.")
-    config["architectures"] = [type(model).__name__]
+    config = json.loads(job.model.config.to_json_string(use_diff=False))
+    config["dtype"] = str(next(iter(job.dtypes.values()))).removeprefix("torch.")
+    config["architectures"] = [type(job.model).__name__]
     write_checkpoint(
         target,
         items(),
-        spec=spec,
+        spec=job.spec,
         config=config,
-        ignore=unquantised_linears(model, views),
+        ignore=unquantised_linears(job.model, job.views),
         files=files,
         overwrite=overwrite,
+        shard_bytes=STREAMED_SHARD_BYTES if streamed else SHARD_BYTES,
     )
 
 
@@ -221,10 +281,9 @@ def _widths(objective: str, weights: Sequence[float] | None, baseline_bits: int 
     return (Width(bits=baseline_bits, truth=True, teachers=(), weight=1.0),)
 
 
-def _check_choices(*, method: str, affine: str, scale_dtype: str, rule: str) -> None:
+def _check_choices(*, affine: str, scale_dtype: str, rule: str) -> None:
     check_rule(rule)
     for name, value, known in (
-        ("method", method, METHODS),
         ("affine", affine, AFFINES),
         ("scale_dtype", scale_dtype, SCALE_DTYPES),
     ):
@@ -239,13 +298,11 @@ def _check_work(work: Path, *, resume: bool, overwrite: bool) -> None:
         raise InputError(f"{work} holds an interrupted run; --resume to continue it, or --overwrite to start again")
 
 
-def _check_weights(model: Model, views: Mapping[str, View], group_size: int | None) -> None:
+def _check_finite(model: Model, views: Mapping[str, View]) -> None:
     parameters = dict(model.named_parameters())
     for path, view in views.items():
-        check_group_size(view.shape[1], group_size, name=path)
         check_finite(view.of(parameters[view.parameter].detach()), name=path)
     taken = {view.parameter for view in views.values()}
     for name, parameter in parameters.items():
-        if name in taken:
-            continue
-        check_finite(parameter.detach(), name=name.removesuffix(".weight"))
+        if name not in taken:
+            check_finite(parameter.detach(), name=name.removesuffix(".weight"))

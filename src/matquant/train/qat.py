@@ -35,11 +35,10 @@ from matquant.models import Model, View, check_context, write_weights
 from matquant.tensor import NestedTensor
 from matquant.text import batch, cut_windows
 from matquant.train.fake import Grid, Learned, backward, finish_backward, keep_in_range, nest, start_learning
-from matquant.train.job import Job
+from matquant.train.job import LOG, Job, check_same_run, fingerprint
 from matquant.train.objective import FLOAT, Width, width_loss
 
 STATE = "state.safetensors"
-LOG = "training.jsonl"
 STATE_COPIES = 2  # the state and the next one while it is written
 
 
@@ -134,7 +133,7 @@ def train(job: Job) -> Iterator[tuple[str, NestedTensor]]:
     A state in ``job.work`` is continued, after checking that it is of the same run.
     """
     model, views, grid, work, schedule = job.model, job.views, job.grid, job.work, make_schedule(job)
-    fingerprint = {"model": job.source, **job.spec.to_json(), **dataclasses.asdict(schedule), "affine": grid.affine}
+    mark = fingerprint(job, dataclasses.asdict(schedule))
     check_context(model, schedule.seq_len)
     windows = cut_windows(job.stream, schedule.seq_len)
     state = start(model, views, grid, schedule, trained=[width.bits for width in job.objective])
@@ -145,7 +144,7 @@ def train(job: Job) -> Iterator[tuple[str, NestedTensor]]:
     # Before a state is restored: that changes the model's other parameters if they are trained too.
     teacher = copy.deepcopy(model) if any(FLOAT in width.teachers for width in job.objective) else None
     if (work / STATE).is_file():
-        restore(state, optimizer, work, fingerprint)
+        restore(state, optimizer, work, mark)
     _trim_log(work / LOG, state.step)
     prepare(model, views, schedule)
     work.mkdir(parents=True, exist_ok=True)
@@ -158,7 +157,7 @@ def train(job: Job) -> Iterator[tuple[str, NestedTensor]]:
             job.report(record)
             if state.step % schedule.save_every == 0 or state.step == schedule.steps:
                 log.flush()
-                save(state, optimizer, work, fingerprint)
+                save(state, optimizer, work, mark)
     model.zero_grad(set_to_none=True)
     return finish(state, grid)
 
@@ -250,6 +249,7 @@ def train_step(
     count = schedule.accumulate * schedule.batch_size * schedule.seq_len
     return {
         "step": state.step,
+        "steps": schedule.steps,
         "loss": losses,
         "lr": optimizer.param_groups[0]["lr"],
         "gradient_norm": float(norm),
@@ -332,18 +332,18 @@ def _autocast(model: Model, schedule: Schedule) -> contextlib.AbstractContextMan
 # ---------------------------------------------------------------------------------------------------- saved training
 
 
-def save(state: State, optimizer: torch.optim.Optimizer, work: Path, fingerprint: Mapping[str, Any]) -> None:
+def save(state: State, optimizer: torch.optim.Optimizer, work: Path, mark: Mapping[str, Any]) -> None:
     """Write everything the next step depends on, atomically."""
     tensors = {name: tensor.detach().contiguous() for name, tensor in state.named()}
     for name, tensor in state.named():
         for key, value in optimizer.state[tensor].items():
             tensors[f"{name}//{key}"] = value
-    metadata = {"step": str(state.step), "fingerprint": json.dumps(fingerprint, sort_keys=True)}
+    metadata = {"step": str(state.step), "fingerprint": json.dumps(mark, sort_keys=True)}
     with replace_when_done(work / STATE) as partial:
         save_file(tensors, partial, metadata=metadata)
 
 
-def restore(state: State, optimizer: torch.optim.Optimizer, work: Path, fingerprint: Mapping[str, Any]) -> None:
+def restore(state: State, optimizer: torch.optim.Optimizer, work: Path, mark: Mapping[str, Any]) -> None:
     """Continue from a saved state; InputError naming the first setting that differs from the run that wrote it."""
     try:
         opened = safe_open(work / STATE, "pt")
@@ -351,14 +351,7 @@ def restore(state: State, optimizer: torch.optim.Optimizer, work: Path, fingerpr
         raise InputError(f"{work / STATE} is damaged ({error}); --overwrite to start again") from None
     with opened as file:
         metadata = file.metadata()
-        theirs = json.loads(metadata["fingerprint"])
-        ours = json.loads(json.dumps(fingerprint))
-        for key in sorted(set(ours) | set(theirs)):
-            if ours.get(key) != theirs.get(key):
-                raise InputError(
-                    f"--resume with {key}={ours.get(key)!r}, the interrupted run had {theirs.get(key)!r}; "
-                    "use the same settings, or --overwrite to start again"
-                )
+        check_same_run(json.loads(metadata["fingerprint"]), mark)
         state.step = int(metadata["step"])
         names = set(file.keys())
         for name, tensor in state.named():

@@ -1,0 +1,374 @@
+"""What the tools a user would pick instead reach on the same model, the same text and honestly counted bits.
+
+    python bench/peers.py setup [NAME]...         an environment per tool under MATQUANT_PEERS (default .peers/)
+    python bench/peers.py run [--only NAME]...    quantise and evaluate what is not yet in bench/peers.jsonl
+    python bench/peers.py report                  print the tables
+
+All are "one-shot": a float model, 128 windows of 512 training tokens, no training of the model. Every linear of the
+decoder layers is quantised, the rest stays float. A tool runs in a process and an environment of its own
+(bench/peers/with_*.py), writes the weights that its stored form stands for and the bytes of that form, and all of them
+are evaluated here, in one way: in the float model, float32, with our log_perplexity.
+
+    bits per weight = 8 * bytes stored for these linears (codes, scales, zeros, g_idx, block headers) / their weights
+
+g_idx, which GPTQModel stores though nothing needs it without reordering, is also listed apart. ``bits`` of a record is
+the nominal width. A finished job under MATQUANT_PEERS/jobs is not run again: remove its folder to do so.
+"""
+
+import datetime
+import json
+import math
+import os
+import platform
+import re
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from safetensors.numpy import load_file
+from safetensors.torch import save_file
+
+from matquant.eval.likelihood import log_perplexity
+from matquant.models import load_float, load_tokenizer
+from matquant.text import read_documents, token_stream
+
+ROOT = Path(__file__).resolve().parents[1]
+RECORDS = ROOT / "bench" / "peers.jsonl"
+WORKERS = ROOT / "bench" / "peers"
+CACHE = Path(os.environ.get("MATQUANT_PEERS", ROOT / ".peers")).resolve()
+DATA = Path(os.environ.get("MATQUANT_DATA", ROOT.parent / "shared" / "data"))
+REFERENCE = ROOT / "examples" / "reference"
+CONTEXT = 512
+CALIBRATION = 128  # windows of CONTEXT tokens, the first of the training text
+TOLERANCE = 1e-3  # at 8 bits, relative to the float model's log-perplexity: more means a wrong read-back
+
+# name -> (model, calibration text, evaluation text, documents of it to drop, windows evaluated)
+MODELS: dict[str, tuple[Path, Path, Path, int, int]] = {
+    "reference": (REFERENCE / "model", REFERENCE / "text" / "train.txt", REFERENCE / "text" / "valid.txt", 0, 80),
+    "stories260K": (
+        DATA / "models" / "stories260K",
+        DATA / "text" / "tinystories-train.txt",
+        DATA / "text" / "tinystories-valid.txt",
+        1,  # cut at its beginning
+        117,
+    ),
+}
+
+TORCH = "torch==2.13.0"  # first and exactly: an unpinned one pulls gigabytes of CUDA
+# name -> what pip installs; the first is the tool
+PACKAGES: dict[str, tuple[str, ...]] = {
+    "gptqmodel": ("gptqmodel==7.6.0", TORCH),
+    "autoround": ("auto-round==0.16.1", TORCH),
+    "hqq": ("hqq==0.2.8.post1", "transformers==5.23.0", TORCH),
+    "llamacpp": ("gguf==0.19.0", "numpy", "safetensors"),
+}
+LLAMACPP = "llama-cpp-python==0.3.36"  # its source archive on PyPI carries llama.cpp's
+CMAKE = (
+    *("-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release", "-DBUILD_SHARED_LIBS=OFF", "-DGGML_NATIVE=ON"),
+    *("-DGGML_OPENMP=OFF", "-DLLAMA_CURL=OFF", "-DLLAMA_OPENSSL=OFF", "-DLLAMA_BUILD_TESTS=OFF"),
+    *("-DLLAMA_BUILD_EXAMPLES=OFF", "-DLLAMA_BUILD_SERVER=OFF"),
+)
+ENVIRONMENT = {"GPTQMODEL_CPU_WORKERS": "2"}  # its default on two cores is one, and then it refuses to start
+
+AUTOROUND = {"iters": 200, "group_size": 128, "sym": True}
+# peer -> rows of (setting, options, nominal bits)
+SETTINGS: dict[str, tuple[tuple[str, dict[str, Any], tuple[int, ...]], ...]] = {
+    "float": (("float32", {}, (32,)),),
+    "rtn": (
+        ("asymmetric, per channel", {"group_size": None}, (2, 3, 4, 8)),
+        ("asymmetric, g128", {"group_size": 128}, (2, 3, 4, 8)),
+    ),
+    "hqq": (
+        ("g64, axis 1", {"group_size": 64, "axis": 1}, (2, 3, 4, 8)),
+        ("g64, axis 0", {"group_size": 64, "axis": 0}, (2, 3, 4, 8)),
+        ("g128, axis 1", {"group_size": 128, "axis": 1}, (2, 3, 4, 8)),
+        ("per channel", {"group_size": None, "axis": 1}, (2, 3, 4, 8)),
+    ),
+    "llamacpp": (
+        ("Q2_K, imatrix", {"type": "Q2_K"}, (2,)),
+        ("Q2_K pure, imatrix", {"type": "Q2_K", "pure": True}, (2,)),
+        ("IQ2_XXS, imatrix", {"type": "IQ2_XXS"}, (2,)),
+        ("IQ2_S, imatrix", {"type": "IQ2_S"}, (2,)),
+        ("IQ3_XXS, imatrix", {"type": "IQ3_XXS"}, (3,)),
+        ("Q3_K_M, imatrix", {"type": "Q3_K_M"}, (3,)),
+        ("Q3_K pure, imatrix", {"type": "Q3_K_S", "pure": True}, (3,)),
+        ("IQ4_XS, imatrix", {"type": "IQ4_XS"}, (4,)),
+        ("Q4_K_M, imatrix", {"type": "Q4_K_M"}, (4,)),
+        ("Q4_K pure, imatrix", {"type": "Q4_K_S", "pure": True}, (4,)),
+        ("Q6_K, imatrix", {"type": "Q6_K"}, (6,)),
+        ("Q8_0, imatrix", {"type": "Q8_0"}, (8,)),
+    ),
+    "gptqmodel": (
+        ("g128, sym, defaults", {"group_size": 128, "sym": True}, (2, 3, 4, 8)),
+        ("per channel, sym, defaults", {"group_size": -1, "sym": True}, (2, 3, 4)),
+    ),
+    "autoround": (
+        ("iters 200, g128, sym", AUTOROUND, (2, 4, 3)),
+        # What its documentation recommends for two bits: auto-round-best with enable_alg_ext.
+        ("best: iters 1000, alg_ext, g128, sym", {**AUTOROUND, "iters": 1000, "enable_alg_ext": True}, (2,)),
+        ("iters 200, g128, sym", AUTOROUND, (8,)),
+    ),
+}
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def setup(names: Annotated[list[str] | None, typer.Argument(help="Tools; all by default.")] = None) -> None:
+    """Make the environments that are not there yet."""
+    for name in names or PACKAGES:
+        folder = CACHE / name
+        ready = folder / "ready"
+        if ready.is_file():
+            continue
+        began = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "venv", folder / "venv"], check=True)
+        pip = [folder / "venv" / "bin" / "pip", "install", "--quiet"]
+        if TORCH in PACKAGES[name]:
+            subprocess.run([*pip, TORCH], check=True)
+        subprocess.run([*pip, *PACKAGES[name]], check=True)
+        if name == "llamacpp":
+            _build_llamacpp(folder)
+        ready.touch()
+        print(f"{name}: ready after {time.perf_counter() - began:.0f} s", flush=True)
+
+
+def _build_llamacpp(folder: Path) -> None:
+    """llama-quantize and llama-imatrix, for this processor, from the sources inside the archive."""
+    fetch = ["download", "--no-deps", "--no-binary", "llama-cpp-python", "--dest", folder, LLAMACPP]
+    subprocess.run([folder / "venv" / "bin" / "pip", *fetch], check=True)
+    (archive,) = folder.glob("llama_cpp_python-*.tar.gz")
+    with tarfile.open(archive) as opened:
+        opened.extractall(folder, filter="data")
+    source = folder / archive.name.removesuffix(".tar.gz") / "vendor" / "llama.cpp"
+    subprocess.run(["cmake", "-S", source, "-B", folder / "build", *CMAKE], check=True)
+    targets = ["--target", "llama-quantize", "llama-imatrix"]
+    subprocess.run(["cmake", "--build", folder / "build", "-j", "2", *targets], check=True)
+
+
+@app.command()
+def run(
+    only: Annotated[list[str] | None, typer.Option(help="Tools to run.")] = None,
+    model: Annotated[list[str] | None, typer.Option(help="Models to run.")] = None,
+    threads: Annotated[int, typer.Option(help="CPU threads of a tool and of the evaluation.")] = 1,
+) -> None:
+    """Run what has no record yet."""
+    torch.set_num_threads(threads)
+    for name in model or MODELS:
+        rows = [
+            (peer, setting, options, bits)
+            for peer in only or SETTINGS
+            for setting, options, widths in SETTINGS[peer]
+            for bits in widths
+            if not any(
+                (record["model"], record["peer"], record["setting"], record["bits"]) == (name, peer, setting, bits)
+                for record in _records()
+            )
+        ]
+        if not rows:
+            continue
+        float_model, stream = _load(name)
+        paths = decoder_linears(float_model)
+        original = {path: float_model.get_submodule(path).weight.detach().clone() for path in paths}
+        reference = log_perplexity(float_model, stream, context=CONTEXT)
+        for peer, setting, options, bits in rows:
+            weights, outcome = _quantise(name, peer, setting, options, bits, original, threads)
+            if weights is not None:
+                _install(float_model, weights)
+                outcome = {**outcome, **_measure(float_model, stream, original, outcome["bytes_by_part"])}
+                _check_read_back(outcome["log_perplexity"], reference, bits, f"{peer}, {setting}")
+            _append({"model": name, "peer": peer, "setting": setting, "bits": bits, **outcome, **_origin(peer)})
+
+
+def decoder_linears(model: Any) -> list[str]:
+    """Paths of all linears inside decoder layers."""
+    return [n for n, module in model.named_modules() if isinstance(module, torch.nn.Linear) and ".layers." in n]
+
+
+def _load(name: str) -> tuple[Any, np.ndarray]:
+    """The float32 model and the evaluation tokens; its weights and calibration windows go to the cache."""
+    directory, train, valid, dropped, windows = MODELS[name]
+    model, tokenizer = load_float(directory, dtype=torch.float32), load_tokenizer(directory)
+    CACHE.mkdir(parents=True, exist_ok=True)
+    save_file({key: value.clone() for key, value in model.state_dict().items()}, CACHE / f"{name}.safetensors")
+    calibration = token_stream(read_documents([train]), tokenizer)[: CALIBRATION * CONTEXT]
+    np.save(CACHE / f"{name}.npy", calibration.reshape(CALIBRATION, CONTEXT))
+    stream = token_stream(read_documents([valid])[dropped:], tokenizer)[: windows * CONTEXT + 1]
+    return model, stream
+
+
+def _quantise(
+    model: str,
+    peer: str,
+    setting: str,
+    options: dict[str, Any],
+    bits: int,
+    original: dict[str, torch.Tensor],
+    threads: int,
+) -> tuple[dict[str, np.ndarray] | None, dict[str, Any]]:
+    """The weights [N, K] by path and what to record of how they were made; no weights: {"error": reason}."""
+    arrays = {path: weight.numpy() for path, weight in original.items()}
+    if peer == "float":
+        return arrays, {"bytes_by_part": {"float": sum(array.nbytes for array in arrays.values())}, "seconds": 0.0}
+    if peer == "rtn":
+        return round_to_nearest(arrays, bits=bits, **options)
+    folder = CACHE / "jobs" / re.sub(r"\W+", "-", f"{model}-{peer}-{setting}-{bits}")
+    job = {
+        "model": str(MODELS[model][0]),
+        "weights": str(CACHE / f"{model}.safetensors"),
+        "calibration": str(CACHE / f"{model}.npy"),
+        "tools": str(CACHE / "llamacpp" / "build" / "bin"),
+        "paths": list(original),
+        "options": options,
+        "bits": bits,
+        "threads": threads,
+    }
+    return _run_worker(peer, folder, job)
+
+
+def _run_worker(peer: str, folder: Path, job: dict[str, Any]) -> tuple[dict[str, np.ndarray] | None, dict[str, Any]]:
+    result = folder / "result.json"
+    if not result.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "job.json").write_text(json.dumps(job))
+        command = [CACHE / peer / "venv" / "bin" / "python", WORKERS / f"with_{peer}.py", folder]
+        environment = {**os.environ, **ENVIRONMENT, "OMP_NUM_THREADS": str(job["threads"])}
+        with (folder / "log.txt").open("w") as log:
+            code = subprocess.run(command, stdout=log, stderr=log, env=environment, check=False).returncode
+        if code != 0:
+            return None, {"error": _reason(folder / "log.txt")}
+    outcome = json.loads(result.read_text())
+    record = {"bytes_by_part": outcome["bytes"], "seconds": round(outcome["seconds"], 1)}
+    if "types" in outcome:
+        record["types"] = outcome["types"]
+    return load_file(folder / "weights.safetensors"), record
+
+
+def _reason(log: Path) -> str:
+    """The last exception of a worker's log, else its last line."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    raised = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", line)]
+    return (raised or lines or ["no output"])[-1][:300]
+
+
+def round_to_nearest(
+    arrays: dict[str, np.ndarray], *, bits: int, group_size: int | None
+) -> tuple[dict[str, np.ndarray] | None, dict[str, Any]]:
+    """Asymmetric min-max: weight = low + scale * code, fp16 low and scale per group, dense codes of ``bits`` bits."""
+    began = time.perf_counter()
+    weights, stored = {}, {"codes": 0, "scales": 0, "zeros": 0}
+    for path, weight_NK in arrays.items():
+        size = group_size or weight_NK.shape[1]
+        if weight_NK.shape[1] % size:
+            return None, {"error": f"group_size={size} does not divide in_features={weight_NK.shape[1]} of {path}"}
+        groups_GS = weight_NK.reshape(-1, size)
+        low_G1 = groups_GS.min(1, keepdims=True).astype(np.float16)
+        span_G1 = groups_GS.max(1, keepdims=True) - low_G1
+        scale_G1 = np.maximum(span_G1 / (2**bits - 1), np.finfo(np.float16).tiny).astype(np.float16)
+        low, scale = low_G1.astype(np.float32), scale_G1.astype(np.float32)
+        code_GS = np.clip(np.rint((groups_GS - low) / scale), 0, 2**bits - 1)
+        weights[path] = (low + scale * code_GS).reshape(weight_NK.shape)
+        stored["codes"] += math.ceil(weight_NK.size * bits / 8)
+        stored["scales"] += scale_G1.nbytes
+        stored["zeros"] += low_G1.nbytes
+    return weights, {"bytes_by_part": stored, "seconds": round(time.perf_counter() - began, 2)}
+
+
+def _install(model: Any, weights: dict[str, np.ndarray]) -> None:
+    for path, weight in weights.items():
+        parameter = model.get_submodule(path).weight
+        assert parameter.shape == weight.shape, f"{path}: {weight.shape} for {tuple(parameter.shape)}"
+        parameter.data.copy_(torch.from_numpy(weight))
+
+
+def _measure(
+    model: Any, stream: np.ndarray, original: dict[str, torch.Tensor], parts: dict[str, int]
+) -> dict[str, Any]:
+    """Quality, size and how far the weights moved: |W' - W| / |W| over all linears."""
+    moved = sum(float((model.get_submodule(p).weight.detach() - w).square().sum()) for p, w in original.items())
+    norm = sum(float(w.square().sum()) for w in original.values())
+    count = sum(weight.numel() for weight in original.values())
+    stored = sum(parts.values())
+    return {
+        "log_perplexity": log_perplexity(model, stream, context=CONTEXT),
+        "weight_error": math.sqrt(moved / norm),
+        "bytes": stored,
+        "bits_per_weight": 8 * stored / count,
+        "bits_per_weight_without_g_idx": 8 * (stored - parts.get("g_idx", 0)) / count,
+    }
+
+
+def _check_read_back(value: float, reference: float, bits: int, what: str) -> None:
+    if bits >= 8 and abs(value / reference - 1) > TOLERANCE:
+        raise ValueError(
+            f"{what} at {bits} bits has log-perplexity {value:.4f}, the float model {reference:.4f}; "
+            f"at 8 bits they agree within {TOLERANCE:.1%}: mend how its weights are read back"
+        )
+
+
+def _origin(peer: str) -> dict[str, Any]:
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    return {
+        "versions": _versions(peer),
+        "command": " ".join(["python", "bench/peers.py", *sys.argv[1:]]),
+        "commit": subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip(),
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+    }
+
+
+def _versions(peer: str) -> dict[str, str]:
+    """Of the tool's packages in its own environment; ours for what runs here."""
+    here = peer not in PACKAGES
+    python = sys.executable if here else str(CACHE / peer / "venv" / "bin" / "python")
+    wanted = ("torch", "transformers", "numpy") if here else [re.split("==", item)[0] for item in PACKAGES[peer]]
+    code = "import sys, json, importlib.metadata as m; print(json.dumps({n: m.version(n) for n in sys.argv[1:]}))"
+    found = subprocess.run([python, "-c", code, *wanted], capture_output=True, text=True, check=True).stdout
+    extra = {"llama.cpp": LLAMACPP} if peer == "llamacpp" else {}
+    return {**json.loads(found), **extra}
+
+
+def _append(record: dict[str, Any]) -> None:
+    line = json.dumps(record, sort_keys=True)
+    with RECORDS.open("a") as file:
+        file.write(line + "\n")
+    print(line, flush=True)
+
+
+def _records() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in RECORDS.read_text().splitlines()] if RECORDS.is_file() else []
+
+
+@app.command()
+def report() -> None:
+    """Print a table per model, narrow widths first."""
+    for name in MODELS:
+        mine = [record for record in _records() if record["model"] == name]
+        reference = next((r["log_perplexity"] for r in mine if r["peer"] == "float"), math.nan)
+        print(f"\n## {name}\n")
+        print("| peer | setting | bits | log-perplexity | over float | bits per weight | without g_idx | seconds |")
+        print("|---|---|---|---|---|---|---|---|")
+        for record in sorted(mine, key=lambda r: (r["bits"], r.get("bits_per_weight", math.inf))):
+            print(_row(record, reference))
+
+
+def _row(record: dict[str, Any], reference: float) -> str:
+    head = f"| {record['peer']} | {record['setting']} | {record['bits']} |"
+    if "error" in record:
+        return f"{head} refused: {record['error']} | | | | |"
+    value, apart = record["log_perplexity"], record["bits_per_weight_without_g_idx"]
+    apart_cell = f"{apart:.3f}" if apart != record["bits_per_weight"] else ""
+    return (
+        f"{head} {value:.4f} | {value - reference:+.4f} | {record['bits_per_weight']:.3f} | {apart_cell} "
+        f"| {record['seconds']} |"
+    )
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,251 @@
+"""One decoder layer at a time: how a model bigger than memory is quantised.
+
+A block is read from the shards in float32, solved by a method, written to ``work/blocks`` and dropped; what flows into
+the next one is computed with the block as it will be served. Memory holds one block, what the method needs for it,
+and the calibration text's hidden states (samples x seq_len x hidden_size x 4 bytes for each stream), however deep
+the model is. A *stream* is the hidden states of the float model (FLOAT) or of the model read at one width.
+
+A resumed run loads the finished blocks instead of solving them and computes the streams again with them, so it ends
+with the same bits as one that was never stopped.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from matquant.errors import InputError
+from matquant.files import replace_when_done, write_atomically
+from matquant.grid import check_finite
+from matquant.models import Call, View, decoder_layers, embed, write_weights
+from matquant.tensor import NestedTensor
+from matquant.text import cut_windows
+from matquant.train.job import LOG, Job, check_same_run, fingerprint
+from matquant.train.objective import FLOAT
+
+BLOCKS = "blocks"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """A decoder layer to be solved, and what flows into it.
+
+    module: the layer with its float32 weights, to be left as it is. name: its module name. views: its linears to
+    quantise, by path. inputs: stream -> batches [B, T, H]. call: runs the module on hidden states [B, T, H].
+    """
+
+    index: int
+    count: int
+    name: str
+    module: torch.nn.Module
+    views: Mapping[str, View]
+    inputs: Mapping[int, Sequence[torch.Tensor]]
+    call: Call
+    config: Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solved:
+    """A solved block. plain: changed tensors that are not quantised, by parameter name. record: for the log."""
+
+    nested: Mapping[str, NestedTensor]
+    plain: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    record: Mapping[str, Any] = field(default_factory=dict)
+
+
+Solve = Callable[[Job, Block], Solved]
+
+
+def run_blocks(
+    job: Job,
+    solve: Solve,
+    *,
+    streams: Sequence[int],
+    tokens: torch.Tensor,
+    batch_size: int,
+    settings: Mapping[str, Any],
+) -> Iterator[tuple[str, NestedTensor]]:
+    """Solve every block in order, then return the nested tensors, one at a time, from ``work/blocks``.
+
+    tokens: calibration text, int64 [samples, T]. settings: what a resumed run must share besides the job's own.
+    """
+    mark = fingerprint(job, settings)
+    layers = decoder_layers(job.model)
+    folder = job.work / BLOCKS
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in folder.glob("*.safetensors"):
+        _record(file, mark)  # before any work: another run's blocks, or damaged ones
+    hidden, calls = _embed(job, tokens, batch_size)
+    flowing = {stream: list(hidden) for stream in streams}
+    del hidden
+    for index, (name, module) in enumerate(layers):
+        began = time.perf_counter()
+        file = folder / f"{index:05d}.safetensors"
+        views = {path: view for path, view in job.views.items() if view.parameter.startswith(f"{name}.")}
+        _materialise(job, name, module)
+        if not file.is_file():
+            block = Block(
+                index=index,
+                count=len(layers),
+                name=name,
+                module=module,
+                views=views,
+                inputs=flowing,
+                call=calls[index],
+                config=job.model.config,
+            )
+            solved = solve(job, block)
+            record = {"step": index + 1, "steps": len(layers), "block": name, **solved.record}
+            _save(file, solved, record | {"seconds": round(time.perf_counter() - began, 2)}, mark, job)
+        solved = _load(file, mark, device=job.device)
+        job.report(dict(solved.record))
+        if index + 1 < len(layers):
+            for stream in streams:
+                _advance(job, solved, module, calls[index], views, flowing[stream], stream)
+        _release(module)
+    records = [_record(file, mark) for file in sorted(folder.glob("*.safetensors"))]
+    write_atomically(job.work / LOG, "".join(json.dumps(record) + "\n" for record in records).encode())
+    return _finished(job, len(layers), mark)
+
+
+def read_tensor(job: Job, name: str) -> torch.Tensor:
+    """A tensor that is not quantised, as the solved model has it; the float model's where no block changed it."""
+    layer = next((i for i, (prefix, _) in enumerate(decoder_layers(job.model)) if name.startswith(f"{prefix}.")), None)
+    if layer is not None:
+        with safe_open(job.work / BLOCKS / f"{layer:05d}.safetensors", "pt") as file:
+            if f"plain/{name}" in file.keys():  # noqa: SIM118 (a safetensors file is no mapping)
+                tensor: torch.Tensor = file.get_tensor(f"plain/{name}").clone()
+                return tensor
+    return _read(job, name)
+
+
+def calibration(job: Job, *, samples: int, seq_len: int, seed: int) -> torch.Tensor:
+    """``samples`` windows of the job's text in a seeded order, int64 [samples, seq_len]."""
+    windows = cut_windows(job.stream, seq_len)
+    if len(windows) < samples:
+        raise InputError(
+            f"samples={samples} windows of {seq_len} tokens need {samples * seq_len + 1:,} tokens, the text has "
+            f"{len(job.stream):,}; give more text, --samples {len(windows)} or a smaller --seq-len"
+        )
+    chosen = np.random.default_rng(seed).permutation(len(windows))[:samples]
+    return torch.from_numpy(windows[chosen][:, :-1])
+
+
+# -------------------------------------------------------------------------------------------------------- one block
+
+
+def _embed(job: Job, tokens: torch.Tensor, batch_size: int) -> tuple[list[torch.Tensor], list[Call]]:
+    inside = tuple(f"{name}." for name, _ in decoder_layers(job.model))
+    decoder = job.model.get_decoder()
+    prefix = next(f"{name}." if name else "" for name, module in job.model.named_modules() if module is decoder)
+    outside = [name for name, _ in decoder.named_parameters() if not f"{prefix}{name}".startswith(inside)]
+    for name in outside:
+        _set_parameter(decoder, name, _read(job, f"{prefix}{name}").float().to(job.device))
+    result = embed(job.model, (batch.to(job.device) for batch in tokens.split(batch_size)))
+    for name in outside:
+        _set_parameter(decoder, name, decoder.get_parameter(name).detach().to("meta"))
+    return result
+
+
+def _advance(
+    job: Job,
+    solved: Solved,
+    module: torch.nn.Module,
+    call: Call,
+    views: Mapping[str, View],
+    hidden: list[torch.Tensor],
+    stream: int,
+) -> None:
+    """Replace a stream's hidden states by the block's outputs. The float stream comes first: others change weights."""
+    if stream != FLOAT:
+        parameters = dict(job.model.named_parameters())
+        with torch.no_grad():
+            for name, tensor in solved.plain.items():
+                parameters[name].copy_(tensor)
+        write_weights(job.model, views, ((path, tensor.read(stream)) for path, tensor in solved.nested.items()))
+    with torch.no_grad():
+        for number, states in enumerate(hidden):
+            hidden[number] = call(module, states)
+
+
+def _materialise(job: Job, name: str, module: torch.nn.Module) -> None:
+    for local, _ in list(module.named_parameters()):
+        _set_parameter(module, local, _read(job, f"{name}.{local}").float().to(job.device))
+
+
+def _release(module: torch.nn.Module) -> None:
+    for local, parameter in list(module.named_parameters()):
+        _set_parameter(module, local, parameter.detach().to("meta"))
+
+
+def _set_parameter(module: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
+    owner, _, leaf = name.rpartition(".")
+    setattr(module.get_submodule(owner), leaf, torch.nn.Parameter(tensor, requires_grad=False))
+
+
+def _read(job: Job, name: str) -> torch.Tensor:
+    tensor = job.read(name)
+    check_finite(tensor, name=name.removesuffix(".weight"))
+    return tensor
+
+
+# ---------------------------------------------------------------------------------------------------- finished blocks
+
+
+def _save(file: Path, solved: Solved, record: Mapping[str, Any], mark: Mapping[str, Any], job: Job) -> None:
+    tensors: dict[str, torch.Tensor] = {}
+    for path, nested in solved.nested.items():
+        tensors |= {f"{path}/codes": nested.codes, f"{path}/scale": nested.scale, f"{path}/zero": nested.zero}
+        for bits, (scale, zero) in nested.slices.items():
+            tensors |= {f"{path}/{bits}/scale": scale, f"{path}/{bits}/zero": zero}
+    tensors |= {f"plain/{name}": tensor.to(job.dtypes[name]) for name, tensor in solved.plain.items()}
+    metadata = {"fingerprint": json.dumps(mark, sort_keys=True), "record": json.dumps(record)}
+    with replace_when_done(file) as partial:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata=metadata)
+
+
+def _record(file: Path, mark: Mapping[str, Any]) -> dict[str, Any]:
+    """The log record of a finished block; InputError if the file is damaged or of another run."""
+    try:
+        with safe_open(file, "pt") as stored:
+            metadata = stored.metadata()
+    except SafetensorError as error:
+        raise InputError(f"{file} is damaged ({error}); delete it to solve this block again") from None
+    check_same_run(json.loads(metadata["fingerprint"]), mark)
+    record: dict[str, Any] = json.loads(metadata["record"])
+    return record
+
+
+def _load(file: Path, mark: Mapping[str, Any], *, device: torch.device) -> Solved:
+    record = _record(file, mark)
+    with safe_open(file, "pt", device=str(device)) as stored:
+        tensors = {name: stored.get_tensor(name).clone() for name in stored.keys()}  # noqa: SIM118
+    rule = mark["rule"]
+    nested, plain = {}, {}
+    for name in [name for name in tensors if name.endswith("/codes")]:
+        path = name.removesuffix("/codes")
+        widths = [int(key.split("/")[1]) for key in tensors if key.startswith(f"{path}/") and key.count("/") == 2]
+        slices = {
+            bits: (tensors[f"{path}/{bits}/scale"], tensors[f"{path}/{bits}/zero"]) for bits in sorted(set(widths))
+        }
+        nested[path] = NestedTensor(
+            codes=tensors[name], scale=tensors[f"{path}/scale"], zero=tensors[f"{path}/zero"], rule=rule, slices=slices
+        )
+    for name, tensor in tensors.items():
+        if name.startswith("plain/"):
+            plain[name.removeprefix("plain/")] = tensor
+    return Solved(nested=nested, plain=plain, record=record)
+
+
+def _finished(job: Job, count: int, mark: Mapping[str, Any]) -> Iterator[tuple[str, NestedTensor]]:
+    for index in range(count):
+        yield from _load(
+            job.work / BLOCKS / f"{index:05d}.safetensors", mark, device=torch.device("cpu")
+        ).nested.items()

@@ -1,0 +1,454 @@
+"""Nested GPTQ: one pass over a small calibration text, codes that are good at every requested width at once.
+
+GPTQ (Frantar et al. 2022) rounds the columns of a weight one after the other and lets the columns not yet rounded make
+up for each error. With H = X^T X of the layer's inputs and U the upper Cholesky factor of H^-1:
+
+    error_j = (t_j - read(code_j)) / U_jj,      t_k -= error_j U_jk  for all k > j
+
+Here one 8-bit code serves all widths r, so each width carries a target t_r of its own, compensated with its own error
+and the same U, and the code of a weight is the one that is best for all of them together:
+
+    q = argmin over q of  sum_r lambda_r (t_r - scale_r (slice(q, r) - zero_r))^2
+
+Each term falls until its own best slice and rises after it, so the best q lies between the widths' own choices, and
+between two codes where a slice changes only the 8-bit term moves: the codes that can win are the 8-bit choice clamped
+into each *cell* (codes whose slices are all equal) in between. Usually that is one code, rarely more than ten.
+
+Before the pass each row (or group) gets the clipping that costs the widths least together; after it, the widths' own
+affines are refitted in the norm of H. H is accumulated once per block from the inputs of the model served at 8 bits.
+Limits: 2-bit codes of a grid that has to hold 8 bits without clipping use its outer quarter little; smaller groups help.
+Shapes: N out features, K in features, G groups, R widths, T tokens.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from matquant.errors import InputError, check_positive
+from matquant.grid import SMALLEST_SCALE, decode, storable_scale
+from matquant.nest import MASTER_BITS, slice_codes
+from matquant.tensor import Affine, NestedTensor
+from matquant.train.blocks import Block, Solved, calibration, run_blocks
+from matquant.train.fake import Grid, Learned, nest
+from matquant.train.job import Job
+
+COLUMNS = 128  # compensated together, as in the original
+CLIPS = tuple(1 - step / 20 for step in range(13))  # of max|w|: 1, 0.95, ..., 0.4
+DAMP_LIMIT = 1.0  # more damping than the mean diagonal itself means the Hessian says nothing
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """samples: windows of seq_len tokens. batch_size: windows per forward pass. damp: share of the mean diagonal of H
+    added to it. seed: of the choice of windows."""
+
+    samples: int = 128
+    seq_len: int = 2048
+    batch_size: int = 4
+    damp: float = 0.01
+    seed: int = 0
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """InputError for a number that cannot be worked with; TypeError for an option that does not exist."""
+    settings = Settings(**options)
+    check_positive(
+        samples=settings.samples, seq_len=settings.seq_len, batch_size=settings.batch_size, damp=settings.damp
+    )
+
+
+def train(job: Job) -> Iterator[tuple[str, NestedTensor]]:
+    """Solve the model block by block; see ``blocks.run_blocks``."""
+    settings = Settings(**job.options)
+    if job.grid.affine == "learned":
+        raise InputError("method 'gptq' learns nothing by gradient; use --affine refit or none")
+    if any(width.teachers for width in job.objective):
+        raise InputError(f"method 'gptq' has no distillation, objective {job.spec.objective!r} asks for it; use 8,4,2")
+    tokens = calibration(job, samples=settings.samples, seq_len=settings.seq_len, seed=settings.seed)
+    _check_rank(job, tokens.numel())
+    return run_blocks(
+        job,
+        functools.partial(_solve, settings=settings),
+        streams=(min(job.grid.bits, MASTER_BITS),),
+        tokens=tokens,
+        batch_size=settings.batch_size,
+        settings=dataclasses.asdict(settings),
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------ the codes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Factor:
+    """A damped Hessian, ready for compensation. order: columns, most important first; upper: U in that order."""
+
+    order_K: torch.Tensor
+    upper_KK: torch.Tensor
+    damp: float
+
+
+def inverse_factor(hessian_KK: torch.Tensor, *, damp: float, name: str = "weight", reorder: bool = True) -> Factor:
+    """U with U^T U = (H + damp * mean diagonal)^-1. An H that is not positive definite gets ten times the damping,
+    again and again; InputError when that reaches DAMP_LIMIT. Columns that no input reaches count as the mean.
+    """
+    diagonal = hessian_KK.diagonal()
+    mean = diagonal.mean()
+    if not torch.isfinite(mean) or mean <= 0:
+        raise InputError(f"the Hessian of {name} is {float(mean)} on average; its inputs are broken: use other text")
+    order = diagonal.argsort(descending=True, stable=True) if reorder else torch.arange(len(diagonal))
+    ordered = hessian_KK[order][:, order]
+    dead = torch.where(ordered.diagonal() == 0, mean, torch.zeros_like(mean))
+    while damp <= DAMP_LIMIT:
+        damped = ordered + torch.diag(dead + damp * mean)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        if not failed and bool(torch.isfinite(upper).all()):
+            return Factor(order_K=order, upper_KK=upper, damp=damp)
+        damp *= 10
+    raise InputError(f"the Hessian of {name} is not positive definite even with damping {damp / 10:g}; give more text")
+
+
+def nested_codes(
+    weight_NK: torch.Tensor,
+    factor: Factor,
+    affines: Mapping[int, Affine],
+    weights: Mapping[int, float],
+    *,
+    rule: str,
+) -> torch.Tensor:
+    """8-bit codes, uint8 [N, K], of a weight on fixed affines, width -> (scale, zero) [N, G].
+
+    weights: width -> lambda; 8 bits without one follow the others for free. A single width has its own r-bit codes.
+    """
+    widths = sorted(affines, reverse=True)
+    scale_RNK, zero_RNK = (
+        torch.stack([_spread(affines[bits][part], weight_NK.shape[1], factor.order_K) for bits in widths])
+        for part in (0, 1)
+    )
+    lambdas_R = weight_NK.new_tensor([weights.get(bits, 0.0) for bits in widths])
+    choose = _cells(rule, tuple(widths)).choose if len(widths) > 1 else functools.partial(_nearest, bits=widths[0])
+    target_RNK = weight_NK[:, factor.order_K].expand(len(widths), -1, -1).clone()
+    upper = factor.upper_KK.to(weight_NK.dtype)
+    codes_NK = torch.empty(weight_NK.shape, dtype=torch.uint8)
+    for start in range(0, weight_NK.shape[1], COLUMNS):
+        stop = min(start + COLUMNS, weight_NK.shape[1])
+        # columns first, so that one column of all rows is contiguous
+        part = target_RNK[:, :, start:stop].permute(2, 0, 1).contiguous()
+        scale, zero = (x[:, :, start:stop].permute(2, 0, 1).contiguous() for x in (scale_RNK, zero_RNK))
+        errors = torch.empty_like(part)
+        for column in range(stop - start):
+            code, read_RN = choose(part[column], scale[column], zero[column], lambdas_R)
+            codes_NK[:, start + column] = code
+            row = upper[start + column, start + column : stop]
+            errors[column] = (part[column] - read_RN) / row[0]
+            part[column + 1 :].addcmul_(row[1:, None, None], errors[column], value=-1)
+        if stop < weight_NK.shape[1]:
+            later = upper[start:stop, stop:]
+            for width in range(len(widths)):
+                target_RNK[width, :, stop:].addmm_(errors[:, width].T, later, alpha=-1)
+    restored = torch.empty_like(codes_NK)
+    restored[:, factor.order_K] = codes_NK
+    return restored
+
+
+def _nearest(
+    target_RN: torch.Tensor, scale_RN: torch.Tensor, zero_RN: torch.Tensor, lambdas_R: torch.Tensor, *, bits: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    code_RN = torch.floor(target_RN / scale_RN + zero_RN + 0.5).clamp_(0, 2**bits - 1)
+    return code_RN[0], scale_RN * (code_RN - zero_RN)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cells:
+    """The runs of 8-bit codes in which no slice changes. low, high: first and last code of each cell [C]; of: the cell
+    of each code [256]; first, last: the cells of each slice code [R - 1, 2^r (+ 1)]; slices: [R, 256]; rows as widths.
+    """
+
+    widths: tuple[int, ...]
+    low_C: torch.Tensor
+    high_C: torch.Tensor
+    of_Q: torch.Tensor
+    first: tuple[torch.Tensor, ...]
+    last: tuple[torch.Tensor, ...]
+    slices_RQ: torch.Tensor
+
+    def choose(
+        self, target_RN: torch.Tensor, scale_RN: torch.Tensor, zero_RN: torch.Tensor, lambdas_R: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The best code of each row, int64 [N], and what each width reads from it [R, N]."""
+        nearest_RN = torch.floor(target_RN / scale_RN + zero_RN + 0.5).long()
+        master_N = nearest_RN[0].clamp_(0, 2**MASTER_BITS - 1)
+        below_N = above_N = self.of_Q[master_N]
+        for width in range(1, len(self.widths)):
+            own_N = nearest_RN[width].clamp_(0, len(self.first[width - 1]) - 1)
+            below_N = torch.minimum(below_N, self.last[width - 1][own_N])
+            above_N = torch.maximum(above_N, self.first[width - 1][own_N])
+        cell_N, span = below_N, int((above_N - below_N).max())
+        best_N, best_RN = self._read(cell_N, master_N, scale_RN, zero_RN)
+        if span:
+            cost_N = self._cost(best_RN, target_RN, lambdas_R)
+            for step in range(1, span + 1):
+                code_N, read_RN = self._read(torch.minimum(below_N + step, above_N), master_N, scale_RN, zero_RN)
+                new_N = self._cost(read_RN, target_RN, lambdas_R)
+                better = new_N < cost_N
+                best_N, cost_N = torch.where(better, code_N, best_N), torch.where(better, new_N, cost_N)
+                best_RN = torch.where(better, read_RN, best_RN)
+        return best_N, best_RN
+
+    def _read(
+        self, cell_N: torch.Tensor, master_N: torch.Tensor, scale_RN: torch.Tensor, zero_RN: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        code_N = torch.minimum(torch.maximum(master_N, self.low_C[cell_N]), self.high_C[cell_N])
+        return code_N, scale_RN * (self.slices_RQ[:, code_N] - zero_RN)
+
+    @staticmethod
+    def _cost(read_RN: torch.Tensor, target_RN: torch.Tensor, lambdas_R: torch.Tensor) -> torch.Tensor:
+        return lambdas_R @ (target_RN - read_RN).square()
+
+
+@functools.cache
+def _cells(rule: str, widths: tuple[int, ...]) -> Cells:
+    every = torch.arange(2**MASTER_BITS)
+    slices = torch.stack([slice_codes(every, bits, rule=rule) for bits in widths])
+    changes = (slices[1:, 1:] != slices[1:, :-1]).any(0)
+    cell = torch.cat([torch.zeros(1, dtype=torch.int64), changes.long().cumsum(0)])
+    count = int(cell[-1]) + 1
+    low = torch.tensor([int((cell == index).nonzero()[0]) for index in range(count)])
+    high = torch.tensor([int((cell == index).nonzero()[-1]) for index in range(count)])
+    first, last = [], []
+    for row in slices[1:]:
+        members = [(row == code).nonzero().flatten() for code in range(int(row.max()) + 1)]
+        first.append(cell[torch.stack([codes[0] for codes in members])])
+        last.append(cell[torch.stack([codes[-1] for codes in members])])
+    return Cells(
+        widths=widths,
+        low_C=low,
+        high_C=high,
+        of_Q=cell,
+        first=tuple(first),
+        last=tuple(last),
+        slices_RQ=slices.float(),
+    )
+
+
+def _spread(values_NG: torch.Tensor, columns: int, order_K: torch.Tensor) -> torch.Tensor:
+    """Values per group as values per column [N, K], in the order of compensation."""
+    groups = values_NG.shape[1]
+    return values_NG.repeat_interleave(columns // groups, dim=1)[:, order_K]
+
+
+def nested_gptq(
+    weight_NK: torch.Tensor,
+    hessian_KK: torch.Tensor,
+    grid: Grid,
+    weights: Mapping[int, float],
+    *,
+    factor: Factor | None = None,
+    name: str = "weight",
+) -> NestedTensor:
+    """Nested codes of one weight. hessian: X^T X up to a factor; weights: width -> lambda (ignored by a dedicated
+    baseline, ``grid.bits`` below 8). Returns torch tensors as ``fake.nest`` does, affines in the norm of the Hessian.
+    """
+    factor = factor or inverse_factor(hessian_KK, damp=Settings.damp, name=name)
+    if grid.bits < MASTER_BITS:
+        start = _start(weight_NK, hessian_KK.diagonal(), grid, {grid.bits: 1.0}, name)
+        return _dedicated(weight_NK, hessian_KK, factor, grid, start)
+    start = _start(weight_NK, hessian_KK.diagonal(), grid, weights, name)
+    affines = {bits: start.affine(bits) for bits in {MASTER_BITS, *weights}}
+    codes = nested_codes(weight_NK, factor, affines, weights, rule=grid.rule)
+    slices = {}
+    for bits in grid.sliced if grid.affine != "none" else ():
+        own = slice_codes(codes, bits, rule=grid.rule)
+        slices[bits] = refit_affine(weight_NK, own, hessian_KK, fallback=start.affine(bits))
+    return dataclasses.replace(start, codes=codes, slices=slices)
+
+
+# -------------------------------------------------------------------------------------------------- grids and affines
+
+
+def _start(
+    weight_NK: torch.Tensor, importance_K: torch.Tensor, grid: Grid, weights: Mapping[int, float], name: str
+) -> NestedTensor:
+    """Rounded to nearest with the clipping of each group, of CLIPS, that costs the widths least, columns weighted by
+    the Hessian's diagonal."""
+    groups = 1 if grid.group_size is None else weight_NK.shape[1] // grid.group_size
+    largest_NG = weight_NK.reshape(len(weight_NK), groups, -1).abs().amax(-1).clamp(min=torch.finfo(torch.float32).tiny)
+    best_NG = torch.full_like(largest_NG, torch.inf)
+    clip_NG = largest_NG.clone()
+    for clip in CLIPS:
+        tensor = nest(weight_NK, grid, learned=Learned(clip=clip * largest_NG), name=name)
+        cost_NG = torch.zeros_like(best_NG)
+        for bits, weight in weights.items():
+            error_NK = (tensor.read(bits) - weight_NK).square_() * importance_K
+            cost_NG += weight * error_NK.reshape(len(weight_NK), groups, -1).sum(-1)
+        clip_NG = torch.where(cost_NG < best_NG, clip * largest_NG, clip_NG)
+        best_NG = torch.minimum(best_NG, cost_NG)
+    return nest(weight_NK, grid, learned=Learned(clip=clip_NG), name=name)
+
+
+def _dedicated(
+    weight_NK: torch.Tensor, hessian_KK: torch.Tensor, factor: Factor, grid: Grid, start: NestedTensor
+) -> NestedTensor:
+    """The codes of a baseline of fewer than 8 bits, at the centre of their prefix bin as ``fake.nest`` stores them."""
+    step = 2 ** (MASTER_BITS - grid.bits)
+    codes = nested_codes(weight_NK, factor, {grid.bits: start.affine(grid.bits)}, {grid.bits: 1.0}, rule=grid.rule)
+    slices = dict(start.slices)
+    if grid.affine != "none":
+        slices[grid.bits] = refit_affine(weight_NK, codes, hessian_KK, fallback=start.affine(grid.bits))
+    return dataclasses.replace(start, codes=codes * step + step // 2, slices=slices)
+
+
+def refit_affine(
+    weight_NK: torch.Tensor, codes_NK: torch.Tensor, hessian_KK: torch.Tensor, *, fallback: Affine
+) -> Affine:
+    """Scale and zero of r-bit codes, [N, G] each, that minimise (w - scale*(code - zero)) H (w - scale*(code - zero))^T
+    over all groups of a row together, as they are stored. Rows they do not improve keep ``fallback``.
+    """
+    rows, columns = weight_NK.shape
+    groups = fallback[0].shape[1]
+    size = columns // groups
+    hessian = hessian_KK.to(weight_NK.dtype)
+    code_NGK = codes_NK.to(weight_NK.dtype).reshape(rows, groups, size)
+    # The features of a row are its codes and its ones, group by group; w = sum_g scale_g code_g - offset_g one_g.
+    ones_GK = torch.eye(groups, dtype=weight_NK.dtype).repeat_interleave(size, dim=1)
+    ones_H = ones_GK @ hessian
+    gram = torch.empty(rows, 2 * groups, 2 * groups, dtype=weight_NK.dtype)
+    right = torch.empty(rows, 2 * groups, dtype=weight_NK.dtype)
+    for group in range(groups):
+        inside = slice(group * size, (group + 1) * size)
+        code_H = (code_NGK[:, group] @ hessian[inside]).reshape(rows, groups, size)
+        gram[:, group, :groups] = (code_H * code_NGK).sum(-1)
+        gram[:, group, groups:] = code_H.sum(-1)
+        right[:, group] = (code_H * weight_NK.reshape(rows, groups, size)).sum(-1).sum(-1)
+    gram[:, groups:, :groups] = gram[:, :groups, groups:].transpose(1, 2)
+    gram[:, groups:, groups:] = ones_H @ ones_GK.T
+    right[:, groups:] = weight_NK @ ones_H.T
+    gram.diagonal(dim1=1, dim2=2).mul_(1 + 1e-6)
+    solution, failed = torch.linalg.solve_ex(gram, right)
+    scale, offset = solution[:, :groups], -solution[:, groups:]
+    mean = code_NGK.mean(-1)
+    stored = storable_scale(scale.clamp(min=SMALLEST_SCALE)).to(weight_NK.dtype)
+    zero = (mean - (mean * scale - offset) / stored).half().to(weight_NK.dtype)
+    usable = (failed == 0)[:, None] & (scale >= SMALLEST_SCALE) & zero.isfinite()
+    scale, zero = torch.where(usable, stored, fallback[0]), torch.where(usable, zero, fallback[1])
+    better = _row_errors(weight_NK, codes_NK, (scale, zero), hessian) < _row_errors(
+        weight_NK, codes_NK, fallback, hessian
+    )
+    return (
+        torch.where(better[:, None], scale, fallback[0]).float(),
+        torch.where(better[:, None], zero, fallback[1]).float(),
+    )
+
+
+def _row_errors(
+    weight_NK: torch.Tensor, codes_NK: torch.Tensor, affine: Affine, hessian_KK: torch.Tensor
+) -> torch.Tensor:
+    error_NK = weight_NK - decode(codes_NK, *affine).to(weight_NK.dtype)
+    return ((error_NK @ hessian_KK) * error_NK).sum(-1)
+
+
+# ------------------------------------------------------------------------------------------------------------ the block
+
+
+def _solve(job: Job, block: Block, settings: Settings) -> Solved:
+    weights = {width.bits: width.weight for width in job.objective}
+    hessians, leaders = collect_hessians(block)
+    parameters = {f"{block.name}.{name}": parameter for name, parameter in block.module.named_parameters()}
+    factors: dict[str, Factor] = {}
+    nested: dict[str, NestedTensor] = {}
+    errors, total = dict.fromkeys(weights, 0.0), 0.0
+    for path, view in block.views.items():
+        hessian, leader = hessians[leaders[path]], leaders[path]
+        weight = view.of(parameters[view.parameter]).contiguous()
+        if leader not in factors:
+            factors[leader] = inverse_factor(hessian, damp=settings.damp, name=path)
+        nested[path] = nested_gptq(weight, hessian, job.grid, weights, factor=factors[leader], name=path)
+        total += float(((weight @ hessian) * weight).sum())
+        for bits in weights:
+            error = weight - nested[path].read(bits)
+            errors[bits] += float(((error @ hessian) * error).sum())
+    loss = {str(bits): error / total for bits, error in errors.items()}
+    record: dict[str, Any] = {"loss": loss}
+    damped = max(factor.damp for factor in factors.values())
+    if damped > settings.damp:
+        record["notice"] = f"{block.name}: the Hessian was not positive definite; damped by {damped:g} of its mean"
+    return Solved(nested=nested, record=record)
+
+
+def collect_hessians(block: Block) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """X^T X of the inputs of every linear, and path -> the path whose Hessian it shares. [K, K] float32, on the CPU.
+
+    Linears that are given the same tensor share one. Fused experts see the tokens routed to them.
+    """
+    (states,) = block.inputs.values()
+    paths = {view.parameter.removesuffix(".weight"): path for path, view in block.views.items()}
+    modules = {f"{block.name}.{name}": module for name, module in block.module.named_modules()}
+    hessians: dict[str, torch.Tensor] = {}
+    leaders: dict[str, str] = {}
+    given: dict[int, tuple[str, torch.Tensor]] = {}  # inputs of this forward pass, kept so that their ids stay theirs
+
+    def add(path: str, inputs: torch.Tensor) -> None:
+        flat = inputs.reshape(-1, inputs.shape[-1])
+        if path not in hessians:
+            hessians[path] = flat.new_zeros(flat.shape[1], flat.shape[1])
+        hessians[path].addmm_(flat.T, flat)
+
+    def linear(module: torch.nn.Module, args: tuple[torch.Tensor, ...], path: str) -> None:
+        leader, _ = given.setdefault(id(args[0]), (path, args[0]))
+        leaders[path] = leader
+        if leader == path:
+            add(path, args[0])
+
+    def experts(module: Any, args: tuple[torch.Tensor, ...], name: str) -> None:
+        tokens, chosen = args[0], args[1]
+        for path, view in block.views.items():
+            if view.parameter.rpartition(".")[0] != name:
+                continue
+            parameter = dict(module.named_parameters())[view.parameter.rpartition(".")[2]]
+            expert = view.offset // (parameter.shape[1] * parameter.shape[2])
+            routed = tokens[(chosen == expert).any(-1)]
+            if parameter is module.down_proj:
+                gate, up = (routed @ module.gate_up_proj[expert].T).chunk(2, dim=-1)
+                routed = module.act_fn(gate) * up
+            leaders[path] = path
+            add(path, routed)
+
+    handles = []
+    for name, module in modules.items():
+        if name in paths and isinstance(module, torch.nn.Linear):
+            handles.append(module.register_forward_pre_hook(functools.partial(linear, path=paths[name])))
+        elif name.rpartition(".")[2] == "experts" and any(
+            view.parameter.startswith(f"{name}.") for view in block.views.values()
+        ):
+            handles.append(module.register_forward_pre_hook(functools.partial(experts, name=name)))
+    try:
+        with torch.no_grad():
+            for batch in states:
+                given.clear()
+                block.call(block.module, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    missing = sorted(set(block.views) - set(leaders))
+    if missing:
+        raise InputError(f"method 'gptq' does not see the inputs of {missing[0]}; --exclude it, or use --method rtn")
+    for path, hessian in hessians.items():
+        if not hessian.diagonal().any():
+            hessian.fill_diagonal_(1.0)  # an expert that no token reached: rounded to nearest
+    return hessians, leaders
+
+
+def _check_rank(job: Job, tokens: int) -> None:
+    widest = max(view.shape[1] for view in job.views.values())
+    if tokens < widest:
+        path = next(path for path, view in job.views.items() if view.shape[1] == widest)
+        raise InputError(
+            f"the Hessian of {path} needs at least {widest:,} tokens of text, calibration has {tokens:,}; "
+            "use more --samples or a longer --seq-len"
+        )

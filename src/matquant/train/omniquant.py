@@ -1,0 +1,377 @@
+"""OmniQuant over all widths at once, one decoder layer at a time (MatQuant Eq. 3, 4, 5, 7).
+
+    min over gamma, beta, s, delta of  sum_r lambda_r * || F(W, X) - F(slice(quantise(W), r), X_r) ||^2
+
+F is one decoder layer, attention and FFN. The weights themselves are not trained: clipping (clip.py) chooses the grid
+they are rounded to, an equivalent transformation (equivalence.py) what numbers are rounded. X is what flows into the
+layer in the float model, X_r what flows into it in the r-bit model, all earlier layers quantised. A layer needs its own
+weights, its inputs and nothing else, so a model of any size is trained in the memory of one layer.
+
+Targets, per width: "truth" is the float layer's output on X; a teacher width's is what that width puts out in the same
+step, with stop-gradient (Table 4, "the outputs from a higher-precision model are used as the target"); the teacher "fp"
+is the truth again. A width with several takes the mean of its losses. Losses are relative to the mean square of the
+truth, which changes no gradient but for one constant per layer.
+
+From the paper: constant learning rate 1e-3, 128 sequences of 2048 tokens in batches of 4, 10M tokens (1220 steps). Not
+stated there, chosen here: AdamW with torch's betas and no weight decay; beta and gamma are factors, s = exp(log_scale),
+delta in units of the activations, so that one learning rate fits all. OmniQuant's own code uses 1e-2 for clipping and
+5e-3 for the transformation (``clip_lr``, ``transform_lr``). bf16 autocast is offered, fp16 is not: the gradients of
+8-bit steps overflow there (OmniQuant issue 8).
+
+Codes are made once per step and read by all widths. Cost per step: one forward and backward of the layer per width.
+"""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from matquant.errors import InputError, check_positive
+from matquant.models import View
+from matquant.tensor import NestedTensor
+from matquant.text import batch
+from matquant.train import clip, equivalence
+from matquant.train.blocks import Block, Solved
+from matquant.train.job import Job
+from matquant.train.objective import FLOAT, Width
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Everything a run depends on besides model, data, grid and objective.
+
+    samples: sequences of ``seq_len`` tokens that are used, over and over. steps: per layer. lr: of everything, but
+    clip_lr (factors, affines) and transform_lr (s, delta) where given. alpha: where s starts, as in SmoothQuant; None
+    starts it at 1.
+    """
+
+    samples: int = 128
+    batch_size: int = 4
+    seq_len: int = 2048
+    steps: int = 1220
+    lr: float = 1e-3
+    clip_lr: float | None = None
+    transform_lr: float | None = None
+    weight_decay: float = 0.0
+    seed: int = 0
+    autocast: bool = False
+    transform: bool = True
+    learn_clip: bool = True
+    alpha: float | None = None
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """InputError for a number that cannot be trained with; TypeError for an option that does not exist."""
+    settings = Settings(**options)
+    for name in ("samples", "batch_size", "seq_len", "steps", "lr", "clip_lr", "transform_lr"):
+        value = getattr(settings, name)
+        if value is not None:
+            check_positive(**{name: value})
+    for name in ("seed", "weight_decay"):
+        if not 0 <= getattr(settings, name) < math.inf:
+            raise InputError(f"{name}={getattr(settings, name)}; give a number of at least 0")
+    if settings.alpha is not None and not 0 <= settings.alpha <= 1:
+        raise InputError(f"alpha={settings.alpha}; give a number from 0 to 1")
+
+
+def streams(job: Job) -> tuple[int, ...]:
+    """Which models' activations a layer is trained on: the float model's and those of every trained width."""
+    return (FLOAT, *(width.bits for width in job.objective))
+
+
+def solve(job: Job, block: Block) -> Solved:
+    """Train one decoder layer; returns its codes and its folded norms and biases.
+
+    Raises InputError naming the layer and the width if the loss leaves the finite numbers, or ends above the start and
+    above the size of the layer's output.
+    """
+    settings = Settings(**job.options)
+    layer = _Layer(block, job.dtypes)
+    targets, peaks = layer.targets(settings)
+    learned, notice = _start(job, settings, layer, peaks)
+    optimizer = _optimizer(learned, settings)
+    before = _evaluate(job, settings, layer, learned, targets)
+    if optimizer is not None:
+        for step in range(settings.steps):
+            losses = _step(job, settings, layer, learned, targets, _order(block, step, settings.seed))
+            _check(losses, block.name, f"step {step + 1} of {settings.steps}", limits={})
+            optimizer.step()
+            optimizer.zero_grad()
+            for factors in learned.clips.values():
+                clip.keep_in_range(factors)
+    after = _evaluate(job, settings, layer, learned, targets)
+    _check(after, block.name, f"the end of {settings.steps} steps", limits=before)
+    with torch.no_grad():
+        changed = learned.fold(layer)
+        nested = {
+            path: clip.nest(weight, job.grid, learned.clips[path], name=path) for path, weight in layer.weights(changed)
+        }
+    record = {"loss": _named(after), "loss_before": _named(before), "steps": settings.steps}
+    return Solved(
+        nested=nested,
+        plain=layer.plain(changed),
+        record={**record, "notice": notice} if notice else record,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------- the layer
+
+
+class _Layer(torch.nn.Module):
+    """A decoder layer that runs with other parameters than its own. tensors: its own, by full name."""
+
+    def __init__(self, block: Block, dtypes: Mapping[str, torch.dtype]) -> None:
+        super().__init__()
+        self.layer, self.call, self.block = block.module, block.call, block
+        self.tensors = {f"{block.name}.{name}": p.detach() for name, p in block.module.named_parameters()}
+        self.device = next(iter(self.tensors.values())).device
+        self.dtypes = dtypes
+        self.power = 1.0
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return self.call(self.layer, states)
+
+    def run(self, states: torch.Tensor, changed: Mapping[str, torch.Tensor], settings: Settings) -> torch.Tensor:
+        """Its output [B, T, H], float32, with the parameters ``changed`` in place of its own."""
+        start = len(self.block.name) + 1
+        own = {f"layer.{name[start:]}": tensor for name, tensor in changed.items()}
+        with _autocast(self.device, settings):
+            output: torch.Tensor = torch.func.functional_call(self, own, (states,))
+        return output.float()
+
+    def inputs(self, bits: int, index: int) -> torch.Tensor:
+        """Batch ``index`` of the stream of one width."""
+        return self.block.inputs[bits][index].to(self.device).float()
+
+    def targets(self, settings: Settings) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+        """The float outputs of all batches, and max|x| [K] of what flows into each linear, by full module name."""
+        peaks: dict[str, torch.Tensor] = {}
+
+        def watch(path: str) -> Any:
+            def hook(module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+                peak = arguments[0].detach().float().abs().flatten(0, -2).amax(0)
+                peaks[path] = torch.maximum(peaks[path], peak) if path in peaks else peak
+
+            return hook
+
+        linears = [(name, m) for name, m in self.layer.named_modules() if isinstance(m, torch.nn.Linear)]
+        hooks = [m.register_forward_pre_hook(watch(f"{self.block.name}.{name}")) for name, m in linears]
+        found = self.block.inputs[FLOAT]
+        try:
+            with torch.no_grad():
+                outputs = [self.run(self.inputs(FLOAT, index), {}, settings) for index in range(len(found))]
+        finally:
+            for hook in hooks:
+                hook.remove()
+        self.power = sum(float(output.square().mean()) for output in outputs) / len(outputs) or 1.0
+        return [output.to(states.device) for output, states in zip(outputs, found, strict=True)], peaks
+
+    def weights(self, changed: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+        """The weights [N, K] to quantise, by path."""
+        for path, view in self.block.views.items():
+            tensor = changed.get(view.parameter, self.tensors[view.parameter])
+            yield path, tensor if _is_whole(view, tensor) else view.of(tensor).contiguous()
+
+    def plain(self, changed: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What is changed but not quantised: norms and biases."""
+        taken = {view.parameter for view in self.block.views.values()}
+        return {name: tensor for name, tensor in changed.items() if name not in taken}
+
+    def assemble(self, reads: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Parameters by full name out of weights by path; fused ones are put together."""
+        parts: dict[str, list[str]] = {}
+        for path in reads:
+            parts.setdefault(self.block.views[path].parameter, []).append(path)
+        assembled = {}
+        for name, paths in parts.items():
+            views = [self.block.views[path] for path in paths]
+            if _is_whole(views[0], self.tensors[name]):
+                assembled[name] = reads[paths[0]]
+            else:
+                parts_of_it = (reads[path] for path in paths)
+                assembled[name] = _Assemble.apply(self.tensors[name], views, *parts_of_it)  # type: ignore[no-untyped-call]
+        return assembled
+
+
+class _Assemble(torch.autograd.Function):
+    """Weights written into a copy of the fused parameter they are parts of."""
+
+    @staticmethod
+    def forward(ctx: Any, whole: torch.Tensor, views: list[View], *parts: torch.Tensor) -> torch.Tensor:
+        ctx.views, result = views, whole.clone()
+        for view, part in zip(views, parts, strict=True):
+            view.of(result).copy_(part)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        gradient = gradient.contiguous()
+        return None, None, *(view.of(gradient) for view in ctx.views)
+
+
+def _is_whole(view: View, tensor: torch.Tensor) -> bool:
+    return tensor.shape == view.shape and view.stride == (view.shape[1], 1)
+
+
+# -------------------------------------------------------------------------------------------------------- the training
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Learned:
+    """All that is trained in one layer."""
+
+    rows: tuple[equivalence.Bound, ...]
+    transforms: list[equivalence.Transform]
+    clips: dict[str, clip.Clip]
+
+    def fold(self, layer: _Layer) -> dict[str, torch.Tensor]:
+        return equivalence.fold(self.rows, self.transforms, layer.tensors, dtypes=layer.dtypes)
+
+
+def _start(job: Job, settings: Settings, layer: _Layer, peaks: Mapping[str, torch.Tensor]) -> tuple[_Learned, str]:
+    block, notice = layer.block, ""
+    rows: tuple[equivalence.Bound, ...] = ()
+    if settings.transform:
+        states = layer.inputs(FLOAT, 0)[:1]
+        exact = dataclasses.replace(settings, autocast=False)
+        with torch.no_grad():
+            rows, notice = equivalence.bind(
+                block.name,
+                layer.tensors,
+                config=block.config.get_text_config(),
+                quantised={view.parameter for view in block.views.values()},
+                run=lambda changed: layer.run(states, changed, exact) - states,
+            )
+    transforms = [
+        equivalence.start(
+            row,
+            layer.tensors,
+            peak_K=None if settings.alpha is None else peaks[row.consumers[0]],
+            alpha=settings.alpha or 0.0,
+        )
+        for row in rows
+    ]
+    trained = [width.bits for width in job.objective]
+    clips = {
+        path: clip.start(weight, job.grid, trained=trained, clip=settings.learn_clip)
+        for path, weight in layer.weights({})
+    }
+    return _Learned(rows=rows, transforms=transforms, clips=clips), notice
+
+
+def _optimizer(learned: _Learned, settings: Settings) -> torch.optim.Optimizer | None:
+    """AdamW over everything learned; None if nothing is."""
+    transforms = [tensor for t in learned.transforms for tensor in (t.log_scale, t.shift) if tensor is not None]
+    factors = [tensor for factors in learned.clips.values() for tensor in factors.tensors()]
+    for tensor in (*transforms, *factors):
+        tensor.requires_grad_(True)
+    groups = [
+        {"params": factors, "lr": settings.clip_lr or settings.lr},
+        {"params": transforms, "lr": settings.transform_lr or settings.lr},
+    ]
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, weight_decay=settings.weight_decay) if groups else None
+
+
+def _step(
+    job: Job, settings: Settings, layer: _Layer, learned: _Learned, targets: list[torch.Tensor], index: int
+) -> dict[int, float]:
+    """Gradients of one batch over all widths; returns the widths' losses.
+
+    What all widths share (folding, encoding) has one graph, cut from the graphs of the widths: each of those is freed
+    before the next is made, and the shared one is gone through once.
+    """
+    cuts: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def cut(tensor: torch.Tensor) -> torch.Tensor:
+        if not tensor.requires_grad:
+            return tensor
+        leaf = tensor.detach().requires_grad_(True)
+        cuts.append((tensor, leaf))
+        return leaf
+
+    needed = dataclasses.replace(job.grid, sliced=tuple(w.bits for w in job.objective if w.bits in job.grid.sliced))
+    changed = learned.fold(layer)
+    simulated = {}
+    for path, weight in layer.weights(changed):
+        whole = clip.simulate(weight, needed, learned.clips[path], name=path)
+        simulated[path] = dataclasses.replace(
+            whole, position=cut(whole.position), scale=cut(whole.scale), zero=cut(whole.zero)
+        )
+    plain = {name: cut(tensor) for name, tensor in layer.plain(changed).items()}
+    outputs = {FLOAT: targets[index].to(layer.device)}
+    losses = {}
+    for width in job.objective:
+        reads = {path: clip.read(s, width.bits, needed, learned.clips[path]) for path, s in simulated.items()}
+        output = layer.run(layer.inputs(width.bits, index), {**plain, **layer.assemble(reads)}, settings)
+        loss = _loss(output, outputs, width) / layer.power
+        if loss.requires_grad and width.weight:
+            torch.autograd.backward(loss * width.weight)
+        outputs[width.bits] = output.detach()
+        losses[width.bits] = float(loss)
+    shared = [(root, leaf.grad) for root, leaf in cuts if leaf.grad is not None]
+    if shared:
+        torch.autograd.backward([root for root, _ in shared], [gradient for _, gradient in shared])
+    return losses
+
+
+def _loss(output: torch.Tensor, outputs: Mapping[int, torch.Tensor], width: Width) -> torch.Tensor:
+    """The mean of a width's squared distances to its targets: the truth, where it has it, and its teachers' outputs."""
+    sources = [FLOAT] * width.truth + list(width.teachers)
+    return torch.stack([(output - outputs[source]).square().mean() for source in sources]).mean()
+
+
+def _evaluate(
+    job: Job, settings: Settings, layer: _Layer, learned: _Learned, targets: list[torch.Tensor]
+) -> dict[int, float]:
+    """||F_r - F||^2 / ||F||^2 over all batches, by width, against the float layer's output whatever is trained."""
+    with torch.no_grad():
+        changed = learned.fold(layer)
+        nested = {
+            path: clip.nest(weight, job.grid, learned.clips[path], name=path) for path, weight in layer.weights(changed)
+        }
+        return {width.bits: _distance(layer, width.bits, changed, nested, targets, settings) for width in job.objective}
+
+
+def _distance(
+    layer: _Layer,
+    bits: int,
+    changed: Mapping[str, torch.Tensor],
+    nested: Mapping[str, NestedTensor],
+    targets: list[torch.Tensor],
+    settings: Settings,
+) -> float:
+    parameters = {**changed, **layer.assemble({path: tensor.read(bits) for path, tensor in nested.items()})}
+    squares = (
+        (layer.run(layer.inputs(bits, index), parameters, settings) - target.to(layer.device)).square().mean()
+        for index, target in enumerate(targets)
+    )
+    return sum(float(square) for square in squares) / len(targets) / layer.power
+
+
+def _order(block: Block, step: int, seed: int) -> int:
+    """The batch of a step: it depends on the seed and the step only."""
+    return int(batch(np.arange(len(block.inputs[FLOAT])), step, size=1, seed=seed)[0])
+
+
+def _check(losses: Mapping[int, float], name: str, when: str, *, limits: Mapping[int, float]) -> None:
+    for bits, loss in losses.items():
+        if not math.isfinite(loss) or (bits in limits and loss > max(1.0, 2 * limits[bits])):
+            raise InputError(
+                f"training of {name} diverged: its loss at {bits} bits is {loss:.3g} at {when}; "
+                "use a smaller --lr and --resume (finished layers are kept)"
+            )
+
+
+def _named(losses: Mapping[int, float]) -> dict[str, float]:
+    return {str(bits): loss for bits, loss in losses.items()}
+
+
+def _autocast(device: torch.device, settings: Settings) -> contextlib.AbstractContextManager[Any]:
+    if not settings.autocast:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
