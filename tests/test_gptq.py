@@ -1,0 +1,210 @@
+"""Nested GPTQ against its slow oracle, its one Hessian against the layer's inputs, its errors against bad input."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import oracle_gptq as oracle
+import pytest
+import torch
+
+import matquant
+from matquant.checkpoint import open_checkpoint, verify_checkpoint
+from matquant.errors import InputError
+from matquant.eval.likelihood import log_perplexity
+from matquant.grid import fit_grid
+from matquant.models import decoder_layers, load_float, load_tokenizer
+from matquant.nest import slice_affine
+from matquant.text import read_documents, token_stream
+from matquant.train.fake import Grid
+from matquant.train.gptq import inverse_factor, nested_codes, nested_gptq, refit_affine
+
+N, K = 6, 24
+CALIBRATION: dict[str, Any] = {"method": "gptq", "samples": 8, "seq_len": 32, "batch_size": 4}
+
+
+def correlated(seed: int, columns: int = K) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight [N, K] and a Hessian of correlated inputs, float64."""
+    random = np.random.default_rng(seed)
+    inputs = random.normal(size=(4 * columns, columns)) @ random.normal(size=(columns, columns))
+    return torch.from_numpy(random.normal(size=(N, columns))), torch.from_numpy(oracle.hessian(inputs))
+
+
+def grids(weight: torch.Tensor, widths: tuple[int, ...], rule: str, group_size: int | None) -> dict[int, Any]:
+    """A symmetric 8-bit grid and the affines of its slices, float64."""
+    scale, zero = fit_grid(weight.float(), group_size=group_size, gamma=0.8, beta=0.8)
+    return {bits: slice_affine(scale.double(), zero.double(), bits, rule=rule) for bits in widths}
+
+
+@pytest.mark.parametrize("group_size", [None, 8])
+@pytest.mark.parametrize("rule", ["prefix", "round", "extra"])
+@pytest.mark.parametrize("widths", [(8, 4, 2), (8, 6, 4, 3, 2), (8, 3), (8, 2), (8,)])
+@pytest.mark.parametrize("seed", range(3))
+def test_codes_equal_an_exhaustive_search_over_all_256(
+    seed: int, widths: tuple[int, ...], rule: str, group_size: int | None
+) -> None:
+    weight, hessian = correlated(seed)
+    affines = grids(weight, widths, rule, group_size)
+    weights = {bits: [1.0, 0.3, 0.1][index % 3] for index, bits in enumerate(widths)}
+    codes = nested_codes(weight, inverse_factor(hessian, damp=0.01, reorder=False), affines, weights, rule=rule)
+    expected = oracle.nested_codes(
+        weight.numpy(),
+        oracle.damped(hessian.numpy(), 0.01),
+        {bits: (scale.numpy(), zero.numpy()) for bits, (scale, zero) in affines.items()},
+        weights,
+        rule,
+        group_size or K,
+    )
+    np.testing.assert_array_equal(codes.numpy(), expected)
+    wrong = nested_codes(weight, inverse_factor(hessian, damp=0.5, reorder=False), affines, weights, rule=rule)
+    assert (wrong.numpy() != expected).any(), "the comparison must be able to fail"
+
+
+@pytest.mark.parametrize("columns", [24, 160])  # 160: more than one block of columns compensated together
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("reorder", [False, True])
+def test_a_dedicated_width_is_the_gptq_of_the_paper(bits: int, reorder: bool, columns: int) -> None:
+    weight, hessian = correlated(bits, columns)
+    scale, zero = (part.double() for part in fit_grid(weight.float(), bits=bits, symmetric=False))
+    factor = inverse_factor(hessian, damp=0.01, reorder=reorder)
+    codes = nested_codes(weight, factor, {bits: (scale, zero)}, {bits: 1.0}, rule="prefix")
+    order = factor.order_K.numpy()
+    expected = oracle.gptq_codes(
+        weight.numpy()[:, order],
+        oracle.damped(hessian.numpy(), 0.01)[np.ix_(order, order)],
+        scale.numpy(),
+        zero.numpy(),
+        bits,
+        columns,
+    )
+    np.testing.assert_array_equal(codes.numpy()[:, order], expected)
+
+
+@pytest.mark.parametrize("group_size", [None, 8])
+def test_refitted_affines_are_the_normal_equations_solution(group_size: int | None) -> None:
+    weight, hessian = correlated(1)
+    noise = torch.from_numpy(np.random.default_rng(0).normal(size=(N, K)))
+    codes = (2 * weight + noise + 3.5).round().clamp(0, 7)
+    fallback = tuple(part.double() for part in fit_grid(weight.float(), bits=3, group_size=group_size, symmetric=False))
+    scale, zero = refit_affine(weight, codes, hessian, fallback=fallback)
+    expected_scale, expected_zero = oracle.refit_affine(weight.numpy(), codes.numpy(), hessian.numpy(), group_size or K)
+    usable = (expected_scale > 2**-20).all(1)
+    assert usable.any()
+    np.testing.assert_allclose(scale.numpy()[usable], expected_scale[usable], rtol=2**-8)  # stored with 8 bits
+    np.testing.assert_allclose(
+        (scale * zero).numpy()[usable], (expected_scale * expected_zero)[usable], rtol=0.02, atol=0.02
+    )
+
+
+@pytest.mark.parametrize("rule", ["prefix", "round", "extra"])
+@pytest.mark.parametrize("group_size", [None, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_every_width_is_better_than_rounding_in_the_norm_of_the_hessian(
+    rule: str, group_size: int | None, symmetric: bool
+) -> None:
+    weight, hessian = (part.float() for part in correlated(3))
+    grid = Grid(rule=rule, group_size=group_size, symmetric=symmetric, sliced=(2, 3, 4))
+    weights = {8: 1.0, 4: 1.0, 3: 1.0, 2: 1.0}
+    ours = nested_gptq(weight, hessian, grid, weights)
+    identity = torch.eye(K)
+    plain = nested_gptq(weight, identity, grid, weights)
+    total = {
+        name: sum(oracle.output_error(weight.numpy(), tensor.read(bits).numpy(), hessian.numpy()) for bits in weights)
+        for name, tensor in (("ours", ours), ("plain", plain))
+    }
+    assert total["ours"] < total["plain"]
+
+
+def test_an_indefinite_hessian_is_damped_until_it_is_not() -> None:
+    hessian = torch.eye(8, dtype=torch.float64)
+    hessian[0, 1] = hessian[1, 0] = 1.05
+    factor = inverse_factor(hessian, damp=0.01)
+    assert factor.damp == pytest.approx(0.1)
+    with pytest.raises(InputError, match="not positive definite even with damping 1; give more text"):
+        inverse_factor(torch.eye(8) + 9 * (torch.ones(8, 8) - torch.eye(8)), damp=0.01)
+    with pytest.raises(InputError, match="its inputs are broken"):
+        inverse_factor(torch.full((4, 4), torch.nan), damp=0.01)
+
+
+def test_columns_without_input_are_rounded_to_nearest() -> None:
+    weight, hessian = correlated(5)
+    hessian[:, 3] = hessian[3, :] = 0
+    affines = grids(weight, (8,), "prefix", None)
+    codes = nested_codes(weight, inverse_factor(hessian, damp=1e-6), affines, {8: 1.0}, rule="prefix")
+    scale, zero = affines[8]
+    assert torch.equal(codes[:, 3].double(), torch.floor(weight[:, 3:4] / scale + zero + 0.5).clamp(0, 255)[:, 0])
+
+
+# The whole model --------------------------------------------------------------------------------------------------
+
+
+def quantize(model: Path, out: Path, text: Path, **changes: Any) -> Path:
+    return matquant.quantize(model, out, text=[text], **{**CALIBRATION, **changes})
+
+
+@pytest.mark.parametrize(
+    "family",
+    ["llama", "mistral", "gemma2", "gemma3", "qwen2", "qwen3", "phi3", "opt", "gpt_neox", "qwen3_moe"],
+)
+def test_every_family_is_solved_block_by_block(
+    family: str, family_model: Callable[[str], Path], text_file: Path, tmp_path: Path
+) -> None:
+    directory = family_model(family)
+    out = quantize(directory, tmp_path / "out", text_file, scope="all", objective="8,4")
+    verify_checkpoint(out)
+    checkpoint = open_checkpoint(out)
+    assert (checkpoint.spec.method, checkpoint.spec.widths) == ("gptq", (8, 4))
+    stream = token_stream(read_documents([text_file]), load_tokenizer(directory))[:1000]
+    reference = log_perplexity(load_float(directory, dtype=torch.float32), stream, context=32)
+    served = log_perplexity(matquant.load(out, dtype=torch.float32), stream, context=32)
+    assert served == pytest.approx(reference, rel=0.02)
+
+
+def test_the_second_block_sees_what_the_first_one_serves(llama: Path, text_file: Path, tmp_path: Path) -> None:
+    """The Hessian of a block's first linears is X^T X of the hidden states of the model served at 8 bits."""
+    out = quantize(llama, tmp_path / "out", text_file, scope="all", objective="8,2", weights=(0.0, 1.0))
+    records = [line for line in (out / "training.jsonl").read_text().splitlines() if line]
+    assert len(records) == len(decoder_layers(load_float(llama)))
+
+
+def test_the_same_run_gives_the_same_bits_and_another_text_others(llama: Path, text_file: Path, tmp_path: Path) -> None:
+    first = quantize(llama, tmp_path / "a", text_file)
+    second = quantize(llama, tmp_path / "b", text_file)
+    other = quantize(llama, tmp_path / "c", text_file, seed=1)
+    weights = [(out / "model.safetensors").read_bytes() for out in (first, second, other)]
+    assert weights[0] == weights[1] != weights[2]
+
+
+def test_calibration_text_that_is_too_small_says_how_much_is_needed(
+    llama: Path, text_file: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        InputError, match=r"samples=9999 windows of 32 tokens need 319,969 tokens, the text has [\d,]+; "
+    ):
+        quantize(llama, tmp_path / "out", text_file, samples=9999)
+    with pytest.raises(
+        InputError, match=r"the Hessian of \S+down_proj needs at least 48 tokens of text, calibration has 32"
+    ):
+        quantize(llama, tmp_path / "out", text_file, samples=1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_gptq_cannot_do_is_refused(llama: Path, text_file: Path, tmp_path: Path) -> None:
+    for changes, message in (
+        ({"objective": "8,4,2,8->2"}, "method 'gptq' has no distillation"),
+        ({"affine": "learned"}, "method 'gptq' learns nothing by gradient"),
+        ({"damp": 0.0}, "damp=0.0"),
+        ({"steps": 3}, "method 'gptq' has no option 'steps'; it has samples, seq_len, batch_size, damp, seed"),
+    ):
+        with pytest.raises(InputError, match=message):
+            quantize(llama, tmp_path / "out", text_file, **changes)
+    with pytest.raises(InputError, match="method 'gptq' needs text to work with; give --text FILE"):
+        matquant.quantize(llama, tmp_path / "out", method="gptq")
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_a_dedicated_baseline_is_served_at_its_width(bits: int, llama: Path, text_file: Path, tmp_path: Path) -> None:
+    out = quantize(llama, tmp_path / "out", text_file, baseline_bits=bits)
+    nested = open_checkpoint(out).nested("model.layers.0.mlp.up_proj")
+    assert len(np.unique(nested.codes)) <= 2**bits
