@@ -58,11 +58,25 @@ class Learned:
     affines: Mapping[int, Affine] = dataclasses.field(default_factory=dict)
 
 
-def nest(weight_NK: torch.Tensor, grid: Grid, *, learned: Learned | None = None, name: str = "weight") -> NestedTensor:
-    """Encode a weight on its grid and give the widths ``grid.sliced`` their own affines, as they would be stored."""
+def nest(
+    weight_NK: torch.Tensor,
+    grid: Grid,
+    *,
+    learned: Learned | None = None,
+    coarse: Mapping[int, torch.Tensor] | None = None,
+    name: str = "weight",
+) -> NestedTensor:
+    """Encode a weight on its grid and give the widths ``grid.sliced`` their own affines, as they would be stored.
+
+    coarse: masters of narrower widths, whose top bits the codes of ``weight_NK`` are confined to (``confine``).
+    """
     learned = learned or Learned()
     with torch.no_grad():
         tensor = _encode(weight_NK, grid, learned.clip, name)
+        if coarse:
+            encoded = {bits: encode(master, tensor.scale, tensor.zero) for bits, master in coarse.items()}
+            codes, _ = confine(encoded | {MASTER_BITS: tensor.codes})
+            tensor = dataclasses.replace(tensor, codes=codes)
         slices = dict(tensor.slices)
         for bits in grid.sliced if grid.affine != "none" else ():
             if bits in learned.affines:
@@ -72,6 +86,28 @@ def nest(weight_NK: torch.Tensor, grid: Grid, *, learned: Learned | None = None,
                     weight_NK, tensor.codes, bits, rule=grid.rule, scale=tensor.scale, zero=tensor.zero
                 )
         return dataclasses.replace(tensor, slices=slices)
+
+
+def confine(encoded: Mapping[int, torch.Tensor]) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+    """Nested codes of which each width's top bits are its own master's, as far as the narrower ones leave them free.
+
+    encoded: width -> 8-bit codes [N, K] of its master. From the narrowest on, each is clamped into the prefix bin of
+    the one before. Returns the codes, and width -> int8 [N, K]: +1 or -1 where that master wanted to be above or below
+    its bin.
+    """
+    blocked: dict[int, torch.Tensor] = {}
+    codes: torch.Tensor | None = None
+    drop = MASTER_BITS
+    for bits in sorted(encoded):
+        own = encoded[bits]
+        if codes is not None:
+            low = (codes >> drop) << drop
+            inside = torch.minimum(torch.maximum(own, low), low + (2**drop - 1))
+            blocked[bits] = (own > inside).to(torch.int8) - (own < inside).to(torch.int8)
+            own = inside
+        codes, drop = own, MASTER_BITS - bits
+    assert codes is not None
+    return codes, blocked
 
 
 def start_learning(

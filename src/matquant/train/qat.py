@@ -15,6 +15,7 @@ same bits as one that was never stopped.
 import contextlib
 import copy
 import dataclasses
+import itertools
 import json
 import math
 import shutil
@@ -31,10 +32,12 @@ from safetensors.torch import save_file
 
 from matquant.errors import InputError, check_positive
 from matquant.files import check_space, replace_when_done
+from matquant.grid import encode
 from matquant.models import Model, View, check_context, write_weights
+from matquant.nest import MASTER_BITS
 from matquant.tensor import NestedTensor
 from matquant.text import batch, cut_windows
-from matquant.train.fake import Grid, Learned, backward, finish_backward, keep_in_range, nest, start_learning
+from matquant.train.fake import Grid, Learned, backward, confine, finish_backward, keep_in_range, nest, start_learning
 from matquant.train.job import LOG, Job, check_same_run, fingerprint
 from matquant.train.objective import FLOAT, Width, width_loss
 
@@ -66,6 +69,9 @@ class Schedule:
     checkpoint_activations: bool = False
     train_rest: bool = False
     learn_clip: bool | None = None
+    masters: str = "one"
+    pull: float = 1.0
+    wide_lr: float = 1.0
     save_every: int = 100
 
 
@@ -107,6 +113,7 @@ class State:
     """The tensors being trained, by path, and how far training has come."""
 
     masters: dict[str, torch.Tensor]
+    coarse: dict[str, dict[int, torch.Tensor]]
     learned: dict[str, Learned]
     rest: dict[str, torch.Tensor]
     step: int = 0
@@ -114,6 +121,8 @@ class State:
     def named(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every trained tensor under a unique name."""
         yield from ((f"{path}/weight", tensor) for path, tensor in self.masters.items())
+        for path, masters in self.coarse.items():
+            yield from ((f"{path}/{bits}/weight", tensor) for bits, tensor in masters.items())
         yield from ((f"{name}/rest", tensor) for name, tensor in self.rest.items())
         yield from self.named_learned()
 
@@ -167,8 +176,10 @@ def start(model: Model, views: Mapping[str, View], grid: Grid, schedule: Schedul
     parameters = dict(model.named_parameters())
     taken = {view.parameter for view in views.values()}
     masters = {path: view.of(parameters[view.parameter].detach()).float().clone() for path, view in views.items()}
+    own = [bits for bits in trained if bits < MASTER_BITS] if schedule.masters == "each" else []
     return State(
         masters=masters,
+        coarse={path: {bits: weight.clone() for bits in own} for path, weight in masters.items()},
         learned={
             path: start_learning(w, grid, trained=trained, clip=bool(schedule.learn_clip), name=path)
             for path, w in masters.items()
@@ -179,14 +190,23 @@ def start(model: Model, views: Mapping[str, View], grid: Grid, schedule: Schedul
 
 def make_optimizer(state: State, schedule: Schedule) -> torch.optim.Optimizer:
     """AdamW over everything trained; clips and affines in a group of their own, without decay."""
-    weights = [*state.masters.values(), *state.rest.values()]
     learned = [tensor for _, tensor in state.named_learned()]
-    for tensor in (*weights, *learned):
+    by_width: dict[int, list[torch.Tensor]] = {MASTER_BITS: [*state.masters.values(), *state.rest.values()]}
+    for masters in state.coarse.values():
+        for bits, tensor in masters.items():
+            by_width.setdefault(bits, []).append(tensor)
+    for tensor in (*learned, *itertools.chain.from_iterable(by_width.values())):
         tensor.requires_grad_(True)
+    narrowest = min(by_width)
     groups = [
-        {"params": weights, "factor": 1.0, "weight_decay": schedule.weight_decay},
-        {"params": learned, "factor": schedule.affine_lr, "weight_decay": 0.0},
+        {
+            "params": tensors,
+            "factor": schedule.wide_lr ** ((bits - narrowest) / max(1, MASTER_BITS - narrowest)),
+            "weight_decay": schedule.weight_decay,
+        }
+        for bits, tensors in by_width.items()
     ]
+    groups += [{"params": learned, "factor": schedule.affine_lr, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
     return torch.optim.AdamW(groups, lr=schedule.lr or 0.0, betas=(0.9, 0.95), fused=True)
 
@@ -239,7 +259,7 @@ def train_step(
                     logits[width.bits] = output.detach()
                 if _learns(state):
                     _chain_gradients(model, views, state, nested, width.bits)
-    _finish_gradients(model, views, state, nested)
+    _finish_gradients(model, views, state, nested, schedule.pull)
     norm = torch.nn.utils.clip_grad_norm_([t for _, t in state.named() if t.grad is not None], schedule.clip_norm)
     optimizer.step()
     for path, tensor in nested.items():
@@ -260,7 +280,7 @@ def train_step(
 def finish(state: State, grid: Grid) -> Iterator[tuple[str, NestedTensor]]:
     """The nested tensors of the trained masters, one at a time."""
     for path, weight in state.masters.items():
-        yield path, nest(weight.detach(), grid, learned=state.learned[path], name=path)
+        yield path, nest(weight.detach(), grid, learned=state.learned[path], coarse=state.coarse[path], name=path)
 
 
 # ------------------------------------------------------------------------------------------------------ inside a step
@@ -274,7 +294,7 @@ def _nest(state: State, grid: Grid, objective: tuple[Width, ...]) -> dict[str, N
     """All weights encoded once for this step; every width reads the same codes."""
     needed = dataclasses.replace(grid, sliced=tuple(w.bits for w in objective if w.bits in grid.sliced))
     return {
-        path: nest(weight.detach(), needed, learned=state.learned[path], name=path)
+        path: nest(weight.detach(), needed, learned=state.learned[path], coarse=state.coarse[path], name=path)
         for path, weight in state.masters.items()
     }
 
@@ -286,7 +306,8 @@ def _chain_gradients(
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for path, view in views.items():
-            parameter, weight = parameters[view.parameter], state.masters[path]
+            parameter = parameters[view.parameter]
+            weight = state.coarse[path].get(bits, state.masters[path])
             share = backward(
                 view.of(parameter.grad).float(), view.of(parameter), nested[path], bits, state.learned[path]
             )
@@ -295,8 +316,21 @@ def _chain_gradients(
         parameters[name].grad = None
 
 
+def _release_blocked(state: State, path: str, nested: NestedTensor, pull: float) -> None:
+    """Where a narrower width's bits hold a master back, its gradient goes to that width's master, times ``pull``."""
+    masters = {MASTER_BITS: state.masters[path], **state.coarse[path]}
+    encoded = {bits: encode(master.detach(), nested.scale, nested.zero) for bits, master in masters.items()}
+    _, blocked = confine(encoded)
+    for bits, narrower in itertools.pairwise(sorted(masters, reverse=True)):
+        gradient = masters[bits].grad
+        assert gradient is not None
+        held = (gradient * blocked[bits]) < 0  # the step, against the gradient, leads further out of the bin
+        masters[narrower].grad.add_(torch.where(held, gradient, 0.0), alpha=pull)
+        gradient.masked_fill_(held, 0.0)
+
+
 def _finish_gradients(
-    model: Model, views: Mapping[str, View], state: State, nested: Mapping[str, NestedTensor]
+    model: Model, views: Mapping[str, View], state: State, nested: Mapping[str, NestedTensor], pull: float
 ) -> None:
     """The masters' gradients: chained width by width, or straight through, the sum that autograd made of all widths."""
     parameters = dict(model.named_parameters())
@@ -305,8 +339,11 @@ def _finish_gradients(
             weight = state.masters[path]
             if weight.grad is None:
                 weight.grad = view.of(parameters[view.parameter].grad).contiguous().float()
-            else:
-                weight.grad = finish_backward(weight.grad, weight, nested[path], state.learned[path])
+                continue
+            if state.coarse[path]:
+                _release_blocked(state, path, nested[path], pull)
+            for master in (weight, *state.coarse[path].values()):
+                master.grad = finish_backward(master.grad, master, nested[path], state.learned[path])
 
 
 def prepare(model: Model, views: Mapping[str, View], schedule: Schedule) -> None:

@@ -1,0 +1,149 @@
+"""Block by block: tensors read from shards are the model's, a killed run ends with the same bits, damage is an error."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import FAMILIES
+from safetensors.torch import load_file, save_file
+
+import matquant
+from matquant.errors import InputError
+from matquant.models import decoder_layers, embed, load_float, open_shards
+
+RUN: dict[str, Any] = {"method": "gptq", "samples": 8, "seq_len": 32, "batch_size": 4, "scope": "all"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shards_give_the_tensors_of_the_model(family: str, family_model: Callable[[str], Path]) -> None:
+    shards, model = open_shards(family_model(family)), load_float(family_model(family))
+    assert all(parameter.is_meta for parameter in shards.model.parameters())
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    for name, tensor in model.state_dict().items():
+        if name not in tied:
+            assert torch.equal(shards.read(name), tensor)
+            assert shards.read(name).dtype == tensor.dtype
+
+
+def test_a_model_in_many_shards_is_read_like_one_in_a_single_file(llama: Path, tmp_path: Path) -> None:
+    model = load_float(llama)
+    model.save_pretrained(tmp_path, max_shard_size="20kB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    shards = open_shards(tmp_path)
+    assert all(torch.equal(shards.read(name), tensor) for name, tensor in model.state_dict().items())
+
+
+def test_a_model_without_safetensors_is_read_from_memory(llama: Path, tmp_path: Path) -> None:
+    model = load_float(llama)
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    shards = open_shards(tmp_path)
+    assert all(torch.equal(shards.read(name), tensor) for name, tensor in model.state_dict().items())
+
+
+def test_a_shard_that_does_not_fit_is_an_error(llama: Path, tmp_path: Path) -> None:
+    model = load_float(llama)
+    model.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    state["model.norm.weight"] = torch.ones(3)
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match=r"has mismatched keys: model\.norm\.weight; repair the model"):
+        open_shards(tmp_path)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_called_one_after_the_other_are_the_model(family: str, family_model: Callable[[str], Path]) -> None:
+    model = load_float(family_model(family), dtype=torch.float32)
+    tokens = torch.randint(0, 250, (5, 40), generator=torch.Generator().manual_seed(0))  # longer than a sliding window
+    batches, calls = embed(model, tokens.split(2))
+    seen: list[torch.Tensor] = []
+    _, last = decoder_layers(model)[-1]
+    with torch.no_grad():
+        handle = last.register_forward_hook(lambda module, args, output: seen.append(output))
+        model(tokens)
+        handle.remove()
+        for number, states in enumerate(batches):
+            for (_, layer), call in zip(decoder_layers(model), calls, strict=True):
+                states = call(layer, states)
+            torch.testing.assert_close(states, seen[0][2 * number : 2 * number + 2], rtol=1e-4, atol=1e-4)
+
+
+class Killed(Exception):
+    """A run that ends here."""
+
+
+def kill_after(blocks: int) -> Callable[[dict[str, Any]], None]:
+    def report(record: dict[str, Any]) -> None:
+        if record["step"] == blocks:
+            raise Killed
+
+    return report
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3_moe"])
+def test_a_run_resumed_at_a_block_ends_with_the_same_bits(
+    family: str, family_model: Callable[[str], Path], text_file: Path, tmp_path: Path
+) -> None:
+    model = family_model(family)
+    whole = matquant.quantize(model, tmp_path / "whole", text=[text_file], **RUN)
+    with pytest.raises(Killed):
+        matquant.quantize(model, tmp_path / "killed", text=[text_file], report=kill_after(1), **RUN)
+    assert not (tmp_path / "killed").exists()
+    assert len(list((tmp_path / ".killed.work" / "blocks").iterdir())) == 1
+    resumed = matquant.quantize(model, tmp_path / "killed", text=[text_file], resume=True, **RUN)
+    for file in ("model.safetensors", "matquant_slices.safetensors"):
+        assert (whole / file).read_bytes() == (resumed / file).read_bytes()
+    assert not (tmp_path / ".killed.work").exists()
+
+
+def test_a_run_killed_from_outside_ends_with_the_same_bits(llama: Path, text_file: Path, tmp_path: Path) -> None:
+    def command(out: str, *more: str) -> list[str]:
+        options = ["--method", "gptq", "--samples", "8", "--seq-len", "32", "--scope", "all", "--threads", "1"]
+        return [sys.executable, "-m", "matquant", "quantize", str(llama), "-o", str(tmp_path / out), *options, *more]
+
+    text = ["--text", str(text_file)]
+    subprocess.run(command("whole", *text), check=True, capture_output=True)
+    process = subprocess.Popen(command("killed", *text), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    block = tmp_path / ".killed.work" / "blocks" / "00000.safetensors"
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not block.is_file():
+        time.sleep(0.001)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    if not (tmp_path / "killed").exists():
+        subprocess.run(command("killed", "--resume", *text), check=True, capture_output=True)
+    files = [(tmp_path / out / "model.safetensors").read_bytes() for out in ("whole", "killed")]
+    assert files[0] == files[1]
+
+
+def test_blocks_of_another_run_or_damaged_ones_are_refused(llama: Path, text_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        matquant.quantize(llama, tmp_path / "out", text=[text_file], report=kill_after(1), **RUN)
+    with pytest.raises(InputError, match=r"--resume with seed=1, the interrupted run had 0; use the same settings, or"):
+        matquant.quantize(llama, tmp_path / "out", text=[text_file], resume=True, seed=1, **RUN)
+    block = tmp_path / ".out.work" / "blocks" / "00000.safetensors"
+    block.write_bytes(block.read_bytes()[:100])
+    with pytest.raises(InputError, match=r"00000\.safetensors is damaged \(.*\); delete it to solve this block again"):
+        matquant.quantize(llama, tmp_path / "out", text=[text_file], resume=True, **RUN)
+    block.unlink()
+    matquant.quantize(llama, tmp_path / "out", text=[text_file], resume=True, **RUN)
+
+
+def test_a_broken_weight_stops_the_run_at_its_block(llama: Path, text_file: Path, tmp_path: Path) -> None:
+    model = load_float(llama)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = torch.nan
+    model.save_pretrained(tmp_path / "broken")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "broken" / name).write_bytes((llama / name).read_bytes())
+    with pytest.raises(InputError, match=r"model\.layers\.1\.mlp\.up_proj has 1 NaN or infinite weights of"):
+        matquant.quantize(tmp_path / "broken", tmp_path / "out", text=[text_file], **RUN)
+    assert not (tmp_path / "out").exists()
+    assert (tmp_path / ".out.work" / "blocks" / "00000.safetensors").is_file()
