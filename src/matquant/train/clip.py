@@ -15,7 +15,10 @@ The numbers of ``read`` are those of NestedTensor.read, bit for bit. Its gradien
 with the roundings of code, slice, zero and scale passed straight through, so that it reaches gamma and beta through the
 scale, and W through the codes *and* through its own maxima. The affine of a width that has one of its own:
 
-    refit     least squares to W at every step (fit_slice); it moves in proportion to the grid
+    refit     least squares to W at every step (fit_slice). Its gradient is that of an affine in a fixed ratio to the
+              grid: taken as a constant, it would not know that a smaller step makes a smaller error (int2 perplexity
+              of stories260K after 300 steps of clipping: 31.1 for the constant, 19.7 for the ratio, 20.2 for the
+              gradient of the least squares themselves)
     learned   that, with scale_r times exp(stretch) and zero_r plus offset, both learned and both 0 at the start
 
 Shapes: N out features, K in features, G groups.
@@ -121,13 +124,10 @@ def read(simulated: Simulated, bits: int, grid: Grid, clip: Clip) -> torch.Tenso
     tensor, scale, zero = simulated.tensor, simulated.scale, simulated.zero
     step = 2 ** (grid.bits - bits)
     scale_r, zero_r = tensor.affine(bits)
+    scale_r, zero_r = scale_r / scale.detach() * scale, straight_through(zero_r, zero / step)
     if bits in clip.nudges:
         stretch, offset = clip.nudges[bits]
-        scale_r = scale_r * (stretch - stretch.detach()).exp()
-        zero_r = straight_through(zero_r, offset)
-    else:
-        scale_r = scale_r / scale.detach() * scale
-        zero_r = straight_through(zero_r, zero / step)
+        scale_r, zero_r = scale_r * (stretch - stretch.detach()).exp(), straight_through(zero_r, zero_r + offset)
     codes = slice_codes(tensor.codes, bits, rule=tensor.rule).float()
     code = straight_through(codes, simulated.position / step).view(*scale.shape, -1)
     surrogate = (scale_r[..., None] * (code - zero_r[..., None])).view_as(codes)

@@ -22,6 +22,7 @@ Shapes: N out features, K in features, C channels of an equivalence.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -29,6 +30,7 @@ import torch
 
 from matquant.train.clip import straight_through
 
+LARGEST_SCALE = 1e3
 TOLERANCE = 1e-3  # of what the layer adds to its input, on average: far above float32 rounding, far below a wrong row
 
 
@@ -233,6 +235,12 @@ def start(row: Bound, tensors: Mapping[str, torch.Tensor], *, peak_K: torch.Tens
         sharing = torch.zeros_like(unit).index_add(0, row.columns, torch.ones_like(log_K))
         log_scale = log_scale.index_add(0, row.columns, log_K - log_K.mean()) / sharing
     return Transform(log_scale=log_scale, shift=torch.zeros_like(unit) if row.shift else None, unit=unit)
+
+
+def keep_in_range(transform: Transform) -> None:
+    """After an optimiser step: s back into LARGEST_SCALE either way, in place."""
+    with torch.no_grad():
+        transform.log_scale.clamp_(-math.log(LARGEST_SCALE), math.log(LARGEST_SCALE))
 
 
 def fold(

@@ -21,7 +21,6 @@ delta in units of the activations, so that one learning rate fits all. OmniQuant
 Codes are made once per step and read by all widths. Cost per step: one forward and backward of the layer per width.
 """
 
-import contextlib
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping
@@ -31,12 +30,13 @@ import numpy as np
 import torch
 
 from matquant.errors import InputError, check_positive
-from matquant.models import View
+from matquant.models import check_context
 from matquant.tensor import NestedTensor
 from matquant.text import batch
 from matquant.train import clip, equivalence
-from matquant.train.blocks import Block, Solved
+from matquant.train.blocks import Block, Solved, calibration, run_blocks
 from matquant.train.job import Job
+from matquant.train.layer import Layer
 from matquant.train.objective import FLOAT, Width
 
 
@@ -78,6 +78,21 @@ def check_options(options: Mapping[str, Any]) -> None:
         raise InputError(f"alpha={settings.alpha}; give a number from 0 to 1")
 
 
+def train(job: Job) -> Iterator[tuple[str, NestedTensor]]:
+    """Train the model block by block; see ``blocks.run_blocks``."""
+    settings = Settings(**job.options)
+    check_context(job.model, settings.seq_len)
+    tokens = calibration(job, samples=settings.samples, seq_len=settings.seq_len, seed=settings.seed)
+    return run_blocks(
+        job,
+        solve,
+        streams=streams(job),
+        tokens=tokens,
+        batch_size=settings.batch_size,
+        settings=dataclasses.asdict(settings),
+    )
+
+
 def streams(job: Job) -> tuple[int, ...]:
     """Which models' activations a layer is trained on: the float model's and those of every trained width."""
     return (FLOAT, *(width.bits for width in job.objective))
@@ -90,8 +105,8 @@ def solve(job: Job, block: Block) -> Solved:
     above the size of the layer's output.
     """
     settings = Settings(**job.options)
-    layer = _Layer(block, job.dtypes)
-    targets, peaks = layer.targets(settings)
+    layer = Layer(block, job.dtypes)
+    targets, peaks = layer.targets(autocast=settings.autocast)
     learned, notice = _start(job, settings, layer, peaks)
     optimizer = _optimizer(learned, settings)
     before = _evaluate(job, settings, layer, learned, targets)
@@ -101,8 +116,7 @@ def solve(job: Job, block: Block) -> Solved:
             _check(losses, block.name, f"step {step + 1} of {settings.steps}", limits={})
             optimizer.step()
             optimizer.zero_grad()
-            for factors in learned.clips.values():
-                clip.keep_in_range(factors)
+            learned.keep_in_range()
     after = _evaluate(job, settings, layer, learned, targets)
     _check(after, block.name, f"the end of {settings.steps} steps", limits=before)
     with torch.no_grad():
@@ -118,105 +132,6 @@ def solve(job: Job, block: Block) -> Solved:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------- the layer
-
-
-class _Layer(torch.nn.Module):
-    """A decoder layer that runs with other parameters than its own. tensors: its own, by full name."""
-
-    def __init__(self, block: Block, dtypes: Mapping[str, torch.dtype]) -> None:
-        super().__init__()
-        self.layer, self.call, self.block = block.module, block.call, block
-        self.tensors = {f"{block.name}.{name}": p.detach() for name, p in block.module.named_parameters()}
-        self.device = next(iter(self.tensors.values())).device
-        self.dtypes = dtypes
-        self.power = 1.0
-
-    def forward(self, states: torch.Tensor) -> torch.Tensor:
-        return self.call(self.layer, states)
-
-    def run(self, states: torch.Tensor, changed: Mapping[str, torch.Tensor], settings: Settings) -> torch.Tensor:
-        """Its output [B, T, H], float32, with the parameters ``changed`` in place of its own."""
-        start = len(self.block.name) + 1
-        own = {f"layer.{name[start:]}": tensor for name, tensor in changed.items()}
-        with _autocast(self.device, settings):
-            output: torch.Tensor = torch.func.functional_call(self, own, (states,))
-        return output.float()
-
-    def inputs(self, bits: int, index: int) -> torch.Tensor:
-        """Batch ``index`` of the stream of one width."""
-        return self.block.inputs[bits][index].to(self.device).float()
-
-    def targets(self, settings: Settings) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
-        """The float outputs of all batches, and max|x| [K] of what flows into each linear, by full module name."""
-        peaks: dict[str, torch.Tensor] = {}
-
-        def watch(path: str) -> Any:
-            def hook(module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-                peak = arguments[0].detach().float().abs().flatten(0, -2).amax(0)
-                peaks[path] = torch.maximum(peaks[path], peak) if path in peaks else peak
-
-            return hook
-
-        linears = [(name, m) for name, m in self.layer.named_modules() if isinstance(m, torch.nn.Linear)]
-        hooks = [m.register_forward_pre_hook(watch(f"{self.block.name}.{name}")) for name, m in linears]
-        found = self.block.inputs[FLOAT]
-        try:
-            with torch.no_grad():
-                outputs = [self.run(self.inputs(FLOAT, index), {}, settings) for index in range(len(found))]
-        finally:
-            for hook in hooks:
-                hook.remove()
-        self.power = sum(float(output.square().mean()) for output in outputs) / len(outputs) or 1.0
-        return [output.to(states.device) for output, states in zip(outputs, found, strict=True)], peaks
-
-    def weights(self, changed: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
-        """The weights [N, K] to quantise, by path."""
-        for path, view in self.block.views.items():
-            tensor = changed.get(view.parameter, self.tensors[view.parameter])
-            yield path, tensor if _is_whole(view, tensor) else view.of(tensor).contiguous()
-
-    def plain(self, changed: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """What is changed but not quantised: norms and biases."""
-        taken = {view.parameter for view in self.block.views.values()}
-        return {name: tensor for name, tensor in changed.items() if name not in taken}
-
-    def assemble(self, reads: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Parameters by full name out of weights by path; fused ones are put together."""
-        parts: dict[str, list[str]] = {}
-        for path in reads:
-            parts.setdefault(self.block.views[path].parameter, []).append(path)
-        assembled = {}
-        for name, paths in parts.items():
-            views = [self.block.views[path] for path in paths]
-            if _is_whole(views[0], self.tensors[name]):
-                assembled[name] = reads[paths[0]]
-            else:
-                parts_of_it = (reads[path] for path in paths)
-                assembled[name] = _Assemble.apply(self.tensors[name], views, *parts_of_it)  # type: ignore[no-untyped-call]
-        return assembled
-
-
-class _Assemble(torch.autograd.Function):
-    """Weights written into a copy of the fused parameter they are parts of."""
-
-    @staticmethod
-    def forward(ctx: Any, whole: torch.Tensor, views: list[View], *parts: torch.Tensor) -> torch.Tensor:
-        ctx.views, result = views, whole.clone()
-        for view, part in zip(views, parts, strict=True):
-            view.of(result).copy_(part)
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        gradient = gradient.contiguous()
-        return None, None, *(view.of(gradient) for view in ctx.views)
-
-
-def _is_whole(view: View, tensor: torch.Tensor) -> bool:
-    return tensor.shape == view.shape and view.stride == (view.shape[1], 1)
-
-
 # -------------------------------------------------------------------------------------------------------- the training
 
 
@@ -228,23 +143,28 @@ class _Learned:
     transforms: list[equivalence.Transform]
     clips: dict[str, clip.Clip]
 
-    def fold(self, layer: _Layer) -> dict[str, torch.Tensor]:
+    def fold(self, layer: Layer) -> dict[str, torch.Tensor]:
         return equivalence.fold(self.rows, self.transforms, layer.tensors, dtypes=layer.dtypes)
 
+    def keep_in_range(self) -> None:
+        for factors in self.clips.values():
+            clip.keep_in_range(factors)
+        for transform in self.transforms:
+            equivalence.keep_in_range(transform)
 
-def _start(job: Job, settings: Settings, layer: _Layer, peaks: Mapping[str, torch.Tensor]) -> tuple[_Learned, str]:
+
+def _start(job: Job, settings: Settings, layer: Layer, peaks: Mapping[str, torch.Tensor]) -> tuple[_Learned, str]:
     block, notice = layer.block, ""
     rows: tuple[equivalence.Bound, ...] = ()
     if settings.transform:
         states = layer.inputs(FLOAT, 0)[:1]
-        exact = dataclasses.replace(settings, autocast=False)
         with torch.no_grad():
             rows, notice = equivalence.bind(
                 block.name,
                 layer.tensors,
                 config=block.config.get_text_config(),
                 quantised={view.parameter for view in block.views.values()},
-                run=lambda changed: layer.run(states, changed, exact) - states,
+                run=lambda changed: layer.run(states, changed, autocast=False) - states,
             )
     transforms = [
         equivalence.start(
@@ -278,7 +198,7 @@ def _optimizer(learned: _Learned, settings: Settings) -> torch.optim.Optimizer |
 
 
 def _step(
-    job: Job, settings: Settings, layer: _Layer, learned: _Learned, targets: list[torch.Tensor], index: int
+    job: Job, settings: Settings, layer: Layer, learned: _Learned, targets: list[torch.Tensor], index: int
 ) -> dict[int, float]:
     """Gradients of one batch over all widths; returns the widths' losses.
 
@@ -307,12 +227,14 @@ def _step(
     losses = {}
     for width in job.objective:
         reads = {path: clip.read(s, width.bits, needed, learned.clips[path]) for path, s in simulated.items()}
-        output = layer.run(layer.inputs(width.bits, index), {**plain, **layer.assemble(reads)}, settings)
+        output = layer.run(
+            layer.inputs(width.bits, index), {**plain, **layer.assemble(reads)}, autocast=settings.autocast
+        )
         loss = _loss(output, outputs, width) / layer.power
         if loss.requires_grad and width.weight:
             torch.autograd.backward(loss * width.weight)
         outputs[width.bits] = output.detach()
-        losses[width.bits] = float(loss)
+        losses[width.bits] = float(loss.detach())
     shared = [(root, leaf.grad) for root, leaf in cuts if leaf.grad is not None]
     if shared:
         torch.autograd.backward([root for root, _ in shared], [gradient for _, gradient in shared])
@@ -326,7 +248,7 @@ def _loss(output: torch.Tensor, outputs: Mapping[int, torch.Tensor], width: Widt
 
 
 def _evaluate(
-    job: Job, settings: Settings, layer: _Layer, learned: _Learned, targets: list[torch.Tensor]
+    job: Job, settings: Settings, layer: Layer, learned: _Learned, targets: list[torch.Tensor]
 ) -> dict[int, float]:
     """||F_r - F||^2 / ||F||^2 over all batches, by width, against the float layer's output whatever is trained."""
     with torch.no_grad():
@@ -338,7 +260,7 @@ def _evaluate(
 
 
 def _distance(
-    layer: _Layer,
+    layer: Layer,
     bits: int,
     changed: Mapping[str, torch.Tensor],
     nested: Mapping[str, NestedTensor],
@@ -347,7 +269,9 @@ def _distance(
 ) -> float:
     parameters = {**changed, **layer.assemble({path: tensor.read(bits) for path, tensor in nested.items()})}
     squares = (
-        (layer.run(layer.inputs(bits, index), parameters, settings) - target.to(layer.device)).square().mean()
+        (layer.run(layer.inputs(bits, index), parameters, autocast=settings.autocast) - target.to(layer.device))
+        .square()
+        .mean()
         for index, target in enumerate(targets)
     )
     return sum(float(square) for square in squares) / len(targets) / layer.power
@@ -369,9 +293,3 @@ def _check(losses: Mapping[int, float], name: str, when: str, *, limits: Mapping
 
 def _named(losses: Mapping[int, float]) -> dict[str, float]:
     return {str(bits): loss for bits, loss in losses.items()}
-
-
-def _autocast(device: torch.device, settings: Settings) -> contextlib.AbstractContextManager[Any]:
-    if not settings.autocast:
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
