@@ -99,6 +99,16 @@ def quantize(
         bool | None,
         Option("--learn-clip/--no-learn-clip", help="Learn the clip of Eq. 3.", show_default="as affines"),
     ] = None,
+    masters: Annotated[
+        str | None, Option(help="qat: one float weight for all widths, or each its own.", show_default="one")
+    ] = None,
+    pull: Annotated[float | None, Option(help="How much wider widths move narrower masters.", show_default="1")] = None,
+    wide_lr: Annotated[
+        float | None, Option(help="Rate of the 8-bit masters, relative to --lr.", show_default="1")
+    ] = None,
+    stagger: Annotated[
+        float | None, Option(help="Share of steps by which narrow masters end early.", show_default="0")
+    ] = None,
     save_every: Annotated[int | None, Option(help="Steps between saved states.", show_default="100")] = None,
     device: Annotated[str | None, Option(help="cpu or cuda.", show_default="cuda if there is one")] = None,
     threads: Annotated[int | None, Option(help="CPU threads.", show_default="all")] = None,

@@ -42,6 +42,7 @@ from matquant.train.job import LOG, Job, check_same_run, fingerprint
 from matquant.train.objective import FLOAT, Width, width_loss
 
 STATE = "state.safetensors"
+MASTERS = ("one", "each")
 STATE_COPIES = 2  # the state and the next one while it is written
 
 
@@ -52,7 +53,11 @@ class Schedule:
     seq_len in tokens. lr: the peak, of the weights (None: ``default_lr``). warmup: steps of linear warm-up, then cosine
     to 0 (None: a tenth, at most the paper's 150). affine_lr: of clips and affines, as a multiple of lr. learn_clip
     (None: where affines are learned). train_rest: also train what is not quantised (embeddings, norms, attention
-    under scope ffn). save_every: steps between saved states.
+    under scope ffn). masters: "one" float weight for all widths, or "each" its own: the codes of a width are then
+    confined to the bins of the next narrower one, whose bits they share (fake.confine), and no width's gradient moves
+    another's weights but, times ``pull``, where that confinement holds it back. wide_lr: of the 8-bit masters, as a
+    multiple of lr, and geometrically between for the widths between. stagger: share of the steps by which the schedule
+    of the narrowest masters ends early, so that wider ones can settle in bins that move no more. save_every: steps between saved states.
     """
 
     steps: int = 300
@@ -72,6 +77,7 @@ class Schedule:
     masters: str = "one"
     pull: float = 1.0
     wide_lr: float = 1.0
+    stagger: float = 0.0
     save_every: int = 100
 
 
@@ -82,6 +88,11 @@ def check_options(options: Mapping[str, Any]) -> None:
         value = getattr(schedule, name)
         if value is not None:
             check_positive(**{name: value})
+    for name in ("pull", "wide_lr", "stagger"):
+        if not 0 <= getattr(schedule, name) <= 1:
+            raise InputError(f"{name}={getattr(schedule, name)}; give a number from 0 to 1")
+    if schedule.masters not in MASTERS:
+        raise InputError(f"masters={schedule.masters!r} is not known; use one of {', '.join(MASTERS)}")
     if schedule.seed < 0:
         raise InputError(f"seed={schedule.seed}; give a number of at least 0")
 
@@ -144,6 +155,10 @@ def train(job: Job) -> Iterator[tuple[str, NestedTensor]]:
     model, views, grid, work, schedule = job.model, job.views, job.grid, job.work, make_schedule(job)
     mark = fingerprint(job, dataclasses.asdict(schedule))
     check_context(model, schedule.seq_len)
+    if schedule.masters == "each" and grid.rule != "prefix":
+        raise InputError(
+            f"masters='each' needs nested bins, rule {grid.rule!r} has none; use rule 'prefix' or masters 'one'"
+        )
     windows = cut_windows(job.stream, schedule.seq_len)
     state = start(model, views, grid, schedule, trained=[width.bits for width in job.objective])
     optimizer = make_optimizer(state, schedule)
@@ -202,21 +217,22 @@ def make_optimizer(state: State, schedule: Schedule) -> torch.optim.Optimizer:
         {
             "params": tensors,
             "factor": schedule.wide_lr ** ((bits - narrowest) / max(1, MASTER_BITS - narrowest)),
+            "stop": 1 - schedule.stagger * (MASTER_BITS - bits) / max(1, MASTER_BITS - narrowest),
             "weight_decay": schedule.weight_decay,
         }
         for bits, tensors in by_width.items()
     ]
-    groups += [{"params": learned, "factor": schedule.affine_lr, "weight_decay": 0.0}]
+    groups += [{"params": learned, "factor": schedule.affine_lr, "stop": 1.0, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
     return torch.optim.AdamW(groups, lr=schedule.lr or 0.0, betas=(0.9, 0.95), fused=True)
 
 
-def learning_rate(step: int, schedule: Schedule) -> float:
-    """Linear warm-up to ``lr``, then cosine to 0 (App. B)."""
-    peak, warmup = schedule.lr or 0.0, schedule.warmup or 0
+def learning_rate(step: int, schedule: Schedule, *, stop: float = 1.0) -> float:
+    """Linear warm-up to ``lr``, then cosine to 0 (App. B) at the share ``stop`` of all steps."""
+    peak, warmup, steps = schedule.lr or 0.0, schedule.warmup or 0, schedule.steps * stop
     if step < warmup:
         return peak * (step + 1) / warmup
-    done = (step - warmup) / max(1, schedule.steps - warmup)
+    done = min(1.0, (step - warmup) / max(1, steps - warmup))
     return peak * (1 + math.cos(math.pi * done)) / 2
 
 
@@ -234,12 +250,13 @@ def train_step(
     """One optimiser step over all widths; returns its log record and advances ``state.step``."""
     began = time.perf_counter()
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(state.step, schedule) * group["factor"]
+        group["lr"] = learning_rate(state.step, schedule, stop=group["stop"]) * group["factor"]
     optimizer.zero_grad()
     for parameter in model.parameters():
         parameter.grad = None
     losses = dict.fromkeys((str(width.bits) for width in objective), 0.0)
     nested = _nest(state, grid, objective)
+    chained = any(state.coarse.values()) or next(state.named_learned(), None) is not None
     for part in range(schedule.accumulate):
         rows = batch(windows, state.step * schedule.accumulate + part, size=schedule.batch_size, seed=schedule.seed)
         tokens = torch.from_numpy(rows).to(model.device)
@@ -257,7 +274,7 @@ def train_step(
                 losses[str(width.bits)] += loss.item() / schedule.accumulate
                 if any(width.bits in student.teachers for student in objective):
                     logits[width.bits] = output.detach()
-                if _learns(state):
+                if chained:
                     _chain_gradients(model, views, state, nested, width.bits)
     _finish_gradients(model, views, state, nested, schedule.pull)
     norm = torch.nn.utils.clip_grad_norm_([t for _, t in state.named() if t.grad is not None], schedule.clip_norm)
@@ -284,10 +301,6 @@ def finish(state: State, grid: Grid) -> Iterator[tuple[str, NestedTensor]]:
 
 
 # ------------------------------------------------------------------------------------------------------ inside a step
-
-
-def _learns(state: State) -> bool:
-    return next(state.named_learned(), None) is not None
 
 
 def _nest(state: State, grid: Grid, objective: tuple[Width, ...]) -> dict[str, NestedTensor]:
