@@ -106,13 +106,14 @@ SETTINGS: dict[str, tuple[tuple[str, dict[str, Any], tuple[int, ...]], ...]] = {
     ),
     "gptqmodel": (
         ("g128, sym, defaults", {"group_size": 128, "sym": True}, (2, 3, 4, 8)),
-        ("per channel, sym, defaults", {"group_size": -1, "sym": True}, (2, 3, 4)),
+        # Its default act_group_aware refuses whole rows.
+        ("per channel, sym", {"group_size": -1, "sym": True, "act_group_aware": False}, (2, 3, 4)),
+        ("g128, asym, gptq_v2", {"group_size": 128, "sym": False, "format": "gptq_v2"}, (2, 3, 4, 8)),
     ),
     "autoround": (
-        ("iters 200, g128, sym", AUTOROUND, (2, 4, 3)),
+        ("iters 200, g128, sym", AUTOROUND, (2, 3, 4, 8)),
         # What its documentation recommends for two bits: auto-round-best with enable_alg_ext.
         ("best: iters 1000, alg_ext, g128, sym", {**AUTOROUND, "iters": 1000, "enable_alg_ext": True}, (2,)),
-        ("iters 200, g128, sym", AUTOROUND, (8,)),
     ),
 }
 

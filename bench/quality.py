@@ -53,13 +53,18 @@ class Setting:
     training: dict[str, Options]
 
 
+OMNIQUANT: Options = {"samples": 64, "seq_len": 256, "batch_size": 4, "steps": 200}
 SETTINGS = {
     "stories260K": Setting(
         path=DATA / "models" / "stories260K",
         text=DATA / "text" / "tinystories-train.txt",
         held_out=DATA / "text" / "tinystories-valid.txt",
         skip=1,
-        training={"qat": {"steps": 300, "batch_size": 8, "seq_len": 256}, "gptq": {"seq_len": 512}},
+        training={
+            "qat": {"steps": 300, "batch_size": 8, "seq_len": 256},
+            "gptq": {"seq_len": 512},
+            "omniquant": OMNIQUANT,
+        },
     ),
     "reference": Setting(
         path=ROOT / "examples" / "reference" / "model",
@@ -155,12 +160,33 @@ def _ours(
     return {f"{method}+ {name}": cell for name, cell in cells.items()}
 
 
-BEST: Options = {"objective": "8,4,3,2,fp->8;4;3;2", "weights": (1.0, 1.0, 1.0, 1.0), "masters": "each", "pull": 0.0}
+def _one_pass() -> dict[str, Cell]:
+    """Nested GPTQ and its dedicated passes."""
+    gptq: Options = {"method": "gptq"}
+    cells = {
+        f"gptq+ int{bits}": Cell(what=f"dedicated int{bits}", options={**gptq, "baseline_bits": bits})
+        for bits in (8, 6, 4, 3, 2)
+    }
+    cells |= {
+        "gptq+ joint": Cell(what="nested, prefix", options=gptq),
+        "gptq+ joint even": Cell(what="nested, prefix, lambda 1", options={**gptq, "weights": (1.0,) * 5}),
+        "gptq+ joint round": Cell(what="nested, Eq. 6", options={**gptq, "rule": "round"}),
+        "gptq+ joint no sweep": Cell(what="nested, prefix, without the sweep", options={**gptq, "sweeps": 0}),
+    }
+    return cells
+
+
+FOUR = (1.0, 1.0, 1.0, 1.0)
+STEADY = (1e-3, 3e-3, 1e-2)
+BEST: Options = {"objective": "8,4,3,2,fp->8;4;3;2", "weights": FOUR, "masters": "each", "pull": 0.0}
 
 CELLS: dict[str, Cell] = {
     "rtn": Cell(what="round to nearest, sliced (prefix)", options={"method": "rtn", **PLAIN}),
     "rtn round": Cell(what="round to nearest, sliced (Eq. 6)", options={"method": "rtn", **PLAIN, "rule": "round"}),
     "rtn refit": Cell(what="round to nearest, affines refitted", options={"method": "rtn"}),
+    **_one_pass(),
+    **_paper("omniquant", {}, STEADY, dict.fromkeys((8, 6, 4, 3, 2), STEADY)),
+    **_ours("omniquant", {"objective": "8,4,3,2", "weights": FOUR}, STEADY, dict.fromkeys((8, 6, 4, 3, 2), STEADY)),
     **_paper("qat", {}, RATES, WARM),
     **_attention(),
     **_ours("qat", BEST, RATES[:2], WARM),

@@ -1,15 +1,16 @@
 """Nested GPTQ against its slow oracle, its one Hessian against the layer's inputs, its errors against bad input."""
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import oracle_gptq as oracle
 import pytest
 import torch
 
 import matquant
+import oracle_gptq as oracle
 from matquant.checkpoint import open_checkpoint, verify_checkpoint
 from matquant.errors import InputError
 from matquant.eval.likelihood import log_perplexity
@@ -18,7 +19,7 @@ from matquant.models import decoder_layers, load_float, load_tokenizer
 from matquant.nest import slice_affine
 from matquant.text import read_documents, token_stream
 from matquant.train.fake import Grid
-from matquant.train.gptq import inverse_factor, nested_codes, nested_gptq, refit_affine
+from matquant.train.gptq import inverse_factor, nested_codes, nested_gptq, refit_affine, sweep
 
 N, K = 6, 24
 CALIBRATION: dict[str, Any] = {"method": "gptq", "samples": 8, "seq_len": 32, "batch_size": 4}
@@ -195,7 +196,7 @@ def test_what_gptq_cannot_do_is_refused(llama: Path, text_file: Path, tmp_path: 
         ({"objective": "8,4,2,8->2"}, "method 'gptq' has no distillation"),
         ({"affine": "learned"}, "method 'gptq' learns nothing by gradient"),
         ({"damp": 0.0}, "damp=0.0"),
-        ({"steps": 3}, "method 'gptq' has no option 'steps'; it has samples, seq_len, batch_size, damp, seed"),
+        ({"steps": 3}, "method 'gptq' has no option 'steps'; it has samples, seq_len, batch_size, damp, sweeps, seed"),
     ):
         with pytest.raises(InputError, match=message):
             quantize(llama, tmp_path / "out", text_file, **changes)
@@ -208,3 +209,28 @@ def test_a_dedicated_baseline_is_served_at_its_width(bits: int, llama: Path, tex
     out = quantize(llama, tmp_path / "out", text_file, baseline_bits=bits)
     nested = open_checkpoint(out).nested("model.layers.0.mlp.up_proj")
     assert len(np.unique(nested.codes)) <= 2**bits
+
+
+@pytest.mark.parametrize("rule", ["prefix", "round", "extra"])
+@pytest.mark.parametrize("columns", [24, 160])
+def test_a_sweep_never_raises_the_summed_error(rule: str, columns: int) -> None:
+    weight, hessian = correlated(7, columns)
+    weights = {8: 1.0, 4: 0.3, 2: 0.1}
+    affines = grids(weight, (8, 4, 2), rule, None)
+    damped = torch.from_numpy(oracle.damped(hessian.numpy(), 0.01))
+    codes = torch.full(weight.shape, 128, dtype=torch.uint8)  # a bad start
+
+    def cost(codes: torch.Tensor) -> float:
+        total = 0.0
+        for bits, factor in weights.items():
+            scale, zero = (part.numpy() for part in affines[bits])
+            read = oracle.read_nested(codes.numpy(), bits, rule, (scale, zero), columns)
+            total += factor * oracle.output_error(weight.numpy(), read, damped.numpy())
+        return total
+
+    costs = [cost(codes)]
+    for _ in range(4):
+        codes = sweep(weight, codes, damped, affines, weights, rule=rule)
+        costs.append(cost(codes))
+    assert costs[1] < 0.5 * costs[0]
+    assert all(after <= before * (1 + 1e-12) for before, after in pairwise(costs))

@@ -4,9 +4,12 @@ A linear [N, K] is four tensors: qweight int32 [K * bits / 32, N] and qzeros int
 after the other from the lowest bit up, scales fp16 [G, N], and, from GPTQModel, g_idx int32 [K] with each column's
 group.
 
-    weight[n, k] = scale[g, n] * (code[k, n] - zero[g, n]),  g = g_idx[k] or k // group_size,  zero = qzeros + 1
+    weight[n, k] = scale[g, n] * (code[k, n] - zero[g, n])
+    g = g_idx[k] or k // group_size,  zero = qzeros + zero_offset
 
-A weight that the tool left in floating point counts as it lies in the file. Imported by the workers beside it.
+zero_offset is 1 in the layout's first version and 0 in its second (gptq_v2), the one for asymmetric codes: in the
+first a zero of 0 is stored as -1 and borrows from its neighbour. A weight that the tool left in floating
+point counts as it lies in the file. Imported by the workers beside it.
 """
 
 from pathlib import Path
@@ -18,7 +21,9 @@ from safetensors import safe_open
 PARTS = {"qweight": "codes", "scales": "scales", "qzeros": "zeros", "g_idx": "g_idx", "weight": "float"}
 
 
-def read_packed(folder: Path, paths: list[str], *, bits: int) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+def read_packed(
+    folder: Path, paths: list[str], *, bits: int, zero_offset: int = 1
+) -> tuple[dict[str, np.ndarray], dict[str, int]]:
     """{path: float32 weight [N, K]} and the stored bytes by part, from all safetensors files under ``folder``."""
     tensors: dict[str, Any] = {}
     for file in sorted(folder.rglob("*.safetensors")):
@@ -29,14 +34,14 @@ def read_packed(folder: Path, paths: list[str], *, bits: int) -> tuple[dict[str,
         mine = {name: tensors[f"{path}.{name}"] for name in PARTS if f"{path}.{name}" in tensors}
         for name, tensor in mine.items():
             stored[PARTS[name]] += tensor.numel() * tensor.element_size()
-        weights[path] = mine["weight"].float().numpy() if "weight" in mine else _dequantise(mine, bits)
+        weights[path] = mine["weight"].float().numpy() if "weight" in mine else _dequantise(mine, bits, zero_offset)
     return weights, stored
 
 
-def _dequantise(parts: dict[str, Any], bits: int) -> np.ndarray:
+def _dequantise(parts: dict[str, Any], bits: int, zero_offset: int) -> np.ndarray:
     code_KN = _unpack(parts["qweight"].numpy().T, bits).T
     scale_GN = parts["scales"].float().numpy()
-    zero_GN = (_unpack(parts["qzeros"].numpy(), bits) + 1) & (2**bits - 1)
+    zero_GN = (_unpack(parts["qzeros"].numpy(), bits) + zero_offset) & (2**bits - 1)
     count = code_KN.shape[0]
     group_K = parts["g_idx"].numpy() if "g_idx" in parts else np.arange(count) // -(-count // len(scale_GN))
     weight_KN = scale_GN[group_K] * (code_KN - zero_GN[group_K]).astype(np.float32)

@@ -1,7 +1,7 @@
 """Worker: GPTQModel in its own environment. ``python with_gptqmodel.py FOLDER`` reads FOLDER/job.json.
 
-options: what its QuantizeConfig takes (group_size, sym); the rest are its defaults. Float16 or bfloat16 only, so the
-model is loaded in the type GPTQModel chooses for it.
+options: what its QuantizeConfig takes (group_size, sym, format); the rest are its defaults. Float16 or
+bfloat16 only, so the model is loaded in the type GPTQModel chooses for it.
 """
 
 import json
@@ -29,7 +29,8 @@ def main(folder: Path) -> None:
     model.quantize(rows, batch_size=BATCH)
     model.save(str(folder / "checkpoint"))
     seconds = time.perf_counter() - began
-    weights, stored = read_packed(folder / "checkpoint", job["paths"], bits=job["bits"])
+    zero_offset = 0 if job["options"].get("format") == "gptq_v2" else 1
+    weights, stored = read_packed(folder / "checkpoint", job["paths"], bits=job["bits"], zero_offset=zero_offset)
     save_file(weights, folder / "weights.safetensors")
     (folder / "result.json").write_text(json.dumps({"bytes": stored, "seconds": seconds}))
 

@@ -4,7 +4,8 @@ Writes the model as a float32 GGUF, lets llama-imatrix see the calibration windo
 tensors back with gguf's own dequantisation. options: type (llama-quantize's name) and pure (one type throughout).
 
 llama-imatrix takes text, not tokens. So that it sees exactly the windows of the others, the GGUF's vocabulary names
-token 17 ``<|17|>`` and the text is those names. Llama's query and key rows are interleaved as llama.cpp wants them.
+token 17 ``<|17|>`` and the text is those names; reading 4096 such names takes it half a minute, counted in its seconds.
+Llama's query and key rows are interleaved as llama.cpp wants them.
 """
 
 import json

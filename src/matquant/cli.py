@@ -86,6 +86,9 @@ def quantize(
         bool | None, Option("--transform/--no-transform", help="omniquant: learn Eq. 4.", show_default="transform")
     ] = None,
     damp: Annotated[float | None, Option(help="gptq: damping of the Hessian.", show_default="0.01")] = None,
+    sweeps: Annotated[
+        int | None, Option(help="gptq: rounds of coordinate descent after the pass.", show_default="1")
+    ] = None,
     seed: Annotated[int | None, Option(help="Order of the data.", show_default="0")] = None,
     accumulate: Annotated[int | None, Option(help="Forward passes per optimiser step.", show_default="1")] = None,
     autocast: Annotated[
@@ -228,10 +231,12 @@ def _progress() -> Iterator[Any]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     progress = Progress(*columns, console=Console(stderr=True))
     task = progress.add_task("quantising", total=None)
+    told: list[str] = []
 
     def report(record: dict[str, Any]) -> None:
         progress.start()  # not before the first step: a refused run prints its message and nothing else
-        if "notice" in record:
+        if record.get("notice") not in (None, *told):
+            told.append(record["notice"])
             progress.console.print(f"note: {record['notice']}", highlight=False, soft_wrap=True)
         losses = "  ".join(f"int{bits} {loss:.3g}" for bits, loss in record["loss"].items())
         speed = f"{record['tok_s']:,.0f} tok/s" if "tok_s" in record else record.get("block", "")

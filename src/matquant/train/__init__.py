@@ -36,7 +36,7 @@ from matquant.nest import MASTER_BITS, check_bits, check_rule
 from matquant.spec import SCALE_DTYPES, Spec
 from matquant.tensor import NestedTensor
 from matquant.text import data_sha256, read_documents, token_stream
-from matquant.train import gptq, qat
+from matquant.train import gptq, omniquant, qat
 from matquant.train.blocks import read_tensor
 from matquant.train.fake import AFFINES, Grid
 from matquant.train.job import LOG, Job, Report
@@ -51,7 +51,8 @@ STREAMED_SHARD_BYTES = 5 * 10**8  # a shard is put together in memory
 @dataclass(frozen=True, kw_only=True)
 class Method:
     """A method and what it needs. settings: the record of its own options, None for a method without data. streamed:
-    works block by block, the model stays on disk. objective: what it makes unless told otherwise.
+    works block by block, the model stays on disk. objective: what it makes unless told otherwise; lambdas: its weight
+    of a width, None for the objective's own.
     """
 
     run: Callable[[Job], Nested]
@@ -60,6 +61,7 @@ class Method:
     streamed: bool = False
     affine: str
     objective: str
+    lambdas: Callable[[int], float] | None = None
 
 
 METHODS: dict[str, Method] = {
@@ -71,6 +73,15 @@ METHODS: dict[str, Method] = {
         streamed=True,
         affine="refit",
         objective="8,6,4,3,2",
+        lambdas=gptq.default_lambda,
+    ),
+    "omniquant": Method(
+        run=omniquant.train,
+        settings=omniquant.Settings,
+        check_options=omniquant.check_options,
+        streamed=True,
+        affine="learned",
+        objective="8,4,2",
     ),
     "qat": Method(
         run=qat.train,
@@ -127,6 +138,8 @@ def quantize(
     chosen = METHODS[method]
     objective = objective or chosen.objective
     widths = _widths(objective, weights, baseline_bits) if objective else ()
+    if weights is None and chosen.lambdas is not None:
+        widths = tuple(dataclasses.replace(width, weight=chosen.lambdas(width.bits)) for width in widths)
     affine = affine or chosen.affine
     _check_choices(affine=affine, scale_dtype=scale_dtype, rule=rule)
     if chosen.settings:

@@ -102,7 +102,7 @@ def run_blocks(
                 config=job.model.config,
             )
             solved = solve(job, block)
-            record = {"step": index + 1, "steps": len(layers), "block": name, **solved.record}
+            record = {**solved.record, "step": index + 1, "steps": len(layers), "block": name}
             _save(file, solved, record | {"seconds": round(time.perf_counter() - began, 2)}, mark, job)
         solved = _load(file, mark, device=job.device)
         job.report(dict(solved.record))
@@ -148,7 +148,8 @@ def _embed(job: Job, tokens: torch.Tensor, batch_size: int) -> tuple[list[torch.
     outside = [name for name, _ in decoder.named_parameters() if not f"{prefix}{name}".startswith(inside)]
     for name in outside:
         _set_parameter(decoder, name, _read(job, f"{prefix}{name}").float().to(job.device))
-    result = embed(job.model, (batch.to(job.device) for batch in tokens.split(batch_size)))
+    parts = (tokens[start : start + batch_size] for start in range(0, len(tokens), batch_size))
+    result = embed(job.model, (part.to(job.device) for part in parts))
     for name in outside:
         _set_parameter(decoder, name, decoder.get_parameter(name).detach().to("meta"))
     return result

@@ -207,7 +207,8 @@ def bind(
     rows = candidates(name, tensors, config=config, quantised=quantised)
     generator = torch.Generator().manual_seed(0)
     expected = run(tensors)
-    kept, dropped = [], []
+    kept: list[Bound] = []
+    dropped: list[Bound] = []
     for row in rows:
         trial = fold([row], [_random(row, tensors, generator)], tensors, dtypes={})
         gap = (run({**tensors, **trial}) - expected).abs().mean() / expected.abs().mean()

@@ -57,7 +57,8 @@ class Schedule:
     confined to the bins of the next narrower one, whose bits they share (fake.confine), and no width's gradient moves
     another's weights but, times ``pull``, where that confinement holds it back. wide_lr: of the 8-bit masters, as a
     multiple of lr, and geometrically between for the widths between. stagger: share of the steps by which the schedule
-    of the narrowest masters ends early, so that wider ones can settle in bins that move no more. save_every: steps between saved states.
+    of the narrowest masters ends early, so that wider ones settle in bins that move no more. save_every: steps between
+    saved states.
     """
 
     steps: int = 300
@@ -191,7 +192,8 @@ def start(model: Model, views: Mapping[str, View], grid: Grid, schedule: Schedul
     parameters = dict(model.named_parameters())
     taken = {view.parameter for view in views.values()}
     masters = {path: view.of(parameters[view.parameter].detach()).float().clone() for path, view in views.items()}
-    own = [bits for bits in trained if bits < MASTER_BITS] if schedule.masters == "each" else []
+    several = schedule.masters == "each" and MASTER_BITS in trained
+    own = [bits for bits in trained if bits < MASTER_BITS] if several else []
     return State(
         masters=masters,
         coarse={path: {bits: weight.clone() for bits in own} for path, weight in masters.items()},
@@ -335,10 +337,11 @@ def _release_blocked(state: State, path: str, nested: NestedTensor, pull: float)
     encoded = {bits: encode(master.detach(), nested.scale, nested.zero) for bits, master in masters.items()}
     _, blocked = confine(encoded)
     for bits, narrower in itertools.pairwise(sorted(masters, reverse=True)):
-        gradient = masters[bits].grad
+        gradient, below = masters[bits].grad, masters[narrower].grad
         assert gradient is not None
+        assert below is not None
         held = (gradient * blocked[bits]) < 0  # the step, against the gradient, leads further out of the bin
-        masters[narrower].grad.add_(torch.where(held, gradient, 0.0), alpha=pull)
+        below.add_(torch.where(held, gradient, 0.0), alpha=pull)
         gradient.masked_fill_(held, 0.0)
 
 
@@ -356,6 +359,7 @@ def _finish_gradients(
             if state.coarse[path]:
                 _release_blocked(state, path, nested[path], pull)
             for master in (weight, *state.coarse[path].values()):
+                assert master.grad is not None
                 master.grad = finish_backward(master.grad, master, nested[path], state.learned[path])
 
 
