@@ -130,7 +130,7 @@ def setup(names: Annotated[list[str] | None, typer.Argument(help="Tools; all by 
             continue
         began = time.perf_counter()
         subprocess.run([sys.executable, "-m", "venv", folder / "venv"], check=True)
-        pip = [folder / "venv" / "bin" / "pip", "install", "--quiet"]
+        pip: list[str | Path] = [folder / "venv" / "bin" / "pip", "install", "--quiet"]
         if TORCH in PACKAGES[name]:
             subprocess.run([*pip, TORCH], check=True)
         subprocess.run([*pip, *PACKAGES[name]], check=True)
@@ -142,7 +142,7 @@ def setup(names: Annotated[list[str] | None, typer.Argument(help="Tools; all by 
 
 def _build_llamacpp(folder: Path) -> None:
     """llama-quantize and llama-imatrix, for this processor, from the sources inside the archive."""
-    fetch = ["download", "--no-deps", "--no-binary", "llama-cpp-python", "--dest", folder, LLAMACPP]
+    fetch: list[str | Path] = ["download", "--no-deps", "--no-binary", "llama-cpp-python", "--dest", folder, LLAMACPP]
     subprocess.run([folder / "venv" / "bin" / "pip", *fetch], check=True)
     (archive,) = folder.glob("llama_cpp_python-*.tar.gz")
     with tarfile.open(archive) as opened:
@@ -225,7 +225,7 @@ def _quantise(
         "weights": str(CACHE / f"{model}.safetensors"),
         "calibration": str(CACHE / f"{model}.npy"),
         "tools": str(CACHE / "llamacpp" / "build" / "bin"),
-        "paths": list(original),
+        "shapes": {path: list(weight.shape) for path, weight in original.items()},
         "options": options,
         "bits": bits,
         "threads": threads,
@@ -362,7 +362,7 @@ def report() -> None:
 def _row(record: dict[str, Any], reference: float) -> str:
     head = f"| {record['peer']} | {record['setting']} | {record['bits']} |"
     if "error" in record:
-        return f"{head} refused: {record['error']} | | | | |"
+        return f"{head} failed: {record['error']} | | | | |"
     value, apart = record["log_perplexity"], record["bits_per_weight_without_g_idx"]
     apart_cell = f"{apart:.3f}" if apart != record["bits_per_weight"] else ""
     return (

@@ -20,11 +20,21 @@ Best = dict[str, dict[str, Record]]  # model -> cell -> its record at the best l
 
 # Table 1 and 2 of the paper: width -> (sliced int8, dedicated, MatQuant), log-perplexity of Gemma-2 9B
 PAPER_TABLES = {
-    "omniquant": {8: (None, 2.418, 2.438), 4: (2.480, 2.451, 2.491), 2: (15.226, 3.292, 3.187), 6: (2.353, 2.420, 2.440),
-                  3: (3.977, 2.549, 2.607)},
-    "qat": {8: (None, 2.29, 2.262), 4: (2.276, 2.324, 2.295), 2: (7.259, 2.923, 2.660), 6: (2.232, 2.293, 2.265),
-            3: (2.512, 2.43, 2.429)},
-}  # fmt: skip
+    "omniquant": {
+        8: (None, 2.418, 2.438),
+        4: (2.480, 2.451, 2.491),
+        2: (15.226, 3.292, 3.187),
+        6: (2.353, 2.420, 2.440),
+        3: (3.977, 2.549, 2.607),
+    },
+    "qat": {
+        8: (None, 2.29, 2.262),
+        4: (2.276, 2.324, 2.295),
+        2: (7.259, 2.923, 2.660),
+        6: (2.232, 2.293, 2.265),
+        3: (2.512, 2.43, 2.429),
+    },
+}
 
 
 def main() -> None:
@@ -32,10 +42,10 @@ def main() -> None:
     best = {model: _best(model) for model in SETTINGS}
     lines = [*INTRODUCTION]
     for model, text in SETTINGS.items():
-        training = text.training["qat"]
+        training, reference = text.training["qat"], float_log_perplexity(model)
         lines.append(
-            f"- **{model}**: {TEST[model]:,} held-out tokens, float model {float_log_perplexity(model):.4f} nats/token; QAT "
-            f"{training['steps']} steps of {training['batch_size']} x {training['seq_len']} tokens"
+            f"- **{model}**: {TEST[model]:,} held-out tokens, float model {reference:.4f} nats/token; "
+            f"QAT {training['steps']} steps of {training['batch_size']} x {training['seq_len']} tokens"
         )
     for part in (_verdicts, _tables, _beyond, _gptq, _steps, _histograms):
         lines += ["", *part(best)]
@@ -46,10 +56,10 @@ def main() -> None:
 INTRODUCTION = (
     "# Results",
     "",
-    "Written by `python bench/results.py` from the records in bench/*.jsonl, which have the command, commit, date and",
-    "versions of every figure. Log-perplexity in nats per token, token-weighted, on held-out text, context 512; smaller",
-    "is better. Every method of a table saw the same text for the same number of steps; baselines have the best of",
-    "three learning rates, chosen on other held-out tokens.",
+    "Written by `python bench/results.py` from the records in bench/*.jsonl, which have the command, commit, date",
+    "and versions of every figure. Log-perplexity in nats per token, token-weighted, on held-out text, context 512;",
+    "smaller is better. Every method of a table saw the same text for the same number of steps; baselines have the",
+    "best of three learning rates, chosen on other held-out tokens.",
     "",
 )
 
@@ -259,8 +269,8 @@ def _steps(best: Best) -> list[str]:
     return [
         "## What a joint step costs",
         "",
-        f"`{record['command']}` on {record['machine']}: a step over 8, 4, 2 against an ordinary fine-tuning step of the",
-        "same model (111 M parameters) and batch, interleaved.",
+        f"`{record['command']}` on {record['machine']}: a step over 8, 4, 2 against an ordinary fine-tuning step of",
+        "the same model (111 M parameters) and batch, interleaved.",
         "",
         *_table(["step", "time", "peak memory"], rows),
     ]
@@ -270,9 +280,9 @@ def _histograms(best: Best) -> list[str]:
     return [
         "## The shape of the codes (Figures 1c and 4)",
         "",
-        "`make demo` draws the 8-bit codes of the embedded model. On our symmetric grid the distribution does not move to",
-        "the right, its mean code stays 128; it gathers at the borders of the int2 bins and, where clipping is learned, at",
-        "both ends.",
+        "`make demo` draws the 8-bit codes of the embedded model. On our symmetric grid the distribution does not move",
+        "to the right, its mean code stays 128; it gathers at the borders of the int2 bins and, where clipping is",
+        "learned, at both ends.",
         "",
         "![8-bit codes of MatQuant and of the int8 baseline](histograms.png)",
     ]

@@ -12,7 +12,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "matquant"
 LAYERS = [
     {"errors"},
     {"nest", "files"},
-    {"spec", "grid"},
+    {"spec", "grid", "overflow"},
     {"tensor", "text"},
     {"checkpoint"},
     {"models", "contents"},
@@ -28,6 +28,7 @@ NO_TORCH = {
     "nest",
     "spec",
     "grid",
+    "overflow",
     "tensor",
     "text",
     "checkpoint",

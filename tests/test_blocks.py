@@ -1,4 +1,4 @@
-"""Block by block: tensors read from shards are the model's, a killed run ends with the same bits, damage is an error."""
+"""Block by block: tensors of shards are the model's, a killed run ends with the same bits, damage is an error."""
 
 import os
 import signal

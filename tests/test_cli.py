@@ -331,7 +331,7 @@ def test_a_window_longer_than_the_context_is_refused(
 
 
 def test_text_is_needed(refuse: Refuse, llama: Path, checkpoint: Path, tmp_path: Path) -> None:
-    message = "method 'qat' needs text to train on; give --text FILE, or --method rtn"
+    message = "method 'qat' needs text to work with; give --text FILE, or --method rtn"
     refuse("quantize", llama, "-o", tmp_path / "out", message=message)
     refuse("eval", checkpoint, message="eval needs text; give --text FILE")
 
@@ -432,7 +432,7 @@ def test_weights_that_are_no_numbers_are_refused(weights: str, refuse: Refuse, s
 @pytest.mark.parametrize(("flag", "message"), [
     ("--rule", "rule='nope' is not a slicing rule; use one of prefix, round, extra"),
     ("--scope", "scope='nope' is not known; use one of ffn, attention, all"),
-    ("--method", "method='nope' is not known; use one of rtn, qat"),
+    ("--method", "method='nope' is not known; use one of rtn, gptq, omniquant, qat"),
     ("--affine", "affine='nope' is not known; use one of none, refit, learned"),
     ("--scale-dtype", "scale_dtype='nope' is not known; use one of bfloat16, float32"),
     ("--group-size", "--group-size 'nope' is neither 'channel' nor a number; give one of them, such as 128"),
@@ -1121,8 +1121,9 @@ FLAGS: dict[str, list[str]] = {
     "quantize": [
         "--out", "--method", "--objective", "--weights", "--rule", "--scope", "--exclude", "--group-size",
         "--symmetric",
-        "--affine", "--scale-dtype", "--baseline-bits", "--text", "--steps", "--batch-size", "--seq-len", "--lr",
-        "--seed", "--accumulate", "--bf16", "--checkpoint-activations", "--train-rest", "--learn-clip",
+        "--affine", "--scale-dtype", "--baseline-bits", "--text", "--steps", "--batch-size", "--seq-len", "--samples",
+        "--lr", "--clip-lr", "--transform-lr", "--transform", "--damp", "--sweeps", "--seed", "--accumulate", "--bf16",
+        "--checkpoint-activations", "--train-rest", "--learn-clip", "--masters", "--pull", "--wide-lr", "--stagger",
         "--save-every", "--device", "--threads", "--resume", "--overwrite", "--help",
     ],
     "eval": [
@@ -1136,7 +1137,7 @@ FLAGS: dict[str, list[str]] = {
 DEFAULTS: dict[str, dict[str, str]] = {
     "quantize": {
         "--method": "qat",
-        "--objective": "fp->8;4;2",
+        "--objective": "(by method)",
         "--weights": "(by objective)",
         "--rule": "prefix",
         "--scope": "ffn",
@@ -1144,15 +1145,25 @@ DEFAULTS: dict[str, dict[str, str]] = {
         "--symmetric": "symmetric",
         "--affine": "(by method)",
         "--scale-dtype": "bfloat16",
-        "--steps": "300",
-        "--batch-size": "8",
-        "--seq-len": "256",
-        "--lr": "(from the model's width)",
-        "--seed": "0",
-        "--accumulate": "1",
-        "--bf16": "fp32",
+        "--steps": "(qat 300, omniquant 1220 a block)",
+        "--batch-size": "(qat 8, others 4)",
+        "--seq-len": "(qat 256, others 2048)",
+        "--samples": "(128)",
+        "--lr": "(qat by model width, omniquant 1e-3)",
+        "--clip-lr": "(as --lr)",
+        "--transform-lr": "(as --lr)",
+        "--transform": "(transform)",
+        "--damp": "(0.01)",
+        "--sweeps": "(1)",
+        "--seed": "(0)",
+        "--accumulate": "(1)",
+        "--bf16": "(fp32)",
         "--learn-clip": "(as affines)",
-        "--save-every": "100",
+        "--masters": "(one)",
+        "--pull": "(1)",
+        "--wide-lr": "(1)",
+        "--stagger": "(0)",
+        "--save-every": "(100)",
         "--device": "(cuda if there is one)",
         "--threads": "(all)",
     },

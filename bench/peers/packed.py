@@ -9,7 +9,8 @@ group.
 
 zero_offset is 1 in the layout's first version and 0 in its second (gptq_v2), the one for asymmetric codes: in the
 first a zero of 0 is stored as -1 and borrows from its neighbour. A weight that the tool left in floating
-point counts as it lies in the file. Imported by the workers beside it.
+point counts as it lies in the file; rows that do not fill a
+word are padded. Imported by the workers beside it.
 """
 
 from pathlib import Path
@@ -22,7 +23,7 @@ PARTS = {"qweight": "codes", "scales": "scales", "qzeros": "zeros", "g_idx": "g_
 
 
 def read_packed(
-    folder: Path, paths: list[str], *, bits: int, zero_offset: int = 1
+    folder: Path, shapes: dict[str, list[int]], *, bits: int, group_size: int, zero_offset: int = 1
 ) -> tuple[dict[str, np.ndarray], dict[str, int]]:
     """{path: float32 weight [N, K]} and the stored bytes by part, from all safetensors files under ``folder``."""
     tensors: dict[str, Any] = {}
@@ -30,27 +31,26 @@ def read_packed(
         with safe_open(file, framework="pt") as opened:
             tensors |= {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
     weights, stored = {}, dict.fromkeys(PARTS.values(), 0)
-    for path in paths:
+    for path, shape in shapes.items():
         mine = {name: tensors[f"{path}.{name}"] for name in PARTS if f"{path}.{name}" in tensors}
         for name, tensor in mine.items():
             stored[PARTS[name]] += tensor.numel() * tensor.element_size()
-        weights[path] = mine["weight"].float().numpy() if "weight" in mine else _dequantise(mine, bits, zero_offset)
+        if "weight" in mine:
+            weights[path] = mine["weight"].float().numpy()
+        else:
+            codes = _unpack(mine["qweight"].numpy().T, bits)[:, : shape[1]]
+            zeros = _unpack(mine["qzeros"].numpy(), bits)[:, : shape[0]] + zero_offset & 2**bits - 1
+            size = group_size if group_size > 0 else shape[1]
+            group_K = mine["g_idx"].numpy() if "g_idx" in mine else np.arange(shape[1]) // size
+            shifted_NK = (codes - zeros[group_K].T).astype(np.float32)
+            weights[path] = np.ascontiguousarray(mine["scales"].float().numpy()[group_K].T * shifted_NK)
     return weights, stored
-
-
-def _dequantise(parts: dict[str, Any], bits: int, zero_offset: int) -> np.ndarray:
-    code_KN = _unpack(parts["qweight"].numpy().T, bits).T
-    scale_GN = parts["scales"].float().numpy()
-    zero_GN = (_unpack(parts["qzeros"].numpy(), bits) + zero_offset) & (2**bits - 1)
-    count = code_KN.shape[0]
-    group_K = parts["g_idx"].numpy() if "g_idx" in parts else np.arange(count) // -(-count // len(scale_GN))
-    weight_KN = scale_GN[group_K] * (code_KN - zero_GN[group_K]).astype(np.float32)
-    return np.ascontiguousarray(weight_KN.T)
 
 
 def _unpack(words_RW: np.ndarray, bits: int) -> np.ndarray:
     """Codes [R, W * 32 / bits] of rows of int32 words, lowest bits first; a code may lie across two words."""
     octets = np.ascontiguousarray(words_RW).astype("<i4").view(np.uint8)
-    flags = np.unpackbits(octets, axis=1, bitorder="little").reshape(len(words_RW), -1, bits)
-    codes: np.ndarray = (flags << np.arange(bits)).sum(axis=2, dtype=np.int32)
+    flags = np.unpackbits(octets, axis=1, bitorder="little")
+    whole = flags[:, : flags.shape[1] // bits * bits].reshape(len(flags), -1, bits)
+    codes: np.ndarray = (whole << np.arange(bits)).sum(axis=2, dtype=np.int32)
     return codes

@@ -40,7 +40,8 @@ def main(folder: Path) -> None:
     )
     compressor.quantize_and_save(str(folder / "checkpoint"), format="auto_round")
     seconds = time.perf_counter() - began
-    weights, stored = read_packed(folder / "checkpoint", job["paths"], bits=job["bits"])
+    group_size = job["options"]["group_size"]
+    weights, stored = read_packed(folder / "checkpoint", job["shapes"], bits=job["bits"], group_size=group_size)
     save_file(weights, folder / "weights.safetensors")
     (folder / "result.json").write_text(json.dumps({"bytes": stored, "seconds": seconds}))
 

@@ -30,7 +30,13 @@ def main(folder: Path) -> None:
     model.save(str(folder / "checkpoint"))
     seconds = time.perf_counter() - began
     zero_offset = 0 if job["options"].get("format") == "gptq_v2" else 1
-    weights, stored = read_packed(folder / "checkpoint", job["paths"], bits=job["bits"], zero_offset=zero_offset)
+    weights, stored = read_packed(
+        folder / "checkpoint",
+        job["shapes"],
+        bits=job["bits"],
+        group_size=job["options"]["group_size"],
+        zero_offset=zero_offset,
+    )
     save_file(weights, folder / "weights.safetensors")
     (folder / "result.json").write_text(json.dumps({"bytes": stored, "seconds": seconds}))
 

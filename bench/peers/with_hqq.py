@@ -22,7 +22,7 @@ def main(folder: Path) -> None:
     weights, stored, seconds = {}, dict.fromkeys(("codes", "scales", "zeros"), 0), 0.0
     config = BaseQuantizeConfig(nbits=job["bits"], **job["options"])
     with safe_open(job["weights"], framework="pt") as state:
-        for path in job["paths"]:
+        for path in job["shapes"]:
             weight_NK = state.get_tensor(f"{path}.weight")
             linear = torch.nn.Linear(weight_NK.shape[1], weight_NK.shape[0], bias=False)
             linear.weight.data = weight_NK

@@ -55,7 +55,7 @@ def main(folder: Path) -> None:
     arguments = [*pure, "--imatrix", importance, *float_types, source, target, job["options"]["type"], threads]
     subprocess.run([tools / "llama-quantize", *map(str, arguments)], check=True)
     seconds = time.perf_counter() - began
-    weights, result = _read_back(target, job["paths"], config)
+    weights, result = _read_back(target, list(job["shapes"]), config)
     save_file(weights, folder / "weights.safetensors")
     (folder / "result.json").write_text(json.dumps({**result, "seconds": seconds}))
 

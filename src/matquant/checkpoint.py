@@ -29,7 +29,8 @@ from safetensors.numpy import save_file
 
 from matquant.errors import InputError
 from matquant.files import explain_full_disk, sync
-from matquant.nest import MASTER_BITS
+from matquant.nest import MASTER_BITS, slice_codes
+from matquant.overflow import packed_bytes
 from matquant.spec import FORMAT_VERSION, Spec, check_format
 from matquant.tensor import NestedTensor
 
@@ -247,6 +248,7 @@ class Checkpoint:
     files: Mapping[str, str]
     shapes: Mapping[str, tuple[int, int]]
     handles: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)  # open files, by name
+    packed_sizes: dict[tuple[str, int], int] = field(default_factory=dict, repr=False, compare=False)  # rule extra
 
     def array(self, name: str) -> np.ndarray:
         """A stored tensor by its full name, as it lies in the file."""
@@ -469,18 +471,21 @@ def _expected_tensors(path: str, rows: int, columns: int, spec: Spec) -> dict[st
 def size_bytes(checkpoint: Checkpoint, path: str, bits: int) -> float:
     """Honest bytes of one weight served at ``bits`` bits: packed codes, the scale and zero of that width, its shape.
 
-    Under rule ``extra`` the bucket 2^r needs room too: a bitmap of 1 bit per weight or a 16-bit index per overflowing
-    weight, whichever is smaller (the paper's own count, r + fraction bits, leaves the index out).
+    Under rule ``extra`` the codes take what matquant.overflow really stores, counted once for each width (the paper's
+    own count, r + overflow fraction bits, leaves out which weights overflow).
     """
     rows, columns = checkpoint.shapes[path]
     groups = columns // (checkpoint.spec.group_size or columns)
     own = bits in checkpoint.spec.slices
     per_group = 4 if own else np.dtype(_scale_dtype(path, checkpoint.spec)).itemsize + (not checkpoint.spec.symmetric)
     shape_entry = 16
-    size = rows * columns * bits / 8 + rows * groups * per_group + shape_entry
+    packed = rows * columns * bits / 8
     if checkpoint.spec.rule == "extra" and bits < MASTER_BITS:
-        size += rows * columns * min(1.0, 16 * checkpoint.nested(path).overflow(bits)) / 8
-    return size
+        if (path, bits) not in checkpoint.packed_sizes:
+            codes = slice_codes(checkpoint.nested(path).codes, bits, rule="extra")
+            checkpoint.packed_sizes[path, bits] = packed_bytes(codes, bits)
+        packed = checkpoint.packed_sizes[path, bits]
+    return packed + rows * groups * per_group + shape_entry
 
 
 def bits_per_weight(checkpoint: Checkpoint, plan: Mapping[str, int]) -> float:

@@ -16,8 +16,9 @@ WIDEST_HISTOGRAM = 32  # columns
 def summarise(checkpoint: Checkpoint) -> dict[str, Any]:
     """Sizes, bits per weight, overflow and histograms of the codes at every width 8..1, as plain numbers.
 
-    bits_per_weight and bytes count packed codes, scales, zeros, shapes and (rule ``extra``) overflow; ``paper_bits`` is
-    the paper's count, r + overflow fraction, which leaves out scales and the index of the overflowing weights.
+    bits_per_weight and bytes count packed codes, scales, zeros, shapes and (rule ``extra``) the overflow set as
+    matquant.overflow stores it; ``paper_bits`` is the paper's count, r + overflow fraction (2.05 at int2 in Table 7),
+    which leaves out scales and which weights overflow.
     """
     counts = code_counts(checkpoint)
     total = int(counts.sum())
@@ -28,9 +29,10 @@ def summarise(checkpoint: Checkpoint) -> dict[str, Any]:
         sliced = slice_codes(np.arange(256, dtype=np.uint8), bits, rule=checkpoint.spec.rule)
         histogram = np.bincount(sliced, weights=counts).astype(np.int64)
         overflow = float(histogram[2**bits :].sum()) / total
+        size = sum(size_bytes(checkpoint, path, bits) for path in checkpoint.shapes)
         widths[bits] = {
-            "bytes": sum(size_bytes(checkpoint, path, bits) for path in checkpoint.shapes),
-            "model_bytes": sum(size_bytes(checkpoint, path, bits) for path in checkpoint.shapes) + rest,
+            "bytes": size,
+            "model_bytes": size + rest,
             "bits_per_weight": bits_per_weight(checkpoint, plan),
             "overflow": overflow,
             "paper_bits": bits + overflow,
@@ -71,13 +73,13 @@ def render(checkpoint: Checkpoint, summary: dict[str, Any]) -> RenderableType:
     for column in ("width", "bytes", "whole model", "bits/weight"):
         table.add_column(column, justify="right")
     if spec.rule == "extra":
-        table.add_column("overflow", justify="right")
         table.add_column("paper's bits", justify="right")
+        table.add_column("overflow", justify="right")
     table.add_column("codes 0 … top")
     for bits, row in summary["widths"].items():
         cells = [f"int{bits}", f"{row['bytes']:,.0f}", f"{row['model_bytes']:,.0f}", f"{row['bits_per_weight']:.3f}"]
         if spec.rule == "extra":
-            cells += [f"{row['overflow']:.2%}", f"{row['paper_bits']:.3f}"]
+            cells += [f"{row['paper_bits']:.3f}", f"{row['overflow']:.2%}"]
         table.add_row(*cells, sparkline(row["histogram"]))
     return Group(facts, table)
 

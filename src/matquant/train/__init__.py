@@ -136,8 +136,10 @@ def quantize(
     if method not in METHODS:
         raise InputError(f"method={method!r} is not known; use one of {', '.join(METHODS)}")
     chosen = METHODS[method]
-    objective = objective or chosen.objective
-    widths = _widths(objective, weights, baseline_bits) if objective else ()
+    objective = chosen.objective if objective is None else objective
+    if baseline_bits is not None:
+        check_bits(baseline_bits)
+    widths = _widths(objective, weights, baseline_bits) if chosen.settings else ()
     if weights is None and chosen.lambdas is not None:
         widths = tuple(dataclasses.replace(width, weight=chosen.lambdas(width.bits)) for width in widths)
     affine = affine or chosen.affine
@@ -193,7 +195,7 @@ def quantize(
         weights=tuple(width.weight for width in widths),
         baseline_bits=baseline_bits,
         steps=getattr(settings, "steps", 0),
-        seed=getattr(settings, "seed", 0),
+        seed=options.get("seed", 0),
         data_sha256=data_sha256(stream) if len(stream) else "",
     )
     job = Job(
@@ -287,7 +289,6 @@ def _write(
 def _widths(objective: str, weights: Sequence[float] | None, baseline_bits: int | None) -> tuple[Width, ...]:
     if baseline_bits is None:
         return parse_objective(objective, weights)
-    check_bits(baseline_bits)
     own = parse_objective(objective, weights)
     if [width.bits for width in own] == [baseline_bits]:
         return own
