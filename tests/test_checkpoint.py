@@ -35,11 +35,15 @@ import safetensors.numpy
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
+import oracle_overflow
 from matquant import checkpoint as checkpoint_module
 from matquant import files as files_module
+from matquant import overflow
 from matquant.checkpoint import bits_per_weight, open_checkpoint, plain_bytes, size_bytes, verify_checkpoint
 from matquant.contents import summarise
 from matquant.errors import InputError
+from matquant.nest import slice_codes
+from matquant.overflow import pack_extra
 from matquant.spec import Spec
 from matquant.tensor import NestedTensor
 
@@ -173,13 +177,13 @@ def manifest_of(directory: Path) -> dict[str, Any]:
 
 
 def honest_bytes(codes: Array, *, groups: int, bits: int, rule: str, scale_and_zero_bytes: int) -> Fraction:
-    """Bytes of one weight at one width, counted: codes, scale and zero of each group, two int64, overflow."""
+    """Bytes of one weight at one width, counted: codes (packed under ``extra``), scales and zeros, two int64."""
     rows, columns = codes.shape
-    total = Fraction(rows * columns * bits, 8) + rows * groups * scale_and_zero_bytes + 16
+    stored = Fraction(rows * columns * bits, 8)
     if rule == "extra" and bits < 8:
-        over = sum(slice_code(int(code), bits, rule) == 2**bits for code in codes.ravel())
-        total += min(Fraction(rows * columns, 8), Fraction(2 * over))  # a bitmap, or 16-bit indices
-    return total
+        sliced = [[slice_code(code, bits, rule) for code in row] for row in codes.tolist()]
+        stored = Fraction(len(oracle_overflow.pack(sliced, bits)))
+    return stored + rows * groups * scale_and_zero_bytes + 16
 
 
 # Small checkpoints ----------------------------------------------------------------------------------------------------
@@ -1615,7 +1619,7 @@ def test_sizes_are_the_bytes_counted_by_hand(case: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("share", [Fraction(0), Fraction(1, 32), Fraction(1, 16), Fraction(1, 4), Fraction(1)])
-def test_overflow_costs_an_index_or_a_bitmap_and_the_paper_counts_neither(share: Fraction, tmp_path: Path) -> None:
+def test_overflow_costs_its_stored_bytes_and_the_paper_counts_a_bit_each(share: Fraction, tmp_path: Path) -> None:
     tensor = make_tensor(8, 16, rule="extra")
     codes = np.full(128, 100, np.uint8)
     codes[: int(128 * share)] = 255
@@ -1623,12 +1627,13 @@ def test_overflow_costs_an_index_or_a_bitmap_and_the_paper_counts_neither(share:
     found = open_checkpoint(write(tmp_path / "out", [(UP, tensor)], make_spec(rule="extra")))
     widths = summarise(found)["widths"]
     for bits in range(1, 8):
-        overhead = 8 * 2 + 16
-        extra = min(128 / 8, 2 * 128 * float(share))
-        assert size_bytes(found, UP, bits) == 128 * bits / 8 + overhead + extra
+        sliced = slice_codes(tensor.codes, bits, rule="extra")
+        size = len(pack_extra(sliced, bits)) + 8 * 2 + 16
+        assert size_bytes(found, UP, bits) == size_bytes(found, UP, bits) == size
         assert widths[bits]["overflow"] == share
         assert widths[bits]["paper_bits"] == bits + share
-        assert widths[bits]["bits_per_weight"] == 8 * (128 * bits / 8 + overhead + extra) / 128
+        assert widths[bits]["bits_per_weight"] == 8 * size / 128
+        assert widths[bits]["bytes"] == widths[bits]["model_bytes"] == size
     assert widths[8]["paper_bits"] == 8
     assert widths[8]["overflow"] == 0
     assert size_bytes(found, UP, 8) == 128 + 8 * 2 + 16
@@ -1653,6 +1658,19 @@ def test_eight_bits_cost_what_the_file_holds(case: str, rows: int, columns: int,
     assert summary["file_bytes"] == sum(file.stat().st_size for file in found.directory.glob("*.safetensors"))
     assert summary["widths"][8]["model_bytes"] == size_bytes(found, UP, 8) + 30
     assert summary["weights"] == rows * columns
+
+
+def test_overflow_is_counted_once_for_each_width(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = open_checkpoint(write(tmp_path / "out", [(UP, make_tensor(8, 12, rule="extra"))], make_spec(rule="extra")))
+    counted: list[int] = []
+
+    def count(codes: Array, bits: int) -> int:
+        counted.append(bits)
+        return overflow.packed_bytes(codes, bits)
+
+    monkeypatch.setattr(checkpoint_module, "packed_bytes", count)
+    assert summarise(found) == summarise(found)
+    assert sorted(counted) == list(range(1, 8))
 
 
 def test_the_summary_counts_every_code(tmp_path: Path) -> None:
