@@ -248,6 +248,9 @@ def _measure(model: str, name: str, lr: float | None, seed: int, streams: Stream
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         text = [setting.text] if method != "rtn" else []
+        if "start" in options:  # the cell whose checkpoint this one goes on from
+            first = {**setting.training["gptq"], **CELLS[options["start"]].options}
+            options = {**options, "start": matquant.quantize(setting.path, Path(folder) / "first", text=text, **first)}
         out = matquant.quantize(setting.path, Path(folder) / "out", text=text, **training, **options)
         trained = time.perf_counter()
         checkpoint, served = open_checkpoint(out), matquant.load(out, dtype=torch.float32)
@@ -261,7 +264,7 @@ def _measure(model: str, name: str, lr: float | None, seed: int, streams: Stream
         "cell": name,
         "lr": lr,
         "seed": seed,
-        "options": {**training, **options},
+        "options": {**training, **CELLS[name].options},
         "log_perplexity": test,
         "select": sum(w * select[str(b)] for b, w in zip(spec.widths, spec.weights, strict=True)) if select else None,
         "bits_per_weight": {str(b): bits_per_weight(checkpoint, dict.fromkeys(checkpoint.shapes, b)) for b in widths},

@@ -1124,8 +1124,9 @@ FLAGS: dict[str, list[str]] = {
     "quantize": [
         "--out", "--method", "--objective", "--weights", "--rule", "--scope", "--exclude", "--group-size",
         "--symmetric",
-        "--affine", "--scale-dtype", "--baseline-bits", "--text", "--steps", "--batch-size", "--seq-len", "--samples",
-        "--lr", "--clip-lr", "--transform-lr", "--transform", "--damp", "--sweeps", "--seed", "--accumulate", "--bf16",
+        "--affine", "--scale-dtype", "--baseline-bits", "--start", "--text", "--steps", "--batch-size", "--seq-len",
+        "--samples", "--lr", "--clip-lr", "--transform-lr", "--transform", "--damp", "--sweeps", "--seed",
+        "--accumulate", "--bf16",
         "--checkpoint-activations", "--train-rest", "--learn-clip", "--masters", "--pull", "--wide-lr", "--stagger",
         "--save-every", "--device", "--threads", "--resume", "--overwrite", "--help",
     ],

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import matquant
+from matquant.checkpoint import open_checkpoint
 from matquant.errors import InputError
 from matquant.grid import encode
 from matquant.models import load_float
@@ -134,3 +135,39 @@ def test_masters_resume_to_the_same_bits(llama: Path, text_file: Path, tmp_path:
         matquant.quantize(llama, tmp_path / "killed", report=kill, **options)
     resumed = matquant.quantize(llama, tmp_path / "killed", resume=True, **options)
     assert (whole / "model.safetensors").read_bytes() == (resumed / "model.safetensors").read_bytes()
+
+
+# Starting from a nested checkpoint ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("masters", ["one", "each"])
+def test_training_starts_from_the_codes_of_a_checkpoint(
+    masters: str, llama: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """With a vanishing learning rate the codes and affines come out as they went in."""
+    calibration: dict[str, Any] = {"samples": 8, "seq_len": 32, "text": [text_file]}
+    first = matquant.quantize(llama, tmp_path / "first", method="gptq", **calibration)
+    options: dict[str, Any] = {**RUN, "steps": 1, "lr": 1e-12, "objective": "8,4,2", "masters": masters}
+    out = matquant.quantize(llama, tmp_path / "out", text=[text_file], start=first, **options)
+    plain = matquant.quantize(llama, tmp_path / "plain", text=[text_file], **options)
+    for path in open_checkpoint(first).shapes:
+        before, after, other = (open_checkpoint(where).nested(path) for where in (first, out, plain))
+        assert (before.codes == after.codes).mean() > 0.999
+        assert (before.codes == other.codes).mean() < 0.9, "the comparison must be able to fail"
+        for bits in (4, 2):
+            assert abs(before.read(bits) - after.read(bits)).max() <= 2**-7 * abs(before.read(bits)).max()
+
+
+def test_a_start_that_does_not_fit_is_refused(llama: Path, text_file: Path, tmp_path: Path) -> None:
+    first = matquant.quantize(llama, tmp_path / "first", method="rtn")
+    run = {**RUN, "text": [text_file], "start": first}
+    for changes, message in (
+        ({"rule": "round"}, "has rule='prefix', this run needs 'round'; make it with that"),
+        ({"group_size": 16}, "has group_size=None, this run needs 16; make it with that"),
+        ({"baseline_bits": 2}, "has baseline_bits=8, this run needs 2; make it with that"),
+        ({"scope": "all"}, "do not quantise the same weights: model.layers.0.self_attn"),
+    ):
+        with pytest.raises(InputError, match=message):
+            matquant.quantize(llama, tmp_path / "out", **{**run, **changes})
+    with pytest.raises(InputError, match="--start asked of method 'gptq', which starts from the float model"):
+        matquant.quantize(llama, tmp_path / "out", method="gptq", text=[text_file], start=first, samples=8, seq_len=32)

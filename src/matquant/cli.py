@@ -66,6 +66,9 @@ def quantize(
     ] = None,
     scale_dtype: Annotated[str, Option(help="Stored scales: bfloat16, or float32 (exact).")] = "bfloat16",
     baseline_bits: Annotated[int | None, Option(help="Train the dedicated model of this width instead.")] = None,
+    start: Annotated[
+        Path | None, Option(metavar="DIR", help="qat: start from this nested checkpoint, such as gptq's.")
+    ] = None,
     text: Files = None,
     steps: Annotated[
         int | None, Option(help="Optimiser steps.", show_default="qat 300, omniquant 1220 a block")

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from matquant.checkpoint import SHARD_BYTES, check_writable, write_checkpoint
+from matquant.checkpoint import SHARD_BYTES, check_writable, open_checkpoint, write_checkpoint
 from matquant.errors import InputError, check_positive
 from matquant.files import check_space
 from matquant.grid import check_finite, check_group_size
@@ -27,6 +27,7 @@ from matquant.models import (
     load_float,
     load_tokenizer,
     nested_to_numpy,
+    nested_to_torch,
     open_shards,
     plain_items,
     side_files,
@@ -111,6 +112,7 @@ def quantize(
     affine: str | None = None,
     scale_dtype: str = "bfloat16",
     baseline_bits: int | None = None,
+    start: Path | str | None = None,
     text: Sequence[Path | str] = (),
     threads: int | None = None,
     device: str | None = None,
@@ -125,7 +127,8 @@ def quantize(
     which ``resume`` continues. objective, weights: see ``objective.parse_objective``; None: the method's own (METHODS).
     exclude: regular expressions of paths to leave out. baseline_bits: train the dedicated model of that width instead,
     on its own grid (on the method's own target, or ``objective`` if it names that width alone). affine None: the
-    method's. device None: cuda if there is one. options: the method's own: the fields of ``qat.Schedule``,
+    method's. start: a nested checkpoint of the same model whose codes qat starts from (one made by gptq is a better
+    start than rounding). device None: cuda if there is one. options: the method's own: the fields of ``qat.Schedule``,
     ``gptq.Settings`` or ``omniquant.Settings``.
     Raises InputError before any work for whatever can be known before it, and never leaves a half-written checkpoint.
     """
@@ -213,6 +216,7 @@ def quantize(
         stream=stream,
         options=options if chosen.settings else {},
         report=report,
+        first=_first(start, method, grid, views),
     )
     if chosen.streamed and not resume:
         shutil.rmtree(work, ignore_errors=True)
@@ -222,6 +226,31 @@ def quantize(
     _write(target, job, nested, streamed=chosen.streamed, files=files, overwrite=overwrite)
     shutil.rmtree(work, ignore_errors=True)
     return target
+
+
+def _first(start: Path | str | None, method: str, grid: Grid, views: Mapping[str, View]) -> dict[str, NestedTensor]:
+    """The nested tensors of ``start``, torch; InputError unless qat can go on from them."""
+    if start is None:
+        return {}
+    if method != "qat":
+        raise InputError(f"--start asked of method {method!r}, which starts from the float model; use --method qat")
+    checkpoint = open_checkpoint(start)
+    for name, found, wanted in (
+        ("rule", checkpoint.spec.rule, grid.rule),
+        ("group_size", checkpoint.spec.group_size, grid.group_size),
+        ("symmetric", checkpoint.spec.symmetric, True),
+        ("symmetric", grid.symmetric, True),
+        ("baseline_bits", checkpoint.spec.baseline_bits or MASTER_BITS, grid.bits),
+    ):
+        if found != wanted:
+            raise InputError(f"--start {start} has {name}={found!r}, this run needs {wanted!r}; make it with that")
+    shapes = {path: view.shape for path, view in views.items()}
+    if dict(checkpoint.shapes) != shapes:
+        other = sorted(set(checkpoint.shapes.items()) ^ set(shapes.items()))[0][0]
+        raise InputError(
+            f"--start {start} and this run do not quantise the same weights: {other}; use the same --scope"
+        )
+    return {path: nested_to_torch(checkpoint.nested(path)) for path in checkpoint.shapes}
 
 
 def _in_memory(model: Path | str, device: torch.device) -> Shards:

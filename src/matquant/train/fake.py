@@ -52,9 +52,11 @@ class Grid:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Learned:
-    """What a weight learns besides itself. clip: [N, G] or None; affines: width -> (reach_r, centre_r), [N, G] each."""
+    """What a weight learns besides itself. clip: [N, G] or None, at most ``limit`` times max|w|; affines: width ->
+    (reach_r, centre_r), [N, G] each."""
 
     clip: torch.Tensor | None = None
+    limit: float = 1.0
     affines: Mapping[int, Affine] = dataclasses.field(default_factory=dict)
 
 
@@ -111,17 +113,29 @@ def confine(encoded: Mapping[int, torch.Tensor]) -> tuple[torch.Tensor, dict[int
 
 
 def start_learning(
-    weight_NK: torch.Tensor, grid: Grid, *, trained: Sequence[int], clip: bool, name: str = "weight"
+    weight_NK: torch.Tensor,
+    grid: Grid,
+    *,
+    trained: Sequence[int],
+    clip: bool,
+    nested: NestedTensor | None = None,
+    name: str = "weight",
 ) -> Learned:
-    """The learned tensors of a weight before the first step: no clipping, least-squares affines.
+    """The learned tensors of a weight before the first step: no clipping and least-squares affines, or those of
+    ``nested``, whose 8-bit read the weight is.
 
     Only widths that are ``trained`` learn an affine; the others are fitted at the end (``nest``).
     """
-    tensor = nest(weight_NK, grid, name=name)
+    tensor = nested or nest(weight_NK, grid, name=name)
     widths = [bits for bits in grid.sliced if bits in trained] if grid.affine == "learned" else []
-    own = {bits: tensor.slices[bits] for bits in widths}
+    own = {bits: tensor.affine(bits) for bits in widths}
     affines = {bits: (scale * middle(bits), scale * (middle(bits) - zero)) for bits, (scale, zero) in own.items()}
-    return Learned(clip=_largest(weight_NK, tensor.scale.shape[1]) if clip else None, affines=affines)
+    if nested is None:
+        return Learned(clip=_largest(weight_NK, tensor.scale.shape[1]) if clip else None, affines=affines)
+    # A hair less, so that the scale it gives is not rounded up to the next one that can be stored. Not every row of
+    # given codes reaches the ends of its grid.
+    reached = nested.scale * middle(MASTER_BITS) * (1 - 1e-6)
+    return Learned(clip=reached if clip else None, limit=1.5, affines=affines)
 
 
 def backward(
@@ -174,11 +188,11 @@ def _stored_affine(reach: torch.Tensor, centre: torch.Tensor, bits: int) -> Affi
 
 
 def keep_in_range(learned: Learned, weight_NK: torch.Tensor, tensor: NestedTensor) -> None:
-    """After an optimiser step: clips inside 0.1..1 of max|w|, reaches inside 0.1..10 of the grid's own; in place."""
+    """After a step: clips inside 0.1..limit of max|w|, reaches inside 0.1..10 of the grid's own; in place."""
     with torch.no_grad():
         if learned.clip is not None:
             largest = _largest(weight_NK, tensor.scale.shape[1])
-            learned.clip.clamp_(0.1 * largest, largest)
+            learned.clip.clamp_(0.1 * largest, learned.limit * largest)
         for bits, (reach, _) in learned.affines.items():
             own = tensor.scale * 2 ** (MASTER_BITS - bits) * middle(bits)
             reach.clamp_(0.1 * own, 10 * own)

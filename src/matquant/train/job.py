@@ -12,6 +12,7 @@ import torch
 from matquant.errors import InputError
 from matquant.models import Model, View
 from matquant.spec import Spec
+from matquant.tensor import NestedTensor
 from matquant.train.fake import Grid
 from matquant.train.objective import Width
 
@@ -43,11 +44,18 @@ class Job:
     stream: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     options: Mapping[str, Any] = field(default_factory=dict)
     report: Report = lambda record: None
+    first: Mapping[str, NestedTensor] = field(default_factory=dict)
 
 
 def fingerprint(job: Job, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Everything the numbers of a run depend on, as JSON has it; what is saved of a run carries it."""
-    values = {"model": job.source, **job.spec.to_json(), **settings, "affine": job.grid.affine}
+    values = {
+        "model": job.source,
+        **job.spec.to_json(),
+        **settings,
+        "affine": job.grid.affine,
+        "start": bool(job.first),
+    }
     result: dict[str, Any] = json.loads(json.dumps(values))
     return result
 

@@ -161,7 +161,7 @@ def train(job: Job) -> Iterator[tuple[str, NestedTensor]]:
             f"masters='each' needs nested bins, rule {grid.rule!r} has none; use rule 'prefix' or masters 'one'"
         )
     windows = cut_windows(job.stream, schedule.seq_len)
-    state = start(model, views, grid, schedule, trained=[width.bits for width in job.objective])
+    state = start(model, views, grid, schedule, trained=[width.bits for width in job.objective], first=job.first)
     optimizer = make_optimizer(state, schedule)
     check_space(work, STATE_COPIES * sum(3 * tensor.nbytes for _, tensor in state.named()))
     if not job.resume:
@@ -187,18 +187,30 @@ def train(job: Job) -> Iterator[tuple[str, NestedTensor]]:
     return finish(state, grid)
 
 
-def start(model: Model, views: Mapping[str, View], grid: Grid, schedule: Schedule, *, trained: Sequence[int]) -> State:
-    """Float masters of all weights, and what else is learned, before step 0."""
+def start(
+    model: Model,
+    views: Mapping[str, View],
+    grid: Grid,
+    schedule: Schedule,
+    *,
+    trained: Sequence[int],
+    first: Mapping[str, NestedTensor] | None = None,
+) -> State:
+    """Float masters of all weights, and what else is learned, before step 0; from the model or from ``first``."""
     parameters = dict(model.named_parameters())
     taken = {view.parameter for view in views.values()}
+    first = first or {}
     masters = {path: view.of(parameters[view.parameter].detach()).float().clone() for path, view in views.items()}
+    masters |= {path: nested.read(grid.bits).to(masters[path].device) for path, nested in first.items()}
     several = schedule.masters == "each" and MASTER_BITS in trained
     own = [bits for bits in trained if bits < MASTER_BITS] if several else []
     return State(
         masters=masters,
         coarse={path: {bits: weight.clone() for bits in own} for path, weight in masters.items()},
         learned={
-            path: start_learning(w, grid, trained=trained, clip=bool(schedule.learn_clip), name=path)
+            path: start_learning(
+                w, grid, trained=trained, clip=bool(schedule.learn_clip), nested=first.get(path), name=path
+            )
             for path, w in masters.items()
         },
         rest={name: p for name, p in parameters.items() if name not in taken} if schedule.train_rest else {},
