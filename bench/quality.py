@@ -178,7 +178,14 @@ def _one_pass() -> dict[str, Cell]:
 
 FOUR = (1.0, 1.0, 1.0, 1.0)
 STEADY = (1e-3, 3e-3, 1e-2)
-BEST: Options = {"objective": "8,4,3,2,fp->8;4;3;2", "weights": FOUR, "masters": "each", "pull": 0.0}
+BEST: Options = {
+    "objective": "8,4,3,2,fp->8;4;3;2",
+    "weights": FOUR,
+    "masters": "each",
+    "pull": 0.5,
+    "wide_lr": 0.5,
+    "start": "gptq+ joint",
+}
 
 CELLS: dict[str, Cell] = {
     "rtn": Cell(what="round to nearest, sliced (prefix)", options={"method": "rtn", **PLAIN}),
@@ -189,7 +196,7 @@ CELLS: dict[str, Cell] = {
     **_ours("omniquant", {"objective": "8,4,3,2", "weights": FOUR}, STEADY, dict.fromkeys((8, 6, 4, 3, 2), STEADY)),
     **_paper("qat", {}, RATES, WARM),
     **_attention(),
-    **_ours("qat", BEST, RATES[:2], WARM),
+    **_ours("qat", BEST, (5e-4, 1e-3), WARM),
 }
 
 app = typer.Typer(add_completion=False)
