@@ -171,6 +171,12 @@ def _one_pass() -> dict[str, Cell]:
         "gptq+ joint": Cell(what="nested, prefix", options=gptq),
         "gptq+ joint even": Cell(what="nested, prefix, lambda 1", options={**gptq, "weights": (1.0,) * 5}),
         "gptq+ joint round": Cell(what="nested, Eq. 6", options={**gptq, "rule": "round"}),
+        "gptq+ all": Cell(what="nested GPTQ, all linears", options={**gptq, "scope": "all"}),
+        "gptq+ all 128": Cell(
+            what="nested GPTQ, all linears, groups of 128",
+            options={**gptq, "scope": "all", "group_size": 128, "affine": "none"},
+            models=("reference",),
+        ),
         "gptq+ joint no sweep": Cell(what="nested, prefix, without the sweep", options={**gptq, "sweeps": 0}),
     }
     return cells
@@ -187,6 +193,27 @@ BEST: Options = {
     "start": "gptq+ joint",
 }
 
+
+def _from_gptq() -> dict[str, Cell]:
+    """Dedicated models that start from a dedicated GPTQ pass, and ours on all linears."""
+    cells = {
+        f"qat+start int{bits}": Cell(
+            what=f"dedicated int{bits} from GPTQ, {bits},fp->{bits}",
+            options={
+                "method": "qat",
+                "affine": "learned",
+                "baseline_bits": bits,
+                "objective": f"{bits},fp->{bits}",
+                "start": f"gptq+ int{bits}",
+            },
+            rates=(5e-4, 1e-3, 2e-3),
+        )
+        for bits in (4, 3, 2)
+    }
+    everything = {**BEST, "method": "qat", "affine": "learned", "scope": "all", "start": "gptq+ all"}
+    return cells | {"qat+ all": Cell(what="QAT from nested GPTQ, all linears", options=everything, rates=(5e-4,))}
+
+
 CELLS: dict[str, Cell] = {
     "rtn": Cell(what="round to nearest, sliced (prefix)", options={"method": "rtn", **PLAIN}),
     "rtn round": Cell(what="round to nearest, sliced (Eq. 6)", options={"method": "rtn", **PLAIN, "rule": "round"}),
@@ -197,6 +224,7 @@ CELLS: dict[str, Cell] = {
     **_paper("qat", {}, RATES, WARM),
     **_attention(),
     **_ours("qat", BEST, (5e-4, 1e-3), WARM),
+    **_from_gptq(),
 }
 
 app = typer.Typer(add_completion=False)

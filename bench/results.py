@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from matquant.eval.report import plot_widths
 from quality import CELLS, CODISTILLATION, ROOT, SETTINGS, TEST, WIDTHS, float_log_perplexity, records
 
 RESULTS = ROOT / "docs" / "results.md"
@@ -47,7 +48,7 @@ def main() -> None:
             f"- **{model}**: {TEST[model]:,} held-out tokens, float model {reference:.4f} nats/token; "
             f"QAT {training['steps']} steps of {training['batch_size']} x {training['seq_len']} tokens"
         )
-    for part in (_verdicts, _tables, _beyond, _gptq, _steps, _histograms):
+    for part in (_verdicts, _tables, _beyond, _gptq, _peers, _steps, _histograms):
         lines += ["", *part(best)]
     RESULTS.write_text("\n".join(lines) + "\n")
     print(f"wrote {RESULTS.relative_to(ROOT)}")
@@ -251,13 +252,70 @@ def _beyond(best: Best) -> list[str]:
 
 def _dedicated(cells: dict[str, Record], method: str, width: int) -> float | None:
     """The better of the paper's baseline and the improved one, on SELECT tokens being alike, by what it reached."""
-    found = [_value(cells, f"{method}{kind} int{width}", width) for kind in ("", "+")]
+    found = [_value(cells, f"{method}{kind} int{width}", width) for kind in ("", "+", "+start")]
     return min((value for value in found if value is not None), default=None)
 
 
 def _gptq(best: Best) -> list[str]:
     names = [name for name in CELLS if name.startswith(("rtn", "gptq"))]
     return _widths_table("## One pass: nested GPTQ", best, names, bits=True)[:-1]
+
+
+OURS_ALL = ("gptq+ all", "gptq+ all 128", "qat+ all")
+
+
+def _peers(best: Best) -> list[str]:
+    """Peers and ours on all linears of the decoder layers; and the picture."""
+    file = ROOT / "bench" / "peers.jsonl"
+    peers = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    lines = [
+        "## Peers: all linears, same text, honest bits",
+        "",
+        "Each figure is log-perplexity @ bits per weight of the quantised linears, everything that is stored counted.",
+        "A peer's figures are one checkpoint each, ours are slices of one. Settings: bench/peers.py.",
+        "",
+    ]
+    for model, cells in best.items():
+        rows: dict[str, dict[int, str]] = {}
+        curves: dict[str, tuple[list[float], list[float]]] = {}
+        for record in peers:
+            if record["model"] != model or record["peer"] == "float":
+                continue
+            name = f"{record['peer']}, {record['setting']}"
+            failed = "error" in record
+            text = "fails" if failed else f"{record['log_perplexity']:.4f} @ {record['bits_per_weight']:.3f}"
+            rows.setdefault(name, {})[record["bits"]] = text
+            if not failed and record["log_perplexity"] < 1.3 * _worst_shown(cells):
+                curve = curves.setdefault(record["peer"] if record["peer"] == "llamacpp" else name, ([], []))
+                curve[0].append(record["bits_per_weight"])
+                curve[1].append(record["log_perplexity"])
+        for cell in OURS_ALL:
+            if cell in cells:
+                values, bits = cells[cell]["log_perplexity"], cells[cell]["bits_per_weight"]
+                rows[f"**{CELLS[cell].what}** (one checkpoint)"] = {
+                    width: f"{values[str(width)]:.4f} @ {bits[str(width)]:.3f}" for width in WIDTHS
+                }
+                curves[f"ours: {CELLS[cell].what}"] = (
+                    [bits[str(width)] for width in WIDTHS],
+                    [values[str(width)] for width in WIDTHS],
+                )
+        table = [[name, *(found.get(width, "") for width in (2, 3, 4, 6, 8))] for name, found in rows.items()]
+        lines += [f"{model}:", "", *_table(["", "2", "3", "4", "6", "8"], table), ""]
+        if model == "reference":
+            ordered = {name: _sorted(*curve) for name, curve in curves.items()}
+            plot_widths(ROOT / "docs" / "peers.png", ordered, reference=float_log_perplexity(model))
+            lines += ["![log-perplexity against bits per weight, peers and ours](peers.png)", ""]
+    return lines[:-1]
+
+
+def _worst_shown(cells: dict[str, Record]) -> float:
+    """The int2 figure of our one-pass checkpoint; what is far above it would flatten the picture."""
+    return _value(cells, "gptq+ all", 2) or math.inf
+
+
+def _sorted(bits: list[float], values: list[float]) -> tuple[list[float], list[float]]:
+    order = sorted(range(len(bits)), key=bits.__getitem__)
+    return [bits[i] for i in order], [values[i] for i in order]
 
 
 def _steps(best: Best) -> list[str]:

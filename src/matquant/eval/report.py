@@ -1,5 +1,6 @@
 """What an evaluation looks like: a table for people, a record for programs, a picture for slides."""
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -46,7 +47,7 @@ def plot_widths(
 ) -> None:
     """Log-perplexity against bits per weight: name -> (bits per weight, log-perplexity); reference: the float model."""
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for (name, (x, y)), marker in zip(curves.items(), "osD^vP*X", strict=False):
+    for (name, (x, y)), marker in zip(curves.items(), itertools.cycle("osD^vP*X"), strict=False):
         order = np.argsort(x)
         axes.plot(np.asarray(x)[order], np.asarray(y)[order], marker=marker, label=name)
     lowest = min(min(y) for _, y in curves.values())
@@ -55,7 +56,7 @@ def plot_widths(
         lowest = min(lowest, reference)
     axes.set(xlabel="bits per quantised weight (all overhead counted)", ylabel="log-perplexity (nats per token)")
     axes.set_ylim(lowest - 0.05, min(max(max(y) for _, y in curves.values()), lowest + 3) + 0.05)
-    axes.legend()
+    axes.legend(fontsize="small" if len(curves) > 8 else None)
     _save(figure, file)
 
 

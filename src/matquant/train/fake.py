@@ -134,7 +134,7 @@ def start_learning(
         return Learned(clip=_largest(weight_NK, tensor.scale.shape[1]) if clip else None, affines=affines)
     # A hair less, so that the scale it gives is not rounded up to the next one that can be stored. Not every row of
     # given codes reaches the ends of its grid.
-    reached = nested.scale * middle(MASTER_BITS) * (1 - 1e-6)
+    reached = nested.scale * 2 ** (MASTER_BITS - grid.bits) * middle(grid.bits) * (1 - 1e-6)
     return Learned(clip=reached if clip else None, limit=1.5, affines=affines)
 
 
