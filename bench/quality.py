@@ -305,14 +305,15 @@ def _measure(model: str, name: str, lr: float | None, seed: int, streams: Stream
         "bits_per_weight": {str(b): bits_per_weight(checkpoint, dict.fromkeys(checkpoint.shapes, b)) for b in widths},
         "seconds": round(trained - began, 1),
         "command": " ".join(["python", "bench/quality.py", *sys.argv[1:]]),
-        "commit": _commit(),
+        "commit": commit(),
         "date": datetime.date.today().isoformat(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "versions": {package: version(package) for package in ("torch", "transformers", "numpy")},
     }
 
 
-def _commit() -> str:
+def commit() -> str:
+    """The short hash of the commit that is checked out."""
     command = ["git", "rev-parse", "--short", "HEAD"]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 

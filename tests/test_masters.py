@@ -171,3 +171,15 @@ def test_a_start_that_does_not_fit_is_refused(llama: Path, text_file: Path, tmp_
             matquant.quantize(llama, tmp_path / "out", **{**run, **changes})
     with pytest.raises(InputError, match="--start asked of method 'gptq', which starts from the float model"):
         matquant.quantize(llama, tmp_path / "out", method="gptq", text=[text_file], start=first, samples=8, seq_len=32)
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+def test_a_dedicated_model_starts_from_its_codes_too(bits: int, llama: Path, text_file: Path, tmp_path: Path) -> None:
+    calibration: dict[str, Any] = {"samples": 8, "seq_len": 32, "text": [text_file], "baseline_bits": bits}
+    first = matquant.quantize(llama, tmp_path / "first", method="gptq", **calibration)
+    options: dict[str, Any] = {**RUN, "steps": 1, "lr": 1e-12, "baseline_bits": bits}
+    out = matquant.quantize(llama, tmp_path / "out", text=[text_file], start=first, **options)
+    for path in open_checkpoint(first).shapes:
+        before, after = (open_checkpoint(where).nested(path) for where in (first, out))
+        same = slice_codes(before.codes, bits) == slice_codes(after.codes, bits)
+        assert same.mean() > 0.98

@@ -1,0 +1,107 @@
+"""The paper's Figure 2: a width per layer, four strategies, against the uniform widths of the same checkpoint.
+
+    python bench/mix.py MODEL [CELL]
+
+Every number of layers at 2, 4 and 8 bits, ordered along the depth in four ways (MatQuant, App. B): pyramid (narrow at
+both ends), reverse pyramid, increasing, decreasing. Writes bench/mix-MODEL.json and docs/mix-MODEL.png.
+"""
+
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+import matquant
+from matquant.checkpoint import bits_per_weight, open_checkpoint
+from matquant.eval.likelihood import log_perplexity
+from matquant.eval.report import plot_widths
+from matquant.models import decoder_layers
+from quality import CELLS, CONTEXT, ROOT, SETTINGS, commit, float_log_perplexity, held_out
+
+TOKENS = 40 * CONTEXT
+
+
+def _pyramid(widths: Sequence[int]) -> list[int]:
+    """Sorted widths laid from both ends towards the middle."""
+    left, right = list(widths)[::2], list(widths)[1::2]
+    return [*left, *reversed(right)]
+
+
+STRATEGIES: dict[str, Callable[[list[int]], list[int]]] = {
+    "pyramid": _pyramid,
+    "reverse pyramid": lambda widths: _pyramid(widths[::-1]),
+    "increasing": list,
+    "decreasing": lambda widths: widths[::-1],
+}
+
+
+def main(
+    model: Annotated[str, typer.Argument(help="stories260K or reference.")],
+    cell: Annotated[
+        str, typer.Argument(help="The cell of bench/quality.py whose checkpoint is mixed.")
+    ] = "gptq+ joint",
+) -> None:
+    """Evaluate all mixes of one checkpoint."""
+    torch.set_num_threads(1)
+    setting = SETTINGS[model]
+    stream = held_out(model)[0][: TOKENS + 1]
+    options = {**setting.training["gptq"], **CELLS[cell].options}
+    curves: dict[str, tuple[list[float], list[float]]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        out = matquant.quantize(setting.path, Path(folder) / "out", text=[setting.text], **options)
+        checkpoint, served = open_checkpoint(out), matquant.load(out, dtype=torch.float32)
+    layers = [name for name, _ in decoder_layers(served)]
+
+    def measure(name: str, by_layer: Sequence[int]) -> None:
+        plan = {
+            path: width
+            for layer, width in zip(layers, by_layer, strict=True)
+            for path in checkpoint.shapes
+            if path.startswith(f"{layer}.")
+        }
+        served.set_bits(8, plan=plan)
+        bits, values = curves.setdefault(name, ([], []))
+        bits.append(bits_per_weight(checkpoint, plan))
+        values.append(log_perplexity(served, stream, context=CONTEXT))
+
+    for width in (8, 4, 2):
+        measure("uniform, trained", [width] * len(layers))
+    for width in (6, 3):
+        measure("uniform, interpolated", [width] * len(layers))
+    for twos in range(len(layers) + 1):
+        for fours in range(len(layers) + 1 - twos):
+            widths = [2] * twos + [4] * fours + [8] * (len(layers) - twos - fours)
+            for name, order in STRATEGIES.items():
+                if len(set(widths)) > 1:
+                    measure(name, order(widths))
+    plot_widths(ROOT / "docs" / f"mix-{model}.png", _frontiers(curves), reference=float_log_perplexity(model))
+    record = {
+        "command": " ".join(["python", "bench/mix.py", *sys.argv[1:]]),
+        "commit": commit(),
+        "cell": cell,
+        "model": model,
+        "curves": curves,
+    }
+    (ROOT / "bench" / f"mix-{model}.json").write_text(json.dumps(record, sort_keys=True) + "\n")
+    print(json.dumps(record, sort_keys=True))
+
+
+def _frontiers(curves: dict[str, tuple[list[float], list[float]]]) -> dict[str, tuple[list[float], list[float]]]:
+    """Of each strategy the mixes that no other of its own beats at fewer bits."""
+    result = {}
+    for name, (bits, values) in curves.items():
+        best: list[tuple[float, float]] = []
+        for size, value in sorted(zip(bits, values, strict=True)):
+            if not best or value < best[-1][1]:
+                best.append((size, value))
+        result[name] = ([size for size, _ in best], [value for _, value in best])
+    return result
+
+
+if __name__ == "__main__":
+    typer.run(main)
