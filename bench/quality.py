@@ -221,6 +221,17 @@ CELLS: dict[str, Cell] = {
     **_one_pass(),
     **_paper("omniquant", {}, STEADY, dict.fromkeys((8, 6, 4, 3, 2), STEADY)),
     **_ours("omniquant", {"objective": "8,4,3,2", "weights": FOUR}, STEADY, dict.fromkeys((8, 6, 4, 3, 2), STEADY)),
+    "omniquant+ joint gptq": Cell(
+        what="one nested checkpoint, 8,6,4,3,2, codes by nested GPTQ",
+        options={
+            "method": "omniquant",
+            "affine": "learned",
+            "objective": "8,6,4,3,2",
+            "weights": (4.0, 2.5, 1.6, 1.25, 1.0),
+            "codes": "gptq",
+        },
+        rates=STEADY,
+    ),
     **_paper("qat", {}, RATES, WARM),
     **_attention(),
     **_ours("qat", BEST, (5e-4, 1e-3), WARM),

@@ -425,3 +425,17 @@ def test_options_that_cannot_be_trained_with_are_refused(options: dict[str, Any]
     with pytest.raises(InputError) as caught:
         omniquant.check_options(options)
     assert str(caught.value) == message
+
+
+def test_codes_by_gptq_lower_the_loss_and_leave_the_layer_alone(llama: Path, text_file: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"samples": 16, "seq_len": 32, "steps": 3, "objective": "8,4,2", "text": [text_file]}
+    losses = {}
+    for codes in ("round", "gptq"):
+        records: list[dict[str, Any]] = []
+        matquant.quantize(
+            llama, tmp_path / codes, method="omniquant", codes=codes, report=records.append, scope="all", **options
+        )
+        losses[codes] = sum(records[0]["loss"].values())
+    assert losses["gptq"] < losses["round"]
+    with pytest.raises(InputError, match="codes='nearest' is not known; use one of round, gptq"):
+        matquant.quantize(llama, tmp_path / "out", method="omniquant", codes="nearest", **options)

@@ -88,6 +88,7 @@ def quantize(
     transform: Annotated[
         bool | None, Option("--transform/--no-transform", help="omniquant: learn Eq. 4.", show_default="transform")
     ] = None,
+    codes: Annotated[str | None, Option(help="omniquant: round, or gptq (ours).", show_default="round")] = None,
     damp: Annotated[float | None, Option(help="gptq: damping of the Hessian.", show_default="0.01")] = None,
     sweeps: Annotated[
         int | None, Option(help="gptq: rounds of coordinate descent after the pass.", show_default="1")

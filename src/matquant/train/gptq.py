@@ -402,30 +402,38 @@ def refit_affine(
 
 
 def _solve(job: Job, block: Block, settings: Settings) -> Solved:
-    weights = {width.bits: width.weight for width in job.objective}
-    hessians, leaders = collect_hessians(block)
     parameters = {f"{block.name}.{name}": parameter for name, parameter in block.module.named_parameters()}
+    weights = {path: view.of(parameters[view.parameter]).contiguous() for path, view in block.views.items()}
+    nested, record = nest_block(job, block, weights, damp=settings.damp, sweeps=settings.sweeps)
+    return Solved(nested=nested, record=record)
+
+
+def nest_block(
+    job: Job, block: Block, weights: Mapping[str, torch.Tensor], *, damp: float, sweeps: int
+) -> tuple[dict[str, NestedTensor], dict[str, Any]]:
+    """Nested codes of a block's ``weights`` [N, K], by path, and a log record.
+
+    The Hessians are those of the block as it is, fed with its only stream. "loss": D H D^T / W H W^T over all weights.
+    """
+    lambdas = {width.bits: width.weight for width in job.objective}
+    hessians, leaders = collect_hessians(block)
     factors: dict[str, Factor] = {}
     nested: dict[str, NestedTensor] = {}
-    errors, total = dict.fromkeys(weights, 0.0), 0.0
-    for path, view in block.views.items():
+    errors, total = dict.fromkeys(lambdas, 0.0), 0.0
+    for path, weight in weights.items():
         hessian, leader = hessians[leaders[path]], leaders[path]
-        weight = view.of(parameters[view.parameter]).contiguous()
         if leader not in factors:
-            factors[leader] = inverse_factor(hessian, damp=settings.damp, name=path)
-        nested[path] = nested_gptq(
-            weight, hessian, job.grid, weights, factor=factors[leader], sweeps=settings.sweeps, name=path
-        )
+            factors[leader] = inverse_factor(hessian, damp=damp, name=path)
+        nested[path] = nested_gptq(weight, hessian, job.grid, lambdas, factor=factors[leader], sweeps=sweeps, name=path)
         total += float(((weight @ hessian) * weight).sum())
-        for bits in weights:
+        for bits in lambdas:
             error = weight - nested[path].read(bits)
             errors[bits] += float(((error @ hessian) * error).sum())
-    loss = {str(bits): error / total for bits, error in errors.items()}
-    record: dict[str, Any] = {"loss": loss}
+    record: dict[str, Any] = {"loss": {str(bits): error / total for bits, error in errors.items()}}
     damped = max(factor.damp for factor in factors.values())
-    if damped > settings.damp:
+    if damped > damp:
         record["notice"] = f"{block.name}: the Hessian was not positive definite; damped by {damped:g} of its mean"
-    return Solved(nested=nested, record=record)
+    return nested, record
 
 
 def collect_hessians(block: Block) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

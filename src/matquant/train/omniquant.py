@@ -33,11 +33,13 @@ from matquant.errors import InputError, check_positive
 from matquant.models import check_context
 from matquant.tensor import NestedTensor
 from matquant.text import batch
-from matquant.train import clip, equivalence
+from matquant.train import clip, equivalence, gptq
 from matquant.train.blocks import Block, Solved, calibration, run_blocks
 from matquant.train.job import Job
 from matquant.train.layer import Layer
 from matquant.train.objective import FLOAT, Width
+
+CODES = ("round", "gptq")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,6 +64,7 @@ class Settings:
     transform: bool = True
     learn_clip: bool = True
     alpha: float | None = None
+    codes: str = "round"
 
 
 def check_options(options: Mapping[str, Any]) -> None:
@@ -74,6 +77,8 @@ def check_options(options: Mapping[str, Any]) -> None:
     for name in ("seed", "weight_decay"):
         if not 0 <= getattr(settings, name) < math.inf:
             raise InputError(f"{name}={getattr(settings, name)}; give a number of at least 0")
+    if settings.codes not in CODES:
+        raise InputError(f"codes={settings.codes!r} is not known; use one of {', '.join(CODES)}")
     if settings.alpha is not None and not 0 <= settings.alpha <= 1:
         raise InputError(f"alpha={settings.alpha}; give a number from 0 to 1")
 
@@ -121,9 +126,14 @@ def solve(job: Job, block: Block) -> Solved:
     _check(after, block.name, f"the end of {settings.steps} steps", limits=before)
     with torch.no_grad():
         changed = learned.fold(layer)
-        nested = {
-            path: clip.nest(weight, job.grid, learned.clips[path], name=path) for path, weight in layer.weights(changed)
-        }
+        if settings.codes == "gptq":
+            nested = _gptq(job, block, layer, changed)
+            after = {w.bits: _distance(layer, w.bits, changed, nested, targets, settings) for w in job.objective}
+        else:
+            nested = {
+                path: clip.nest(weight, job.grid, learned.clips[path], name=path)
+                for path, weight in layer.weights(changed)
+            }
     record = {"loss": _named(after), "loss_before": _named(before), "steps": settings.steps}
     return Solved(
         nested=nested,
@@ -275,6 +285,24 @@ def _distance(
         for index, target in enumerate(targets)
     )
     return sum(float(square) for square in squares) / len(targets) / layer.power
+
+
+def _gptq(job: Job, block: Block, layer: Layer, changed: Mapping[str, torch.Tensor]) -> dict[str, NestedTensor]:
+    """Nested GPTQ of the transformed weights, with the Hessians of the transformed layer on the widest stream."""
+    widest = max(block.inputs)
+    parameters = {f"{block.name}.{name}": parameter for name, parameter in block.module.named_parameters()}
+    kept = {name: parameters[name].clone() for name in changed}
+    try:
+        for name, tensor in changed.items():
+            parameters[name].copy_(tensor)
+        fed = dataclasses.replace(block, inputs={widest: block.inputs[widest]})
+        nested, _ = gptq.nest_block(
+            job, fed, dict(layer.weights(changed)), damp=gptq.Settings.damp, sweeps=gptq.Settings.sweeps
+        )
+    finally:
+        for name, tensor in kept.items():
+            parameters[name].copy_(tensor)
+    return nested
 
 
 def _order(block: Block, step: int, seed: int) -> int:
