@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import matquant
 import oracle
 from conftest import FAMILIES
 from matquant.errors import InputError
