@@ -31,7 +31,7 @@ import json, sys, time, torch
 from pathlib import Path
 from matquant.train import quantize
 model, out, method, options = sys.argv[1:5]
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 began = time.perf_counter()
 quantize(model, out, method=method, text=[sys.argv[5]], **json.loads(options))
 status = Path("/proc/self/status").read_text()
@@ -43,11 +43,12 @@ print(json.dumps({"peak_bytes": peak, "seconds": time.perf_counter() - began}))
 def main(
     layers: Annotated[list[int] | None, typer.Option(help="Depths to measure.")] = None,
     method: Annotated[str, typer.Option(help="gptq or omniquant.")] = "gptq",
+    scope: Annotated[str, typer.Option(help="ffn, attention or all.")] = "all",
     samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 32,
     seq_len: Annotated[int, typer.Option(help="Tokens per sequence.")] = 512,
 ) -> None:
     """Measure and print."""
-    options = {"samples": samples, "seq_len": seq_len, "objective": "8,4,2", "scope": "all"}
+    options: dict[str, object] = {"samples": samples, "seq_len": seq_len, "objective": "8,4,2", "scope": scope}
     if method == "omniquant":
         options["steps"] = 2
     results = {}
