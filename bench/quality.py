@@ -300,8 +300,9 @@ def _measure(model: str, name: str, lr: float | None, seed: int, streams: Stream
         out = matquant.quantize(setting.path, Path(folder) / "out", text=text, **training, **options)
         trained = time.perf_counter()
         checkpoint, served = open_checkpoint(out), matquant.load(out, dtype=torch.float32)
-    baseline = options.get("baseline_bits", 8)
-    widths = (baseline,) if baseline < 8 else WIDTHS
+        baseline = options.get("baseline_bits", 8)
+        widths = (baseline,) if baseline < 8 else WIDTHS
+        sizes = {str(b): bits_per_weight(checkpoint, dict.fromkeys(checkpoint.shapes, b)) for b in widths}
     test = evaluate(served, streams[0], bits=widths, context=CONTEXT)
     spec = checkpoint.spec
     select = evaluate(served, streams[1], bits=spec.widths, context=CONTEXT) if lr is not None else {}
@@ -313,7 +314,7 @@ def _measure(model: str, name: str, lr: float | None, seed: int, streams: Stream
         "options": {**training, **CELLS[name].options},
         "log_perplexity": test,
         "select": sum(w * select[str(b)] for b, w in zip(spec.widths, spec.weights, strict=True)) if select else None,
-        "bits_per_weight": {str(b): bits_per_weight(checkpoint, dict.fromkeys(checkpoint.shapes, b)) for b in widths},
+        "bits_per_weight": sizes,
         "seconds": round(trained - began, 1),
         "command": " ".join(["python", "bench/quality.py", *sys.argv[1:]]),
         "commit": commit(),
