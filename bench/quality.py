@@ -235,6 +235,9 @@ CELLS: dict[str, Cell] = {
     **_paper("qat", {}, RATES, WARM),
     **_attention(),
     **_ours("qat", BEST, (5e-4, 1e-3), WARM),
+    "qat+ joint 0.4": Cell(
+        what="... pull 0.4", options={"method": "qat", "affine": "learned", **BEST, "pull": 0.4}, rates=(6e-4,)
+    ),
     **_from_gptq(),
 }
 
