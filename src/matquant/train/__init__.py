@@ -46,7 +46,7 @@ from matquant.train.rtn import round_to_nearest
 from matquant.train.select import select_linears
 
 Nested = Iterator[tuple[str, NestedTensor]]
-STREAMED_SHARD_BYTES = 5 * 10**8  # a shard is put together in memory
+STREAMED_SHARD_BYTES = 25 * 10**7  # a shard is put together in memory, twice while it is written
 
 
 @dataclass(frozen=True, kw_only=True)
