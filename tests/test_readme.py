@@ -31,7 +31,13 @@ def test_the_python_blocks_run_and_print_what_they_say(
 def test_the_commands_run(
     llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    names = {"MODEL": llama, "OUT": tmp_path / "OUT", "corpus.txt": text_file, "heldout.txt": text_file}
+    names = {
+        "MODEL": llama,
+        "OUT": tmp_path / "OUT",
+        "FAST": tmp_path / "FAST",
+        "corpus.txt": text_file,
+        "heldout.txt": text_file,
+    }
     commands = [line for block in blocks("") for line in block.splitlines() if line.startswith("matquant ")]
     assert len(commands) == 5
     for line in commands:
