@@ -238,6 +238,9 @@ CELLS: dict[str, Cell] = {
     "qat+ joint 0.4": Cell(
         what="... pull 0.4", options={"method": "qat", "affine": "learned", **BEST, "pull": 0.4}, rates=(6e-4,)
     ),
+    "qat+ joint 0.45": Cell(
+        what="... pull 0.45", options={"method": "qat", "affine": "learned", **BEST, "pull": 0.45}, rates=(5e-4,)
+    ),
     **_from_gptq(),
 }
 
