@@ -343,6 +343,12 @@ def _histograms(best: Best) -> list[str]:
         "learned, at both ends.",
         "",
         "![8-bit codes of MatQuant and of the int8 baseline](histograms.png)",
+        "",
+        "## Mix'n'Match (Figure 2)",
+        "",
+        "Nested GPTQ of stories260K, widths per layer, the best mixes of each of the paper's strategies (bench/mix.py):",
+        "",
+        "![log-perplexity of mixes against bits per weight](mix-stories260K.png)",
     ]
 
 
