@@ -20,8 +20,8 @@ import matquant
 from matquant.checkpoint import bits_per_weight, open_checkpoint
 from matquant.eval.likelihood import log_perplexity
 from matquant.eval.report import plot_widths
-from matquant.models import decoder_layers
-from quality import CELLS, CONTEXT, ROOT, SETTINGS, commit, float_log_perplexity, held_out
+from matquant.models import decoder_layers, load_float
+from quality import CELLS, CONTEXT, ROOT, SETTINGS, commit, held_out
 
 TOKENS = 40 * CONTEXT
 
@@ -79,7 +79,8 @@ def main(
             for name, order in STRATEGIES.items():
                 if len(set(widths)) > 1:
                     measure(name, order(widths))
-    plot_widths(ROOT / "docs" / f"mix-{model}.png", _frontiers(curves), reference=float_log_perplexity(model))
+    reference = log_perplexity(load_float(setting.path, dtype=torch.float32), stream, context=CONTEXT)
+    plot_widths(ROOT / "docs" / f"mix-{model}.png", _frontiers(curves), reference=reference)
     record = {
         "command": " ".join(["python", "bench/mix.py", *sys.argv[1:]]),
         "commit": commit(),

@@ -346,7 +346,8 @@ def _histograms(best: Best) -> list[str]:
         "",
         "## Mix'n'Match (Figure 2)",
         "",
-        "Nested GPTQ of stories260K, widths per layer, the best mixes of each of the paper's strategies (bench/mix.py):",
+        "Nested GPTQ of stories260K, widths per layer, the best mixes of each of the paper's strategies, on the first",
+        "20,480 held-out tokens (bench/mix.py):",
         "",
         "![log-perplexity of mixes against bits per weight](mix-stories260K.png)",
     ]
