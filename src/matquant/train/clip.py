@@ -29,10 +29,10 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
-from matquant.grid import encode, fit_grid, fit_slice, storable_scale
+from matquant.grid import fit_slice, storable_scale
 from matquant.nest import MASTER_BITS, slice_codes
 from matquant.tensor import Affine, NestedTensor
-from matquant.train.fake import Grid
+from matquant.train.fake import Grid, encode_clipped
 
 SMALLEST_FACTOR = 0.01
 
@@ -140,29 +140,12 @@ def straight_through(exact: torch.Tensor, surrogate: torch.Tensor) -> torch.Tens
 
 
 def own_grid(tensor: NestedTensor, grid: Grid) -> Affine:
-    """Scale and zero [N, G] of the c-bit grid that a tensor was encoded on: the reverse of ``_encode``, exactly."""
+    """Scale and zero [N, G] of the c-bit grid a tensor was encoded on: ``encode_clipped`` reversed, exactly."""
     step = 2 ** (MASTER_BITS - grid.bits)
     return tensor.scale * step, (tensor.zero - step // 2) / step
 
 
 def _encode(weight_NK: torch.Tensor, grid: Grid, clip: Clip, name: str) -> NestedTensor:
-    """Codes on the clipped grid; those of a c-bit baseline stand at the centre of their prefix bin, as in fake.py."""
+    """Codes on the clipped grid; a symmetric grid has no beta of its own."""
     gamma = 1.0 if clip.gamma is None else clip.gamma
-    scale, zero = fit_grid(
-        weight_NK,
-        bits=grid.bits,
-        group_size=grid.group_size,
-        symmetric=grid.symmetric,
-        gamma=gamma,
-        beta=gamma if clip.beta is None else clip.beta,
-        storable=grid.storable,
-        name=name,
-    )
-    if grid.bits == MASTER_BITS:
-        return NestedTensor(codes=encode(weight_NK, scale, zero), scale=scale, zero=zero, rule=grid.rule)
-    if grid.symmetric:
-        zero = zero - 0.5
-    step = 2 ** (MASTER_BITS - grid.bits)
-    codes = encode(weight_NK, scale, zero, bits=grid.bits) * step + step // 2
-    own = {grid.bits: (scale, zero)}
-    return NestedTensor(codes=codes, scale=scale / step, zero=zero * step + step / 2, rule=grid.rule, slices=own)
+    return encode_clipped(weight_NK, grid, gamma=gamma, beta=gamma if clip.beta is None else clip.beta, name=name)

@@ -22,6 +22,7 @@ Shapes: N out features, K in features, G groups.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -74,7 +75,9 @@ def nest(
     """
     learned = learned or Learned()
     with torch.no_grad():
-        tensor = _encode(weight_NK, grid, learned.clip, name)
+        groups = 1 if grid.group_size is None else weight_NK.shape[1] // grid.group_size
+        gamma = 1.0 if learned.clip is None else learned.clip / _largest(weight_NK, groups)
+        tensor = encode_clipped(weight_NK, grid, gamma=gamma, beta=gamma, name=name)
         if coarse:
             encoded = {bits: encode(master, tensor.scale, tensor.zero) for bits, master in coarse.items()}
             codes, _ = confine(encoded | {MASTER_BITS: tensor.codes})
@@ -198,21 +201,19 @@ def keep_in_range(learned: Learned, weight_NK: torch.Tensor, tensor: NestedTenso
             reach.clamp_(0.1 * own, 10 * own)
 
 
-def _encode(weight_NK: torch.Tensor, grid: Grid, clip: torch.Tensor | None, name: str) -> NestedTensor:
-    """Codes on the grid. Codes of a c-bit baseline become 8-bit codes at the centre of their prefix bin.
+def encode_clipped(weight_NK: torch.Tensor, grid: Grid, *, gamma: Any, beta: Any, name: str) -> NestedTensor:
+    """Codes on the grid clipped by ``gamma`` and ``beta`` (Eq. 3; factors, scalars or [N, G]), without own affines.
 
-    A symmetric baseline grid of less than 8 bits is centred, zero at (2^c - 1)/2, so that its extreme codes are
-    -max|w| and max|w| as in Eq. 1.
+    Codes of a c-bit baseline become 8-bit codes at the centre of their prefix bin. A symmetric baseline grid of less
+    than 8 bits is centred, zero at (2^c - 1)/2, so that its extreme codes are -max|w| and max|w| as in Eq. 1.
     """
-    groups = 1 if grid.group_size is None else weight_NK.shape[1] // grid.group_size
-    gamma = 1.0 if clip is None else clip / _largest(weight_NK, groups)
     scale, zero = fit_grid(
         weight_NK,
         bits=grid.bits,
         group_size=grid.group_size,
         symmetric=grid.symmetric,
         gamma=gamma,
-        beta=gamma,
+        beta=beta,
         storable=grid.storable,
         name=name,
     )
