@@ -2,6 +2,7 @@
 
     python bench/gptq.py quality [--case NAME]... [--tokens N]     output error on the linears of real models
     python bench/gptq.py cost [--rounds N] [--tokens N]            all widths at once against one dedicated width
+    python bench/gptq.py whole [--rounds N]                        the same for a whole model, from file to file
 
 The output error of a layer at one width is ||W - read||_H^2 / ||W||_H^2 with H = X^T X of the layer's own inputs, not
 damped; a total divides sums over layers. MatGPTQ (arXiv 2602.03537) keeps one running weight for all widths, takes the
@@ -32,6 +33,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -44,6 +46,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+import matquant
 from matquant.grid import encode, fit_grid
 from matquant.models import load_float, load_tokenizer
 from matquant.nest import MASTER_BITS, slice_codes, slice_values
@@ -380,6 +383,29 @@ def cost(
             )
         Console(width=120).print(table)
     print(json.dumps({"cost": results, "tokens": tokens, **provenance(threads)}, sort_keys=True))
+
+
+@app.command()
+def whole(
+    rounds: Annotated[int, typer.Option(help="Interleaved rounds; the median of their ratios counts.")] = 3,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
+) -> None:
+    """Seconds of ``matquant quantize --method gptq`` on the embedded model: five widths at once, and int4 alone."""
+    torch.set_num_threads(threads)
+    model, text, _ = MODELS["reference"]
+    passes: dict[str, dict[str, Any]] = {"dedicated int4": {"baseline_bits": 4}, "nested 86432": {}}
+    seconds: dict[str, list[float]] = {name: [] for name in passes}
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(rounds):
+            for name, options in passes.items():
+                began = time.perf_counter()
+                matquant.quantize(
+                    model, Path(folder) / "out", method="gptq", seq_len=512, text=[text], overwrite=True, **options
+                )
+                seconds[name].append(time.perf_counter() - began)
+                print(f"{name}: {seconds[name][-1]:.1f} s", flush=True)
+    ratio = statistics.median(a / b for a, b in zip(*reversed(seconds.values()), strict=True))
+    print(json.dumps({"whole_s": seconds, "ratio": ratio, **provenance(threads)}, sort_keys=True))
 
 
 def _accumulation_seconds(columns: int, tokens: int, spread: torch.Tensor) -> float:

@@ -211,7 +211,12 @@ def _from_gptq() -> dict[str, Cell]:
         for bits in (4, 3, 2)
     }
     everything = {**BEST, "method": "qat", "affine": "learned", "scope": "all", "start": "gptq+ all"}
-    return cells | {"qat+ all": Cell(what="QAT from nested GPTQ, all linears", options=everything, rates=(5e-4,))}
+    return cells | {
+        "qat+ all": Cell(what="QAT from nested GPTQ, all linears", options=everything, rates=(5e-4,)),
+        "qat+ all long": Cell(
+            what="... four times the steps", options={**everything, "steps": 600}, rates=(5e-4,), models=("reference",)
+        ),
+    }
 
 
 CELLS: dict[str, Cell] = {
@@ -234,7 +239,7 @@ CELLS: dict[str, Cell] = {
     ),
     **_paper("qat", {}, RATES, WARM),
     **_attention(),
-    **_ours("qat", BEST, (5e-4, 1e-3), WARM),
+    **_ours("qat", BEST, (5e-4, 7e-4, 1e-3), WARM),
     "qat+ joint 0.4": Cell(
         what="... pull 0.4", options={"method": "qat", "affine": "learned", **BEST, "pull": 0.4}, rates=(6e-4,)
     ),
@@ -297,6 +302,7 @@ def _measure(model: str, name: str, lr: float | None, seed: int, streams: Stream
     method = options.get("method", "qat")
     training = {**setting.training.get(method, {}), **({"seed": seed} if method != "rtn" else {})}
     training |= {"lr": lr} if lr is not None else {}
+    training = {name: value for name, value in training.items() if name not in options}
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         text = [setting.text] if method != "rtn" else []

