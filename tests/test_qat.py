@@ -18,6 +18,7 @@ from torch.nn import functional
 
 import matquant
 from matquant.checkpoint import open_checkpoint
+from matquant.errors import InputError
 from matquant.grid import fit_slice
 from matquant.models import load_float
 from matquant.train import qat
@@ -232,6 +233,22 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(llama: Path, tex
     shard = "model.safetensors"
     assert (tmp_path / "a" / shard).read_bytes() == (tmp_path / "b" / shard).read_bytes()
     assert (tmp_path / "a" / shard).read_bytes() != (tmp_path / "c" / shard).read_bytes()
+
+
+def test_a_loss_that_is_not_finite_names_width_and_layer_and_keeps_the_saved_state(
+    llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = qat.write_weights
+
+    def write(model: Any, views: Any, weights: Any) -> None:
+        broken = ((path, w * torch.inf if "layers.1.mlp.down" in path else w) for path, w in weights)
+        written(model, views, broken if (tmp_path / ".out.work" / "state.safetensors").is_file() else weights)
+
+    monkeypatch.setattr(qat, "write_weights", write)
+    with pytest.raises(InputError, match=r"loss at 8 bits is not finite at step 3, first in model\.layers\.1; use a"):
+        matquant.quantize(llama, tmp_path / "out", text=[text_file], **{**RUN, "steps": 8, "save_every": 2})
+    assert (tmp_path / ".out.work" / "state.safetensors").is_file()
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("variant", [("--affine", "refit"), ("--train-rest",)])

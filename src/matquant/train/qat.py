@@ -15,6 +15,7 @@ same bits as one that was never stopped.
 import contextlib
 import copy
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -33,7 +34,7 @@ from safetensors.torch import save_file
 from matquant.errors import InputError, check_positive
 from matquant.files import check_space, replace_when_done
 from matquant.grid import encode
-from matquant.models import Model, View, check_context, write_weights
+from matquant.models import Model, View, check_context, decoder_layers, write_weights
 from matquant.nest import MASTER_BITS
 from matquant.tensor import NestedTensor
 from matquant.text import batch, cut_windows
@@ -176,8 +177,6 @@ def train(job: Job) -> Iterator[tuple[str, NestedTensor]]:
     with (work / LOG).open("a") as log:
         while state.step < schedule.steps:
             record = train_step(model, views, grid, state, optimizer, job.objective, windows, schedule, teacher)
-            if not all(math.isfinite(loss) for loss in record["loss"].values()):
-                raise InputError(f"the loss is not finite at step {state.step}; use a smaller --lr and --overwrite")
             log.write(json.dumps(record) + "\n")
             job.report(record)
             if state.step % schedule.save_every == 0 or state.step == schedule.steps:
@@ -284,6 +283,11 @@ def train_step(
                 write_weights(model, views, ((path, tensor.read(width.bits)) for path, tensor in nested.items()))
                 output = model(input_ids=inputs, use_cache=False).logits
                 loss = width_loss(output, targets, [logits[bits] for bits in width.teachers], truth=width.truth)
+                if not bool(torch.isfinite(loss)):
+                    raise InputError(
+                        f"the loss at {width.bits} bits is not finite at step {state.step + 1}, first in "
+                        f"{_first_not_finite(model, inputs)}; use a smaller --lr and --overwrite"
+                    )
                 torch.autograd.backward(loss * width.weight / schedule.accumulate)
                 losses[str(width.bits)] += loss.item() / schedule.accumulate
                 if any(width.bits in student.teachers for student in objective):
@@ -373,6 +377,23 @@ def _finish_gradients(
             for master in (weight, *state.coarse[path].values()):
                 assert master.grad is not None
                 master.grad = finish_backward(master.grad, master, nested[path], state.learned[path])
+
+
+@torch.no_grad()
+def _first_not_finite(model: Model, inputs: torch.Tensor) -> str:
+    """The first decoder layer that puts out numbers that are not finite."""
+    found: list[str] = []
+
+    def look(_: torch.nn.Module, __: Any, output: Any, name: str) -> None:
+        if not bool(torch.isfinite(output[0] if isinstance(output, tuple) else output).all()):
+            found.append(name)
+
+    layers = decoder_layers(model)
+    hooks = [layer.register_forward_hook(functools.partial(look, name=name)) for name, layer in layers]
+    model(input_ids=inputs, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return found[0] if found else "the head"
 
 
 def prepare(model: Model, views: Mapping[str, View], schedule: Schedule) -> None:
