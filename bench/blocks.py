@@ -3,7 +3,7 @@
     python bench/blocks.py [--layers 4 --layers 8 --layers 16] [--method gptq]
 
 Each depth is a random Llama 2048 wide (ffn 8192, 32 heads, 8 of keys and values, bf16), made once, in a process of its
-own whose peak resident memory (Linux VmHWM) is read at the end. Prints a table and, last, a JSON line.
+own whose peak resident memory (Linux VmHWM) is read at the end. Writes bench/blocks.json.
 """
 
 import datetime
@@ -24,6 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 ROOT = Path(__file__).resolve().parents[1]
 TOKENIZER = ROOT / "examples" / "reference" / "model"
 TEXT = ROOT / "examples" / "reference" / "text" / "train.txt"
+RECORD = ROOT / "bench" / "blocks.json"
 GIB = 2**30
 
 WORKER = """
@@ -77,7 +78,8 @@ def main(
         "options": options,
         "layers": results,
     }
-    print(json.dumps(record, sort_keys=True))
+    RECORD.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+    print(f"wrote {RECORD.relative_to(ROOT)}")
 
 
 def _make_model(directory: Path, depth: int) -> Path:

@@ -21,7 +21,8 @@ Variants, each with one thing more than a line above it:
     ours               nested GPTQ under prefix
     one width each     dedicated GPTQ per width, each with codes of its own: no nesting, what it costs to nest
 
-Last line is JSON. Shapes: N out features, K in features, G groups, T tokens, C = 256 codes.
+The figures go to bench/gptq.json, from where bench/results.py takes them.
+Shapes: N out features, K in features, G groups, T tokens, C = 256 codes.
 """
 
 import datetime
@@ -58,6 +59,7 @@ from matquant.train.select import select_linears
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("MATQUANT_DATA", ROOT.parent / "shared" / "data"))
+RECORDS = ROOT / "bench" / "gptq.json"
 DAMP = 0.01  # of the mean diagonal, GPTQ's own default and nested_gptq's
 WINDOW = 256  # tokens of one calibration window
 
@@ -303,7 +305,7 @@ def quality(
     tokens: Annotated[int, typer.Option(help="Calibration tokens.")] = 16_384,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
 ) -> None:
-    """Output errors of all variants; a table per model and width set, and one JSON line."""
+    """Output errors of all variants; a table per model and width set."""
     torch.set_num_threads(threads)
     check_lookup()
     results: dict[str, dict[str, Any]] = {}
@@ -327,7 +329,7 @@ def quality(
                     *(f"{row['layer_ratio']:.3f}", str(row["layers_better"])),
                 )
             Console(width=120).print(table)
-    print(json.dumps({"quality": results, "tokens": tokens, **provenance(threads)}, sort_keys=True))
+    keep("quality", {"results": results, "tokens": tokens, **provenance(threads)})
 
 
 # ----------------------------------------------------------------------------------------------------------------- cost
@@ -382,7 +384,7 @@ def cost(
                 *(f"{statistics.median(times):.2f}", f"{ratio:.2f}", f"{statistics.median(whole):.2f}", f"{both:.2f}"),
             )
         Console(width=120).print(table)
-    print(json.dumps({"cost": results, "tokens": tokens, **provenance(threads)}, sort_keys=True))
+    keep("cost", {"results": results, "tokens": tokens, **provenance(threads)})
 
 
 @app.command()
@@ -405,7 +407,7 @@ def whole(
                 seconds[name].append(time.perf_counter() - began)
                 print(f"{name}: {seconds[name][-1]:.1f} s", flush=True)
     ratio = statistics.median(a / b for a, b in zip(*reversed(seconds.values()), strict=True))
-    print(json.dumps({"whole_s": seconds, "ratio": ratio, **provenance(threads)}, sort_keys=True))
+    keep("whole", {"seconds": seconds, "ratio": ratio, **provenance(threads)})
 
 
 def _accumulation_seconds(columns: int, tokens: int, spread: torch.Tensor) -> float:
@@ -417,6 +419,13 @@ def _accumulation_seconds(columns: int, tokens: int, spread: torch.Tensor) -> fl
     for _ in range(4):
         hessian.addmm_(x_TK.T, x_TK)
     return (time.perf_counter() - began) / 4 * tokens / 1024
+
+
+def keep(what: str, record: Mapping[str, Any]) -> None:
+    """Put a record in the place of the last one of its kind."""
+    kept = json.loads(RECORDS.read_text()) if RECORDS.is_file() else {}
+    RECORDS.write_text(json.dumps({**kept, what: record}, indent=1, sort_keys=True) + "\n")
+    print(f"wrote {RECORDS.relative_to(ROOT)}: {what}")
 
 
 def provenance(threads: int) -> dict[str, Any]:
