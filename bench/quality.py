@@ -74,6 +74,7 @@ SETTINGS = {
         training={
             "qat": {"steps": 150, "batch_size": 8, "seq_len": 256, "autocast": True},
             "gptq": {"seq_len": 512},
+            "omniquant": {**OMNIQUANT, "steps": 100, "autocast": True},
         },
     ),
 }
