@@ -49,7 +49,7 @@ def main() -> None:
             f"- **{model}**: {TEST[model]:,} held-out tokens, float model {reference:.4f} nats/token; "
             f"QAT {training['steps']} steps of {training['batch_size']} x {training['seq_len']} tokens"
         )
-    for part in (_verdicts, _tables, _beyond, _gptq, _peers, _steps, _histograms):
+    for part in (_verdicts, _tables, _figure_1b, _beyond, _gptq, _peers, _steps, _histograms):
         lines += ["", *part(best)]
     RESULTS.write_text("\n".join(lines) + "\n")
     print(f"wrote {RESULTS.relative_to(ROOT)}")
@@ -230,6 +230,34 @@ def _widths_table(title: str, best: Best, names: Sequence[str], *, bits: bool = 
     return [title, "", *(_table(header, rows) if rows else ["not run"]), ""]
 
 
+def _figure_1b(best: Best) -> list[str]:
+    """Log-perplexity over widths: min-max, sliced int8, dedicated, MatQuant and ours; one picture a model."""
+    lines = ["## Figure 1b: QAT over widths", ""]
+    for model, cells in best.items():
+        curves: dict[str, tuple[list[float], list[float]]] = {}
+        whole = {"MinMax, sliced": "rtn round", "sliced int8": "qat int8", "MatQuant 8,4,2": "qat joint"}
+        whole["ours, one checkpoint"] = "qat+ joint"
+        for name, cell in whole.items():
+            if cell in cells:
+                curves[name] = _curve([(cells[cell], width) for width in WIDTHS])
+        dedicated = [(cells[f"qat int{width}"], width) for width in WIDTHS if f"qat int{width}" in cells]
+        if dedicated:
+            curves["dedicated, one model a width"] = _curve(dedicated)
+        if curves:
+            file = f"widths-{model}.png"
+            plot_widths(ROOT / "docs" / file, curves, reference=float_log_perplexity(model))
+            lines += [f"![log-perplexity over widths, {model}]({file})", ""]
+    return lines[:-1]
+
+
+def _curve(points: Sequence[tuple[Record, int]]) -> tuple[list[float], list[float]]:
+    """Bits per weight and log-perplexity of records, each at a width."""
+    return (
+        [record["bits_per_weight"][str(width)] for record, width in points],
+        [record["log_perplexity"][str(width)] for record, width in points],
+    )
+
+
 def _beyond(best: Best) -> list[str]:
     lines = ["## Beyond the paper: one nested checkpoint against dedicated models with the same improvements", ""]
     for method in ("qat", "omniquant", "gptq"):
@@ -363,10 +391,7 @@ def _peers(best: Best) -> list[str]:
                 rows[f"**{CELLS[cell].what}** (one checkpoint)"] = {
                     width: f"{values[str(width)]:.4f} @ {bits[str(width)]:.3f}" for width in WIDTHS
                 }
-                curves[f"ours: {CELLS[cell].what}"] = (
-                    [bits[str(width)] for width in WIDTHS],
-                    [values[str(width)] for width in WIDTHS],
-                )
+                curves[f"ours: {CELLS[cell].what}"] = _curve([(cells[cell], width) for width in WIDTHS])
         table = [[name, *(found.get(width, "") for width in (2, 3, 4, 6, 8))] for name, found in rows.items()]
         lines += [f"{model}:", "", *_table(["", "2", "3", "4", "6", "8"], table), ""]
         if model == "reference":
