@@ -247,6 +247,9 @@ CELLS: dict[str, Cell] = {
     "qat+ joint 0.45": Cell(
         what="... pull 0.45", options={"method": "qat", "affine": "learned", **BEST, "pull": 0.45}, rates=(5e-4,)
     ),
+    "qat+ joint 0.6": Cell(
+        what="... pull 0.6", options={"method": "qat", "affine": "learned", **BEST, "pull": 0.6}, rates=(7e-4,)
+    ),
     **_from_gptq(),
 }
 
