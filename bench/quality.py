@@ -240,12 +240,17 @@ CELLS: dict[str, Cell] = {
     ),
     **_paper("qat", {}, RATES, WARM),
     **_attention(),
-    **_ours("qat", BEST, (5e-4, 7e-4, 1e-3), WARM),
+    **_ours("qat", BEST, (5e-4, 6e-4, 7e-4, 1e-3), WARM),
     "qat+ joint 0.4": Cell(
         what="... pull 0.4", options={"method": "qat", "affine": "learned", **BEST, "pull": 0.4}, rates=(6e-4,)
     ),
     "qat+ joint 0.45": Cell(
         what="... pull 0.45", options={"method": "qat", "affine": "learned", **BEST, "pull": 0.45}, rates=(5e-4,)
+    ),
+    "qat+ joint even": Cell(
+        what="... from nested GPTQ with lambda 1",
+        options={"method": "qat", "affine": "learned", **BEST, "start": "gptq+ joint even"},
+        rates=(5e-4,),
     ),
     "qat+ joint 0.6": Cell(
         what="... pull 0.6", options={"method": "qat", "affine": "learned", **BEST, "pull": 0.6}, rates=(7e-4,)
