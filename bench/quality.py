@@ -240,7 +240,7 @@ CELLS: dict[str, Cell] = {
     ),
     **_paper("qat", {}, RATES, WARM),
     **_attention(),
-    **_ours("qat", BEST, (5e-4, 6e-4, 7e-4, 1e-3), WARM),
+    **_ours("qat", BEST, (5e-4, 7e-4, 1e-3), WARM),
     "qat+ joint 0.4": Cell(
         what="... pull 0.4", options={"method": "qat", "affine": "learned", **BEST, "pull": 0.4}, rates=(6e-4,)
     ),
@@ -250,6 +250,11 @@ CELLS: dict[str, Cell] = {
     "qat+ joint even": Cell(
         what="... from nested GPTQ with lambda 1",
         options={"method": "qat", "affine": "learned", **BEST, "start": "gptq+ joint even"},
+        rates=(5e-4,),
+    ),
+    "qat+ joint even 0.65": Cell(
+        what="... from nested GPTQ with lambda 1, pull 0.65",
+        options={"method": "qat", "affine": "learned", **BEST, "start": "gptq+ joint even", "pull": 0.65},
         rates=(5e-4,),
     ),
     "qat+ joint 0.6": Cell(
