@@ -293,7 +293,6 @@ def summary(errors: Errors, norms: list[float], weights: Mapping[int, float]) ->
             "plain": sum(widths.values()),
             "layer_ratio": math.exp(statistics.fmean(math.log(ratio) for ratio in ratios)),
             "layers_better": sum(ratio < 1 for ratio in ratios),
-            "layers": relative,
         }
     return result
 
