@@ -215,7 +215,7 @@ def _from_gptq() -> dict[str, Cell]:
     return cells | {
         "qat+ all": Cell(what="QAT from nested GPTQ, all linears", options=everything, rates=(5e-4,)),
         "qat+ all long": Cell(
-            what="... four times the steps", options={**everything, "steps": 600}, rates=(5e-4,), models=("reference",)
+            what="... twice the steps", options={**everything, "steps": 300}, rates=(5e-4,), models=("reference",)
         ),
     }
 
