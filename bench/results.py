@@ -261,7 +261,7 @@ def _gptq(best: Best) -> list[str]:
     return _widths_table("## One pass: nested GPTQ", best, names, bits=True)[:-1]
 
 
-OURS_ALL = ("gptq+ all", "gptq+ all 128", "qat+ all")
+OURS_ALL = ("gptq+ all", "gptq+ all 128", "gptq+ tuned all", "qat+ all")
 
 
 def _peers(best: Best) -> list[str]:

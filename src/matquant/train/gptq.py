@@ -59,7 +59,7 @@ class Settings:
     damp: float = 0.01
     sweeps: int = 1
     tune: int = 0
-    lr: float = 0.01
+    lr: float = 0.004
     pull: float = 0.35
     autocast: bool = False
     seed: int = 0

@@ -4,8 +4,9 @@
 
 F is one decoder layer, X what flows into it in the float model, X_r what flows into it in the r-bit model, so that a
 layer also makes up for the layers before it. Every width has a float master (masters.py), all of them the 8-bit read of
-the codes at first; their codes stay on the grid those were made for, per channel or group, symmetric or not. The widths
-that have an affine of their own learn its reach and centre (fake.py).
+the codes at first (a dedicated width the float weight, as near as its bin allows). Their codes stay on the grid those
+were made for, per channel or group, symmetric or not. The widths that have an affine of their own learn its reach and
+centre (fake.py).
 
 Adam moves every tensor in units of its own row: the distance of two r-bit codes, for the master of width r as for the
 reach and centre of its affine. The rate falls linearly to 0, so that ``lr`` times half the steps is how far a master
@@ -23,11 +24,11 @@ from typing import Any
 
 import torch
 
-from matquant.grid import fit_slice
+from matquant.grid import decode, encode, fit_slice
 from matquant.nest import MASTER_BITS
 from matquant.tensor import NestedTensor
 from matquant.train.blocks import Block
-from matquant.train.fake import Learned, keep_in_range, start_learning, stored_affine
+from matquant.train.fake import Learned, confine, keep_in_range, start_learning, stored_affine
 from matquant.train.job import Job
 from matquant.train.layer import Layer, check_losses
 from matquant.train.masters import chain, encode_masters, release_blocked
@@ -112,7 +113,10 @@ def tune_block(
 
 def _start(job: Job, weight_NK: torch.Tensor, nested: NestedTensor, widths: Sequence[int]) -> _Weight:
     grid = dataclasses.replace(job.grid, affine="none" if job.grid.affine == "none" else "learned")
-    master_NK = nested.read(job.grid.bits)
+    master_NK = nested.read(MASTER_BITS)
+    if grid.bits < MASTER_BITS:  # the centres of bins are far from every edge; the float weight says which one is near
+        own = {grid.bits: nested.codes, MASTER_BITS: encode(weight_NK, nested.scale, nested.zero)}
+        master_NK = decode(confine(own)[0], nested.scale, nested.zero)
     return _Weight(
         start=nested,
         masters={bits: master_NK.clone() for bits in widths},
