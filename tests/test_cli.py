@@ -1154,7 +1154,7 @@ DEFAULTS: dict[str, dict[str, str]] = {
         "--batch-size": "(qat 8, others 4)",
         "--seq-len": "(qat 256, others 2048)",
         "--samples": "(128)",
-        "--lr": "(qat by width, omniquant 1e-3, gptq 4e-3)",
+        "--lr": "(qat by width, omniquant 1e-3, gptq 3e-3)",
         "--clip-lr": "(as --lr)",
         "--transform-lr": "(as --lr)",
         "--transform": "(transform)",

@@ -18,7 +18,6 @@ from matquant.tensor import NestedTensor
 from matquant.text import read_documents, token_stream
 from matquant.train import tune
 from matquant.train.fake import Grid, nest
-from matquant.train.job import Job
 from matquant.train.masters import encode_masters
 
 RUN: dict[str, Any] = {"method": "gptq", "samples": 16, "seq_len": 32, "batch_size": 4, "scope": "all"}
@@ -30,6 +29,12 @@ def run(model: Path, text: Path, out: Path, **changes: Any) -> tuple[Path, list[
     """The checkpoint and its records."""
     records: list[dict[str, Any]] = []
     return matquant.quantize(model, out, text=[text], report=records.append, **{**RUN, **changes}), records
+
+
+def run_plain(model: Path, text: Path, out: Path, **changes: Any) -> Path:
+    """The checkpoint of the pass alone."""
+    tuning = ("tune", "lr")
+    return matquant.quantize(model, out, text=[text], **{n: RUN[n] for n in RUN if n not in tuning}, **changes)
 
 
 def distances(model: Path, text: Path, directory: Path, widths: tuple[int, ...]) -> dict[int, float]:
@@ -49,7 +54,7 @@ def test_tuning_brings_every_width_nearer_to_the_float_model(
     family: str, lr: float, family_model: Callable[[str], Path], text_file: Path, tmp_path: Path
 ) -> None:
     model = family_model(family)
-    plain, _ = run(model, text_file, tmp_path / "plain", tune=0)
+    plain = run_plain(model, text_file, tmp_path / "plain")
     tuned, records = run(model, text_file, tmp_path / "tuned", lr=lr)
     assert [record["tuned"] for record in records] == [30, 30]
     for record in records:
@@ -63,7 +68,7 @@ def test_tuning_brings_every_width_nearer_to_the_float_model(
 def test_tuning_keeps_the_grid_it_was_given(
     changes: dict[str, Any], llama: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    plain, _ = run(llama, text_file, tmp_path / "plain", tune=0, **changes)
+    plain = run_plain(llama, text_file, tmp_path / "plain", **changes)
     tuned, records = run(llama, text_file, tmp_path / "tuned", **changes)
     assert records[0]["loss"]["2"] < 0.95 * records[0]["loss_before"]["2"]
     path = "model.layers.0.mlp.up_proj"  # of the first block, which gets the same inputs in both
@@ -74,13 +79,10 @@ def test_tuning_keeps_the_grid_it_was_given(
     assert set(after.slices) == set(before.slices)
 
 
-def begun(grid: Grid, widths: tuple[int, ...]) -> tuple[Job, tune._Weight]:
-    """A weight before its first step, and as much of a job as it needs."""
-    job = object.__new__(Job)
-    object.__setattr__(job, "grid", grid)
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(12, 32, generator=generator)
-    return job, tune._start(job, weight, nest(weight, grid), widths)
+def begun(grid: Grid, widths: tuple[int, ...]) -> tune._Weight:
+    """A weight before its first step."""
+    weight = torch.randn(12, 32, generator=torch.Generator().manual_seed(0))
+    return tune._start(weight, nest(weight, grid), grid, widths)
 
 
 GRIDS = [
@@ -93,7 +95,7 @@ GRIDS = [
 
 @pytest.mark.parametrize("grid", GRIDS, ids=lambda g: f"{g.group_size}-{g.symmetric}-{g.affine}")
 def test_tuning_starts_from_the_codes_and_affines_it_was_given(grid: Grid) -> None:
-    _, weight = begun(grid if grid.affine != "none" else Grid(**{**vars(grid), "sliced": ()}), WIDTHS)
+    weight = begun(grid if grid.affine != "none" else Grid(**{**vars(grid), "sliced": ()}), WIDTHS)
     nested = weight.nested()
     assert torch.equal(nested.codes, weight.start.codes)
     for bits in WIDTHS:
@@ -103,7 +105,7 @@ def test_tuning_starts_from_the_codes_and_affines_it_was_given(grid: Grid) -> No
 
 def test_each_width_reads_its_own_master_as_far_as_narrower_ones_leave_it_free() -> None:
     """The definition, weight by weight: a code is moved to the nearest one with the bits of the narrower width."""
-    _, weight = begun(GRIDS[1], WIDTHS)
+    weight = begun(GRIDS[1], WIDTHS)
     generator = torch.Generator().manual_seed(1)
     for master in weight.masters.values():
         master.add_(torch.randn(master.shape, generator=generator), alpha=0.3)
@@ -125,10 +127,10 @@ def test_each_width_reads_its_own_master_as_far_as_narrower_ones_leave_it_free()
 
 
 def test_a_width_that_was_not_tuned_gets_the_affine_of_the_new_codes() -> None:
-    job, weight = begun(GRIDS[1], (8, 4, 2))
+    weight = begun(GRIDS[1], (8, 4, 2))
     weight.masters[2].mul_(-1)
     assert set(weight.learned.affines) == {4, 2}
-    tensor = tune._finish(job, weight)
+    tensor = tune._finish(weight, GRIDS[1])
     gap = (tensor.read(3) - weight.masters[8]).mean(1)
     stale = (weight.nested().read(3) - weight.masters[8]).mean(1)
     assert gap.abs().max() < 2e-3
@@ -153,7 +155,7 @@ def test_a_step_is_that_of_adam_in_units_of_the_row() -> None:
 
 
 def test_tuning_that_does_not_gain_is_dropped(llama: Path, text_file: Path, tmp_path: Path) -> None:
-    plain, _ = run(llama, text_file, tmp_path / "plain", tune=0, affine="none")
+    plain = run_plain(llama, text_file, tmp_path / "plain", affine="none")
     wild, records = run(llama, text_file, tmp_path / "wild", tune=2, lr=1e3, affine="none", objective="8,6,4,3,2")
     assert records[0]["loss"] == records[0]["loss_before"]
     path = "model.layers.0.mlp.up_proj"
@@ -195,6 +197,7 @@ def test_bf16_tunes_too(llama: Path, text_file: Path, tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"tune": -1}, "tune=-1; give a number of at least 0"),
+        ({"tune": 0}, "lr=0.01 is of the tuning and tune is 0; give --tune STEPS too"),
         ({"pull": 1.5}, "pull=1.5; give a number from 0 to 1"),
         ({"lr": 0.0}, "lr=0.0"),
         ({"rule": "round"}, "tune=30 needs nested bins, rule 'round' has none; use rule 'prefix'"),

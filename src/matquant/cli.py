@@ -81,7 +81,7 @@ def quantize(
         int | None, Option(help="Calibration sequences of gptq and omniquant.", show_default="128")
     ] = None,
     lr: Annotated[
-        float | None, Option(help="Peak rate.", show_default="qat by width, omniquant 1e-3, gptq 4e-3")
+        float | None, Option(help="Peak rate.", show_default="qat by width, omniquant 1e-3, gptq 3e-3")
     ] = None,
     clip_lr: Annotated[float | None, Option(help="omniquant: of clips.", show_default="as --lr")] = None,
     transform_lr: Annotated[float | None, Option(help="omniquant: of transformations.", show_default="as --lr")] = None,

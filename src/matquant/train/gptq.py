@@ -59,7 +59,7 @@ class Settings:
     damp: float = 0.01
     sweeps: int = 1
     tune: int = 0
-    lr: float = 0.004
+    lr: float = 0.003
     pull: float = 0.35
     autocast: bool = False
     seed: int = 0
@@ -78,6 +78,9 @@ def check_options(options: Mapping[str, Any]) -> None:
     for name in ("sweeps", "tune"):
         if getattr(settings, name) < 0:
             raise InputError(f"{name}={getattr(settings, name)}; give a number of at least 0")
+    for name in ("lr", "pull", "autocast"):
+        if name in options and not settings.tune:
+            raise InputError(f"{name}={options[name]!r} is of the tuning and tune is 0; give --tune STEPS too")
     if not 0 <= settings.pull <= 1:
         raise InputError(f"pull={settings.pull}; give a number from 0 to 1")
 

@@ -8,10 +8,12 @@ the codes at first (a dedicated width the float weight, as near as its bin allow
 were made for, per channel or group, symmetric or not. The widths that have an affine of their own learn its reach and
 centre (fake.py).
 
-Adam moves every tensor in units of its own row: the distance of two r-bit codes, for the master of width r as for the
-reach and centre of its affine. The rate falls linearly to 0, so that ``lr`` times half the steps is how far a master
-can come. If the weighted sum of losses did not fall, the codes stay what they were. lambda_r is the weight of a width
-(``--weights``); a master being alone with its width, it tells only how much held back gradients count.
+Adam moves every tensor in units of its own row: an affine in the distance of two r-bit codes, the master of width r in
+the geometric mean of that and the same distance of the narrowest width. Wide masters need more than their own steps: it
+is they that make up for the weights held back in narrow bins. The rate falls linearly to 0, so that ``lr`` times half
+the steps is how far a master can come. If the weighted sum of losses did not fall, the codes stay what they were.
+lambda_r is the weight of a width (``--weights``); a master being alone with its width, it tells only how much the
+gradients count that are held back.
 
 Block-wise tuning of the rounding is AutoRound's (Cheng et al. 2023), for one width by signs of gradients.
 Cost per step: one forward and backward of the layer per width. Memory: masters and two moments for each, by width.
@@ -28,14 +30,14 @@ from matquant.grid import decode, encode, fit_slice
 from matquant.nest import MASTER_BITS
 from matquant.tensor import NestedTensor
 from matquant.train.blocks import Block
-from matquant.train.fake import Learned, confine, keep_in_range, start_learning, stored_affine
+from matquant.train.fake import Grid, Learned, confine, keep_in_range, start_learning, stored_affine
 from matquant.train.job import Job
 from matquant.train.layer import Layer, check_losses
 from matquant.train.masters import chain, encode_masters, release_blocked
 
 BETAS, EPSILON = (0.9, 0.95), 1e-12
 AFFINE_RATE = 0.2  # of affines, relative to the masters'
-JUDGED = 16  # batches at least, by whose loss tuned codes are kept
+JUDGED = 16  # batches, or a few more, by whose loss tuned codes are kept
 TINY = torch.finfo(torch.float32).tiny
 
 
@@ -55,10 +57,10 @@ class _Weight:
 
     def moved(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Every tensor that is tuned, and its unit [N, G]."""
+        step_NG = {bits: self.start.affine(bits)[0] for bits in self.masters}
         for bits, master in self.masters.items():
-            step_NG = self.start.affine(bits)[0]
-            yield master, step_NG
-            yield from ((tensor, AFFINE_RATE * step_NG) for tensor in self.learned.affines.get(bits, ()))
+            yield master, (step_NG[bits] * step_NG[min(step_NG)]).sqrt()
+            yield from ((tensor, AFFINE_RATE * step_NG[bits]) for tensor in self.learned.affines.get(bits, ()))
 
 
 def tune_block(
@@ -93,7 +95,7 @@ def tune_block(
     check_losses(before, block.name, "the start")
     lambdas = {width.bits: width.weight / max(before[width.bits], TINY) for width in job.objective}
     floats = dict(layer.weights({}))
-    weights = {path: _start(job, floats[path], tensor, widths) for path, tensor in nested.items()}
+    weights = {path: _start(floats[path], tensor, job.grid, widths) for path, tensor in nested.items()}
     adam = Adam([item for weight in weights.values() for item in weight.moved()])
     for step in range(steps):
         losses = _gradients(layer, weights, lambdas, layer.order(step, seed), targets, autocast=autocast)
@@ -102,8 +104,8 @@ def tune_block(
             release_blocked(weight.masters, weight.start, pull=pull)
         adam.step(lr * (1 - step / steps))
         for weight in weights.values():
-            keep_in_range(weight.learned, weight.start.codes, weight.start)
-    tuned = {path: _finish(job, weight) for path, weight in weights.items()}
+            keep_in_range(weight.learned, weight.masters[widths[0]], weight.start)
+    tuned = {path: _finish(weight, job.grid) for path, weight in weights.items()}
     after = distances(tuned)
     check_losses(after, block.name, f"the end of {steps} steps")
     better = sum(lambdas[bits] * (after[bits] - before[bits]) for bits in widths) < 0
@@ -111,8 +113,8 @@ def tune_block(
     return tuned if better else dict(nested), {"loss": named[0], "loss_before": named[1], "tuned": steps}
 
 
-def _start(job: Job, weight_NK: torch.Tensor, nested: NestedTensor, widths: Sequence[int]) -> _Weight:
-    grid = dataclasses.replace(job.grid, affine="none" if job.grid.affine == "none" else "learned")
+def _start(weight_NK: torch.Tensor, nested: NestedTensor, grid: Grid, widths: Sequence[int]) -> _Weight:
+    grid = dataclasses.replace(grid, affine="none" if grid.affine == "none" else "learned")
     master_NK = nested.read(MASTER_BITS)
     if grid.bits < MASTER_BITS:  # the centres of bins are far from every edge; the float weight says which one is near
         own = {grid.bits: nested.codes, MASTER_BITS: encode(weight_NK, nested.scale, nested.zero)}
@@ -150,11 +152,11 @@ def _gradients(
     return losses
 
 
-def _finish(job: Job, weight: _Weight) -> NestedTensor:
+def _finish(weight: _Weight, grid: Grid) -> NestedTensor:
     """The tuned codes as they are stored; widths that were not tuned get the affine that fits the widest master."""
     tensor = weight.nested()
-    if job.grid.bits < MASTER_BITS:
-        step = 2 ** (MASTER_BITS - job.grid.bits)
+    if grid.bits < MASTER_BITS:
+        step = 2 ** (MASTER_BITS - grid.bits)
         return dataclasses.replace(tensor, codes=tensor.codes // step * step + step // 2)
     master_NK = weight.masters[max(weight.masters)]
     others = {
