@@ -161,6 +161,9 @@ def _ours(
     return {f"{method}+ {name}": cell for name, cell in cells.items()}
 
 
+TUNED: Options = {"tune": 60, "autocast": True}
+
+
 def _one_pass() -> dict[str, Cell]:
     """Nested GPTQ and its dedicated passes."""
     gptq: Options = {"method": "gptq"}
@@ -177,6 +180,10 @@ def _one_pass() -> dict[str, Cell]:
             what="nested GPTQ, all linears, groups of 128",
             options={**gptq, "scope": "all", "group_size": 128, "affine": "none"},
             models=("reference",),
+        ),
+        "gptq+ tuned": Cell(what="nested GPTQ, tuned", options={**gptq, **TUNED}, models=("reference",)),
+        "gptq+ tuned all": Cell(
+            what="nested GPTQ, tuned, all linears", options={**gptq, **TUNED, "scope": "all"}, models=("reference",)
         ),
         "gptq+ joint no sweep": Cell(what="nested, prefix, without the sweep", options={**gptq, "sweeps": 0}),
     }

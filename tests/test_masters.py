@@ -14,6 +14,7 @@ from matquant.models import load_float
 from matquant.nest import slice_codes
 from matquant.train import qat
 from matquant.train.fake import Grid, confine
+from matquant.train.masters import release_blocked
 from matquant.train.select import select_linears
 from test_qat import RUN, masters_gradients, schedule
 
@@ -83,7 +84,7 @@ def test_what_is_held_back_pulls_the_narrower_master(pull: float, llama: Path) -
     for master, value in ((wide, -2.0), (narrow, 1.0)):
         master.requires_grad_()
         master.grad = torch.full_like(master, value)
-    qat._release_blocked(state, path, nested, pull)
+    release_blocked({8: wide, **state.coarse[path]}, nested, pull=pull)
     assert wide.grad is not None
     assert narrow.grad is not None
     assert (wide.grad[0, 0], narrow.grad[0, 0]) == (0.0, 1.0 - 2.0 * pull)

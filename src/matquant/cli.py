@@ -81,7 +81,7 @@ def quantize(
         int | None, Option(help="Calibration sequences of gptq and omniquant.", show_default="128")
     ] = None,
     lr: Annotated[
-        float | None, Option(help="Peak learning rate.", show_default="qat by model width, omniquant 1e-3")
+        float | None, Option(help="Peak rate.", show_default="qat by width, omniquant 1e-3, gptq 3e-3")
     ] = None,
     clip_lr: Annotated[float | None, Option(help="omniquant: of clips.", show_default="as --lr")] = None,
     transform_lr: Annotated[float | None, Option(help="omniquant: of transformations.", show_default="as --lr")] = None,
@@ -92,6 +92,9 @@ def quantize(
     damp: Annotated[float | None, Option(help="gptq: damping of the Hessian.", show_default="0.01")] = None,
     sweeps: Annotated[
         int | None, Option(help="gptq: rounds of coordinate descent after the pass.", show_default="1")
+    ] = None,
+    tune: Annotated[
+        int | None, Option(metavar="STEPS", help="gptq: then tune every block for so many steps.", show_default="0")
     ] = None,
     seed: Annotated[int | None, Option(help="Order of the data.", show_default="0")] = None,
     accumulate: Annotated[int | None, Option(help="Forward passes per optimiser step.", show_default="1")] = None,
@@ -109,7 +112,7 @@ def quantize(
     masters: Annotated[
         str | None, Option(help="qat: one float weight for all widths, or each its own.", show_default="one")
     ] = None,
-    pull: Annotated[float | None, Option(help="How much wider widths move narrower masters.", show_default="1")] = None,
+    pull: Annotated[float | None, Option(help="Pull on narrower masters.", show_default="qat 1, gptq 0.35")] = None,
     wide_lr: Annotated[
         float | None, Option(help="Rate of the 8-bit masters, relative to --lr.", show_default="1")
     ] = None,

@@ -85,7 +85,7 @@ def nest(
         slices = dict(tensor.slices)
         for bits in grid.sliced if grid.affine != "none" else ():
             if bits in learned.affines:
-                slices[bits] = _stored_affine(*learned.affines[bits], bits)
+                slices[bits] = stored_affine(*learned.affines[bits], bits)
             else:
                 slices[bits] = fit_slice(
                     weight_NK, tensor.codes, bits, rule=grid.rule, scale=tensor.scale, zero=tensor.zero
@@ -184,7 +184,7 @@ def middle(bits: int) -> float:
     return float(2**bits - 1) / 2
 
 
-def _stored_affine(reach: torch.Tensor, centre: torch.Tensor, bits: int) -> Affine:
+def stored_affine(reach: torch.Tensor, centre: torch.Tensor, bits: int) -> Affine:
     """(scale_r, zero_r) as they are stored, of a learned affine."""
     scale = storable_scale(reach / middle(bits))
     return scale, (middle(bits) - centre / scale).half().float()

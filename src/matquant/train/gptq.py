@@ -37,6 +37,8 @@ from matquant.tensor import Affine, NestedTensor
 from matquant.train.blocks import Block, Solved, calibration, run_blocks
 from matquant.train.fake import Grid, Learned, nest
 from matquant.train.job import Job
+from matquant.train.objective import FLOAT
+from matquant.train.tune import tune_block
 
 COLUMNS = 128  # compensated together, as in the original
 CLIPS = tuple(1 - step / 10 for step in range(7))  # of max|w|: 1, 0.9, ..., 0.4
@@ -47,13 +49,19 @@ DAMP_LIMIT = 1.0  # more damping than the mean diagonal itself means the Hessian
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """samples: windows of seq_len tokens. batch_size: windows per forward pass. damp: share of the mean diagonal of H
-    added to it. sweeps: rounds of coordinate descent after the pass. seed: of the choice of windows."""
+    added to it. sweeps: rounds of coordinate descent after the pass. tune: steps by which every block is then tuned
+    (tune.py), with rate lr, the share ``pull`` of the gradients that narrower widths hold back, and in bf16 if
+    ``autocast``. seed: of the choice of windows, and of their order in tuning."""
 
     samples: int = 128
     seq_len: int = 2048
     batch_size: int = 4
     damp: float = 0.01
     sweeps: int = 1
+    tune: int = 0
+    lr: float = 0.003
+    pull: float = 0.35
+    autocast: bool = False
     seed: int = 0
 
 
@@ -61,10 +69,20 @@ def check_options(options: Mapping[str, Any]) -> None:
     """InputError for a number that cannot be worked with; TypeError for an option that does not exist."""
     settings = Settings(**options)
     check_positive(
-        samples=settings.samples, seq_len=settings.seq_len, batch_size=settings.batch_size, damp=settings.damp
+        samples=settings.samples,
+        seq_len=settings.seq_len,
+        batch_size=settings.batch_size,
+        damp=settings.damp,
+        lr=settings.lr,
     )
-    if settings.sweeps < 0:
-        raise InputError(f"sweeps={settings.sweeps}; give a number of at least 0")
+    for name in ("sweeps", "tune"):
+        if getattr(settings, name) < 0:
+            raise InputError(f"{name}={getattr(settings, name)}; give a number of at least 0")
+    for name in ("lr", "pull", "autocast"):
+        if name in options and not settings.tune:
+            raise InputError(f"{name}={options[name]!r} is of the tuning and tune is 0; give --tune STEPS too")
+    if not 0 <= settings.pull <= 1:
+        raise InputError(f"pull={settings.pull}; give a number from 0 to 1")
 
 
 def default_lambda(bits: int) -> float:
@@ -79,12 +97,14 @@ def train(job: Job) -> Iterator[tuple[str, NestedTensor]]:
         raise InputError("method 'gptq' learns nothing by gradient; use --affine refit or none")
     if any(width.teachers for width in job.objective):
         raise InputError(f"method 'gptq' has no distillation, objective {job.spec.objective!r} asks for it; use 8,4,2")
+    if settings.tune and job.grid.rule != "prefix":
+        raise InputError(f"tune={settings.tune} needs nested bins, rule {job.grid.rule!r} has none; use rule 'prefix'")
     tokens = calibration(job, samples=settings.samples, seq_len=settings.seq_len, seed=settings.seed)
     _check_rank(job, tokens.numel())
     return run_blocks(
         job,
         functools.partial(_solve, settings=settings),
-        streams=(min(job.grid.bits, MASTER_BITS),),
+        streams=(FLOAT, *(width.bits for width in job.objective)) if settings.tune else (job.grid.bits,),
         tokens=tokens,
         batch_size=settings.batch_size,
         settings=dataclasses.asdict(settings),
@@ -404,7 +424,21 @@ def refit_affine(
 def _solve(job: Job, block: Block, settings: Settings) -> Solved:
     parameters = {f"{block.name}.{name}": parameter for name, parameter in block.module.named_parameters()}
     weights = {path: view.of(parameters[view.parameter]).contiguous() for path, view in block.views.items()}
-    nested, record = nest_block(job, block, weights, damp=settings.damp, sweeps=settings.sweeps)
+    widest = max(block.inputs)
+    fed = dataclasses.replace(block, inputs={widest: block.inputs[widest]})
+    nested, record = nest_block(job, fed, weights, damp=settings.damp, sweeps=settings.sweeps)
+    if settings.tune:
+        nested, tuned = tune_block(
+            job,
+            block,
+            nested,
+            steps=settings.tune,
+            lr=settings.lr,
+            pull=settings.pull,
+            autocast=settings.autocast,
+            seed=settings.seed,
+        )
+        record |= tuned
     return Solved(nested=nested, record=record)
 
 

@@ -7,12 +7,16 @@ Shapes: B sequences, T tokens, H hidden features, N out features, K in features.
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
+from matquant.errors import InputError
 from matquant.models import View
+from matquant.text import batch
 from matquant.train.blocks import Block
 from matquant.train.objective import FLOAT
 
@@ -66,6 +70,28 @@ class Layer(torch.nn.Module):
         self.power = sum(float(output.square().mean()) for output in outputs) / len(outputs) or 1.0
         return [output.to(states.device) for output, states in zip(outputs, found, strict=True)], peaks
 
+    def distance(
+        self,
+        bits: int,
+        changed: Mapping[str, torch.Tensor],
+        targets: Sequence[torch.Tensor],
+        *,
+        autocast: bool,
+        every: int = 1,
+    ) -> float:
+        """||F_r - F||^2 / ||F||^2 over ``every`` so many batches of a width's stream; targets: of all batches."""
+        indices = range(0, len(targets), every)
+        squares = (
+            (self.run(self.inputs(bits, i), changed, autocast=autocast) - targets[i].to(self.device)).square().mean()
+            for i in indices
+        )
+        with torch.no_grad():
+            return sum(float(square) for square in squares) / len(indices) / self.power
+
+    def order(self, step: int, seed: int) -> int:
+        """The batch of a step: it depends on the seed and the step only."""
+        return int(batch(np.arange(len(self.block.inputs[FLOAT])), step, size=1, seed=seed)[0])
+
     def weights(self, changed: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
         """The weights [N, K] to quantise, by path."""
         for path, view in self.block.views.items():
@@ -91,6 +117,19 @@ class Layer(torch.nn.Module):
                 parts_of_it = (reads[path] for path in paths)
                 assembled[name] = _Assemble.apply(self.tensors[name], views, *parts_of_it)  # type: ignore[no-untyped-call]
         return assembled
+
+
+def check_losses(
+    losses: Mapping[int, float], name: str, when: str, *, limits: Mapping[int, float] | None = None
+) -> None:
+    """InputError naming the layer and the width if a loss left the finite numbers, or ended above twice its limit and
+    above 1, the size of the layer's output."""
+    for bits, loss in losses.items():
+        if not math.isfinite(loss) or (limits and loss > max(1.0, 2 * limits[bits])):
+            raise InputError(
+                f"training of {name} diverged: its loss at {bits} bits is {loss:.3g} at {when}; "
+                "use a smaller --lr and --resume (finished layers are kept)"
+            )
 
 
 class _Assemble(torch.autograd.Function):

@@ -26,17 +26,15 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 
 from matquant.errors import InputError, check_positive
 from matquant.models import check_context
 from matquant.tensor import NestedTensor
-from matquant.text import batch
 from matquant.train import clip, equivalence, gptq
 from matquant.train.blocks import Block, Solved, calibration, run_blocks
 from matquant.train.job import Job
-from matquant.train.layer import Layer
+from matquant.train.layer import Layer, check_losses
 from matquant.train.objective import FLOAT, Width
 
 CODES = ("round", "gptq")
@@ -117,18 +115,18 @@ def solve(job: Job, block: Block) -> Solved:
     before = _evaluate(job, settings, layer, learned, targets)
     if optimizer is not None:
         for step in range(settings.steps):
-            losses = _step(job, settings, layer, learned, targets, _order(block, step, settings.seed))
-            _check(losses, block.name, f"step {step + 1} of {settings.steps}", limits={})
+            losses = _step(job, settings, layer, learned, targets, layer.order(step, settings.seed))
+            check_losses(losses, block.name, f"step {step + 1} of {settings.steps}")
             optimizer.step()
             optimizer.zero_grad()
             learned.keep_in_range()
     after = _evaluate(job, settings, layer, learned, targets)
-    _check(after, block.name, f"the end of {settings.steps} steps", limits=before)
+    check_losses(after, block.name, f"the end of {settings.steps} steps", limits=before)
     with torch.no_grad():
         changed = learned.fold(layer)
         if settings.codes == "gptq":
             nested = _gptq(job, block, layer, changed)
-            after = {w.bits: _distance(layer, w.bits, changed, nested, targets, settings) for w in job.objective}
+            after = _distances(job, layer, changed, nested, targets, autocast=settings.autocast)
         else:
             nested = {
                 path: clip.nest(weight, job.grid, learned.clips[path], name=path)
@@ -266,25 +264,24 @@ def _evaluate(
         nested = {
             path: clip.nest(weight, job.grid, learned.clips[path], name=path) for path, weight in layer.weights(changed)
         }
-        return {width.bits: _distance(layer, width.bits, changed, nested, targets, settings) for width in job.objective}
+    return _distances(job, layer, changed, nested, targets, autocast=settings.autocast)
 
 
-def _distance(
+def _distances(
+    job: Job,
     layer: Layer,
-    bits: int,
     changed: Mapping[str, torch.Tensor],
     nested: Mapping[str, NestedTensor],
     targets: list[torch.Tensor],
-    settings: Settings,
-) -> float:
-    parameters = {**changed, **layer.assemble({path: tensor.read(bits) for path, tensor in nested.items()})}
-    squares = (
-        (layer.run(layer.inputs(bits, index), parameters, autocast=settings.autocast) - target.to(layer.device))
-        .square()
-        .mean()
-        for index, target in enumerate(targets)
-    )
-    return sum(float(square) for square in squares) / len(targets) / layer.power
+    *,
+    autocast: bool,
+) -> dict[int, float]:
+    """||F_r - F||^2 / ||F||^2 over all batches, by width."""
+    reads = ((w.bits, {path: tensor.read(w.bits) for path, tensor in nested.items()}) for w in job.objective)
+    return {
+        bits: layer.distance(bits, {**changed, **layer.assemble(read)}, targets, autocast=autocast)
+        for bits, read in reads
+    }
 
 
 def _gptq(job: Job, block: Block, layer: Layer, changed: Mapping[str, torch.Tensor]) -> dict[str, NestedTensor]:
@@ -303,20 +300,6 @@ def _gptq(job: Job, block: Block, layer: Layer, changed: Mapping[str, torch.Tens
         for name, tensor in kept.items():
             parameters[name].copy_(tensor)
     return nested
-
-
-def _order(block: Block, step: int, seed: int) -> int:
-    """The batch of a step: it depends on the seed and the step only."""
-    return int(batch(np.arange(len(block.inputs[FLOAT])), step, size=1, seed=seed)[0])
-
-
-def _check(losses: Mapping[int, float], name: str, when: str, *, limits: Mapping[int, float]) -> None:
-    for bits, loss in losses.items():
-        if not math.isfinite(loss) or (bits in limits and loss > max(1.0, 2 * limits[bits])):
-            raise InputError(
-                f"training of {name} diverged: its loss at {bits} bits is {loss:.3g} at {when}; "
-                "use a smaller --lr and --resume (finished layers are kept)"
-            )
 
 
 def _named(losses: Mapping[int, float]) -> dict[str, float]:

@@ -33,13 +33,13 @@ from safetensors.torch import save_file
 
 from matquant.errors import InputError, check_positive
 from matquant.files import check_space, replace_when_done
-from matquant.grid import encode
 from matquant.models import Model, View, check_context, decoder_layers, write_weights
 from matquant.nest import MASTER_BITS
 from matquant.tensor import NestedTensor
 from matquant.text import batch, cut_windows
-from matquant.train.fake import Grid, Learned, backward, confine, finish_backward, keep_in_range, nest, start_learning
+from matquant.train.fake import Grid, Learned, finish_backward, keep_in_range, nest, start_learning
 from matquant.train.job import LOG, Job, check_same_run, fingerprint
+from matquant.train.masters import chain, release_blocked
 from matquant.train.objective import FLOAT, Width, width_loss
 
 STATE = "state.safetensors"
@@ -339,26 +339,16 @@ def _chain_gradients(
         for path, view in views.items():
             parameter = parameters[view.parameter]
             weight = state.coarse[path].get(bits, state.masters[path])
-            share = backward(
-                view.of(parameter.grad).float(), view.of(parameter), nested[path], bits, state.learned[path]
+            chain(
+                view.of(parameter.grad).float(),
+                view.of(parameter),
+                nested[path],
+                bits,
+                master=weight,
+                learned=state.learned[path],
             )
-            weight.grad = share if weight.grad is None else weight.grad.add_(share)
     for name in {view.parameter for view in views.values()}:
         parameters[name].grad = None
-
-
-def _release_blocked(state: State, path: str, nested: NestedTensor, pull: float) -> None:
-    """Where a narrower width's bits hold a master back, its gradient goes to that width's master, times ``pull``."""
-    masters = {MASTER_BITS: state.masters[path], **state.coarse[path]}
-    encoded = {bits: encode(master.detach(), nested.scale, nested.zero) for bits, master in masters.items()}
-    _, blocked = confine(encoded)
-    for bits, narrower in itertools.pairwise(sorted(masters, reverse=True)):
-        gradient, below = masters[bits].grad, masters[narrower].grad
-        assert gradient is not None
-        assert below is not None
-        held = (gradient * blocked[bits]) < 0  # the step, against the gradient, leads further out of the bin
-        below.add_(torch.where(held, gradient, 0.0), alpha=pull)
-        gradient.masked_fill_(held, 0.0)
 
 
 def _finish_gradients(
@@ -373,7 +363,7 @@ def _finish_gradients(
                 weight.grad = view.of(parameters[view.parameter].grad).contiguous().float()
                 continue
             if state.coarse[path]:
-                _release_blocked(state, path, nested[path], pull)
+                release_blocked({MASTER_BITS: weight, **state.coarse[path]}, nested[path], pull=pull)
             for master in (weight, *state.coarse[path].values()):
                 assert master.grad is not None
                 master.grad = finish_backward(master.grad, master, nested[path], state.learned[path])
