@@ -394,11 +394,40 @@ def _peers(best: Best) -> list[str]:
                 curves[f"ours: {CELLS[cell].what}"] = _curve([(cells[cell], width) for width in WIDTHS])
         table = [[name, *(found.get(width, "") for width in (2, 3, 4, 6, 8))] for name, found in rows.items()]
         lines += [f"{model}:", "", *_table(["", "2", "3", "4", "6", "8"], table), ""]
+        lines += _standing(cells, [r for r in peers if r["model"] == model and "error" not in r])
         if model == "reference":
             ordered = {name: _sorted(*curve) for name, curve in curves.items()}
             plot_widths(ROOT / "docs" / "peers.png", ordered, reference=float_log_perplexity(model))
             lines += ["![log-perplexity against bits per weight, peers and ours](peers.png)", ""]
     return lines[:-1]
+
+
+SLACK = 0.1  # bits per weight that a peer may take more than ours and still count as equal
+
+
+def _standing(cells: dict[str, Record], peers: list[Record]) -> list[str]:
+    """Ours against the best peer at equal bits, and against the best peer of the nominal width at any bits."""
+    ours = [name for name in OURS_ALL if name in cells]
+    rows = []
+    for width in (2, 3, 4, 6, 8):
+        same = [peer for peer in peers if peer["bits"] == width]
+        for name in ours:
+            value, bits = cells[name]["log_perplexity"][str(width)], cells[name]["bits_per_weight"][str(width)]
+            rivals = (same, [peer for peer in same if peer["bits_per_weight"] <= bits + SLACK])
+            row = [f"int{width}", CELLS[name].what, f"{value:.4f} @ {bits:.3f}"]
+            for found in reversed(rivals):
+                best = min(found, key=lambda peer: peer["log_perplexity"], default=None)
+                row.append(
+                    f"{value - best['log_perplexity']:+.4f} ({best['peer']} {best['setting']}, "
+                    f"{best['bits_per_weight']:.3f} bits)"
+                    if best
+                    else "none"
+                )
+            rows.append(row)
+    if not rows or not peers:
+        return []
+    head = ["", "ours, one checkpoint", "", f"against the best peer within {SLACK} bits", "best peer at any bits"]
+    return ["Where we stand (nats per token, negative is better than the peer):", "", *_table(head, rows), ""]
 
 
 def _worst_shown(cells: dict[str, Record]) -> float:
