@@ -1,0 +1,158 @@
+"""A nested checkpoint as the native decode step holds it: planes of the quantised weights, the rest as stored.
+
+Quantised weights are packed from the memory-mapped file into planes, once; every width is read from these. All other
+matrices (embedding, head, linears out of scope) stay memory-mapped in the dtype of the file. Norm weights are small and
+become float32.
+"""
+
+import json
+import mmap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from matquant import _native
+from matquant.checkpoint import Checkpoint
+from matquant.errors import InputError
+from matquant.planes import Weight, pack_weight
+from matquant.runtime.families import Architecture, read_architecture
+
+PROJECTIONS = (  # in the order of native/model.hpp
+    *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
+    *("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+)
+NORMS = ("input", "attention_out", "ffn", "ffn_out", "query", "key")
+DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+EMBEDDING, HEAD, NORM = "model.embed_tokens", "lm_head", "model.norm"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """What is loaded. paths: the module of each width that a step is given. weights: the quantised ones of them."""
+
+    native: Any
+    architecture: Architecture
+    paths: tuple[str, ...]
+    weights: Mapping[str, Weight]
+    plain_bytes_per_token: int
+
+
+def load_model(checkpoint: Checkpoint, *, max_bits: int) -> Model:
+    """Build the native model; InputError if the checkpoint is of a family, or has a tensor, that it cannot run."""
+    where = checkpoint.directory
+    architecture = read_architecture(checkpoint.config, where=where)
+    tensors = _map_tensors(checkpoint)
+    native = _native.Model(
+        hidden=architecture.hidden,
+        intermediate=architecture.intermediate,
+        heads=architecture.heads,
+        kv_heads=architecture.kv_heads,
+        head_dim=architecture.head_dim,
+        vocab=architecture.vocab,
+        norm_eps=architecture.norm_eps,
+        attention_scale=architecture.attention_scale,
+        embedding_scale=architecture.embedding_scale,
+        attention_cap=architecture.attention_cap,
+        logit_cap=architecture.logit_cap,
+        gelu=architecture.gelu,
+    )
+    for frequencies, scale in zip(architecture.frequencies, architecture.rope_scales, strict=True):
+        native.add_rope(frequencies, scale)
+    paths = [f"model.layers.{layer}.{name}" for layer in range(architecture.layers) for name in PROJECTIONS]
+    tied = architecture.tied or (f"{HEAD}.weight" not in tensors and HEAD not in checkpoint.shapes)
+    paths.append(EMBEDDING if tied else HEAD)
+    _check_names(checkpoint, tensors, architecture, paths)
+    weights = {path: pack_weight(checkpoint, path, max_bits=max_bits) for path in paths if path in checkpoint.shapes}
+    matrices = {path: _matrix(path, weights.get(path), tensors, where) for path in paths}
+
+    def norm(name: str) -> np.ndarray:
+        stored = _tensor(f"{name}.weight", tensors, where).astype(np.float32)
+        return np.ascontiguousarray(stored + np.float32(architecture.family.norm_offset))
+
+    for layer in range(architecture.layers):
+        prefix = f"model.layers.{layer}."
+        names = [architecture.family.norms.get(place) for place in NORMS]
+        native.add_layer(
+            [matrices[f"{prefix}{name}"] for name in PROJECTIONS],
+            [None if name is None else norm(prefix + name) for name in names],
+            architecture.windows[layer],
+            architecture.ropes[layer],
+        )
+    embedding = _tensor(f"{EMBEDDING}.weight", tensors, where)
+    native.set_ends(_bytes(embedding), embedding.dtype.name, matrices[paths[-1]], norm(NORM))
+    plain = sum(tensors[f"{path}.weight"].nbytes for path in paths if path not in weights)
+    return Model(
+        native=native,
+        architecture=architecture,
+        paths=tuple(paths),
+        weights=weights,
+        plain_bytes_per_token=plain,
+    )
+
+
+def _matrix(path: str, weight: Weight | None, tensors: Mapping[str, np.ndarray], where: Path) -> Any:
+    """The native matrix of a module: nested, or as stored; with its bias if it has one."""
+    bias = tensors.get(f"{path}.bias")
+    if bias is not None:
+        bias = np.ascontiguousarray(bias.astype(np.float32))
+    try:
+        if weight is not None:
+            return _native.nested_matrix(weight, weight.address, bias)
+        stored = _tensor(f"{path}.weight", tensors, where)
+        return _native.dense_matrix(_bytes(stored), stored.dtype.name, bias)
+    except ValueError as error:
+        raise InputError(f"{path} of {where} does not fit ({error}); write the checkpoint again") from None
+
+
+def _bytes(array: np.ndarray) -> np.ndarray:
+    """A 16-bit float array as the uint16 that C++ is handed; float32 as it is."""
+    return array if array.dtype == np.float32 else array.view(np.uint16)
+
+
+def _tensor(name: str, tensors: Mapping[str, np.ndarray], where: Path) -> np.ndarray:
+    if name not in tensors:
+        raise InputError(f"{where} lacks the tensor {name}; write the checkpoint again")
+    return tensors[name]
+
+
+def _check_names(
+    checkpoint: Checkpoint, tensors: Mapping[str, np.ndarray], architecture: Architecture, paths: Sequence[str]
+) -> None:
+    """InputError if the checkpoint has a tensor that would go unused: then the family is not what it says."""
+    prefixes = [f"model.layers.{layer}." for layer in range(architecture.layers)]
+    norms = [f"{prefix}{name}" for prefix in prefixes for name in architecture.family.norms.values()]
+    known = {f"{path}.weight" for path in (*paths, *norms, EMBEDDING, HEAD, NORM)} | {f"{path}.bias" for path in paths}
+    unused = sorted(set(tensors) - known) + sorted(set(checkpoint.shapes) - set(paths))
+    if unused:
+        kind = checkpoint.config["model_type"]
+        raise InputError(
+            f"{checkpoint.directory} has {unused[0]}, which the runtime's {kind} does not; use matquant.load"
+        )
+
+
+def _map_tensors(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
+    """Every tensor that is not part of a quantised weight, as a read-only view of its memory-mapped file."""
+    wanted = checkpoint.plain_names()
+    mapped: dict[str, np.ndarray] = {}
+    for file in sorted({checkpoint.files[name] for name in wanted}):
+        with (checkpoint.directory / file).open("rb") as stream:
+            content = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        start = 8 + int.from_bytes(content[:8], "little")  # the header was checked when the checkpoint was opened
+        header = json.loads(content[8:start])
+        for name in wanted:
+            if checkpoint.files[name] != file:
+                continue
+            entry = header[name]
+            if entry["dtype"] not in DTYPES:
+                raise InputError(
+                    f"{name} of {checkpoint.directory} has dtype {entry['dtype']}; "
+                    f"the runtime reads {', '.join(DTYPES)}; store it as one of them"
+                )
+            dtype, first = DTYPES[entry["dtype"]], start + entry["data_offsets"][0]
+            count = (entry["data_offsets"][1] - entry["data_offsets"][0]) // dtype.itemsize
+            mapped[name] = np.frombuffer(content, dtype, count, first).reshape(entry["shape"])
+    return mapped
