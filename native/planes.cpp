@@ -13,10 +13,11 @@ namespace {
 constexpr std::size_t HUGE_PAGE = std::size_t{2} << 20;
 constexpr std::size_t PAGE = 4096;
 
-// A vector of 64 bytes for any machine; the compiler cuts it into what there is.
+// A vector of 64 bytes as words, which any machine shifts and masks; no bit leaves its byte after the mask.
 struct Bytes {
-  alignas(16) std::uint8_t at[VECTOR_BYTES];
+  std::uint64_t at[VECTOR_BYTES / 8];
 };
+constexpr std::uint64_t EACH_BYTE = 0x0101010101010101u;
 
 // Where quad q of a tile lies in a byte of each plane; bits below the field are the shift.
 constexpr int TWO_BIT_SHIFT[4] = {6, 2, 4, 0};
@@ -27,22 +28,21 @@ void gather(const std::uint8_t* codes, std::ptrdiff_t stride, int rows, int inpu
   if (rows < BLOCK_ROWS || inputs < TILE_INPUTS) std::memset(quads, 0, sizeof quads);
   for (int row = 0; row < rows; ++row) {
     const std::uint8_t* from = codes + row * stride;
+    auto* to = reinterpret_cast<std::uint8_t*>(quads) + 4 * row;
     if (inputs >= TILE_INPUTS)
-      for (int quad = 0; quad < TILE_QUADS; ++quad) std::memcpy(quads[quad].at + 4 * row, from + 4 * quad, 4);
+      for (int quad = 0; quad < TILE_QUADS; ++quad) std::memcpy(to + quad * VECTOR_BYTES, from + 4 * quad, 4);
     else
-      for (int input = 0; input < inputs; ++input) quads[input / 4].at[4 * row + input % 4] = from[input];
+      for (int input = 0; input < inputs; ++input) to[input / 4 * VECTOR_BYTES + input % 4] = from[input];
   }
 }
 
-// Field of `bits` bits of the codes, `drop` bits above bit 0, of the quads to their places in one vector of a plane.
-template <int QUADS>
-void place(const Bytes* quads, int drop, int field, const int (&shifts)[QUADS], std::uint8_t* out) {
+// The field of the codes `drop` bits above bit 0, BITS wide, of the quads to their places in one vector of a plane.
+template <int BITS, int QUADS>
+void place(const Bytes* quads, int drop, const int (&shifts)[QUADS], std::uint8_t* out) {
+  constexpr std::uint64_t FIELD = ((1 << BITS) - 1) * EACH_BYTE;
   Bytes all{};
-  for (int quad = 0; quad < QUADS; ++quad) {
-    const int shift = shifts[quad];
-    for (int i = 0; i < VECTOR_BYTES; ++i)
-      all.at[i] = static_cast<std::uint8_t>(all.at[i] | (quads[quad].at[i] >> drop & field) << shift);
-  }
+  for (int quad = 0; quad < QUADS; ++quad)
+    for (int i = 0; i < VECTOR_BYTES / 8; ++i) all.at[i] |= (quads[quad].at[i] >> drop & FIELD) << shifts[quad];
   std::memcpy(out, all.at, VECTOR_BYTES);
 }
 
@@ -99,12 +99,12 @@ void pack(const std::uint8_t* codes, std::ptrdiff_t stride, int rows, int cols, 
       const std::size_t at = static_cast<std::size_t>(block) * tiles + tile;
       for (int half = 0; half < 2; ++half) {
         const std::size_t vector = 2 * at + half;
-        place(quads + 4 * half, 6, 3, TWO_BIT_SHIFT, out[0] + vector * VECTOR_BYTES);
-        if (resident_bits >= 6) place(quads + 4 * half, 2, 3, TWO_BIT_SHIFT, out[3] + vector * VECTOR_BYTES);
-        if (resident_bits >= 8) place(quads + 4 * half, 0, 3, TWO_BIT_SHIFT, out[4] + vector * VECTOR_BYTES);
+        place<2>(quads + 4 * half, 6, TWO_BIT_SHIFT, out[0] + vector * VECTOR_BYTES);
+        if (resident_bits >= 6) place<2>(quads + 4 * half, 2, TWO_BIT_SHIFT, out[3] + vector * VECTOR_BYTES);
+        if (resident_bits >= 8) place<2>(quads + 4 * half, 0, TWO_BIT_SHIFT, out[4] + vector * VECTOR_BYTES);
       }
-      if (resident_bits >= 3) place(quads, 5, 1, ONE_BIT_SHIFT[0], out[1] + at * VECTOR_BYTES);
-      if (resident_bits >= 4) place(quads, 4, 1, ONE_BIT_SHIFT[1], out[2] + at * VECTOR_BYTES);
+      if (resident_bits >= 3) place<1>(quads, 5, ONE_BIT_SHIFT[0], out[1] + at * VECTOR_BYTES);
+      if (resident_bits >= 4) place<1>(quads, 4, ONE_BIT_SHIFT[1], out[2] + at * VECTOR_BYTES);
     }
   }
 }

@@ -88,6 +88,8 @@ def bits_read(bits: int, *, rule: str) -> int:
 def load_weight(tensor: NestedTensor, *, max_bits: int = MASTER_BITS) -> Weight:
     """Pack a nested tensor (numpy) with the affines of all widths up to ``max_bits``.
 
+    ``checkpoint.nested(path, mapped=True)`` has it packed straight from the memory-mapped file.
+
     Its scales and zeros are stored in 16 bits where bfloat16 and float16 hold them exactly, and shared by the widths
     whose affine follows from them. Raises InputError as ``pack`` does.
     """
