@@ -1,10 +1,10 @@
-"""The engine: one copy of a nested checkpoint in memory, any number of sequences, any width per call. No torch.
+"""The engine: one copy of a nested checkpoint in memory, any number of sessions, any width per call. No torch.
 
     engine = matquant.Engine("OUT")
     engine.generate("Once upon a time", bits=2)
     engine.score("Once upon a time", bits=8)
 
-A Sequence has its own key/value cache and workspace; the weights are shared and never copied, so sequences at different
+A Session has its own key/value cache and workspace; the weights are shared and never copied, so sessions at different
 widths can run at once from several threads (a step does not hold the interpreter lock). Results depend neither on the
 number of threads nor on what else runs.
 
@@ -23,13 +23,12 @@ from matquant import _native
 from matquant.checkpoint import open_checkpoint
 from matquant.errors import InputError, check_positive
 from matquant.nest import MASTER_BITS, check_bits
-from matquant.planes import serves
+from matquant.planes import ACTIVATIONS
 from matquant.runtime.model import load_model
 from matquant.runtime.sampling import Sampling, choose
 from matquant.runtime.vocabulary import TextStream, Vocabulary, end_ids, read_json, read_vocabulary
 from matquant.spec import Plan
 
-ACTIVATIONS = ("int8", "float")
 CHUNK = 128  # tokens of a prompt per step
 SCORE_VALUES = 2**24  # logits held at once while scoring
 CONTEXT_TAIL = 8  # tokens of the prompt that the text of the first new token may depend on
@@ -88,16 +87,16 @@ class Engine:
             raise InputError(f"bits={bits} and a plan with default {plan.default}; give one of them")
         resolved = plan.resolve(self.model.weights)
         for path, width in resolved.items():
-            if not serves(self.model.weights[path], width):
+            if width > self.max_bits:
                 raise InputError(
-                    f"bits={width} asked of an engine with max_bits={self.max_bits}; "
+                    f"bits={width} asked of an engine with max_bits={self.max_bits}, for {path}; "
                     "ask for fewer bits, or open it with more"
                 )
         return np.array([resolved.get(path, MASTER_BITS) for path in self.model.paths], dtype=np.uint8)
 
-    def sequence(self, capacity: int | None = None) -> "Sequence_":
+    def session(self, capacity: int | None = None) -> "Session":
         """An empty sequence with room for ``capacity`` tokens (None: the model's context)."""
-        return Sequence_(self, capacity or self.context)
+        return Session(self, capacity or self.context)
 
     # ------------------------------------------------------------------------------------------------- generating
 
@@ -136,12 +135,12 @@ class Engine:
         min_p: float | None = None,
         seed: int | None = None,
         stop: Sequence[str] = (),
-        sequence: "Sequence_ | None" = None,
+        session: "Session | None" = None,
     ) -> "Completion":
         """Generate text piece by piece, whole characters only: iterate over the result.
 
         Sampling options left None are those of generation_config.json if it has do_sample, else greedy. Ends at an
-        end-of-sequence token, a stop text (not part of the text), max_tokens or the end of the context. sequence: one
+        end-of-sequence token, a stop text (not part of the text), max_tokens or the end of the context. session: one
         whose cache holds a beginning of the prompt, to be continued.
         """
         check_positive(max_tokens=max_tokens)
@@ -154,7 +153,7 @@ class Engine:
             max_tokens=max_tokens,
             sampling=Sampling.of_model(self.generation_config, **given),
             text=TextStream(self.vocabulary, after=ids[-CONTEXT_TAIL:], stop=stop),
-            sequence=sequence or self.sequence(min(self.context, len(ids) + max_tokens)),
+            session=session or self.session(min(self.context, len(ids) + max_tokens)),
         )
 
     def generate(self, prompt: str | Sequence[int], **options: object) -> str:
@@ -175,12 +174,12 @@ class Engine:
             raise InputError(f"{len(ids)} tokens to score; give 2 to {self.context + 1}, the context and one")
         self._check_ids(ids)
         widths = self.widths(bits, plan)
-        sequence = self.sequence(len(ids) - 1)
+        session = self.session(len(ids) - 1)
         size = max(1, min(CHUNK, SCORE_VALUES // self.model.architecture.vocab))
         scores = []
         for start in range(0, len(ids) - 1, size):
             inputs = ids[start : min(start + size, len(ids) - 1)]
-            logits = sequence.extend(inputs, widths, all_logits=True).astype(np.float64)
+            logits = session.extend(inputs, widths, all_logits=True).astype(np.float64)
             largest = logits.max(axis=1)
             total = largest + np.log(np.exp(logits - largest[:, None]).sum(axis=1))
             targets = ids[start + 1 : start + 1 + len(inputs)]
@@ -188,7 +187,7 @@ class Engine:
         return np.concatenate(scores)
 
 
-class Sequence_:  # noqa: N801 (Sequence is Python's own)
+class Session:
     """One sequence: the tokens in its cache, and what a step writes. Used by one thread at a time."""
 
     def __init__(self, engine: Engine, capacity: int) -> None:
@@ -261,14 +260,14 @@ class Completion:
         max_tokens: int,
         sampling: Sampling,
         text: TextStream,
-        sequence: Sequence_,
+        session: Session,
     ) -> None:
         self.ids = list(prompt)
         self.prompt_tokens = len(prompt)
         self.tokens = 0
         self.prompt_s = self.decode_s = 0.0
         self.reason = "length"
-        self._pieces = self._run(engine, widths, max_tokens, sampling, text, sequence)
+        self._pieces = self._run(engine, widths, max_tokens, sampling, text, session)
 
     def __iter__(self) -> Iterator[str]:
         return self._pieces
@@ -280,13 +279,13 @@ class Completion:
         max_tokens: int,
         sampling: Sampling,
         text: TextStream,
-        sequence: Sequence_,
+        session: Session,
     ) -> Iterator[str]:
         generator = np.random.default_rng(sampling.seed)
-        known = sequence.match(self.ids)
-        sequence.rewind(known)
+        known = session.match(self.ids)
+        session.rewind(known)
         began = time.perf_counter()
-        logits = sequence.extend(self.ids[known:], widths)
+        logits = session.extend(self.ids[known:], widths)
         self.prompt_s = time.perf_counter() - began
         began = time.perf_counter()
         while self.tokens < max_tokens:
@@ -303,9 +302,9 @@ class Completion:
             if text.stopped:
                 self.reason = "stop"
                 return
-            if len(self.ids) > sequence.capacity or self.tokens == max_tokens:
+            if len(self.ids) > session.capacity or self.tokens == max_tokens:
                 break
-            logits = sequence.extend([token], widths)
+            logits = session.extend([token], widths)
         rest = text.finish()
         if text.stopped:
             self.reason = "stop"

@@ -5,8 +5,6 @@ matrices (embedding, head, linears out of scope) stay memory-mapped in the dtype
 become float32.
 """
 
-import json
-import mmap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +12,12 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from safetensors import safe_open
 
 from matquant import _native
 from matquant.checkpoint import Checkpoint
 from matquant.errors import InputError
-from matquant.planes import Weight, pack_weight
+from matquant.planes import Weight, bits_read, load_weight
 from matquant.runtime.families import Architecture, read_architecture
 
 PROJECTIONS = (  # in the order of native/model.hpp
@@ -32,20 +31,35 @@ EMBEDDING, HEAD, NORM = "model.embed_tokens", "lm_head", "model.norm"
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """What is loaded. paths: the module of each width that a step is given. weights: the quantised ones of them."""
+    """What is loaded. paths: the module of each width that a step is given. weights: the quantised ones of them.
 
-    native: Any
+    group_bytes: of the scale and zero of a group; plain_bytes: of the other matrices that each token reads.
+    """
+
+    native: _native.Model
     architecture: Architecture
     paths: tuple[str, ...]
     weights: Mapping[str, Weight]
-    plain_bytes_per_token: int
+    groups: Mapping[str, int]
+    group_bytes: int
+    plain_bytes: int
+
+    def bytes_per_token(self, widths: np.ndarray) -> int:
+        """Bytes of weights that decoding one token reads at ``widths`` (one per path)."""
+        total = self.plain_bytes
+        for path, bits in zip(self.paths, widths.tolist(), strict=True):
+            if path in self.weights:
+                weight = self.weights[path]
+                codes = weight.planes.rows * weight.planes.columns
+                total += codes * bits_read(bits, rule=weight.rule) // 8 + self.groups[path] * self.group_bytes
+        return total
 
 
 def load_model(checkpoint: Checkpoint, *, max_bits: int) -> Model:
     """Build the native model; InputError if the checkpoint is of a family, or has a tensor, that it cannot run."""
     where = checkpoint.directory
     architecture = read_architecture(checkpoint.config, where=where)
-    tensors = _map_tensors(checkpoint)
+    tensors = _plain_tensors(checkpoint)
     native = _native.Model(
         hidden=architecture.hidden,
         intermediate=architecture.intermediate,
@@ -66,7 +80,11 @@ def load_model(checkpoint: Checkpoint, *, max_bits: int) -> Model:
     tied = architecture.tied or (f"{HEAD}.weight" not in tensors and HEAD not in checkpoint.shapes)
     paths.append(EMBEDDING if tied else HEAD)
     _check_names(checkpoint, tensors, architecture, paths)
-    weights = {path: pack_weight(checkpoint, path, max_bits=max_bits) for path in paths if path in checkpoint.shapes}
+    weights = {
+        path: load_weight(checkpoint.nested(path, mapped=True), max_bits=max_bits)
+        for path in paths
+        if path in checkpoint.shapes
+    }
     matrices = {path: _matrix(path, weights.get(path), tensors, where) for path in paths}
 
     def norm(name: str) -> np.ndarray:
@@ -90,7 +108,9 @@ def load_model(checkpoint: Checkpoint, *, max_bits: int) -> Model:
         architecture=architecture,
         paths=tuple(paths),
         weights=weights,
-        plain_bytes_per_token=plain,
+        groups={path: checkpoint.array(f"{path}.weight_scale").size for path in weights},
+        group_bytes=4 if checkpoint.spec.scale_dtype == "bfloat16" else 8,
+        plain_bytes=plain,
     )
 
 
@@ -101,7 +121,7 @@ def _matrix(path: str, weight: Weight | None, tensors: Mapping[str, np.ndarray],
         bias = np.ascontiguousarray(bias.astype(np.float32))
     try:
         if weight is not None:
-            return _native.nested_matrix(weight, weight.address, bias)
+            return _native.nested_matrix(weight, weight.pointer, bias)
         stored = _tensor(f"{path}.weight", tensors, where)
         return _native.dense_matrix(_bytes(stored), stored.dtype.name, bias)
     except ValueError as error:
@@ -134,25 +154,18 @@ def _check_names(
         )
 
 
-def _map_tensors(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
+def _plain_tensors(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
     """Every tensor that is not part of a quantised weight, as a read-only view of its memory-mapped file."""
-    wanted = checkpoint.plain_names()
-    mapped: dict[str, np.ndarray] = {}
-    for file in sorted({checkpoint.files[name] for name in wanted}):
-        with (checkpoint.directory / file).open("rb") as stream:
-            content = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-        start = 8 + int.from_bytes(content[:8], "little")  # the header was checked when the checkpoint was opened
-        header = json.loads(content[8:start])
-        for name in wanted:
-            if checkpoint.files[name] != file:
-                continue
-            entry = header[name]
-            if entry["dtype"] not in DTYPES:
-                raise InputError(
-                    f"{name} of {checkpoint.directory} has dtype {entry['dtype']}; "
-                    f"the runtime reads {', '.join(DTYPES)}; store it as one of them"
-                )
-            dtype, first = DTYPES[entry["dtype"]], start + entry["data_offsets"][0]
-            count = (entry["data_offsets"][1] - entry["data_offsets"][0]) // dtype.itemsize
-            mapped[name] = np.frombuffer(content, dtype, count, first).reshape(entry["shape"])
-    return mapped
+    stored: dict[str, str] = {}
+    for file in sorted(set(checkpoint.files.values())):
+        with safe_open(checkpoint.directory / file, "np") as handle:
+            stored |= {name: handle.get_slice(name).get_dtype() for name in handle.keys()}  # noqa: SIM118 (no mapping)
+    tensors = {}
+    for name in checkpoint.plain_names():
+        if stored[name] not in DTYPES:
+            raise InputError(
+                f"{name} of {checkpoint.directory} has dtype {stored[name]}; "
+                f"the runtime reads {', '.join(DTYPES)}; store it as one of them"
+            )
+        tensors[name] = np.asarray(checkpoint.mapped(name, DTYPES[stored[name]]))
+    return tensors
