@@ -9,8 +9,10 @@
 #include <nanobind/stl/vector.h>
 #include <omp.h>
 
+#include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <new>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -112,6 +114,18 @@ Result<std::uint8_t> read_codes(const Weight& weight, int bits, int rule) {
   return new_matrix(rows, cols, std::move(codes));
 }
 
+// The bytes of one plane, [row blocks, bytes of a block].
+Result<std::uint8_t> plane_bytes(const Weight& weight, int plane) {
+  const Linear& linear = weight.linear();
+  if (plane < 0 || plane >= PLANE_COUNT || linear.plane[plane] == nullptr)
+    throw std::invalid_argument("that plane is not resident");
+  const auto blocks = static_cast<std::size_t>(ceil_div(linear.rows, BLOCK_ROWS));
+  const auto bytes = static_cast<std::size_t>(ceil_div(linear.cols, TILE_INPUTS)) * tile_bytes(plane);
+  auto copy = std::make_unique<std::uint8_t[]>(blocks * bytes);
+  std::memcpy(copy.get(), linear.plane[plane], blocks * bytes);
+  return new_matrix(blocks, bytes, std::move(copy));
+}
+
 Result<float> matmul(const Weight& weight, Contiguous<float> x, int bits, int activations, int threads) {
   const Linear& linear_weight = weight.linear();
   if (!serves(linear_weight, bits)) throw std::invalid_argument("that width is not resident");
@@ -122,8 +136,10 @@ Result<float> matmul(const Weight& weight, Contiguous<float> x, int bits, int ac
   if (tokens > 0) {
     const nb::gil_scoped_release released;
     const auto kind = static_cast<Activations>(activations);
-    const Memory workspace(input_bytes(tokens, linear_weight.cols, kind));
-    const Input input = make_input(workspace.data(), tokens, linear_weight.cols, kind);
+    const std::size_t bytes = input_bytes(tokens, linear_weight.cols, kind);
+    const std::unique_ptr<void, decltype(&std::free)> workspace(std::aligned_alloc(64, bytes), &std::free);
+    if (workspace == nullptr) throw std::bad_alloc();
+    const Input input = make_input(workspace.get(), tokens, linear_weight.cols, kind);
 #pragma omp parallel num_threads(threads > 0 ? threads : omp_get_max_threads())
     {
       prepare(input, x.data(), omp_get_thread_num(), omp_get_num_threads());
@@ -145,12 +161,13 @@ void bind_linear(nb::module_& module) {
       .def("add_values", &Weight::add_values<std::uint16_t>, nb::arg("scale").noconvert(), nb::arg("zero").noconvert())
       .def("set_affine", &Weight::set_affine, nb::arg("bits"), nb::arg("values"), nb::arg("step"), nb::arg("centre"))
       .def("codes", read_codes, nb::arg("bits"), nb::arg("rule"))
+      .def("plane", plane_bytes, nb::arg("plane"))
       .def("matmul", matmul, nb::arg("x").noconvert(), nb::arg("bits"), nb::arg("activations"), nb::arg("threads"))
       .def_prop_ro("pointer", [](const Weight& weight) { return reinterpret_cast<std::uintptr_t>(&weight.linear()); })
       .def_prop_ro("bytes", &Weight::bytes);
   module.def("isa", isa);
-  module.def(
-      "use_isa", [](const char* name) { use_kernels(name); }, nb::arg("name").none());
+  // An empty name: as MATQUANT_ISA or the machine says.
+  module.def("use_isa", [](const char* name) { use_kernels(*name == '\0' ? nullptr : name); });
 }
 
 }  // namespace matquant

@@ -153,7 +153,9 @@ def _pack(codes_NK: Codes, resident_bits: int, *, rule: str, group: int | None) 
 
 def _check_resident(planes: Planes, bits: int, rule: str) -> None:
     if bits_read(bits, rule=rule) > planes.resident_bits:
-        raise InputError(f"bits={bits} asked of planes that hold {planes.resident_bits} bits; pack with a larger max_bits")
+        raise InputError(
+            f"bits={bits} asked of planes that hold {planes.resident_bits} bits; pack with a larger max_bits"
+        )
 
 
 def _add_values(native: _native.Weight, scale_NG: Any, zero_NG: Any) -> int:
