@@ -27,6 +27,7 @@ GEMMA_NORMS = {
 HEAD_NORMS = {"query": "self_attn.q_norm", "key": "self_attn.k_norm"}
 GEMMA_DEFAULTS = {
     "head_dim": 256,
+    "num_key_value_heads": 4,
     "query_pre_attn_scalar": 256,
     "sliding_window": 4096,
     "tie_word_embeddings": True,
@@ -58,11 +59,13 @@ class Family:
 FAMILIES: dict[str, Family] = {
     "llama": Family(),
     "mistral": Family(window_period=1, defaults={"num_key_value_heads": 8, "sliding_window": 4096}),
-    "qwen2": Family(window_switch="use_sliding_window", defaults={"sliding_window": 4096}),
+    "qwen2": Family(
+        window_switch="use_sliding_window", defaults={"num_key_value_heads": 32, "sliding_window": 4096}
+    ),
     "qwen3": Family(
         norms=LLAMA_NORMS | HEAD_NORMS,
         window_switch="use_sliding_window",
-        defaults={"head_dim": 128, "sliding_window": 4096},
+        defaults={"head_dim": 128, "num_key_value_heads": 32, "sliding_window": 4096},
     ),
     "gemma2": Family(
         norms=GEMMA_NORMS,
