@@ -276,7 +276,7 @@ class Checkpoint:
         return [name for name, file in self.files.items() if name not in ours and file != SLICES]
 
     def nested(self, path: str, *, mapped: bool = False) -> NestedTensor:
-        """The quantised weight at ``path``, numpy arrays; with ``mapped`` the codes are a read-only view of the file."""
+        """The quantised weight at ``path``, numpy arrays; ``mapped``: codes are a read-only view of the file."""
         rows, columns = self.shapes[path]
         scale = self.array(f"{path}.weight_scale").astype(np.float32)
         zero = np.full_like(scale, 2 ** (MASTER_BITS - 1))

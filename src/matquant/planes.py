@@ -62,7 +62,7 @@ class Weight:
 def pack(codes_NK: Codes, *, max_bits: int = MASTER_BITS) -> Planes:
     """Codes to planes, keeping the planes that hold the top ``max_bits`` bits.
 
-    codes_NK: uint8 [N, K]; rows may be apart (a view of a file), columns may not. Copied once, straight into the planes.
+    codes_NK: uint8 [N, K]; rows may be apart (a view of a file), columns may not. Read once, straight into planes.
     Raises InputError for other dtypes, shapes and widths.
     """
     return _pack(codes_NK, bits_read(max_bits, rule="prefix"), rule="prefix", group=None)
