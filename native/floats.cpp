@@ -23,6 +23,7 @@ struct Brain { uint16_t bits; };
 // ---------------------------------------------------------------------------------------------------- loads, stores
 
 inline V splat(float value) { return V{} + value; }
+inline V select(I mask, V yes, V no) { return (V)(((I)yes & mask) | ((I)no & ~mask)); }
 
 inline V load(const float* p) {
   V v;
@@ -57,27 +58,41 @@ inline V load(const Half* p) {
 
 template <class T>
 inline V load_some(const T* p, int count) {  // the first `count` lanes, zeros behind
+  if (count == kLanes) return load(p);
   T lanes[kLanes] = {};
   std::memcpy(lanes, p, count * sizeof(T));
   return load(lanes);
 }
 
 inline void store(float* p, V v) { std::memcpy(p, &v, sizeof v); }
-inline void store_some(float* p, V v, int count) { std::memcpy(p, &v, count * sizeof(float)); }
+inline void store_some(float* p, V v, int count) {
+  if (count == kLanes)
+    store(p, v);
+  else
+    std::memcpy(p, &v, count * sizeof(float));
+}
 
 // To the nearest f16, ties to even; what is too large becomes the largest.
-inline Half to_half(float value) {
-  const float magnitude = std::fmin(std::fabs(value), 65504.0f);
-  std::uint32_t bits;
-  if (magnitude < 0x1p-14f) {
-    const float shifted = magnitude + 0.5f;  // whose last bit is worth 2^-24, as the last of a subnormal f16
-    std::memcpy(&bits, &shifted, sizeof bits);
-    bits -= 0x3f000000u;
-  } else {
-    std::memcpy(&bits, &magnitude, sizeof bits);
-    bits = (bits + 0xfffu + (bits >> 13 & 1) - (112u << 23)) >> 13;
-  }
-  return {(std::uint16_t)(bits | (std::signbit(value) ? 0x8000u : 0u))};
+inline H to_half(V v) {
+  v = select(v > 65504.0f, splat(65504.0f), select(v < -65504.0f, splat(-65504.0f), v));
+#if defined(__AVX512F__)
+  return (H)_mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__F16C__)
+  __m256 parts[2];
+  std::memcpy(parts, &v, sizeof v);
+  const __m128i half[2] = {_mm256_cvtps_ph(parts[0], _MM_FROUND_TO_NEAREST_INT),
+                           _mm256_cvtps_ph(parts[1], _MM_FROUND_TO_NEAREST_INT)};
+  H h;
+  std::memcpy(&h, half, sizeof h);
+  return h;
+#else
+  const U sign = (U)v & 0x80000000u, magnitude = (U)v & 0x7fffffffu;
+  const U normal = (magnitude + 0xfffu + (magnitude >> 13 & 1u) - (112u << 23)) >> 13;
+  // Adding 1/2 leaves as the last bit 2^-24, which is the last one of a subnormal f16.
+  const U small = (U)((V)magnitude + 0.5f) - 0x3f000000u;
+  const I is_small = (V)magnitude < 0x1p-14f;
+  return __builtin_convertvector((U)select(is_small, (V)small, (V)normal) | sign >> 16, H);
+#endif
 }
 
 inline float sum(V v) {
@@ -97,8 +112,6 @@ inline void map(const float* a, const float* b, int n, float* out, F f) {
 }
 
 // ---------------------------------------------------------------------------------------------------------- functions
-
-inline V select(I mask, V yes, V no) { return (V)(((I)yes & mask) | ((I)no & ~mask)); }
 
 // e^x to 2 ulp: x = n ln 2 + r with |r| <= ln 2 / 2, then the polynomial of Cephes' expf.
 inline V exponential(V x) {
@@ -161,6 +174,20 @@ void widen(const void* row, DType dtype, float scale, int n, float* out) {
 }
 
 // ---------------------------------------------------------------------------------------------------------- attention
+
+void rotate(float* x, const float* cosines, const float* sines, int half, float scale) {
+  for (int i = 0; i < half; i += kLanes) {
+    const int count = half - i < kLanes ? half - i : kLanes;
+    V a = load_some(x + i, count), b = load_some(x + half + i, count);
+    if (cosines) {
+      const V cosine = load_some(cosines + i, count), sine = load_some(sines + i, count), first = a;
+      a = a * cosine - b * sine;
+      b = b * cosine + first * sine;
+    }
+    store_some(x + i, a * scale, count);
+    store_some(x + half + i, b * scale, count);
+  }
+}
 
 // Columns d .. d + 16 * Vectors - 1 of the weighted sum of values.
 template <int Vectors, class T>
@@ -230,20 +257,28 @@ void attend(const Attention& a) { a.dtype == DType::f32 ? attend_as<float>(a) : 
 
 void store_key(const float* key, int dim, int position, DType dtype, void* keys) {
   const size_t at = (size_t)(position / kLanes) * kLanes * dim + position % kLanes;
-  for (int d = 0; d < dim; ++d)
-    if (dtype == DType::f32)
-      ((float*)keys)[at + d * kLanes] = key[d];
-    else
-      ((Half*)keys)[at + d * kLanes] = to_half(key[d]);
+  for (int d = 0; d < dim; d += kLanes) {
+    const int count = dim - d < kLanes ? dim - d : kLanes;
+    if (dtype == DType::f32) {
+      for (int i = 0; i < count; ++i) ((float*)keys)[at + (d + i) * kLanes] = key[d + i];
+      continue;
+    }
+    const H half = to_half(load_some(key + d, count));
+    for (int i = 0; i < count; ++i) ((Half*)keys)[at + (d + i) * kLanes] = {half[i]};
+  }
 }
 
 void store_value(const float* value, int dim, int position, DType dtype, void* values) {
   const size_t at = (size_t)position * round_to_lanes(dim);
-  for (int d = 0; d < dim; ++d)
-    if (dtype == DType::f32)
-      ((float*)values)[at + d] = value[d];
-    else
-      ((Half*)values)[at + d] = to_half(value[d]);
+  for (int d = 0; d < dim; d += kLanes) {
+    const V v = load_some(value + d, dim - d < kLanes ? dim - d : kLanes);
+    if (dtype == DType::f32) {
+      store((float*)values + at + d, v);
+    } else {
+      const H half = to_half(v);
+      std::memcpy((Half*)values + at + d, &half, sizeof half);
+    }
+  }
 }
 
 // ---------------------------------------------------------------------------------------------------- dense products
@@ -326,7 +361,7 @@ uint64_t read(const void* data, size_t bytes) {
 }  // namespace
 
 extern const Floats MATQUANT_FLOATS;
-const Floats MATQUANT_FLOATS = {rms_norm, add,   silu_times, gelu_times,  soft_cap, widen,
-                       attend,   dense, store_key,  store_value, read};
+const Floats MATQUANT_FLOATS = {rms_norm, add,    silu_times, gelu_times, soft_cap,    widen,
+                                rotate,   attend, dense,      store_key,  store_value, read};
 
 }  // namespace matquant

@@ -44,6 +44,8 @@ struct Floats {
   void (*gelu_times)(float* gate, const float* up, int n);  // the tanh form of GELU
   void (*soft_cap)(float* x, float cap, int n);             // x = cap * tanh(x / cap)
   void (*widen)(const void* row, DType dtype, float scale, int n, float* out);  // out = scale * row
+  // Pairs (x[i], x[i + half]) turned by the angles of the cosines and sines, then scaled; cosines null: only scaled.
+  void (*rotate)(float* x, const float* cosines, const float* sines, int half, float scale);
   void (*attend)(const Attention&);
   // y[t][row] = x[t] . weight[row] for rows row_start .. row_stop - 1
   void (*dense)(const Dense&, const float* x, int x_stride, int tokens, int row_start, int row_stop, float* y,

@@ -118,18 +118,13 @@ struct Worker {
     if (std::any_of(matrices, matrices + count, [](const Matrix& m) { return m.bias; })) finish(part);
   }
 
-  // x [head_dim] normed and turned to its position, in place.
-  void turn(float* x, const float* norm, const Layer& layer, int t) {
+  // x [head_dim] normed, turned to its position and scaled, in place.
+  void turn(float* x, const float* norm, const Layer& layer, int t, float scale) {
     const int half = model.head_dim / 2;
     if (norm) fn.rms_norm(x, norm, model.norm_eps, model.head_dim, x);
-    if (layer.rope < 0) return;
-    const float* cosine = space.cosines + ((size_t)layer.rope * space.max_tokens + t) * half;
-    const float* sine = space.sines + ((size_t)layer.rope * space.max_tokens + t) * half;
-    for (int i = 0; i < half; ++i) {
-      const float a = x[i], b = x[i + half];
-      x[i] = a * cosine[i] - b * sine[i];
-      x[i + half] = b * cosine[i] + a * sine[i];
-    }
+    const size_t at = ((size_t)layer.rope * space.max_tokens + t) * half;
+    if (layer.rope >= 0) fn.rotate(x, space.cosines + at, space.sines + at, half, scale);
+    if (layer.rope < 0 && scale != 1) fn.rotate(x, nullptr, nullptr, half, scale);
   }
 
   void attend(int index) {
@@ -142,12 +137,11 @@ struct Worker {
       const Row& row = rows[t];
       if (head < heads) {
         float* query = space.query + ((size_t)t * heads + head) * dim;
-        turn(query, layer.norms.query, layer, t);
-        for (int d = 0; d < dim; ++d) query[d] *= m.attention_scale;
+        turn(query, layer.norms.query, layer, t, m.attention_scale);
         continue;
       }
       float* key = space.key + ((size_t)t * kv + head - heads) * dim;
-      turn(key, layer.norms.key, layer, t);
+      turn(key, layer.norms.key, layer, t, 1);
       fn.store_key(key, dim, row.position, row.cache->dtype, row.cache->keys(index, head - heads));
       const float* value = space.value + ((size_t)t * kv + head - heads) * dim;
       fn.store_value(value, dim, row.position, row.cache->dtype, row.cache->values(index, head - heads));
@@ -290,7 +284,7 @@ void step(const Model& model, const std::uint8_t* bits, Activations activations,
   const Floats& fn = floats();
 #pragma omp parallel num_threads(workspace.threads)
   {
-    Worker worker{model, bits,      activations, rows, tokens, workspace, fn, omp_get_thread_num(), omp_get_num_threads()};
+    Worker worker{model, bits, activations, rows, tokens, workspace, fn, omp_get_thread_num(), omp_get_num_threads()};
     worker.run(first_logit, logits);
   }
 }
