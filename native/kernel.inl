@@ -11,6 +11,7 @@
 #define MATQUANT_LAMBDA __attribute__((always_inline))
 
 // unroll<N>(f) calls f(Index<0>{}) .. f(Index<N-1>{}), so that arrays indexed by it stay in registers.
+// (Their elements have no constructor: GCC 12 would make a loop of it, and a loop keeps the array on the stack.)
 template <int VALUE>
 struct Index {
   static constexpr int value = VALUE;
@@ -51,7 +52,7 @@ constexpr int planes_read(int read) { return read == 2 ? 1 : read == 3 ? 2 : rea
 // About 8 KiB ahead of all planes together: one thread then streams at 0.87-0.99 of what the memory gives, instead of
 // 0.57-0.85. It may run past the end of a plane, which a prefetch may.
 template <int READ>
-MATQUANT_INLINE void prefetch(const Streams& streams, int tile) {
+MATQUANT_INLINE void prefetch(const Streams& streams, unsigned tile) {
   constexpr int AHEAD = 8192 / (VECTOR_BYTES * READ);
   unroll<planes_read(READ)>([&](auto plane) MATQUANT_LAMBDA {
     const auto at = reinterpret_cast<std::uintptr_t>(streams.plane[plane]) +
@@ -74,7 +75,7 @@ struct Places {
 
 // Calls sink(quad, place, bytes) for the eight vectors of a tile.
 template <int READ, bool IN_PLACE, class Sink>
-MATQUANT_INLINE void decode(const Streams& streams, int tile, Sink&& sink) {
+MATQUANT_INLINE void decode(const Streams& streams, unsigned tile, Sink&& sink) {
   const std::uint8_t* at0 = streams.plane[0] + static_cast<std::size_t>(tile) * tile_bytes(0);
   if constexpr (READ == 2) {
     unroll<2>([&](auto half) MATQUANT_LAMBDA {
@@ -132,10 +133,10 @@ MATQUANT_INLINE void decode(const Streams& streams, int tile, Sink&& sink) {
 
 // Codes of the tiles first .. stop of a row block, [tile][quad][16 rows][4 inputs].
 template <int READ, bool SLICED>
-void decode_tiles(const Streams& streams, const Width& width, int first, int stop, std::uint8_t* out) {
+void decode_tiles(const Streams& streams, const Width& width, unsigned first, unsigned stop, std::uint8_t* out) {
   const Slicer slicer(width);
   constexpr int BASE = Places<READ, false>::base;
-  for (int tile = first; tile < stop; ++tile) {
+  for (unsigned tile = first; tile < stop; ++tile) {
     prefetch<READ>(streams, tile);
     decode<READ, false>(streams, tile, [&](auto quad, auto, Bytes bytes) MATQUANT_LAMBDA {
       if constexpr (SLICED)
@@ -148,7 +149,7 @@ void decode_tiles(const Streams& streams, const Width& width, int first, int sto
   }
 }
 
-using Decode = void (*)(const Streams&, const Width&, int, int, std::uint8_t*);
+using Decode = void (*)(const Streams&, const Width&, unsigned, unsigned, std::uint8_t*);
 
 Decode decode_of(const Width& width) {
   switch (width.read) {
@@ -184,9 +185,9 @@ struct RowAffine {
   Floats zero;  // of codes less c = 2^(bits - 1)
 };
 
-MATQUANT_INLINE RowAffine row_affine(const Linear& weight, const Width& width, int block, int group) {
+MATQUANT_INLINE RowAffine row_affine(const Linear& weight, const Width& width, int groups, int block, unsigned group) {
   const Affine& affine = weight.affine[width.bits];
-  const std::size_t at = (static_cast<std::size_t>(block) * (weight.cols / weight.group) + group) * 2 * BLOCK_ROWS;
+  const std::size_t at = (static_cast<std::size_t>(block) * groups + group) * 2 * BLOCK_ROWS;
   Floats scale, zero;
   if (affine.half) {
     const auto* values = static_cast<const std::uint16_t*>(affine.values) + at;
@@ -218,19 +219,34 @@ MATQUANT_INLINE void store_rows(float* y, Floats values, int rows) {
 // ------------------------------------------------------------------------------------------------------- segments
 
 struct Segment {
-  int first, stop;            // inputs
-  int first_tile, stop_tile;  // tiles that hold them
-  int group;                  // of weights
+  unsigned first, stop;            // inputs
+  unsigned first_tile, stop_tile;  // tiles that hold them
+  unsigned group;                  // of weights
   bool ends_group;
 };
 
-MATQUANT_INLINE Segment segment_at(const Linear& weight, int first) {
-  const int group = first / weight.group;
-  const int activation_stop = (first / ACTIVATION_GROUP + 1) * ACTIVATION_GROUP;
-  const int group_stop = (group + 1) * weight.group;
-  const int stop = smaller(smaller(activation_stop, group_stop), weight.cols);
-  return {first, stop, first / TILE_INPUTS, ceil_div(stop, TILE_INPUTS), group, stop == group_stop};
-}
+// Walks over the segments of a row. No division: a segment is a few dozen cycles of work at two bits.
+struct Segments {
+  unsigned group_inputs, inputs, at = 0, group = 0, group_stop;
+
+  MATQUANT_INLINE explicit Segments(const Linear& weight)
+      : group_inputs(static_cast<unsigned>(weight.group)),
+        inputs(static_cast<unsigned>(weight.cols)),
+        group_stop(group_inputs) {}
+  MATQUANT_INLINE bool more() const { return at < inputs; }
+  MATQUANT_INLINE Segment next() {
+    const unsigned activation_stop = (at | (ACTIVATION_GROUP - 1)) + 1;
+    const unsigned first = at;
+    at = activation_stop < group_stop ? activation_stop : group_stop;
+    const Segment segment = {first,       at, first / TILE_INPUTS, (at + TILE_INPUTS - 1) / TILE_INPUTS, group,
+                             at == group_stop};
+    if (segment.ends_group) {
+      ++group;
+      group_stop += group_inputs;
+    }
+    return segment;
+  }
+};
 
 MATQUANT_INLINE int padded_cols(int cols) { return ceil_div(cols, ACTIVATION_GROUP) * ACTIVATION_GROUP; }
 
@@ -240,12 +256,14 @@ struct Panel {
   const std::int8_t* codes;
   const float* scales;
   const std::int32_t* sums;
+  const std::int32_t* group_sums;
 
   Panel(const Input& input, int panel) {
     const std::size_t padded = static_cast<std::size_t>(padded_cols(input.cols)) * M;
     codes = input.codes + panel * padded;
     scales = input.scales + panel * (padded / ACTIVATION_GROUP);
     sums = input.code_sums + panel * (padded / TILE_INPUTS);
+    group_sums = input.group_sums + panel * (padded / ACTIVATION_GROUP);
   }
 };
 
@@ -260,24 +278,26 @@ struct SegmentCodes {
 
   MATQUANT_INLINE SegmentCodes(const Panel<M>& panel, const Segment& segment, bool whole_tiles) {
     codes = panel.codes + static_cast<std::size_t>(segment.first_tile) * TILE_INPUTS * M;
-    const float* scale = panel.scales + static_cast<std::size_t>(segment.first / ACTIVATION_GROUP) * M;
+    const std::size_t activation_group = segment.first / ACTIVATION_GROUP;
     for (int token = 0; token < M; ++token) {
-      sums[token] = 0;
-      scales[token] = scale[token];
+      scales[token] = panel.scales[activation_group * M + token];
+      sums[token] = panel.group_sums[activation_group * M + token];
     }
-    if (__builtin_expect(whole_tiles, 1)) {
-      for (int tile = segment.first_tile; tile < segment.stop_tile; ++tile)
-        for (int token = 0; token < M; ++token) sums[token] += panel.sums[static_cast<std::size_t>(tile) * M + token];
-    } else {
+    if (__builtin_expect(whole_tiles && segment.stop_tile - segment.first_tile == ACTIVATION_TILES, 1)) return;
+    for (int token = 0; token < M; ++token) sums[token] = 0;
+    if (!whole_tiles) {
       mask(segment);
+      return;
     }
+    for (unsigned tile = segment.first_tile; tile < segment.stop_tile; ++tile)
+      for (int token = 0; token < M; ++token) sums[token] += panel.sums[static_cast<std::size_t>(tile) * M + token];
   }
 
   void mask(const Segment& segment) {
-    const int start = segment.first_tile * TILE_INPUTS;
-    for (int input = start; input < segment.stop_tile * TILE_INPUTS; ++input)
+    const unsigned start = segment.first_tile * TILE_INPUTS;
+    for (unsigned input = start; input < segment.stop_tile * TILE_INPUTS; ++input)
       for (int token = 0; token < M; ++token) {
-        const int at = ((input - start) / 4 * M + token) * 4 + input % 4;
+        const unsigned at = ((input - start) / 4 * M + token) * 4 + input % 4;
         masked[at] = input >= segment.first && input < segment.stop ? codes[at] : std::int8_t{0};
         sums[token] += masked[at];
       }
@@ -301,6 +321,7 @@ void block_of_rows(const Linear& weight, const Width& width, const Input& input,
   constexpr int BASE = SLICED ? 0 : P::base;
   using Sums = Sum<range_of<READ, SLICED>()>;
   const bool whole_tiles = weight.group % TILE_INPUTS == 0 || weight.group == weight.cols;
+  const int groups = weight.cols / weight.group;
   const int offset = (1 << (width.bits - 1 + BASE)) - Sums::OFFSET;
   const Streams streams = streams_of(weight, block);
   const Slicer slicer(width);
@@ -312,13 +333,13 @@ void block_of_rows(const Linear& weight, const Width& width, const Input& input,
     total[token] = dot[token] = broadcast(0.0f);
     x_sum[token] = 0.0f;
   });
-  for (int first = 0; first < weight.cols;) {
-    const Segment segment = segment_at(weight, first);
-    first = segment.stop;
+  for (Segments segments(weight); segments.more();) {
+    const Segment segment = segments.next();
     const SegmentCodes<M> x(panel, segment, whole_tiles);
     Sums sums[P::count * M];
+    unroll<P::count * M>([&](auto sum) MATQUANT_LAMBDA { sums[sum].clear(); });
     const std::int8_t* codes = x.codes;
-    for (int tile = segment.first_tile; tile < segment.stop_tile; ++tile, codes += TILE_INPUTS * M) {
+    for (unsigned tile = segment.first_tile; tile < segment.stop_tile; ++tile, codes += TILE_INPUTS * M) {
       prefetch<READ>(streams, tile);
       decode<READ, IN_PLACE>(streams, tile, [&](auto quad, auto place, Bytes bytes) MATQUANT_LAMBDA {
         if constexpr (SLICED) bytes = slicer(bytes);
@@ -338,7 +359,7 @@ void block_of_rows(const Linear& weight, const Width& width, const Input& input,
       x_sum[token] += x.scales[token] * static_cast<float>(x.sums[token]);
     });
     if (segment.ends_group) {
-      const RowAffine affine = row_affine(weight, width, block, segment.group);
+      const RowAffine affine = row_affine(weight, width, groups, block, segment.group);
       unroll<M>([&](auto token) MATQUANT_LAMBDA {
         total[token] = finish(affine, total[token], dot[token], x_sum[token]);
         dot[token] = broadcast(0.0f);
@@ -382,12 +403,13 @@ constexpr int SEGMENT_BYTES = ACTIVATION_TILES * TILE_QUADS * VECTOR_BYTES;  // 
 
 // dots[block][token][16] += x_scale * (codes - c) . x_codes for the tokens TOKEN .. TOKEN + TOKENS of a panel of M.
 template <Range RANGE, int BLOCKS, int M, int TOKEN, int TOKENS>
-MATQUANT_INLINE void multiply_panel(const std::uint8_t* codes, int tiles, int centre, const SegmentCodes<M>& x,
+MATQUANT_INLINE void multiply_panel(const std::uint8_t* codes, unsigned tiles, int centre, const SegmentCodes<M>& x,
                                     float* dots) {
   using Sums = Sum<RANGE>;
   Sums sums[BLOCKS * TOKENS];
+  unroll<BLOCKS * TOKENS>([&](auto sum) MATQUANT_LAMBDA { sums[sum].clear(); });
   const std::int8_t* x_codes = x.codes + TOKEN * 4;
-  for (int tile = 0; tile < tiles; ++tile) {
+  for (unsigned tile = 0; tile < tiles; ++tile) {
     unroll<TILE_QUADS>([&](auto quad) MATQUANT_LAMBDA {
       unroll<BLOCKS>([&](auto block) MATQUANT_LAMBDA {
         const Bytes bytes = load(codes + block * SEGMENT_BYTES + quad * VECTOR_BYTES);
@@ -419,14 +441,14 @@ void many_tokens(const Linear& weight, const Width& width, const Input& input, i
   const int tokens = smaller(GEMM_TOKENS, input.tokens - first_token);
   const int panels = ceil_div(tokens, M);
   const bool whole_tiles = weight.group % TILE_INPUTS == 0 || weight.group == weight.cols;
+  const int groups = weight.cols / weight.group;
   const Decode decode_segment = decode_of(width);
   for (int at = 0; at < panels * BLOCKS * M * BLOCK_ROWS; ++at) dots[at] = totals[at] = 0.0f;
   for (int token = 0; token < panels * M; ++token) x_sums[token] = 0.0f;
   const auto sums_of = [&](int one, int token) { return ((token / M * BLOCKS + one) * M + token % M) * BLOCK_ROWS; };
 
-  for (int first = 0; first < weight.cols;) {
-    const Segment segment = segment_at(weight, first);
-    first = segment.stop;
+  for (Segments segments(weight); segments.more();) {
+    const Segment segment = segments.next();
     for (int one = 0; one < BLOCKS; ++one)
       decode_segment(streams_of(weight, block + one), width, segment.first_tile, segment.stop_tile,
                      decoded + one * SEGMENT_BYTES);
@@ -443,7 +465,7 @@ void many_tokens(const Linear& weight, const Width& width, const Input& input, i
     }
     if (!segment.ends_group) continue;
     for (int one = 0; one < BLOCKS; ++one) {
-      const RowAffine affine = row_affine(weight, width, block + one, segment.group);
+      const RowAffine affine = row_affine(weight, width, groups, block + one, segment.group);
       for (int token = 0; token < panels * M; ++token) {
         float* total = totals + sums_of(one, token);
         float* dot = dots + sums_of(one, token);
@@ -481,6 +503,7 @@ void exact_block(const Linear& weight, const Width& width, const Input& input, i
   const float* values = input.values + panel * padded;
   const float* value_sums = input.value_sums + panel * (padded / TILE_INPUTS);
   const bool whole_tiles = weight.group % TILE_INPUTS == 0 || weight.group == weight.cols;
+  const int groups = weight.cols / weight.group;
   const Streams streams = streams_of(weight, block);
   const Decode decode_segment = decode_of(width);
   const Floats centre = broadcast(static_cast<float>(1 << (width.bits - 1)));
@@ -491,12 +514,11 @@ void exact_block(const Linear& weight, const Width& width, const Input& input, i
     total[token] = dot[token] = broadcast(0.0f);
     x_sum[token] = 0.0f;
   });
-  for (int first = 0; first < weight.cols;) {
-    const Segment segment = segment_at(weight, first);
-    first = segment.stop;
+  for (Segments segments(weight); segments.more();) {
+    const Segment segment = segments.next();
     decode_segment(streams, width, segment.first_tile, segment.stop_tile, decoded);
     const std::uint8_t* codes = decoded;
-    for (int tile = segment.first_tile; tile < segment.stop_tile; ++tile, codes += TILE_QUADS * VECTOR_BYTES) {
+    for (unsigned tile = segment.first_tile; tile < segment.stop_tile; ++tile, codes += TILE_QUADS * VECTOR_BYTES) {
       alignas(64) float masked[TILE_INPUTS * M];
       const float* x = values + static_cast<std::size_t>(tile) * TILE_INPUTS * M;
       Floats sum[M];
@@ -508,7 +530,7 @@ void exact_block(const Linear& weight, const Width& width, const Input& input, i
       if (!whole_tiles) {
         for (int token = 0; token < M; ++token) tile_sum[token] = 0.0f;
         for (int at = 0; at < TILE_INPUTS * M; ++at) {
-          const int place = tile * TILE_INPUTS + at / M;
+          const unsigned place = tile * TILE_INPUTS + at / M;
           masked[at] = place >= segment.first && place < segment.stop ? x[at] : 0.0f;
           tile_sum[at % M] += masked[at];
         }
@@ -529,7 +551,7 @@ void exact_block(const Linear& weight, const Width& width, const Input& input, i
       });
     }
     if (segment.ends_group) {
-      const RowAffine affine = row_affine(weight, width, block, segment.group);
+      const RowAffine affine = row_affine(weight, width, groups, block, segment.group);
       unroll<M>([&](auto token) MATQUANT_LAMBDA {
         total[token] = finish(affine, total[token], dot[token], x_sum[token]);
         dot[token] = broadcast(0.0f);
@@ -646,6 +668,7 @@ void prepare_share(const Input& input, const float* x, int thread, int threads) 
     quantise_group(values, codes, input.scales[start / ACTIVATION_GROUP * panel + at], sums);
     for (int tile = 0; tile < ACTIVATION_TILES; ++tile)
       input.code_sums[(start / TILE_INPUTS + tile) * panel + at] = sums[tile];
+    input.group_sums[start / ACTIVATION_GROUP * panel + at] = sums[0] + sums[1] + sums[2] + sums[3];
     for (int quad = 0; quad < ACTIVATION_GROUP / 4; ++quad)
       __builtin_memcpy(input.codes + ((start / 4 + quad) * panel + at) * 4, codes + 4 * quad, 4);
   }

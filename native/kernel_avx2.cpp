@@ -130,8 +130,10 @@ MATQUANT_VECTOR Floats widen_float16(const std::uint16_t* from) {
 template <Range RANGE>
 struct Sum {
   static constexpr int OFFSET = RANGE == Range::wide ? 128 : 0;
-  Ints ints = {_mm256_setzero_si256(), _mm256_setzero_si256()};
-  Ints shorts = {_mm256_setzero_si256(), _mm256_setzero_si256()};
+  Ints ints, shorts;
+  MATQUANT_VECTOR void clear() {
+    ints = shorts = {_mm256_setzero_si256(), _mm256_setzero_si256()};
+  }
   MATQUANT_VECTOR static __m256i pairs(__m256i bytes, __m256i x) {
     if constexpr (RANGE == Range::wide) {
       const __m256i centred = _mm256_xor_si256(bytes, all(0x80));

@@ -95,7 +95,8 @@ MATQUANT_VECTOR Floats widen_float16(const std::uint16_t* from) { return _mm512_
 template <Range RANGE>
 struct Sum {
   static constexpr int OFFSET = 0;
-  __m512i ints = _mm512_setzero_si512();
+  __m512i ints;
+  MATQUANT_VECTOR void clear() { ints = _mm512_setzero_si512(); }
   MATQUANT_VECTOR void add(Bytes bytes, const std::int8_t* x) {
     std::int32_t four;
     __builtin_memcpy(&four, x, 4);

@@ -121,7 +121,11 @@ MATQUANT_VECTOR Floats widen_float16(const std::uint16_t* from) {
 template <Range RANGE>
 struct Sum {
   static constexpr int OFFSET = RANGE == Range::nibble ? 0 : 128;
-  Ints ints = {{vdupq_n_s32(0), vdupq_n_s32(0), vdupq_n_s32(0), vdupq_n_s32(0)}};
+  Ints ints;
+  MATQUANT_VECTOR void clear() {
+    const int32x4_t none = vdupq_n_s32(0);
+    ints = {{none, none, none, none}};
+  }
   MATQUANT_VECTOR static int8x16_t centred(uint8x16_t bytes) {
     if constexpr (RANGE == Range::nibble) return vreinterpretq_s8_u8(bytes);
     return vreinterpretq_s8_u8(veorq_u8(bytes, vdupq_n_u8(0x80)));

@@ -148,7 +148,8 @@ inline Floats widen_float16(const std::uint16_t* from) {
 template <Range RANGE>
 struct Sum {
   static constexpr int OFFSET = 0;  // what the bytes are taken less
-  Ints ints{};
+  Ints ints;
+  void clear() { ints = {}; }
   void add(const Bytes& bytes, const std::int8_t* x) {
     MATQUANT_EACH(16)
     ints.at[i] += bytes.at[4 * i] * x[0] + bytes.at[4 * i + 1] * x[1] + bytes.at[4 * i + 2] * x[2] +

@@ -109,7 +109,7 @@ Width width_of(int bits, Rule rule) {
 Input make_input(void* workspace, int tokens, int cols, Activations activations) {
   const std::size_t padded = padded_values(tokens, cols);
   auto* at = static_cast<char*>(workspace);
-  Input input{tokens, cols, activations, panel_of(tokens), nullptr, nullptr, nullptr, nullptr, nullptr};
+  Input input{tokens, cols, activations, panel_of(tokens), nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
   if (activations == Activations::exact) {
     input.values = reinterpret_cast<float*>(at);
     input.value_sums = reinterpret_cast<float*>(at + in_lines(padded * sizeof(float)));
@@ -119,6 +119,8 @@ Input make_input(void* workspace, int tokens, int cols, Activations activations)
     input.scales = reinterpret_cast<float*>(at);
     at += in_lines(padded / ACTIVATION_GROUP * sizeof(float));
     input.code_sums = reinterpret_cast<std::int32_t*>(at);
+    at += in_lines(padded / TILE_INPUTS * sizeof(std::int32_t));
+    input.group_sums = reinterpret_cast<std::int32_t*>(at);
   }
   return input;
 }
@@ -127,7 +129,7 @@ std::size_t input_bytes(int tokens, int cols, Activations activations) {
   const std::size_t padded = padded_values(tokens, cols);
   const std::size_t sums = in_lines(padded / TILE_INPUTS * 4);
   if (activations == Activations::exact) return in_lines(padded * sizeof(float)) + sums;
-  return in_lines(padded) + in_lines(padded / ACTIVATION_GROUP * sizeof(float)) + sums;
+  return in_lines(padded) + 2 * in_lines(padded / ACTIVATION_GROUP * sizeof(float)) + sums;
 }
 
 void prepare(const Input& input, const float* x, int thread, int threads) {

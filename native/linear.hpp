@@ -58,6 +58,7 @@ struct Input {
   std::int8_t* codes;        // [panels][padded / 4][panel][4]
   float* scales;             // [panels][padded / 128][panel]
   std::int32_t* code_sums;   // [panels][padded / 32][panel]
+  std::int32_t* group_sums;  // [panels][padded / 128][panel]
   float* values;             // [panels][padded][panel]    (exact)
   float* value_sums;         // [panels][padded / 32][panel]    (exact)
 };
