@@ -7,6 +7,8 @@
 #include <omp.h>
 
 #include <chrono>
+#include <cstring>
+#include <memory>
 #include <stdexcept>
 
 #include "model.hpp"
@@ -39,22 +41,11 @@ Dense dense_of(const Raw2& array, const std::string& dtype) {
   return {array.data(), kind, (int)array.shape(0), (int)array.shape(1)};
 }
 
-// A Model with the Python objects whose memory it points into.
-struct Held {
-  Model model;
-  std::vector<nb::object> owners;
-
-  const float* keep(const std::optional<Floats1>& array, int length) {
-    if (!array) return nullptr;
-    require((int)array->shape(0) == length, "a vector has the wrong length");
-    owners.push_back(nb::cast(*array));
-    return array->data();
-  }
-};
-
+// A Matrix with what owns its memory.
 struct HeldMatrix {
   Matrix matrix;
   std::vector<nb::object> owners;
+  std::shared_ptr<Memory> memory;
 
   void add_bias(const std::optional<Floats1>& bias) {
     if (!bias) return;
@@ -64,10 +55,46 @@ struct HeldMatrix {
   }
 };
 
-HeldMatrix dense_matrix(const Raw2& array, const std::string& dtype, const std::optional<Floats1>& bias) {
+// A Model with the Python objects whose memory it points into.
+struct Held {
+  Model model;
+  std::vector<nb::object> owners;
+  std::vector<std::shared_ptr<Memory>> memories;
+
+  const Matrix& keep(const HeldMatrix& held) {
+    owners.insert(owners.end(), held.owners.begin(), held.owners.end());
+    memories.push_back(held.memory);
+    return held.matrix;
+  }
+
+  const float* keep(const std::optional<Floats1>& array, int length) {
+    if (!array) return nullptr;
+    require((int)array->shape(0) == length, "a vector has the wrong length");
+    owners.push_back(nb::cast(*array));
+    return array->data();
+  }
+};
+
+// resident: copied into huge pages, where it streams faster than from a mapped file; for what every token reads whole.
+HeldMatrix dense_matrix(const Raw2& array, const std::string& dtype, const std::optional<Floats1>& bias,
+                        bool resident) {
   HeldMatrix held;
   held.matrix.dense = dense_of(array, dtype);
-  held.owners.push_back(nb::cast(array));
+  if (resident) {
+    const size_t bytes = array.nbytes();
+    held.memory = std::make_shared<Memory>(bytes);
+    const char* from = (const char*)array.data();
+    const nb::gil_scoped_release unlocked;
+#pragma omp parallel
+    {
+      const size_t me = omp_get_thread_num(), all = omp_get_num_threads();
+      const size_t start = bytes * me / all, stop = bytes * (me + 1) / all;
+      std::memcpy(held.memory->data() + start, from + start, stop - start);
+    }
+    held.matrix.dense.data = held.memory->data();
+  } else {
+    held.owners.push_back(nb::cast(array));
+  }
   held.add_bias(bias);
   return held;
 }
@@ -90,10 +117,7 @@ void add_layer(Held& held, const std::vector<HeldMatrix*>& matrices, const std::
   require(matrices.size() == kProjections && norms.size() == 6, "a layer has seven matrices and six norms");
   require(window >= 0 && rope >= -1 && rope < (int)m.ropes.size(), "window or rope out of range");
   Layer layer{};
-  for (int i = 0; i < kProjections; ++i) {
-    layer.matrix[i] = matrices[i]->matrix;
-    held.owners.insert(held.owners.end(), matrices[i]->owners.begin(), matrices[i]->owners.end());
-  }
+  for (int i = 0; i < kProjections; ++i) layer.matrix[i] = held.keep(*matrices[i]);
   const int queries = m.heads * m.head_dim, keys = m.kv_heads * m.head_dim;
   check_shape(layer.matrix[kQuery], queries, m.hidden);
   check_shape(layer.matrix[kKey], keys, m.hidden);
@@ -110,15 +134,13 @@ void add_layer(Held& held, const std::vector<HeldMatrix*>& matrices, const std::
   m.layers.push_back(layer);
 }
 
-void set_ends(Held& held, const Raw2& embedding, const std::string& dtype, const HeldMatrix& head,
-              const Floats1& norm) {
+void set_ends(Held& held, const HeldMatrix& embedding, const HeldMatrix& head, const Floats1& norm) {
   Model& m = held.model;
-  m.embedding = dense_of(embedding, dtype);
-  require(m.embedding.rows == m.vocab && m.embedding.cols == m.hidden, "the embedding has the wrong shape");
-  held.owners.push_back(nb::cast(embedding));
-  m.head = head.matrix;
-  check_shape(m.head, m.vocab, m.hidden);
-  held.owners.insert(held.owners.end(), head.owners.begin(), head.owners.end());
+  require(!embedding.matrix.nested, "the embedding is quantised");
+  check_shape(embedding.matrix, m.vocab, m.hidden);
+  check_shape(head.matrix, m.vocab, m.hidden);
+  m.embedding = held.keep(embedding).dense;
+  m.head = held.keep(head);
   m.norm = held.keep(norm, m.hidden);
 }
 
@@ -202,7 +224,8 @@ class Stream {
 
 void bind_model(nb::module_& module) {
   nb::class_<HeldMatrix>(module, "Matrix");
-  module.def("dense_matrix", &dense_matrix, nb::arg("data"), nb::arg("dtype"), nb::arg("bias").none());
+  module.def("dense_matrix", &dense_matrix, nb::arg("data"), nb::arg("dtype"), nb::arg("bias").none(),
+             nb::arg("resident"));
   module.def("nested_matrix", &nested_matrix, nb::arg("owner"), nb::arg("linear"), nb::arg("bias").none());
 
   nb::class_<Held>(module, "Model")
@@ -231,7 +254,7 @@ void bind_model(nb::module_& module) {
           },
           nb::arg("frequencies"), nb::arg("scale"))
       .def("add_layer", &add_layer, nb::arg("matrices"), nb::arg("norms"), nb::arg("window"), nb::arg("rope"))
-      .def("set_ends", &set_ends, nb::arg("embedding"), nb::arg("dtype"), nb::arg("head"), nb::arg("norm"));
+      .def("set_ends", &set_ends, nb::arg("embedding"), nb::arg("head"), nb::arg("norm"));
 
   nb::class_<Cache>(module, "Cache")
       .def(

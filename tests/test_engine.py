@@ -330,7 +330,8 @@ def test_draws_follow_the_distribution_and_the_seed() -> None:
     logits = np.log(np.array([0.5, 0.3, 0.15, 0.05], dtype=np.float32))
     for options in ({}, {"top_k": 3}):
         sampling = Sampling(temperature=1.0, seed=5, **options)
-        draws = [[choose(logits, sampling, g) for _ in range(4000)] for g in [np.random.default_rng(5)] * 1][0]
+        generator = np.random.default_rng(5)
+        draws = [choose(logits, sampling, generator) for _ in range(4000)]
         counts = np.bincount(draws, minlength=4) / 4000
         expected = np.array([0.5, 0.3, 0.15, 0.0 if options else 0.05])
         np.testing.assert_allclose(counts, expected / expected.sum(), atol=0.03)
@@ -399,7 +400,7 @@ def test_templates_are_rendered_as_transformers_does(reference: Path, tmp_path: 
         assert render(read_vocabulary(directory), messages) == expected
     config = json.loads((reference / "tokenizer_config.json").read_text()) | {"chat_template": TEMPLATE}
     old = read_vocabulary(changed(reference, tmp_path / "old", tokenizer_config__json=config))
-    with pytest.raises(matquant.InputError, match="refuses this conversation .what role is this.; change it"):
+    with pytest.raises(matquant.InputError, match=r"refuses this conversation \(what role is this\); change it"):
         render(old, [{"role": "tool", "content": "x"}])
     for hostile in ("{{ ''.__class__.__mro__ }}", "{{ messages.append(1) }}", "{% for"):
         attack = read_vocabulary(changed(reference, tmp_path / hostile[3:6], chat_template__jinja=hostile))
@@ -458,7 +459,8 @@ def test_the_engine_runs_without_torch_and_beside_it(code: str, reference: Path,
 
 def test_generated_text_is_the_same_on_every_instruction_set(reference: Path, engine: matquant.Engine) -> None:
     expected = engine.generate(PROMPT, bits=3, max_tokens=12)
-    code = "import sys, matquant; print(matquant.Engine(sys.argv[1], threads=1).generate(sys.argv[2], bits=3, max_tokens=12))"
+    code = "import sys, matquant; engine = matquant.Engine(sys.argv[1], threads=1)"
+    code += "; print(engine.generate(sys.argv[2], bits=3, max_tokens=12))"
     for isa in ("scalar", "avx2"):
         done = subprocess.run(
             [sys.executable, "-c", code, str(reference), PROMPT],
@@ -469,5 +471,3 @@ def test_generated_text_is_the_same_on_every_instruction_set(reference: Path, en
         if done.returncode and "is not an instruction set of this machine" in done.stderr:
             continue
         assert done.stdout == expected + "\n", done.stderr
-
-

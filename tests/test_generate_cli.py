@@ -107,9 +107,9 @@ def test_generate_refuses_in_one_line(
 
 
 def test_ctrl_c_ends_with_130_and_keeps_what_was_shown(checkpoint: Path) -> None:
-    command = [sys.executable, "-u", "-m", "matquant", "generate", str(checkpoint), "--prompt", PROMPT, "--threads", "1"]
+    options = ("--prompt", PROMPT, "--threads", "1", "--max-tokens", "500", "--activations", "float")
     process = subprocess.Popen(
-        [*command, "--max-tokens", "500", "--activations", "float"],
+        [sys.executable, "-u", "-m", "matquant", "generate", checkpoint, *options],
         env={**os.environ, "MATQUANT_ISA": "scalar"},  # slow, so that the signal comes in time
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

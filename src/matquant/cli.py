@@ -202,9 +202,7 @@ FromModel = "generation_config.json, else greedy"
 Temperature = Annotated[float | None, Option(help="0: always the most probable token.", show_default=FromModel)]
 TopK = Annotated[int | None, Option(help="Draw from the k most probable; 0: from all.", show_default="as temperature")]
 TopP = Annotated[float | None, Option(help="Of these, the fewest that hold p.", show_default="as temperature")]
-MinP = Annotated[
-    float | None, Option(help="Of these, at least p times the first.", show_default="as temperature")
-]
+MinP = Annotated[float | None, Option(help="Of these, at least p times the first.", show_default="as temperature")]
 Seed = Annotated[int | None, Option(help="Of the draws.", show_default="0")]
 Stop = Annotated[list[str] | None, Option(metavar="TEXT", help="Stop at this text, which is not shown; repeatable.")]
 Threads = Annotated[int | None, Option(help="CPU threads.", show_default="OMP_NUM_THREADS, else all")]

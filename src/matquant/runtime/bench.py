@@ -32,7 +32,9 @@ class Sample:
     undisturbed: bool
 
 
-def bench(engine: Engine, *, bits: Sequence[int], tokens: int = 32, rounds: int = 7, context: int = 16) -> dict[str, Any]:
+def bench(
+    engine: Engine, *, bits: Sequence[int], tokens: int = 32, rounds: int = 7, context: int = 16
+) -> dict[str, Any]:
     """Decode ``tokens`` tokens at each width in each round, after ``context`` tokens of prompt.
 
     Returns {"stream_gb_s", "undisturbed", "threads", "isa", "widths": {width: {"tok_s", "mb_per_token", "gb_s",

@@ -21,7 +21,7 @@ Message = Mapping[str, str]  # {"role": "system", "user" or "assistant", "conten
 
 
 def render(vocabulary: Vocabulary, messages: Sequence[Message]) -> str:
-    """The text of a conversation, up to where the assistant speaks. InputError if the template refuses or is missing."""
+    """The text of a conversation, up to where the assistant speaks. InputError if the template refuses."""
     if vocabulary.chat_template is None:
         raise InputError("the model has no chat template; use matquant generate, or put chat_template.jinja beside it")
 
@@ -59,7 +59,8 @@ class Conversation:
         self.options = options
         self.messages: list[Message] = [{"role": "system", "content": system}] if system else []
         self._session = engine.session()
-        render(engine.vocabulary, [*self.messages, {"role": "user", "content": "Hello"}])  # refuse now rather than later
+        # What the template refuses, it should refuse now.
+        render(engine.vocabulary, [*self.messages, {"role": "user", "content": "Hello"}])
 
     def ask(self, text: str) -> Completion:
         """The reply to ``text``, to be iterated over; then give what was shown of it to ``answered``."""

@@ -59,9 +59,7 @@ class Family:
 FAMILIES: dict[str, Family] = {
     "llama": Family(),
     "mistral": Family(window_period=1, defaults={"num_key_value_heads": 8, "sliding_window": 4096}),
-    "qwen2": Family(
-        window_switch="use_sliding_window", defaults={"num_key_value_heads": 32, "sliding_window": 4096}
-    ),
+    "qwen2": Family(window_switch="use_sliding_window", defaults={"num_key_value_heads": 32, "sliding_window": 4096}),
     "qwen3": Family(
         norms=LLAMA_NORMS | HEAD_NORMS,
         window_switch="use_sliding_window",
@@ -177,6 +175,11 @@ def _refuse(values: Mapping[str, Any], where: object) -> None:
     for key, harmless in (("use_bidirectional_attention", (None, False)), ("partial_rotary_factor", (None, 1, 1.0))):
         if values.get(key) not in harmless:
             raise InputError(f"{where} has {key}={values[key]}, which the runtime does not decode; use matquant.load")
+    for key in ("layer_types", "no_rope_layers"):
+        if values.get(key) and len(values[key]) != values["num_hidden_layers"]:
+            raise InputError(
+                f"{where} has {len(values[key])} {key} for {values['num_hidden_layers']} layers; repair config.json"
+            )
 
 
 def _is_gelu(name: Any, where: object) -> bool:
@@ -189,7 +192,7 @@ def _is_gelu(name: Any, where: object) -> bool:
 
 def _windows(values: Mapping[str, Any], family: Family) -> tuple[int, ...]:
     """The sliding window of every layer, 0 where there is none."""
-    count = values["num_hidden_layers"]
+    count: int = values["num_hidden_layers"]
     window = values.get("sliding_window")
     if not window or (family.window_switch and not values.get(family.window_switch)):
         return (0,) * count

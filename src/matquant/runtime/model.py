@@ -1,8 +1,8 @@
 """A nested checkpoint as the native decode step holds it: planes of the quantised weights, the rest as stored.
 
-Quantised weights are packed from the memory-mapped file into planes, once; every width is read from these. All other
-matrices (embedding, head, linears out of scope) stay memory-mapped in the dtype of the file. Norm weights are small and
-become float32.
+Quantised weights are packed from the memory-mapped file into planes, once; every width is read from these. The other
+matrices that each token reads (head, linears out of scope) are copied into huge pages in the dtype of the file; an
+embedding that is not also the head stays memory-mapped. Norm weights are small and become float32.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,6 +26,7 @@ PROJECTIONS = (  # in the order of native/model.hpp
 )
 NORMS = ("input", "attention_out", "ffn", "ffn_out", "query", "key")
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+HUGE_PAGE_BYTES = 2**21
 EMBEDDING, HEAD, NORM = "model.embed_tokens", "lm_head", "model.norm"
 
 
@@ -100,8 +101,8 @@ def load_model(checkpoint: Checkpoint, *, max_bits: int) -> Model:
             architecture.windows[layer],
             architecture.ropes[layer],
         )
-    embedding = _tensor(f"{EMBEDDING}.weight", tensors, where)
-    native.set_ends(_bytes(embedding), embedding.dtype.name, matrices[paths[-1]], norm(NORM))
+    embedding = matrices.get(EMBEDDING) or _matrix(EMBEDDING, None, tensors, where, resident=False)
+    native.set_ends(embedding, matrices[paths[-1]], norm(NORM))
     plain = sum(tensors[f"{path}.weight"].nbytes for path in paths if path not in weights)
     return Model(
         native=native,
@@ -114,8 +115,13 @@ def load_model(checkpoint: Checkpoint, *, max_bits: int) -> Model:
     )
 
 
-def _matrix(path: str, weight: Weight | None, tensors: Mapping[str, np.ndarray], where: Path) -> Any:
-    """The native matrix of a module: nested, or as stored; with its bias if it has one."""
+def _matrix(
+    path: str, weight: Weight | None, tensors: Mapping[str, np.ndarray], where: Path, *, resident: bool = True
+) -> _native.Matrix:
+    """The native matrix of a module: nested, or as stored; with its bias if it has one.
+
+    resident: copy a large one out of the mapped file, into huge pages.
+    """
     bias = tensors.get(f"{path}.bias")
     if bias is not None:
         bias = np.ascontiguousarray(bias.astype(np.float32))
@@ -123,14 +129,10 @@ def _matrix(path: str, weight: Weight | None, tensors: Mapping[str, np.ndarray],
         if weight is not None:
             return _native.nested_matrix(weight, weight.pointer, bias)
         stored = _tensor(f"{path}.weight", tensors, where)
-        return _native.dense_matrix(_bytes(stored), stored.dtype.name, bias)
+        data = stored if stored.dtype == np.float32 else stored.view(np.uint16)
+        return _native.dense_matrix(data, stored.dtype.name, bias, resident and stored.nbytes >= HUGE_PAGE_BYTES)
     except ValueError as error:
         raise InputError(f"{path} of {where} does not fit ({error}); write the checkpoint again") from None
-
-
-def _bytes(array: np.ndarray) -> np.ndarray:
-    """A 16-bit float array as the uint16 that C++ is handed; float32 as it is."""
-    return array if array.dtype == np.float32 else array.view(np.uint16)
 
 
 def _tensor(name: str, tensors: Mapping[str, np.ndarray], where: Path) -> np.ndarray:
