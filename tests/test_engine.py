@@ -169,6 +169,7 @@ def test_generation_config_is_followed_and_overridden(reference: Path, tmp_path:
         ({"bits": 2, "plan": matquant.Plan()}, "bits=2 and a plan with default 8; give one of them"),
         ({"prompt": PROMPT * 90}, "the prompt has 630 tokens, the context of {path} is 512; shorten it"),
         ({"prompt": [1, 4096]}, "token 4096 is outside the vocabulary of 4096; use the model's own tokenizer"),
+        ({"prompt": "a\udcff"}, "the text is not UTF-8 (at character 1); convert it"),
         ({"max_tokens": 0}, "max_tokens=0; give a number above 0"),
         ({"stop": ["x", ""]}, "--stop '' is empty; give the text to stop at"),
         ({"temperature": -1}, "temperature=-1; give a number at least 0"),

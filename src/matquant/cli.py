@@ -229,9 +229,10 @@ def generate(
     check_hashes: CheckHashes = True,
 ) -> None:
     """Continue a text at any width, streaming. Needs no torch."""
-    code = importlib.import_module("matquant.runtime.terminal").generate(
+    _serve(
+        "generate",
         directory,
-        sys.stdin.read() if prompt == "-" else prompt,
+        _read_input() if prompt == "-" else prompt,
         bits=bits,
         plan=plan,
         engine={
@@ -248,7 +249,6 @@ def generate(
         seed=seed,
         stop=stop or [],
     )
-    raise typer.Exit(code)
 
 
 @app.command()
@@ -269,7 +269,8 @@ def chat(
     check_hashes: CheckHashes = True,
 ) -> None:
     """Talk to a model through its chat template; /bits 2 switches the width between replies, /quit ends."""
-    code = importlib.import_module("matquant.runtime.terminal").chat(
+    _serve(
+        "chat",
         directory,
         bits=bits,
         plan=plan,
@@ -287,7 +288,6 @@ def chat(
         min_p=min_p,
         seed=seed,
     )
-    raise typer.Exit(code)
 
 
 @app.command()
@@ -332,6 +332,22 @@ def _needs_torch(module: str) -> Any:
         if (error.name or "").startswith("matquant"):
             raise
         raise InputError(f"this needs {error.name}, which is not installed; pip install 'matquant[train]'") from None
+
+
+def _serve(verb: str, *arguments: Any, **options: Any) -> None:
+    """Run a verb of matquant.runtime.terminal, imported only now; Ctrl-C ends it with 130 wherever it is."""
+    try:
+        code = getattr(importlib.import_module("matquant.runtime.terminal"), verb)(*arguments, **options)
+    except KeyboardInterrupt:
+        code = 130
+    raise typer.Exit(code)
+
+
+def _read_input() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise InputError(f"--prompt -: not UTF-8 ({error.reason} at byte {error.start}); convert it") from None
 
 
 def _numbers(text: str, kind: type, flag: str) -> list[Any]:

@@ -8,7 +8,6 @@ embedding that is not also the head stays memory-mapped. Norm weights are small 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np

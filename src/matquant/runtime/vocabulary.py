@@ -34,7 +34,7 @@ class Vocabulary:
 
     def prompt(self, text: str) -> list[int]:
         """Ids of a prompt, as the model's tokenizer gives them."""
-        ids: list[int] = self.tokenizer.encode(text).ids
+        ids: list[int] = self.tokenizer.encode(_whole(text)).ids
         if self.adds_bos and self.bos is not None and ids[:1] != [self.bos]:
             return [self.bos, *ids]
         return ids
@@ -45,7 +45,7 @@ class Vocabulary:
 
     def plain(self, text: str) -> list[int]:
         """Ids of a text with nothing added."""
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
+        ids: list[int] = self.tokenizer.encode(_whole(text), add_special_tokens=False).ids
         return ids
 
 
@@ -88,6 +88,15 @@ def end_ids(config: Mapping[str, Any], generation: Mapping[str, Any]) -> frozens
     """The token ids that end a sequence."""
     given = generation.get("eos_token_id", config.get("eos_token_id"))
     return frozenset(given if isinstance(given, list) else [] if given is None else [given])
+
+
+def _whole(text: str) -> str:
+    """``text`` itself; InputError if it has bytes that were no characters, as a terminal may pass them."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"the text is not UTF-8 (at character {error.start}); convert it") from None
+    return text
 
 
 def _content(value: Any) -> str | None:
