@@ -13,8 +13,9 @@ constexpr int ACTIVATION_GROUP = 128;
 constexpr int ACTIVATION_TILES = ACTIVATION_GROUP / TILE_INPUTS;
 constexpr int PANEL_TOKENS = 8;  // widest panel of an Input
 
-constexpr int ceil_div(int a, int b) { return a / b + (a % b != 0); }
-constexpr int tile_bytes(int plane) { return VECTOR_BYTES * PLANE_BITS[plane]; }
+// Static: a copy that is not inlined must not be shared between files compiled for different machines.
+static constexpr int ceil_div(int a, int b) { return a / b + (a % b != 0); }
+static constexpr int tile_bytes(int plane) { return VECTOR_BYTES * PLANE_BITS[plane]; }
 
 // How a width is read: the top `read` bits of the code are loaded, then
 //     slice = min((top >> shift) & mask) + ((top >> round_shift) & round_mask), cap)

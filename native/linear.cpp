@@ -43,7 +43,8 @@ bool runs_here(const Kernels& table) {
   if (&table == &kernels_scalar) return true;
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  if (&table == &kernels_avx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c")) return false;
+  if (&table == &kernels_avx2) return true;
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
 #elif defined(__aarch64__) && defined(__linux__)
