@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from rich.table import Table
@@ -60,9 +61,9 @@ def bench(
     for width in bits:
         decode(width)  # touch every plane once
     for _ in range(rounds):
-        limits.append(_timed(lambda: stream.read(engine.threads), stream.bytes, engine.threads))
+        limits.append(_timed(partial(stream.read, engine.threads), stream.bytes, engine.threads))
         for width in bits:
-            samples[width].append(_timed(lambda width=width: decode(width), tokens, engine.threads))  # type: ignore[misc]
+            samples[width].append(_timed(partial(decode, width), tokens, engine.threads))
     limit = _median(limits)
     record: dict[str, Any] = {
         "stream_gb_s": limit / 1e9,

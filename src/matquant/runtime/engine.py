@@ -16,6 +16,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -156,9 +157,9 @@ class Engine:
             session=session or self.session(min(self.context, len(ids) + max_tokens)),
         )
 
-    def generate(self, prompt: str | Sequence[int], **options: object) -> str:
+    def generate(self, prompt: str | Sequence[int], **options: Any) -> str:
         """The text that ``stream`` with the same options gives, at once."""
-        return "".join(self.stream(prompt, **options))  # type: ignore[arg-type]
+        return "".join(self.stream(prompt, **options))
 
     # --------------------------------------------------------------------------------------------------- scoring
 
