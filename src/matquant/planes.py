@@ -88,18 +88,17 @@ def bits_read(bits: int, *, rule: str) -> int:
 def load_weight(tensor: NestedTensor, *, max_bits: int = MASTER_BITS) -> Weight:
     """Pack a nested tensor (numpy) with the affines of all widths up to ``max_bits``.
 
-    ``checkpoint.nested(path, mapped=True)`` has it packed straight from the memory-mapped file.
-
-    Its scales and zeros are stored in 16 bits where bfloat16 and float16 hold them exactly, and shared by the widths
+    From ``checkpoint.nested(path, mapped=True)`` it is packed straight out of the memory-mapped file. Its scales and zeros are stored in 16 bits where bfloat16 and float16 hold them exactly, and shared by the widths
     whose affine follows from them. Raises InputError as ``pack`` does.
     """
     check_bits(max_bits)
     columns, groups = tensor.codes.shape[-1], tensor.scale.shape[-1]
     planes = _pack(tensor.codes, bits_read(max_bits, rule=tensor.rule), rule=tensor.rule, group=columns // groups)
     own = {bits: affine for bits, affine in tensor.slices.items() if bits <= max_bits}
-    if set(range(1, max_bits + 1)) - set(own):
+    derived = set(range(1, max_bits + 1)) - set(own)
+    if derived:
         values = _add_values(planes.native, tensor.scale, tensor.zero)
-        for bits in set(range(1, max_bits + 1)) - set(own):
+        for bits in derived:
             step = 2 ** (MASTER_BITS - bits)
             centre = (step - 1) / 2 if tensor.rule == "prefix" else 0.0  # nest.slice_affine, left to the kernel
             planes.native.set_affine(bits, values, step, centre)
