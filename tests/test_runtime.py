@@ -391,13 +391,31 @@ def test_a_tensor_that_would_go_unused_is_refused(checkpoint_of: Callable[..., P
     )
 
 
-def test_a_missing_tensor_is_named(checkpoint_of: Callable[..., Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["model.norm.weight", "lm_head.weight"])
+def test_a_missing_tensor_is_named(name: str, checkpoint_of: Callable[..., Path], tmp_path: Path) -> None:
     opened = open_checkpoint(checkpoint_of("llama"))
     items = [(path, opened.nested(path)) for path in opened.shapes]
-    items += [(name, opened.array(name)) for name in opened.plain_names() if name != "model.norm.weight"]
+    items += [(other, opened.array(other)) for other in opened.plain_names() if other != name]
     write_checkpoint(tmp_path / "out", items, spec=opened.spec, config=opened.config, ignore=(), files={})
-    with pytest.raises(matquant.InputError, match=r"lacks the tensor model\.norm\.weight; write the checkpoint again"):
+    with pytest.raises(matquant.InputError) as caught:
         matquant.Engine(tmp_path / "out")
+    assert str(caught.value) == f"{tmp_path / 'out'} lacks the tensor {name}; write the checkpoint again"
+
+
+def test_a_config_of_other_sizes_is_refused(checkpoint_of: Callable[..., Path], tmp_path: Path) -> None:
+    opened = open_checkpoint(checkpoint_of("llama"))
+    items = [(path, opened.nested(path)) for path in opened.shapes]
+    items += [(name, opened.array(name)) for name in opened.plain_names()]
+    for key, value, reason in (
+        ("num_key_value_heads", 4, "a matrix has the wrong shape"),
+        ("vocab_size", 299, "a matrix has the wrong shape"),
+        ("head_dim", 16, "a matrix has the wrong shape"),
+    ):
+        config, out = {**opened.config, key: value}, tmp_path / key
+        write_checkpoint(out, items, spec=opened.spec, config=config, ignore=(), files={})
+        with pytest.raises(matquant.InputError) as caught:
+            matquant.Engine(out)
+        assert str(caught.value) == f"{out} does not fit its config.json ({reason}); write the checkpoint again"
 
 
 def test_damage_is_found_before_anything_is_decoded(checkpoint_of: Callable[..., Path], tmp_path: Path) -> None:

@@ -77,31 +77,20 @@ def load_model(checkpoint: Checkpoint, *, max_bits: int) -> Model:
     for frequencies, scale in zip(architecture.frequencies, architecture.rope_scales, strict=True):
         native.add_rope(frequencies, scale)
     paths = [f"model.layers.{layer}.{name}" for layer in range(architecture.layers) for name in PROJECTIONS]
-    tied = architecture.tied or (f"{HEAD}.weight" not in tensors and HEAD not in checkpoint.shapes)
-    paths.append(EMBEDDING if tied else HEAD)
+    paths.append(EMBEDDING if architecture.tied else HEAD)
     _check_names(checkpoint, tensors, architecture, paths)
     weights = {
         path: load_weight(checkpoint.nested(path, mapped=True), max_bits=max_bits)
         for path in paths
         if path in checkpoint.shapes
     }
-    matrices = {path: _matrix(path, weights.get(path), tensors, where) for path in paths}
-
-    def norm(name: str) -> np.ndarray:
-        stored = _tensor(f"{name}.weight", tensors, where).astype(np.float32)
-        return np.ascontiguousarray(stored + np.float32(architecture.family.norm_offset))
-
-    for layer in range(architecture.layers):
-        prefix = f"model.layers.{layer}."
-        names = [architecture.family.norms.get(place) for place in NORMS]
-        native.add_layer(
-            [matrices[f"{prefix}{name}"] for name in PROJECTIONS],
-            [None if name is None else norm(prefix + name) for name in names],
-            architecture.windows[layer],
-            architecture.ropes[layer],
-        )
-    embedding = matrices.get(EMBEDDING) or _matrix(EMBEDDING, None, tensors, where, resident=False)
-    native.set_ends(embedding, matrices[paths[-1]], norm(NORM))
+    try:
+        _fill(native, architecture, paths, weights, tensors, where)
+    except InputError:
+        raise
+    except (TypeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{where} does not fit its config.json ({reason}); write the checkpoint again") from None
     plain = sum(tensors[f"{path}.weight"].nbytes for path in paths if path not in weights)
     return Model(
         native=native,
@@ -114,24 +103,42 @@ def load_model(checkpoint: Checkpoint, *, max_bits: int) -> Model:
     )
 
 
-def _matrix(
-    path: str, weight: Weight | None, tensors: Mapping[str, np.ndarray], where: Path, *, resident: bool = True
-) -> _native.Matrix:
-    """The native matrix of a module: nested, or as stored; with its bias if it has one.
+def _fill(
+    native: _native.Model,
+    architecture: Architecture,
+    paths: Sequence[str],
+    weights: Mapping[str, Weight],
+    tensors: Mapping[str, np.ndarray],
+    where: Path,
+) -> None:
+    """Give the native model its layers and ends."""
 
-    resident: copy a large one out of the mapped file, into huge pages.
-    """
-    bias = tensors.get(f"{path}.bias")
-    if bias is not None:
-        bias = np.ascontiguousarray(bias.astype(np.float32))
-    try:
-        if weight is not None:
-            return _native.nested_matrix(weight, weight.pointer, bias)
+    def vector(name: str, offset: float = 0.0) -> np.ndarray:
+        return np.ascontiguousarray(_tensor(name, tensors, where).astype(np.float32) + np.float32(offset))
+
+    def norm(name: str) -> np.ndarray:
+        return vector(f"{name}.weight", architecture.family.norm_offset)
+
+    def matrix(path: str, *, resident: bool = True) -> _native.Matrix:
+        bias = vector(f"{path}.bias") if f"{path}.bias" in tensors else None
+        if path in weights:
+            return _native.nested_matrix(weights[path], weights[path].pointer, bias)
         stored = _tensor(f"{path}.weight", tensors, where)
         data = stored if stored.dtype == np.float32 else stored.view(np.uint16)
+        # Huge pages stream faster than a mapped file, and are worth a copy if a token reads all of it.
         return _native.dense_matrix(data, stored.dtype.name, bias, resident and stored.nbytes >= HUGE_PAGE_BYTES)
-    except ValueError as error:
-        raise InputError(f"{path} of {where} does not fit ({error}); write the checkpoint again") from None
+
+    for layer in range(architecture.layers):
+        prefix = f"model.layers.{layer}."
+        names = [architecture.family.norms.get(place) for place in NORMS]
+        native.add_layer(
+            [matrix(prefix + name) for name in PROJECTIONS],
+            [None if name is None else norm(prefix + name) for name in names],
+            architecture.windows[layer],
+            architecture.ropes[layer],
+        )
+    head = matrix(paths[-1])
+    native.set_ends(head if paths[-1] == EMBEDDING else matrix(EMBEDDING, resident=False), head, norm(NORM))
 
 
 def _tensor(name: str, tensors: Mapping[str, np.ndarray], where: Path) -> np.ndarray:
