@@ -88,8 +88,9 @@ def bits_read(bits: int, *, rule: str) -> int:
 def load_weight(tensor: NestedTensor, *, max_bits: int = MASTER_BITS) -> Weight:
     """Pack a nested tensor (numpy) with the affines of all widths up to ``max_bits``.
 
-    From ``checkpoint.nested(path, mapped=True)`` it is packed straight out of the memory-mapped file. Its scales and zeros are stored in 16 bits where bfloat16 and float16 hold them exactly, and shared by the widths
-    whose affine follows from them. Raises InputError as ``pack`` does.
+    From ``checkpoint.nested(path, mapped=True)`` it is packed straight out of the memory-mapped file. Its scales and
+    zeros take 16 bits each where bfloat16 and float16 hold them exactly, and widths without their own share them.
+    Raises InputError as ``pack`` does.
     """
     check_bits(max_bits)
     columns, groups = tensor.codes.shape[-1], tensor.scale.shape[-1]
