@@ -15,7 +15,7 @@ import numpy as np
 
 from matquant.errors import InputError
 
-NUCLEUS = 1024  # candidates sorted before all of a large vocabulary is
+LEVELS = (7.0, 14.0)  # nats below the most probable: most of a large vocabulary is far below, and need not be sorted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,31 +63,32 @@ def choose(logits: np.ndarray, sampling: Sampling, generator: np.random.Generato
 
 def distribution(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.ndarray]:
     """The candidate ids and their probabilities, float64, summing to 1."""
-    scaled = logits.astype(np.float64) / sampling.temperature
-    weights = np.exp(scaled - scaled.max())
+    shifted = (logits - logits.max()) / np.float32(sampling.temperature)
     if sampling.top_k == 0 and sampling.top_p == 1 and sampling.min_p == 0:
-        return np.arange(len(weights)), weights / weights.sum()
+        weights = np.exp(shifted)
+        return np.arange(len(weights)), weights / weights.sum(dtype=np.float64)
+    total = np.exp(shifted).sum(dtype=np.float64)
+    ids = _candidates(shifted, total, sampling)
+    weights = np.exp(shifted[ids].astype(np.float64))
+    order = np.lexsort((ids, -weights))[: sampling.top_k or None]
+    ids, weights = ids[order], weights[order]
     if sampling.top_k:
-        ids = _most_probable(weights, min(sampling.top_k, len(weights)))
-        total = weights[ids].sum()
-    else:
         total = weights.sum()
-        ids = _most_probable(weights, min(NUCLEUS, len(weights)))
-        if not _is_enough(weights[ids], total, sampling):
-            ids = _most_probable(weights, len(weights))
-    kept = weights[ids]
     if sampling.top_p < 1:
-        kept = kept[: 1 + int(np.searchsorted(np.cumsum(kept), sampling.top_p * total))]
-    kept = kept[kept >= sampling.min_p * kept[0]]
-    return ids[: len(kept)], kept / kept.sum()
+        weights = weights[: 1 + int(np.searchsorted(np.cumsum(weights), sampling.top_p * total))]
+    weights = weights[weights >= sampling.min_p * weights[0]]
+    return ids[: len(weights)], weights / weights.sum()
 
 
-def _most_probable(weights: np.ndarray, count: int) -> np.ndarray:
-    """Ids of the ``count`` largest weights, largest first, equal ones by id."""
-    ids = np.argpartition(-weights, count - 1)[:count] if count < len(weights) else np.arange(len(weights))
-    return ids[np.lexsort((ids, -weights[ids]))]
-
-
-def _is_enough(kept: np.ndarray, total: float, sampling: Sampling) -> bool:
-    """Whether no candidate after these, in order of weight, would be kept."""
-    return bool(kept.sum() >= sampling.top_p * total or kept[-1] < sampling.min_p * kept[0])
+def _candidates(shifted: np.ndarray, total: float, sampling: Sampling) -> np.ndarray:
+    """Ids of at least all tokens that will be kept. shifted: nats, 0 for the most probable."""
+    for level in LEVELS:
+        ids = np.flatnonzero(shifted >= -level)
+        if sampling.top_k:
+            enough = len(ids) >= sampling.top_k
+        else:
+            held = np.exp(shifted[ids]).sum(dtype=np.float64)
+            enough = sampling.min_p >= math.exp(-level) or held >= sampling.top_p * total
+        if enough:
+            return ids
+    return np.arange(len(shifted))
