@@ -23,9 +23,9 @@ test-sanitize:
 # The same tests for 64-bit Arm, in an emulator (Debian: g++-aarch64-linux-gnu qemu-user).
 test-neon:
 	cmake -S . -B build/neon -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
-		-DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ -DCMAKE_EXE_LINKER_FLAGS=-static
+		-DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++
 	cmake --build build/neon --parallel
-	qemu-aarch64 build/neon/test_native
+	qemu-aarch64 -L /usr/aarch64-linux-gnu build/neon/test_native
 
 lint: $(READY)
 	$(BIN)/ruff check .
