@@ -189,68 +189,96 @@ void rotate(float* x, const float* cosines, const float* sines, int half, float 
   }
 }
 
-// Columns d .. d + 16 * Vectors - 1 of the weighted sum of values.
-template <int Vectors, class T>
-inline void mix(const Attention& a, const T* values, int stride, int first, int d, float inverse) {
-  V even[Vectors] = {}, odd[Vectors] = {};
-  int position = a.start;
-  for (; position + 2 <= a.stop; position += 2)
+// Columns d .. d + 16 * Vectors - 1 of the weighted sums of values, for queries from `query` on. Positions that a query
+// does not see have weight 0; even and odd positions are summed apart.
+template <int Queries, int Vectors, class T>
+inline void mix(const Attention& a, int query, const T* values, int start, int stop, int d, const float* inverse) {
+  const int stride = round_to_lanes(a.dim);
+  const float* weights = a.scores + query * a.scores_stride;
+  V even[Queries][Vectors] = {}, odd[Queries][Vectors] = {};
+  for (int position = start; position < stop; position += 2)
 #pragma GCC unroll 4
     for (int v = 0; v < Vectors; ++v) {
-      even[v] += a.scores[position - first] * load(values + (size_t)position * stride + d + v * kLanes);
-      odd[v] += a.scores[position + 1 - first] * load(values + (size_t)(position + 1) * stride + d + v * kLanes);
+      const T* at = values + (size_t)position * stride + d + v * kLanes;
+      const V first = load(at), second = load(at + stride);
+#pragma GCC unroll 4
+      for (int q = 0; q < Queries; ++q) {
+        even[q][v] += weights[q * a.scores_stride + position - start] * first;
+        odd[q][v] += weights[q * a.scores_stride + position + 1 - start] * second;
+      }
     }
-  if (position < a.stop)
-#pragma GCC unroll 4
-    for (int v = 0; v < Vectors; ++v)
-      even[v] += a.scores[position - first] * load(values + (size_t)position * stride + d + v * kLanes);
-#pragma GCC unroll 4
-  for (int v = 0; v < Vectors; ++v) {
-    const int left = a.dim - d - v * kLanes;
-    store_some(a.out + d + v * kLanes, (even[v] + odd[v]) * inverse, left < kLanes ? left : kLanes);
+  for (int q = 0; q < Queries; ++q)
+    for (int v = 0; v < Vectors; ++v) {
+      const int left = a.dim - d - v * kLanes;
+      store_some(a.out[query + q] + d + v * kLanes, (even[q][v] + odd[q][v]) * inverse[q],
+                 left < kLanes ? left : kLanes);
+    }
+}
+
+template <int Queries, class T>
+void attend_some(const Attention& a, int query) {
+  const T* keys = (const T*)a.keys;
+  int start = a.start[query], stop = a.stop[query];
+  for (int q = 1; q < Queries; ++q) {
+    start = a.start[query + q] < start ? a.start[query + q] : start;
+    stop = a.stop[query + q] > stop ? a.stop[query + q] : stop;
   }
+  start = start / kLanes * kLanes;  // whole tiles
+  stop = round_to_lanes(stop);
+  const I lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const V never = splat(-std::numeric_limits<float>::infinity());
+  V largest[Queries];
+  for (int q = 0; q < Queries; ++q) largest[q] = never;
+  for (int position = start; position < stop; position += kLanes) {
+    const T* tile = keys + (size_t)position * a.dim;
+    V even[Queries] = {}, odd[Queries] = {};
+    for (int d = 0; d < a.dim; d += 2) {
+      const V first = load(tile + d * kLanes), second = load(tile + (d + 1) * kLanes);
+#pragma GCC unroll 4
+      for (int q = 0; q < Queries; ++q) {
+        even[q] += a.query[query + q][d] * first;
+        odd[q] += a.query[query + q][d + 1] * second;
+      }
+    }
+    const I at = lane + position;
+    for (int q = 0; q < Queries; ++q) {
+      V score = even[q] + odd[q];
+      if (a.cap != 0) score = a.cap * hyperbolic_tangent(score / a.cap);
+      score = select((at >= a.start[query + q]) & (at < a.stop[query + q]), score, never);
+      largest[q] = select(score > largest[q], score, largest[q]);
+      store(a.scores + (query + q) * a.scores_stride + position - start, score);
+    }
+  }
+  float inverse[Queries];
+  for (int q = 0; q < Queries; ++q) {
+    float top = largest[q][0];
+    for (int i = 1; i < kLanes; ++i) top = largest[q][i] > top ? largest[q][i] : top;
+    float* scores = a.scores + (query + q) * a.scores_stride;
+    V total{};
+    for (int i = 0; i < stop - start; i += kLanes) {
+      const V score = load(scores + i);
+      const V weight = select(score == never, V{}, exponential(score - top));
+      store(scores + i, weight);
+      total += weight;
+    }
+    inverse[q] = 1.0f / sum(total);
+  }
+  const T* values = (const T*)a.values;
+  constexpr int kColumns = Queries == 1 ? 4 : 2;  // vectors at a time, so that the sums stay in registers
+  const int columns = round_to_lanes(a.dim);
+  int d = 0;
+  for (; d + kColumns * kLanes <= columns; d += kColumns * kLanes)
+    mix<Queries, kColumns>(a, query, values, start, stop, d, inverse);
+  for (; d < columns; d += kLanes) mix<Queries, 1>(a, query, values, start, stop, d, inverse);
 }
 
 template <class T>
 void attend_as(const Attention& a) {
-  const T* keys = (const T*)a.keys;
-  const int first = a.start / kLanes * kLanes;  // of the tile that holds `start`
-  const I lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  const V never = splat(-std::numeric_limits<float>::infinity());
-  V largest = never;
-  for (int position = first; position < a.stop; position += kLanes) {
-    const T* tile = keys + (size_t)position * a.dim;
-    V s0{}, s1{}, s2{}, s3{};
-    int d = 0;
-    for (; d + 4 <= a.dim; d += 4) {
-      s0 += a.query[d] * load(tile + d * kLanes);
-      s1 += a.query[d + 1] * load(tile + (d + 1) * kLanes);
-      s2 += a.query[d + 2] * load(tile + (d + 2) * kLanes);
-      s3 += a.query[d + 3] * load(tile + (d + 3) * kLanes);
-    }
-    for (; d < a.dim; ++d) s0 += a.query[d] * load(tile + d * kLanes);
-    V score = (s0 + s1) + (s2 + s3);
-    if (a.cap != 0) score = a.cap * hyperbolic_tangent(score / a.cap);
-    const I at = lane + position;
-    score = select((at >= a.start) & (at < a.stop), score, never);
-    largest = select(score > largest, score, largest);
-    store(a.scores + position - first, score);
-  }
-  float top = largest[0];
-  for (int i = 1; i < kLanes; ++i) top = largest[i] > top ? largest[i] : top;
-  V total{};
-  for (int position = first; position < a.stop; position += kLanes) {
-    const V score = load(a.scores + position - first);
-    const V weight = select(score == never, V{}, exponential(score - top));
-    store(a.scores + position - first, weight);
-    total += weight;
-  }
-  const float inverse = 1.0f / sum(total);
-  const T* values = (const T*)a.values;
-  const int stride = round_to_lanes(a.dim);
-  int d = 0;
-  for (; d + 4 * kLanes <= stride; d += 4 * kLanes) mix<4>(a, values, stride, first, d, inverse);
-  for (; d < stride; d += kLanes) mix<1>(a, values, stride, first, d, inverse);
+  int query = 0;
+#ifdef __AVX512F__  // the others have too few registers
+  for (; query + kQueries <= a.queries; query += kQueries) attend_some<kQueries, T>(a, query);
+#endif
+  for (; query < a.queries; ++query) attend_some<1, T>(a, query);
 }
 
 void attend(const Attention& a) { a.dtype == DType::f32 ? attend_as<float>(a) : attend_as<Half>(a); }

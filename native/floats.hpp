@@ -23,17 +23,21 @@ struct Dense {
   int rows, cols;
 };
 
-// One query of one head against its cached keys and values, positions start .. stop - 1.
+constexpr int kQueries = 4;  // at most, of one Attention
+
+// Queries of one head against the cached keys and values of one sequence; query i sees positions start[i] .. stop[i] - 1.
 struct Attention {
-  const float* query;  // [D], already scaled
-  const void* keys;    // [C / 16][D][16]: tiles of 16 positions, so that 16 scores are one vector
-  const void* values;  // [C][round_to_lanes(D)]
-  DType dtype;         // of keys and values: f32 or f16
+  int queries;                   // 1 .. kQueries
+  const float* query[kQueries];  // [D], already scaled
+  int start[kQueries], stop[kQueries];
+  float* out[kQueries];    // [D]
+  float* scores;           // scratch [kQueries][scores_stride]
+  size_t scores_stride;    // at least the largest stop, rounded up to whole tiles
+  const void* keys;        // [C / 16][D][16]: tiles of 16 positions, so that 16 scores are one vector
+  const void* values;      // [C][round_to_lanes(D)]
+  DType dtype;             // of keys and values: f32 or f16
   int dim;
-  int start, stop;
-  float cap;      // scores are cap * tanh(score / cap); 0: as they are
-  float* scores;  // scratch [C]
-  float* out;     // [D]
+  float cap;               // scores are cap * tanh(score / cap); 0: as they are
 };
 
 struct Floats {

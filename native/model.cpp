@@ -149,20 +149,25 @@ struct Worker {
     finish(kAttention);
     // Heads outside, tokens inside: a thread keeps the keys of few heads in its cache.
     mine = share(heads * tokens, thread, threads);
-    for (int item = mine.start; item < mine.stop; ++item) {
+    for (int item = mine.start; item < mine.stop;) {
       const int head = item / tokens, t = item % tokens;
-      const Row& row = rows[t];
+      const Cache* cache = rows[t].cache;
       Attention a;
-      a.query = space.query + ((size_t)t * heads + head) * dim;
-      a.keys = row.cache->keys(index, head / (heads / kv));
-      a.values = row.cache->values(index, head / (heads / kv));
-      a.dtype = row.cache->dtype;
+      a.keys = cache->keys(index, head / (heads / kv));
+      a.values = cache->values(index, head / (heads / kv));
+      a.dtype = cache->dtype;
       a.dim = dim;
-      a.stop = row.position + 1;
-      a.start = layer.window ? std::max(0, a.stop - layer.window) : 0;
       a.cap = m.attention_cap;
-      a.scores = space.scores + (size_t)thread * (space.capacity + kLanes);
-      a.out = space.attended + ((size_t)t * heads + head) * dim;
+      a.scores_stride = space.capacity + kLanes;
+      a.scores = space.scores + (size_t)thread * kQueries * a.scores_stride;
+      for (a.queries = 0; a.queries < kQueries; ++a.queries, ++item) {
+        const int row = t + a.queries;
+        if (item == mine.stop || row == tokens || rows[row].cache != cache) break;
+        a.query[a.queries] = space.query + ((size_t)row * heads + head) * dim;
+        a.out[a.queries] = space.attended + ((size_t)row * heads + head) * dim;
+        a.stop[a.queries] = rows[row].position + 1;
+        a.start[a.queries] = layer.window ? std::max(0, rows[row].position + 1 - layer.window) : 0;
+      }
       fn.attend(a);
     }
     finish(kAttention);
@@ -272,7 +277,7 @@ size_t Workspace::lay_out(const Model& m, char* base) {
   place(up, tokens * m.intermediate);
   place(cosines, m.ropes.size() * tokens * (m.head_dim / 2));
   place(sines, m.ropes.size() * tokens * (m.head_dim / 2));
-  place(scores, (size_t)threads * (capacity + kLanes));
+  place(scores, (size_t)threads * kQueries * (capacity + kLanes));
   const int widest = std::max({m.hidden, m.intermediate, m.heads * m.head_dim});
   place(input, std::max(input_bytes(max_tokens, widest, Activations::int8),
                         input_bytes(max_tokens, widest, Activations::exact)));

@@ -104,7 +104,7 @@ class Workspace {
   const int max_tokens, capacity, threads;
   float *residual, *normed, *query, *key, *value, *attended, *gate, *up, *delta;  // [max_tokens][their width]
   float *cosines, *sines;                                                        // [ropes][max_tokens][head_dim / 2]
-  float* scores;                                                                 // [threads][capacity + 16]
+  float* scores;                                                                 // [threads][kQueries][capacity + 16]
   char* input;                                                                   // of one Input
   bool profile = false;
   double seconds[kParts] = {};

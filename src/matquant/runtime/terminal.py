@@ -1,7 +1,7 @@
 """What ``matquant generate`` and ``matquant chat`` do on a terminal."""
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -95,8 +95,9 @@ def _show(reply: Completion, width: str) -> tuple[str, int]:
     shown: list[str] = []
     code = 0
     try:
-        for piece in _flushed(reply):
+        for piece in reply:
             shown.append(piece)
+            print(piece, end="", flush=True)
     except KeyboardInterrupt:
         code = INTERRUPTED
     print(flush=True)
@@ -106,12 +107,6 @@ def _show(reply: Completion, width: str) -> tuple[str, int]:
         + (", interrupted" if code else "")
     )
     return "".join(shown), code
-
-
-def _flushed(pieces: Iterable[str]) -> Iterable[str]:
-    for piece in pieces:
-        print(piece, end="", flush=True)
-        yield piece
 
 
 def _note(text: str) -> None:
