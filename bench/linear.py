@@ -4,28 +4,26 @@
 
 Correctness comes first: every width must equal the definition to 16 units of 2^-24 sum |x| |w| on some rows. Then the
 widths and the streaming limit take turns, so that a change of load meets all of them; a sample counts as undisturbed
-if the process had its cores for at least 97 % of the time, and medians are over those if there are three or more.
+if the process had its cores for at least 97 % of the time, and medians are over those if there are three or more
+(matquant.runtime.bench).
 The weight must be larger than any cache at every width: the default is 268 MB at int8, 67 MB at int2.
 """
 
 import argparse
 import json
 import platform
-import statistics
-import time
-from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from matquant import _native
-from matquant.planes import bits_read, isa, load_weight, matmul
+from matquant.planes import Weight, bits_read, isa, load_weight, matmul
+from matquant.runtime.bench import STREAM_BYTES, Sample, median, timed
 from matquant.tensor import NestedTensor
 
 WIDTHS = (2, 3, 4, 6, 8)
-STREAM_BYTES = 256 * 2**20
-UNDISTURBED = 0.97
 UNITS = 16
 
 
@@ -45,17 +43,15 @@ def error_units(tensor: NestedTensor, x: np.ndarray, y: np.ndarray, bits: int) -
     return float((np.abs(y[:, :64] - x.astype(np.float64) @ weight.T) / (2.0**-24 * magnitude)).max())
 
 
-def timed(call: Callable[[], object], threads: int) -> tuple[float, bool]:
-    """Seconds, and whether the process had its cores for itself."""
-    wall, cpu = time.perf_counter(), time.process_time()
-    call()
-    seconds = time.perf_counter() - wall
-    return seconds, time.process_time() - cpu >= UNDISTURBED * threads * seconds
-
-
-def median(samples: list[tuple[float, bool]]) -> float:
-    clean = [seconds for seconds, undisturbed in samples if undisturbed]
-    return statistics.median(clean if len(clean) >= 3 else [seconds for seconds, _ in samples])
+def check_products(tensor: NestedTensor, weight: Weight, *, tokens: int = 1, threads: int = 0) -> np.ndarray:
+    """SystemExit unless each width of ``weight`` is the definition's and no neighbour's; the x_TK they were given."""
+    x = np.random.default_rng(1).integers(-127, 128, (tokens, tensor.codes.shape[1])).astype(np.float32)
+    x[:, ::128] = 127  # the scale of every group is 1, and rounding exact
+    for bits in WIDTHS:
+        y = matmul(weight, x, bits=bits, threads=threads)
+        if not error_units(tensor, x, y, bits) <= UNITS < error_units(tensor, x, y, bits - 1 if bits > 2 else 3):
+            raise SystemExit(f"int{bits} is not the definition's product: nothing was timed")
+    return x
 
 
 def main() -> None:
@@ -66,33 +62,28 @@ def main() -> None:
     asked = parser.parse_args()
     tensor = random_tensor(asked.rows, asked.columns, asked.group)
     weight = load_weight(tensor)
-    x = np.random.default_rng(1).integers(-127, 128, (asked.tokens, asked.columns)).astype(np.float32)
-    x[:, ::128] = 127  # the scale of every group is 1, and rounding exact
+    x = check_products(tensor, weight, tokens=asked.tokens, threads=asked.threads)
 
-    def product(bits: int) -> np.ndarray:
-        return matmul(weight, x, bits=bits, threads=asked.threads)
+    def product(bits: int) -> None:
+        matmul(weight, x, bits=bits, threads=asked.threads)
 
-    for bits in WIDTHS:
-        y = product(bits)
-        if not error_units(tensor, x, y, bits) <= UNITS < error_units(tensor, x, y, bits - 1 if bits > 2 else 3):
-            raise SystemExit(f"int{bits} is not the definition's product: nothing was timed")
     stream = _native.Stream(STREAM_BYTES)
-    samples: dict[int, list[tuple[float, bool]]] = {bits: [] for bits in WIDTHS}
-    limits: list[tuple[float, bool]] = []
+    samples: dict[int, list[Sample]] = {bits: [] for bits in WIDTHS}
+    limits: list[Sample] = []
     for _ in range(asked.rounds):
-        limits.append(timed(lambda: stream.read(asked.threads), asked.threads))
+        limits.append(timed(partial(stream.read, asked.threads), stream.bytes, asked.threads))
         for bits in WIDTHS:
-            samples[bits].append(timed(lambda bits=bits: product(bits), asked.threads))  # type: ignore[misc]
+            samples[bits].append(timed(partial(product, bits), 1, asked.threads))
 
-    limit = stream.bytes / median(limits)
+    limit = median(limits)
     table = Table("bits", "ms", "GB/s", "of the limit", "against int8")
     widths: dict[str, dict[str, float]] = {}
     for bits in WIDTHS:
-        seconds, eight = median(samples[bits]), median(samples[8])
-        speed = asked.rows * asked.columns * bits_read(bits, rule="prefix") / 8 / seconds
-        widths[str(bits)] = {"ms": seconds * 1e3, "gb_s": speed / 1e9, "fraction": speed / limit, "x8": eight / seconds}
+        rate, eight = median(samples[bits]), median(samples[8])
+        speed = asked.rows * asked.columns * bits_read(bits, rule="prefix") / 8 * rate
+        widths[str(bits)] = {"ms": 1e3 / rate, "gb_s": speed / 1e9, "fraction": speed / limit, "x8": rate / eight}
         table.add_row(str(bits), *(f"{value:.2f}" for value in widths[str(bits)].values()))
-    clean = sum(undisturbed for values in samples.values() for _, undisturbed in values) / (asked.rounds * len(WIDTHS))
+    clean = sum(sample.undisturbed for values in samples.values() for sample in values) / (asked.rounds * len(WIDTHS))
     console = Console()
     console.print(table)
     console.print(f"streaming limit {limit / 1e9:.1f} GB/s; {clean:.0%} of the samples undisturbed; {isa()}")

@@ -3,7 +3,7 @@
 A decoded token reads every weight once, so tokens/s times bytes per token cannot exceed the speed at which this machine
 streams memory. That limit is measured in the same run: in every round the widths and the stream take turns, so that a
 change of the machine's load meets all of them. Medians are over rounds in which the process had its cores for
-itself (CPU time at least 97 % of wall time times threads), if there were any.
+itself (CPU time at least 97 % of wall time times threads), if there were three.
 """
 
 import statistics
@@ -61,10 +61,10 @@ def bench(
     for width in bits:
         decode(width)  # touch every plane once
     for _ in range(rounds):
-        limits.append(_timed(partial(stream.read, engine.threads), stream.bytes, engine.threads))
+        limits.append(timed(partial(stream.read, engine.threads), stream.bytes, engine.threads))
         for width in bits:
-            samples[width].append(_timed(partial(decode, width), tokens, engine.threads))
-    limit = _median(limits)
+            samples[width].append(timed(partial(decode, width), tokens, engine.threads))
+    limit = median(limits)
     record: dict[str, Any] = {
         "stream_gb_s": limit / 1e9,
         "undisturbed": sum(s.undisturbed for values in samples.values() for s in values) / (rounds * len(widths)),
@@ -73,7 +73,7 @@ def bench(
         "widths": {},
     }
     for width in bits:
-        tok_s, read = _median(samples[width]), engine.model.bytes_per_token(widths[width])
+        tok_s, read = median(samples[width]), engine.model.bytes_per_token(widths[width])
         session.workspace.profile = True
         decode(width)
         parts = session.workspace.seconds()
@@ -113,13 +113,15 @@ def table(record: dict[str, Any], title: str) -> Table:
     return made
 
 
-def _timed(work: Callable[[], object], amount: float, threads: int) -> Sample:
+def timed(work: Callable[[], object], amount: float, threads: int) -> Sample:
+    """One call of ``work`` as amount per second."""
     wall, cpu = time.perf_counter(), time.process_time()
     work()
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     return Sample(value=amount / wall, undisturbed=cpu >= UNDISTURBED * wall * threads)
 
 
-def _median(samples: Sequence[Sample]) -> float:
+def median(samples: Sequence[Sample]) -> float:
+    """Of the undisturbed samples, or of all if those are fewer than three."""
     clean = [sample.value for sample in samples if sample.undisturbed]
-    return statistics.median(clean or [sample.value for sample in samples])
+    return statistics.median(clean if len(clean) >= 3 else [sample.value for sample in samples])
