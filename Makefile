@@ -1,9 +1,9 @@
-# Two commands: make demo, make test. Each sets up what it needs.
+# Two commands: make demo, make test. Each sets up what it needs, a C++17 compiler with OpenMP aside.
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo test test-all lint bench clean
+.PHONY: demo test test-all test-sanitize test-neon lint bench clean
 
 demo: $(READY)
 	$(BIN)/matquant demo
@@ -14,13 +14,26 @@ test: $(READY)
 test-all: $(READY)
 	$(BIN)/pytest -m "slow or not slow" --timeout 1800
 
+# The native tests under AddressSanitizer and UndefinedBehaviorSanitizer (minutes of compiling; needs cmake).
+test-sanitize:
+	cmake -S . -B build/sanitize -DMATQUANT_SANITIZE=address,undefined
+	cmake --build build/sanitize --parallel
+	build/sanitize/test_native
+
+# The same tests for 64-bit Arm, in an emulator (Debian: g++-aarch64-linux-gnu qemu-user).
+test-neon:
+	cmake -S . -B build/neon -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+		-DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++
+	cmake --build build/neon --parallel
+	qemu-aarch64 -L /usr/aarch64-linux-gnu build/neon/test_native
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 # torch comes first and exactly: an unpinned one pulls gigabytes of CUDA.
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/*)
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet torch==2.13.0
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[train,dev]"

@@ -185,6 +185,9 @@ def _one_pass() -> dict[str, Cell]:
         "gptq+ tuned all": Cell(
             what="nested GPTQ, tuned, all linears", options={**gptq, **TUNED, "scope": "all"}, models=("reference",)
         ),
+        "gptq+ tuned all long": Cell(
+            what="... 180 steps", options={**gptq, **TUNED, "tune": 180, "scope": "all"}, models=("reference",)
+        ),
         "gptq+ joint no sweep": Cell(what="nested, prefix, without the sweep", options={**gptq, "sweeps": 0}),
     }
     return cells

@@ -14,8 +14,8 @@ LAYERS = [
     {"nest", "files"},
     {"spec", "grid", "overflow"},
     {"tensor", "text"},
-    {"checkpoint"},
-    {"models", "contents"},
+    {"checkpoint", "planes"},
+    {"models", "contents", "runtime"},
     {"train", "integrations"},
     {"eval"},
     {"demo"},
@@ -29,15 +29,18 @@ NO_TORCH = {
     "spec",
     "grid",
     "overflow",
+    "planes",
     "tensor",
     "text",
     "checkpoint",
     "contents",
+    "runtime",
     "cli",
     "__init__",
     "__main__",
 }
 FILES = sorted(SOURCE.rglob("*.py"))
+RUNTIME = [file for file in (SOURCE / "runtime").glob("*.py") if file.stem != "__init__"]
 
 
 def imports(file: Path) -> list[str]:
@@ -80,7 +83,8 @@ def test_transformers_and_matplotlib_are_imported_in_one_file_each() -> None:
 
 def test_the_base_package_never_imports_torch() -> None:
     modules = ", ".join(
-        "matquant" if name == "__init__" else f"matquant.{name}" for name in sorted(NO_TORCH - {"__main__"})
+        "matquant" if name == "__init__" else f"matquant.{name}"
+        for name in sorted(NO_TORCH - {"__main__"} | {f"runtime.{file.stem}" for file in RUNTIME})
     )
     code = f"import sys, numpy; import {modules}; matquant.slice_codes(numpy.zeros(3, 'uint8'), 2)"
     code += "; assert not {'torch', 'transformers', 'matplotlib'} & set(sys.modules)"

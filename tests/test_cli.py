@@ -1093,7 +1093,7 @@ def test_a_plan_with_an_unknown_key_names_the_nearest(refuse: Refuse, plan: Argu
 
 # Help -----------------------------------------------------------------------------------------------------------------
 
-VERBS = ("quantize", "eval", "inspect", "verify", "demo")
+VERBS = ("quantize", "eval", "inspect", "verify", "generate", "chat", "bench", "demo")
 
 
 def test_the_help_fits_a_small_terminal(run: Run) -> None:
@@ -1137,6 +1137,17 @@ FLAGS: dict[str, list[str]] = {
     ],
     "inspect": ["--json", "--help"],
     "verify": ["--help"],
+    "generate": [
+        "--prompt", "--bits", "--plan", "--max-tokens", "--temperature", "--top-k", "--top-p", "--min-p", "--seed",
+        "--stop", "--max-bits", "--threads", "--activations", "--check-hashes", "--help",
+    ],
+    "chat": [
+        "--bits", "--plan", "--system", "--max-tokens", "--temperature", "--top-k", "--top-p", "--min-p", "--seed",
+        "--max-bits", "--threads", "--activations", "--check-hashes", "--help",
+    ],
+    "bench": [
+        "--bits", "--tokens", "--rounds", "--context", "--threads", "--activations", "--check-hashes", "--help",
+    ],
     "demo": ["--out", "--help"],
 }  # fmt: skip
 DEFAULTS: dict[str, dict[str, str]] = {
@@ -1182,6 +1193,41 @@ DEFAULTS: dict[str, dict[str, str]] = {
     },
     "inspect": {},
     "verify": {},
+    "generate": {
+        "--bits": "(--max-bits)",
+        "--max-tokens": "256",
+        "--temperature": "(generation_config.json, else greedy)",
+        "--top-k": "(as temperature)",
+        "--top-p": "(as temperature)",
+        "--min-p": "(as temperature)",
+        "--seed": "(0)",
+        "--max-bits": "8",
+        "--threads": "(OMP_NUM_THREADS, else all)",
+        "--activations": "int8",
+        "--check-hashes": "check-hashes",
+    },
+    "chat": {
+        "--bits": "(--max-bits)",
+        "--max-tokens": "1024",
+        "--temperature": "(generation_config.json, else greedy)",
+        "--top-k": "(as temperature)",
+        "--top-p": "(as temperature)",
+        "--min-p": "(as temperature)",
+        "--seed": "(0)",
+        "--max-bits": "8",
+        "--threads": "(OMP_NUM_THREADS, else all)",
+        "--activations": "int8",
+        "--check-hashes": "check-hashes",
+    },
+    "bench": {
+        "--bits": "8,6,4,3,2",
+        "--tokens": "32",
+        "--rounds": "7",
+        "--context": "16",
+        "--threads": "(OMP_NUM_THREADS, else all)",
+        "--activations": "int8",
+        "--check-hashes": "check-hashes",
+    },
     "demo": {"--out": "out/demo"},
 }
 

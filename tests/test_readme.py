@@ -1,7 +1,9 @@
 """The README's code runs as it stands."""
 
+import io
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,8 @@ README = (ROOT / "README.md").read_text()
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)
+    return [block for name, block in found if name == language]
 
 
 def test_the_python_blocks_run_and_print_what_they_say(
@@ -31,19 +34,24 @@ def test_the_python_blocks_run_and_print_what_they_say(
 def test_the_commands_run(
     llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    model = tmp_path / "MODEL"
+    shutil.copytree(llama, model)
+    (model / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hello!\n/bits 2\nGo on.\n/quit\n"))
     names = {
-        "MODEL": llama,
+        "MODEL": model,
         "OUT": tmp_path / "OUT",
         "FAST": tmp_path / "FAST",
         "corpus.txt": text_file,
         "heldout.txt": text_file,
     }
     commands = [line for block in blocks("") for line in block.splitlines() if line.startswith("matquant ")]
-    assert len(commands) == 5
+    assert len(commands) == 8
     for line in commands:
         words = [str(names.get(word, word)) for word in shlex.split(line, comments=True)]
         if words[1] == "quantize":
             words += ["--samples", "8", "--seq-len", "32"] if "gptq" in words else ["--steps", "2", "--seq-len", "16"]
+        words += ["--tokens", "4", "--rounds", "1"] if words[1] == "bench" else []
         monkeypatch.setattr("sys.argv", words)
         with pytest.raises(SystemExit) as ended:
             cli.main()

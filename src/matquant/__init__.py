@@ -1,7 +1,7 @@
 """matquant: one int8 checkpoint that is a good int4 and int2 model too (Matryoshka Quantization).
 
-The base package needs no torch. ``load``, ``quantize`` and ``evaluate`` come with the extra ``train`` and are imported
-when first used.
+The base package needs no torch. ``load``, ``quantize`` and ``evaluate`` come with the extra ``train``; these and
+``Engine`` are imported when first used.
 """
 
 import importlib
@@ -16,11 +16,13 @@ from matquant.tensor import NestedTensor
 if TYPE_CHECKING:
     from matquant.eval.likelihood import evaluate
     from matquant.integrations.transformers import load
+    from matquant.runtime.engine import Engine
     from matquant.train import quantize
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Engine",
     "InputError",
     "NestedTensor",
     "Plan",
@@ -34,7 +36,8 @@ __all__ = [
     "verify_checkpoint",
 ]
 
-_NEEDS_TORCH = {
+_ON_DEMAND = {
+    "Engine": "matquant.runtime.engine",
     "evaluate": "matquant.eval.likelihood",
     "load": "matquant.integrations.transformers",
     "quantize": "matquant.train",
@@ -42,10 +45,10 @@ _NEEDS_TORCH = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _NEEDS_TORCH:
+    if name not in _ON_DEMAND:
         raise AttributeError(f"module 'matquant' has no attribute {name!r}")
     try:
-        module = importlib.import_module(_NEEDS_TORCH[name])
+        module = importlib.import_module(_ON_DEMAND[name])
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("matquant"):
             raise

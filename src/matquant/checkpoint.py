@@ -248,6 +248,7 @@ class Checkpoint:
     files: Mapping[str, str]
     shapes: Mapping[str, tuple[int, int]]
     handles: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)  # open files, by name
+    headers: dict[str, tuple[int, Any]] = field(default_factory=dict, repr=False, compare=False)
     packed_sizes: dict[tuple[str, int], int] = field(default_factory=dict, repr=False, compare=False)  # rule extra
 
     def array(self, name: str) -> np.ndarray:
@@ -258,13 +259,24 @@ class Checkpoint:
         array: np.ndarray = self.handles[file].get_tensor(name)
         return array
 
+    def mapped(self, name: str, dtype: Any) -> np.ndarray:
+        """A stored tensor of ``dtype`` as a read-only view of its file, which the system reads when it is looked at."""
+        file = self.directory / self.files[name]
+        if file.name not in self.headers:
+            with file.open("rb") as stream:  # safetensors checked the header when the checkpoint was opened
+                length = int.from_bytes(stream.read(8), "little")
+                self.headers[file.name] = 8 + length, json.loads(stream.read(length))
+        start, header = self.headers[file.name]
+        entry = header[name]
+        return np.memmap(file, dtype, "r", start + entry["data_offsets"][0], tuple(entry["shape"]))
+
     def plain_names(self) -> list[str]:
         """Names of the tensors that are not part of a quantised weight."""
         ours = {f"{path}.weight_{part}" for path in self.shapes for part in ("packed", "scale", "shape", "zero_point")}
         return [name for name, file in self.files.items() if name not in ours and file != SLICES]
 
-    def nested(self, path: str) -> NestedTensor:
-        """The quantised weight at ``path``, numpy arrays."""
+    def nested(self, path: str, *, mapped: bool = False) -> NestedTensor:
+        """The quantised weight at ``path``, numpy arrays; ``mapped``: codes are a read-only view of the file."""
         rows, columns = self.shapes[path]
         scale = self.array(f"{path}.weight_scale").astype(np.float32)
         zero = np.full_like(scale, 2 ** (MASTER_BITS - 1))
@@ -278,7 +290,8 @@ class Checkpoint:
             )
             for bits in self.spec.slices
         }
-        codes = unpack_codes(self.array(f"{path}.weight_packed"), columns)
+        packed = f"{path}.weight_packed"
+        codes = unpack_codes(self.mapped(packed, "<i4") if mapped else self.array(packed), columns)
         return NestedTensor(codes=codes, scale=scale, zero=zero, rule=self.spec.rule, slices=slices)
 
 

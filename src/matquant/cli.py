@@ -197,6 +197,126 @@ def verify(directory: Directory) -> None:
     print(f"{directory} is whole: {len(checkpoint.shapes)} quantised weights, rule {checkpoint.spec.rule}")
 
 
+Bits = Annotated[int | None, Option(help="Width to decode at.", show_default="--max-bits")]
+PlanFile = Annotated[Path | None, Option("--plan", metavar="FILE", help="Instead, bits per module path.")]
+MaxBits = Annotated[int, Option(help="Keep in memory only what widths up to this need.")]
+MaxTokens = Annotated[int, Option(help="New tokens at most.")]
+FromModel = "generation_config.json, else greedy"
+Temperature = Annotated[float | None, Option(help="0: always the most probable token.", show_default=FromModel)]
+TopK = Annotated[int | None, Option(help="Draw from the k most probable; 0: from all.", show_default="as temperature")]
+TopP = Annotated[float | None, Option(help="Of these, the fewest that hold p.", show_default="as temperature")]
+MinP = Annotated[float | None, Option(help="Of these, at least p times the first.", show_default="as temperature")]
+Seed = Annotated[int | None, Option(help="Of the draws.", show_default="0")]
+Stop = Annotated[list[str] | None, Option(metavar="TEXT", help="Stop at this text, which is not shown; repeatable.")]
+Threads = Annotated[int | None, Option(help="CPU threads.", show_default="OMP_NUM_THREADS, else all")]
+Activations = Annotated[str, Option(help="int8, or float (exact and slow).")]
+CheckHashes = Annotated[bool, Option("--check-hashes/--no-check-hashes", help="Check the checkpoint's hashes first.")]
+
+
+@app.command()
+def generate(
+    directory: Directory,
+    prompt: Annotated[str, Option(metavar="TEXT", help="What to continue; - reads it from the input.")] = "",
+    bits: Bits = None,
+    plan: PlanFile = None,
+    max_tokens: MaxTokens = 256,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    seed: Seed = None,
+    stop: Stop = None,
+    max_bits: MaxBits = 8,
+    threads: Threads = None,
+    activations: Activations = "int8",
+    check_hashes: CheckHashes = True,
+) -> None:
+    """Continue a text at any width, streaming. Needs no torch."""
+    _serve(
+        "generate",
+        directory,
+        _read_input() if prompt == "-" else prompt,
+        bits=bits,
+        plan=plan,
+        engine={
+            "max_bits": max_bits,
+            "threads": threads,
+            "activations": activations,
+            "check_hashes": check_hashes,
+        },
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        seed=seed,
+        stop=stop or [],
+    )
+
+
+@app.command()
+def chat(
+    directory: Directory,
+    bits: Bits = None,
+    plan: PlanFile = None,
+    system: Annotated[str, Option(metavar="TEXT", help="System message.")] = "",
+    max_tokens: MaxTokens = 1024,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    seed: Seed = None,
+    max_bits: MaxBits = 8,
+    threads: Threads = None,
+    activations: Activations = "int8",
+    check_hashes: CheckHashes = True,
+) -> None:
+    """Talk to a model through its chat template; /bits 2 switches the width between replies, /quit ends."""
+    _serve(
+        "chat",
+        directory,
+        bits=bits,
+        plan=plan,
+        system=system,
+        engine={
+            "max_bits": max_bits,
+            "threads": threads,
+            "activations": activations,
+            "check_hashes": check_hashes,
+        },
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        seed=seed,
+    )
+
+
+@app.command()
+def bench(
+    directory: Directory,
+    bits: Annotated[str, Option(help="Widths to measure.")] = "8,6,4,3,2",
+    tokens: Annotated[int, Option(help="Tokens per sample.")] = 32,
+    rounds: Annotated[int, Option(help="Samples per width, taken in turns.")] = 7,
+    context: Annotated[int, Option(help="Tokens before the first one timed.")] = 16,
+    threads: Threads = None,
+    activations: Activations = "int8",
+    check_hashes: CheckHashes = True,
+) -> None:
+    """Tokens per second at every width, and how close that is to streaming the weights; the last line is JSON."""
+    widths = _numbers(bits, int, "--bits")
+    for width in widths:
+        check_bits(width)
+    runtime = importlib.import_module("matquant.runtime.bench")
+    engine = importlib.import_module("matquant.runtime.engine").Engine(
+        directory, max_bits=max(widths), threads=threads, activations=activations, check_hashes=check_hashes
+    )
+    record = runtime.bench(engine, bits=widths, tokens=tokens, rounds=rounds, context=context)
+    Console().print(runtime.table(record, str(directory)))
+    print(json.dumps(record, sort_keys=True))
+
+
 @app.command()
 def demo(
     out: Annotated[Path, Option("--out", "-o", metavar="OUT", help="Directory for checkpoints and pictures.")] = Path(
@@ -215,6 +335,22 @@ def _needs_torch(module: str) -> Any:
         if (error.name or "").startswith("matquant"):
             raise
         raise InputError(f"this needs {error.name}, which is not installed; pip install 'matquant[train]'") from None
+
+
+def _serve(verb: str, *arguments: Any, **options: Any) -> None:
+    """Run a verb of matquant.runtime.terminal, imported only now; Ctrl-C ends it with 130 wherever it is."""
+    try:
+        code = getattr(importlib.import_module("matquant.runtime.terminal"), verb)(*arguments, **options)
+    except KeyboardInterrupt:
+        code = 130
+    raise typer.Exit(code)
+
+
+def _read_input() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise InputError(f"--prompt -: not UTF-8 ({error.reason} at byte {error.start}); convert it") from None
 
 
 def _numbers(text: str, kind: type, flag: str) -> list[Any]:

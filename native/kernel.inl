@@ -1,0 +1,675 @@
+// The kernels of one instruction set. Included by kernel_*.cpp after the vectors they define, inside
+// namespace matquant and an unnamed namespace, so that no line compiled for one machine is linked into another's.
+//
+// Tiles are 16 rows x 32 inputs and a vector holds 16 rows x 4 inputs, byte 4 * row + (input & 3): one dot-product
+// instruction against four activations gives 16 row sums, without horizontal sums (docs/kernels.md).
+//
+// A segment is a run of inputs with one activation scale and one weight scale; sums of codes end with it. Everything
+// after the integers is 16 floats wide, multiplied before it is added, in the order of the segments.
+
+#define MATQUANT_INLINE inline __attribute__((always_inline))
+#define MATQUANT_LAMBDA __attribute__((always_inline))
+
+// unroll<N>(f) calls f(Index<0>{}) .. f(Index<N-1>{}), so that arrays indexed by it stay in registers.
+// (Their elements have no constructor: GCC 12 would make a loop of it, and a loop keeps the array on the stack.)
+template <int VALUE>
+struct Index {
+  static constexpr int value = VALUE;
+  constexpr operator int() const { return VALUE; }
+};
+
+template <int COUNT, int FIRST = 0, class Body>
+MATQUANT_INLINE void unroll(Body&& body) {
+  if constexpr (FIRST < COUNT) {
+    body(Index<FIRST>{});
+    unroll<COUNT, FIRST + 1>(body);
+  }
+}
+
+// The larger of the two is never needed: no std::min, whose one copy could be another instruction set's.
+MATQUANT_INLINE int smaller(int a, int b) { return a < b ? a : b; }
+
+// ------------------------------------------------------------------------------------------------- planes to codes
+
+// The planes of one row block.
+struct Streams {
+  const std::uint8_t* plane[PLANE_COUNT];
+};
+
+MATQUANT_INLINE int tiles_of(int cols) { return ceil_div(cols, TILE_INPUTS); }
+
+MATQUANT_INLINE Streams streams_of(const Linear& weight, int block) {
+  const std::size_t tile = static_cast<std::size_t>(block) * tiles_of(weight.cols);
+  Streams streams{};
+  for (int plane = 0; plane < PLANE_COUNT; ++plane)
+    if (weight.plane[plane] != nullptr) streams.plane[plane] = weight.plane[plane] + tile * tile_bytes(plane);
+  return streams;
+}
+
+// Planes that hold the top READ bits.
+constexpr int planes_read(int read) { return read == 2 ? 1 : read == 3 ? 2 : read == 4 ? 3 : read == 6 ? 4 : 5; }
+
+// About 8 KiB ahead of all planes together: one thread then streams at 0.87-0.99 of what the memory gives, instead of
+// 0.57-0.85. It may run past the end of a plane, which a prefetch may.
+template <int READ>
+MATQUANT_INLINE void prefetch(const Streams& streams, unsigned tile) {
+  constexpr int AHEAD = 8192 / (VECTOR_BYTES * READ);
+  unroll<planes_read(READ)>([&](auto plane) MATQUANT_LAMBDA {
+    const auto at = reinterpret_cast<std::uintptr_t>(streams.plane[plane]) +
+                    static_cast<std::size_t>(tile + AHEAD) * tile_bytes(plane);
+    unroll<PLANE_BITS[plane]>([&](auto line) MATQUANT_LAMBDA {
+      __builtin_prefetch(reinterpret_cast<const void*>(at + VECTOR_BYTES * line), 0, 3);
+    });
+  });
+}
+
+// Where a decoded byte has its code. In place (IN_PLACE) no shift is spent on reaching bit 0, and bytes of different
+// places go to different sums; otherwise every code is at `base`.
+template <int READ, bool IN_PLACE>
+struct Places {
+  static constexpr int count = !IN_PLACE ? 1 : READ == 2 ? 4 : READ <= 4 ? 2 : 1;
+  // sum over places of (sum << lift) is the sum of codes << base
+  static constexpr int base = READ == 6 ? 2 : !IN_PLACE || READ == 8 ? 0 : READ == 2 ? 6 : READ == 3 ? 5 : 4;
+  static constexpr int lift[4] = {0, 4, 2, 6};
+};
+
+// Calls sink(quad, place, bytes) for the eight vectors of a tile.
+template <int READ, bool IN_PLACE, class Sink>
+MATQUANT_INLINE void decode(const Streams& streams, unsigned tile, Sink&& sink) {
+  const std::uint8_t* at0 = streams.plane[0] + static_cast<std::size_t>(tile) * tile_bytes(0);
+  if constexpr (READ == 2) {
+    unroll<2>([&](auto half) MATQUANT_LAMBDA {
+      const Bytes two = load(at0 + VECTOR_BYTES * half);
+      if constexpr (IN_PLACE) {
+        sink(Index<4 * half.value>{}, Index<0>{}, keep<0xC0>(two));
+        sink(Index<4 * half.value + 1>{}, Index<1>{}, keep<0x0C>(two));
+        sink(Index<4 * half.value + 2>{}, Index<2>{}, keep<0x30>(two));
+        sink(Index<4 * half.value + 3>{}, Index<3>{}, keep<0x03>(two));
+      } else {
+        sink(Index<4 * half.value>{}, Index<0>{}, keep<0x03>(right<6>(two)));
+        sink(Index<4 * half.value + 1>{}, Index<0>{}, keep<0x03>(right<2>(two)));
+        sink(Index<4 * half.value + 2>{}, Index<0>{}, keep<0x03>(right<4>(two)));
+        sink(Index<4 * half.value + 3>{}, Index<0>{}, keep<0x03>(two));
+      }
+    });
+  } else {
+    const std::uint8_t* at1 = streams.plane[1] + static_cast<std::size_t>(tile) * tile_bytes(1);
+    const Bytes third = load(at1);
+    Bytes fourth = third;
+    if constexpr (READ >= 4) fourth = load(streams.plane[2] + static_cast<std::size_t>(tile) * tile_bytes(2));
+    unroll<4>([&](auto pair) MATQUANT_LAMBDA {
+      constexpr int HALF = pair.value / 2;
+      constexpr bool ODD = pair.value % 2 == 1;
+      // Two vectors' codes, quad 2 * pair in the high nibbles and quad 2 * pair + 1 in the low ones.
+      constexpr int THIRD[4] = {0, -1, 1, 2}, FOURTH[4] = {0, 1, 2, 3};
+      Bytes nibbles = select<0xCC>(shift<ODD ? -2 : 0>(load(at0 + VECTOR_BYTES * HALF)), shift<THIRD[pair]>(third));
+      if constexpr (READ >= 4) nibbles = select<0xEE>(nibbles, shift<FOURTH[pair]>(fourth));
+      Bytes high{}, low{};
+      if constexpr (READ == 3) {
+        high = IN_PLACE ? keep<0xE0>(nibbles) : keep<0x07>(right<5>(nibbles));
+        low = IN_PLACE ? keep<0x0E>(nibbles) : keep<0x07>(right<1>(nibbles));
+      } else if constexpr (READ == 4) {
+        high = IN_PLACE ? keep<0xF0>(nibbles) : keep<0x0F>(right<4>(nibbles));
+        low = keep<0x0F>(nibbles);
+      } else {
+        const std::uint8_t* at3 = streams.plane[3] + static_cast<std::size_t>(tile) * tile_bytes(3);
+        const Bytes six = load(at3 + VECTOR_BYTES * HALF);
+        Bytes rest{};  // the low nibbles of both
+        if constexpr (READ == 6) {
+          rest = keep<0xCC>(shift<ODD ? -2 : 0>(six));
+        } else {
+          const std::uint8_t* at4 = streams.plane[4] + static_cast<std::size_t>(tile) * tile_bytes(4);
+          const Bytes eight = load(at4 + VECTOR_BYTES * HALF);
+          rest = ODD ? select<0xCC>(left<2>(six), eight) : select<0xCC>(six, right<2>(eight));
+        }
+        high = select<0xF0>(nibbles, right<4>(rest));
+        low = select<0xF0>(left<4>(nibbles), rest);
+      }
+      sink(Index<2 * pair.value>{}, Index<0>{}, high);
+      sink(Index<2 * pair.value + 1>{}, Index<Places<READ, IN_PLACE>::count == 2 ? 1 : 0>{}, low);
+    });
+  }
+}
+
+// Codes of the tiles first .. stop of a row block, [tile][quad][16 rows][4 inputs].
+template <int READ, bool SLICED>
+void decode_tiles(const Streams& streams, const Width& width, unsigned first, unsigned stop, std::uint8_t* out) {
+  const Slicer slicer(width);
+  constexpr int BASE = Places<READ, false>::base;
+  for (unsigned tile = first; tile < stop; ++tile) {
+    prefetch<READ>(streams, tile);
+    decode<READ, false>(streams, tile, [&](auto quad, auto, Bytes bytes) MATQUANT_LAMBDA {
+      if constexpr (SLICED)
+        bytes = slicer(bytes);
+      else if constexpr (BASE > 0)
+        bytes = keep<(0xFF >> BASE)>(right<BASE>(bytes));
+      store(out + quad * VECTOR_BYTES, bytes);
+    });
+    out += TILE_QUADS * VECTOR_BYTES;
+  }
+}
+
+using Decode = void (*)(const Streams&, const Width&, unsigned, unsigned, std::uint8_t*);
+
+Decode decode_of(const Width& width) {
+  switch (width.read) {
+    case 2: return width.sliced ? decode_tiles<2, true> : decode_tiles<2, false>;
+    case 3: return width.sliced ? decode_tiles<3, true> : decode_tiles<3, false>;
+    case 4: return width.sliced ? decode_tiles<4, true> : decode_tiles<4, false>;
+    case 6: return width.sliced ? decode_tiles<6, true> : decode_tiles<6, false>;
+    default: return width.sliced ? decode_tiles<8, true> : decode_tiles<8, false>;
+  }
+}
+
+void codes(const Linear& weight, const Width& width, std::uint8_t* out) {
+  alignas(64) std::uint8_t tile_codes[TILE_QUADS * VECTOR_BYTES];
+  const Decode decode_tile = decode_of(width);
+  for (int block = 0; block < ceil_div(weight.rows, BLOCK_ROWS); ++block) {
+    const Streams streams = streams_of(weight, block);
+    const int rows = smaller(BLOCK_ROWS, weight.rows - block * BLOCK_ROWS);
+    for (int tile = 0; tile < tiles_of(weight.cols); ++tile) {
+      decode_tile(streams, width, tile, tile + 1, tile_codes);
+      const int inputs = smaller(TILE_INPUTS, weight.cols - tile * TILE_INPUTS);
+      for (int row = 0; row < rows; ++row)
+        for (int input = 0; input < inputs; ++input)
+          out[static_cast<std::size_t>(block * BLOCK_ROWS + row) * weight.cols + tile * TILE_INPUTS + input] =
+              tile_codes[input / 4 * VECTOR_BYTES + row * 4 + input % 4];
+    }
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------- the epilogue
+
+struct RowAffine {
+  Floats scale;
+  Floats zero;  // of codes less c = 2^(bits - 1)
+};
+
+MATQUANT_INLINE RowAffine row_affine(const Linear& weight, const Width& width, int groups, int block, unsigned group) {
+  const Affine& affine = weight.affine[width.bits];
+  const std::size_t at = (static_cast<std::size_t>(block) * groups + group) * 2 * BLOCK_ROWS;
+  Floats scale, zero;
+  if (affine.half) {
+    const auto* values = static_cast<const std::uint16_t*>(affine.values) + at;
+    scale = widen_bfloat16(values);
+    zero = widen_float16(values + BLOCK_ROWS);
+  } else {
+    const auto* values = static_cast<const float*>(affine.values) + at;
+    scale = load_floats(values);
+    zero = load_floats(values + BLOCK_ROWS);
+  }
+  zero = multiply(subtract(zero, broadcast(affine.centre)), broadcast(1.0f / affine.step));  // a power of two: exact
+  return {multiply(scale, broadcast(affine.step)),
+          subtract(zero, broadcast(static_cast<float>(1 << (width.bits - 1))))};
+}
+
+// total + scale * (dot - zero * x_sum)
+MATQUANT_INLINE Floats finish(const RowAffine& affine, Floats total, Floats dot, float x_sum) {
+  return add(total, multiply(affine.scale, subtract(dot, multiply(affine.zero, broadcast(x_sum)))));
+}
+
+// The 16 sums of a row block for one token; rows past the end are not written.
+MATQUANT_INLINE void store_rows(float* y, Floats values, int rows) {
+  if (rows >= BLOCK_ROWS) return store_floats(y, values);
+  alignas(64) float all[BLOCK_ROWS];
+  store_floats(all, values);
+  for (int row = 0; row < rows; ++row) y[row] = all[row];
+}
+
+// ------------------------------------------------------------------------------------------------------- segments
+
+struct Segment {
+  unsigned first, stop;            // inputs
+  unsigned first_tile, stop_tile;  // tiles that hold them
+  unsigned group;                  // of weights
+  bool ends_group;
+};
+
+// Walks over the segments of a row. No division: a segment is a few dozen cycles of work at two bits.
+struct Segments {
+  unsigned group_inputs, inputs, at = 0, group = 0, group_stop;
+
+  MATQUANT_INLINE explicit Segments(const Linear& weight)
+      : group_inputs(static_cast<unsigned>(weight.group)),
+        inputs(static_cast<unsigned>(weight.cols)),
+        group_stop(group_inputs) {}
+  MATQUANT_INLINE bool more() const { return at < inputs; }
+  MATQUANT_INLINE Segment next() {
+    const unsigned activation_stop = (at | (ACTIVATION_GROUP - 1)) + 1;
+    const unsigned first = at;
+    at = activation_stop < group_stop ? activation_stop : group_stop;
+    const Segment segment = {first,       at, first / TILE_INPUTS, (at + TILE_INPUTS - 1) / TILE_INPUTS, group,
+                             at == group_stop};
+    if (segment.ends_group) {
+      ++group;
+      group_stop += group_inputs;
+    }
+    return segment;
+  }
+};
+
+MATQUANT_INLINE int padded_cols(int cols) { return ceil_div(cols, ACTIVATION_GROUP) * ACTIVATION_GROUP; }
+
+// A panel of activations and what a segment needs of it.
+template <int M>
+struct Panel {
+  const std::int8_t* codes;
+  const float* scales;
+  const std::int32_t* sums;
+  const std::int32_t* group_sums;
+
+  Panel(const Input& input, int panel) {
+    const std::size_t padded = static_cast<std::size_t>(padded_cols(input.cols)) * M;
+    codes = input.codes + panel * padded;
+    scales = input.scales + panel * (padded / ACTIVATION_GROUP);
+    sums = input.code_sums + panel * (padded / TILE_INPUTS);
+    group_sums = input.group_sums + panel * (padded / ACTIVATION_GROUP);
+  }
+};
+
+// Codes of a segment: where its first tile's activations lie, and their sums. A segment that begins or ends inside a
+// tile (a group of 16, or of 5) gets a copy in which the other inputs are 0.
+template <int M>
+struct SegmentCodes {
+  const std::int8_t* codes;
+  int sums[M];
+  float scales[M];
+  alignas(64) std::int8_t masked[ACTIVATION_GROUP * M];
+
+  MATQUANT_INLINE SegmentCodes(const Panel<M>& panel, const Segment& segment, bool whole_tiles) {
+    codes = panel.codes + static_cast<std::size_t>(segment.first_tile) * TILE_INPUTS * M;
+    const std::size_t activation_group = segment.first / ACTIVATION_GROUP;
+    for (int token = 0; token < M; ++token) {
+      scales[token] = panel.scales[activation_group * M + token];
+      sums[token] = panel.group_sums[activation_group * M + token];
+    }
+    if (__builtin_expect(whole_tiles && segment.stop_tile - segment.first_tile == ACTIVATION_TILES, 1)) return;
+    for (int token = 0; token < M; ++token) sums[token] = 0;
+    if (!whole_tiles) {
+      mask(segment);
+      return;
+    }
+    for (unsigned tile = segment.first_tile; tile < segment.stop_tile; ++tile)
+      for (int token = 0; token < M; ++token) sums[token] += panel.sums[static_cast<std::size_t>(tile) * M + token];
+  }
+
+  void mask(const Segment& segment) {
+    const unsigned start = segment.first_tile * TILE_INPUTS;
+    for (unsigned input = start; input < segment.stop_tile * TILE_INPUTS; ++input)
+      for (int token = 0; token < M; ++token) {
+        const unsigned at = ((input - start) / 4 * M + token) * 4 + input % 4;
+        masked[at] = input >= segment.first && input < segment.stop ? codes[at] : std::int8_t{0};
+        sums[token] += masked[at];
+      }
+    codes = masked;
+  }
+};
+
+// ------------------------------------------------------------------------------- one row block, up to eight tokens
+
+// Codes of a width, at most 15, at most 128, or any byte: how much a sum may hold before it must be widened.
+template <int READ, bool SLICED>
+constexpr Range range_of() {
+  return READ <= 4 ? Range::nibble : SLICED ? Range::narrow : Range::wide;
+}
+
+template <int READ, bool SLICED, int M>
+void block_of_rows(const Linear& weight, const Width& width, const Input& input, int block, float* y,
+                   std::ptrdiff_t y_stride) {
+  constexpr bool IN_PLACE = !SLICED && (READ >= 6 || (ANY_BYTE_IS_FREE && M * Places<READ, true>::count <= 16));
+  using P = Places<READ, IN_PLACE>;
+  constexpr int BASE = SLICED ? 0 : P::base;
+  using Sums = Sum<range_of<READ, SLICED>()>;
+  const bool whole_tiles = weight.group % TILE_INPUTS == 0 || weight.group == weight.cols;
+  const int groups = weight.cols / weight.group;
+  const int offset = (1 << (width.bits - 1 + BASE)) - Sums::OFFSET;
+  const Streams streams = streams_of(weight, block);
+  const Slicer slicer(width);
+  const Panel<M> panel(input, 0);
+
+  Floats total[M], dot[M];
+  float x_sum[M];
+  unroll<M>([&](auto token) MATQUANT_LAMBDA {
+    total[token] = dot[token] = broadcast(0.0f);
+    x_sum[token] = 0.0f;
+  });
+  for (Segments segments(weight); segments.more();) {
+    const Segment segment = segments.next();
+    const SegmentCodes<M> x(panel, segment, whole_tiles);
+    Sums sums[P::count * M];
+    unroll<P::count * M>([&](auto sum) MATQUANT_LAMBDA { sums[sum].clear(); });
+    const std::int8_t* codes = x.codes;
+    for (unsigned tile = segment.first_tile; tile < segment.stop_tile; ++tile, codes += TILE_INPUTS * M) {
+      prefetch<READ>(streams, tile);
+      decode<READ, IN_PLACE>(streams, tile, [&](auto quad, auto place, Bytes bytes) MATQUANT_LAMBDA {
+        if constexpr (SLICED) bytes = slicer(bytes);
+        unroll<M>([&](auto token) MATQUANT_LAMBDA {
+          sums[place * M + token].add(bytes, codes + (quad * M + token) * 4);
+        });
+      });
+      unroll<P::count * M>([&](auto sum) MATQUANT_LAMBDA { sums[sum].end_tile(); });
+    }
+    unroll<M>([&](auto token) MATQUANT_LAMBDA {
+      Ints codes_sum = sums[token].total();
+      unroll<P::count - 1>([&](auto place) MATQUANT_LAMBDA {
+        codes_sum = add(codes_sum, left<P::lift[place + 1]>(sums[(place + 1) * M + token].total()));
+      });
+      codes_sum = right<BASE>(subtract(codes_sum, offset * x.sums[token]));
+      dot[token] = add(dot[token], multiply(to_floats(codes_sum), broadcast(x.scales[token])));
+      x_sum[token] += x.scales[token] * static_cast<float>(x.sums[token]);
+    });
+    if (segment.ends_group) {
+      const RowAffine affine = row_affine(weight, width, groups, block, segment.group);
+      unroll<M>([&](auto token) MATQUANT_LAMBDA {
+        total[token] = finish(affine, total[token], dot[token], x_sum[token]);
+        dot[token] = broadcast(0.0f);
+        x_sum[token] = 0.0f;
+      });
+    }
+  }
+  const int rows = weight.rows - block * BLOCK_ROWS;
+  unroll<M>([&](auto token) MATQUANT_LAMBDA {
+    if (token < input.tokens) store_rows(y + token * y_stride + block * BLOCK_ROWS, total[token], rows);
+  });
+}
+
+using BlockOfRows = void (*)(const Linear&, const Width&, const Input&, int, float*, std::ptrdiff_t);
+
+template <int READ, bool SLICED>
+BlockOfRows block_of_rows_of(int panel) {
+  if constexpr (FUSED_TOKENS > 1) {
+    if (panel == 2) return block_of_rows<READ, SLICED, 2>;
+    if (panel == 4) return block_of_rows<READ, SLICED, 4>;
+    if (panel == 8) return block_of_rows<READ, SLICED, 8>;
+  }
+  static_cast<void>(panel);
+  return block_of_rows<READ, SLICED, 1>;
+}
+
+BlockOfRows block_of_rows_of(const Width& width, int panel) {
+  switch (width.read) {
+    case 2: return width.sliced ? block_of_rows_of<2, true>(panel) : block_of_rows_of<2, false>(panel);
+    case 3: return width.sliced ? block_of_rows_of<3, true>(panel) : block_of_rows_of<3, false>(panel);
+    case 4: return width.sliced ? block_of_rows_of<4, true>(panel) : block_of_rows_of<4, false>(panel);
+    case 6: return width.sliced ? block_of_rows_of<6, true>(panel) : block_of_rows_of<6, false>(panel);
+    default: return width.sliced ? block_of_rows_of<8, true>(panel) : block_of_rows_of<8, false>(panel);
+  }
+}
+
+// ------------------------------------------------------------------------------------------------ many tokens, GEMM
+
+constexpr int GEMM_TOKENS = 128;  // decoded weights serve this many tokens; their float sums stay in L1 and L2
+constexpr int SEGMENT_BYTES = ACTIVATION_TILES * TILE_QUADS * VECTOR_BYTES;  // decoded codes of a segment
+
+// dots[block][token][16] += x_scale * (codes - c) . x_codes for the tokens TOKEN .. TOKEN + TOKENS of a panel of M.
+template <Range RANGE, int BLOCKS, int M, int TOKEN, int TOKENS>
+MATQUANT_INLINE void multiply_panel(const std::uint8_t* codes, unsigned tiles, int centre, const SegmentCodes<M>& x,
+                                    float* dots) {
+  using Sums = Sum<RANGE>;
+  Sums sums[BLOCKS * TOKENS];
+  unroll<BLOCKS * TOKENS>([&](auto sum) MATQUANT_LAMBDA { sums[sum].clear(); });
+  const std::int8_t* x_codes = x.codes + TOKEN * 4;
+  for (unsigned tile = 0; tile < tiles; ++tile) {
+    unroll<TILE_QUADS>([&](auto quad) MATQUANT_LAMBDA {
+      unroll<BLOCKS>([&](auto block) MATQUANT_LAMBDA {
+        const Bytes bytes = load(codes + block * SEGMENT_BYTES + quad * VECTOR_BYTES);
+        unroll<TOKENS>([&](auto token) MATQUANT_LAMBDA {
+          sums[block * TOKENS + token].add(bytes, x_codes + (quad * M + token) * 4);
+        });
+      });
+    });
+    unroll<BLOCKS * TOKENS>([&](auto sum) MATQUANT_LAMBDA { sums[sum].end_tile(); });
+    codes += TILE_QUADS * VECTOR_BYTES;
+    x_codes += TILE_INPUTS * M;
+  }
+  unroll<BLOCKS * TOKENS>([&](auto sum) MATQUANT_LAMBDA {
+    constexpr int BLOCK = sum.value / TOKENS, AT = TOKEN + sum.value % TOKENS;
+    float* dot = dots + (BLOCK * M + AT) * BLOCK_ROWS;
+    const Ints centred = subtract(sums[sum].total(), (centre - Sums::OFFSET) * x.sums[AT]);
+    store_floats(dot, add(load_floats(dot), multiply(to_floats(centred), broadcast(x.scales[AT]))));
+  });
+}
+
+// BLOCKS row blocks for the tokens first_token .. first_token + 128, in panels of M.
+template <Range RANGE, int BLOCKS, int M>
+void many_tokens(const Linear& weight, const Width& width, const Input& input, int block, int first_token, float* y,
+                 std::ptrdiff_t y_stride) {
+  alignas(64) std::uint8_t decoded[BLOCKS * SEGMENT_BYTES];
+  alignas(64) float dots[GEMM_TOKENS * BLOCKS * BLOCK_ROWS];  // [panel][block][M][16]
+  alignas(64) float totals[GEMM_TOKENS * BLOCKS * BLOCK_ROWS];
+  float x_sums[GEMM_TOKENS];
+  const int tokens = smaller(GEMM_TOKENS, input.tokens - first_token);
+  const int panels = ceil_div(tokens, M);
+  const bool whole_tiles = weight.group % TILE_INPUTS == 0 || weight.group == weight.cols;
+  const int groups = weight.cols / weight.group;
+  const Decode decode_segment = decode_of(width);
+  for (int at = 0; at < panels * BLOCKS * M * BLOCK_ROWS; ++at) dots[at] = totals[at] = 0.0f;
+  for (int token = 0; token < panels * M; ++token) x_sums[token] = 0.0f;
+  const auto sums_of = [&](int one, int token) { return ((token / M * BLOCKS + one) * M + token % M) * BLOCK_ROWS; };
+
+  for (Segments segments(weight); segments.more();) {
+    const Segment segment = segments.next();
+    for (int one = 0; one < BLOCKS; ++one)
+      decode_segment(streams_of(weight, block + one), width, segment.first_tile, segment.stop_tile,
+                     decoded + one * SEGMENT_BYTES);
+    for (int panel = 0; panel < panels; ++panel) {
+      const SegmentCodes<M> x(Panel<M>(input, first_token / M + panel), segment, whole_tiles);
+      constexpr int STEP = M < GEMM_STEP ? M : GEMM_STEP;
+      unroll<M / STEP>([&](auto step) MATQUANT_LAMBDA {
+        multiply_panel<RANGE, BLOCKS, M, step.value * STEP, STEP>(decoded, segment.stop_tile - segment.first_tile,
+                                                                  1 << (width.bits - 1), x,
+                                                                  dots + panel * BLOCKS * M * BLOCK_ROWS);
+      });
+      for (int token = 0; token < M; ++token)
+        x_sums[panel * M + token] += x.scales[token] * static_cast<float>(x.sums[token]);
+    }
+    if (!segment.ends_group) continue;
+    for (int one = 0; one < BLOCKS; ++one) {
+      const RowAffine affine = row_affine(weight, width, groups, block + one, segment.group);
+      for (int token = 0; token < panels * M; ++token) {
+        float* total = totals + sums_of(one, token);
+        float* dot = dots + sums_of(one, token);
+        store_floats(total, finish(affine, load_floats(total), load_floats(dot), x_sums[token]));
+        store_floats(dot, broadcast(0.0f));
+      }
+    }
+    for (int token = 0; token < panels * M; ++token) x_sums[token] = 0.0f;
+  }
+  for (int one = 0; one < BLOCKS; ++one)
+    for (int token = 0; token < tokens; ++token) {
+      const int row = (block + one) * BLOCK_ROWS;
+      store_rows(y + (first_token + token) * y_stride + row, load_floats(totals + sums_of(one, token)),
+                 weight.rows - row);
+    }
+}
+
+using ManyTokens = void (*)(const Linear&, const Width&, const Input&, int, int, float*, std::ptrdiff_t);
+
+template <int BLOCKS, int M>
+ManyTokens many_tokens_of(const Width& width) {
+  return width.read <= 4  ? many_tokens<Range::nibble, BLOCKS, M>
+         : width.bits < 8 ? many_tokens<Range::narrow, BLOCKS, M>
+                          : many_tokens<Range::wide, BLOCKS, M>;
+}
+
+// ------------------------------------------------------------------------------------------- float activations
+
+// Inputs one after another within a tile, tiles one after another: the order of the sums is the same for every M.
+template <int M>
+void exact_block(const Linear& weight, const Width& width, const Input& input, int panel, int block, float* y,
+                 std::ptrdiff_t y_stride) {
+  alignas(64) std::uint8_t decoded[SEGMENT_BYTES];
+  const std::size_t padded = static_cast<std::size_t>(padded_cols(input.cols)) * M;
+  const float* values = input.values + panel * padded;
+  const float* value_sums = input.value_sums + panel * (padded / TILE_INPUTS);
+  const bool whole_tiles = weight.group % TILE_INPUTS == 0 || weight.group == weight.cols;
+  const int groups = weight.cols / weight.group;
+  const Streams streams = streams_of(weight, block);
+  const Decode decode_segment = decode_of(width);
+  const Floats centre = broadcast(static_cast<float>(1 << (width.bits - 1)));
+
+  Floats total[M], dot[M];
+  float x_sum[M];
+  unroll<M>([&](auto token) MATQUANT_LAMBDA {
+    total[token] = dot[token] = broadcast(0.0f);
+    x_sum[token] = 0.0f;
+  });
+  for (Segments segments(weight); segments.more();) {
+    const Segment segment = segments.next();
+    decode_segment(streams, width, segment.first_tile, segment.stop_tile, decoded);
+    const std::uint8_t* codes = decoded;
+    for (unsigned tile = segment.first_tile; tile < segment.stop_tile; ++tile, codes += TILE_QUADS * VECTOR_BYTES) {
+      alignas(64) float masked[TILE_INPUTS * M];
+      const float* x = values + static_cast<std::size_t>(tile) * TILE_INPUTS * M;
+      Floats sum[M];
+      float tile_sum[M];
+      unroll<M>([&](auto token) MATQUANT_LAMBDA {
+        sum[token] = broadcast(0.0f);
+        tile_sum[token] = value_sums[static_cast<std::size_t>(tile) * M + token];
+      });
+      if (!whole_tiles) {
+        for (int token = 0; token < M; ++token) tile_sum[token] = 0.0f;
+        for (int at = 0; at < TILE_INPUTS * M; ++at) {
+          const unsigned place = tile * TILE_INPUTS + at / M;
+          masked[at] = place >= segment.first && place < segment.stop ? x[at] : 0.0f;
+          tile_sum[at % M] += masked[at];
+        }
+        x = masked;
+      }
+      for (int quad = 0; quad < TILE_QUADS; ++quad) {
+        const Bytes bytes = load(codes + quad * VECTOR_BYTES);
+        unroll<4>([&](auto lane) MATQUANT_LAMBDA {
+          const Floats code = subtract(to_floats(byte_of<lane.value>(bytes)), centre);
+          unroll<M>([&](auto token) MATQUANT_LAMBDA {
+            sum[token] = add(sum[token], multiply(code, broadcast(x[(quad * 4 + lane) * M + token])));
+          });
+        });
+      }
+      unroll<M>([&](auto token) MATQUANT_LAMBDA {
+        dot[token] = add(dot[token], sum[token]);
+        x_sum[token] += tile_sum[token];
+      });
+    }
+    if (segment.ends_group) {
+      const RowAffine affine = row_affine(weight, width, groups, block, segment.group);
+      unroll<M>([&](auto token) MATQUANT_LAMBDA {
+        total[token] = finish(affine, total[token], dot[token], x_sum[token]);
+        dot[token] = broadcast(0.0f);
+        x_sum[token] = 0.0f;
+      });
+    }
+  }
+  const int row = block * BLOCK_ROWS;
+  unroll<M>([&](auto at) MATQUANT_LAMBDA {
+    const int token = panel * PANEL_TOKENS + at;
+    if (token < input.tokens) store_rows(y + token * y_stride + row, total[at], weight.rows - row);
+  });
+}
+
+using ExactBlock = void (*)(const Linear&, const Width&, const Input&, int, int, float*, std::ptrdiff_t);
+
+ExactBlock exact_block_of(int panel) {
+  return panel == 1 ? exact_block<1> : panel == 2 ? exact_block<2> : panel == 4 ? exact_block<4> : exact_block<8>;
+}
+
+// ----------------------------------------------------------------------------------------------------- the shares
+
+void linear_share(const Linear& weight, const Width& width, const Input& input, float* y, std::ptrdiff_t y_stride,
+                  int thread, int threads) {
+  const std::int64_t blocks = ceil_div(weight.rows, BLOCK_ROWS);
+  const int first = static_cast<int>(blocks * thread / threads);
+  const int stop = static_cast<int>(blocks * (thread + 1) / threads);
+  if (input.activations == Activations::exact) {
+    const ExactBlock run = exact_block_of(input.panel);
+    for (int block = first; block < stop; ++block)
+      for (int panel = 0; panel < ceil_div(input.tokens, input.panel); ++panel)
+        run(weight, width, input, panel, block, y, y_stride);
+    return;
+  }
+  if constexpr (FUSED_TOKENS > 0)
+    if (input.tokens <= FUSED_TOKENS) {
+      const BlockOfRows run = block_of_rows_of(width, input.panel);
+      for (int block = first; block < stop; ++block) run(weight, width, input, block, y, y_stride);
+      return;
+    }
+  const ManyTokens one = input.panel == 1   ? many_tokens_of<1, 1>(width)
+                         : input.panel == 2 ? many_tokens_of<1, 2>(width)
+                         : input.panel == 4 ? many_tokens_of<1, 4>(width)
+                                            : many_tokens_of<1, 8>(width);
+  const ManyTokens several = input.panel == PANEL_TOKENS ? many_tokens_of<GEMM_BLOCKS, PANEL_TOKENS>(width) : one;
+  const int step = input.panel == PANEL_TOKENS ? GEMM_BLOCKS : 1;
+  for (int token = 0; token < input.tokens; token += GEMM_TOKENS) {
+    int block = first;
+    for (; block + step <= stop; block += step) several(weight, width, input, block, token, y, y_stride);
+    for (; block < stop; ++block) one(weight, width, input, block, token, y, y_stride);
+  }
+}
+
+// ------------------------------------------------------------------------------------------------- the activations
+
+// One group of one token: 128 floats, those past the end 0.
+void quantise_group(const float* x, std::int8_t* codes, float& scale, std::int32_t* sums) {
+  // The largest magnitude as bits: NaN is above infinity is above all numbers, so neither is lost.
+  std::int32_t bits[ACTIVATION_GROUP];
+  __builtin_memcpy(bits, x, sizeof bits);
+  std::int32_t largest_bits = 0;
+  for (int i = 0; i < ACTIVATION_GROUP; ++i) {
+    const std::int32_t magnitude = bits[i] & 0x7FFFFFFF;
+    largest_bits = magnitude > largest_bits ? magnitude : largest_bits;
+  }
+  float largest;
+  __builtin_memcpy(&largest, &largest_bits, sizeof largest);
+  // Below 2^-119 the reciprocal would leave float32; such a group is 0.
+  const bool nothing = largest < 0x1p-119f;
+  scale = nothing ? 0.0f : largest / 127.0f;
+  const float inverse = nothing ? 0.0f : 127.0f / largest;
+  constexpr float NEAREST = 0x1.8p23f;  // added, it rounds to the nearest integer, ties to even, in every vector unit
+  std::int32_t rounded[ACTIVATION_GROUP];
+  float moved[ACTIVATION_GROUP];
+  for (int i = 0; i < ACTIVATION_GROUP; ++i) moved[i] = x[i] * inverse + NEAREST;
+  __builtin_memcpy(rounded, moved, sizeof rounded);
+  for (int i = 0; i < ACTIVATION_GROUP; ++i) {
+    std::int32_t code = (rounded[i] & 0x007FFFFF) - 0x00400000;
+    code = code > 127 ? 127 : code;
+    codes[i] = static_cast<std::int8_t>(code < -127 ? -127 : code);
+  }
+  for (int tile = 0; tile < ACTIVATION_TILES; ++tile) {
+    std::int32_t sum = 0;
+    for (int i = 0; i < TILE_INPUTS; ++i) sum += codes[tile * TILE_INPUTS + i];
+    sums[tile] = sum;
+  }
+}
+
+void prepare_share(const Input& input, const float* x, int thread, int threads) {
+  const int groups = ceil_div(input.cols, ACTIVATION_GROUP), padded = groups * ACTIVATION_GROUP;
+  const int panel = input.panel, tokens = ceil_div(input.tokens, panel) * panel;
+  const std::int64_t pieces = static_cast<std::int64_t>(tokens) * groups;
+  for (std::int64_t piece = pieces * thread / threads; piece < pieces * (thread + 1) / threads; ++piece) {
+    const int token = static_cast<int>(piece / groups), group = static_cast<int>(piece % groups);
+    const int at = token % panel;
+    const std::size_t start = static_cast<std::size_t>(token / panel) * padded + group * ACTIVATION_GROUP;
+    alignas(64) float values[ACTIVATION_GROUP];
+    const int first = group * ACTIVATION_GROUP;
+    const int inside = token < input.tokens ? smaller(ACTIVATION_GROUP, input.cols - first) : 0;
+    for (int i = inside; i < ACTIVATION_GROUP; ++i) values[i] = 0.0f;
+    if (inside > 0)
+      __builtin_memcpy(values, x + static_cast<std::size_t>(token) * input.cols + first, inside * sizeof(float));
+    if (input.activations == Activations::exact) {
+      for (int tile = 0; tile < ACTIVATION_TILES; ++tile) {
+        float sum = 0.0f;
+        for (int i = 0; i < TILE_INPUTS; ++i) sum += values[tile * TILE_INPUTS + i];
+        input.value_sums[(start / TILE_INPUTS + tile) * panel + at] = sum;
+      }
+      for (int i = 0; i < ACTIVATION_GROUP; ++i) input.values[(start + i) * panel + at] = values[i];
+      continue;
+    }
+    alignas(64) std::int8_t codes[ACTIVATION_GROUP];
+    std::int32_t sums[ACTIVATION_TILES];
+    quantise_group(values, codes, input.scales[start / ACTIVATION_GROUP * panel + at], sums);
+    for (int tile = 0; tile < ACTIVATION_TILES; ++tile)
+      input.code_sums[(start / TILE_INPUTS + tile) * panel + at] = sums[tile];
+    input.group_sums[start / ACTIVATION_GROUP * panel + at] = sums[0] + sums[1] + sums[2] + sums[3];
+    for (int quad = 0; quad < ACTIVATION_GROUP / 4; ++quad)
+      __builtin_memcpy(input.codes + ((start / 4 + quad) * panel + at) * 4, codes + 4 * quad, 4);
+  }
+}

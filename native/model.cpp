@@ -1,0 +1,297 @@
+#include "model.hpp"
+
+#include <omp.h>
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <new>
+#include <string_view>
+#include <type_traits>
+
+namespace matquant {
+namespace {
+
+constexpr size_t kLine = 64;
+size_t whole_lines(size_t bytes) { return (bytes + kLine - 1) / kLine * kLine; }
+
+double now_s() {
+  using namespace std::chrono;
+  return duration<double>(steady_clock::now().time_since_epoch()).count();
+}
+
+// This thread's share of 0 .. count - 1, cut at multiples of `unit`.
+struct Share {
+  int start, stop;
+};
+Share share(int count, int thread, int threads, int unit = 1) {
+  const long long units = (count + unit - 1) / unit;
+  return {(int)std::min<long long>(count, units * thread / threads * unit),
+          (int)std::min<long long>(count, units * (thread + 1) / threads * unit)};
+}
+
+// One thread's view of a step.
+struct Worker {
+  const Model& model;
+  const std::uint8_t* bits;
+  const Activations activations;
+  const Row* rows;
+  const int tokens;
+  Workspace& space;
+  const Floats& fn;
+  const int thread, threads;
+  double since = 0;
+
+  // All threads have done their share; the time since the last call belongs to `part`.
+  void finish(Part part) {
+#pragma omp barrier
+    if (!space.profile || thread) return;
+    const double now = now_s();
+    space.seconds[part] += now - since;
+    since = now;
+  }
+
+  void embed() {
+    const Model& m = model;
+    const int half = m.head_dim / 2;
+    const Share mine = share(tokens, thread, threads);
+    for (int t = mine.start; t < mine.stop; ++t) {
+      const char* row = (const char*)m.embedding.data + (size_t)rows[t].token * m.hidden * size_of(m.embedding.dtype);
+      fn.widen(row, m.embedding.dtype, m.embedding_scale, m.hidden, space.residual + (size_t)t * m.hidden);
+      for (size_t r = 0; r < m.ropes.size(); ++r)
+        for (int i = 0; i < half; ++i) {
+          const float angle = (float)rows[t].position * m.ropes[r].frequencies[i];
+          const size_t at = (r * space.max_tokens + t) * half + i;
+          space.cosines[at] = std::cos(angle) * m.ropes[r].scale;
+          space.sines[at] = std::sin(angle) * m.ropes[r].scale;
+        }
+    }
+  }
+
+  // residual += norm(delta), then normed = norm(residual), for rows from `first` on.
+  void add_and_norm(bool has_delta, const float* delta_norm, const float* norm, int first = 0) {
+    const int n = model.hidden;
+    const Share mine = share(tokens - first, thread, threads);
+    for (int t = first + mine.start; t < first + mine.stop; ++t) {
+      float* x = space.residual + (size_t)t * n;
+      if (has_delta) {
+        float* delta = space.delta + (size_t)t * n;
+        if (delta_norm) fn.rms_norm(delta, delta_norm, model.norm_eps, n, delta);
+        fn.add(x, delta, n);
+      }
+      fn.rms_norm(x, norm, model.norm_eps, n, space.normed + (size_t)t * n);
+    }
+    finish(kNorm);
+  }
+
+  bool any_nested(const Matrix* first, int count) const {
+    return std::any_of(first, first + count, [](const Matrix& m) { return m.nested; });
+  }
+
+  // y_i = matrix_i x for `count` matrices with one input x [rows][cols]: quantised once, read by all.
+  void project(const Matrix* matrices, const std::uint8_t* widths, int count, const float* x, int rows_in,
+               float* const* y, Part part) {
+    const int cols = matrices[0].cols();
+    const Input input = make_input(space.input, rows_in, cols, activations);
+    if (any_nested(matrices, count)) {
+      prepare(input, x, thread, threads);
+      finish(kPrepare);
+    }
+    for (int i = 0; i < count; ++i) {
+      const Matrix& matrix = matrices[i];
+      const int n = matrix.rows();
+      if (matrix.nested) {
+        linear(*matrix.nested, widths[i], input, y[i], n, thread, threads);
+      } else {
+        const Share mine = share(n, thread, threads, kLanes);
+        fn.dense(matrix.dense, x, cols, rows_in, mine.start, mine.stop, y[i], n);
+      }
+    }
+    finish(part);
+    for (int i = 0; i < count; ++i)
+      if (matrices[i].bias) {
+        const Share mine = share(rows_in, thread, threads);
+        for (int t = mine.start; t < mine.stop; ++t)
+          fn.add(y[i] + (size_t)t * matrices[i].rows(), matrices[i].bias, matrices[i].rows());
+      }
+    if (std::any_of(matrices, matrices + count, [](const Matrix& m) { return m.bias; })) finish(part);
+  }
+
+  // x [head_dim] normed, turned to its position and scaled, in place.
+  void turn(float* x, const float* norm, const Layer& layer, int t, float scale) {
+    const int half = model.head_dim / 2;
+    if (norm) fn.rms_norm(x, norm, model.norm_eps, model.head_dim, x);
+    const size_t at = ((size_t)layer.rope * space.max_tokens + t) * half;
+    if (layer.rope >= 0) fn.rotate(x, space.cosines + at, space.sines + at, half, scale);
+    if (layer.rope < 0 && scale != 1) fn.rotate(x, nullptr, nullptr, half, scale);
+  }
+
+  void attend(int index) {
+    const Model& m = model;
+    const Layer& layer = m.layers[index];
+    const int dim = m.head_dim, heads = m.heads, kv = m.kv_heads;
+    Share mine = share(tokens * (heads + kv), thread, threads);
+    for (int item = mine.start; item < mine.stop; ++item) {
+      const int t = item / (heads + kv), head = item % (heads + kv);
+      const Row& row = rows[t];
+      if (head < heads) {
+        float* query = space.query + ((size_t)t * heads + head) * dim;
+        turn(query, layer.norms.query, layer, t, m.attention_scale);
+        continue;
+      }
+      float* key = space.key + ((size_t)t * kv + head - heads) * dim;
+      turn(key, layer.norms.key, layer, t, 1);
+      fn.store_key(key, dim, row.position, row.cache->dtype, row.cache->keys(index, head - heads));
+      const float* value = space.value + ((size_t)t * kv + head - heads) * dim;
+      fn.store_value(value, dim, row.position, row.cache->dtype, row.cache->values(index, head - heads));
+    }
+    finish(kAttention);
+    // Heads outside, tokens inside: a thread keeps the keys of few heads in its cache.
+    mine = share(heads * tokens, thread, threads);
+    for (int item = mine.start; item < mine.stop;) {
+      const int head = item / tokens, t = item % tokens;
+      const Cache* cache = rows[t].cache;
+      Attention a;
+      a.keys = cache->keys(index, head / (heads / kv));
+      a.values = cache->values(index, head / (heads / kv));
+      a.dtype = cache->dtype;
+      a.dim = dim;
+      a.cap = m.attention_cap;
+      a.scores_stride = space.capacity + kLanes;
+      a.scores = space.scores + (size_t)thread * kQueries * a.scores_stride;
+      for (a.queries = 0; a.queries < kQueries; ++a.queries, ++item) {
+        const int row = t + a.queries;
+        if (item == mine.stop || row == tokens || rows[row].cache != cache) break;
+        a.query[a.queries] = space.query + ((size_t)row * heads + head) * dim;
+        a.out[a.queries] = space.attended + ((size_t)row * heads + head) * dim;
+        a.stop[a.queries] = rows[row].position + 1;
+        a.start[a.queries] = layer.window ? std::max(0, rows[row].position + 1 - layer.window) : 0;
+      }
+      fn.attend(a);
+    }
+    finish(kAttention);
+  }
+
+  void activate() {
+    const int n = model.intermediate;
+    const auto gate_times = model.gelu ? fn.gelu_times : fn.silu_times;
+    // All tokens are one long row.
+    const long long count = (long long)tokens * n;
+    const long long unit = 128, units = (count + unit - 1) / unit;
+    const long long start = units * thread / threads * unit;
+    const long long stop = std::min(count, units * (thread + 1) / threads * unit);
+    if (start < stop) gate_times(space.gate + start, space.up + start, (int)(stop - start));
+    finish(kActivation);
+  }
+
+  void run(int first_logit, float* logits) {
+    const Model& m = model;
+    if (space.profile) since = now_s();
+    embed();
+    finish(kNorm);
+    for (size_t index = 0; index < m.layers.size(); ++index) {
+      const Layer& layer = m.layers[index];
+      const std::uint8_t* widths = bits + index * kProjections;
+      add_and_norm(index > 0, index ? m.layers[index - 1].norms.ffn_out : nullptr, layer.norms.input);
+      float* const qkv[] = {space.query, space.key, space.value};
+      project(layer.matrix, widths, 3, space.normed, tokens, qkv, kQkv);
+      attend((int)index);
+      project(layer.matrix + kOutput, widths + kOutput, 1, space.attended, tokens, &space.delta, kAttentionOut);
+      add_and_norm(true, layer.norms.attention_out, layer.norms.ffn);
+      float* const gate_up[] = {space.gate, space.up};
+      project(layer.matrix + kGate, widths + kGate, 2, space.normed, tokens, gate_up, kGateUp);
+      activate();
+      project(layer.matrix + kDown, widths + kDown, 1, space.gate, tokens, &space.delta, kDownPart);
+    }
+    if (first_logit == tokens) return;
+    add_and_norm(true, m.layers.back().norms.ffn_out, m.norm, first_logit);
+    const float* last = space.normed + (size_t)first_logit * m.hidden;
+    project(&m.head, bits + m.layers.size() * kProjections, 1, last, tokens - first_logit, &logits, kHead);
+    if (m.logit_cap == 0) return;
+    const Share mine = share(tokens - first_logit, thread, threads);
+    for (int t = mine.start; t < mine.stop; ++t) fn.soft_cap(logits + (size_t)t * m.vocab, m.logit_cap, m.vocab);
+  }
+};
+
+}  // namespace
+
+extern const Floats floats_scalar, floats_avx2, floats_avx512, floats_neon;
+
+const Floats& floats() {
+  const std::string_view name = isa();
+#if defined(__x86_64__)
+  if (name == "avx2") return floats_avx2;
+  if (name == "avx512") return floats_avx512;
+#elif defined(__aarch64__)
+  if (name == "neon") return floats_neon;
+#endif
+  (void)name;
+  return floats_scalar;
+}
+
+Reserved::Reserved(size_t bytes) : bytes_(bytes) {
+  void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (p == MAP_FAILED) throw std::bad_alloc();
+  data_ = (char*)p;
+}
+
+Reserved::~Reserved() { munmap(data_, bytes_); }
+
+Cache::Cache(const Model& model, int capacity_, DType dtype_)
+    : capacity(round_to_lanes(capacity_)),
+      dtype(dtype_),
+      kv_heads_(model.kv_heads),
+      key_bytes_(whole_lines((size_t)capacity * model.head_dim * size_of(dtype))),
+      value_bytes_(whole_lines((size_t)capacity * round_to_lanes(model.head_dim) * size_of(dtype))),
+      memory_(model.layers.size() * kv_heads_ * (key_bytes_ + value_bytes_)) {}
+
+void* Cache::keys(int layer, int kv_head) const {
+  return memory_.data() + ((size_t)layer * kv_heads_ + kv_head) * (key_bytes_ + value_bytes_);
+}
+
+void* Cache::values(int layer, int kv_head) const { return (char*)keys(layer, kv_head) + key_bytes_; }
+
+Workspace::Workspace(const Model& model, int max_tokens_, int capacity_, int threads_)
+    : max_tokens(max_tokens_), capacity(round_to_lanes(capacity_)), threads(threads_), memory_(lay_out(model, nullptr)) {
+  lay_out(model, memory_.data());
+}
+
+// Places every array behind `base` and returns the bytes they take.
+size_t Workspace::lay_out(const Model& m, char* base) {
+  size_t offset = 0;
+  const auto place = [&](auto*& array, size_t count) {
+    using Element = std::remove_reference_t<decltype(*array)>;
+    if (base) array = (Element*)(base + offset);
+    offset += whole_lines(count * sizeof(Element));
+  };
+  const size_t tokens = max_tokens, queries = (size_t)m.heads * m.head_dim, keys = (size_t)m.kv_heads * m.head_dim;
+  place(residual, tokens * m.hidden);
+  place(normed, tokens * m.hidden);
+  place(delta, tokens * m.hidden);
+  place(query, tokens * queries);
+  place(key, tokens * keys);
+  place(value, tokens * keys);
+  place(attended, tokens * queries);
+  place(gate, tokens * m.intermediate);
+  place(up, tokens * m.intermediate);
+  place(cosines, m.ropes.size() * tokens * (m.head_dim / 2));
+  place(sines, m.ropes.size() * tokens * (m.head_dim / 2));
+  place(scores, (size_t)threads * kQueries * (capacity + kLanes));
+  const int widest = std::max({m.hidden, m.intermediate, m.heads * m.head_dim});
+  place(input, std::max(input_bytes(max_tokens, widest, Activations::int8),
+                        input_bytes(max_tokens, widest, Activations::exact)));
+  return offset;
+}
+
+void step(const Model& model, const std::uint8_t* bits, Activations activations, const Row* rows, int tokens,
+          int first_logit, float* logits, Workspace& workspace) {
+  const Floats& fn = floats();
+#pragma omp parallel num_threads(workspace.threads)
+  {
+    Worker worker{model, bits, activations, rows, tokens, workspace, fn, omp_get_thread_num(), omp_get_num_threads()};
+    worker.run(first_logit, logits);
+  }
+}
+
+}  // namespace matquant

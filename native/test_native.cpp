@@ -1,0 +1,174 @@
+// The native tests, without Python: for sanitizers (make test-sanitize) and other machines (make test-neon).
+// Every instruction set of the machine, width, rule, mode and a table of shapes, batches, groups and shares of threads,
+// each against the definition of a nested weight in plain loops. Buffers are exactly as large as they must be.
+#include "kernels.hpp"
+#include "planes.hpp"
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <stdexcept>
+#include <vector>
+
+using namespace matquant;
+
+namespace {
+
+std::uint32_t state = 1;
+std::uint32_t draw() { return state = state * 1664525u + 1013904223u, state >> 8; }
+float draw_float() { return static_cast<float>(draw() % 20001) / 10000.0f - 1.0f; }
+
+// nest.py
+int slice(int code, int bits, Rule rule) {
+  if (bits == 8) return code;
+  const int top = code >> (8 - bits);
+  if (rule == Rule::prefix) return top;
+  const int rounded = top + (code >> (7 - bits) & 1);
+  return rule == Rule::extra || rounded < 1 << bits ? rounded : (1 << bits) - 1;
+}
+
+struct Case {
+  int rows, cols, group, tokens;
+};
+
+struct Fixture {
+  Case shape;
+  Rule rule;
+  std::vector<std::uint8_t> codes;
+  std::vector<float> scale, zero, values, x;
+  std::unique_ptr<Memory> memory;
+  Linear linear{};
+
+  Fixture(Case of, Rule by) : shape(of), rule(by) {
+    const int groups = shape.cols / shape.group, blocks = ceil_div(shape.rows, BLOCK_ROWS);
+    codes.resize(static_cast<std::size_t>(shape.rows) * shape.cols);
+    for (std::size_t i = 0; i < codes.size(); ++i) codes[i] = static_cast<std::uint8_t>(i < 256 ? i : draw());
+    scale.resize(static_cast<std::size_t>(shape.rows) * groups);
+    zero.resize(scale.size());
+    values.resize(static_cast<std::size_t>(blocks) * groups * 2 * BLOCK_ROWS);
+    for (int row = 0; row < shape.rows; ++row)
+      for (int group = 0; group < groups; ++group) {
+        const std::size_t at = static_cast<std::size_t>(row) * groups + group;
+        scale[at] = 1.5f + draw_float();
+        zero[at] = static_cast<float>(draw() % 256);
+        float* to = &values[(static_cast<std::size_t>(row / BLOCK_ROWS) * groups + group) * 2 * BLOCK_ROWS];
+        to[row % BLOCK_ROWS] = scale[at];
+        to[BLOCK_ROWS + row % BLOCK_ROWS] = zero[at];
+      }
+    x.resize(static_cast<std::size_t>(shape.tokens) * shape.cols);
+    for (float& value : x) value = draw_float();
+    linear.rows = shape.rows;
+    linear.cols = shape.cols;
+    linear.group = shape.group;
+    linear.rule = rule;
+  }
+
+  void pack_for(int bits, int threads) {
+    linear.resident_bits = bits_read(bits, rule);
+    memory = std::make_unique<Memory>(planes_bytes(shape.rows, shape.cols, linear.resident_bits));
+    place_planes(memory->data(), shape.rows, shape.cols, linear.resident_bits, linear.plane);
+    for (int thread = 0; thread < threads; ++thread)
+      pack(codes.data(), shape.cols, shape.rows, shape.cols, linear.resident_bits, linear.plane, thread, threads);
+    const float step = static_cast<float>(1 << (8 - bits));
+    const float centre = rule == Rule::prefix ? (step - 1) / 2 : 0.0f;
+    for (Affine& affine : linear.affine) affine = {};
+    linear.affine[bits] = {values.data(), false, step, centre};
+  }
+};
+
+int failures = 0;
+void expect(bool holds, const char* what, const Fixture& of, int bits, const char* isa) {
+  if (holds) return;
+  if (++failures < 20)
+    std::printf("FAILED %s: %s, %d bits, rule %d, [%d, %d], groups of %d, %d tokens\n", what, isa, bits,
+                static_cast<int>(of.rule), of.shape.rows, of.shape.cols, of.shape.group, of.shape.tokens);
+}
+
+std::vector<float> product(const Fixture& of, int bits, Activations activations, int threads) {
+  const std::size_t bytes = input_bytes(of.shape.tokens, of.shape.cols, activations);
+  const std::unique_ptr<void, decltype(&std::free)> workspace(std::aligned_alloc(64, bytes), &std::free);
+  const Input input = make_input(workspace.get(), of.shape.tokens, of.shape.cols, activations);
+  for (int thread = 0; thread < threads; ++thread) prepare(input, of.x.data(), thread, threads);
+  std::vector<float> y(static_cast<std::size_t>(of.shape.tokens) * of.shape.rows, NAN);
+  for (int thread = 0; thread < threads; ++thread)
+    linear(of.linear, bits, input, y.data(), of.shape.rows, thread, threads);
+  return y;
+}
+
+// What a product must be, within 16 units of 2^-24 sum |x| |w|; the weights of another width must not pass.
+bool is_product(const std::vector<float>& y, const Fixture& of, int bits, Activations activations) {
+  const Case& shape = of.shape;
+  const double step = 1 << (8 - bits), centre = of.rule == Rule::prefix ? (step - 1) / 2 : 0.0;
+  for (int token = 0; token < shape.tokens; ++token) {
+    std::vector<double> seen(shape.cols);
+    for (int first = 0; first < shape.cols; first += ACTIVATION_GROUP) {
+      const int stop = first + ACTIVATION_GROUP < shape.cols ? first + ACTIVATION_GROUP : shape.cols;
+      const float* x = &of.x[static_cast<std::size_t>(token) * shape.cols];
+      float largest = 0.0f;
+      for (int i = first; i < stop; ++i) largest = std::fmax(largest, std::fabs(x[i]));
+      for (int i = first; i < stop; ++i)
+        seen[i] = activations == Activations::exact || largest == 0.0f
+                      ? x[i]
+                      : static_cast<double>(largest / 127.0f) * std::nearbyint(x[i] * (127.0f / largest));
+    }
+    for (int row = 0; row < shape.rows; ++row) {
+      double sum = 0.0, magnitude = 0.0;
+      for (int col = 0; col < shape.cols; ++col) {
+        const std::size_t at = static_cast<std::size_t>(row) * (shape.cols / shape.group) + col / shape.group;
+        const int code = slice(of.codes[static_cast<std::size_t>(row) * shape.cols + col], bits, of.rule);
+        const double weight = of.scale[at] * step * (code - (of.zero[at] - centre) / step);
+        sum += seen[col] * weight;
+        // zeros far from the middle of the codes count with what is subtracted
+        magnitude += std::fabs(seen[col]) * (std::fabs(weight) + of.scale[at] * 128);
+      }
+      if (!(std::fabs(y[static_cast<std::size_t>(token) * shape.rows + row] - sum) <= 16 * 0x1p-24 * magnitude))
+        return false;
+    }
+  }
+  return true;
+}
+
+void check(Fixture& of, int bits, const char* isa) {
+  of.pack_for(bits, 1 + static_cast<int>(draw() % 3));
+  std::vector<std::uint8_t> codes(of.codes.size());
+  kernels().codes(of.linear, width_of(bits, of.rule), codes.data());
+  bool same = true;
+  for (std::size_t i = 0; i < codes.size(); ++i) same = same && codes[i] == slice(of.codes[i], bits, of.rule);
+  expect(same, "codes", of, bits, isa);
+  for (const Activations activations : {Activations::int8, Activations::exact}) {
+    const std::vector<float> y = product(of, bits, activations, 1);
+    expect(is_product(y, of, bits, activations), "product", of, bits, isa);
+    if (of.shape.cols >= 64)
+      expect(!is_product(y, of, bits == 8 ? 7 : bits + 1, activations), "neighbour", of, bits, isa);
+    expect(std::memcmp(y.data(), product(of, bits, activations, 3).data(), y.size() * sizeof(float)) == 0, "threads", of,
+           bits, isa);
+  }
+}
+
+}  // namespace
+
+int main() {
+  const Case cases[] = {{1, 1, 1, 1},     {16, 32, 32, 2},   {17, 33, 33, 1},   {15, 300, 300, 3}, {50, 257, 257, 9},
+                        {33, 128, 32, 1}, {20, 256, 128, 4}, {18, 96, 16, 5},   {16, 130, 13, 2},  {70, 64, 64, 20},
+                        {16, 48, 48, 130}};
+  int sets = 0;
+  for (const char* isa : {"scalar", "avx2", "avx512", "neon"}) {
+    try {
+      use_kernels(isa);
+    } catch (const std::invalid_argument&) {
+      continue;
+    }
+    ++sets;
+    for (const Case& shape : cases)
+      for (const Rule rule : {Rule::prefix, Rule::round, Rule::extra})
+        for (int bits = 1; bits <= 8; ++bits) {
+          Fixture of(shape, rule);
+          check(of, bits, isa);
+        }
+    std::printf("%s: checked\n", isa);
+  }
+  std::printf("%d instruction sets, %d failures\n", sets, failures);
+  return failures == 0 && sets > 0 ? 0 : 1;
+}

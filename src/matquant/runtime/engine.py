@@ -1,0 +1,320 @@
+"""The engine: one copy of a nested checkpoint in memory, any number of sessions, any width per call. No torch.
+
+    engine = matquant.Engine("OUT")
+    engine.generate("Once upon a time", bits=2)
+    engine.score("Once upon a time", bits=8)
+
+A Session has its own key/value cache and workspace; the weights are shared and never copied, so sessions at different
+widths can run at once from several threads (a step does not hold the interpreter lock). Results depend neither on the
+number of threads nor on what else runs.
+
+Activations: "int8" (dynamic, per token and group of 128 inputs, fp16 cache) or "float" (float32 throughout: the exact
+model that the codes stand for, much slower).
+"""
+
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from matquant import _native
+from matquant.checkpoint import open_checkpoint
+from matquant.errors import InputError, check_positive
+from matquant.nest import MASTER_BITS, check_bits
+from matquant.planes import ACTIVATIONS
+from matquant.runtime.model import load_model
+from matquant.runtime.sampling import Sampling, choose
+from matquant.runtime.vocabulary import TextStream, Vocabulary, end_ids, read_json, read_vocabulary
+from matquant.spec import Plan
+
+CHUNK = 128  # tokens of a prompt per step
+SCORE_VALUES = 2**24  # logits held at once while scoring
+CONTEXT_TAIL = 8  # tokens of the prompt that the text of the first new token may depend on
+
+PlanLike = Plan | Mapping[str, int] | None
+
+
+class Engine:
+    """A nested checkpoint ready to decode.
+
+    path: a checkpoint directory. max_bits: keep only the planes that widths up to this need. threads: None for
+    OMP_NUM_THREADS or all cores this process may use. activations: "int8" or "float". check_hashes: as
+    ``open_checkpoint``. InputError for what cannot be decoded.
+    """
+
+    def __init__(
+        self,
+        path: Path | str,
+        *,
+        max_bits: int = MASTER_BITS,
+        threads: int | None = None,
+        activations: str = "int8",
+        check_hashes: bool = True,
+    ) -> None:
+        check_bits(max_bits)
+        if activations not in ACTIVATIONS:
+            raise InputError(f"activations={activations!r}; use {' or '.join(ACTIVATIONS)}")
+        if threads is not None and (type(threads) is not int or threads < 1):
+            raise InputError(f"threads={threads!r}; give a number above 0")
+        checkpoint = open_checkpoint(path, check_hashes=check_hashes)
+        self.path = checkpoint.directory
+        self.max_bits = max_bits
+        self.threads = threads or _default_threads()
+        self.exact = activations == "float"
+        self.generation_config = read_json(self.path / "generation_config.json")
+        self.ends = end_ids(checkpoint.config, self.generation_config)
+        self._start = checkpoint.config.get("bos_token_id")
+        self._vocabulary: Vocabulary | None = None
+        self.model = load_model(checkpoint, max_bits=max_bits)
+        self.context = self.model.architecture.context
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The tokenizer, read when text is first needed."""
+        if self._vocabulary is None:
+            self._vocabulary = read_vocabulary(self.path)
+        return self._vocabulary
+
+    # ----------------------------------------------------------------------------------------------------- widths
+
+    def widths(self, bits: int | None = None, plan: PlanLike = None) -> np.ndarray:
+        """The width of every matrix of a step, uint8: ``bits`` (None: max_bits), or a plan over it."""
+        if not isinstance(plan, Plan):
+            plan = Plan(default=self.max_bits if bits is None else bits, bits=dict(plan or {}))
+        elif bits is not None:
+            raise InputError(f"bits={bits} and a plan with default {plan.default}; give one of them")
+        resolved = plan.resolve(self.model.weights)
+        for path, width in resolved.items():
+            if width > self.max_bits:
+                raise InputError(
+                    f"bits={width} asked of an engine with max_bits={self.max_bits}, for {path}; "
+                    "ask for fewer bits, or open it with more"
+                )
+        return np.array([resolved.get(path, MASTER_BITS) for path in self.model.paths], dtype=np.uint8)
+
+    def session(self, capacity: int | None = None) -> "Session":
+        """An empty sequence with room for ``capacity`` tokens (None: the model's context)."""
+        return Session(self, capacity or self.context)
+
+    # ------------------------------------------------------------------------------------------------- generating
+
+    def prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
+        """The ids of a prompt; an empty text becomes the beginning-of-sequence token. InputError if it does not fit."""
+        ids = self.vocabulary.prompt(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
+        if not ids:
+            start = self.vocabulary.bos if isinstance(prompt, str) else None
+            start = self._start if start is None else start
+            if start is None:
+                raise InputError("the prompt is empty and the model has no beginning-of-sequence token; give some text")
+            ids = [start]
+        self._check_ids(ids)
+        if len(ids) > self.context:
+            raise InputError(
+                f"the prompt has {len(ids)} tokens, the context of {self.path} is {self.context}; shorten it"
+            )
+        return ids
+
+    def _check_ids(self, ids: Sequence[int]) -> None:
+        vocab = self.model.architecture.vocab
+        outside = next((token for token in ids if not 0 <= token < vocab), None)
+        if outside is not None:
+            raise InputError(f"token {outside} is outside the vocabulary of {vocab}; use the model's own tokenizer")
+
+    def stream(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        bits: int | None = None,
+        plan: PlanLike = None,
+        max_tokens: int = 256,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+        session: "Session | None" = None,
+    ) -> "Completion":
+        """Generate text piece by piece, whole characters only: iterate over the result.
+
+        Sampling options left None are those of generation_config.json if it has do_sample, else greedy. Ends at an
+        end-of-sequence token, a stop text (not part of the text), max_tokens or the end of the context. session: one
+        whose cache holds a beginning of the prompt, to be continued.
+        """
+        check_positive(max_tokens=max_tokens)
+        given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
+        ids = self.prompt_ids(prompt)
+        return Completion(
+            self,
+            ids,
+            widths=self.widths(bits, plan),
+            max_tokens=max_tokens,
+            sampling=Sampling.of_model(self.generation_config, **given),
+            text=TextStream(self.vocabulary, after=ids[-CONTEXT_TAIL:], stop=stop),
+            session=session or self.session(min(self.context, len(ids) + max_tokens)),
+        )
+
+    def generate(self, prompt: str | Sequence[int], **options: Any) -> str:
+        """The text that ``stream`` with the same options gives, at once."""
+        return "".join(self.stream(prompt, **options))
+
+    # --------------------------------------------------------------------------------------------------- scoring
+
+    def score(self, text: str | Sequence[int], *, bits: int | None = None, plan: PlanLike = None) -> np.ndarray:
+        """Log-probabilities (nats, float64) of each token given those before it.
+
+        A text is a document: it begins with the beginning-of-sequence token if the tokenizer has one, which is given
+        and not scored. Of n ids the last n - 1 are scored. InputError for less than two ids or more than the context
+        and one.
+        """
+        ids = self.vocabulary.document(text) if isinstance(text, str) else [int(token) for token in text]
+        if not 2 <= len(ids) <= self.context + 1:
+            raise InputError(f"{len(ids)} tokens to score; give 2 to {self.context + 1}, the context and one")
+        self._check_ids(ids)
+        widths = self.widths(bits, plan)
+        session = self.session(len(ids) - 1)
+        size = max(1, min(CHUNK, SCORE_VALUES // self.model.architecture.vocab))
+        scores = []
+        for start in range(0, len(ids) - 1, size):
+            inputs = ids[start : min(start + size, len(ids) - 1)]
+            logits = session.extend(inputs, widths, all_logits=True).astype(np.float64)
+            largest = logits.max(axis=1)
+            total = largest + np.log(np.exp(logits - largest[:, None]).sum(axis=1))
+            targets = ids[start + 1 : start + 1 + len(inputs)]
+            scores.append(logits[np.arange(len(inputs)), targets] - total)
+        return np.concatenate(scores)
+
+
+class Session:
+    """One sequence: the tokens in its cache, and what a step writes. Used by one thread at a time."""
+
+    def __init__(self, engine: Engine, capacity: int) -> None:
+        self.engine = engine
+        self.capacity = capacity
+        self.ids: list[int] = []
+        native, vocab = engine.model.native, engine.model.architecture.vocab
+        try:
+            self._cache = _native.Cache(native, capacity, engine.exact)
+            self.workspace = _native.Workspace(native, CHUNK, capacity, engine.threads)
+        except MemoryError:
+            raise InputError(f"no memory for a sequence of {capacity} tokens; ask for fewer") from None
+        self._caches = [self._cache]
+        self._tokens = np.zeros(CHUNK, dtype=np.int32)
+        self._positions = np.zeros(CHUNK, dtype=np.int32)
+        self._logits = np.zeros((1, vocab), dtype=np.float32)
+
+    def extend(self, ids: Sequence[int], widths: np.ndarray, *, all_logits: bool = False) -> np.ndarray:
+        """Append tokens and return the logits after the last one, float32 [vocab], or after each, [tokens, vocab].
+
+        The former are overwritten by the next call.
+        """
+        if len(self.ids) + len(ids) > self.capacity:
+            raise InputError(f"{len(self.ids) + len(ids)} tokens in a sequence of {self.capacity}; start a longer one")
+        every = np.empty((len(ids), self._logits.shape[1]), dtype=np.float32) if all_logits else None
+        for start in range(0, len(ids), CHUNK):
+            chunk = ids[start : start + CHUNK]
+            count, held = len(chunk), len(self.ids)
+            self._tokens[:count] = chunk
+            self._positions[:count] = range(held, held + count)
+            is_last = start + count == len(ids)
+            first = 0 if every is not None else count - 1 if is_last else count
+            logits = self._logits if every is None else every[start : start + count]
+            _native.step(
+                self.engine.model.native,
+                widths,
+                self.engine.exact,
+                self._tokens[:count],
+                self._positions[:count],
+                self._caches,
+                first,
+                logits,
+                self.workspace,
+            )
+            self.ids += chunk
+        return self._logits[0] if every is None else every
+
+    def rewind(self, length: int) -> None:
+        """Forget the tokens from ``length`` on."""
+        del self.ids[length:]
+
+    def match(self, ids: Sequence[int]) -> int:
+        """How many tokens of ``ids`` are in the cache already, at most all but one."""
+        same = next((n for n, (a, b) in enumerate(zip(self.ids, ids, strict=False)) if a != b), len(self.ids))
+        return min(same, len(ids) - 1, len(self.ids))
+
+
+class Completion:
+    """Text being generated: iterate over its pieces. Afterwards ``reason`` says why it ended: "stop" or "length".
+
+    ids: the prompt's and the new tokens'. prompt_tokens, tokens: counts. prompt_s, decode_s: seconds.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        prompt: list[int],
+        *,
+        widths: np.ndarray,
+        max_tokens: int,
+        sampling: Sampling,
+        text: TextStream,
+        session: Session,
+    ) -> None:
+        self.ids = list(prompt)
+        self.prompt_tokens = len(prompt)
+        self.tokens = 0
+        self.prompt_s = self.decode_s = 0.0
+        self.reason = "length"
+        self._pieces = self._run(engine, widths, max_tokens, sampling, text, session)
+
+    def __iter__(self) -> Iterator[str]:
+        return self._pieces
+
+    def _run(
+        self,
+        engine: Engine,
+        widths: np.ndarray,
+        max_tokens: int,
+        sampling: Sampling,
+        text: TextStream,
+        session: Session,
+    ) -> Iterator[str]:
+        generator = np.random.default_rng(sampling.seed)
+        known = session.match(self.ids)
+        session.rewind(known)
+        began = time.perf_counter()
+        logits = session.extend(self.ids[known:], widths)
+        self.prompt_s = time.perf_counter() - began
+        began = time.perf_counter()
+        while self.tokens < max_tokens:
+            token = choose(logits, sampling, generator)
+            self.tokens += 1
+            self.decode_s = time.perf_counter() - began
+            if token in engine.ends:
+                self.reason = "stop"
+                break
+            self.ids.append(token)
+            piece = text.push(token)
+            if piece:
+                yield piece
+            if text.stopped:
+                self.reason = "stop"
+                return
+            if len(self.ids) > session.capacity or self.tokens == max_tokens:
+                break
+            logits = session.extend([token], widths)
+        rest = text.finish()
+        if text.stopped:
+            self.reason = "stop"
+        if rest:
+            yield rest
+
+
+def _default_threads() -> int:
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    if given.isdecimal() and int(given) > 0:
+        return int(given)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,305 @@
+"""The native products, held to the definition: all 256 codes, every width, rule and instruction set.
+
+Integer parts must be equal. Floats are compared in units of 2^-24 * sum |x| |w|, with 16 allowed, and the neighbouring
+width must fail the same comparison. Instruction sets, batches and threads must give the same bits.
+N out features, K in features, G groups, T tokens.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+import oracle
+from matquant import _native
+from matquant.planes import Weight, isa, load_weight, matmul
+from matquant.tensor import NestedTensor
+
+WIDTHS = range(1, 9)
+UNITS = 16
+GROUP = 128  # inputs that share a scale of activations
+TOKENS = (1, 2, 3, 4, 5, 8, 9, 24, 131)  # every kernel: single, panels of 2, 4 and 8, one and two rounds of many tokens
+SHAPES = [(1, 1), (16, 32), (17, 31), (33, 300), (130, 128), (5, 515)]
+
+Floats = NDArray[np.float32]
+
+
+def available() -> list[str]:
+    names = []
+    for name in ("scalar", "avx2", "avx512", "neon"):
+        try:
+            _native.use_isa(name)
+            names.append(name)
+        except ValueError:
+            continue
+    _native.use_isa("")
+    return names
+
+
+ISAS = available()
+each_isa = pytest.mark.parametrize("isa_name", ISAS)
+each_rule = pytest.mark.parametrize("rule", oracle.RULES)
+each_width = pytest.mark.parametrize("bits", WIDTHS)
+
+
+@pytest.fixture(autouse=True)
+def _own_isa() -> Iterator[None]:
+    yield
+    _native.use_isa("")
+
+
+def random_tensor(
+    shape: tuple[int, int], *, rule: str = "prefix", group: int | None = None, seed: int = 0, slices: bool = False
+) -> NestedTensor:
+    """A weight with storable scales and, with ``slices``, an affine of its own at widths 2 and 3."""
+    generator = np.random.default_rng([seed, *shape])
+    groups = shape[1] // (group or shape[1])
+
+    def values(low: float, high: float) -> Floats:
+        return generator.uniform(low, high, (shape[0], groups)).astype(np.float16).astype(np.float32)
+
+    own = {bits: (values(0.5, 2), values(0, 2**bits - 1)) for bits in (2, 3)} if slices else {}
+    codes = generator.integers(0, 256, shape, dtype=np.uint8)
+    scale, zero = values(0.5, 1.5), np.full((shape[0], groups), 128, np.float32)
+    return NestedTensor(codes=codes, scale=scale, zero=zero, rule=rule, slices=own)
+
+
+def random_x(tokens: int, columns: int, *, seed: int = 1) -> Floats:
+    return np.random.default_rng([seed, tokens, columns]).standard_normal((tokens, columns)).astype(np.float32)
+
+
+def oracle_weight(tensor: NestedTensor, bits: int) -> NDArray[np.float64]:
+    """scale_r * (code_r - zero_r), from the slicing oracle, in float64."""
+    codes = np.array(oracle.slice_code_table(bits, tensor.rule), dtype=np.float64)[tensor.codes]
+    scale, zero = (np.asarray(part, np.float64) for part in tensor.affine(bits))
+    group = codes.shape[1] // scale.shape[1]
+    return np.repeat(scale, group, axis=1) * (codes - np.repeat(zero, group, axis=1))
+
+
+def oracle_int8(x_TK: Floats) -> NDArray[np.float64]:
+    """x as the kernels see it: per token and 128 inputs, scale = max|x| / 127 and the nearest integer, ties to even."""
+    out = np.zeros(x_TK.shape)
+    for start in range(0, x_TK.shape[1], GROUP):
+        part = x_TK[:, start : start + GROUP]
+        largest = np.abs(part).max(axis=1, keepdims=True)
+        inverse = np.divide(np.float32(127), largest, out=np.zeros_like(largest), where=largest > 0)
+        codes = np.clip(np.rint(part * inverse), -127, 127)
+        out[:, start : start + GROUP] = (largest / np.float32(127)).astype(np.float64) * codes
+    return out
+
+
+def error_units(y_TN: Floats, x_TK: NDArray[np.float64], weight_NK: NDArray[np.float64]) -> float:
+    """Largest error of y against x W^T in units of 2^-24 sum |x| |w|."""
+    magnitude = np.abs(x_TK) @ np.abs(weight_NK).T
+    return float((np.abs(y_TN - x_TK @ weight_NK.T) / (2.0**-24 * magnitude + 1e-300)).max())
+
+
+def assert_product(y_TN: Floats, x_TK: NDArray[np.float64], weight_NK: NDArray[np.float64]) -> None:
+    units = error_units(y_TN, x_TK, weight_NK)
+    assert units <= UNITS, f"{units:.1f} units of 2^-24 sum |x| |w|, {UNITS} allowed"
+
+
+def assert_same_bits(first: Floats, second: Floats) -> None:
+    assert first.dtype == second.dtype == np.float32
+    np.testing.assert_array_equal(first.view(np.uint32), second.view(np.uint32))
+
+
+def test_the_comparisons_can_fail() -> None:
+    x, weight = random_x(2, 64), np.ones((3, 64))
+    y = (x.astype(np.float64) @ weight.T).astype(np.float32)
+    assert_product(y, x.astype(np.float64), weight)
+    with pytest.raises(AssertionError):
+        assert_product(y * np.float32(1 + 1e-5), x.astype(np.float64), weight)
+    with pytest.raises(AssertionError):
+        assert_same_bits(y, np.nextafter(y, np.float32(9)))
+
+
+# Integers -------------------------------------------------------------------------------------------------------------
+
+
+@each_isa
+@each_rule
+@each_width
+def test_codes_are_sliced_by_the_rule(isa_name: str, rule: str, bits: int) -> None:
+    """Every code in every byte of a tile, against the table written from the paper."""
+    _native.use_isa(isa_name)
+    codes = (np.arange(256)[:, None] + np.arange(40)[None, :] * 7).astype(np.uint8)
+    weight = _native.Weight(codes, 8, oracle.RULES.index(rule), 40)
+    table = np.array(oracle.slice_code_table(bits, rule), dtype=np.uint8)
+    np.testing.assert_array_equal(weight.codes(bits, oracle.RULES.index(rule)), table[codes])
+
+
+@each_isa
+@each_rule
+@each_width
+def test_integer_products_are_exact(isa_name: str, rule: str, bits: int) -> None:
+    """With 127 among each group of integer activations the scale is 1, and every product is an exact integer."""
+    _native.use_isa(isa_name)
+    generator = np.random.default_rng(bits)
+    codes = (np.arange(256)[:, None] + np.arange(128)[None, :] * 7).astype(np.uint8)
+    codes[:, :64] = np.arange(256, dtype=np.uint8)[:, None]  # rows of one code: the extremes of every sum
+    native = _native.Weight(codes, 8, oracle.RULES.index(rule), 128)
+    ones = np.ones((256, 1), np.float32)
+    native.set_affine(bits, native.add_values(ones, np.zeros_like(ones)), 1.0, 0.0)
+    table = np.array(oracle.slice_code_table(bits, rule), dtype=np.int64)
+    for tokens in TOKENS:
+        x = generator.integers(-127, 128, (tokens, 128))
+        x[:, 0] = 127
+        x[0] = 127 if tokens % 2 else -127
+        y = native.matmul(x.astype(np.float32), bits, 0, 1)
+        np.testing.assert_array_equal(y.astype(np.int64), x @ table[codes].T)
+        for other in {max(bits - 1, 1), min(bits + 1, 8)} - {bits}:
+            wrong = np.array(oracle.slice_code_table(other, rule), dtype=np.int64)
+            assert (y.astype(np.int64) != x @ wrong[codes].T).any()
+
+
+# Products -------------------------------------------------------------------------------------------------------------
+
+
+@each_rule
+@each_width
+@pytest.mark.parametrize("activations", ["int8", "float"])
+def test_products_are_those_of_the_definition_and_not_of_the_neighbour(activations: str, bits: int, rule: str) -> None:
+    for number, (shape, group) in enumerate([((33, 512), None), ((40, 256), 128), ((16, 96), 32), ((7, 300), 4)]):
+        tensor = random_tensor(shape, rule=rule, group=group, slices=number % 2 == 0)
+        weight = load_weight(tensor)
+        for tokens in (1, 3, 12):
+            x = random_x(tokens, shape[1])
+            seen = oracle_int8(x) if activations == "int8" else x.astype(np.float64)
+            y = matmul(weight, x, bits=bits, activations=activations, threads=1)
+            assert_product(y, seen, oracle_weight(tensor, bits))
+            for other in {max(bits - 1, 1), min(bits + 1, 8)} - {bits}:
+                with pytest.raises(AssertionError, match="units"):
+                    assert_product(y, seen, oracle_weight(tensor, other))
+
+
+@each_width
+@pytest.mark.parametrize("activations", ["int8", "float"])
+def test_instruction_sets_batches_and_threads_give_the_same_bits(activations: str, bits: int) -> None:
+    for number, shape in enumerate(SHAPES):
+        tensor = random_tensor(shape, rule=oracle.RULES[(number + bits) % 3], slices=True)
+        weight = load_weight(tensor)
+        x = random_x(max(TOKENS), shape[1])
+
+        def product(rows: Floats, threads: int = 1, weight: Weight = weight) -> Floats:
+            return matmul(weight, rows, bits=bits, activations=activations, threads=threads)
+
+        _native.use_isa(ISAS[0])
+        expected = product(x)
+        for name in ISAS:
+            _native.use_isa(name)
+            for tokens in TOKENS:
+                assert_same_bits(product(x[:tokens]), expected[:tokens])
+        assert_same_bits(product(x[7:9]), expected[7:9])
+        for threads in (2, 3, 16):
+            assert_same_bits(product(x, threads), expected)
+            assert_same_bits(product(x[:1], threads), expected[:1])
+
+
+@each_isa
+@pytest.mark.parametrize(("columns", "group"), [
+    (10, 5), (48, 16), (96, 48), (256, 64), (384, 128), (512, 256), (768, 384), (130, 1), (390, 130), (99, 33),
+])  # fmt: skip
+@pytest.mark.parametrize("activations", ["int8", "float"])
+def test_groups_of_any_length(isa_name: str, activations: str, columns: int, group: int) -> None:
+    _native.use_isa(isa_name)
+    tensor = random_tensor((21, columns), group=group, slices=True)
+    weight = load_weight(tensor)
+    for bits in (2, 3, 4, 6, 8):
+        for tokens in (1, 2, 9):
+            x = random_x(tokens, columns)
+            seen = oracle_int8(x) if activations == "int8" else x.astype(np.float64)
+            y = matmul(weight, x, bits=bits, activations=activations, threads=1)
+            assert_product(y, seen, oracle_weight(tensor, bits))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.integers(1, 50), columns=st.integers(1, 400), tokens=st.integers(1, 30), bits=st.integers(1, 8),
+    rule=st.sampled_from(oracle.RULES), seed=st.integers(0, 99), activations=st.sampled_from(["int8", "float"]),
+)  # fmt: skip
+def test_any_shape(rows: int, columns: int, tokens: int, bits: int, rule: str, seed: int, activations: str) -> None:
+    tensor = random_tensor((rows, columns), rule=rule, seed=seed)
+    x = random_x(tokens, columns, seed=seed)
+    seen = oracle_int8(x) if activations == "int8" else x.astype(np.float64)
+    y = matmul(load_weight(tensor, max_bits=bits), x, bits=bits, activations=activations, threads=1)
+    assert_product(y, seen, oracle_weight(tensor, bits))
+
+
+def test_wide_zeros_and_scales_stay_float32() -> None:
+    """An affine that 16 bits do not hold."""
+    tensor = random_tensor((20, 64), group=32)
+    exact = NestedTensor(codes=tensor.codes, scale=tensor.scale * np.float32(1.0001), zero=tensor.zero, rule="prefix")
+    x = random_x(2, 64)
+    y = matmul(load_weight(exact), x, bits=4, threads=1)
+    assert_product(y, oracle_int8(x), oracle_weight(exact, 4))
+    with pytest.raises(AssertionError):
+        assert_product(y, oracle_int8(x), oracle_weight(tensor, 4))
+
+
+# Activations ----------------------------------------------------------------------------------------------------------
+
+
+@each_isa
+@pytest.mark.parametrize("activations", ["int8", "float"])
+def test_zero_tiny_and_infinite_activations(isa_name: str, activations: str) -> None:
+    _native.use_isa(isa_name)
+    tensor = random_tensor((3, 256))
+    weight = load_weight(tensor)
+    x = random_x(5, 256)
+    x[0] = 0
+    x[1, :128] = 0
+    x[2] = np.float32(1e-40)  # below what a reciprocal can undo
+    x[3, 200] = np.nan
+    x[4, 3] = np.inf
+    y = matmul(weight, x, bits=4, activations=activations, threads=1)
+    assert (y[0] == 0).all()
+    assert np.isfinite(y[:3]).all()
+    assert (np.abs(y[2]) < 1e-34).all()
+    assert np.isnan(y[3]).all()
+    assert not np.isfinite(y[4]).any()
+
+
+@each_isa
+def test_halves_of_activations_round_to_even(isa_name: str) -> None:
+    _native.use_isa(isa_name)
+    codes = np.full((1, 128), 129, np.uint8)
+    ones = np.ones((1, 1), np.float32)
+    weight = load_weight(NestedTensor(codes=codes, scale=ones, zero=128 * ones, rule="prefix"))
+    for half, rounded in ((0.5, 0), (1.5, 2), (2.5, 2), (-0.5, 0), (-1.5, -2), (126.5, 126)):
+        x = np.zeros((1, 128), np.float32)
+        x[0, 0], x[0, 1] = 127, half
+        assert matmul(weight, x, bits=8, threads=1)[0, 0] == 127 + rounded
+
+
+# Choice ---------------------------------------------------------------------------------------------------------------
+
+
+@each_isa
+def test_the_environment_forces_an_instruction_set(isa_name: str) -> None:
+    script = "from matquant.planes import isa; print(isa())"
+    environment = {**os.environ, "MATQUANT_ISA": isa_name}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == isa_name
+
+
+def test_an_unknown_instruction_set_is_an_input_error() -> None:
+    script = """
+from matquant.errors import InputError
+from matquant.planes import isa
+try:
+    isa()
+except InputError as error:
+    print(error)
+"""
+    environment = {**os.environ, "MATQUANT_ISA": "mmx"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, check=True, capture_output=True, text=True)
+    known = ", ".join(name for name in ("avx512", "avx2", "neon", "scalar") if name in ISAS)
+    assert done.stdout.strip() == f"MATQUANT_ISA=mmx is not an instruction set of this machine; use one of {known}"
+    assert isa() in ISAS
