@@ -223,7 +223,7 @@ def _from_gptq() -> dict[str, Cell]:
     }
     everything = {**BEST, "method": "qat", "affine": "learned", "scope": "all", "start": "gptq+ all"}
     return cells | {
-        "qat+ all": Cell(what="QAT from nested GPTQ, all linears", options=everything, rates=(5e-4,)),
+        "qat+ all": Cell(what="QAT from nested GPTQ, all linears", options=everything, rates=(2.5e-4, 5e-4)),
         "qat+ all long": Cell(
             what="... twice the steps", options={**everything, "steps": 300}, rates=(5e-4,), models=("reference",)
         ),
