@@ -3,7 +3,7 @@
 Writes a GGUF per block type into FOLDER if it is not there, "pure": every matrix in that type, random blocks with one
 small scale, so that all weights are finite. Then it loads them all and serves bursts: a request per line of stdin,
 
-    {"type": "Q4_K", "threads": 2, "work": "decode" or "prefill", "tokens": 8, "context": 16, "seconds": 1}
+    {"type": "Q4_K", "threads": 2, "work": "decode" or "prefill", "tokens": 2, "context": 16, "seconds": 1}
 
 an answer per line of stdout: [[wall seconds, CPU seconds], ...], a pair per stretch of ``tokens`` tokens, until
 ``seconds`` are over (one stretch at least). Decoding begins after the first ``context`` tokens of the last prefill.
