@@ -126,29 +126,42 @@ Result<std::uint8_t> plane_bytes(const Weight& weight, int plane) {
   return new_matrix(blocks, bytes, std::move(copy));
 }
 
+// y [tokens, rows] = x [tokens, cols] W^T, by a team of its own; nothing of Python is touched.
+void multiply(const Linear& weight, const float* x, int tokens, float* y, int bits, Activations kind, int threads) {
+  const std::unique_ptr<void, decltype(&std::free)> workspace(
+      std::aligned_alloc(64, input_bytes(tokens, weight.cols, kind)), &std::free);
+  if (workspace == nullptr) throw std::bad_alloc();
+  const Input input = make_input(workspace.get(), tokens, weight.cols, kind);
+#pragma omp parallel num_threads(threads > 0 ? threads : omp_get_max_threads())
+  {
+    prepare(input, x, omp_get_thread_num(), omp_get_num_threads());
+#pragma omp barrier
+    linear(weight, bits, input, y, weight.rows, omp_get_thread_num(), omp_get_num_threads());
+  }
+}
+
 Result<float> matmul(const Weight& weight, Contiguous<float> x, int bits, int activations, int threads) {
   const Linear& linear_weight = weight.linear();
   if (!serves(linear_weight, bits)) throw std::invalid_argument("that width is not resident");
   if (static_cast<int>(x.shape(1)) != linear_weight.cols) throw std::invalid_argument("x is not [tokens, cols]");
-  const int tokens = static_cast<int>(x.shape(0));
   const auto rows = static_cast<std::size_t>(linear_weight.rows);
   auto y = std::make_unique<float[]>(x.shape(0) * rows);
-  if (tokens > 0) {
+  if (x.shape(0) > 0) {
     const nb::gil_scoped_release released;
-    const auto kind = static_cast<Activations>(activations);
-    const std::size_t bytes = input_bytes(tokens, linear_weight.cols, kind);
-    const std::unique_ptr<void, decltype(&std::free)> workspace(std::aligned_alloc(64, bytes), &std::free);
-    if (workspace == nullptr) throw std::bad_alloc();
-    const Input input = make_input(workspace.get(), tokens, linear_weight.cols, kind);
-#pragma omp parallel num_threads(threads > 0 ? threads : omp_get_max_threads())
-    {
-      prepare(input, x.data(), omp_get_thread_num(), omp_get_num_threads());
-#pragma omp barrier
-      linear(linear_weight, bits, input, y.get(), static_cast<std::ptrdiff_t>(rows), omp_get_thread_num(),
-             omp_get_num_threads());
-    }
+    multiply(linear_weight, x.data(), static_cast<int>(x.shape(0)), y.get(), bits, static_cast<Activations>(activations),
+             threads);
   }
   return new_matrix(x.shape(0), rows, std::move(y));
+}
+
+// The same between addresses, float32 and contiguous, for tensors of other libraries: 0.2 us, not 2 for each of them.
+void matmul_at(const Weight& weight, std::uintptr_t x, std::uintptr_t y, int tokens, int bits, int activations,
+               int threads) {
+  if (!serves(weight.linear(), bits)) throw std::invalid_argument("that width is not resident");
+  if (tokens <= 0) return;
+  const nb::gil_scoped_release released;
+  multiply(weight.linear(), reinterpret_cast<const float*>(x), tokens, reinterpret_cast<float*>(y), bits,
+           static_cast<Activations>(activations), threads);
 }
 
 }  // namespace
@@ -163,6 +176,8 @@ void bind_linear(nb::module_& module) {
       .def("codes", read_codes, nb::arg("bits"), nb::arg("rule"))
       .def("plane", plane_bytes, nb::arg("plane"))
       .def("matmul", matmul, nb::arg("x").noconvert(), nb::arg("bits"), nb::arg("activations"), nb::arg("threads"))
+      .def("matmul_at", matmul_at, nb::arg("x"), nb::arg("y"), nb::arg("tokens"), nb::arg("bits"),
+           nb::arg("activations"), nb::arg("threads"))
       .def_prop_ro("pointer", [](const Weight& weight) { return reinterpret_cast<std::uintptr_t>(&weight.linear()); })
       .def_prop_ro("bytes", &Weight::bytes);
   module.def("isa", isa);

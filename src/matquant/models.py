@@ -298,6 +298,12 @@ def build_model(
     return model.eval()
 
 
+def config_dtype(config: Mapping[str, Any]) -> torch.dtype:
+    """The dtype that ``build_model`` gives a model of ``config`` unless told otherwise."""
+    dtype: torch.dtype | None = transformers.AutoConfig.for_model(**dict(config)).dtype
+    return dtype or torch.float32
+
+
 def side_files(source: Path | str) -> dict[str, bytes]:
     """Tokenizer and generation files that belong to a model, by name; empty for a hub id."""
     return {name: (Path(source) / name).read_bytes() for name in SIDE_FILES if (Path(source) / name).is_file()}
@@ -348,12 +354,19 @@ def plain_items(
     """
     taken = {view.parameter for view in views.values()}
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    for name, tensor in model.state_dict().items():
+    for name, tensor in model.state_dict(keep_vars=True).items():
         if name not in taken and name not in tied:
             value = tensor if read is None else read(name)
             stored = value.detach().to(dtypes.get(name, value.dtype))
             for key, part in revert_weight_conversion(model, {name: stored}).items():
                 yield key, to_numpy(part)
+
+
+def is_linear(model: Model, view: View) -> bool:
+    """Whether ``view`` is the whole weight of a plain linear, not a part of a fused tensor."""
+    module = model.get_submodule(view.parameter.rpartition(".")[0])
+    whole = View(parameter=view.parameter, shape=view.shape, stride=(view.shape[1], 1), offset=0)
+    return type(module) is torch.nn.Linear and view == whole and tuple(module.weight.shape) == view.shape
 
 
 def write_weights(model: Model, views: Mapping[str, View], weights: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -381,8 +394,8 @@ def to_torch(array: np.ndarray) -> torch.Tensor:
 
 
 def nested_to_numpy(tensor: NestedTensor) -> NestedTensor:
-    """The same nested tensor with numpy arrays."""
-    return _convert(tensor, to_numpy)
+    """The same nested tensor with numpy arrays; itself if it has them."""
+    return tensor if isinstance(tensor.codes, np.ndarray) else _convert(tensor, to_numpy)
 
 
 def nested_to_torch(tensor: NestedTensor) -> NestedTensor:

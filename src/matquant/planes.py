@@ -129,6 +129,14 @@ def matmul(weight: Weight, x_TK: Floats, *, bits: int, activations: str = "int8"
     return weight.planes.native.matmul(np.ascontiguousarray(x_TK), bits, kind, threads)
 
 
+def matmul_at(weight: Weight, x: int, y: int, *, tokens: int, bits: int, activations: str, threads: int) -> None:
+    """``matmul`` between addresses: x of float32 [tokens, K], y of float32 [tokens, N], contiguous, on this machine.
+
+    For tensors of other libraries, a fraction of a microsecond a call. Nothing can be checked: that is the caller's.
+    """
+    weight.planes.native.matmul_at(x, y, tokens, bits, ACTIVATIONS.index(activations), threads)
+
+
 def isa() -> str:
     """The instruction set in use: avx512, avx2, neon or scalar, the best of the machine or $MATQUANT_ISA.
 

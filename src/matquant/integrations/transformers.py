@@ -1,11 +1,15 @@
 """A nested checkpoint as an ordinary transformers model whose width can be changed in place.
 
-The codes stay in memory beside the dense parameters; ``set_bits`` slices them again and writes the parameters, so
-``generate``, hooks and everything else of transformers work as on any model.
+By default the codes stay in memory beside dense parameters; ``set_bits`` slices them again and writes the parameters,
+so ``generate``, training, hooks and everything else of transformers work as on any model, bit for bit as without us.
+
+With ``kernels`` every quantised linear is a product of the native kernels instead (``linear.py``): the codes lie in
+bit planes, nothing dense is kept, switching costs nothing and decoding reads ``bits`` bits a weight. That is another
+arithmetic, so it is asked for: ``float`` agrees to float32 rounding, ``int8`` rounds activations (docs/runtime.md).
 """
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +17,13 @@ import torch
 
 from matquant.checkpoint import Checkpoint, open_checkpoint, write_checkpoint
 from matquant.errors import InputError
+from matquant.integrations.linear import NestedLinear, describe, find_obstacle
 from matquant.models import (
     Model,
+    View,
     build_model,
+    config_dtype,
+    is_linear,
     linear_views,
     nested_to_numpy,
     nested_to_torch,
@@ -28,6 +36,8 @@ from matquant.nest import MASTER_BITS, check_bits
 from matquant.spec import Plan
 from matquant.tensor import NestedTensor
 
+Serve = Callable[[Mapping[str, int]], None]  # gives the weights at these paths these widths
+
 
 def load(
     path: Path | str,
@@ -36,17 +46,27 @@ def load(
     plan: Mapping[str, int] | Plan | None = None,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
+    kernels: str | None = None,
     check_hashes: bool = True,
 ) -> Any:
     """Load a nested checkpoint as a transformers model at ``bits`` bits, or at a plan {path: bits} over ``bits``.
 
-    Returns a model of its own class that also has ``set_bits(bits, plan=None)`` and ``bits_by_path``, and whose
-    ``save_pretrained(directory)`` writes the nested checkpoint. dtype None: the checkpoint's. InputError on damage.
+    Returns a model of its own class that also has ``set_bits(bits, plan=None)``, ``bits_by_path`` and ``kernels``, a
+    line of text that says what multiplies, and whose ``save_pretrained(directory)`` writes the nested checkpoint.
+    dtype None: the checkpoint's. kernels: the activations of the native kernels, ``int8`` or ``float``, on a CPU and
+    without gradients; None: dense weights. InputError on damage, and where kernels cannot be had.
     """
     checkpoint = open_checkpoint(path, check_hashes=check_hashes)
     check_bits(bits)
-    tensors = {name: nested_to_torch(checkpoint.nested(name)) for name in checkpoint.shapes}
-    state = {f"{name}.weight": tensor.read(bits) for name, tensor in tensors.items()}
+    if kernels is not None:
+        dtype = dtype or config_dtype(checkpoint.config)
+        _refuse(kernels, path, find_obstacle(kernels, device, dtype))
+        tensors = {name: checkpoint.nested(name, mapped=True) for name in checkpoint.shapes}
+        weights = {name: torch.zeros((), dtype=dtype).expand(shape) for name, shape in checkpoint.shapes.items()}
+    else:
+        tensors = {name: nested_to_torch(checkpoint.nested(name)) for name in checkpoint.shapes}
+        weights = {name: tensor.read(bits) for name, tensor in tensors.items()}
+    state = {f"{name}.weight": weight for name, weight in weights.items()}
     state |= {name: to_torch(checkpoint.array(name)) for name in checkpoint.plain_names()}
     model = build_model(checkpoint.config, state, directory=checkpoint.directory, dtype=dtype).to(device)
     views = linear_views(model)
@@ -54,33 +74,69 @@ def load(
     if missing:
         raise InputError(f"{path} quantises {missing[0]}, which {type(model).__name__} does not have; write it again")
     views = {name: views[name] for name in tensors}
+    if kernels is not None:
+        fused = [name for name, view in views.items() if not is_linear(model, view)]
+        _refuse(kernels, path, f"{fused[0]} is part of a fused tensor" if fused else "")
+        serve = _use_kernels(model, views, tensors, kernels)
+        model.kernels = describe(len(views), kernels)
+    else:
+        serve = functools.partial(_write_dense, model, views, tensors)
+        model.kernels = "dense weights: no kernels asked for"
     model.bits_by_path = {}
-    model.set_bits = functools.partial(_set_bits, model, views, tensors)
+    model.set_bits = functools.partial(_set_bits, model, serve, list(tensors))
     model.save_pretrained = functools.partial(_save, model, views, tensors, checkpoint)
     model.set_bits(bits, plan=plan)
     return model
 
 
+def _refuse(kernels: str, path: Path | str, obstacle: str) -> None:
+    if obstacle:
+        raise InputError(f"kernels={kernels!r} asked of {path}, but {obstacle}; load it without kernels")
+
+
+def _use_kernels(model: Model, views: Mapping[str, View], tensors: Mapping[str, NestedTensor], kernels: str) -> Serve:
+    """Put a NestedLinear in the place of every linear of ``tensors``. Nothing of the model asks for gradients then."""
+    linears: dict[str, NestedLinear] = {}
+    for path, tensor in tensors.items():
+        parent, _, name = views[path].parameter.removesuffix(".weight").rpartition(".")
+        block = model.get_submodule(parent)
+        dense = getattr(block, name)
+        linears[path] = NestedLinear(tensor, dense.bias, activations=kernels, dtype=dense.weight.dtype).eval()
+        setattr(block, name, linears[path])
+    model.requires_grad_(False)
+
+    def serve(bits_by_path: Mapping[str, int]) -> None:
+        for path, bits in bits_by_path.items():
+            linears[path].bits = bits
+
+    return serve
+
+
+def _write_dense(
+    model: Model, views: Mapping[str, View], tensors: Mapping[str, NestedTensor], bits_by_path: Mapping[str, int]
+) -> None:
+    write_weights(model, views, ((path, tensors[path].read(bits)) for path, bits in bits_by_path.items()))
+
+
 def _set_bits(
     model: Model,
-    views: Mapping[str, Any],
-    tensors: Mapping[str, NestedTensor],
+    serve: Serve,
+    paths: list[str],
     bits: int = MASTER_BITS,
     *,
     plan: Mapping[str, int] | Plan | None = None,
 ) -> None:
-    """Switch the model in place to ``bits``, or to a plan over it. Only weights whose width changes are rewritten."""
+    """Switch the model in place to ``bits``, or to a plan over it. Only weights whose width changes are touched."""
     if not isinstance(plan, Plan):
         plan = Plan(default=bits, bits=dict(plan or {}))
-    wanted = plan.resolve(tensors)
-    changed = [path for path, width in wanted.items() if model.bits_by_path.get(path) != width]
-    write_weights(model, views, ((path, tensors[path].read(wanted[path])) for path in changed))
+    wanted = plan.resolve(paths)
+    serve({path: width for path, width in wanted.items() if model.bits_by_path.get(path) != width})
     model.bits_by_path = wanted
 
 
 def _save(
     model: Model,
-    views: Mapping[str, Any],
+    views: Mapping[str, View],
     tensors: Mapping[str, NestedTensor],
     checkpoint: Checkpoint,
     directory: Path | str,

@@ -1,0 +1,501 @@
+"""A whole model at every width: tokens per second against the streaming limit, its own int8, and llama.cpp beside it.
+
+    python bench/decode.py setup      llama.cpp for this processor, in an environment under MATQUANT_PEERS (.peers/)
+    python bench/decode.py run        measure: a record per thread count and group size in bench/decode.jsonl
+    python bench/decode.py report     the newest records against their targets
+    python bench/decode.py plot       docs/roofline.png
+
+The model has the shape of Llama-3.2-1B (its own head, 32000 tokens) and random weights: codes of all decoder linears
+and of the head quantised, embedding bf16. llama.cpp gets random blocks of the type of the same nominal width for every
+matrix. --shape tiny only shows that everything runs.
+
+Correctness first: all products of a layer and of the head against the definition, a prompt at once against token by
+token. Then, in every round, everything takes turns in bursts: the stream of memory and our decoding at each width,
+two widths in turn, a plan, llama.cpp's decoding, prefills of both. A burst is as many stretches of 2 tokens after 16,
+or prompts of 128, as fill its time. One counts as undisturbed if its process had its cores for at least 97 % of it;
+medians are over those if there are three (matquant.runtime.bench). Both sides compute the logits of the last token and
+choose nothing. Ratios of samples that were mostly disturbed show little: look at "undisturbed" first.
+"""
+
+import dataclasses
+import datetime
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import ml_dtypes
+import numpy as np
+import typer
+from matplotlib import pyplot as plt
+from matplotlib.ticker import LogLocator
+from rich.console import Console
+from rich.table import Table
+
+from linear import WIDTHS, check_products
+from matquant import _native
+from matquant.checkpoint import Item, open_checkpoint, write_checkpoint
+from matquant.runtime.bench import LINEARS, STREAM_BYTES, UNDISTURBED, Sample, median, timed
+from matquant.runtime.engine import Engine, Session
+from matquant.runtime.model import EMBEDDING, HEAD, NORM, PROJECTIONS
+from matquant.spec import Spec
+from matquant.tensor import NestedTensor
+
+ROOT = Path(__file__).resolve().parents[1]
+RECORDS = ROOT / "bench" / "decode.jsonl"
+PICTURE = ROOT / "docs" / "roofline.png"
+CACHE = Path(os.environ.get("MATQUANT_PEERS", ROOT / ".peers")).resolve()
+WORKER = ROOT / "bench" / "peers" / "decode_llamacpp.py"
+VENV = CACHE / "llama-cpp-python" / "venv"
+PACKAGES = ("llama-cpp-python==0.3.36", "gguf==0.19.0", "numpy")
+CMAKE = ("GGML_NATIVE=ON", "LLAVA_BUILD=OFF", "LLAMA_CURL=OFF", "LLAMA_OPENSSL=OFF")
+
+LLAMA: dict[str, Any] = {
+    **{"model_type": "llama", "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16},
+    **{"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 32000},
+    **{"max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "tie_word_embeddings": False},
+}
+TINY = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "vocab_size": 512}
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama-3.2-1b": LLAMA,
+    "tiny": {**LLAMA, **TINY, "num_attention_heads": 4, "num_key_value_heads": 2},
+}
+
+PEERS = {8: "Q8_0", 6: "Q6_K", 4: "Q4_K", 3: "Q3_K", 2: "Q2_K"}
+CONTEXT, STRETCH, PROMPT = 16, 2, 128  # tokens; a short stretch is more often undisturbed
+MIX, MIX_MEAN = (2, 6), 4  # layers in turn, and the head at their mean
+LOADS = 3
+
+# What per-channel scales are to reach: a fraction of the streaming limit, factors over our int8 and over llama.cpp.
+LINEAR_TARGET = 0.85
+STEP_TARGETS = {2: 3.6, 3: 2.5, 4: 1.9, 6: 1.3}
+DECODE_TARGETS = {8: 1.3, 6: 1.4, 4: 1.4, 3: 2.5, 2: 2.0}
+PREFILL_TARGET = 1.5
+SAME = 0.98  # a speed ratio from which on nothing is to be seen of the difference
+LOAD_TARGET_S = 3.0
+FIRST_TOKEN = """
+import sys
+from matquant import Engine
+engine = Engine(sys.argv[1], threads=int(sys.argv[2]), check_hashes=sys.argv[3] == "checked")
+engine.session(16).extend([1], engine.widths(8))
+"""
+
+Record = dict[str, Any]
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def setup() -> None:
+    """Make the environment of llama-cpp-python, built from its sources."""
+    ready = VENV.parent / "ready"
+    if ready.is_file():
+        return
+    began = time.perf_counter()
+    subprocess.run([sys.executable, "-m", "venv", VENV], check=True)
+    flags = {"CMAKE_ARGS": " ".join(f"-D{flag}" for flag in CMAKE)}
+    command: list[str | Path] = [
+        VENV / "bin" / "pip",
+        "install",
+        "--quiet",
+        "--no-binary",
+        "llama-cpp-python",
+        *PACKAGES,
+    ]
+    subprocess.run(command, check=True, env={**os.environ, **flags})
+    ready.touch()
+    print(f"ready after {time.perf_counter() - began:.0f} s")
+
+
+@app.command()
+def run(
+    threads: Annotated[list[int] | None, typer.Option(help="Thread counts; 1 and 2 by default.")] = None,
+    group: Annotated[
+        list[int] | None, typer.Option(help="Group sizes, 0 for whole rows; 0 and 128 by default.")
+    ] = None,
+    shape: Annotated[str, typer.Option(help=f"One of {', '.join(SHAPES)}.")] = "llama-3.2-1b",
+    rounds: Annotated[int, typer.Option(help="Bursts of each kind.")] = 7,
+    burst_s: Annotated[float, typer.Option(help="Seconds of a burst.")] = 1.0,
+    keep: Annotated[bool, typer.Option(help="Append to bench/decode.jsonl.")] = True,
+) -> None:
+    """Measure and print."""
+    if shape not in SHAPES:
+        raise SystemExit(f"--shape {shape}: give one of {', '.join(SHAPES)}")
+    folder = CACHE / "decode" / shape
+    folder.mkdir(parents=True, exist_ok=True)
+    with LlamaCpp(folder, SHAPES[shape]) as peer:
+        for group_size in group or (0, 128):
+            directory = folder / f"group-{group_size}"
+            if not directory.exists():
+                write_random(directory, SHAPES[shape], group_size or None)
+            for count in threads or (1, 2):
+                record = measure(directory, peer, threads=count, rounds=rounds, burst_s=burst_s)
+                record = {"shape": shape, "group": group_size, **record, **_origin(), "versions": peer.versions}
+                show(record)
+                line = json.dumps(record, sort_keys=True)
+                if keep:
+                    with RECORDS.open("a") as file:
+                        file.write(line + "\n")
+                print(line, flush=True)
+
+
+# ------------------------------------------------------------------------------------------------------- the models
+
+
+def write_random(directory: Path, shape: Record, group_size: int | None) -> None:
+    """A nested checkpoint of ``shape`` with random codes, written a matrix at a time."""
+    generator = np.random.default_rng(0)
+    hidden, ffn = shape["hidden_size"], shape["intermediate_size"]
+    attended, shared = (shape[f"num_{kind}_heads"] * shape["head_dim"] for kind in ("attention", "key_value"))
+    sizes = [(attended, hidden), (shared, hidden), (shared, hidden), (hidden, attended)]
+    sizes += [(ffn, hidden), (ffn, hidden), (hidden, ffn)]
+
+    def nested(rows: int, columns: int) -> NestedTensor:
+        codes = np.frombuffer(generator.bytes(rows * columns), np.uint8).reshape(rows, columns)
+        deviation = generator.uniform(0.5, 1.5, (rows, columns // (group_size or columns))) / columns**0.5
+        scale = (deviation / 74).astype(ml_dtypes.bfloat16).astype(np.float32)  # 74: of uniform codes
+        return NestedTensor(codes=codes, scale=scale, zero=np.full_like(scale, 128), rule="prefix")
+
+    def items() -> Iterator[Item]:
+        embedding = generator.standard_normal((shape["vocab_size"], hidden), np.float32)
+        yield f"{EMBEDDING}.weight", embedding.astype(ml_dtypes.bfloat16)
+        ones = np.ones(hidden, ml_dtypes.bfloat16)
+        for layer in range(shape["num_hidden_layers"]):
+            for name, size in zip(PROJECTIONS, sizes, strict=True):
+                yield f"model.layers.{layer}.{name}", nested(*size)
+            for name in ("input_layernorm", "post_attention_layernorm"):
+                yield f"model.layers.{layer}.{name}.weight", ones
+        yield f"{NORM}.weight", ones
+        yield HEAD, nested(shape["vocab_size"], hidden)
+
+    spec = Spec(rule="prefix", widths=WIDTHS, group_size=group_size, scope="all")
+    write_checkpoint(directory, items(), spec=spec, config=shape, ignore=(), files={})
+
+
+class LlamaCpp:
+    """The worker in its own environment, with all its models loaded."""
+
+    def __init__(self, folder: Path, shape: Record) -> None:
+        python = VENV / "bin" / "python"
+        if not python.is_file():
+            raise SystemExit(f"{python} is missing; first: python bench/decode.py setup")
+        (folder / "shape.json").write_text(json.dumps(shape))
+        self._log = (folder / "llamacpp.log").open("w")
+        command = [python, WORKER, folder]
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self._log, text=True)
+        ready = self._answer()
+        self.versions: dict[str, str] = ready["versions"]
+        self.mb_per_token: dict[str, float] = ready["mb_per_token"]
+
+    def __enter__(self) -> "LlamaCpp":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+        self._log.close()
+
+    def burst(self, bits: int, work: str, *, tokens: int, threads: int, seconds: float) -> list[Sample]:
+        """Samples of tokens/s of the type of ``bits`` bits; work: decode or prefill."""
+        request = {"type": PEERS[bits], "work": work, "tokens": tokens, "context": CONTEXT}
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps({**request, "threads": threads, "seconds": seconds}) + "\n")
+        self._process.stdin.flush()
+        return [
+            Sample(value=tokens / wall, undisturbed=cpu >= UNDISTURBED * wall * threads) for wall, cpu in self._answer()
+        ]
+
+    def _answer(self) -> Any:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise SystemExit(f"llama.cpp's worker ended; see {self._log.name}")
+        return json.loads(line)
+
+
+# -------------------------------------------------------------------------------------------------------- measuring
+
+
+def measure(directory: Path, peer: LlamaCpp, *, threads: int, rounds: int, burst_s: float) -> Record:
+    """The record of one engine and llama.cpp, all with ``threads`` threads."""
+    load_s = {kind: first_token_s(directory, threads, kind) for kind in ("checked", "unchecked")}
+    engine = Engine(directory, threads=threads, check_hashes=False)
+    session = engine.session(CONTEXT + PROMPT)
+    check(engine, session)
+    widths = {str(bits): [engine.widths(bits)] * STRETCH for bits in WIDTHS}
+    few, many = engine.widths(min(WIDTHS)), engine.widths(max(WIDTHS))
+    schedules = {
+        **widths,
+        "switch": [few, many],
+        "mix": [mixed(engine)] * STRETCH,
+    }
+    stream = _native.Stream(STREAM_BYTES)
+    samples: dict[str, list[Sample]] = {}
+
+    def note(name: str, new: Sequence[Sample]) -> None:
+        samples.setdefault(name, []).extend(new)
+
+    def one_round(seconds: float) -> None:
+        for bits in WIDTHS:
+            widths = engine.widths(bits)
+            note(f"prefill {bits}", burst(partial(prefill, session, widths), seconds))
+            note(f"peer prefill {bits}", peer.burst(bits, "prefill", tokens=PROMPT, threads=threads, seconds=seconds))
+        for name, schedule in schedules.items():
+            note("stream", burst(lambda: timed(partial(stream.read, threads), stream.bytes, threads), seconds / 5))
+            decoded, linears = decode_burst(session, schedule, seconds)
+            note(f"decode {name}", decoded)
+            note(f"linears {name}", linears)
+            if name.isdigit():
+                answer = peer.burst(int(name), "decode", tokens=STRETCH, threads=threads, seconds=seconds)
+                note(f"peer decode {name}", answer)
+
+    one_round(0.0)  # touches everything once
+    samples.clear()
+    for _ in range(rounds):
+        one_round(burst_s)
+    return {"threads": threads, "rounds": rounds, "burst_s": burst_s, "load_s": load_s} | summary(engine, peer, samples)
+
+
+def summary(engine: Engine, peer: LlamaCpp, samples: dict[str, list[Sample]]) -> Record:
+    """Medians as rates and ratios."""
+    limit = median(samples["stream"])
+    rate = {name: median(values) for name, values in samples.items()}
+    rows = {}
+    for bits in WIDTHS:
+        read = engine.model.bytes_per_token(engine.widths(bits))
+        rows[str(bits)] = {
+            "mb_per_token": read / 1e6,
+            "tok_s": rate[f"decode {bits}"],
+            "fraction": rate[f"decode {bits}"] * read / limit,
+            "linear_fraction": rate[f"linears {bits}"] * read / limit,
+            "over_int8": rate[f"decode {bits}"] / rate["decode 8"],
+            "prefill_tok_s": rate[f"prefill {bits}"],
+            "peer": PEERS[bits],
+            "peer_mb_per_token": peer.mb_per_token[PEERS[bits]],
+            "peer_tok_s": rate[f"peer decode {bits}"],
+            "over_peer": rate[f"decode {bits}"] / rate[f"peer decode {bits}"],
+            "peer_prefill_tok_s": rate[f"peer prefill {bits}"],
+            "prefill_over_peer": rate[f"prefill {bits}"] / rate[f"peer prefill {bits}"],
+        }
+    # One token of each width takes the mean of their times.
+    alternating = statistics.harmonic_mean([rate[f"decode {min(WIDTHS)}"], rate[f"decode {max(WIDTHS)}"]])
+    timed_samples = [sample for name, values in samples.items() if name != "stream" for sample in values]
+    return {
+        "stream_gb_s": limit / 1e9,
+        "isa": _native.isa(),
+        "undisturbed": statistics.fmean(sample.undisturbed for sample in timed_samples),
+        "samples": len(timed_samples),
+        "undisturbed_by_kind": {n: statistics.fmean(s.undisturbed for s in v) for n, v in samples.items()},
+        "switch": rate["decode switch"] / alternating,
+        "mix": rate["decode mix"] / rate[f"decode {MIX_MEAN}"],
+        "widths": rows,
+    }
+
+
+def check(engine: Engine, session: Session) -> None:
+    """SystemExit unless the last layer and the head multiply, and steps add up, as they should at every width."""
+    checkpoint = open_checkpoint(engine.path, check_hashes=False)
+    for path in engine.model.paths[-len(PROJECTIONS) - 1 :]:
+        check_products(checkpoint.nested(path, mapped=True), engine.model.weights[path], threads=engine.threads)
+    prompt = list(range(1, 9))
+    seen: list[np.ndarray] = []
+    for bits in WIDTHS:
+        widths = engine.widths(bits)
+        session.rewind(0)
+        at_once = session.extend(prompt, widths).copy()
+        session.rewind(0)
+        one_by_one = [session.extend([token], widths) for token in prompt][-1]
+        if not (np.isfinite(at_once).all() and (at_once == one_by_one).all()):
+            raise SystemExit(f"int{bits}: a prompt at once and token by token differ, or are not finite")
+        if any((at_once == other).all() for other in seen):
+            raise SystemExit(f"int{bits} gives the logits of another width")
+        seen.append(at_once)
+
+
+def mixed(engine: Engine) -> np.ndarray:
+    """The widths of MIX by layers in turn."""
+    layers = engine.model.architecture.layers
+    plan = {f"model.layers.{layer}.{name}": MIX[layer % len(MIX)] for layer in range(layers) for name in PROJECTIONS}
+    return engine.widths(plan={**plan, engine.model.paths[-1]: MIX_MEAN})
+
+
+def burst(stretch: Callable[[], Sample], seconds: float) -> list[Sample]:
+    """Samples until ``seconds`` are over, one at least."""
+    stop = time.perf_counter() + seconds
+    samples = [stretch()]
+    while time.perf_counter() < stop:
+        samples.append(stretch())
+    return samples
+
+
+def decode_burst(session: Session, schedule: Sequence[np.ndarray], seconds: float) -> tuple[list[Sample], list[Sample]]:
+    """Decoding after the first CONTEXT tokens of the cache: tokens/s of whole steps, and of their linears alone."""
+    linears: list[Sample] = []
+
+    def steps() -> None:
+        session.rewind(CONTEXT)
+        for widths in schedule:
+            session.extend([1], widths)
+
+    def stretch() -> Sample:
+        session.workspace.profile = True  # a clock per part of the step, now at zero; costs microseconds
+        sample = timed(steps, len(schedule), session.engine.threads)
+        parts = session.workspace.seconds()
+        linears.append(dataclasses.replace(sample, value=len(schedule) / sum(parts[name] for name in LINEARS)))
+        return sample
+
+    return burst(stretch, seconds), linears
+
+
+def prefill(session: Session, widths: np.ndarray) -> Sample:
+    """Tokens/s of a prompt of PROMPT tokens, which it leaves in the cache."""
+    session.rewind(0)
+    return timed(lambda: session.extend([1] * PROMPT, widths), PROMPT, session.engine.threads)
+
+
+def first_token_s(directory: Path, threads: int, kind: str) -> float:
+    """Seconds from the start of a process to the first int8 token, with hashes "checked" or not; median of LOADS."""
+    for file in directory.iterdir():  # into the page cache
+        with file.open("rb") as stream:
+            while stream.read(2**24):
+                pass
+    command: list[str | Path] = [sys.executable, "-c", FIRST_TOKEN, directory, str(threads), kind]
+    seconds = []
+    for _ in range(LOADS):
+        began = time.perf_counter()
+        subprocess.run(command, check=True)
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds)
+
+
+def _origin() -> Record:
+    git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    return {
+        "command": " ".join(["python", "bench/decode.py", *sys.argv[1:]]),
+        "commit": subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip(),
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "matquant": version("matquant"),
+    }
+
+
+# -------------------------------------------------------------------------------------------------------- reporting
+
+# column -> (key of a width's row, format, targets by width)
+COLUMNS: dict[str, tuple[str, str, dict[int, float]]] = {
+    "tokens/s": ("tok_s", ".1f", {}),
+    "linears of the limit": ("linear_fraction", ".2f", dict.fromkeys(WIDTHS, LINEAR_TARGET)),
+    "step of the limit": ("fraction", ".2f", {}),
+    "over int8": ("over_int8", ".2f", STEP_TARGETS),
+    "llama.cpp": ("peer_tok_s", ".1f", {}),
+    "over it": ("over_peer", ".2f", DECODE_TARGETS),
+    "prompt tokens/s": ("prefill_tok_s", ".0f", {}),
+    "llama.cpp's": ("peer_prefill_tok_s", ".0f", {}),
+    "over them": ("prefill_over_peer", ".2f", dict.fromkeys(WIDTHS, PREFILL_TARGET)),
+}
+
+
+def show(record: Record) -> None:
+    """A table of one record; what has a target is shown with it, green or red."""
+    grouping = f"group {record['group']}" if record["group"] else "per channel"
+    table = Table(title=f"{record['shape']}, {grouping}, {record['threads']} threads", title_justify="left")
+    for name in ("width", *COLUMNS):
+        table.add_column(name, justify="right")
+    for width, row in record["widths"].items():
+        cells = []
+        for key, form, targets in COLUMNS.values():
+            target = None if record["group"] else targets.get(int(width))
+            cells.append(_cell(row[key], form, target))
+        table.add_row(f"int{width}, {row['peer']}", *cells)
+    console = Console(width=150)
+    console.print(table)
+    few, many, (one, other) = min(WIDTHS), max(WIDTHS), MIX
+    console.print(
+        f"int{few} and int{many} in turn: {_cell(record['switch'], '.3f', SAME)} of the speed of both alone; "
+        f"layers of int{one} and int{other} in turn: {_cell(record['mix'], '.3f', SAME)} of that of int{MIX_MEAN}"
+    )
+    checked, unchecked = record["load_s"]["checked"], record["load_s"]["unchecked"]
+    colour = "green" if checked < LOAD_TARGET_S else "red"
+    console.print(
+        f"process start to first token: [{colour}]{checked:.2f}[/] s (under {LOAD_TARGET_S:g}), "
+        f"{unchecked:.2f} s without checking hashes"
+    )
+    stream = record["undisturbed_by_kind"]["stream"]
+    console.print(f"streaming limit {record['stream_gb_s']:.1f} GB/s ({stream:.0%} of its samples undisturbed)")
+    console.print(
+        f"{record['undisturbed']:.0%} of {record['samples']} other samples undisturbed; "
+        f"{record['isa']}; {record['date']}, {record['commit']}"
+    )
+
+
+def _cell(value: float, form: str, target: float | None) -> str:
+    if target is None:
+        return f"{value:{form}}"
+    return f"[{'green' if value >= target else 'red'}]{value:{form}}[/] ({target:g})"
+
+
+@app.command()
+def report() -> None:
+    """Print the newest record of every shape, group size and thread count."""
+    for record in _newest().values():
+        show(record)
+
+
+def _newest() -> dict[tuple[str, int, int], Record]:
+    if not RECORDS.is_file():
+        raise SystemExit(f"{RECORDS} is missing; first: python bench/decode.py run")
+    records = [json.loads(line) for line in RECORDS.read_text().splitlines()]
+    return {(record["shape"], record["group"], record["threads"]): record for record in records}
+
+
+@app.command()
+def plot(shape: Annotated[str, typer.Option(help="Whose records.")] = "llama-3.2-1b") -> None:
+    """Draw tokens/s against bytes per token, a panel per thread count, under the limit of its per-channel record."""
+    mine = {key[1:]: record for key, record in _newest().items() if key[0] == shape}
+    counts = sorted({threads for _, threads in mine})
+    figure, panels = plt.subplots(1, len(counts), figsize=(5.5 * len(counts), 4.5), squeeze=False, layout="constrained")
+    for axes, threads in zip(panels[0], counts, strict=True):
+        records = {group: record for (group, count), record in sorted(mine.items()) if count == threads}
+        for group, record in records.items():
+            _curve(axes, record, "", "o-" if group == 0 else "s:", f"group {group}" if group else "per channel")
+        first = next(iter(records.values()))
+        _curve(axes, first, "peer_", "^--", "llama.cpp")
+        reach = np.array(
+            [row[key] for row in first["widths"].values() for key in ("mb_per_token", "peer_mb_per_token")]
+        )
+        line = np.linspace(reach.min() * 0.9, reach.max() * 1.1, 100)
+        limit = first["stream_gb_s"]
+        axes.plot(line, limit * 1e3 / line, color="black", label=f"streaming limit, {limit:.0f} GB/s")
+        axes.set(xscale="log", yscale="log", xlabel="MB of weights per token", ylabel="tokens/s")
+        axes.set_title(f"{threads} thread{'s' if threads > 1 else ''}")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+            axis.set_major_formatter("{x:g}")
+        axes.minorticks_off()
+        axes.legend(fontsize="small")
+    figure.savefig(PICTURE, dpi=130)
+    print(PICTURE)
+
+
+def _curve(axes: Any, record: Record, prefix: str, style: str, label: str) -> None:
+    rows = record["widths"]
+    x, y = ([row[f"{prefix}{key}"] for row in rows.values()] for key in ("mb_per_token", "tok_s"))
+    axes.plot(x, y, style, label=label)
+    if record["group"]:
+        return
+    for width, at in zip(rows, zip(x, y, strict=True), strict=True):
+        text = rows[width]["peer"] if prefix else f"int{width}"
+        axes.annotate(text, at, xytext=(-5, -4), textcoords="offset points", ha="right", va="top", fontsize="small")
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,229 @@
+"""``matquant.load(..., kernels=...)``: the native kernels inside transformers, held to the dense model."""
+
+import gc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import matquant
+from conftest import FAMILIES
+from matquant import planes
+from matquant.checkpoint import open_checkpoint
+from matquant.integrations import linear
+from matquant.integrations.linear import NestedLinear
+
+TOKENS = torch.arange(3, 60).reshape(3, 19)
+PLAIN = [family for family in FAMILIES if family != "qwen3_moe"]
+DOWN = "model.layers.1.mlp.down_proj"
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        result: torch.Tensor = model(TOKENS).logits
+    return result
+
+
+def gap(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest difference over the largest logit."""
+    assert found.dtype == expected.dtype
+    return ((found - expected).abs().max() / expected.abs().max()).item()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(family_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """(family, options) -> directory of its nested checkpoint, made once."""
+    root = tmp_path_factory.mktemp("nested")
+
+    def get(family: str, **options: Any) -> Path:
+        out = root / "-".join([family, *map(str, options.values())])
+        if out.is_dir():
+            return out
+        return matquant.quantize(family_model(family), out, method="rtn", scope="all", **options)
+
+    return get
+
+
+@pytest.mark.parametrize("family", PLAIN)
+def test_float_kernels_equal_the_dense_model_at_every_width(family: str, checkpoint: Callable[..., Path]) -> None:
+    dense = matquant.load(checkpoint(family), dtype=torch.float32)
+    model = matquant.load(checkpoint(family), dtype=torch.float32, kernels="float")
+    assert model.kernels == f"{planes.isa()} kernels for {len(model.bits_by_path)} linears, float activations"
+    expected = {}
+    for bits in range(1, 9):
+        dense.set_bits(bits)
+        expected[bits] = logits(dense)
+    for bits in range(1, 9):
+        model.set_bits(bits)
+        found = logits(model)
+        assert gap(found, expected[bits]) < 1e-5, bits
+        for other in {bits - 1, bits + 1} & set(expected):
+            assert gap(found, expected[other]) > 1e-5, "the neighbouring width must not pass"
+
+
+@pytest.mark.parametrize("options", [{"rule": "round"}, {"rule": "extra", "group_size": 16}], ids=str)
+def test_rules_and_groups_equal_the_dense_model(options: dict[str, Any], checkpoint: Callable[..., Path]) -> None:
+    out = checkpoint("llama", **options)
+    dense = matquant.load(out, dtype=torch.float32)
+    model = matquant.load(out, dtype=torch.float32, kernels="float")
+    for bits in (8, 5, 2):
+        dense.set_bits(bits)
+        model.set_bits(bits)
+        assert gap(logits(model), logits(dense)) < 1e-5, bits
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "qwen2"])
+def test_int8_activations_are_close_but_not_equal(family: str, checkpoint: Callable[..., Path]) -> None:
+    dense = matquant.load(checkpoint(family), 4, dtype=torch.float32)
+    model = matquant.load(checkpoint(family), 4, dtype=torch.float32, kernels="int8")
+    expected, difference = logits(dense), gap(logits(model), logits(dense))
+    dense.set_bits(3)
+    assert 1e-5 < difference < 0.2 * gap(logits(dense), expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3"])
+@pytest.mark.parametrize("bits", [8, 2])
+def test_generate_gives_the_tokens_of_the_dense_model(family: str, bits: int, checkpoint: Callable[..., Path]) -> None:
+    prompt = TOKENS[:2, :4]
+    tokens = [
+        matquant.load(checkpoint(family), bits, dtype=torch.float32, kernels=kernels).generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False
+        )
+        for kernels in (None, "float")
+    ]
+    assert torch.equal(*tokens)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_models_keep_their_dtype(dtype: torch.dtype, checkpoint: Callable[..., Path]) -> None:
+    dense = matquant.load(checkpoint("qwen2"), 4, dtype=dtype)
+    model = matquant.load(checkpoint("qwen2"), 4, dtype=dtype, kernels="float")
+    found, expected = logits(model), logits(dense)
+    assert gap(found, expected) < 0.03  # a few roundings to 8 bits
+    dense.set_bits(2)
+    assert gap(found, logits(dense)) > 0.1
+
+
+def test_a_call_takes_any_leading_shape_and_strides(checkpoint: Callable[..., Path]) -> None:
+    module = matquant.load(checkpoint("llama"), 4, dtype=torch.float32, kernels="float").get_submodule(DOWN)
+    x = torch.randn(5, 2, 2 * module.in_features)[:, :, ::2]
+    expected = x @ module.weight.T
+    torch.testing.assert_close(module(x), expected)
+    torch.testing.assert_close(module(x[0, 0]), expected[0, 0])
+    assert module(x[:0]).shape == (0, 2, module.out_features)
+
+
+def test_set_bits_and_plans_switch_in_place(checkpoint: Callable[..., Path]) -> None:
+    out = checkpoint("llama")
+    model = matquant.load(out, 4, plan={DOWN: 2}, dtype=torch.float32, kernels="int8")
+    assert model.bits_by_path[DOWN] == 2
+    assert set(model.bits_by_path.values()) == {2, 4}
+    mixed = logits(model)
+    model.set_bits(4)
+    uniform = logits(model)
+    assert not torch.equal(mixed, uniform)
+    model.set_bits(4, plan={DOWN: 2})
+    assert torch.equal(logits(model), mixed)
+    with pytest.raises(matquant.InputError, match="which the model does not quantise; nearest: "):
+        model.set_bits(8, plan={"model.layers.1.mlp.down": 2})
+    assert torch.equal(logits(model), mixed)
+    assert torch.equal(logits(matquant.load(out, 4, dtype=torch.float32, kernels="int8")), uniform)
+
+
+def test_saving_gives_the_same_checkpoint(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    for family in ("qwen2", "opt"):  # with biases
+        model = matquant.load(checkpoint(family), 3, kernels="int8")
+        model.save_pretrained(tmp_path / family)
+        first, second = open_checkpoint(checkpoint(family)), open_checkpoint(tmp_path / family)
+        assert (first.spec, set(first.files)) == (second.spec, set(second.files))
+        for name in first.files:
+            np.testing.assert_array_equal(first.array(name), second.array(name))
+
+
+def test_a_model_saved_over_its_own_checkpoint_goes_on(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    matquant.load(checkpoint("llama")).save_pretrained(tmp_path / "own")
+    model = matquant.load(tmp_path / "own", 4, kernels="int8")
+    before = logits(model)
+    for _ in range(2):
+        model.save_pretrained(tmp_path / "own", overwrite=True)
+    assert torch.equal(logits(model), before)
+    assert torch.equal(logits(matquant.load(tmp_path / "own", 4, kernels="int8")), before)
+
+
+def test_the_state_dict_is_that_of_the_dense_model(checkpoint: Callable[..., Path]) -> None:
+    model = matquant.load(checkpoint("qwen2"), 3, kernels="int8")
+    found, expected = model.state_dict(), matquant.load(checkpoint("qwen2"), 3).state_dict()
+    assert set(found) == set(expected)
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+    message = r"q_proj.weight asked to be loaded into codes, which are fixed; load the model without kernels"
+    with pytest.raises(matquant.InputError, match=message):
+        model.load_state_dict(found)
+
+
+def test_nothing_dense_stays(checkpoint: Callable[..., Path]) -> None:
+    model = matquant.load(checkpoint("llama"), dtype=torch.float32, kernels="int8")
+    assert not [name for name, module in model.named_modules() if type(module) is torch.nn.Linear and name != "lm_head"]
+    logits(model)
+    model.set_bits(2)
+    gc.collect()
+    shapes = set(open_checkpoint(checkpoint("llama")).shapes.values())
+    mine = [*model.parameters(), *model.buffers(), *(t for m in model.modules() for t in vars(m).values())]
+    assert not [t for t in mine if isinstance(t, torch.Tensor) and tuple(t.shape) in shapes]
+    assert sum(isinstance(module, NestedLinear) for module in model.modules()) == 14
+
+
+def test_dense_weights_are_the_default_and_say_so(checkpoint: Callable[..., Path]) -> None:
+    model = matquant.load(checkpoint("llama"))
+    assert model.kernels == "dense weights: no kernels asked for"
+    assert type(model.get_submodule(DOWN)) is torch.nn.Linear
+    assert model.get_parameter(f"{DOWN}.weight").requires_grad
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "reason"),
+    [
+        ("llama", {"kernels": "fast"}, "kernels are int8 or float"),
+        ("llama", {"device": "meta"}, "they run on cpu, not on meta"),
+        ("llama", {"dtype": torch.float64}, "they take float32, bfloat16, float16, not float64"),
+        ("qwen3_moe", {}, r"model.layers.0.mlp.experts.0.\w+ is part of a fused tensor"),
+    ],
+)
+def test_where_kernels_cannot_be_had_the_reason_is_said(
+    family: str, options: dict[str, Any], reason: str, checkpoint: Callable[..., Path]
+) -> None:
+    with pytest.raises(
+        matquant.InputError, match=rf"^kernels='\w+' asked of .*, but {reason}; load it without kernels$"
+    ):
+        matquant.load(checkpoint(family), **{"kernels": "int8"} | options)
+
+
+def test_without_the_native_extension_only_dense_weights_load(
+    checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear, "MISSING", "the native extension is missing (No module named 'matquant._native')")
+    matquant.load(checkpoint("llama"))
+    with pytest.raises(matquant.InputError, match="but the native extension is missing"):
+        matquant.load(checkpoint("llama"), kernels="int8")
+
+
+def test_calls_that_kernels_cannot_serve_are_refused(checkpoint: Callable[..., Path]) -> None:
+    model = matquant.load(checkpoint("llama"), kernels="int8", dtype=torch.float32)
+    model(TOKENS)  # outside no_grad: nothing of the model asks for gradients
+    module = model.get_submodule(DOWN)
+    x = torch.zeros(1, module.in_features)
+    with pytest.raises(matquant.InputError, match="gradients asked through kernels, which have none; use torch"):
+        module(x.requires_grad_())
+    for bad, reason in (
+        (x.to("meta"), "kernels asked on meta, they run on cpu; load the model without kernels"),
+        (x.double(), "kernels asked of torch.float64, they take float32, bfloat16, float16; load the model without"),
+        (x[:, 1:], r"a linear of 48 inputs asked of \[1, 47\]; give \[..., K\]"),
+    ):
+        with pytest.raises(matquant.InputError, match=reason):
+            module(bad)
+    model.requires_grad_(True).train()
+    with pytest.raises(matquant.InputError, match="gradients asked"):
+        model(TOKENS)
