@@ -1,5 +1,6 @@
 """matquant generate, chat and bench: what they print, how they end, what they refuse."""
 
+import functools
 import hashlib
 import io
 import json
@@ -111,6 +112,7 @@ def test_ctrl_c_ends_with_130_and_keeps_what_was_shown(checkpoint: Path) -> None
     process = subprocess.Popen(
         [sys.executable, "-u", "-m", "matquant", "generate", checkpoint, *options],
         env={**os.environ, "MATQUANT_ISA": "scalar"},  # slow, so that the signal comes in time
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # ignored in a background job
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
