@@ -186,7 +186,9 @@ def _one_pass() -> dict[str, Cell]:
             what="nested GPTQ, tuned, all linears", options={**gptq, **TUNED, "scope": "all"}, models=("reference",)
         ),
         "gptq+ tuned all long": Cell(
-            what="nested GPTQ, tuned 180 steps, all linears", options={**gptq, **TUNED, "tune": 180, "scope": "all"}, models=("reference",)
+            what="nested GPTQ, tuned 180 steps, all linears",
+            options={**gptq, **TUNED, "tune": 180, "scope": "all"},
+            models=("reference",),
         ),
         "gptq+ joint no sweep": Cell(what="nested, prefix, without the sweep", options={**gptq, "sweeps": 0}),
     }
@@ -225,7 +227,10 @@ def _from_gptq() -> dict[str, Cell]:
     return cells | {
         "qat+ all": Cell(what="QAT from nested GPTQ, all linears", options=everything, rates=(2.5e-4, 5e-4)),
         "qat+ all long": Cell(
-            what="QAT from nested GPTQ, 300 steps, all linears", options={**everything, "steps": 300}, rates=(5e-4,), models=("reference",)
+            what="QAT from nested GPTQ, 300 steps, all linears",
+            options={**everything, "steps": 300},
+            rates=(5e-4,),
+            models=("reference",),
         ),
     }
 
