@@ -153,9 +153,7 @@ def evaluate(
     plot: Annotated[Path | None, Option(metavar="FILE", help="Draw log-perplexity against bits.")] = None,
 ) -> None:
     """Log-perplexity at every width of one checkpoint; the last line is JSON."""
-    widths = _numbers(bits, int, "--bits")
-    for width in widths:
-        check_bits(width)
+    widths = _widths(bits)
     files = [*(text or []), *(more_text or [])]
     if not files:
         raise InputError("eval needs text; give --text FILE")
@@ -232,26 +230,8 @@ def generate(
     check_hashes: CheckHashes = True,
 ) -> None:
     """Continue a text at any width, streaming. Needs no torch."""
-    _serve(
-        "generate",
-        directory,
-        _read_input() if prompt == "-" else prompt,
-        bits=bits,
-        plan=plan,
-        engine={
-            "max_bits": max_bits,
-            "threads": threads,
-            "activations": activations,
-            "check_hashes": check_hashes,
-        },
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        seed=seed,
-        stop=stop or [],
-    )
+    options = locals()
+    _serve("generate", options | {"prompt": _read_input() if prompt == "-" else prompt, "stop": stop or []})
 
 
 @app.command()
@@ -272,25 +252,7 @@ def chat(
     check_hashes: CheckHashes = True,
 ) -> None:
     """Talk to a model through its chat template; /bits 2 switches the width between replies, /quit ends."""
-    _serve(
-        "chat",
-        directory,
-        bits=bits,
-        plan=plan,
-        system=system,
-        engine={
-            "max_bits": max_bits,
-            "threads": threads,
-            "activations": activations,
-            "check_hashes": check_hashes,
-        },
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        seed=seed,
-    )
+    _serve("chat", locals())
 
 
 @app.command()
@@ -305,9 +267,7 @@ def bench(
     check_hashes: CheckHashes = True,
 ) -> None:
     """Tokens per second at every width, and how close that is to streaming the weights; the last line is JSON."""
-    widths = _numbers(bits, int, "--bits")
-    for width in widths:
-        check_bits(width)
+    widths = _widths(bits)
     runtime = importlib.import_module("matquant.runtime.bench")
     engine = importlib.import_module("matquant.runtime.engine").Engine(
         directory, max_bits=max(widths), threads=threads, activations=activations, check_hashes=check_hashes
@@ -337,10 +297,11 @@ def _needs_torch(module: str) -> Any:
         raise InputError(f"this needs {error.name}, which is not installed; pip install 'matquant[train]'") from None
 
 
-def _serve(verb: str, *arguments: Any, **options: Any) -> None:
+def _serve(verb: str, options: dict[str, Any]) -> None:
     """Run a verb of matquant.runtime.terminal, imported only now; Ctrl-C ends it with 130 wherever it is."""
+    engine = {name: options.pop(name) for name in ("max_bits", "threads", "activations", "check_hashes")}
     try:
-        code = getattr(importlib.import_module("matquant.runtime.terminal"), verb)(*arguments, **options)
+        code = getattr(importlib.import_module("matquant.runtime.terminal"), verb)(engine=engine, **options)
     except KeyboardInterrupt:
         code = 130
     raise typer.Exit(code)
@@ -351,6 +312,13 @@ def _read_input() -> str:
         return sys.stdin.read()
     except UnicodeDecodeError as error:
         raise InputError(f"--prompt -: not UTF-8 ({error.reason} at byte {error.start}); convert it") from None
+
+
+def _widths(text: str) -> list[int]:
+    widths = _numbers(text, int, "--bits")
+    for width in widths:
+        check_bits(width)
+    return widths
 
 
 def _numbers(text: str, kind: type, flag: str) -> list[Any]:
