@@ -424,9 +424,7 @@ def refit_affine(
 def _solve(job: Job, block: Block, settings: Settings) -> Solved:
     parameters = {f"{block.name}.{name}": parameter for name, parameter in block.module.named_parameters()}
     weights = {path: view.of(parameters[view.parameter]).contiguous() for path, view in block.views.items()}
-    widest = max(block.inputs)
-    fed = dataclasses.replace(block, inputs={widest: block.inputs[widest]})
-    nested, record = nest_block(job, fed, weights, damp=settings.damp, sweeps=settings.sweeps)
+    nested, record = nest_block(job, block, weights, damp=settings.damp, sweeps=settings.sweeps)
     if settings.tune:
         nested, tuned = tune_block(
             job,
@@ -447,10 +445,11 @@ def nest_block(
 ) -> tuple[dict[str, NestedTensor], dict[str, Any]]:
     """Nested codes of a block's ``weights`` [N, K], by path, and a log record.
 
-    The Hessians are those of the block as it is, fed with its only stream. "loss": D H D^T / W H W^T over all weights.
+    The Hessians are those of the block as it is, fed with its widest stream. "loss": D H D^T / W H W^T, all weights.
     """
     lambdas = {width.bits: width.weight for width in job.objective}
-    hessians, leaders = collect_hessians(block)
+    widest = max(block.inputs)
+    hessians, leaders = collect_hessians(dataclasses.replace(block, inputs={widest: block.inputs[widest]}))
     factors: dict[str, Factor] = {}
     nested: dict[str, NestedTensor] = {}
     errors, total = dict.fromkeys(lambdas, 0.0), 0.0

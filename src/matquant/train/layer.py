@@ -8,7 +8,7 @@ Shapes: B sequences, T tokens, H hidden features, N out features, K in features.
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ import torch
 
 from matquant.errors import InputError
 from matquant.models import View
+from matquant.tensor import NestedTensor
 from matquant.text import batch
 from matquant.train.blocks import Block
 from matquant.train.objective import FLOAT
@@ -70,23 +71,36 @@ class Layer(torch.nn.Module):
         self.power = sum(float(output.square().mean()) for output in outputs) / len(outputs) or 1.0
         return [output.to(states.device) for output, states in zip(outputs, found, strict=True)], peaks
 
-    def distance(
+    def distances(
         self,
-        bits: int,
-        changed: Mapping[str, torch.Tensor],
+        nested: Mapping[str, NestedTensor],
         targets: Sequence[torch.Tensor],
+        widths: Iterable[int],
         *,
         autocast: bool,
+        changed: Mapping[str, torch.Tensor] | None = None,
         every: int = 1,
-    ) -> float:
-        """||F_r - F||^2 / ||F||^2 over ``every`` so many batches of a width's stream; targets: of all batches."""
+    ) -> dict[int, float]:
+        """||F_r - F||^2 / ||F||^2 of each width, read from ``nested``, over every ``every``-th batch of its stream.
+
+        targets: of all batches. changed: other parameters that differ from the float layer's.
+        """
         indices = range(0, len(targets), every)
-        squares = (
-            (self.run(self.inputs(bits, i), changed, autocast=autocast) - targets[i].to(self.device)).square().mean()
-            for i in indices
-        )
+        found = {}
         with torch.no_grad():
-            return sum(float(square) for square in squares) / len(indices) / self.power
+            for bits in widths:
+                read = self.assemble({path: tensor.read(bits) for path, tensor in nested.items()})
+                squares = (
+                    (
+                        self.run(self.inputs(bits, i), {**(changed or {}), **read}, autocast=autocast)
+                        - targets[i].to(self.device)
+                    )
+                    .square()
+                    .mean()
+                    for i in indices
+                )
+                found[bits] = sum(float(square) for square in squares) / len(indices) / self.power
+        return found
 
     def order(self, step: int, seed: int) -> int:
         """The batch of a step: it depends on the seed and the step only."""

@@ -126,7 +126,7 @@ def solve(job: Job, block: Block) -> Solved:
         changed = learned.fold(layer)
         if settings.codes == "gptq":
             nested = _gptq(job, block, layer, changed)
-            after = _distances(job, layer, changed, nested, targets, autocast=settings.autocast)
+            after = layer.distances(nested, targets, _widths(job), changed=changed, autocast=settings.autocast)
         else:
             nested = {
                 path: clip.nest(weight, job.grid, learned.clips[path], name=path)
@@ -264,37 +264,22 @@ def _evaluate(
         nested = {
             path: clip.nest(weight, job.grid, learned.clips[path], name=path) for path, weight in layer.weights(changed)
         }
-    return _distances(job, layer, changed, nested, targets, autocast=settings.autocast)
+    return layer.distances(nested, targets, _widths(job), changed=changed, autocast=settings.autocast)
 
 
-def _distances(
-    job: Job,
-    layer: Layer,
-    changed: Mapping[str, torch.Tensor],
-    nested: Mapping[str, NestedTensor],
-    targets: list[torch.Tensor],
-    *,
-    autocast: bool,
-) -> dict[int, float]:
-    """||F_r - F||^2 / ||F||^2 over all batches, by width."""
-    reads = ((w.bits, {path: tensor.read(w.bits) for path, tensor in nested.items()}) for w in job.objective)
-    return {
-        bits: layer.distance(bits, {**changed, **layer.assemble(read)}, targets, autocast=autocast)
-        for bits, read in reads
-    }
+def _widths(job: Job) -> list[int]:
+    return [width.bits for width in job.objective]
 
 
 def _gptq(job: Job, block: Block, layer: Layer, changed: Mapping[str, torch.Tensor]) -> dict[str, NestedTensor]:
     """Nested GPTQ of the transformed weights, with the Hessians of the transformed layer on the widest stream."""
-    widest = max(block.inputs)
     parameters = {f"{block.name}.{name}": parameter for name, parameter in block.module.named_parameters()}
     kept = {name: parameters[name].clone() for name in changed}
     try:
         for name, tensor in changed.items():
             parameters[name].copy_(tensor)
-        fed = dataclasses.replace(block, inputs={widest: block.inputs[widest]})
         nested, _ = gptq.nest_block(
-            job, fed, dict(layer.weights(changed)), damp=gptq.Settings.damp, sweeps=gptq.Settings.sweeps
+            job, block, dict(layer.weights(changed)), damp=gptq.Settings.damp, sweeps=gptq.Settings.sweeps
         )
     finally:
         for name, tensor in kept.items():

@@ -21,6 +21,7 @@ Shapes: N out features, K in features, G groups.
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -84,13 +85,7 @@ def tune_block(
     widths = [width.bits for width in job.objective]
     every = max(1, len(targets) // JUDGED)
 
-    def distances(tensors: Mapping[str, NestedTensor]) -> dict[int, float]:
-        reads = ((bits, {path: tensor.read(bits) for path, tensor in tensors.items()}) for bits in widths)
-        return {
-            bits: layer.distance(bits, layer.assemble(read), targets, autocast=autocast, every=every)
-            for bits, read in reads
-        }
-
+    distances = functools.partial(layer.distances, targets=targets, widths=widths, autocast=autocast, every=every)
     before = distances(nested)
     check_losses(before, block.name, "the start")
     lambdas = {width.bits: width.weight / max(before[width.bits], TINY) for width in job.objective}
