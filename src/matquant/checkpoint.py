@@ -259,16 +259,26 @@ class Checkpoint:
         array: np.ndarray = self.handles[file].get_tensor(name)
         return array
 
+    def stored_dtype(self, name: str) -> str:
+        """The dtype of a stored tensor as its file names it: F32, F16, BF16, I32, ..."""
+        entry: dict[str, Any] = self._header(name)[1][name]
+        return str(entry["dtype"])
+
     def mapped(self, name: str, dtype: Any) -> np.ndarray:
         """A stored tensor of ``dtype`` as a read-only view of its file, which the system reads when it is looked at."""
-        file = self.directory / self.files[name]
-        if file.name not in self.headers:
-            with file.open("rb") as stream:  # safetensors checked the header when the checkpoint was opened
-                length = int.from_bytes(stream.read(8), "little")
-                self.headers[file.name] = 8 + length, json.loads(stream.read(length))
-        start, header = self.headers[file.name]
+        start, header = self._header(name)
         entry = header[name]
-        return np.memmap(file, dtype, "r", start + entry["data_offsets"][0], tuple(entry["shape"]))
+        shape = tuple(entry["shape"])
+        return np.memmap(self.directory / self.files[name], dtype, "r", start + entry["data_offsets"][0], shape)
+
+    def _header(self, name: str) -> tuple[int, Any]:
+        """Where the data of a tensor's file begin, and its header; each file's is read once."""
+        file = self.files[name]
+        if file not in self.headers:
+            with (self.directory / file).open("rb") as stream:  # safetensors checked it when the checkpoint was opened
+                length = int.from_bytes(stream.read(8), "little")
+                self.headers[file] = 8 + length, json.loads(stream.read(length))
+        return self.headers[file]
 
     def plain_names(self) -> list[str]:
         """Names of the tensors that are not part of a quantised weight."""

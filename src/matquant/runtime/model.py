@@ -11,7 +11,6 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
-from safetensors import safe_open
 
 from matquant import _native
 from matquant.checkpoint import Checkpoint
@@ -164,16 +163,13 @@ def _check_names(
 
 def _plain_tensors(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
     """Every tensor that is not part of a quantised weight, as a read-only view of its memory-mapped file."""
-    stored: dict[str, str] = {}
-    for file in sorted(set(checkpoint.files.values())):
-        with safe_open(checkpoint.directory / file, "np") as handle:
-            stored |= {name: handle.get_slice(name).get_dtype() for name in handle.keys()}  # noqa: SIM118 (no mapping)
     tensors = {}
     for name in checkpoint.plain_names():
-        if stored[name] not in DTYPES:
+        stored = checkpoint.stored_dtype(name)
+        if stored not in DTYPES:
             raise InputError(
-                f"{name} of {checkpoint.directory} has dtype {stored[name]}; "
+                f"{name} of {checkpoint.directory} has dtype {stored}; "
                 f"the runtime reads {', '.join(DTYPES)}; store it as one of them"
             )
-        tensors[name] = np.asarray(checkpoint.mapped(name, DTYPES[stored[name]]))
+        tensors[name] = np.asarray(checkpoint.mapped(name, DTYPES[stored]))
     return tensors
