@@ -7,7 +7,6 @@
 // A segment is a run of inputs with one activation scale and one weight scale; sums of codes end with it. Everything
 // after the integers is 16 floats wide, multiplied before it is added, in the order of the segments.
 
-#define MATQUANT_INLINE inline __attribute__((always_inline))
 #define MATQUANT_LAMBDA __attribute__((always_inline))
 
 // unroll<N>(f) calls f(Index<0>{}) .. f(Index<N-1>{}), so that arrays indexed by it stay in registers.
@@ -28,6 +27,17 @@ MATQUANT_INLINE void unroll(Body&& body) {
 
 // The larger of the two is never needed: no std::min, whose one copy could be another instruction set's.
 MATQUANT_INLINE int smaller(int a, int b) { return a < b ? a : b; }
+
+// Right by COUNT bits, left if that is negative.
+template <int COUNT>
+MATQUANT_INLINE Bytes shift(const Bytes& a) {
+  if constexpr (COUNT < 0)
+    return left<-COUNT>(a);
+  else if constexpr (COUNT > 0)
+    return right<COUNT>(a);
+  else
+    return a;
+}
 
 // ------------------------------------------------------------------------------------------------- planes to codes
 

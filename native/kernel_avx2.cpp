@@ -10,13 +10,10 @@
 namespace matquant {
 namespace {
 
-enum class Range { nibble, narrow, wide };
 constexpr bool ANY_BYTE_IS_FREE = false;
 constexpr int FUSED_TOKENS = 1;
 constexpr int GEMM_BLOCKS = 1;
 constexpr int GEMM_STEP = 4;  // 4 tokens x 2 registers of sums, of 16
-
-#define MATQUANT_VECTOR inline __attribute__((always_inline))
 
 struct Bytes {
   __m256i low, high;  // rows 0..7, rows 8..15
@@ -28,102 +25,96 @@ struct Floats {
   __m256 low, high;
 };
 
-MATQUANT_VECTOR __m256i all(int byte) { return _mm256_set1_epi8(static_cast<char>(byte)); }
-MATQUANT_VECTOR const __m256i* vectors(const void* from) { return static_cast<const __m256i*>(from); }
+MATQUANT_INLINE __m256i all(int byte) { return _mm256_set1_epi8(static_cast<char>(byte)); }
+MATQUANT_INLINE const __m256i* vectors(const void* from) { return static_cast<const __m256i*>(from); }
 
-MATQUANT_VECTOR Bytes load(const std::uint8_t* from) {
+MATQUANT_INLINE Bytes load(const std::uint8_t* from) {
   return {_mm256_load_si256(vectors(from)), _mm256_load_si256(vectors(from) + 1)};
 }
-MATQUANT_VECTOR void store(std::uint8_t* to, Bytes a) {
+MATQUANT_INLINE void store(std::uint8_t* to, Bytes a) {
   _mm256_store_si256(reinterpret_cast<__m256i*>(to), a.low);
   _mm256_store_si256(reinterpret_cast<__m256i*>(to) + 1, a.high);
 }
 template <int MASK>
-MATQUANT_VECTOR Bytes keep(Bytes a) {
+MATQUANT_INLINE Bytes keep(Bytes a) {
   return {_mm256_and_si256(a.low, all(MASK)), _mm256_and_si256(a.high, all(MASK))};
 }
 template <int MASK>
-MATQUANT_VECTOR Bytes select(Bytes a, Bytes b) {
+MATQUANT_INLINE Bytes select(Bytes a, Bytes b) {
   return {_mm256_or_si256(_mm256_and_si256(a.low, all(MASK)), _mm256_andnot_si256(all(MASK), b.low)),
           _mm256_or_si256(_mm256_and_si256(a.high, all(MASK)), _mm256_andnot_si256(all(MASK), b.high))};
 }
 // Shifts move 16-bit lanes: bits cross bytes, and the caller masks them away.
 template <int COUNT>
-MATQUANT_VECTOR Bytes right(Bytes a) {
+MATQUANT_INLINE Bytes right(Bytes a) {
   return {_mm256_srli_epi16(a.low, COUNT), _mm256_srli_epi16(a.high, COUNT)};
 }
 template <int COUNT>
-MATQUANT_VECTOR Bytes left(Bytes a) {
+MATQUANT_INLINE Bytes left(Bytes a) {
   return {_mm256_slli_epi16(a.low, COUNT), _mm256_slli_epi16(a.high, COUNT)};
-}
-template <int COUNT>
-MATQUANT_VECTOR Bytes shift(Bytes a) {
-  if constexpr (COUNT == 0) return a;
-  if constexpr (COUNT < 0) return left<-COUNT>(a);
-  return right<(COUNT < 0 ? 0 : COUNT)>(a);
 }
 
 struct Slicer {
   __m128i shift, round_shift;
   __m256i mask, round_mask, cap;
-  MATQUANT_VECTOR explicit Slicer(const Width& width)
+  MATQUANT_INLINE explicit Slicer(const Width& width)
       : shift(_mm_cvtsi32_si128(width.shift)),
         round_shift(_mm_cvtsi32_si128(width.round_shift)),
         mask(all(width.mask)),
         round_mask(all(width.round_mask)),
         cap(all(width.cap)) {}
-  MATQUANT_VECTOR __m256i half(__m256i a) const {
+  MATQUANT_INLINE __m256i half(__m256i a) const {
     const __m256i top = _mm256_and_si256(_mm256_srl_epi16(a, shift), mask);
     const __m256i rounding = _mm256_and_si256(_mm256_srl_epi16(a, round_shift), round_mask);
     return _mm256_min_epu8(_mm256_add_epi8(top, rounding), cap);
   }
-  MATQUANT_VECTOR Bytes operator()(Bytes a) const { return {half(a.low), half(a.high)}; }
+  MATQUANT_INLINE Bytes operator()(Bytes a) const { return {half(a.low), half(a.high)}; }
 };
 
-MATQUANT_VECTOR Ints add(Ints a, Ints b) {
+MATQUANT_INLINE Ints add(Ints a, Ints b) {
   return {_mm256_add_epi32(a.low, b.low), _mm256_add_epi32(a.high, b.high)};
 }
-MATQUANT_VECTOR Ints subtract(Ints a, std::int32_t b) {
+MATQUANT_INLINE Ints subtract(Ints a, std::int32_t b) {
   const __m256i all_b = _mm256_set1_epi32(b);
   return {_mm256_sub_epi32(a.low, all_b), _mm256_sub_epi32(a.high, all_b)};
 }
 template <int COUNT>
-MATQUANT_VECTOR Ints left(Ints a) {
+MATQUANT_INLINE Ints left(Ints a) {
   return {_mm256_slli_epi32(a.low, COUNT), _mm256_slli_epi32(a.high, COUNT)};
 }
 template <int COUNT>
-MATQUANT_VECTOR Ints right(Ints a) {
+MATQUANT_INLINE Ints right(Ints a) {
   return {_mm256_srai_epi32(a.low, COUNT), _mm256_srai_epi32(a.high, COUNT)};
 }
 template <int LANE>
-MATQUANT_VECTOR Ints byte_of(Bytes a) {
+MATQUANT_INLINE Ints byte_of(Bytes a) {
   const __m256i byte = _mm256_set1_epi32(0xFF);
   return {_mm256_and_si256(_mm256_srli_epi32(a.low, 8 * LANE), byte),
           _mm256_and_si256(_mm256_srli_epi32(a.high, 8 * LANE), byte)};
 }
 
-MATQUANT_VECTOR Floats broadcast(float value) { return {_mm256_set1_ps(value), _mm256_set1_ps(value)}; }
-MATQUANT_VECTOR Floats to_floats(Ints a) { return {_mm256_cvtepi32_ps(a.low), _mm256_cvtepi32_ps(a.high)}; }
-MATQUANT_VECTOR Floats load_floats(const float* from) { return {_mm256_loadu_ps(from), _mm256_loadu_ps(from + 8)}; }
-MATQUANT_VECTOR void store_floats(float* to, Floats a) {
+MATQUANT_INLINE Floats broadcast(float value) { return {_mm256_set1_ps(value), _mm256_set1_ps(value)}; }
+MATQUANT_INLINE Floats to_floats(Ints a) { return {_mm256_cvtepi32_ps(a.low), _mm256_cvtepi32_ps(a.high)}; }
+MATQUANT_INLINE Floats load_floats(const float* from) { return {_mm256_loadu_ps(from), _mm256_loadu_ps(from + 8)}; }
+MATQUANT_INLINE void store_floats(float* to, Floats a) {
   _mm256_storeu_ps(to, a.low);
   _mm256_storeu_ps(to + 8, a.high);
 }
-MATQUANT_VECTOR Floats add(Floats a, Floats b) { return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)}; }
-MATQUANT_VECTOR Floats subtract(Floats a, Floats b) {
+MATQUANT_INLINE Floats add(Floats a, Floats b) { return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)}; }
+MATQUANT_INLINE Floats subtract(Floats a, Floats b) {
   return {_mm256_sub_ps(a.low, b.low), _mm256_sub_ps(a.high, b.high)};
 }
-MATQUANT_VECTOR Floats multiply(Floats a, Floats b) {
+MATQUANT_INLINE Floats multiply(Floats a, Floats b) {
   return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)};
 }
-MATQUANT_VECTOR __m128i load_eight(const std::uint16_t* from) {
+MATQUANT_INLINE __m128i load_eight(const std::uint16_t* from) {
   return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
 }
-MATQUANT_VECTOR __m256 widen_eight(const std::uint16_t* from) {
+MATQUANT_INLINE __m256 widen_eight(const std::uint16_t* from) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_eight(from)), 16));
 }
-MATQUANT_VECTOR Floats widen_bfloat16(const std::uint16_t* from) { return {widen_eight(from), widen_eight(from + 8)}; }
-MATQUANT_VECTOR Floats widen_float16(const std::uint16_t* from) {
+MATQUANT_INLINE Floats widen_bfloat16(const std::uint16_t* from) { return {widen_eight(from), widen_eight(from + 8)}; }
+MATQUANT_INLINE Floats widen_float16(const std::uint16_t* from) {
   return {_mm256_cvtph_ps(load_eight(from)), _mm256_cvtph_ps(load_eight(from + 8))};
 }
 
@@ -131,18 +122,18 @@ template <Range RANGE>
 struct Sum {
   static constexpr int OFFSET = RANGE == Range::wide ? 128 : 0;
   Ints ints, shorts;
-  MATQUANT_VECTOR void clear() {
+  MATQUANT_INLINE void clear() {
     ints = shorts = {_mm256_setzero_si256(), _mm256_setzero_si256()};
   }
-  MATQUANT_VECTOR static __m256i pairs(__m256i bytes, __m256i x) {
+  MATQUANT_INLINE static __m256i pairs(__m256i bytes, __m256i x) {
     if constexpr (RANGE == Range::wide) {
       const __m256i centred = _mm256_xor_si256(bytes, all(0x80));
       return _mm256_maddubs_epi16(_mm256_abs_epi8(centred), _mm256_sign_epi8(x, centred));
     }
     return _mm256_maddubs_epi16(bytes, x);
   }
-  MATQUANT_VECTOR static __m256i widen(__m256i pairs) { return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)); }
-  MATQUANT_VECTOR void add(Bytes bytes, const std::int8_t* x) {
+  MATQUANT_INLINE static __m256i widen(__m256i pairs) { return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)); }
+  MATQUANT_INLINE void add(Bytes bytes, const std::int8_t* x) {
     std::int32_t four;
     __builtin_memcpy(&four, x, 4);
     const __m256i fours = _mm256_set1_epi32(four);
@@ -152,13 +143,13 @@ struct Sum {
     else
       ints = {_mm256_add_epi32(ints.low, widen(low)), _mm256_add_epi32(ints.high, widen(high))};
   }
-  MATQUANT_VECTOR void end_tile() {
+  MATQUANT_INLINE void end_tile() {
     if constexpr (RANGE == Range::nibble) {
       ints = {_mm256_add_epi32(ints.low, widen(shorts.low)), _mm256_add_epi32(ints.high, widen(shorts.high))};
       shorts = {_mm256_setzero_si256(), _mm256_setzero_si256()};
     }
   }
-  MATQUANT_VECTOR Ints total() const { return ints; }
+  MATQUANT_INLINE Ints total() const { return ints; }
 };
 
 #include "kernel.inl"

@@ -6,13 +6,10 @@
 namespace matquant {
 namespace {
 
-enum class Range { nibble, narrow, wide };
 constexpr bool ANY_BYTE_IS_FREE = true;
 constexpr int FUSED_TOKENS = 8;
 constexpr int GEMM_BLOCKS = 3;  // 3 x 8 sums in registers
 constexpr int GEMM_STEP = 8;
-
-#define MATQUANT_VECTOR inline __attribute__((always_inline))
 
 using Bytes = __m512i;
 struct Ints {
@@ -20,90 +17,84 @@ struct Ints {
 };
 using Floats = __m512;
 
-MATQUANT_VECTOR Bytes load(const std::uint8_t* from) { return _mm512_load_si512(from); }
-MATQUANT_VECTOR void store(std::uint8_t* to, Bytes bytes) { _mm512_store_si512(to, bytes); }
+MATQUANT_INLINE Bytes load(const std::uint8_t* from) { return _mm512_load_si512(from); }
+MATQUANT_INLINE void store(std::uint8_t* to, Bytes bytes) { _mm512_store_si512(to, bytes); }
 template <int MASK>
-MATQUANT_VECTOR Bytes keep(Bytes a) {
+MATQUANT_INLINE Bytes keep(Bytes a) {
   return _mm512_and_si512(a, _mm512_set1_epi8(static_cast<char>(MASK)));
 }
 template <int MASK>
-MATQUANT_VECTOR Bytes select(Bytes a, Bytes b) {
+MATQUANT_INLINE Bytes select(Bytes a, Bytes b) {
   return _mm512_ternarylogic_epi32(_mm512_set1_epi8(static_cast<char>(MASK)), a, b, 0xCA);  // mask ? a : b
 }
 // Shifts move 16-bit lanes: bits cross bytes, and the caller masks them away.
 template <int COUNT>
-MATQUANT_VECTOR Bytes right(Bytes a) {
+MATQUANT_INLINE Bytes right(Bytes a) {
   return _mm512_srli_epi16(a, COUNT);
 }
 template <int COUNT>
-MATQUANT_VECTOR Bytes left(Bytes a) {
+MATQUANT_INLINE Bytes left(Bytes a) {
   return _mm512_slli_epi16(a, COUNT);
-}
-template <int COUNT>
-MATQUANT_VECTOR Bytes shift(Bytes a) {
-  if constexpr (COUNT == 0) return a;
-  if constexpr (COUNT < 0) return left<-COUNT>(a);
-  return right<(COUNT < 0 ? 0 : COUNT)>(a);
 }
 
 struct Slicer {
   __m128i shift, round_shift;
   __m512i mask, round_mask, cap;
-  MATQUANT_VECTOR explicit Slicer(const Width& width)
+  MATQUANT_INLINE explicit Slicer(const Width& width)
       : shift(_mm_cvtsi32_si128(width.shift)),
         round_shift(_mm_cvtsi32_si128(width.round_shift)),
         mask(_mm512_set1_epi8(static_cast<char>(width.mask))),
         round_mask(_mm512_set1_epi8(static_cast<char>(width.round_mask))),
         cap(_mm512_set1_epi8(static_cast<char>(width.cap))) {}
-  MATQUANT_VECTOR Bytes operator()(Bytes a) const {
+  MATQUANT_INLINE Bytes operator()(Bytes a) const {
     const Bytes top = _mm512_and_si512(_mm512_srl_epi16(a, shift), mask);
     const Bytes half = _mm512_and_si512(_mm512_srl_epi16(a, round_shift), round_mask);
     return _mm512_min_epu8(_mm512_add_epi8(top, half), cap);
   }
 };
 
-MATQUANT_VECTOR Ints add(Ints a, Ints b) { return {_mm512_add_epi32(a.at, b.at)}; }
-MATQUANT_VECTOR Ints subtract(Ints a, std::int32_t b) { return {_mm512_sub_epi32(a.at, _mm512_set1_epi32(b))}; }
+MATQUANT_INLINE Ints add(Ints a, Ints b) { return {_mm512_add_epi32(a.at, b.at)}; }
+MATQUANT_INLINE Ints subtract(Ints a, std::int32_t b) { return {_mm512_sub_epi32(a.at, _mm512_set1_epi32(b))}; }
 template <int COUNT>
-MATQUANT_VECTOR Ints left(Ints a) {
+MATQUANT_INLINE Ints left(Ints a) {
   return {_mm512_slli_epi32(a.at, COUNT)};
 }
 template <int COUNT>
-MATQUANT_VECTOR Ints right(Ints a) {
+MATQUANT_INLINE Ints right(Ints a) {
   return {_mm512_srai_epi32(a.at, COUNT)};
 }
 template <int LANE>
-MATQUANT_VECTOR Ints byte_of(Bytes a) {
+MATQUANT_INLINE Ints byte_of(Bytes a) {
   return {_mm512_and_si512(_mm512_srli_epi32(a, 8 * LANE), _mm512_set1_epi32(0xFF))};
 }
 
-MATQUANT_VECTOR Floats broadcast(float value) { return _mm512_set1_ps(value); }
-MATQUANT_VECTOR Floats to_floats(Ints a) { return _mm512_cvtepi32_ps(a.at); }
-MATQUANT_VECTOR Floats load_floats(const float* from) { return _mm512_loadu_ps(from); }
-MATQUANT_VECTOR void store_floats(float* to, Floats a) { _mm512_storeu_ps(to, a); }
-MATQUANT_VECTOR Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
-MATQUANT_VECTOR Floats subtract(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
-MATQUANT_VECTOR Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
-MATQUANT_VECTOR __m256i load_half(const std::uint16_t* from) {
+MATQUANT_INLINE Floats broadcast(float value) { return _mm512_set1_ps(value); }
+MATQUANT_INLINE Floats to_floats(Ints a) { return _mm512_cvtepi32_ps(a.at); }
+MATQUANT_INLINE Floats load_floats(const float* from) { return _mm512_loadu_ps(from); }
+MATQUANT_INLINE void store_floats(float* to, Floats a) { _mm512_storeu_ps(to, a); }
+MATQUANT_INLINE Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
+MATQUANT_INLINE Floats subtract(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
+MATQUANT_INLINE Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+MATQUANT_INLINE __m256i load_half(const std::uint16_t* from) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
 }
-MATQUANT_VECTOR Floats widen_bfloat16(const std::uint16_t* from) {
+MATQUANT_INLINE Floats widen_bfloat16(const std::uint16_t* from) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load_half(from)), 16));
 }
-MATQUANT_VECTOR Floats widen_float16(const std::uint16_t* from) { return _mm512_cvtph_ps(load_half(from)); }
+MATQUANT_INLINE Floats widen_float16(const std::uint16_t* from) { return _mm512_cvtph_ps(load_half(from)); }
 
 template <Range RANGE>
 struct Sum {
   static constexpr int OFFSET = 0;
   __m512i ints;
-  MATQUANT_VECTOR void clear() { ints = _mm512_setzero_si512(); }
-  MATQUANT_VECTOR void add(Bytes bytes, const std::int8_t* x) {
+  MATQUANT_INLINE void clear() { ints = _mm512_setzero_si512(); }
+  MATQUANT_INLINE void add(Bytes bytes, const std::int8_t* x) {
     std::int32_t four;
     __builtin_memcpy(&four, x, 4);
     ints = _mm512_dpbusd_epi32(ints, bytes, _mm512_set1_epi32(four));
   }
-  MATQUANT_VECTOR void end_tile() {}
-  MATQUANT_VECTOR Ints total() const { return {ints}; }
+  MATQUANT_INLINE void end_tile() {}
+  MATQUANT_INLINE Ints total() const { return {ints}; }
 };
 
 #include "kernel.inl"

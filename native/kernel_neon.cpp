@@ -7,13 +7,11 @@
 namespace matquant {
 namespace {
 
-enum class Range { nibble, narrow, wide };
 constexpr bool ANY_BYTE_IS_FREE = false;
 constexpr int FUSED_TOKENS = 1;
 constexpr int GEMM_BLOCKS = 1;
 constexpr int GEMM_STEP = 4;  // 4 tokens x 4 registers of sums, of 32
 
-#define MATQUANT_VECTOR inline __attribute__((always_inline))
 #define MATQUANT_FOUR(expression) \
   { {[&](int i) { return (expression); }(0), [&](int i) { return (expression); }(1), \
      [&](int i) { return (expression); }(2), [&](int i) { return (expression); }(3)} }
@@ -29,92 +27,83 @@ struct Floats {
   float32x4_t at[4];
 };
 
-MATQUANT_VECTOR Bytes load(const std::uint8_t* from) { return MATQUANT_FOUR(vld1q_u8(from + 16 * i)); }
-MATQUANT_VECTOR void store(std::uint8_t* to, Bytes a) {
+MATQUANT_INLINE Bytes load(const std::uint8_t* from) { return MATQUANT_FOUR(vld1q_u8(from + 16 * i)); }
+MATQUANT_INLINE void store(std::uint8_t* to, Bytes a) {
   for (int i = 0; i < 4; ++i) vst1q_u8(to + 16 * i, a.at[i]);
 }
 template <int MASK>
-MATQUANT_VECTOR Bytes keep(Bytes a) {
+MATQUANT_INLINE Bytes keep(Bytes a) {
   return MATQUANT_FOUR(vandq_u8(a.at[i], vdupq_n_u8(MASK)));
 }
 template <int MASK>
-MATQUANT_VECTOR Bytes select(Bytes a, Bytes b) {
+MATQUANT_INLINE Bytes select(Bytes a, Bytes b) {
   return MATQUANT_FOUR(vbslq_u8(vdupq_n_u8(MASK), a.at[i], b.at[i]));
 }
 template <int COUNT>
-MATQUANT_VECTOR Bytes right(Bytes a) {
+MATQUANT_INLINE Bytes right(Bytes a) {
   return MATQUANT_FOUR(vshrq_n_u8(a.at[i], COUNT));
 }
 template <int COUNT>
-MATQUANT_VECTOR Bytes left(Bytes a) {
+MATQUANT_INLINE Bytes left(Bytes a) {
   return MATQUANT_FOUR(vshlq_n_u8(a.at[i], COUNT));
-}
-template <int COUNT>
-MATQUANT_VECTOR Bytes shift(Bytes a) {
-  if constexpr (COUNT < 0)
-    return left<-COUNT>(a);
-  else if constexpr (COUNT > 0)
-    return right<COUNT>(a);
-  else
-    return a;
 }
 
 struct Slicer {
   int8x16_t shift, round_shift;  // to the left, so negative
   uint8x16_t mask, round_mask, cap;
-  MATQUANT_VECTOR explicit Slicer(const Width& width)
+  MATQUANT_INLINE explicit Slicer(const Width& width)
       : shift(vdupq_n_s8(static_cast<std::int8_t>(-width.shift))),
         round_shift(vdupq_n_s8(static_cast<std::int8_t>(-width.round_shift))),
         mask(vdupq_n_u8(static_cast<std::uint8_t>(width.mask))),
         round_mask(vdupq_n_u8(static_cast<std::uint8_t>(width.round_mask))),
         cap(vdupq_n_u8(static_cast<std::uint8_t>(width.cap))) {}
-  MATQUANT_VECTOR uint8x16_t quarter(uint8x16_t a) const {
+  MATQUANT_INLINE uint8x16_t quarter(uint8x16_t a) const {
     const uint8x16_t top = vandq_u8(vshlq_u8(a, shift), mask);
     return vminq_u8(vaddq_u8(top, vandq_u8(vshlq_u8(a, round_shift), round_mask)), cap);
   }
-  MATQUANT_VECTOR Bytes operator()(Bytes a) const { return MATQUANT_FOUR(quarter(a.at[i])); }
+  MATQUANT_INLINE Bytes operator()(Bytes a) const { return MATQUANT_FOUR(quarter(a.at[i])); }
 };
 
-MATQUANT_VECTOR Ints add(Ints a, Ints b) { return MATQUANT_FOUR(vaddq_s32(a.at[i], b.at[i])); }
-MATQUANT_VECTOR Ints subtract(Ints a, std::int32_t b) { return MATQUANT_FOUR(vsubq_s32(a.at[i], vdupq_n_s32(b))); }
+MATQUANT_INLINE Ints add(Ints a, Ints b) { return MATQUANT_FOUR(vaddq_s32(a.at[i], b.at[i])); }
+MATQUANT_INLINE Ints subtract(Ints a, std::int32_t b) { return MATQUANT_FOUR(vsubq_s32(a.at[i], vdupq_n_s32(b))); }
 template <int COUNT>
-MATQUANT_VECTOR Ints left(Ints a) {
+MATQUANT_INLINE Ints left(Ints a) {
   return MATQUANT_FOUR(vshlq_n_s32(a.at[i], COUNT));
 }
 template <int COUNT>
-MATQUANT_VECTOR Ints right(Ints a) {
+MATQUANT_INLINE Ints right(Ints a) {
   if constexpr (COUNT == 0)
     return a;
   else
     return MATQUANT_FOUR(vshrq_n_s32(a.at[i], COUNT));
 }
 template <int LANE>
-MATQUANT_VECTOR int32x4_t byte_of_quarter(uint8x16_t a) {
+MATQUANT_INLINE int32x4_t byte_of_quarter(uint8x16_t a) {
   uint32x4_t words = vreinterpretq_u32_u8(a);
   if constexpr (LANE > 0) words = vshrq_n_u32(words, 8 * LANE);
   return vreinterpretq_s32_u32(vandq_u32(words, vdupq_n_u32(0xFF)));
 }
 template <int LANE>
-MATQUANT_VECTOR Ints byte_of(Bytes a) {
+MATQUANT_INLINE Ints byte_of(Bytes a) {
   return MATQUANT_FOUR(byte_of_quarter<LANE>(a.at[i]));
 }
 
-MATQUANT_VECTOR Floats broadcast(float value) {
+MATQUANT_INLINE Floats broadcast(float value) {
   const float32x4_t all = vdupq_n_f32(value);
   return {{all, all, all, all}};
 }
-MATQUANT_VECTOR Floats to_floats(Ints a) { return MATQUANT_FOUR(vcvtq_f32_s32(a.at[i])); }
-MATQUANT_VECTOR Floats load_floats(const float* from) { return MATQUANT_FOUR(vld1q_f32(from + 4 * i)); }
-MATQUANT_VECTOR void store_floats(float* to, Floats a) {
+MATQUANT_INLINE Floats to_floats(Ints a) { return MATQUANT_FOUR(vcvtq_f32_s32(a.at[i])); }
+MATQUANT_INLINE Floats load_floats(const float* from) { return MATQUANT_FOUR(vld1q_f32(from + 4 * i)); }
+MATQUANT_INLINE void store_floats(float* to, Floats a) {
   for (int i = 0; i < 4; ++i) vst1q_f32(to + 4 * i, a.at[i]);
 }
-MATQUANT_VECTOR Floats add(Floats a, Floats b) { return MATQUANT_FOUR(vaddq_f32(a.at[i], b.at[i])); }
-MATQUANT_VECTOR Floats subtract(Floats a, Floats b) { return MATQUANT_FOUR(vsubq_f32(a.at[i], b.at[i])); }
-MATQUANT_VECTOR Floats multiply(Floats a, Floats b) { return MATQUANT_FOUR(vmulq_f32(a.at[i], b.at[i])); }
-MATQUANT_VECTOR Floats widen_bfloat16(const std::uint16_t* from) {
+MATQUANT_INLINE Floats add(Floats a, Floats b) { return MATQUANT_FOUR(vaddq_f32(a.at[i], b.at[i])); }
+MATQUANT_INLINE Floats subtract(Floats a, Floats b) { return MATQUANT_FOUR(vsubq_f32(a.at[i], b.at[i])); }
+MATQUANT_INLINE Floats multiply(Floats a, Floats b) { return MATQUANT_FOUR(vmulq_f32(a.at[i], b.at[i])); }
+MATQUANT_INLINE Floats widen_bfloat16(const std::uint16_t* from) {
   return MATQUANT_FOUR(vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(from + 4 * i), 16)));
 }
-MATQUANT_VECTOR Floats widen_float16(const std::uint16_t* from) {
+MATQUANT_INLINE Floats widen_float16(const std::uint16_t* from) {
   return MATQUANT_FOUR(vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from + 4 * i))));
 }
 
@@ -122,22 +111,22 @@ template <Range RANGE>
 struct Sum {
   static constexpr int OFFSET = RANGE == Range::nibble ? 0 : 128;
   Ints ints;
-  MATQUANT_VECTOR void clear() {
+  MATQUANT_INLINE void clear() {
     const int32x4_t none = vdupq_n_s32(0);
     ints = {{none, none, none, none}};
   }
-  MATQUANT_VECTOR static int8x16_t centred(uint8x16_t bytes) {
+  MATQUANT_INLINE static int8x16_t centred(uint8x16_t bytes) {
     if constexpr (RANGE == Range::nibble) return vreinterpretq_s8_u8(bytes);
     return vreinterpretq_s8_u8(veorq_u8(bytes, vdupq_n_u8(0x80)));
   }
-  MATQUANT_VECTOR void add(Bytes bytes, const std::int8_t* x) {
+  MATQUANT_INLINE void add(Bytes bytes, const std::int8_t* x) {
     std::int32_t four;
     __builtin_memcpy(&four, x, 4);
     const int8x16_t fours = vreinterpretq_s8_s32(vdupq_n_s32(four));
     ints = MATQUANT_FOUR(vdotq_s32(ints.at[i], centred(bytes.at[i]), fours));
   }
-  MATQUANT_VECTOR void end_tile() {}
-  MATQUANT_VECTOR Ints total() const { return ints; }
+  MATQUANT_INLINE void end_tile() {}
+  MATQUANT_INLINE Ints total() const { return ints; }
 };
 
 #include "kernel.inl"

@@ -8,7 +8,6 @@ namespace {
 
 #define MATQUANT_EACH(count) for (int i = 0; i < (count); ++i)
 
-enum class Range { nibble, narrow, wide };
 constexpr bool ANY_BYTE_IS_FREE = false;
 constexpr int FUSED_TOKENS = 0;
 constexpr int GEMM_BLOCKS = 1;
@@ -49,11 +48,6 @@ template <int COUNT>
 inline Bytes left(Bytes a) {
   MATQUANT_EACH(64) a.at[i] = static_cast<std::uint8_t>(a.at[i] << COUNT);
   return a;
-}
-template <int COUNT>
-inline Bytes shift(const Bytes& a) {
-  if constexpr (COUNT < 0) return left<-COUNT>(a);
-  return right<(COUNT < 0 ? 0 : COUNT)>(a);
 }
 
 struct Slicer {

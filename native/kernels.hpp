@@ -3,7 +3,12 @@
 
 #include "linear.hpp"
 
+#define MATQUANT_INLINE inline __attribute__((always_inline))
+
 namespace matquant {
+
+// How large codes may be: 15, 128 or any byte.
+enum class Range { nibble, narrow, wide };
 
 constexpr int BLOCK_ROWS = 16;   // rows of a tile; the unit of work of a thread
 constexpr int TILE_INPUTS = 32;  // inputs of a tile
