@@ -6,10 +6,7 @@ Each depth is a random Llama 2048 wide (ffn 8192, 32 heads, 8 of keys and values
 own whose peak resident memory (Linux VmHWM) is read at the end. Writes bench/blocks.json.
 """
 
-import datetime
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -20,6 +17,8 @@ from typing import Annotated
 import torch
 import typer
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from origin import origin
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKENIZER = ROOT / "examples" / "reference" / "model"
@@ -68,12 +67,7 @@ def main(
                 flush=True,
             )
     record = {
-        "command": " ".join(["python", "bench/blocks.py", *sys.argv[1:]]),
-        "commit": subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
-        ).stdout.strip(),
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        **origin(),
         "method": method,
         "options": options,
         "layers": results,

@@ -18,10 +18,8 @@ choose nothing. Ratios of samples that were mostly disturbed show little: look a
 """
 
 import dataclasses
-import datetime
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -48,6 +46,7 @@ from matquant.runtime.engine import Engine, Session
 from matquant.runtime.model import EMBEDDING, HEAD, NORM, PROJECTIONS
 from matquant.spec import Spec
 from matquant.tensor import NestedTensor
+from origin import origin
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS = ROOT / "bench" / "decode.jsonl"
@@ -137,7 +136,8 @@ def run(
                 write_random(directory, SHAPES[shape], group_size or None)
             for count in threads or (1, 2):
                 record = measure(directory, peer, threads=count, rounds=rounds, burst_s=burst_s)
-                record = {"shape": shape, "group": group_size, **record, **_origin(), "versions": peer.versions}
+                made = {**origin(), "matquant": version("matquant"), "versions": peer.versions}
+                record = {"shape": shape, "group": group_size, **record, **made}
                 show(record)
                 line = json.dumps(record, sort_keys=True)
                 if keep:
@@ -375,17 +375,6 @@ def first_token_s(directory: Path, threads: int, kind: str) -> float:
         subprocess.run(command, check=True)
         seconds.append(time.perf_counter() - began)
     return statistics.median(seconds)
-
-
-def _origin() -> Record:
-    git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    return {
-        "command": " ".join(["python", "bench/decode.py", *sys.argv[1:]]),
-        "commit": subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip(),
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "matquant": version("matquant"),
-    }
 
 
 # -------------------------------------------------------------------------------------------------------- reporting

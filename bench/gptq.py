@@ -25,20 +25,15 @@ The figures go to bench/gptq.json, from where bench/results.py takes them.
 Shapes: N out features, K in features, G groups, T tokens, C = 256 codes.
 """
 
-import datetime
 import functools
 import json
 import math
 import os
-import platform
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -56,6 +51,7 @@ from matquant.text import cut_windows, read_documents, token_stream
 from matquant.train.fake import Grid
 from matquant.train.gptq import nested_gptq, refit_affine
 from matquant.train.select import select_linears
+from origin import origin
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("MATQUANT_DATA", ROOT.parent / "shared" / "data"))
@@ -428,15 +424,9 @@ def keep(what: str, record: Mapping[str, Any]) -> None:
 
 
 def provenance(threads: int) -> dict[str, Any]:
-    """What a record needs to be made again."""
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    return {
-        "command": " ".join(["python", "bench/gptq.py", *sys.argv[1:]]),
-        "commit": subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip(),
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {threads} threads",
-        "versions": {package: version(package) for package in ("torch", "transformers", "numpy")},
-    }
+    """What a record needs to be made again; its times depend on the threads."""
+    made = origin("torch", "transformers", "numpy")
+    return {**made, "machine": f"{made['machine']}, {threads} threads"}
 
 
 if __name__ == "__main__":

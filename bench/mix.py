@@ -7,7 +7,6 @@ both ends), reverse pyramid, increasing, decreasing. Writes bench/mix-MODEL.json
 """
 
 import json
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,7 +20,8 @@ from matquant.checkpoint import bits_per_weight, open_checkpoint
 from matquant.eval.likelihood import log_perplexity
 from matquant.eval.report import plot_widths
 from matquant.models import decoder_layers, load_float
-from quality import CELLS, CONTEXT, ROOT, SETTINGS, commit, held_out
+from origin import origin
+from quality import CELLS, CONTEXT, ROOT, SETTINGS, held_out
 
 TOKENS = 40 * CONTEXT
 
@@ -82,8 +82,7 @@ def main(
     reference = log_perplexity(load_float(setting.path, dtype=torch.float32), stream, context=CONTEXT)
     plot_widths(ROOT / "docs" / f"mix-{model}.png", _frontiers(curves), reference=reference)
     record = {
-        "command": " ".join(["python", "bench/mix.py", *sys.argv[1:]]),
-        "commit": commit(),
+        **origin(),
         "cell": cell,
         "model": model,
         "curves": curves,

@@ -15,11 +15,9 @@ g_idx, which GPTQModel stores though nothing needs it without reordering, is als
 the nominal width. A finished job under MATQUANT_PEERS/jobs is not run again: remove its folder to do so.
 """
 
-import datetime
 import json
 import math
 import os
-import platform
 import re
 import subprocess
 import sys
@@ -37,6 +35,7 @@ from safetensors.torch import save_file
 from matquant.eval.likelihood import log_perplexity
 from matquant.models import load_float, load_tokenizer
 from matquant.text import read_documents, token_stream
+from origin import origin
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS = ROOT / "bench" / "peers.jsonl"
@@ -314,14 +313,7 @@ def _check_read_back(value: float, reference: float, bits: int, what: str) -> No
 
 
 def _origin(peer: str) -> dict[str, Any]:
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    return {
-        "versions": _versions(peer),
-        "command": " ".join(["python", "bench/peers.py", *sys.argv[1:]]),
-        "commit": subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip(),
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-    }
+    return {**origin(), "versions": _versions(peer)}
 
 
 def _versions(peer: str) -> dict[str, str]:

@@ -9,16 +9,11 @@ steps. A learning rate is chosen on SELECT tokens by the cell's own objective; t
 TEST tokens. bench/results.py makes docs/results.md of the records.
 """
 
-import datetime
 import json
 import os
-import platform
-import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,6 +26,7 @@ from matquant.checkpoint import bits_per_weight, open_checkpoint
 from matquant.eval.likelihood import evaluate, log_perplexity
 from matquant.models import load_float, load_tokenizer
 from matquant.text import read_documents, token_stream
+from origin import origin
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS = ROOT / "bench" / "quality.jsonl"
@@ -357,18 +353,8 @@ def _measure(model: str, name: str, lr: float | None, seed: int, streams: Stream
         "select": sum(w * select[str(b)] for b, w in zip(spec.widths, spec.weights, strict=True)) if select else None,
         "bits_per_weight": sizes,
         "seconds": round(trained - began, 1),
-        "command": " ".join(["python", "bench/quality.py", *sys.argv[1:]]),
-        "commit": commit(),
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "versions": {package: version(package) for package in ("torch", "transformers", "numpy")},
+        **origin("torch", "transformers", "numpy"),
     }
-
-
-def commit() -> str:
-    """The short hash of the commit that is checked out."""
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
 
 if __name__ == "__main__":

@@ -441,10 +441,9 @@ def _sorted(bits: list[float], values: list[float]) -> tuple[list[float], list[f
 
 
 def _steps(best: Best) -> list[str]:
-    file = ROOT / "bench" / "train.json"
-    if not file.is_file():
+    record = _kept("train.json")
+    if not record:
         return []
-    record = json.loads(file.read_text())
     rows = [[n, f"{r:.2f} x", f"{record['memory_ratio'][n]:.2f} x"] for n, r in record["time_ratio"].items()]
     return [
         "## What a joint step costs",

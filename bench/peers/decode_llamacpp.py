@@ -20,6 +20,7 @@ from typing import Any
 import gguf  # type: ignore[import-not-found]
 import llama_cpp  # type: ignore[import-not-found]
 import numpy as np
+from llama_gguf import finish_gguf, start_gguf  # type: ignore[import-not-found]
 
 # block type -> where its blocks have float16 scales (bytes); everything else in a block may be any byte
 SCALES = {"Q8_0": (0,), "Q6_K": (208,), "Q4_K": (0, 2), "Q3_K": (108,), "Q2_K": (80, 82)}
@@ -72,17 +73,7 @@ def _bytes(kind: str, rows: int, columns: int) -> int:
 
 
 def _write_gguf(file: Path, kind: str, shape: dict[str, Any]) -> None:
-    writer = gguf.GGUFWriter(file, "llama")
-    writer.add_context_length(shape["max_position_embeddings"])
-    writer.add_embedding_length(shape["hidden_size"])
-    writer.add_block_count(shape["num_hidden_layers"])
-    writer.add_feed_forward_length(shape["intermediate_size"])
-    writer.add_head_count(shape["num_attention_heads"])
-    writer.add_head_count_kv(shape["num_key_value_heads"])
-    writer.add_rope_dimension_count(shape["head_dim"])
-    writer.add_rope_freq_base(shape["rope_theta"])
-    writer.add_layer_norm_rms_eps(shape["rms_norm_eps"])
-    writer.add_vocab_size(shape["vocab_size"])
+    writer = start_gguf(file, shape)
     writer.add_tokenizer_model("no_vocab")
     generator = np.random.default_rng(0)
     quantised = {"token_embd": (shape["vocab_size"], shape["hidden_size"]), **_matrices(shape)}
@@ -92,10 +83,7 @@ def _write_gguf(file: Path, kind: str, shape: dict[str, Any]) -> None:
     norms = [f"blk.{layer}.{name}" for layer in range(shape["num_hidden_layers"]) for name in ("attn_norm", "ffn_norm")]
     for name in (*norms, "output_norm"):
         writer.add_tensor(f"{name}.weight", np.ones(shape["hidden_size"], np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish_gguf(writer)
 
 
 def _random_blocks(generator: np.random.Generator, kind: str, rows: int, columns: int) -> np.ndarray:

@@ -19,6 +19,7 @@ from typing import Any
 
 import gguf  # type: ignore[import-not-found]
 import numpy as np
+from llama_gguf import finish_gguf, start_gguf  # type: ignore[import-not-found]
 from safetensors.numpy import load_file, save_file
 
 NAMES = {
@@ -73,17 +74,7 @@ def _heads(path: str, config: dict[str, Any]) -> int | None:
 
 
 def _write_gguf(file: Path, state: dict[str, np.ndarray], config: dict[str, Any]) -> None:
-    writer = gguf.GGUFWriter(file, "llama")
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_rope_dimension_count(config["head_dim"])
-    writer.add_rope_freq_base(config.get("rope_parameters", config)["rope_theta"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_vocab_size(config["vocab_size"])
+    writer = start_gguf(file, config)
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
     writer.add_tokenizer_model("llama")
     writer.add_token_list([f"<|{token}|>" for token in range(config["vocab_size"])])
@@ -100,10 +91,7 @@ def _write_gguf(file: Path, state: dict[str, np.ndarray], config: dict[str, Any]
             halves = tensor.reshape(heads, 2, -1, tensor.shape[1])
             tensor = np.ascontiguousarray(halves.swapaxes(1, 2).reshape(tensor.shape))
         writer.add_tensor(f"{_gguf_name(path)}.weight", tensor.astype(np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish_gguf(writer)
 
 
 def _read_back(file: Path, paths: list[str], config: dict[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
