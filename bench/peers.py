@@ -111,6 +111,7 @@ SETTINGS: dict[str, tuple[tuple[str, dict[str, Any], tuple[int, ...]], ...]] = {
     ),
     "autoround": (
         ("iters 200, g128, sym", AUTOROUND, (2, 3, 4, 8)),
+        ("iters 200, per channel, sym", {**AUTOROUND, "group_size": -1}, (2, 3, 4, 8)),
         # What its documentation recommends for two bits: auto-round-best with enable_alg_ext.
         ("best: iters 1000, alg_ext, g128, sym", {**AUTOROUND, "iters": 1000, "enable_alg_ext": True}, (2,)),
     ),

@@ -406,16 +406,21 @@ SLACK = 0.1  # bits per weight that a peer may take more than ours and still cou
 
 
 def _standing(cells: dict[str, Record], peers: list[Record]) -> list[str]:
-    """Ours against the best peer at equal bits, and against the best peer of the nominal width at any bits."""
+    """Ours against the best peer that takes no more bits, whatever it calls its width; then against those of the
+    nominal width, at SLACK more bits and at any."""
     ours = [name for name in OURS_ALL if name in cells]
     rows = []
     for width in (2, 3, 4, 6, 8):
         same = [peer for peer in peers if peer["bits"] == width]
         for name in ours:
             value, bits = cells[name]["log_perplexity"][str(width)], cells[name]["bits_per_weight"][str(width)]
-            rivals = (same, [peer for peer in same if peer["bits_per_weight"] <= bits + SLACK])
+            rivals = (
+                [peer for peer in peers if peer["bits_per_weight"] <= bits],
+                [peer for peer in same if peer["bits_per_weight"] <= bits + SLACK],
+                same,
+            )
             row = [f"int{width}", CELLS[name].what, f"{value:.4f} @ {bits:.3f}"]
-            for found in reversed(rivals):
+            for found in rivals:
                 best = min(found, key=lambda peer: peer["log_perplexity"], default=None)
                 row.append(
                     f"{value - best['log_perplexity']:+.4f} ({best['peer']} {best['setting']}, "
@@ -426,7 +431,8 @@ def _standing(cells: dict[str, Record], peers: list[Record]) -> list[str]:
             rows.append(row)
     if not rows or not peers:
         return []
-    head = ["", "ours, one checkpoint", "", f"against the best peer within {SLACK} bits", "best peer at any bits"]
+    head = ["", "ours, one checkpoint", "", "against the best peer at no more bits"]
+    head += [f"of that width, within {SLACK} bits", "of that width, at any bits"]
     return ["Where we stand (nats per token, negative is better than the peer):", "", *_table(head, rows), ""]
 
 
