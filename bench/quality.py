@@ -83,6 +83,7 @@ EVEN: Options = {"weights": (1.0, 1.0, 1.0)}
 RATES = (1e-3, 2e-3, 4e-3)
 LOW = (2.5e-4, 5e-4, 1e-3)
 WARM: dict[int, tuple[float, ...]] = {8: LOW, 6: LOW, 4: LOW, 3: RATES, 2: RATES}
+CALIBRATION = 128 * CONTEXT  # tokens, what peers calibrate with (bench/peers.py)
 CODISTILLATION = ("8,4,8->2", "8,4,2,8->2", "8,4,2,8->4;2")
 STORIES = ("stories260K",)
 
@@ -220,7 +221,17 @@ def _from_gptq() -> dict[str, Cell]:
         for bits in (4, 3, 2)
     }
     everything = {**BEST, "method": "qat", "affine": "learned", "scope": "all", "start": "gptq+ all"}
+    every = {**everything, "objective": "8,6,4,3,2,fp->8;6;4;3;2", "weights": (1.0,) * 5, "start": "gptq+ tuned all"}
     return cells | {
+        "qat+ all tuned": Cell(
+            what="QAT from tuned nested GPTQ, all linears", options=every, rates=(2.5e-4,), models=("reference",)
+        ),
+        "qat+ all calibration": Cell(
+            what="nested GPTQ, tuned, 128 steps of QAT, all on the peers' calibration text, all linears",
+            options={**every, "tokens": CALIBRATION, "steps": 128},
+            rates=(2.5e-4,),
+            models=("reference",),
+        ),
         "qat+ all": Cell(what="QAT from nested GPTQ, all linears", options=everything, rates=(2.5e-4, 5e-4)),
         "qat+ all long": Cell(
             what="QAT from nested GPTQ, 300 steps, all linears",
@@ -331,6 +342,9 @@ def _measure(model: str, name: str, lr: float | None, seed: int, streams: Stream
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         text = [setting.text] if method != "rtn" else []
+        if "tokens" in options:  # of the text, whole documents
+            options = dict(options)
+            text = [_beginning(setting, options.pop("tokens"), Path(folder) / "text.txt")]
         if "start" in options:  # the cell whose checkpoint this one goes on from
             first = {**setting.training["gptq"], **CELLS[options["start"]].options}
             options = {**options, "start": matquant.quantize(setting.path, Path(folder) / "first", text=text, **first)}
@@ -355,6 +369,14 @@ def _measure(model: str, name: str, lr: float | None, seed: int, streams: Stream
         "seconds": round(trained - began, 1),
         **origin("torch", "transformers", "numpy"),
     }
+
+
+def _beginning(setting: Setting, tokens: int, file: Path) -> Path:
+    """``file`` with the first documents of the training text, of at least so many tokens together."""
+    documents, tokenizer = read_documents([setting.text]), load_tokenizer(setting.path)
+    counts = np.cumsum([len(token_stream([document], tokenizer)) for document in documents])
+    file.write_text("<|endoftext|>".join(documents[: int(np.searchsorted(counts, tokens + 1)) + 1]), encoding="utf-8")
+    return file
 
 
 if __name__ == "__main__":

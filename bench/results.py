@@ -357,7 +357,10 @@ def _memory(kept: Record) -> list[str]:
     return [*head, *_table(["layers", "model", "peak"], rows), ""]
 
 
-OURS_ALL = ("gptq+ all", "gptq+ all 128", "gptq+ tuned all", "gptq+ tuned all long", "qat+ all", "qat+ all long")
+OURS_ALL = (
+    *("gptq+ all", "gptq+ all 128", "gptq+ tuned all", "gptq+ tuned all long"),
+    *("qat+ all calibration", "qat+ all", "qat+ all tuned", "qat+ all long"),
+)
 
 
 def _peers(best: Best) -> list[str]:
