@@ -11,6 +11,7 @@ TEST tokens. bench/results.py makes docs/results.md of the records.
 
 import json
 import os
+import resource
 import tempfile
 import time
 from dataclasses import dataclass
@@ -340,7 +341,7 @@ def _measure(model: str, name: str, lr: float | None, seed: int, streams: Stream
     training = {**setting.training.get(method, {}), **({"seed": seed} if method != "rtn" else {})}
     training |= {"lr": lr} if lr is not None else {}
     training = {name: value for name, value in training.items() if name not in options}
-    began = time.perf_counter()
+    began, cpu_s = time.perf_counter(), time.process_time()
     with tempfile.TemporaryDirectory() as folder:
         text = [setting.text] if method != "rtn" else []
         if "tokens" in options:  # of the text, whole documents
@@ -350,7 +351,8 @@ def _measure(model: str, name: str, lr: float | None, seed: int, streams: Stream
             first = {**setting.training["gptq"], **CELLS[options["start"]].options}
             options = {**options, "start": matquant.quantize(setting.path, Path(folder) / "first", text=text, **first)}
         out = matquant.quantize(setting.path, Path(folder) / "out", text=text, **training, **options)
-        trained = time.perf_counter()
+        seconds, cpu_s = time.perf_counter() - began, time.process_time() - cpu_s
+        peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         checkpoint, served = open_checkpoint(out), matquant.load(out, dtype=torch.float32)
         baseline = options.get("baseline_bits", 8)
         widths = (baseline,) if baseline < 8 else WIDTHS
@@ -367,7 +369,9 @@ def _measure(model: str, name: str, lr: float | None, seed: int, streams: Stream
         "log_perplexity": test,
         "select": sum(w * select[str(b)] for b, w in zip(spec.widths, spec.weights, strict=True)) if select else None,
         "bits_per_weight": sizes,
-        "seconds": round(trained - began, 1),
+        "seconds": round(seconds, 1),
+        "cpu_seconds": round(cpu_s, 1),
+        "peak_bytes": peak_bytes,  # resident, of this process so far: of the cell if it ran alone
         **origin("torch", "transformers", "numpy"),
     }
 
