@@ -207,7 +207,9 @@ inline void mix(const Attention& a, int query, const T* values, int start, int s
         odd[q][v] += weights[q * a.scores_stride + position + 1 - start] * second;
       }
     }
+#pragma GCC unroll 4
   for (int q = 0; q < Queries; ++q)
+#pragma GCC unroll 4
     for (int v = 0; v < Vectors; ++v) {
       const int left = a.dim - d - v * kLanes;
       store_some(a.out[query + q] + d + v * kLanes, (even[q][v] + odd[q][v]) * inverse[q],
@@ -228,6 +230,7 @@ void attend_some(const Attention& a, int query) {
   const I lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   const V never = splat(-std::numeric_limits<float>::infinity());
   V largest[Queries];
+#pragma GCC unroll 4
   for (int q = 0; q < Queries; ++q) largest[q] = never;
   for (int position = start; position < stop; position += kLanes) {
     const T* tile = keys + (size_t)position * a.dim;
@@ -241,6 +244,7 @@ void attend_some(const Attention& a, int query) {
       }
     }
     const I at = lane + position;
+#pragma GCC unroll 4
     for (int q = 0; q < Queries; ++q) {
       V score = even[q] + odd[q];
       if (a.cap != 0) score = a.cap * hyperbolic_tangent(score / a.cap);
@@ -250,6 +254,7 @@ void attend_some(const Attention& a, int query) {
     }
   }
   float inverse[Queries];
+#pragma GCC unroll 4
   for (int q = 0; q < Queries; ++q) {
     float top = largest[q][0];
     for (int i = 1; i < kLanes; ++i) top = largest[q][i] > top ? largest[q][i] : top;
