@@ -336,7 +336,7 @@ def _measure(model: str, name: str, lr: float | None, seed: int, streams: Stream
             options = {**options, "start": matquant.quantize(setting.path, Path(folder) / "first", text=text, **first)}
         out = matquant.quantize(setting.path, Path(folder) / "out", text=text, **training, **options)
         trained = time.perf_counter()
-        checkpoint, served = open_checkpoint(out), matquant.load(out, dtype=torch.float32)
+        checkpoint, served = open_checkpoint(out), matquant.load(out, dtype=torch.float32, kernels="none")
         baseline = options.get("baseline_bits", 8)
         widths = (baseline,) if baseline < 8 else WIDTHS
         sizes = {str(b): bits_per_weight(checkpoint, dict.fromkeys(checkpoint.shapes, b)) for b in widths}

@@ -67,7 +67,7 @@ def changed(directory: Path, to: Path, **files: dict[str, Any] | str | None) -> 
 
 @pytest.mark.parametrize("bits", [8, 3])
 def test_greedy_text_is_that_of_transformers(bits: int, reference: Path, exact: matquant.Engine) -> None:
-    model, tokenizer = matquant.load(reference, bits, dtype=torch.float32), load_tokenizer(reference)
+    model, tokenizer = matquant.load(reference, bits, dtype=torch.float32, kernels="none"), load_tokenizer(reference)
     ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
     expected = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False)
     reply = exact.stream(PROMPT, bits=bits, max_tokens=24)
@@ -345,7 +345,7 @@ def test_draws_follow_the_distribution_and_the_seed() -> None:
 
 def test_scores_are_the_log_probabilities_of_transformers(reference: Path, exact: matquant.Engine) -> None:
     text = (REFERENCE / "text" / "valid.txt").read_text()[:600]
-    model = matquant.load(reference, 4, dtype=torch.float32)
+    model = matquant.load(reference, 4, dtype=torch.float32, kernels="none")
     ids = exact.vocabulary.document(text)
     assert ids[0] == 0
     with torch.no_grad():
@@ -364,7 +364,7 @@ def assert_perplexity_change(reference: Path, windows: int, bits: Sequence[int])
     documents = (REFERENCE / "text" / "valid.txt").read_text().split("<|endoftext|>")
     stream = token_stream([d.strip() for d in documents if d.strip()], tokenizer)[: 512 * windows + 1]
     engine = matquant.Engine(reference, threads=1)
-    model = matquant.load(reference, dtype=torch.float32)
+    model = matquant.load(reference, dtype=torch.float32, kernels="none")
     for width in bits:
         model.set_bits(width)
         expected = log_perplexity(model, stream, context=512)
