@@ -1,5 +1,6 @@
 """matquant.Engine: text in, text out, at any width, from any thread, without torch."""
 
+import ctypes
 import hashlib
 import json
 import os
@@ -7,7 +8,9 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+import tracemalloc
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -472,3 +475,60 @@ def test_generated_text_is_the_same_on_every_instruction_set(reference: Path, en
         if done.returncode and "is not an instruction set of this machine" in done.stderr:
             continue
         assert done.stdout == expected + "\n", done.stderr
+
+
+class Heap(ctypes.Structure):
+    """glibc's struct mallinfo2."""
+
+    _fields_ = [(name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks")]
+    _fields_ += [(name, ctypes.c_size_t) for name in ("fsmblks", "uordblks", "fordblks", "keepcost")]
+
+
+def malloc_bytes() -> int:
+    """Bytes that malloc has given out."""
+    mallinfo = ctypes.CDLL(None).mallinfo2
+    mallinfo.restype = Heap
+    heap = mallinfo()
+    return int(heap.uordblks + heap.hblkhd)
+
+
+def python_bytes() -> int:
+    return tracemalloc.get_traced_memory()[0]
+
+
+def bytes_per_piece(pieces: Iterator[object], held: Callable[[], int], count: int = 64) -> float:
+    """By how much ``held`` grows with each of ``count`` pieces, once 16 have come."""
+    assert len(list(islice(pieces, 16))) == 16
+    before = held()
+    for _ in range(count):
+        next(pieces)
+    return (held() - before) / count
+
+
+@pytest.fixture(params=["python", "malloc"])
+def held(request: pytest.FixtureRequest) -> Iterator[Callable[[], int]]:
+    """One counter at a time: tracemalloc's own notes come from malloc."""
+    if request.param == "malloc":
+        if not hasattr(ctypes.CDLL(None), "mallinfo2"):
+            pytest.skip("the C library does not count its memory")
+        yield malloc_bytes
+        return
+    tracemalloc.start()
+    yield python_bytes
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("activations", ["int8", "float"])
+def test_memory_of_a_stream_grows_by_its_ids_alone(
+    activations: str, threads: int, held: Callable[[], int], reference: Path
+) -> None:
+    engine = matquant.Engine(reference, threads=threads, activations=activations)
+    plan = {path: 2 + layer % 3 for layer, path in enumerate(engine.model.weights)}
+    ids_bytes = 128  # of a token: an int and a place in each of three lists, which grow by steps
+    for options in ({"bits": 8}, {"bits": 3}, {"plan": plan}):
+        stream = engine.stream(PROMPT, max_tokens=100, temperature=0, **options)
+        assert bytes_per_piece(iter(stream), held) <= ids_bytes
+    session, kept = engine.session(), []
+    leaking = (kept.append(session.extend([1], engine.widths(2)).copy()) for _ in range(100))
+    assert bytes_per_piece(leaking, held) > ids_bytes, "logits that are kept must be seen"
