@@ -20,6 +20,7 @@ from matquant.integrations.linear import NestedLinear
 TOKENS = torch.arange(3, 60).reshape(3, 19)
 PLAIN = [family for family in FAMILIES if family != "qwen3_moe"]
 DOWN = "model.layers.1.mlp.down_proj"
+QUERY = "model.layers.1.self_attn.q_proj"  # with a bias in qwen2
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -267,3 +268,18 @@ def test_gradients_are_those_of_the_dense_model(kernels: str, family: str, check
     x = dense.get_input_embeddings()(TOKENS).detach().requires_grad_()
     dense(inputs_embeds=x).logits.square().mean().backward()
     assert not torch.allclose(x.grad, gradients[1], rtol=1e-2), "the neighbouring width must not pass"
+
+
+def test_many_bfloat16_tokens_are_multiplied_by_the_dense_weight(checkpoint: Callable[..., Path]) -> None:
+    def is_dense(dtype: torch.dtype, kernels: str, tokens: int) -> bool:
+        module = matquant.load(checkpoint("qwen2"), 4, dtype=dtype, kernels=kernels).get_submodule(QUERY)
+        x = torch.randn(2, tokens // 2, module.in_features, generator=torch.manual_seed(0)).to(dtype)
+        expected = torch.nn.functional.linear(x, module.weight, module.bias)
+        torch.testing.assert_close(module(x), expected, rtol=0.05, atol=0.05)
+        return torch.equal(module(x), expected)
+
+    many = linear.DENSE_TOKENS
+    assert is_dense(torch.bfloat16, "auto", many)
+    assert not is_dense(torch.bfloat16, "auto", many - 2)
+    assert not is_dense(torch.bfloat16, "int8", many)
+    assert not is_dense(torch.float32, "auto", many)

@@ -1,7 +1,8 @@
 """A torch linear whose weight stays in bit planes: ``forward`` is one product of the native kernels.
 
 torch and the kernels share memory by address, so a call copies nothing that is float32 already, and a width is an
-argument of the call. What kernels have no answer to, gradients, is a product with the dense weight, made for the call.
+argument of the call. A call that asks for gradients is a product with the dense weight, made for the call, and so is
+one of many bfloat16 tokens with float activations: torch has hardware for that product, the kernels do not use it.
 N out features, K in features.
 """
 
@@ -22,6 +23,7 @@ except ImportError as error:  # a source tree that was never built; dense weight
     MISSING = f"the native extension is missing ({error})"
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DENSE_TOKENS = 256  # from here on torch's bfloat16 product is faster, the weight's making included
 WITHOUT = "load the model with kernels='none'"
 
 
@@ -52,7 +54,9 @@ class NestedLinear(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., K] -> [..., N] of its dtype. InputError for other devices and dtypes."""
         self._check(x)
-        if x.requires_grad and torch.is_grad_enabled():
+        tokens = x.numel() // self.in_features
+        many = self.activations == "float" and x.dtype == torch.bfloat16 and tokens >= DENSE_TOKENS
+        if many or (x.requires_grad and torch.is_grad_enabled()):
             bias = None if self.bias is None else self.bias.to(x.dtype)
             return torch.nn.functional.linear(x, self.weight.to(x.dtype), bias)
         values = x.float().contiguous()  # x itself if it is that already
@@ -61,7 +65,7 @@ class NestedLinear(torch.nn.Module):
             self._planes,
             values.data_ptr(),
             y.data_ptr(),
-            tokens=x.numel() // self.in_features,
+            tokens=tokens,
             bits=self.bits,
             activations=self.activations,
             threads=torch.get_num_threads(),
