@@ -315,7 +315,7 @@ struct SegmentCodes {
   }
 };
 
-// ------------------------------------------------------------------------------- one row block, up to eight tokens
+// -------------------------------------------------------------------------------- one row block, a panel of tokens
 
 // Codes of a width, at most 15, at most 128, or any byte: how much a sum may hold before it must be widened.
 template <int READ, bool SLICED>
@@ -324,7 +324,7 @@ constexpr Range range_of() {
 }
 
 template <int READ, bool SLICED, int M>
-void block_of_rows(const Linear& weight, const Width& width, const Input& input, int block, float* y,
+void block_of_rows(const Linear& weight, const Width& width, const Input& input, int panel_index, int block, float* y,
                    std::ptrdiff_t y_stride) {
   constexpr bool IN_PLACE = !SLICED && (READ >= 6 || (ANY_BYTE_IS_FREE && M * Places<READ, true>::count <= 16));
   using P = Places<READ, IN_PLACE>;
@@ -335,7 +335,7 @@ void block_of_rows(const Linear& weight, const Width& width, const Input& input,
   const int offset = (1 << (width.bits - 1 + BASE)) - Sums::OFFSET;
   const Streams streams = streams_of(weight, block);
   const Slicer slicer(width);
-  const Panel<M> panel(input, 0);
+  const Panel<M> panel(input, panel_index);
 
   Floats total[M], dot[M];
   float x_sum[M];
@@ -378,20 +378,22 @@ void block_of_rows(const Linear& weight, const Width& width, const Input& input,
     }
   }
   const int rows = weight.rows - block * BLOCK_ROWS;
-  unroll<M>([&](auto token) MATQUANT_LAMBDA {
-    if (token < input.tokens) store_rows(y + token * y_stride + block * BLOCK_ROWS, total[token], rows);
+  unroll<M>([&](auto at) MATQUANT_LAMBDA {
+    const int token = panel_index * M + at;
+    if (token < input.tokens) store_rows(y + token * y_stride + block * BLOCK_ROWS, total[at], rows);
   });
 }
 
-using BlockOfRows = void (*)(const Linear&, const Width&, const Input&, int, float*, std::ptrdiff_t);
+using BlockOfRows = void (*)(const Linear&, const Width&, const Input&, int, int, float*, std::ptrdiff_t);
 
 template <int READ, bool SLICED>
 BlockOfRows block_of_rows_of(int panel) {
-  if constexpr (FUSED_TOKENS > 1) {
+  constexpr int MOST = fused_tokens(READ);
+  if constexpr (MOST > 1) {
     if (panel == 2) return block_of_rows<READ, SLICED, 2>;
     if (panel == 4) return block_of_rows<READ, SLICED, 4>;
   }
-  if constexpr (FUSED_TOKENS > 4)
+  if constexpr (MOST > 4)
     if (panel == 8) return block_of_rows<READ, SLICED, 8>;
   static_cast<void>(panel);
   return block_of_rows<READ, SLICED, 1>;
@@ -597,10 +599,13 @@ void linear_share(const Linear& weight, const Width& width, const Input& input, 
         run(weight, width, input, panel, block, y, y_stride);
     return;
   }
-  if constexpr (FUSED_TOKENS > 0)
-    if (input.tokens <= FUSED_TOKENS) {
+  if constexpr (fused_tokens(2) > 0)
+    if (input.tokens <= fused_tokens(width.read)) {
+      // The planes of a block are in the second-level cache when its second panel comes.
       const BlockOfRows run = block_of_rows_of(width, input.panel);
-      for (int block = first; block < stop; ++block) run(weight, width, input, block, y, y_stride);
+      for (int block = first; block < stop; ++block)
+        for (int panel = 0; panel < ceil_div(input.tokens, input.panel); ++panel)
+          run(weight, width, input, panel, block, y, y_stride);
       return;
     }
   const ManyTokens one = input.panel == 1   ? many_tokens_of<1, 1>(width)
