@@ -225,7 +225,8 @@ void attend_some(const Attention& a, int query) {
     start = a.start[query + q] < start ? a.start[query + q] : start;
     stop = a.stop[query + q] > stop ? a.stop[query + q] : stop;
   }
-  start = start / kLanes * kLanes;  // whole tiles
+  const int last = (stop + 1) / 2 * 2;  // behind it all weights are 0
+  start = start / kLanes * kLanes;      // whole tiles
   stop = round_to_lanes(stop);
   const I lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   const V never = splat(-std::numeric_limits<float>::infinity());
@@ -273,8 +274,8 @@ void attend_some(const Attention& a, int query) {
   const int columns = round_to_lanes(a.dim);
   int d = 0;
   for (; d + kColumns * kLanes <= columns; d += kColumns * kLanes)
-    mix<Queries, kColumns>(a, query, values, start, stop, d, inverse);
-  for (; d < columns; d += kLanes) mix<Queries, 1>(a, query, values, start, stop, d, inverse);
+    mix<Queries, kColumns>(a, query, values, start, last, d, inverse);
+  for (; d < columns; d += kLanes) mix<Queries, 1>(a, query, values, start, last, d, inverse);
 }
 
 template <class T>
