@@ -95,12 +95,20 @@ inline H to_half(V v) {
 #endif
 }
 
-inline float sum(V v) {
+// Lanes 0-7 with 8-15, of these 0-3 with 4-7, and so on.
+template <class F>
+inline float fold(V v, F f) {
   float lanes[kLanes];
   std::memcpy(lanes, &v, sizeof v);
-  for (int width = kLanes / 2; width; width /= 2)
-    for (int lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
-  return lanes[0];
+#pragma GCC unroll 8
+  for (int lane = 0; lane < 8; ++lane) lanes[lane] = f(lanes[lane], lanes[lane + 8]);
+#pragma GCC unroll 4
+  for (int lane = 0; lane < 4; ++lane) lanes[lane] = f(lanes[lane], lanes[lane + 4]);
+  return f(f(lanes[0], lanes[2]), f(lanes[1], lanes[3]));
+}
+
+inline float sum(V v) {
+  return fold(v, [](float a, float b) { return a + b; });
 }
 
 // out[i] = f(a[i], b[i]); lanes behind the end see zeros.
@@ -257,8 +265,7 @@ void attend_some(const Attention& a, int query) {
   float inverse[Queries];
 #pragma GCC unroll 4
   for (int q = 0; q < Queries; ++q) {
-    float top = largest[q][0];
-    for (int i = 1; i < kLanes; ++i) top = largest[q][i] > top ? largest[q][i] : top;
+    const float top = fold(largest[q], [](float a, float b) { return b > a ? b : a; });
     float* scores = a.scores + (query + q) * a.scores_stride;
     V total{};
     for (int i = 0; i < stop - start; i += kLanes) {
