@@ -497,7 +497,7 @@ def python_bytes() -> int:
 
 
 def bytes_per_piece(pieces: Iterator[object], held: Callable[[], int]) -> float:
-    """By how much ``held`` grows with a piece, once 16 have come: the least of four stretches, as others allocate too."""
+    """By how much ``held`` grows with a piece, once 16 have come; the least of four stretches: others allocate too."""
     assert len(list(islice(pieces, 16))) == 16
     marks = [held()]
     for _ in range(4):
