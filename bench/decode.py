@@ -383,7 +383,7 @@ def first_token_s(directory: Path, threads: int, kind: str) -> float:
 COLUMNS: dict[str, tuple[str, str, dict[int, float]]] = {
     "tokens/s": ("tok_s", ".1f", {}),
     "linears of the limit": ("linear_fraction", ".2f", dict.fromkeys(WIDTHS, LINEAR_TARGET)),
-    "step of the limit": ("fraction", ".2f", {}),
+    "outside linears": ("outside", ".1%", {}),
     "over int8": ("over_int8", ".2f", STEP_TARGETS),
     "llama.cpp": ("peer_tok_s", ".1f", {}),
     "over it": ("over_peer", ".2f", DECODE_TARGETS),
@@ -399,7 +399,8 @@ def show(record: Record) -> None:
     table = Table(title=f"{record['shape']}, {grouping}, {record['threads']} threads", title_justify="left")
     for name in ("width", *COLUMNS):
         table.add_column(name, justify="right")
-    for width, row in record["widths"].items():
+    for width, measured in record["widths"].items():
+        row = {**measured, "outside": 1 - measured["fraction"] / measured["linear_fraction"]}
         cells = []
         for key, form, targets in COLUMNS.values():
             target = None if record["group"] else targets.get(int(width))
@@ -410,7 +411,8 @@ def show(record: Record) -> None:
     few, many, (one, other) = min(WIDTHS), max(WIDTHS), MIX
     console.print(
         f"int{few} and int{many} in turn: {_cell(record['switch'], '.3f', SAME)} of the speed of both alone; "
-        f"layers of int{one} and int{other} in turn: {_cell(record['mix'], '.3f', SAME)} of that of int{MIX_MEAN}"
+        f"layers of int{one} and int{other} in turn: {_cell(mix_over_parts(record), '.3f', SAME)} of the speed of both "
+        f"alone, {_cell(record['mix'], '.3f', SAME)} of that of int{MIX_MEAN}"
     )
     checked, unchecked = record["load_s"]["checked"], record["load_s"]["unchecked"]
     colour = "green" if checked < LOAD_TARGET_S else "red"
@@ -424,6 +426,12 @@ def show(record: Record) -> None:
         f"{record['undisturbed']:.0%} of {record['samples']} other samples undisturbed; "
         f"{record['isa']}; {record['date']}, {record['commit']}"
     )
+
+
+def mix_over_parts(record: Record) -> float:
+    """Speed of the mixed layers over what the widths alone give: a token takes the mean of their times."""
+    rate = {int(width): row["tok_s"] for width, row in record["widths"].items()}
+    return float(record["mix"] * rate[MIX_MEAN] / statistics.harmonic_mean([rate[width] for width in MIX]))
 
 
 def _cell(value: float, form: str, target: float | None) -> str:

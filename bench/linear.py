@@ -1,18 +1,19 @@
-"""One matrix-vector product at every width, as a fraction of the speed at which this machine streams memory.
+"""One matrix product at every width, as a fraction of the speed at which this machine streams memory.
 
     python bench/linear.py [--rows 32768 --columns 8192 --threads 2 --tokens 1 --group 0 --rounds 15]
+    python bench/linear.py --tokens 1,2,4,8,16,24 --keep    # what a batch costs; the record goes to bench/linear.jsonl
 
 Correctness comes first: every width must equal the definition to 16 units of 2^-24 sum |x| |w| on some rows. Then the
-widths and the streaming limit take turns, so that a change of load meets all of them; a sample counts as undisturbed
-if the process had its cores for at least 97 % of the time, and medians are over those if there are three or more
-(matquant.runtime.bench).
-The weight must be larger than any cache at every width: the default is 268 MB at int8, 67 MB at int2.
+batches, the widths and the streaming limit take turns, so that a change of load meets all of them; a sample counts as
+undisturbed if the process had its cores for at least 97 % of the time, and medians are over those if there are three or
+more (matquant.runtime.bench). The weight must be larger than any cache at every width: the default is 268 MB at int8,
+67 MB at int2. MATQUANT_ISA chooses the instruction set.
 """
 
 import argparse
 import json
-import platform
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 from rich.console import Console
@@ -22,9 +23,11 @@ from matquant import _native
 from matquant.planes import Weight, bits_read, isa, load_weight, matmul
 from matquant.runtime.bench import STREAM_BYTES, Sample, median, timed
 from matquant.tensor import NestedTensor
+from origin import origin
 
 WIDTHS = (2, 3, 4, 6, 8)
 UNITS = 16
+RECORDS = Path(__file__).resolve().parent / "linear.jsonl"
 
 
 def random_tensor(rows: int, columns: int, group: int) -> NestedTensor:
@@ -56,39 +59,47 @@ def check_products(tensor: NestedTensor, weight: Weight, *, tokens: int = 1, thr
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("rows", 32768), ("columns", 8192), ("threads", 2), ("tokens", 1), ("group", 0)):
+    for name, default in (("rows", 32768), ("columns", 8192), ("threads", 2), ("group", 0), ("rounds", 15)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--tokens", default="1", help="of a product; several, with commas, take turns")
+    parser.add_argument("--keep", action="store_true", help="append to bench/linear.jsonl")
     asked = parser.parse_args()
+    batches = [int(count) for count in asked.tokens.split(",")]
     tensor = random_tensor(asked.rows, asked.columns, asked.group)
     weight = load_weight(tensor)
-    x = check_products(tensor, weight, tokens=asked.tokens, threads=asked.threads)
-
-    def product(bits: int) -> None:
-        matmul(weight, x, bits=bits, threads=asked.threads)
+    inputs = {count: check_products(tensor, weight, tokens=count, threads=asked.threads) for count in batches}
 
     stream = _native.Stream(STREAM_BYTES)
-    samples: dict[int, list[Sample]] = {bits: [] for bits in WIDTHS}
+    samples: dict[tuple[int, int], list[Sample]] = {}
     limits: list[Sample] = []
     for _ in range(asked.rounds):
         limits.append(timed(partial(stream.read, asked.threads), stream.bytes, asked.threads))
         for bits in WIDTHS:
-            samples[bits].append(timed(partial(product, bits), 1, asked.threads))
+            for count, x in inputs.items():
+                product = partial(matmul, weight, x, bits=bits, threads=asked.threads)
+                samples.setdefault((bits, count), []).append(timed(product, 1, asked.threads))
 
     limit = median(limits)
-    table = Table("bits", "ms", "GB/s", "of the limit", "against int8")
-    widths: dict[str, dict[str, float]] = {}
-    for bits in WIDTHS:
-        rate, eight = median(samples[bits]), median(samples[8])
+    table = Table("bits", "tokens", "ms", "GB/s", "of the limit", "against int8", f"over {batches[0]} tokens")
+    rows = []
+    for bits, count in samples:
+        rate = median(samples[bits, count])
         speed = asked.rows * asked.columns * bits_read(bits, rule="prefix") / 8 * rate
-        widths[str(bits)] = {"ms": 1e3 / rate, "gb_s": speed / 1e9, "fraction": speed / limit, "x8": rate / eight}
-        table.add_row(str(bits), *(f"{value:.2f}" for value in widths[str(bits)].values()))
-    clean = sum(sample.undisturbed for values in samples.values() for sample in values) / (asked.rounds * len(WIDTHS))
+        values = {"ms": 1e3 / rate, "gb_s": speed / 1e9, "fraction": speed / limit}
+        values |= {"x8": rate / median(samples[8, count]), "times_first": median(samples[bits, batches[0]]) / rate}
+        rows.append({"bits": bits, "tokens": count, **values})
+        table.add_row(str(bits), str(count), *(f"{value:.2f}" for value in values.values()))
+    clean = sum(s.undisturbed for values in samples.values() for s in values) / (asked.rounds * len(samples))
     console = Console()
     console.print(table)
     console.print(f"streaming limit {limit / 1e9:.1f} GB/s; {clean:.0%} of the samples undisturbed; {isa()}")
-    record = {"stream_gb_s": limit / 1e9, "undisturbed": clean, "isa": isa(), "machine": platform.processor()}
-    print(json.dumps({**vars(asked), **record, "widths": widths}))
+    record = {"stream_gb_s": limit / 1e9, "undisturbed": clean, "isa": isa(), "threads": asked.threads}
+    sizes = {"rows": asked.rows, "columns": asked.columns, "group": asked.group, "rounds": asked.rounds}
+    line = json.dumps({**origin(), **sizes, **record, "products": rows}, sort_keys=True)
+    if asked.keep:
+        with RECORDS.open("a") as file:
+            file.write(line + "\n")
+    print(line)
 
 
 if __name__ == "__main__":

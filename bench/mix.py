@@ -54,7 +54,7 @@ def main(
     curves: dict[str, tuple[list[float], list[float]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         out = matquant.quantize(setting.path, Path(folder) / "out", text=[setting.text], **options)
-        checkpoint, served = open_checkpoint(out), matquant.load(out, dtype=torch.float32)
+        checkpoint, served = open_checkpoint(out), matquant.load(out, dtype=torch.float32, kernels="none")
     layers = [name for name, _ in decoder_layers(served)]
 
     def measure(name: str, by_layer: Sequence[int]) -> None:

@@ -353,7 +353,7 @@ def _measure(model: str, name: str, lr: float | None, seed: int, streams: Stream
         out = matquant.quantize(setting.path, Path(folder) / "out", text=text, **training, **options)
         seconds, cpu_s = time.perf_counter() - began, time.process_time() - cpu_s
         peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        checkpoint, served = open_checkpoint(out), matquant.load(out, dtype=torch.float32)
+        checkpoint, served = open_checkpoint(out), matquant.load(out, dtype=torch.float32, kernels="none")
         baseline = options.get("baseline_bits", 8)
         widths = (baseline,) if baseline < 8 else WIDTHS
         sizes = {str(b): bits_per_weight(checkpoint, dict.fromkeys(checkpoint.shapes, b)) for b in widths}

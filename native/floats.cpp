@@ -95,12 +95,20 @@ inline H to_half(V v) {
 #endif
 }
 
-inline float sum(V v) {
+// Lanes 0-7 with 8-15, of these 0-3 with 4-7, and so on.
+template <class F>
+inline float fold(V v, F f) {
   float lanes[kLanes];
   std::memcpy(lanes, &v, sizeof v);
-  for (int width = kLanes / 2; width; width /= 2)
-    for (int lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
-  return lanes[0];
+#pragma GCC unroll 8
+  for (int lane = 0; lane < 8; ++lane) lanes[lane] = f(lanes[lane], lanes[lane + 8]);
+#pragma GCC unroll 4
+  for (int lane = 0; lane < 4; ++lane) lanes[lane] = f(lanes[lane], lanes[lane + 4]);
+  return f(f(lanes[0], lanes[2]), f(lanes[1], lanes[3]));
+}
+
+inline float sum(V v) {
+  return fold(v, [](float a, float b) { return a + b; });
 }
 
 // out[i] = f(a[i], b[i]); lanes behind the end see zeros.
@@ -207,7 +215,9 @@ inline void mix(const Attention& a, int query, const T* values, int start, int s
         odd[q][v] += weights[q * a.scores_stride + position + 1 - start] * second;
       }
     }
+#pragma GCC unroll 4
   for (int q = 0; q < Queries; ++q)
+#pragma GCC unroll 4
     for (int v = 0; v < Vectors; ++v) {
       const int left = a.dim - d - v * kLanes;
       store_some(a.out[query + q] + d + v * kLanes, (even[q][v] + odd[q][v]) * inverse[q],
@@ -223,11 +233,13 @@ void attend_some(const Attention& a, int query) {
     start = a.start[query + q] < start ? a.start[query + q] : start;
     stop = a.stop[query + q] > stop ? a.stop[query + q] : stop;
   }
-  start = start / kLanes * kLanes;  // whole tiles
+  const int last = (stop + 1) / 2 * 2;  // behind it all weights are 0
+  start = start / kLanes * kLanes;      // whole tiles
   stop = round_to_lanes(stop);
   const I lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   const V never = splat(-std::numeric_limits<float>::infinity());
   V largest[Queries];
+#pragma GCC unroll 4
   for (int q = 0; q < Queries; ++q) largest[q] = never;
   for (int position = start; position < stop; position += kLanes) {
     const T* tile = keys + (size_t)position * a.dim;
@@ -241,6 +253,7 @@ void attend_some(const Attention& a, int query) {
       }
     }
     const I at = lane + position;
+#pragma GCC unroll 4
     for (int q = 0; q < Queries; ++q) {
       V score = even[q] + odd[q];
       if (a.cap != 0) score = a.cap * hyperbolic_tangent(score / a.cap);
@@ -250,9 +263,9 @@ void attend_some(const Attention& a, int query) {
     }
   }
   float inverse[Queries];
+#pragma GCC unroll 4
   for (int q = 0; q < Queries; ++q) {
-    float top = largest[q][0];
-    for (int i = 1; i < kLanes; ++i) top = largest[q][i] > top ? largest[q][i] : top;
+    const float top = fold(largest[q], [](float a, float b) { return b > a ? b : a; });
     float* scores = a.scores + (query + q) * a.scores_stride;
     V total{};
     for (int i = 0; i < stop - start; i += kLanes) {
@@ -268,8 +281,8 @@ void attend_some(const Attention& a, int query) {
   const int columns = round_to_lanes(a.dim);
   int d = 0;
   for (; d + kColumns * kLanes <= columns; d += kColumns * kLanes)
-    mix<Queries, kColumns>(a, query, values, start, stop, d, inverse);
-  for (; d < columns; d += kLanes) mix<Queries, 1>(a, query, values, start, stop, d, inverse);
+    mix<Queries, kColumns>(a, query, values, start, last, d, inverse);
+  for (; d < columns; d += kLanes) mix<Queries, 1>(a, query, values, start, last, d, inverse);
 }
 
 template <class T>

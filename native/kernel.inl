@@ -315,7 +315,7 @@ struct SegmentCodes {
   }
 };
 
-// ------------------------------------------------------------------------------- one row block, up to eight tokens
+// -------------------------------------------------------------------------------- one row block, a panel of tokens
 
 // Codes of a width, at most 15, at most 128, or any byte: how much a sum may hold before it must be widened.
 template <int READ, bool SLICED>
@@ -324,7 +324,7 @@ constexpr Range range_of() {
 }
 
 template <int READ, bool SLICED, int M>
-void block_of_rows(const Linear& weight, const Width& width, const Input& input, int block, float* y,
+void block_of_rows(const Linear& weight, const Width& width, const Input& input, int panel_index, int block, float* y,
                    std::ptrdiff_t y_stride) {
   constexpr bool IN_PLACE = !SLICED && (READ >= 6 || (ANY_BYTE_IS_FREE && M * Places<READ, true>::count <= 16));
   using P = Places<READ, IN_PLACE>;
@@ -335,7 +335,7 @@ void block_of_rows(const Linear& weight, const Width& width, const Input& input,
   const int offset = (1 << (width.bits - 1 + BASE)) - Sums::OFFSET;
   const Streams streams = streams_of(weight, block);
   const Slicer slicer(width);
-  const Panel<M> panel(input, 0);
+  const Panel<M> panel(input, panel_index);
 
   Floats total[M], dot[M];
   float x_sum[M];
@@ -378,20 +378,23 @@ void block_of_rows(const Linear& weight, const Width& width, const Input& input,
     }
   }
   const int rows = weight.rows - block * BLOCK_ROWS;
-  unroll<M>([&](auto token) MATQUANT_LAMBDA {
-    if (token < input.tokens) store_rows(y + token * y_stride + block * BLOCK_ROWS, total[token], rows);
+  unroll<M>([&](auto at) MATQUANT_LAMBDA {
+    const int token = panel_index * M + at;
+    if (token < input.tokens) store_rows(y + token * y_stride + block * BLOCK_ROWS, total[at], rows);
   });
 }
 
-using BlockOfRows = void (*)(const Linear&, const Width&, const Input&, int, float*, std::ptrdiff_t);
+using BlockOfRows = void (*)(const Linear&, const Width&, const Input&, int, int, float*, std::ptrdiff_t);
 
 template <int READ, bool SLICED>
 BlockOfRows block_of_rows_of(int panel) {
-  if constexpr (FUSED_TOKENS > 1) {
+  constexpr int MOST = fused_tokens(READ);
+  if constexpr (MOST > 1) {
     if (panel == 2) return block_of_rows<READ, SLICED, 2>;
     if (panel == 4) return block_of_rows<READ, SLICED, 4>;
-    if (panel == 8) return block_of_rows<READ, SLICED, 8>;
   }
+  if constexpr (MOST > 4)
+    if (panel == 8) return block_of_rows<READ, SLICED, 8>;
   static_cast<void>(panel);
   return block_of_rows<READ, SLICED, 1>;
 }
@@ -596,10 +599,13 @@ void linear_share(const Linear& weight, const Width& width, const Input& input, 
         run(weight, width, input, panel, block, y, y_stride);
     return;
   }
-  if constexpr (FUSED_TOKENS > 0)
-    if (input.tokens <= FUSED_TOKENS) {
+  if constexpr (fused_tokens(2) > 0)
+    if (input.tokens <= fused_tokens(width.read)) {
+      // The planes of a block are in the second-level cache when its second panel comes.
       const BlockOfRows run = block_of_rows_of(width, input.panel);
-      for (int block = first; block < stop; ++block) run(weight, width, input, block, y, y_stride);
+      for (int block = first; block < stop; ++block)
+        for (int panel = 0; panel < ceil_div(input.tokens, input.panel); ++panel)
+          run(weight, width, input, panel, block, y, y_stride);
       return;
     }
   const ManyTokens one = input.panel == 1   ? many_tokens_of<1, 1>(width)
@@ -617,16 +623,25 @@ void linear_share(const Linear& weight, const Width& width, const Input& input, 
 
 // ------------------------------------------------------------------------------------------------- the activations
 
+// Sixteen lanes, lowered by the compiler to what its flags allow.
+typedef float FloatLanes __attribute__((vector_size(64)));
+typedef std::int32_t IntLanes __attribute__((vector_size(64)));
+typedef std::int8_t ByteLanes __attribute__((vector_size(16)));
+constexpr int LANES = 16;
+
 // One group of one token: 128 floats, those past the end 0.
 void quantise_group(const float* x, std::int8_t* codes, float& scale, std::int32_t* sums) {
   // The largest magnitude as bits: NaN is above infinity is above all numbers, so neither is lost.
-  std::int32_t bits[ACTIVATION_GROUP];
-  __builtin_memcpy(bits, x, sizeof bits);
-  std::int32_t largest_bits = 0;
-  for (int i = 0; i < ACTIVATION_GROUP; ++i) {
-    const std::int32_t magnitude = bits[i] & 0x7FFFFFFF;
-    largest_bits = magnitude > largest_bits ? magnitude : largest_bits;
+  IntLanes largest_lanes{};
+  for (int i = 0; i < ACTIVATION_GROUP; i += LANES) {
+    IntLanes bits;
+    __builtin_memcpy(&bits, x + i, sizeof bits);
+    bits &= 0x7FFFFFFF;
+    largest_lanes = bits > largest_lanes ? bits : largest_lanes;
   }
+  std::int32_t lanes[LANES], largest_bits = 0;
+  __builtin_memcpy(lanes, &largest_lanes, sizeof lanes);
+  for (int i = 0; i < LANES; ++i) largest_bits = lanes[i] > largest_bits ? lanes[i] : largest_bits;
   float largest;
   __builtin_memcpy(&largest, &largest_bits, sizeof largest);
   // Below 2^-119 the reciprocal would leave float32; such a group is 0.
@@ -634,52 +649,66 @@ void quantise_group(const float* x, std::int8_t* codes, float& scale, std::int32
   scale = nothing ? 0.0f : largest / 127.0f;
   const float inverse = nothing ? 0.0f : 127.0f / largest;
   constexpr float NEAREST = 0x1.8p23f;  // added, it rounds to the nearest integer, ties to even, in every vector unit
-  std::int32_t rounded[ACTIVATION_GROUP];
-  float moved[ACTIVATION_GROUP];
-  for (int i = 0; i < ACTIVATION_GROUP; ++i) moved[i] = x[i] * inverse + NEAREST;
-  __builtin_memcpy(rounded, moved, sizeof rounded);
-  for (int i = 0; i < ACTIVATION_GROUP; ++i) {
-    std::int32_t code = (rounded[i] & 0x007FFFFF) - 0x00400000;
-    code = code > 127 ? 127 : code;
-    codes[i] = static_cast<std::int8_t>(code < -127 ? -127 : code);
-  }
   for (int tile = 0; tile < ACTIVATION_TILES; ++tile) {
-    std::int32_t sum = 0;
-    for (int i = 0; i < TILE_INPUTS; ++i) sum += codes[tile * TILE_INPUTS + i];
-    sums[tile] = sum;
+    IntLanes tile_lanes{};
+    for (int i = tile * TILE_INPUTS; i < (tile + 1) * TILE_INPUTS; i += LANES) {
+      FloatLanes values;
+      __builtin_memcpy(&values, x + i, sizeof values);
+      IntLanes code = ((IntLanes)(values * inverse + NEAREST) & 0x007FFFFF) - 0x00400000;
+      code = code > 127 ? IntLanes{} + 127 : code;
+      code = code < -127 ? IntLanes{} - 127 : code;
+      tile_lanes += code;
+      const ByteLanes bytes = __builtin_convertvector(code, ByteLanes);
+      __builtin_memcpy(codes + i, &bytes, sizeof bytes);
+    }
+    __builtin_memcpy(lanes, &tile_lanes, sizeof lanes);
+    sums[tile] = 0;
+    for (int i = 0; i < LANES; ++i) sums[tile] += lanes[i];
   }
 }
 
-void prepare_share(const Input& input, const float* x, int thread, int threads) {
-  const int groups = ceil_div(input.cols, ACTIVATION_GROUP), padded = groups * ACTIVATION_GROUP;
-  const int panel = input.panel, tokens = ceil_div(input.tokens, panel) * panel;
-  const std::int64_t pieces = static_cast<std::int64_t>(tokens) * groups;
-  for (std::int64_t piece = pieces * thread / threads; piece < pieces * (thread + 1) / threads; ++piece) {
-    const int token = static_cast<int>(piece / groups), group = static_cast<int>(piece % groups);
-    const int at = token % panel;
-    const std::size_t start = static_cast<std::size_t>(token / panel) * padded + group * ACTIVATION_GROUP;
-    alignas(64) float values[ACTIVATION_GROUP];
-    const int first = group * ACTIVATION_GROUP;
-    const int inside = token < input.tokens ? smaller(ACTIVATION_GROUP, input.cols - first) : 0;
-    for (int i = inside; i < ACTIVATION_GROUP; ++i) values[i] = 0.0f;
-    if (inside > 0)
-      __builtin_memcpy(values, x + static_cast<std::size_t>(token) * input.cols + first, inside * sizeof(float));
-    if (input.activations == Activations::exact) {
-      for (int tile = 0; tile < ACTIVATION_TILES; ++tile) {
-        float sum = 0.0f;
-        for (int i = 0; i < TILE_INPUTS; ++i) sum += values[tile * TILE_INPUTS + i];
-        input.value_sums[(start / TILE_INPUTS + tile) * panel + at] = sum;
-      }
-      for (int i = 0; i < ACTIVATION_GROUP; ++i) input.values[(start + i) * panel + at] = values[i];
-      continue;
+// One group of one token, which is number `at` of the panel that begins at `panel_start`.
+MATQUANT_INLINE void prepare_group(const Input& input, const float* x, int token, int group, std::size_t panel_start,
+                                   int at) {
+  const int panel = input.panel, first = group * ACTIVATION_GROUP;
+  const std::size_t start = panel_start + first;
+  const int inside = token < input.tokens ? smaller(ACTIVATION_GROUP, input.cols - first) : 0;
+  const float* values = x + static_cast<std::size_t>(token) * input.cols + first;
+  alignas(64) float filled[ACTIVATION_GROUP];
+  if (inside < ACTIVATION_GROUP) {
+    for (int i = 0; i < ACTIVATION_GROUP; ++i) filled[i] = i < inside ? values[i] : 0.0f;
+    values = filled;
+  }
+  if (input.activations == Activations::exact) {
+    for (int tile = 0; tile < ACTIVATION_TILES; ++tile) {
+      float sum = 0.0f;
+      for (int i = 0; i < TILE_INPUTS; ++i) sum += values[tile * TILE_INPUTS + i];
+      input.value_sums[(start / TILE_INPUTS + tile) * panel + at] = sum;
     }
-    alignas(64) std::int8_t codes[ACTIVATION_GROUP];
-    std::int32_t sums[ACTIVATION_TILES];
-    quantise_group(values, codes, input.scales[start / ACTIVATION_GROUP * panel + at], sums);
-    for (int tile = 0; tile < ACTIVATION_TILES; ++tile)
-      input.code_sums[(start / TILE_INPUTS + tile) * panel + at] = sums[tile];
-    input.group_sums[start / ACTIVATION_GROUP * panel + at] = sums[0] + sums[1] + sums[2] + sums[3];
-    for (int quad = 0; quad < ACTIVATION_GROUP / 4; ++quad)
-      __builtin_memcpy(input.codes + ((start / 4 + quad) * panel + at) * 4, codes + 4 * quad, 4);
+    for (int i = 0; i < ACTIVATION_GROUP; ++i) input.values[(start + i) * panel + at] = values[i];
+    return;
+  }
+  alignas(64) std::int8_t codes[ACTIVATION_GROUP];
+  std::int32_t sums[ACTIVATION_TILES];
+  quantise_group(values, panel == 1 ? input.codes + start : codes, input.scales[start / ACTIVATION_GROUP * panel + at],
+                 sums);
+  for (int tile = 0; tile < ACTIVATION_TILES; ++tile)
+    input.code_sums[(start / TILE_INPUTS + tile) * panel + at] = sums[tile];
+  input.group_sums[start / ACTIVATION_GROUP * panel + at] = sums[0] + sums[1] + sums[2] + sums[3];
+  if (panel == 1) return;
+  for (int quad = 0; quad < ACTIVATION_GROUP / 4; ++quad)
+    __builtin_memcpy(input.codes + ((start / 4 + quad) * panel + at) * 4, codes + 4 * quad, 4);
+}
+
+void prepare_share(const Input& input, const float* x, int thread, int threads) {
+  const int groups = ceil_div(input.cols, ACTIVATION_GROUP), panel = input.panel;
+  const std::int64_t pieces = static_cast<std::int64_t>(ceil_div(input.tokens, panel)) * panel * groups;
+  const std::int64_t first = pieces * thread / threads, stop = pieces * (thread + 1) / threads;
+  // No division: a group is a few dozen cycles of work.
+  int token = static_cast<int>(first / groups), group = static_cast<int>(first % groups);
+  for (std::int64_t piece = first; piece < stop; ++token, group = 0) {
+    const std::size_t panel_start = static_cast<std::size_t>(token / panel) * groups * ACTIVATION_GROUP;
+    for (const int at = token % panel; group < groups && piece < stop; ++group, ++piece)
+      prepare_group(input, x, token, group, panel_start, at);
   }
 }

@@ -7,7 +7,8 @@ namespace matquant {
 namespace {
 
 constexpr bool ANY_BYTE_IS_FREE = true;
-constexpr int FUSED_TOKENS = 8;
+// So many tokens at most are multiplied with codes in the registers that these were decoded in (docs/kernels.md).
+constexpr int fused_tokens(int) { return 24; }
 constexpr int GEMM_BLOCKS = 3;  // 3 x 8 sums in registers
 constexpr int GEMM_STEP = 8;
 

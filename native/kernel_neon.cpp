@@ -8,7 +8,8 @@ namespace matquant {
 namespace {
 
 constexpr bool ANY_BYTE_IS_FREE = false;
-constexpr int FUSED_TOKENS = 1;
+// So many tokens at most are multiplied with codes in the registers that these were decoded in (docs/kernels.md).
+constexpr int fused_tokens(int) { return 1; }
 constexpr int GEMM_BLOCKS = 1;
 constexpr int GEMM_STEP = 4;  // 4 tokens x 4 registers of sums, of 32
 

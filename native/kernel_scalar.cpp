@@ -9,7 +9,8 @@ namespace {
 #define MATQUANT_EACH(count) for (int i = 0; i < (count); ++i)
 
 constexpr bool ANY_BYTE_IS_FREE = false;
-constexpr int FUSED_TOKENS = 0;
+// So many tokens at most are multiplied with codes in the registers that these were decoded in (docs/kernels.md).
+constexpr int fused_tokens(int) { return 0; }
 constexpr int GEMM_BLOCKS = 1;
 constexpr int GEMM_STEP = 8;
 

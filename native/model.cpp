@@ -14,6 +14,7 @@ namespace matquant {
 namespace {
 
 constexpr size_t kLine = 64;
+constexpr int kGroup = 128;  // inputs that are quantised together, a thread's unit of prepare()
 size_t whole_lines(size_t bytes) { return (bytes + kLine - 1) / kLine * kLine; }
 
 double now_s() {
@@ -31,6 +32,26 @@ Share share(int count, int thread, int threads, int unit = 1) {
           (int)std::min<long long>(count, units * (thread + 1) / threads * unit)};
 }
 
+// Attention's items in order: [key/value heads][tokens][members], the members being the query heads that share a
+// key/value head, or these and that head. So a thread keeps the keys of few heads in its cache, and reads them once for
+// several queries.
+struct HeadItem {
+  int tokens, members, shared, token, member;
+  HeadItem(int item, int tokens_, int members_)
+      : tokens(tokens_),
+        members(members_),
+        shared(item / members / tokens),
+        token(item / members % tokens),
+        member(item % members) {}
+  void next() {
+    if (++member < members) return;
+    member = 0;
+    if (++token < tokens) return;
+    token = 0;
+    ++shared;
+  }
+};
+
 // One thread's view of a step.
 struct Worker {
   const Model& model;
@@ -43,9 +64,24 @@ struct Worker {
   const int thread, threads;
   double since = 0;
 
-  // All threads have done their share; the time since the last call belongs to `part`.
+  // A single token's residual and normed row are every thread's own: no thread waits for one that makes them for all.
+  const int own = tokens == 1 ? thread : 0;
+  Share rows_from(int first) const { return tokens == 1 ? Share{first, 1} : share_of(first); }
+  Share share_of(int first) const {
+    const Share mine = share(tokens - first, thread, threads);
+    return {first + mine.start, first + mine.stop};
+  }
+  float* residual(int t) const { return space.residual + (size_t)(own + t) * model.hidden; }
+  float* normed(int t) const { return space.normed + (size_t)(own + t) * model.hidden; }
+
+  // All threads have done their share.
   void finish(Part part) {
 #pragma omp barrier
+    note(part);
+  }
+
+  // The time since the last call belongs to `part`.
+  void note(Part part) {
     if (!space.profile || thread) return;
     const double now = now_s();
     space.seconds[part] += now - since;
@@ -55,10 +91,13 @@ struct Worker {
   void embed() {
     const Model& m = model;
     const int half = m.head_dim / 2;
-    const Share mine = share(tokens, thread, threads);
+    Share mine = rows_from(0);
     for (int t = mine.start; t < mine.stop; ++t) {
       const char* row = (const char*)m.embedding.data + (size_t)rows[t].token * m.hidden * size_of(m.embedding.dtype);
-      fn.widen(row, m.embedding.dtype, m.embedding_scale, m.hidden, space.residual + (size_t)t * m.hidden);
+      fn.widen(row, m.embedding.dtype, m.embedding_scale, m.hidden, residual(t));
+    }
+    mine = share_of(0);
+    for (int t = mine.start; t < mine.stop; ++t)
       for (size_t r = 0; r < m.ropes.size(); ++r)
         for (int i = 0; i < half; ++i) {
           const float angle = (float)rows[t].position * m.ropes[r].frequencies[i];
@@ -66,23 +105,20 @@ struct Worker {
           space.cosines[at] = std::cos(angle) * m.ropes[r].scale;
           space.sines[at] = std::sin(angle) * m.ropes[r].scale;
         }
-    }
+    finish(kNorm);
   }
 
   // residual += norm(delta), then normed = norm(residual), for rows from `first` on.
   void add_and_norm(bool has_delta, const float* delta_norm, const float* norm, int first = 0) {
     const int n = model.hidden;
-    const Share mine = share(tokens - first, thread, threads);
-    for (int t = first + mine.start; t < first + mine.stop; ++t) {
-      float* x = space.residual + (size_t)t * n;
-      if (has_delta) {
-        float* delta = space.delta + (size_t)t * n;
-        if (delta_norm) fn.rms_norm(delta, delta_norm, model.norm_eps, n, delta);
-        fn.add(x, delta, n);
-      }
-      fn.rms_norm(x, norm, model.norm_eps, n, space.normed + (size_t)t * n);
+    const Share mine = rows_from(first);
+    for (int t = mine.start; t < mine.stop; ++t) {
+      const float* delta = space.delta + (size_t)t * n;
+      if (has_delta && delta_norm) fn.rms_norm(delta, delta_norm, model.norm_eps, n, normed(t));
+      if (has_delta) fn.add(residual(t), delta_norm ? normed(t) : delta, n);
+      fn.rms_norm(residual(t), norm, model.norm_eps, n, normed(t));
     }
-    finish(kNorm);
+    tokens == 1 ? note(kNorm) : finish(kNorm);
   }
 
   bool any_nested(const Matrix* first, int count) const {
@@ -130,84 +166,85 @@ struct Worker {
   void attend(int index) {
     const Model& m = model;
     const Layer& layer = m.layers[index];
-    const int dim = m.head_dim, heads = m.heads, kv = m.kv_heads;
-    Share mine = share(tokens * (heads + kv), thread, threads);
-    for (int item = mine.start; item < mine.stop; ++item) {
-      const int t = item / (heads + kv), head = item % (heads + kv);
-      const Row& row = rows[t];
-      if (head < heads) {
-        float* query = space.query + ((size_t)t * heads + head) * dim;
-        turn(query, layer.norms.query, layer, t, m.attention_scale);
+    const int dim = m.head_dim, heads = m.heads, kv = m.kv_heads, group = heads / kv;
+    Share mine = share(kv * tokens * (group + 1), thread, threads);
+    HeadItem at(mine.start, tokens, group + 1);
+    for (int item = mine.start; item < mine.stop; ++item, at.next()) {
+      const Row& row = rows[at.token];
+      if (at.member < group) {
+        float* query = space.query + ((size_t)at.token * heads + at.shared * group + at.member) * dim;
+        turn(query, layer.norms.query, layer, at.token, m.attention_scale);
         continue;
       }
-      float* key = space.key + ((size_t)t * kv + head - heads) * dim;
-      turn(key, layer.norms.key, layer, t, 1);
-      fn.store_key(key, dim, row.position, row.cache->dtype, row.cache->keys(index, head - heads));
-      const float* value = space.value + ((size_t)t * kv + head - heads) * dim;
-      fn.store_value(value, dim, row.position, row.cache->dtype, row.cache->values(index, head - heads));
+      const size_t own = ((size_t)at.token * kv + at.shared) * dim;
+      turn(space.key + own, layer.norms.key, layer, at.token, 1);
+      fn.store_key(space.key + own, dim, row.position, row.cache->dtype, row.cache->keys(index, at.shared));
+      fn.store_value(space.value + own, dim, row.position, row.cache->dtype, row.cache->values(index, at.shared));
     }
-    finish(kAttention);
-    // Heads outside, tokens inside: a thread keeps the keys of few heads in its cache.
-    mine = share(heads * tokens, thread, threads);
+    // Unless every thread has whole key/value heads, here and below, and reads only what it wrote itself.
+    if (kv % threads) finish(kAttention);
+    mine = share(kv * tokens * group, thread, threads);
+    at = HeadItem(mine.start, tokens, group);
     for (int item = mine.start; item < mine.stop;) {
-      const int head = item / tokens, t = item % tokens;
-      const Cache* cache = rows[t].cache;
+      const int shared = at.shared;
+      const Cache* cache = rows[at.token].cache;
       Attention a;
-      a.keys = cache->keys(index, head / (heads / kv));
-      a.values = cache->values(index, head / (heads / kv));
+      a.keys = cache->keys(index, shared);
+      a.values = cache->values(index, shared);
       a.dtype = cache->dtype;
       a.dim = dim;
       a.cap = m.attention_cap;
       a.scores_stride = space.capacity + kLanes;
       a.scores = space.scores + (size_t)thread * kQueries * a.scores_stride;
-      for (a.queries = 0; a.queries < kQueries; ++a.queries, ++item) {
-        const int row = t + a.queries;
-        if (item == mine.stop || row == tokens || rows[row].cache != cache) break;
-        a.query[a.queries] = space.query + ((size_t)row * heads + head) * dim;
-        a.out[a.queries] = space.attended + ((size_t)row * heads + head) * dim;
-        a.stop[a.queries] = rows[row].position + 1;
-        a.start[a.queries] = layer.window ? std::max(0, rows[row].position + 1 - layer.window) : 0;
+      for (a.queries = 0; a.queries < kQueries; ++a.queries, ++item, at.next()) {
+        if (item == mine.stop || at.shared != shared || rows[at.token].cache != cache) break;
+        const size_t own = ((size_t)at.token * heads + shared * group + at.member) * dim;
+        a.query[a.queries] = space.query + own;
+        a.out[a.queries] = space.attended + own;
+        a.stop[a.queries] = rows[at.token].position + 1;
+        a.start[a.queries] = layer.window ? std::max(0, rows[at.token].position + 1 - layer.window) : 0;
       }
       fn.attend(a);
     }
-    finish(kAttention);
+    // A single token's heads lie side by side: does this thread quantise what it wrote?
+    const bool own_groups = tokens == 1 && heads % threads == 0 && heads / threads * dim % kGroup == 0;
+    own_groups && layer.matrix[kOutput].nested ? note(kAttention) : finish(kAttention);
   }
 
-  void activate() {
+  void activate(const Matrix& next) {
     const int n = model.intermediate;
     const auto gate_times = model.gelu ? fn.gelu_times : fn.silu_times;
     // All tokens are one long row.
     const long long count = (long long)tokens * n;
-    const long long unit = 128, units = (count + unit - 1) / unit;
+    const long long unit = kGroup, units = (count + unit - 1) / unit;
     const long long start = units * thread / threads * unit;
     const long long stop = std::min(count, units * (thread + 1) / threads * unit);
     if (start < stop) gate_times(space.gate + start, space.up + start, (int)(stop - start));
-    finish(kActivation);
+    // Of a single token every thread quantises the groups that it made.
+    tokens == 1 && next.nested ? note(kActivation) : finish(kActivation);
   }
 
   void run(int first_logit, float* logits) {
     const Model& m = model;
     if (space.profile) since = now_s();
     embed();
-    finish(kNorm);
     for (size_t index = 0; index < m.layers.size(); ++index) {
       const Layer& layer = m.layers[index];
       const std::uint8_t* widths = bits + index * kProjections;
       add_and_norm(index > 0, index ? m.layers[index - 1].norms.ffn_out : nullptr, layer.norms.input);
       float* const qkv[] = {space.query, space.key, space.value};
-      project(layer.matrix, widths, 3, space.normed, tokens, qkv, kQkv);
+      project(layer.matrix, widths, 3, normed(0), tokens, qkv, kQkv);
       attend((int)index);
       project(layer.matrix + kOutput, widths + kOutput, 1, space.attended, tokens, &space.delta, kAttentionOut);
       add_and_norm(true, layer.norms.attention_out, layer.norms.ffn);
       float* const gate_up[] = {space.gate, space.up};
-      project(layer.matrix + kGate, widths + kGate, 2, space.normed, tokens, gate_up, kGateUp);
-      activate();
+      project(layer.matrix + kGate, widths + kGate, 2, normed(0), tokens, gate_up, kGateUp);
+      activate(layer.matrix[kDown]);
       project(layer.matrix + kDown, widths + kDown, 1, space.gate, tokens, &space.delta, kDownPart);
     }
     if (first_logit == tokens) return;
     add_and_norm(true, m.layers.back().norms.ffn_out, m.norm, first_logit);
-    const float* last = space.normed + (size_t)first_logit * m.hidden;
-    project(&m.head, bits + m.layers.size() * kProjections, 1, last, tokens - first_logit, &logits, kHead);
+    project(&m.head, bits + m.layers.size() * kProjections, 1, normed(first_logit), tokens - first_logit, &logits, kHead);
     if (m.logit_cap == 0) return;
     const Share mine = share(tokens - first_logit, thread, threads);
     for (int t = mine.start; t < mine.stop; ++t) fn.soft_cap(logits + (size_t)t * m.vocab, m.logit_cap, m.vocab);
@@ -266,8 +303,9 @@ size_t Workspace::lay_out(const Model& m, char* base) {
     offset += whole_lines(count * sizeof(Element));
   };
   const size_t tokens = max_tokens, queries = (size_t)m.heads * m.head_dim, keys = (size_t)m.kv_heads * m.head_dim;
-  place(residual, tokens * m.hidden);
-  place(normed, tokens * m.hidden);
+  const size_t copies = std::max(max_tokens, threads);  // a row for every thread if there is one token
+  place(residual, copies * m.hidden);
+  place(normed, copies * m.hidden);
   place(delta, tokens * m.hidden);
   place(query, tokens * queries);
   place(key, tokens * keys);

@@ -102,7 +102,8 @@ class Workspace {
  public:
   Workspace(const Model& model, int max_tokens, int capacity, int threads);
   const int max_tokens, capacity, threads;
-  float *residual, *normed, *query, *key, *value, *attended, *gate, *up, *delta;  // [max_tokens][their width]
+  float *residual, *normed;                                    // [max(max_tokens, threads)][hidden]
+  float *query, *key, *value, *attended, *gate, *up, *delta;  // [max_tokens][their width]
   float *cosines, *sines;                                                        // [ropes][max_tokens][head_dim / 2]
   float* scores;                                                                 // [threads][kQueries][capacity + 16]
   char* input;                                                                   // of one Input

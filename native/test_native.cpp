@@ -1,9 +1,12 @@
 // The native tests, without Python: for sanitizers (make test-sanitize) and other machines (make test-neon).
 // Every instruction set of the machine, width, rule, mode and a table of shapes, batches, groups and shares of threads,
 // each against the definition of a nested weight in plain loops. Buffers are exactly as large as they must be.
+// And decode steps of a small model, which must not allocate once they have run.
 #include "kernels.hpp"
+#include "model.hpp"
 #include "planes.hpp"
 
+#include <atomic>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -12,7 +15,35 @@
 #include <stdexcept>
 #include <vector>
 
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/allocator_interface.h>
+#endif
+
 using namespace matquant;
+
+// Calls of malloc and its kin by anything in this process: operator new, the C++ and the OpenMP library included.
+static std::atomic<long> allocations{0};
+
+#ifdef __SANITIZE_ADDRESS__
+static void count_allocation(const volatile void*, std::size_t) { ++allocations; }
+static void ignore_free(const volatile void*) {}
+static const int counting = __sanitizer_install_malloc_and_free_hooks(count_allocation, ignore_free);
+#elif defined(__GLIBC__)
+extern "C" {
+void* __libc_malloc(std::size_t);
+void* __libc_calloc(std::size_t, std::size_t);
+void* __libc_realloc(void*, std::size_t);
+void* __libc_memalign(std::size_t, std::size_t);
+void* malloc(std::size_t bytes) { return ++allocations, __libc_malloc(bytes); }
+void* calloc(std::size_t count, std::size_t bytes) { return ++allocations, __libc_calloc(count, bytes); }
+void* realloc(void* at, std::size_t bytes) { return ++allocations, __libc_realloc(at, bytes); }
+void* memalign(std::size_t line, std::size_t bytes) { return ++allocations, __libc_memalign(line, bytes); }
+void* aligned_alloc(std::size_t line, std::size_t bytes) { return ++allocations, __libc_memalign(line, bytes); }
+}
+static const int counting = 1;
+#else
+static const int counting = 0;
+#endif
 
 namespace {
 
@@ -147,9 +178,90 @@ void check(Fixture& of, int bits, const char* isa) {
   }
 }
 
+// ------------------------------------------------------------------------------------------------------ decode steps
+
+// Two layers that hold every width: 4 heads over 2 of keys and values, a nested head.
+struct Decoder {
+  static constexpr int HIDDEN = 64, FFN = 160, HEADS = 4, KV = 2, DIM = 32, VOCAB = 96, CAPACITY = 64;
+  std::vector<std::unique_ptr<Fixture>> held;
+  std::vector<float> ones = std::vector<float>(FFN, 1.0f), frequencies = std::vector<float>(DIM / 2, 0.1f);
+  std::vector<float> embedding = std::vector<float>(VOCAB * HIDDEN);
+  Model model{};
+
+  Matrix nested(int rows, int cols) {
+    held.push_back(std::make_unique<Fixture>(Case{rows, cols, cols, 1}, Rule::prefix));
+    Fixture& of = *held.back();
+    of.pack_for(8, 1);
+    for (float& value : of.values) value /= 64.0f;
+    for (int bits = 1; bits <= 8; ++bits) {
+      const float step = static_cast<float>(1 << (8 - bits));
+      of.linear.affine[bits] = {of.values.data(), false, step, (step - 1) / 2};
+    }
+    Matrix matrix;
+    matrix.nested = &of.linear;
+    return matrix;
+  }
+
+  Decoder() {
+    for (float& value : embedding) value = draw_float();
+    model.hidden = HIDDEN, model.intermediate = FFN, model.heads = HEADS, model.kv_heads = KV, model.head_dim = DIM;
+    model.vocab = VOCAB, model.norm_eps = 1e-5f, model.attention_scale = 0.2f, model.embedding_scale = 1.0f;
+    model.ropes.push_back({frequencies.data(), 1.0f});
+    for (int i = 0; i < 2; ++i) {
+      Layer layer{};
+      const int rows[kProjections] = {HEADS * DIM, KV * DIM, KV * DIM, HIDDEN, FFN, FFN, HIDDEN};
+      const int cols[kProjections] = {HIDDEN, HIDDEN, HIDDEN, HEADS * DIM, HIDDEN, HIDDEN, FFN};
+      for (int p = 0; p < kProjections; ++p) layer.matrix[p] = nested(rows[p], cols[p]);
+      layer.norms.input = layer.norms.ffn = ones.data();
+      model.layers.push_back(layer);
+    }
+    model.embedding = {embedding.data(), DType::f32, VOCAB, HIDDEN};
+    model.head = nested(VOCAB, HIDDEN);
+    model.norm = ones.data();
+  }
+};
+
+// Every mode, number of threads and width, and widths that change by matrix and by step: a prompt and a few tokens make
+// what there is to make, and the tokens after them nothing.
+int check_steps() {
+  const Decoder decoder;
+  const std::size_t matrices = decoder.model.layers.size() * kProjections + 1;
+  std::vector<float> logits(Decoder::VOCAB);
+  int steps = 0;
+  for (const Activations activations : {Activations::int8, Activations::exact})
+    for (const int threads : {1, 2}) {
+      const Cache cache(decoder.model, Decoder::CAPACITY, activations == Activations::exact ? DType::f32 : DType::f16);
+      Workspace workspace(decoder.model, 16, Decoder::CAPACITY, threads);
+      std::vector<std::uint8_t> bits(matrices);
+      std::vector<Row> rows;
+      for (int t = 0; t < 16; ++t) rows.push_back({t, t, &cache});
+      for (int position = 0; position < Decoder::CAPACITY; position += static_cast<int>(rows.size())) {
+        if (position == 16) rows.resize(1);
+        for (std::size_t i = 0; i < matrices; ++i)  // widths 1 to 8 in turn, then a plan
+          bits[i] = static_cast<std::uint8_t>(1 + (position < 40 ? position : position + i) % 8);
+        for (std::size_t t = 0; t < rows.size(); ++t) rows[t].position = position + static_cast<int>(t);
+        const long before = allocations;
+        step(decoder.model, bits.data(), activations, rows.data(), static_cast<int>(rows.size()),
+             static_cast<int>(rows.size()) - 1, logits.data(), workspace);
+        if (position < 18) continue;
+        ++steps;
+        if (allocations == before && std::isfinite(logits[0])) continue;
+        ++failures;
+        std::printf("FAILED step: %ld allocations at position %d, %d threads\n", allocations - before, position, threads);
+      }
+    }
+  return steps;
+}
+
 }  // namespace
 
 int main() {
+  if (counting) {
+    const long before = allocations;
+    delete new std::atomic<int>(0);
+    if (allocations == before) ++failures, std::printf("FAILED: allocations are not counted\n");
+    std::printf("decode steps: %d checked for allocations\n", check_steps());
+  }
   const Case cases[] = {{1, 1, 1, 1},     {16, 32, 32, 2},   {17, 33, 33, 1},   {15, 300, 300, 3}, {50, 257, 257, 9},
                         {33, 128, 32, 1}, {20, 256, 128, 4}, {18, 96, 16, 5},   {16, 130, 13, 2},  {70, 64, 64, 20},
                         {16, 48, 48, 130}};

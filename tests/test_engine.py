@@ -1,5 +1,6 @@
 """matquant.Engine: text in, text out, at any width, from any thread, without torch."""
 
+import ctypes
 import hashlib
 import json
 import os
@@ -7,7 +8,9 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+import tracemalloc
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +70,7 @@ def changed(directory: Path, to: Path, **files: dict[str, Any] | str | None) -> 
 
 @pytest.mark.parametrize("bits", [8, 3])
 def test_greedy_text_is_that_of_transformers(bits: int, reference: Path, exact: matquant.Engine) -> None:
-    model, tokenizer = matquant.load(reference, bits, dtype=torch.float32), load_tokenizer(reference)
+    model, tokenizer = matquant.load(reference, bits, dtype=torch.float32, kernels="none"), load_tokenizer(reference)
     ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
     expected = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False)
     reply = exact.stream(PROMPT, bits=bits, max_tokens=24)
@@ -345,7 +348,7 @@ def test_draws_follow_the_distribution_and_the_seed() -> None:
 
 def test_scores_are_the_log_probabilities_of_transformers(reference: Path, exact: matquant.Engine) -> None:
     text = (REFERENCE / "text" / "valid.txt").read_text()[:600]
-    model = matquant.load(reference, 4, dtype=torch.float32)
+    model = matquant.load(reference, 4, dtype=torch.float32, kernels="none")
     ids = exact.vocabulary.document(text)
     assert ids[0] == 0
     with torch.no_grad():
@@ -364,7 +367,7 @@ def assert_perplexity_change(reference: Path, windows: int, bits: Sequence[int])
     documents = (REFERENCE / "text" / "valid.txt").read_text().split("<|endoftext|>")
     stream = token_stream([d.strip() for d in documents if d.strip()], tokenizer)[: 512 * windows + 1]
     engine = matquant.Engine(reference, threads=1)
-    model = matquant.load(reference, dtype=torch.float32)
+    model = matquant.load(reference, dtype=torch.float32, kernels="none")
     for width in bits:
         model.set_bits(width)
         expected = log_perplexity(model, stream, context=512)
@@ -472,3 +475,62 @@ def test_generated_text_is_the_same_on_every_instruction_set(reference: Path, en
         if done.returncode and "is not an instruction set of this machine" in done.stderr:
             continue
         assert done.stdout == expected + "\n", done.stderr
+
+
+class Heap(ctypes.Structure):
+    """glibc's struct mallinfo2."""
+
+    _fields_ = [(name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks")]
+    _fields_ += [(name, ctypes.c_size_t) for name in ("fsmblks", "uordblks", "fordblks", "keepcost")]
+
+
+def malloc_bytes() -> int:
+    """Bytes that malloc has given out."""
+    mallinfo = ctypes.CDLL(None).mallinfo2
+    mallinfo.restype = Heap
+    heap = mallinfo()
+    return int(heap.uordblks + heap.hblkhd)
+
+
+def python_bytes() -> int:
+    return tracemalloc.get_traced_memory()[0]
+
+
+def bytes_per_piece(pieces: Iterator[object], held: Callable[[], int]) -> float:
+    """By how much ``held`` grows with a piece, once 16 have come; the least of four stretches: others allocate too."""
+    assert len(list(islice(pieces, 16))) == 16
+    marks = [held()]
+    for _ in range(4):
+        for _ in range(16):
+            next(pieces)
+        marks.append(held())
+    return min(after - before for before, after in pairwise(marks)) / 16
+
+
+@pytest.fixture(params=["python", "malloc"])
+def held(request: pytest.FixtureRequest) -> Iterator[Callable[[], int]]:
+    """One counter at a time: tracemalloc's own notes come from malloc."""
+    if request.param == "malloc":
+        if not hasattr(ctypes.CDLL(None), "mallinfo2"):
+            pytest.skip("the C library does not count its memory")
+        yield malloc_bytes
+        return
+    tracemalloc.start()
+    yield python_bytes
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("activations", ["int8", "float"])
+def test_memory_of_a_stream_grows_by_its_ids_alone(
+    activations: str, threads: int, held: Callable[[], int], reference: Path
+) -> None:
+    engine = matquant.Engine(reference, threads=threads, activations=activations)
+    plan = {path: 2 + layer % 3 for layer, path in enumerate(engine.model.weights)}
+    ids_bytes = 128  # of a token: an int and a place in each of three lists, which grow by steps
+    for options in ({"bits": 8}, {"bits": 3}, {"plan": plan}):
+        stream = engine.stream(PROMPT, max_tokens=100, temperature=0, **options)
+        assert bytes_per_piece(iter(stream), held) <= ids_bytes
+    session, kept = engine.session(), []
+    leaking = (kept.append(session.extend([1], engine.widths(2)).copy()) for _ in range(100))
+    assert bytes_per_piece(leaking, held) > ids_bytes, "logits that are kept must be seen"

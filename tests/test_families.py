@@ -81,7 +81,7 @@ def stock_logits(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPath
 def test_stock_transformers_reads_the_int8_model(
     family: str, checkpoints: dict[str, Path], stock_logits: dict[str, torch.Tensor]
 ) -> None:
-    model = matquant.load(checkpoints[family], dtype=torch.float32)
+    model = matquant.load(checkpoints[family], dtype=torch.float32, kernels="none")
     assert_same_logits(stock_logits[family], logits(model))
     model.set_bits(7)
     with pytest.raises(AssertionError, match="logits differ"):
@@ -90,7 +90,7 @@ def test_stock_transformers_reads_the_int8_model(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_width_is_the_slice_of_the_file(family: str, checkpoints: dict[str, Path]) -> None:
-    model = matquant.load(checkpoints[family], bits=2)
+    model = matquant.load(checkpoints[family], bits=2, kernels="none")
     parameters, views = dict(model.named_parameters()), linear_views(model)
     for bits in (2, 8, 3, 5, 4, 6, 7):
         model.set_bits(bits)
@@ -113,20 +113,20 @@ def test_all_linears_of_the_layers_are_quantised_and_nothing_else(family: str, c
 def test_saving_a_loaded_model_gives_the_same_checkpoint(
     family: str, checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
-    model = matquant.load(checkpoints[family], bits=3)
+    model = matquant.load(checkpoints[family], bits=3, kernels="none")
     model.save_pretrained(tmp_path / "again")
     first, second = open_checkpoint(checkpoints[family]), open_checkpoint(tmp_path / "again")
     assert first.spec == second.spec
     assert set(first.files) == set(second.files)
     for name in first.files:
         np.testing.assert_array_equal(first.array(name), second.array(name))
-    again = matquant.load(tmp_path / "again", bits=3)
+    again = matquant.load(tmp_path / "again", bits=3, kernels="none")
     assert torch.equal(logits(again), logits(model))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_generate_works_at_every_width(family: str, checkpoints: dict[str, Path]) -> None:
-    model = matquant.load(checkpoints[family])
+    model = matquant.load(checkpoints[family], kernels="none")
     prompt = TOKENS[:1, :4]
     outputs = set()
     for bits in (8, 4, 2):
@@ -139,12 +139,12 @@ def test_generate_works_at_every_width(family: str, checkpoints: dict[str, Path]
 
 def test_a_plan_sets_each_path_and_switching_back_restores(checkpoints: dict[str, Path]) -> None:
     path = "model.layers.1.mlp.down_proj"
-    model = matquant.load(checkpoints["llama"], 4, plan={path: 2})
+    model = matquant.load(checkpoints["llama"], 4, plan={path: 2}, kernels="none")
     assert model.bits_by_path[path] == 2
     assert set(model.bits_by_path.values()) == {2, 4}
     mixed = logits(model)
     model.set_bits(4)
-    uniform = logits(matquant.load(checkpoints["llama"], 4))
+    uniform = logits(matquant.load(checkpoints["llama"], 4, kernels="none"))
     assert torch.equal(logits(model), uniform)
     assert not torch.equal(mixed, uniform)
 
@@ -155,7 +155,7 @@ def test_a_plan_with_an_unknown_path_names_the_nearest(checkpoints: dict[str, Pa
         r"nearest: 'model.layers.1.mlp.down_proj'"
     )
     with pytest.raises(matquant.InputError, match=message):
-        matquant.load(checkpoints["llama"], plan={"model.layers.1.mlp.down": 2})
+        matquant.load(checkpoints["llama"], plan={"model.layers.1.mlp.down": 2}, kernels="none")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -174,7 +174,9 @@ def test_groups_and_zero_points_load_in_stock_transformers(
 ) -> None:
     out = matquant.quantize(llama, tmp_path / "out", method="rtn", scope="all", **options)
     subprocess.run([sys.executable, "-c", STOCK, str(tmp_path / "logits"), str(out)], check=True, capture_output=True)
-    assert_same_logits(load_file(tmp_path / "logits")[str(out)], logits(matquant.load(out, dtype=torch.float32)))
+    assert_same_logits(
+        load_file(tmp_path / "logits")[str(out)], logits(matquant.load(out, dtype=torch.float32, kernels="none"))
+    )
 
 
 def test_asymmetric_fused_experts_are_refused(family_model: Callable[[str], Path], tmp_path: Path) -> None:
@@ -204,4 +206,4 @@ def test_a_stored_scale_of_float32_is_eq_1_to_the_letter(llama: Path, tmp_path: 
 def test_stories260k_is_a_stock_int8_model(data: Path, tmp_path: Path) -> None:
     out = matquant.quantize(data / "models" / "stories260K", tmp_path / "out", method="rtn", scope="all")
     subprocess.run([sys.executable, "-c", STOCK, str(tmp_path / "logits"), str(out)], check=True, capture_output=True)
-    assert_same_logits(load_file(tmp_path / "logits")[str(out)], logits(matquant.load(out)))
+    assert_same_logits(load_file(tmp_path / "logits")[str(out)], logits(matquant.load(out, kernels="none")))

@@ -1,6 +1,7 @@
-"""``matquant.load(..., kernels=...)``: the native kernels inside transformers, held to the dense model."""
+"""``matquant.load``: the native kernels inside transformers, held to the dense model."""
 
 import gc
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from matquant.integrations.linear import NestedLinear
 TOKENS = torch.arange(3, 60).reshape(3, 19)
 PLAIN = [family for family in FAMILIES if family != "qwen3_moe"]
 DOWN = "model.layers.1.mlp.down_proj"
+QUERY = "model.layers.1.self_attn.q_proj"  # with a bias in qwen2
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -49,7 +51,7 @@ def checkpoint(family_model: Callable[[str], Path], tmp_path_factory: pytest.Tem
 
 @pytest.mark.parametrize("family", PLAIN)
 def test_float_kernels_equal_the_dense_model_at_every_width(family: str, checkpoint: Callable[..., Path]) -> None:
-    dense = matquant.load(checkpoint(family), dtype=torch.float32)
+    dense = matquant.load(checkpoint(family), dtype=torch.float32, kernels="none")
     model = matquant.load(checkpoint(family), dtype=torch.float32, kernels="float")
     assert model.kernels == f"{planes.isa()} kernels for {len(model.bits_by_path)} linears, float activations"
     expected = {}
@@ -67,7 +69,7 @@ def test_float_kernels_equal_the_dense_model_at_every_width(family: str, checkpo
 @pytest.mark.parametrize("options", [{"rule": "round"}, {"rule": "extra", "group_size": 16}], ids=str)
 def test_rules_and_groups_equal_the_dense_model(options: dict[str, Any], checkpoint: Callable[..., Path]) -> None:
     out = checkpoint("llama", **options)
-    dense = matquant.load(out, dtype=torch.float32)
+    dense = matquant.load(out, dtype=torch.float32, kernels="none")
     model = matquant.load(out, dtype=torch.float32, kernels="float")
     for bits in (8, 5, 2):
         dense.set_bits(bits)
@@ -77,7 +79,7 @@ def test_rules_and_groups_equal_the_dense_model(options: dict[str, Any], checkpo
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "qwen2"])
 def test_int8_activations_are_close_but_not_equal(family: str, checkpoint: Callable[..., Path]) -> None:
-    dense = matquant.load(checkpoint(family), 4, dtype=torch.float32)
+    dense = matquant.load(checkpoint(family), 4, dtype=torch.float32, kernels="none")
     model = matquant.load(checkpoint(family), 4, dtype=torch.float32, kernels="int8")
     expected, difference = logits(dense), gap(logits(model), logits(dense))
     dense.set_bits(3)
@@ -92,14 +94,14 @@ def test_generate_gives_the_tokens_of_the_dense_model(family: str, bits: int, ch
         matquant.load(checkpoint(family), bits, dtype=torch.float32, kernels=kernels).generate(
             prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False
         )
-        for kernels in (None, "float")
+        for kernels in ("none", "float")
     ]
     assert torch.equal(*tokens)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_models_keep_their_dtype(dtype: torch.dtype, checkpoint: Callable[..., Path]) -> None:
-    dense = matquant.load(checkpoint("qwen2"), 4, dtype=dtype)
+    dense = matquant.load(checkpoint("qwen2"), 4, dtype=dtype, kernels="none")
     model = matquant.load(checkpoint("qwen2"), 4, dtype=dtype, kernels="float")
     found, expected = logits(model), logits(dense)
     assert gap(found, expected) < 0.03  # a few roundings to 8 bits
@@ -144,7 +146,7 @@ def test_saving_gives_the_same_checkpoint(checkpoint: Callable[..., Path], tmp_p
 
 
 def test_a_model_saved_over_its_own_checkpoint_goes_on(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    matquant.load(checkpoint("llama")).save_pretrained(tmp_path / "own")
+    matquant.load(checkpoint("llama"), kernels="none").save_pretrained(tmp_path / "own")
     model = matquant.load(tmp_path / "own", 4, kernels="int8")
     before = logits(model)
     for _ in range(2):
@@ -155,11 +157,11 @@ def test_a_model_saved_over_its_own_checkpoint_goes_on(checkpoint: Callable[...,
 
 def test_the_state_dict_is_that_of_the_dense_model(checkpoint: Callable[..., Path]) -> None:
     model = matquant.load(checkpoint("qwen2"), 3, kernels="int8")
-    found, expected = model.state_dict(), matquant.load(checkpoint("qwen2"), 3).state_dict()
+    found, expected = model.state_dict(), matquant.load(checkpoint("qwen2"), 3, kernels="none").state_dict()
     assert set(found) == set(expected)
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name
-    message = r"q_proj.weight asked to be loaded into codes, which are fixed; load the model without kernels"
+    message = r"q_proj.weight asked to be loaded into codes, which are fixed; load the model with kernels='none'"
     with pytest.raises(matquant.InputError, match=message):
         model.load_state_dict(found)
 
@@ -176,54 +178,108 @@ def test_nothing_dense_stays(checkpoint: Callable[..., Path]) -> None:
     assert sum(isinstance(module, NestedLinear) for module in model.modules()) == 14
 
 
-def test_dense_weights_are_the_default_and_say_so(checkpoint: Callable[..., Path]) -> None:
-    model = matquant.load(checkpoint("llama"))
-    assert model.kernels == "dense weights: no kernels asked for"
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernels_with_float_activations_are_the_default(dtype: torch.dtype, checkpoint: Callable[..., Path]) -> None:
+    model = matquant.load(checkpoint("llama"), 3, dtype=dtype)
+    assert model.kernels == f"{planes.isa()} kernels for {len(model.bits_by_path)} linears, float activations"
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert torch.equal(logits(model), logits(matquant.load(checkpoint("llama"), 3, dtype=dtype, kernels="float")))
+
+
+def test_dense_weights_are_those_of_torch_and_train(checkpoint: Callable[..., Path]) -> None:
+    model = matquant.load(checkpoint("llama"), kernels="none")
+    assert model.kernels == "no kernels: dense weights asked for"
     assert type(model.get_submodule(DOWN)) is torch.nn.Linear
     assert model.get_parameter(f"{DOWN}.weight").requires_grad
 
 
-@pytest.mark.parametrize(
-    ("family", "options", "reason"),
-    [
-        ("llama", {"kernels": "fast"}, "kernels are int8 or float"),
-        ("llama", {"device": "meta"}, "they run on cpu, not on meta"),
-        ("llama", {"dtype": torch.float64}, "they take float32, bfloat16, float16, not float64"),
-        ("qwen3_moe", {}, r"model.layers.0.mlp.experts.0.\w+ is part of a fused tensor"),
-    ],
-)
-def test_where_kernels_cannot_be_had_the_reason_is_said(
+OBSTACLES = [
+    ("llama", {"device": "meta"}, "they run on cpu, not on meta"),
+    ("llama", {"dtype": torch.float64}, "they take float32, bfloat16, float16, not float64"),
+    ("qwen3_moe", {}, r"model.layers.0.mlp.experts.0.\w+ is part of a fused tensor"),
+]
+
+
+@pytest.mark.parametrize(("family", "options", "reason"), OBSTACLES)
+def test_where_kernels_cannot_be_had_the_weights_are_dense_and_the_reason_is_said(
     family: str, options: dict[str, Any], reason: str, checkpoint: Callable[..., Path]
 ) -> None:
-    with pytest.raises(
-        matquant.InputError, match=rf"^kernels='\w+' asked of .*, but {reason}; load it without kernels$"
-    ):
-        matquant.load(checkpoint(family), **{"kernels": "int8"} | options)
+    model = matquant.load(checkpoint(family), **options)
+    assert re.fullmatch(f"no kernels: {reason}", model.kernels)
+    assert not any(isinstance(module, NestedLinear) for module in model.modules())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    if "device" not in options:
+        assert torch.equal(logits(model), logits(matquant.load(checkpoint(family), kernels="none", **options)))
 
 
-def test_without_the_native_extension_only_dense_weights_load(
+@pytest.mark.parametrize(("family", "options", "reason"), OBSTACLES)
+@pytest.mark.parametrize("kernels", ["int8", "float"])
+def test_where_kernels_asked_for_cannot_be_had_the_reason_is_said(
+    kernels: str, family: str, options: dict[str, Any], reason: str, checkpoint: Callable[..., Path]
+) -> None:
+    message = rf"^kernels='{kernels}' asked of .*, but {reason}; use kernels='auto' or 'none'$"
+    with pytest.raises(matquant.InputError, match=message):
+        matquant.load(checkpoint(family), kernels=kernels, **options)
+
+
+@pytest.mark.parametrize("kernels", ["fast", None])
+def test_unknown_kernels_are_refused(kernels: Any, checkpoint: Callable[..., Path]) -> None:
+    with pytest.raises(matquant.InputError, match=rf"^kernels={kernels!r}; use auto, float, int8 or none$"):
+        matquant.load(checkpoint("llama"), kernels=kernels)
+
+
+def test_without_the_native_extension_weights_are_dense(
     checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(linear, "MISSING", "the native extension is missing (No module named 'matquant._native')")
-    matquant.load(checkpoint("llama"))
+    missing = "the native extension is missing (No module named 'matquant._native')"
+    monkeypatch.setattr(linear, "MISSING", missing)
+    assert matquant.load(checkpoint("llama")).kernels == f"no kernels: {missing}"
     with pytest.raises(matquant.InputError, match="but the native extension is missing"):
         matquant.load(checkpoint("llama"), kernels="int8")
 
 
 def test_calls_that_kernels_cannot_serve_are_refused(checkpoint: Callable[..., Path]) -> None:
-    model = matquant.load(checkpoint("llama"), kernels="int8", dtype=torch.float32)
-    model(TOKENS)  # outside no_grad: nothing of the model asks for gradients
+    model = matquant.load(checkpoint("llama"), dtype=torch.float32)
     module = model.get_submodule(DOWN)
     x = torch.zeros(1, module.in_features)
-    with pytest.raises(matquant.InputError, match="gradients asked through kernels, which have none; use torch"):
-        module(x.requires_grad_())
     for bad, reason in (
-        (x.to("meta"), "kernels asked on meta, they run on cpu; load the model without kernels"),
-        (x.double(), "kernels asked of torch.float64, they take float32, bfloat16, float16; load the model without"),
+        (x.to("meta"), "kernels asked on meta, they run on cpu; load the model with kernels='none'"),
+        (x.double(), "kernels asked of torch.float64, they take float32, bfloat16, float16; load the model with"),
         (x[:, 1:], r"a linear of 48 inputs asked of \[1, 47\]; give \[..., K\]"),
     ):
         with pytest.raises(matquant.InputError, match=reason):
             module(bad)
-    model.requires_grad_(True).train()
-    with pytest.raises(matquant.InputError, match="gradients asked"):
-        model(TOKENS)
+
+
+@pytest.mark.parametrize("kernels", ["auto", "int8"])
+@pytest.mark.parametrize("family", ["llama", "qwen2"])  # without and with biases
+def test_gradients_are_those_of_the_dense_model(kernels: str, family: str, checkpoint: Callable[..., Path]) -> None:
+    dense = matquant.load(checkpoint(family), 4, dtype=torch.float32, kernels="none")
+    model = matquant.load(checkpoint(family), 4, dtype=torch.float32, kernels=kernels)
+    gradients = []
+    for each in (dense, model):
+        x = each.get_input_embeddings()(TOKENS).detach().requires_grad_()
+        each(inputs_embeds=x).logits.square().mean().backward()
+        assert x.grad is not None
+        gradients.append(x.grad)
+    torch.testing.assert_close(gradients[1], gradients[0])
+    assert all(parameter.grad is None for parameter in model.parameters())
+    dense.set_bits(3)
+    x = dense.get_input_embeddings()(TOKENS).detach().requires_grad_()
+    dense(inputs_embeds=x).logits.square().mean().backward()
+    assert not torch.allclose(x.grad, gradients[1], rtol=1e-2), "the neighbouring width must not pass"
+
+
+def test_many_bfloat16_tokens_are_multiplied_by_the_dense_weight(checkpoint: Callable[..., Path]) -> None:
+    def is_dense(dtype: torch.dtype, kernels: str, tokens: int) -> bool:
+        module = matquant.load(checkpoint("qwen2"), 4, dtype=dtype, kernels=kernels).get_submodule(QUERY)
+        x = torch.randn(2, tokens // 2, module.in_features, generator=torch.manual_seed(0)).to(dtype)
+        expected = torch.nn.functional.linear(x, module.weight, module.bias)
+        torch.testing.assert_close(module(x), expected, rtol=0.05, atol=0.05)
+        return torch.equal(module(x), expected)
+
+    many = linear.DENSE_TOKENS
+    assert is_dense(torch.bfloat16, "auto", many)
+    assert not is_dense(torch.bfloat16, "auto", many - 2)
+    assert not is_dense(torch.bfloat16, "int8", many)
+    assert not is_dense(torch.float32, "auto", many)

@@ -121,7 +121,7 @@ def test_exact_logits_are_those_of_transformers_with_the_same_slices(
 ) -> None:
     directory = checkpoint_of(case)
     engine = matquant.Engine(directory, activations="float", threads=1)
-    model = matquant.load(directory, dtype=torch.float32)
+    model = matquant.load(directory, dtype=torch.float32, kernels="none")
     for bits in (8, 5, 4, 3, 2):
         model.set_bits(bits)
         expected = transformers_logits(model, IDS)
@@ -155,7 +155,7 @@ def test_rules_groups_zeros_and_scopes_are_exact_too(
 ) -> None:
     directory = checkpoint_of("llama", **options)
     engine = matquant.Engine(directory, activations="float", threads=1)
-    model = matquant.load(directory, dtype=torch.float32)
+    model = matquant.load(directory, dtype=torch.float32, kernels="none")
     for bits in (8, 4, 2):
         model.set_bits(bits)
         assert_same_logits(native_logits(engine, IDS, bits), transformers_logits(model, IDS), 1e-5)
@@ -171,7 +171,7 @@ def test_matrices_out_of_scope_are_read_in_the_dtype_they_are_stored_in(
     make_tokenizer().save_pretrained(tmp_path / "half")
     directory = matquant.quantize(tmp_path / "half", tmp_path / "out", method="rtn", scope="ffn")
     engine = matquant.Engine(directory, activations="float", threads=1)
-    model = matquant.load(directory, 4, dtype=torch.float32)
+    model = matquant.load(directory, 4, dtype=torch.float32, kernels="none")
     assert_same_logits(native_logits(engine, IDS, 4), transformers_logits(model, IDS), 1e-5)
     stored = sum(matrix.numel() * 2 for name, matrix in model.named_parameters() if "self_attn" in name)
     assert engine.model.plain_bytes == stored + model.lm_head.weight.numel() * 2
@@ -181,7 +181,7 @@ def test_a_plan_gives_each_matrix_its_width(checkpoint_of: Callable[..., Path]) 
     directory = checkpoint_of("llama")
     plan = {"model.layers.0.self_attn.q_proj": 8, "model.layers.1.mlp.down_proj": 3}
     engine = matquant.Engine(directory, activations="float", threads=1)
-    expected = transformers_logits(matquant.load(directory, 2, plan=plan, dtype=torch.float32), IDS)
+    expected = transformers_logits(matquant.load(directory, 2, plan=plan, dtype=torch.float32, kernels="none"), IDS)
     assert_same_logits(native_logits(engine, IDS, 2, plan), expected, 1e-5)
     with pytest.raises(AssertionError, match="logits differ"):
         assert_same_logits(native_logits(engine, IDS, 2), expected)
@@ -201,7 +201,7 @@ def test_stories260k_is_exact(data: Path, tmp_path: Path) -> None:
 def assert_model_is_exact(directory: Path) -> None:
     ids = np.random.default_rng(1).integers(3, 500, 48).tolist()
     engine = matquant.Engine(directory, activations="float", threads=1)
-    model = matquant.load(directory, dtype=torch.float32)
+    model = matquant.load(directory, dtype=torch.float32, kernels="none")
     for bits in (8, 2):
         model.set_bits(bits)
         assert_same_logits(native_logits(engine, ids, bits), transformers_logits(model, ids))

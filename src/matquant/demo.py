@@ -91,7 +91,7 @@ def _reporter(progress: Progress, task: TaskID) -> Callable[[dict[str, Any]], No
 def _evaluate(directory: Path, stream: np.ndarray, *, only: int | None) -> dict[str, float]:
     """Log-perplexity by width; a dedicated baseline of less than 8 bits has only its own."""
     widths = WIDTHS if only in (None, 8) else (only,)
-    return evaluate(load(directory, dtype=torch.float32), stream, bits=widths, context=512)
+    return evaluate(load(directory, dtype=torch.float32, kernels="none"), stream, bits=widths, context=512)
 
 
 def _table(results: dict[str, dict[str, float]], directories: dict[str, Path], reference: float) -> Table:
@@ -112,7 +112,7 @@ def _table(results: dict[str, dict[str, float]], directories: dict[str, Path], r
 
 def _sentences(directory: Path) -> dict[int, str]:
     """One greedy sentence at each width, all from one resident checkpoint."""
-    tokenizer, model = load_tokenizer(directory), load(directory, dtype=torch.float32)
+    tokenizer, model = load_tokenizer(directory), load(directory, dtype=torch.float32, kernels="none")
     start = [tokenizer.bos_token_id, *tokenizer(PROMPT, add_special_tokens=False)["input_ids"]]
     prompt = torch.tensor([start])
     sentences = {}

@@ -53,7 +53,7 @@ def evaluate_checkpoint(
     stream = token_stream(documents[skip_documents:], load_tokenizer(directory))
     if max_tokens is not None:
         stream = stream[: max_tokens + 1]
-    model = load(directory, check_hashes=False)  # open_checkpoint has just checked them
+    model = load(directory, check_hashes=False, kernels="none")  # open_checkpoint has just checked them
     context = seq_len or context_length(model)
     check_context(model, context)
     results = evaluate(model, stream, bits=bits, plan=plan, context=context, stride=stride)

@@ -1,7 +1,9 @@
 """A torch linear whose weight stays in bit planes: ``forward`` is one product of the native kernels.
 
 torch and the kernels share memory by address, so a call copies nothing that is float32 already, and a width is an
-argument of the call. N out features, K in features.
+argument of the call. A call that asks for gradients is a product with the dense weight, made for the call, and so is
+one of many bfloat16 tokens with float activations: torch has hardware for that product, the kernels do not use it.
+N out features, K in features.
 """
 
 from collections.abc import Iterable
@@ -21,11 +23,12 @@ except ImportError as error:  # a source tree that was never built; dense weight
     MISSING = f"the native extension is missing ({error})"
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-WITHOUT = "load the model without kernels"
+DENSE_TOKENS = 256  # from here on torch's bfloat16 product is faster, the weight's making included
+WITHOUT = "load the model with kernels='none'"
 
 
 class NestedLinear(torch.nn.Module):
-    """y = x W_bits^T + bias on a CPU, without gradients. ``bits`` may be set at any time.
+    """y = x W_bits^T + bias on a CPU, the weight fixed. ``bits`` may be set at any time.
 
     tensor: the nested weight, numpy; its codes are read once into planes and may be mapped from a file. activations:
     ``int8`` or ``float``, as ``planes.matmul``. dtype: of the dense ``weight``, which is made when asked for.
@@ -49,15 +52,20 @@ class NestedLinear(torch.nn.Module):
         return torch.from_numpy(self._tensor.read(self.bits)).to(self.dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., K] -> [..., N] of its dtype. InputError for other devices and dtypes, and for gradients."""
+        """x [..., K] -> [..., N] of its dtype. InputError for other devices and dtypes."""
         self._check(x)
+        tokens = x.numel() // self.in_features
+        many = self.activations == "float" and x.dtype == torch.bfloat16 and tokens >= DENSE_TOKENS
+        if many or (x.requires_grad and torch.is_grad_enabled()):
+            bias = None if self.bias is None else self.bias.to(x.dtype)
+            return torch.nn.functional.linear(x, self.weight.to(x.dtype), bias)
         values = x.float().contiguous()  # x itself if it is that already
         y = torch.empty(*x.shape[:-1], self.out_features, dtype=torch.float32, device="cpu")
         planes.matmul_at(
             self._planes,
             values.data_ptr(),
             y.data_ptr(),
-            tokens=x.numel() // self.in_features,
+            tokens=tokens,
             bits=self.bits,
             activations=self.activations,
             threads=torch.get_num_threads(),
@@ -80,8 +88,6 @@ class NestedLinear(torch.nn.Module):
             raise InputError(f"kernels asked of {x.dtype}, they take {_names(DTYPES)}; {WITHOUT}")
         if x.shape[-1] != self.in_features:
             raise InputError(f"a linear of {self.in_features} inputs asked of {list(x.shape)}; give [..., K]")
-        if x.requires_grad and torch.is_grad_enabled():
-            raise InputError(f"gradients asked through kernels, which have none; use torch.no_grad(), or {WITHOUT}")
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -94,12 +100,10 @@ class NestedLinear(torch.nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
-def find_obstacle(activations: str, device: torch.device | str, dtype: torch.dtype) -> str:
-    """Why kernels with these activations cannot serve a model of ``dtype`` on ``device``, or an empty text."""
+def find_obstacle(device: torch.device | str, dtype: torch.dtype) -> str:
+    """Why kernels cannot serve a model of ``dtype`` on ``device``, or an empty text."""
     if MISSING:
         return MISSING
-    if activations not in planes.ACTIVATIONS:
-        return f"kernels are {' or '.join(planes.ACTIVATIONS)}"
     if torch.device(device).type != "cpu":
         return f"they run on cpu, not on {device}"
     if dtype not in DTYPES:

@@ -1,11 +1,12 @@
 """A nested checkpoint as an ordinary transformers model whose width can be changed in place.
 
-By default the codes stay in memory beside dense parameters; ``set_bits`` slices them again and writes the parameters,
-so ``generate``, training, hooks and everything else of transformers work as on any model, bit for bit as without us.
+On a CPU every quantised linear is a product of the native kernels (``linear.py``): the codes lie in bit planes, nothing
+dense is kept, switching costs nothing and decoding reads ``bits`` bits a weight. Results equal dense weights to float32
+rounding; ``kernels="int8"`` rounds activations too and is faster still (docs/runtime.md).
 
-With ``kernels`` every quantised linear is a product of the native kernels instead (``linear.py``): the codes lie in
-bit planes, nothing dense is kept, switching costs nothing and decoding reads ``bits`` bits a weight. That is another
-arithmetic, so it is asked for: ``float`` agrees to float32 rounding, ``int8`` rounds activations (docs/runtime.md).
+Where kernels cannot serve, and with ``kernels="none"``, the codes stay in memory beside dense parameters; ``set_bits``
+slices them again and writes the parameters, so training and everything else of transformers work bit for bit as
+without us.
 """
 
 import functools
@@ -38,6 +39,9 @@ from matquant.tensor import NestedTensor
 
 Serve = Callable[[Mapping[str, int]], None]  # gives the weights at these paths these widths
 
+KERNELS = {"auto": "float", "float": "float", "int8": "int8"}  # what is asked for -> activations of the kernels
+NONE = "none"
+
 
 def load(
     path: Path | str,
@@ -46,42 +50,40 @@ def load(
     plan: Mapping[str, int] | Plan | None = None,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
-    kernels: str | None = None,
+    kernels: str = "auto",
     check_hashes: bool = True,
 ) -> Any:
     """Load a nested checkpoint as a transformers model at ``bits`` bits, or at a plan {path: bits} over ``bits``.
 
     Returns a model of its own class that also has ``set_bits(bits, plan=None)``, ``bits_by_path`` and ``kernels``, a
     line of text that says what multiplies, and whose ``save_pretrained(directory)`` writes the nested checkpoint.
-    dtype None: the checkpoint's. kernels: the activations of the native kernels, ``int8`` or ``float``, on a CPU and
-    without gradients; None: dense weights. InputError on damage, and where kernels cannot be had.
+    dtype None: the checkpoint's. kernels: ``auto``: the native kernels, equal to dense weights to float32 rounding, or
+    dense weights where there can be none (other devices, float64, fused experts); ``float`` or ``int8``: kernels with
+    these activations, or an error; ``none``: dense weights, which can be trained. With kernels no parameter asks for
+    gradients. InputError on damage, and where the kernels asked for cannot be had.
     """
+    if kernels not in (*KERNELS, NONE):
+        raise InputError(f"kernels={kernels!r}; use {', '.join(KERNELS)} or {NONE}")
     checkpoint = open_checkpoint(path, check_hashes=check_hashes)
     check_bits(bits)
-    if kernels is not None:
-        dtype = dtype or config_dtype(checkpoint.config)
-        _refuse(kernels, path, find_obstacle(kernels, device, dtype))
+    served = dtype or config_dtype(checkpoint.config)
+    obstacle = "dense weights asked for" if kernels == NONE else find_obstacle(device, served)
+    if not obstacle:
         tensors = {name: checkpoint.nested(name, mapped=True) for name in checkpoint.shapes}
-        weights = {name: torch.zeros((), dtype=dtype).expand(shape) for name, shape in checkpoint.shapes.items()}
-    else:
-        tensors = {name: nested_to_torch(checkpoint.nested(name)) for name in checkpoint.shapes}
-        weights = {name: tensor.read(bits) for name, tensor in tensors.items()}
-    state = {f"{name}.weight": weight for name, weight in weights.items()}
-    state |= {name: to_torch(checkpoint.array(name)) for name in checkpoint.plain_names()}
-    model = build_model(checkpoint.config, state, directory=checkpoint.directory, dtype=dtype).to(device)
-    views = linear_views(model)
-    missing = sorted(set(tensors) - set(views))
-    if missing:
-        raise InputError(f"{path} quantises {missing[0]}, which {type(model).__name__} does not have; write it again")
-    views = {name: views[name] for name in tensors}
-    if kernels is not None:
+        nothing = torch.zeros((), dtype=served)
+        model, views = _build(checkpoint, lambda name: nothing.expand(checkpoint.shapes[name]), served, device)
         fused = [name for name, view in views.items() if not is_linear(model, view)]
-        _refuse(kernels, path, f"{fused[0]} is part of a fused tensor" if fused else "")
-        serve = _use_kernels(model, views, tensors, kernels)
-        model.kernels = describe(len(views), kernels)
-    else:
+        obstacle = f"{fused[0]} is part of a fused tensor" if fused else ""
+    if not obstacle:
+        serve = _use_kernels(model, views, tensors, KERNELS[kernels])
+        model.kernels = describe(len(views), KERNELS[kernels])
+    elif kernels in ("auto", NONE):
+        tensors = {name: nested_to_torch(checkpoint.nested(name)) for name in checkpoint.shapes}
+        model, views = _build(checkpoint, lambda name: tensors[name].read(bits), dtype, device)
         serve = functools.partial(_write_dense, model, views, tensors)
-        model.kernels = "dense weights: no kernels asked for"
+        model.kernels = f"no kernels: {obstacle}"
+    else:
+        raise InputError(f"kernels={kernels!r} asked of {path}, but {obstacle}; use kernels='auto' or {NONE!r}")
     model.bits_by_path = {}
     model.set_bits = functools.partial(_set_bits, model, serve, list(tensors))
     model.save_pretrained = functools.partial(_save, model, views, tensors, checkpoint)
@@ -89,19 +91,35 @@ def load(
     return model
 
 
-def _refuse(kernels: str, path: Path | str, obstacle: str) -> None:
-    if obstacle:
-        raise InputError(f"kernels={kernels!r} asked of {path}, but {obstacle}; load it without kernels")
+def _build(
+    checkpoint: Checkpoint,
+    weight: Callable[[str], torch.Tensor],
+    dtype: torch.dtype | None,
+    device: str | torch.device,
+) -> tuple[Model, dict[str, View]]:
+    """The model with ``weight(path)`` for every quantised linear, and where these lie in it."""
+    state = {f"{name}.weight": weight(name) for name in checkpoint.shapes}
+    state |= {name: to_torch(checkpoint.array(name)) for name in checkpoint.plain_names()}
+    model = build_model(checkpoint.config, state, directory=checkpoint.directory, dtype=dtype).to(device)
+    views = linear_views(model)
+    missing = sorted(set(checkpoint.shapes) - set(views))
+    if missing:
+        raise InputError(
+            f"{checkpoint.directory} quantises {missing[0]}, which {type(model).__name__} does not have; write it again"
+        )
+    return model, {name: views[name] for name in checkpoint.shapes}
 
 
-def _use_kernels(model: Model, views: Mapping[str, View], tensors: Mapping[str, NestedTensor], kernels: str) -> Serve:
+def _use_kernels(
+    model: Model, views: Mapping[str, View], tensors: Mapping[str, NestedTensor], activations: str
+) -> Serve:
     """Put a NestedLinear in the place of every linear of ``tensors``. Nothing of the model asks for gradients then."""
     linears: dict[str, NestedLinear] = {}
     for path, tensor in tensors.items():
         parent, _, name = views[path].parameter.removesuffix(".weight").rpartition(".")
         block = model.get_submodule(parent)
         dense = getattr(block, name)
-        linears[path] = NestedLinear(tensor, dense.bias, activations=kernels, dtype=dense.weight.dtype).eval()
+        linears[path] = NestedLinear(tensor, dense.bias, activations=activations, dtype=dense.weight.dtype).eval()
         setattr(block, name, linears[path])
     model.requires_grad_(False)
 
