@@ -163,12 +163,26 @@ struct Worker {
     if (layer.rope < 0 && scale != 1) fn.rotate(x, nullptr, nullptr, half, scale);
   }
 
+  // Calls for the last tile of keys and values of some heads, which is written and then read: since the last token the
+  // weights have streamed through every cache, and a tile is too short for the processor to guess it.
+  void fetch_tiles(int index, int first, int stop) {
+    const Cache& cache = *rows[0].cache;
+    const size_t row = whole_lines(model.head_dim * size_of(cache.dtype)), tile = kLanes * row;
+    const size_t start = rows[0].position / kLanes * tile;
+    for (int shared = first; shared < stop; ++shared) {
+      const char* const ends[] = {(const char*)cache.keys(index, shared), (const char*)cache.values(index, shared)};
+      for (const char* end : ends)
+        for (size_t line = 0; line < tile; line += kLine) __builtin_prefetch(end + start + line, 1);
+    }
+  }
+
   void attend(int index) {
     const Model& m = model;
     const Layer& layer = m.layers[index];
     const int dim = m.head_dim, heads = m.heads, kv = m.kv_heads, group = heads / kv;
     Share mine = share(kv * tokens * (group + 1), thread, threads);
     HeadItem at(mine.start, tokens, group + 1);
+    if (tokens == 1) fetch_tiles(index, at.shared, (mine.stop + group) / (group + 1));
     for (int item = mine.start; item < mine.stop; ++item, at.next()) {
       const Row& row = rows[at.token];
       if (at.member < group) {

@@ -205,6 +205,7 @@ class Session:
         self._tokens = np.zeros(CHUNK, dtype=np.int32)
         self._positions = np.zeros(CHUNK, dtype=np.int32)
         self._logits = np.zeros((1, vocab), dtype=np.float32)
+        self._single = self._tokens[:1], self._positions[:1]
 
     def extend(self, ids: Sequence[int], widths: np.ndarray, *, all_logits: bool = False) -> np.ndarray:
         """Append tokens and return the logits after the last one, float32 [vocab], or after each, [tokens, vocab].
@@ -217,8 +218,9 @@ class Session:
         for start in range(0, len(ids), CHUNK):
             chunk = ids[start : start + CHUNK]
             count, held = len(chunk), len(self.ids)
-            self._tokens[:count] = chunk
-            self._positions[:count] = range(held, held + count)
+            tokens, positions = self._single if count == 1 else (self._tokens[:count], self._positions[:count])
+            tokens[:] = chunk
+            positions[:] = range(held, held + count)
             is_last = start + count == len(ids)
             first = 0 if every is not None else count - 1 if is_last else count
             logits = self._logits if every is None else every[start : start + count]
@@ -226,8 +228,8 @@ class Session:
                 self.engine.model.native,
                 widths,
                 self.engine.exact,
-                self._tokens[:count],
-                self._positions[:count],
+                tokens,
+                positions,
                 self._caches,
                 first,
                 logits,
