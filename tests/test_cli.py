@@ -1129,7 +1129,7 @@ FLAGS: dict[str, list[str]] = {
         "--seed",
         "--accumulate", "--bf16",
         "--checkpoint-activations", "--train-rest", "--learn-clip", "--masters", "--pull", "--wide-lr", "--stagger",
-        "--save-every", "--device", "--threads", "--resume", "--overwrite", "--help",
+        "--freeze", "--save-every", "--device", "--threads", "--resume", "--overwrite", "--help",
     ],
     "eval": [
         "--bits", "--text", "--plan", "--reference", "--seq-len", "--stride", "--max-tokens", "--skip-documents",
@@ -1181,6 +1181,7 @@ DEFAULTS: dict[str, dict[str, str]] = {
         "--pull": "(qat 1, gptq 0.35)",
         "--wide-lr": "(1)",
         "--stagger": "(0)",
+        "--freeze": "(0)",
         "--save-every": "(100)",
         "--device": "(cuda if there is one)",
         "--threads": "(all)",

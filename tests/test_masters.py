@@ -116,6 +116,10 @@ def test_wide_masters_learn_at_their_own_rate(llama: Path) -> None:
         ({"masters": "two"}, "masters='two' is not known; use one of one, each"),
         ({"masters": "each", "rule": "round"}, "masters='each' needs nested bins, rule 'round' has none; use rule"),
         ({"pull": 2.0}, "pull=2.0; give a number from 0 to 1"),
+        ({"freeze": -1}, "freeze=-1; give a number of at least 0"),
+        ({"freeze": 4}, "freeze=4 needs a master for each width, masters is 'one'; use masters 'each'"),
+        ({"freeze": 3, "masters": "each"}, "freeze=3 is none of the widths trained, .8, 4, 2.; freeze one of them"),
+        ({"freeze": 4, "masters": "each", "learn_clip": False}, "freeze=4 keeps codes on the grid they start with"),
     ],
 )
 def test_what_masters_cannot_do_is_refused(
@@ -157,6 +161,23 @@ def test_training_starts_from_the_codes_of_a_checkpoint(
         assert (before.codes == other.codes).mean() < 0.9, "the comparison must be able to fail"
         for bits in (4, 2):
             assert abs(before.read(bits) - after.read(bits)).max() <= 2**-7 * abs(before.read(bits)).max()
+
+
+def test_frozen_widths_keep_their_codes_and_learn_the_rest(llama: Path, text_file: Path, tmp_path: Path) -> None:
+    calibration: dict[str, Any] = {"samples": 8, "seq_len": 32, "text": [text_file]}
+    first = matquant.quantize(llama, tmp_path / "first", method="gptq", **calibration)
+    options: dict[str, Any] = {**RUN, "lr": 3e-3, "objective": "8,6,4,2", "masters": "each", "start": first}
+    out = matquant.quantize(llama, tmp_path / "out", text=[text_file], freeze=4, **options)
+    free = matquant.quantize(llama, tmp_path / "free", text=[text_file], **options)
+    for path in open_checkpoint(first).shapes:
+        before, after, moved = (open_checkpoint(where).nested(path) for where in (first, out, free))
+        assert (slice_codes(before.codes, 4) == slice_codes(after.codes, 4)).all()
+        assert (slice_codes(before.codes, 4) != slice_codes(moved.codes, 4)).any(), (
+            "the comparison must be able to fail"
+        )
+        assert (before.codes != after.codes).any(), "the low bits are trained"
+        assert (before.scale == after.scale).all()
+        assert all((before.affine(bits)[0] != after.affine(bits)[0]).any() for bits in (4, 2)), "affines are learned"
 
 
 def test_a_start_that_does_not_fit_is_refused(llama: Path, text_file: Path, tmp_path: Path) -> None:

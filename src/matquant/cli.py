@@ -119,6 +119,9 @@ def quantize(
     stagger: Annotated[
         float | None, Option(help="Share of steps by which narrow masters end early.", show_default="0")
     ] = None,
+    freeze: Annotated[
+        int | None, Option(metavar="BITS", help="qat: widths up to this one keep their codes.", show_default="0")
+    ] = None,
     save_every: Annotated[int | None, Option(help="Steps between saved states.", show_default="100")] = None,
     device: Annotated[str | None, Option(help="cpu or cuda.", show_default="cuda if there is one")] = None,
     threads: Annotated[int | None, Option(help="CPU threads.", show_default="all")] = None,

@@ -58,8 +58,9 @@ class Schedule:
     confined to the bins of the next narrower one, whose bits they share (fake.confine), and no width's gradient moves
     another's weights but, times ``pull``, where that confinement holds it back. wide_lr: of the 8-bit masters, as a
     multiple of lr, and geometrically between for the widths between. stagger: share of the steps by which the schedule
-    of the narrowest masters ends early, so that wider ones settle in bins that move no more. save_every: steps between
-    saved states.
+    of the narrowest masters ends early, so that wider ones settle in bins that move no more. freeze: widths up to this
+    one keep the codes they start with (0: none do), so that only their affines and the bits below are trained, none of
+    which any two of them share. save_every: steps between saved states.
     """
 
     steps: int = 300
@@ -80,6 +81,7 @@ class Schedule:
     pull: float = 1.0
     wide_lr: float = 1.0
     stagger: float = 0.0
+    freeze: int = 0
     save_every: int = 100
 
 
@@ -95,8 +97,13 @@ def check_options(options: Mapping[str, Any]) -> None:
             raise InputError(f"{name}={getattr(schedule, name)}; give a number from 0 to 1")
     if schedule.masters not in MASTERS:
         raise InputError(f"masters={schedule.masters!r} is not known; use one of {', '.join(MASTERS)}")
-    if schedule.seed < 0:
-        raise InputError(f"seed={schedule.seed}; give a number of at least 0")
+    for name in ("seed", "freeze"):
+        if getattr(schedule, name) < 0:
+            raise InputError(f"{name}={getattr(schedule, name)}; give a number of at least 0")
+    if schedule.freeze and schedule.masters != "each":
+        raise InputError(
+            f"freeze={schedule.freeze} needs a master for each width, masters is 'one'; use masters 'each'"
+        )
 
 
 def make_schedule(job: Job) -> Schedule:
@@ -161,6 +168,7 @@ def train(job: Job) -> Iterator[tuple[str, NestedTensor]]:
         raise InputError(
             f"masters='each' needs nested bins, rule {grid.rule!r} has none; use rule 'prefix' or masters 'one'"
         )
+    _check_freeze(schedule, [width.bits for width in job.objective])
     windows = cut_windows(job.stream, schedule.seq_len)
     state = start(model, views, grid, schedule, trained=[width.bits for width in job.objective], first=job.first)
     optimizer = make_optimizer(state, schedule)
@@ -186,6 +194,18 @@ def train(job: Job) -> Iterator[tuple[str, NestedTensor]]:
     return finish(state, grid)
 
 
+def _check_freeze(schedule: Schedule, trained: Sequence[int]) -> None:
+    if not schedule.freeze:
+        return
+    if schedule.freeze not in trained:
+        raise InputError(f"freeze={schedule.freeze} is none of the widths trained, {trained}; freeze one of them")
+    if not schedule.learn_clip:
+        raise InputError(
+            f"freeze={schedule.freeze} keeps codes on the grid they start with, without learned clips the grid follows "
+            "the weights; use affine 'learned' and leave learn_clip out"
+        )
+
+
 def start(
     model: Model,
     views: Mapping[str, View],
@@ -203,15 +223,18 @@ def start(
     masters |= {path: nested.read(grid.bits).to(masters[path].device) for path, nested in first.items()}
     several = schedule.masters == "each" and MASTER_BITS in trained
     own = [bits for bits in trained if bits < MASTER_BITS] if several else []
+    learned = {
+        path: start_learning(
+            w, grid, trained=trained, clip=bool(schedule.learn_clip), nested=first.get(path), name=path
+        )
+        for path, w in masters.items()
+    }
+    if schedule.freeze:  # the grid stays, however its weights move
+        learned = {path: dataclasses.replace(tensors, limit=math.inf) for path, tensors in learned.items()}
     return State(
         masters=masters,
         coarse={path: {bits: weight.clone() for bits in own} for path, weight in masters.items()},
-        learned={
-            path: start_learning(
-                w, grid, trained=trained, clip=bool(schedule.learn_clip), nested=first.get(path), name=path
-            )
-            for path, w in masters.items()
-        },
+        learned=learned,
         rest={name: p for name, p in parameters.items() if name not in taken} if schedule.train_rest else {},
     )
 
@@ -295,6 +318,7 @@ def train_step(
                 if chained:
                     _chain_gradients(model, views, state, nested, width.bits)
     _finish_gradients(model, views, state, nested, schedule.pull)
+    _drop_frozen(state, schedule.freeze)
     norm = torch.nn.utils.clip_grad_norm_([t for _, t in state.named() if t.grad is not None], schedule.clip_norm)
     optimizer.step()
     for path, tensor in nested.items():
@@ -367,6 +391,19 @@ def _finish_gradients(
             for master in (weight, *state.coarse[path].values()):
                 assert master.grad is not None
                 master.grad = finish_backward(master.grad, master, nested[path], state.learned[path])
+
+
+def _drop_frozen(state: State, freeze: int) -> None:
+    """No gradient for what keeps the codes of widths up to ``freeze``: their masters, and all clips."""
+    if not freeze:
+        return
+    for path, weight in state.masters.items():
+        for bits, master in {MASTER_BITS: weight, **state.coarse[path]}.items():
+            if bits <= freeze:
+                master.grad = None
+        clip = state.learned[path].clip
+        assert clip is not None  # _check_freeze
+        clip.grad = None
 
 
 @torch.no_grad()
