@@ -234,6 +234,12 @@ def _from_gptq() -> dict[str, Cell]:
             rates=(2.5e-4,),
             models=("reference",),
         ),
+        "qat+ all last": Cell(
+            what="nested GPTQ, tuned, then low bits and affines alone, all on the peers' calibration text, all linears",
+            options={**every, "tokens": CALIBRATION, "steps": 64, "freeze": 4, "wide_lr": 1.0, "affine_lr": 10.0},
+            rates=(5e-5,),
+            models=("reference",),
+        ),
         "qat+ all": Cell(what="QAT from nested GPTQ, all linears", options=everything, rates=(2.5e-4, 5e-4)),
         "qat+ all long": Cell(
             what="QAT from nested GPTQ, 300 steps, all linears",

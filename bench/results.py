@@ -359,7 +359,7 @@ def _memory(kept: Record) -> list[str]:
 
 OURS_ALL = (
     *("gptq+ all", "gptq+ all 128", "gptq+ tuned all", "gptq+ tuned all long"),
-    *("qat+ all calibration", "qat+ all", "qat+ all tuned", "qat+ all long"),
+    *("qat+ all last", "qat+ all calibration", "qat+ all", "qat+ all tuned", "qat+ all long"),
 )
 
 
