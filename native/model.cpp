@@ -338,12 +338,12 @@ size_t Workspace::lay_out(const Model& m, char* base) {
 
 void step(const Model& model, const std::uint8_t* bits, Activations activations, const Row* rows, int tokens,
           int first_logit, float* logits, Workspace& workspace) {
-  const Floats& fn = floats();
+  const auto work = [&, &fn = floats()](int thread, int threads) {
+    Worker{model, bits, activations, rows, tokens, workspace, fn, thread, threads}.run(first_logit, logits);
+  };
+  if (workspace.threads == 1) return work(0, 1);  // libgomp would allocate a team of one
 #pragma omp parallel num_threads(workspace.threads)
-  {
-    Worker worker{model, bits, activations, rows, tokens, workspace, fn, omp_get_thread_num(), omp_get_num_threads()};
-    worker.run(first_logit, logits);
-  }
+  work(omp_get_thread_num(), omp_get_num_threads());
 }
 
 }  // namespace matquant

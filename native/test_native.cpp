@@ -7,6 +7,7 @@
 #include "planes.hpp"
 
 #include <atomic>
+#include <cerrno>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -15,16 +16,15 @@
 #include <stdexcept>
 #include <vector>
 
-#ifdef __SANITIZE_ADDRESS__
-#include <sanitizer/allocator_interface.h>
-#endif
-
 using namespace matquant;
 
 // Calls of malloc and its kin by anything in this process: operator new, the C++ and the OpenMP library included.
 static std::atomic<long> allocations{0};
 
 #ifdef __SANITIZE_ADDRESS__
+// Of the sanitizer's <sanitizer/allocator_interface.h>, which not every compiler comes with.
+extern "C" int __sanitizer_install_malloc_and_free_hooks(void (*)(const volatile void*, std::size_t),
+                                                         void (*)(const volatile void*));
 static void count_allocation(const volatile void*, std::size_t) { ++allocations; }
 static void ignore_free(const volatile void*) {}
 static const int counting = __sanitizer_install_malloc_and_free_hooks(count_allocation, ignore_free);
@@ -39,6 +39,10 @@ void* calloc(std::size_t count, std::size_t bytes) { return ++allocations, __lib
 void* realloc(void* at, std::size_t bytes) { return ++allocations, __libc_realloc(at, bytes); }
 void* memalign(std::size_t line, std::size_t bytes) { return ++allocations, __libc_memalign(line, bytes); }
 void* aligned_alloc(std::size_t line, std::size_t bytes) { return ++allocations, __libc_memalign(line, bytes); }
+int posix_memalign(void** at, std::size_t line, std::size_t bytes) {
+  *at = (++allocations, __libc_memalign(line, bytes));
+  return *at ? 0 : ENOMEM;
+}
 }
 static const int counting = 1;
 #else
