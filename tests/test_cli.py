@@ -1106,11 +1106,11 @@ def make(copy: Path, text_file: Path, tmp_path: Path) -> Arguments:
 
 
 def test_a_strategy_needs_no_text_and_no_torch(run: Run, make: Arguments, tmp_path: Path, copy: Path) -> None:
-    arguments = make("--strategy", "decreasing", "--bits-per-weight", "5.5")
+    arguments = make("--strategy", "decreasing", "--bits-per-weight", "4.5")
     record = last_record(run(*arguments))
     plan = json.loads((tmp_path / "made.json").read_text())
     assert plan["bits"] == {path: 4 if ".0." in path else 2 for path in open_checkpoint(copy).shapes}
-    assert record["bits_per_weight"] == plan["about"]["bits_per_weight"] <= 5.5
+    assert record["bits_per_weight"] == plan["about"]["bits_per_weight"] <= 4.5
     (tmp_path / "made.json").unlink()
     assert run_without_torch(*arguments).code == 0
     assert json.loads((tmp_path / "made.json").read_text()) == plan
@@ -1167,7 +1167,14 @@ def test_the_curve_is_a_record_and_a_picture(run: Run, make: Arguments, tmp_path
         (("--widths", "two", "--size", "1GB"), ("--widths 'two' is not a list of numbers; give them with commas",)),
         (
             ("--strategy", "pyramid", "--bits-per-weight", "1"),
-            ("1 bits per weight asked, the smallest plan of the widths 2,4,8 takes", "; give at least that, or other"),
+            (
+                "1 bits per weight asked, the smallest plan of the widths 2,4,8 has",
+                " bits per weight; give a budget that allows it, or other",
+            ),
+        ),
+        (
+            ("--strategy", "pyramid", "--tokens-per-second", "1e9"),
+            ("1e+09 tokens per second asked, the smallest plan of the widths 2,4,8 has", " tokens per second; give"),
         ),
         (("text", "--bits-per-weight", "1"), ("1 bits per weight asked, the smallest plan of the widths 2,3,4,6,8",)),
         (("text", "--bits-per-weight", "5", "--evaluations", "-1"), ("--evaluations -1; give a number of at least 0",)),

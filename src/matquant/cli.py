@@ -179,9 +179,7 @@ def plan(
     directory: Directory,
     out: Annotated[Path, Option("--out", "-o", metavar="FILE", help="Plan to write; with --pareto the curves.")],
     more_text: MoreFiles = None,
-    strategy: Annotated[
-        str, Option(help="search, or pyramid, reverse-pyramid, increasing, decreasing (the paper).")
-    ] = "search",
+    strategy: Annotated[str, Option(help="search, or pyramid, reverse-pyramid, increasing, decreasing.")] = "search",
     bits_per_weight: Annotated[
         float | None, Option(metavar="B", help="Budget: honest bits per quantised weight.")
     ] = None,

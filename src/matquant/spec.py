@@ -16,7 +16,7 @@ from matquant.nest import MASTER_BITS, check_bits, check_rule
 
 FORMAT_VERSION = 1
 SCALE_DTYPES = ("bfloat16", "float32")
-ABOUT = ("strategy", "budget", "bits_per_weight", "bytes", "loss", "log_perplexity", "tokens_per_second")  # of a plan
+ABOUT = ("strategy", "budget", "bits_per_weight", "bytes", "loss", "log_perplexity")  # of a plan
 
 
 def _known_only(record: type, values: Mapping[str, Any], *, where: str) -> dict[str, Any]:

@@ -38,8 +38,8 @@ class Budget:
         least = sum(map(min, table))
         if least > self.limit:
             raise InputError(
-                f"{self.asked} asked, the smallest plan of the widths {','.join(map(str, widths))} takes "
-                f"{self.least(least)}; give at least that, or other --widths"
+                f"{self.asked} asked, the smallest plan of the widths {','.join(map(str, widths))} has "
+                f"{self.least(least)}; give a budget that allows it, or other --widths"
             )
         return table
 
@@ -56,10 +56,10 @@ def bits_budget(checkpoint: Checkpoint, bits_per_weight: float, *, widths: Itera
     check_positive(bits_per_weight=bits_per_weight)
     weights = sum(rows * columns for rows, columns in checkpoint.shapes.values())
     return Budget(
-        limit=int(bits_per_weight * weights + 1e-6),
+        limit=int(bits_per_weight * weights + 1e-3),  # rounding of the product
         costs=size_costs(checkpoint, widths),
         asked=f"{bits_per_weight:g} bits per weight",
-        least=lambda bits: f"{math.ceil(1000 * bits / weights) / 1000}",
+        least=lambda bits: f"{math.ceil(1000 * bits / weights) / 1000:g} bits per weight",
     )
 
 

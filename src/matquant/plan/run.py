@@ -1,5 +1,6 @@
 """The plan a user asks for: a checkpoint, a strategy, a budget; out come a plan file, a table and a record."""
 
+import importlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +15,6 @@ from matquant.errors import InputError
 from matquant.files import write_atomically
 from matquant.plan.budget import Budget, bits_budget, by_layer, check_widths, size_budget
 from matquant.plan.search import EVALUATIONS, PAPER_WIDTHS, search, strategy_plan
-from matquant.plan.speed import speed_budget
 from matquant.plan.strategies import check_strategy
 from matquant.spec import ABOUT, Plan
 
@@ -89,7 +89,9 @@ def read_budget(
     if size is not None:
         return size_budget(checkpoint, size, widths=widths)
     assert tokens_per_second is not None
-    return speed_budget(checkpoint.directory, tokens_per_second, widths=widths)
+    speed = importlib.import_module("matquant.plan.speed")  # the runtime and its kernels, for this budget alone
+    budget: Budget = speed.speed_budget(checkpoint.directory, tokens_per_second, widths=widths)
+    return budget
 
 
 def make_plan(
