@@ -5,6 +5,7 @@ of the step (qkv, o, gate_up, down) at each width; a path gets its share of rows
 to a few percent where weights are streamed from memory; small models that stay in caches are less additive.
 """
 
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def speed_budget(directory: Path | str, tokens_per_second: float, *, widths: Seq
             share = weight.planes.rows / rows[_part(path)]
             costs[path, bits] = round(1000 * scale * row["parts_us"][_part(path)] * share)
         rests.append(1e9 / row["tok_s"] - sum(costs[path, bits] for path in engine.model.weights))
-    rest = max(rests)
+    rest = statistics.median(rests)
     return Budget(
         limit=int(1e9 / tokens_per_second - rest),
         costs=costs,
