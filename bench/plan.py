@@ -81,7 +81,7 @@ def run(model: str, cell: str = "", samples: int = 16) -> None:
                 budgets[str(bits)][strategy] = {**measure(plan), "loss": facts["loss"]}
             print(bits, json.dumps(budgets[str(bits)], sort_keys=True), flush=True)
     _write(
-        model,
+        f"{model}, {cell}" if cell else model,
         {
             "cell": name,
             "trained": checkpoint.spec.widths,
