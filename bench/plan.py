@@ -56,6 +56,7 @@ def run(model: str, cell: str = "", samples: int = 16) -> None:
         make(model, name, lr, 0, directory)
     (directory / SIDECAR).unlink(missing_ok=True)
     stream = held_out(model)[0]
+    reference = float_log_perplexity(model)
     with open_losses(directory, [SETTINGS[model].text], samples=samples, seq_len=CONTEXT) as losses:
         checkpoint = losses.checkpoint
 
@@ -80,17 +81,15 @@ def run(model: str, cell: str = "", samples: int = 16) -> None:
                 plan, facts = make_plan(checkpoint, budget, strategy=strategy, widths=PAPER_WIDTHS, losses=losses)
                 budgets[str(bits)][strategy] = {**measure(plan), "loss": facts["loss"]}
             print(bits, json.dumps(budgets[str(bits)], sort_keys=True), flush=True)
-    _write(
-        f"{model}, {cell}" if cell else model,
-        {
-            "cell": name,
-            "trained": checkpoint.spec.widths,
-            "float": float_log_perplexity(model),
-            "uniform": uniform,
-            "budgets": budgets,
-            "samples": samples,
-        },
-    )
+            record: dict[str, Any] = {
+                "cell": name,
+                "trained": checkpoint.spec.widths,
+                "uniform": uniform,
+                "budgets": budgets,
+            }
+            record |= {"float": reference, "samples": samples}
+            _write(f"{model}, {cell}" if cell else model, record)
+    print(json.dumps(record, sort_keys=True))
 
 
 def interpolate(bits: float, uniform: Mapping[str, Mapping[str, float]]) -> float:
@@ -121,6 +120,7 @@ def growth() -> None:
                 rows.append({**row, "evolution": EVOLUTION, "fewer": round(EVOLUTION / facts["evaluations"], 1)})
                 print(json.dumps(rows[-1]), flush=True)
     _write("growth", {"rows": rows})
+    print(json.dumps(rows))
 
 
 def _random_checkpoint(directory: Path, layers: int) -> Path:
@@ -139,7 +139,6 @@ def _write(part: str, record: dict[str, Any]) -> None:
     kept[part] = {**origin("torch", "transformers", "numpy"), **record}
     assert all(math.isfinite(value) for value in _numbers(kept))
     RECORD.write_text(json.dumps(kept, sort_keys=True, indent=1) + "\n")
-    print(json.dumps(kept[part], sort_keys=True))
 
 
 def _numbers(value: Any) -> list[float]:

@@ -506,9 +506,9 @@ def _plans(best: Best) -> list[str]:
             kind = "trained" if int(width) in found["trained"] else "interpolated"
             _add(curves, f"uniform, {kind}", point)
         for values in found["budgets"].values():
-            for name, point in values.items():
+            for way, point in values.items():
                 if isinstance(point, dict):
-                    _add(curves, name, point)
+                    _add(curves, way, point)
         for cell, width in ((best[model].get(f"qat+ int{width}"), str(width)) for width in WIDTHS):
             if cell:
                 bits, value = cell["bits_per_weight"][width], cell["log_perplexity"][width]

@@ -11,6 +11,7 @@ group, lower another if need be, and keep what the measured loss of the whole mo
 order of their estimated gain; every measurement corrects the estimates of the widths it moved to.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
@@ -23,7 +24,7 @@ from matquant.plan.strategies import STRATEGIES, widest_mix
 Choice = tuple[int, ...]  # for each group the index of its width
 EVALUATIONS = 100  # of a search, besides the sensitivities
 PAPER_WIDTHS = (2, 4, 8)  # what the paper mixes
-PATIENCE = 24  # measured swaps without a gain after which there are none
+PATIENCE = 40  # measured swaps without a gain after which there are none
 
 
 class Measured(Protocol):
@@ -83,15 +84,15 @@ def strategy_plan(strategy: str, paths: Sequence[str], budget: Budget, *, widths
 
 
 def _simple_plans(paths: Sequence[str], budget: Budget, widths: Sequence[int]) -> Iterator[dict[str, int]]:
-    """The uniform widths and the four strategies within ``budget``."""
+    """The uniform widths within ``budget``; the four strategies over the paper's widths and every two neighbours."""
     for bits in widths:
         uniform = dict.fromkeys(paths, bits)
         if budget.cost(uniform) <= budget.limit:
             yield uniform
-    mixed = [bits for bits in PAPER_WIDTHS if bits in widths]
-    if mixed and budget.cost(dict.fromkeys(paths, mixed[0])) <= budget.limit:
-        for strategy in STRATEGIES:
-            yield strategy_plan(strategy, paths, budget, widths=mixed)
+    for mixed in ([bits for bits in PAPER_WIDTHS if bits in widths], *itertools.pairwise(widths)):
+        if mixed and budget.cost(dict.fromkeys(paths, mixed[0])) <= budget.limit:
+            for strategy in STRATEGIES:
+                yield strategy_plan(strategy, paths, budget, widths=mixed)
 
 
 def _express(bits: Mapping[str, int], groups: Groups, widths: Sequence[int]) -> Choice | None:
