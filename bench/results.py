@@ -483,7 +483,8 @@ def _plans(best: Best) -> list[str]:
         "",
         "A width per layer of one resident checkpoint (docs/planning.md): log-perplexity on the TEST tokens at no more",
         "than so many honest bits per weight. The search was told the training text only; *interpolated* is the line",
-        "between the uniform widths 2, 3, 4, 6, 8 around that budget; the smallest of a row is bold. Where a budget allows no mix, all are int2.",
+        "between the uniform widths 2, 3, 4, 6, 8 around that budget; the smallest of a row is bold. Where a budget",
+        "allows no mix, all are int2.",
         "",
     ]
     for name in sorted(set(record) - {"growth"}):
