@@ -8,7 +8,7 @@ both ends), reverse pyramid, increasing, decreasing. Writes bench/mix-MODEL.json
 
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -20,24 +20,11 @@ from matquant.checkpoint import bits_per_weight, open_checkpoint
 from matquant.eval.likelihood import log_perplexity
 from matquant.eval.report import plot_widths
 from matquant.models import decoder_layers, load_float
+from matquant.plan.strategies import STRATEGIES, mixes
 from origin import origin
 from quality import CELLS, CONTEXT, ROOT, SETTINGS, held_out
 
 TOKENS = 40 * CONTEXT
-
-
-def _pyramid(widths: Sequence[int]) -> list[int]:
-    """Sorted widths laid from both ends towards the middle."""
-    left, right = list(widths)[::2], list(widths)[1::2]
-    return [*left, *reversed(right)]
-
-
-STRATEGIES: dict[str, Callable[[list[int]], list[int]]] = {
-    "pyramid": _pyramid,
-    "reverse pyramid": lambda widths: _pyramid(widths[::-1]),
-    "increasing": list,
-    "decreasing": lambda widths: widths[::-1],
-}
 
 
 def main(
@@ -73,12 +60,10 @@ def main(
         measure("uniform, trained", [width] * len(layers))
     for width in (6, 3):
         measure("uniform, interpolated", [width] * len(layers))
-    for twos in range(len(layers) + 1):
-        for fours in range(len(layers) + 1 - twos):
-            widths = [2] * twos + [4] * fours + [8] * (len(layers) - twos - fours)
-            for name, order in STRATEGIES.items():
-                if len(set(widths)) > 1:
-                    measure(name, order(widths))
+    for name in STRATEGIES:
+        for by_layer in mixes(name, (2, 4, 8), layers=len(layers)).tolist():
+            if len(set(by_layer)) > 1:
+                measure(name, by_layer)
     reference = log_perplexity(load_float(setting.path, dtype=torch.float32), stream, context=CONTEXT)
     plot_widths(ROOT / "docs" / f"mix-{model}.png", _frontiers(curves), reference=reference)
     record = {

@@ -341,22 +341,34 @@ def float_log_perplexity(model: str) -> float:
     return log_perplexity(load_float(SETTINGS[model].path, dtype=torch.float32), held_out(model)[0], context=CONTEXT)
 
 
-def _measure(model: str, name: str, lr: float | None, seed: int, streams: Streams) -> dict[str, Any]:
-    setting, options = SETTINGS[model], CELLS[name].options
+def make(model: str, name: str, lr: float | None, seed: int, out: Path) -> Path:
+    """Write the checkpoint of a cell to ``out``; beside it may lie what it starts from."""
+    setting, text = SETTINGS[model], [SETTINGS[model].text]
+    training, options = _training(model, name, lr, seed), dict(CELLS[name].options)
+    text = text if options.get("method", "qat") != "rtn" else []
+    if "tokens" in options:  # of the text, whole documents
+        text = [_beginning(setting, options.pop("tokens"), out.parent / "text.txt")]
+    if "start" in options:  # the cell whose checkpoint this one goes on from
+        first = {**setting.training["gptq"], **CELLS[options["start"]].options}
+        start = out.parent / "first"
+        options["start"] = matquant.quantize(setting.path, start, text=text, overwrite=True, **first)
+    return matquant.quantize(setting.path, out, text=text, **training, **options)
+
+
+def _training(model: str, name: str, lr: float | None, seed: int) -> Options:
+    """The settings of a cell that its own options do not have."""
+    options = CELLS[name].options
     method = options.get("method", "qat")
-    training = {**setting.training.get(method, {}), **({"seed": seed} if method != "rtn" else {})}
+    training = {**SETTINGS[model].training.get(method, {}), **({"seed": seed} if method != "rtn" else {})}
     training |= {"lr": lr} if lr is not None else {}
-    training = {name: value for name, value in training.items() if name not in options}
+    return {key: value for key, value in training.items() if key not in options}
+
+
+def _measure(model: str, name: str, lr: float | None, seed: int, streams: Streams) -> dict[str, Any]:
+    options = CELLS[name].options
     began, cpu_s = time.perf_counter(), time.process_time()
     with tempfile.TemporaryDirectory() as folder:
-        text = [setting.text] if method != "rtn" else []
-        if "tokens" in options:  # of the text, whole documents
-            options = dict(options)
-            text = [_beginning(setting, options.pop("tokens"), Path(folder) / "text.txt")]
-        if "start" in options:  # the cell whose checkpoint this one goes on from
-            first = {**setting.training["gptq"], **CELLS[options["start"]].options}
-            options = {**options, "start": matquant.quantize(setting.path, Path(folder) / "first", text=text, **first)}
-        out = matquant.quantize(setting.path, Path(folder) / "out", text=text, **training, **options)
+        out = make(model, name, lr, seed, Path(folder) / "out")
         seconds, cpu_s = time.perf_counter() - began, time.process_time() - cpu_s
         peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         checkpoint, served = open_checkpoint(out), matquant.load(out, dtype=torch.float32, kernels="none")
@@ -371,7 +383,7 @@ def _measure(model: str, name: str, lr: float | None, seed: int, streams: Stream
         "cell": name,
         "lr": lr,
         "seed": seed,
-        "options": {**training, **CELLS[name].options},
+        "options": {**_training(model, name, lr, seed), **options},
         "log_perplexity": test,
         "select": sum(w * select[str(b)] for b, w in zip(spec.widths, spec.weights, strict=True)) if select else None,
         "bits_per_weight": sizes,

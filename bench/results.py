@@ -2,8 +2,8 @@
 
     python bench/results.py
 
-Reads bench/quality.jsonl, peers.jsonl, gptq.json, blocks.json and train.json; a row without a record is left out. The
-paper's figures are those of its third version (arXiv 2502.06786 v3), Gemma-2 9B, log-perplexity on C4.
+Reads bench/quality.jsonl, peers.jsonl, gptq.json, blocks.json, train.json and plan.json; a row without a record is left
+out. The paper's figures are those of its third version (arXiv 2502.06786 v3), Gemma-2 9B, log-perplexity on C4.
 """
 
 import functools
@@ -49,7 +49,7 @@ def main() -> None:
             f"- **{model}**: {TEST[model]:,} held-out tokens, float model {reference:.4f} nats/token; "
             f"QAT {training['steps']} steps of {training['batch_size']} x {training['seq_len']} tokens"
         )
-    for part in (_verdicts, _tables, _figure_1b, _beyond, _gptq, _peers, _steps, _histograms):
+    for part in (_verdicts, _tables, _figure_1b, _beyond, _gptq, _peers, _steps, _histograms, _plans):
         lines += ["", *part(best)]
     RESULTS.write_text("\n".join(lines) + "\n")
     print(f"wrote {RESULTS.relative_to(ROOT)}")
@@ -473,13 +473,86 @@ def _histograms(best: Best) -> list[str]:
         "learned, at both ends.",
         "",
         "![8-bit codes of MatQuant and of the int8 baseline](histograms.png)",
-        "",
+    ]
+
+
+def _plans(best: Best) -> list[str]:
+    record = _kept("plan.json")
+    lines = [
         "## Mix'n'Match (Figure 2)",
         "",
-        "Nested GPTQ of stories260K, widths per layer, the best mixes of each of the paper's strategies, on the first",
-        "20,480 held-out tokens (bench/mix.py):",
+        "A width per layer of one resident checkpoint (docs/planning.md): log-perplexity on the TEST tokens at no more",
+        "than so many honest bits per weight. The search was told the training text only; *interpolated* is the line",
+        "between the uniform widths 2, 3, 4, 6, 8 around that budget; the smallest of a row is bold. Where a budget",
+        "allows no mix, all are int2.",
+        "",
+    ]
+    for name in sorted(set(record) - {"growth"}):
+        found, model = record[name], name.split(",")[0]
+        file = f"plans-{name.replace(', ', '-').replace(' ', '-').replace('+', '')}.png"
+        rows, names = [], list(next(iter(found["budgets"].values())))
+        for bits, values in found["budgets"].items():
+            row = {n: v["held_out"] if isinstance(v, dict) else v for n, v in values.items()}
+            cells = [f"**{v:.4f}**" if v == min(row.values()) else f"{v:.4f}" for v in row.values()]
+            rows.append([bits, *cells])
+        lines += [f"{model}, `{found['command']}`, cell {found['cell']!r}:", "", *_table(["bits", *names], rows), ""]
+        lines += [
+            *_plan_claims(found),
+            "",
+            f"![log-perplexity of plans against bits per weight]({file})",
+            "",
+        ]
+        curves: dict[str, tuple[list[float], list[float]]] = {}
+        for width, point in found["uniform"].items():
+            kind = "trained" if int(width) in found["trained"] else "interpolated"
+            _add(curves, f"uniform, {kind}", point)
+        for values in found["budgets"].values():
+            for way, point in values.items():
+                if isinstance(point, dict):
+                    _add(curves, way, point)
+        for cell, width in ((best[model].get(f"qat+ int{width}"), str(width)) for width in WIDTHS):
+            if cell:
+                bits, value = cell["bits_per_weight"][width], cell["log_perplexity"][width]
+                _add(curves, "dedicated", {"bits_per_weight": bits, "held_out": value})
+        plot_widths(ROOT / "docs" / file, curves, reference=found["float"])
+    if "growth" in record:
+        growth = record["growth"]
+        names = ["layers", "widths", "evaluations", "cpu_seconds", "evolution", "fewer"]
+        rows = [[str(row[name]) for name in names] for row in growth["rows"]]
+        head = ["layers", "widths", "evaluations", "CPU s", "evolutionary search", "times fewer"]
+        lines += [f"A first search of random models, all linears, `{growth['command']}`:", "", *_table(head, rows), ""]
+    return [
+        *lines,
+        "Every mix of 2, 4 and 8 bits of nested GPTQ of stories260K in the paper's four forms, the best ones of each,",
+        "on the first 20,480 held-out tokens (bench/mix.py):",
         "",
         "![log-perplexity of mixes against bits per weight](mix-stories260K.png)",
+    ]
+
+
+def _add(curves: dict[str, tuple[list[float], list[float]]], name: str, point: Record) -> None:
+    bits, values = curves.setdefault(name, ([], []))
+    bits.append(point["bits_per_weight"])
+    values.append(point["held_out"])
+
+
+def _plan_claims(found: Record) -> list[str]:
+    """The paper's two claims about plans, on this model."""
+    four = found["uniform"]["4"]
+    below = [
+        (p["held_out"], bits, n)
+        for bits, v in found["budgets"].items()
+        for n, p in v.items()
+        if isinstance(p, dict) and p["bits_per_weight"] < 4
+    ]
+    value, bits, name = min(below)
+    forms = ("pyramid", "reverse-pyramid", "increasing", "decreasing")
+    winners = [min(forms, key=lambda form: values[form]["held_out"]) for values in found["budgets"].values()]
+    verdict = "at least as good as" if value <= four["held_out"] else "worse than"
+    return [
+        f"The best plan under 4 bits ({name} at {bits}: {value:.4f}) is {verdict} uniform int4 "
+        f"({four['held_out']:.4f} at {four['bits_per_weight']:.3f} bits). Of the paper's strategies pyramid is the "
+        f"best at {winners.count('pyramid')} of {len(winners)} budgets ({', '.join(winners)}).",
     ]
 
 

@@ -1091,9 +1091,114 @@ def test_a_plan_with_an_unknown_key_names_the_nearest(refuse: Refuse, plan: Argu
     refuse(*arguments, message=message)
 
 
+# Making plans ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def make(copy: Path, text_file: Path, tmp_path: Path) -> Arguments:
+    """make(*more): the arguments of a plan; a text is among them if ``more`` begins with "text"."""
+
+    def arguments(*more: object) -> tuple[object, ...]:
+        text = ("--text", text_file, "--samples", "2", "--seq-len", "16") if more[:1] == ("text",) else ()
+        return ("plan", copy, "-o", tmp_path / "made.json", *text, *more[len(more[:1]) if text else 0 :])
+
+    return arguments
+
+
+def test_a_strategy_needs_no_text_and_no_torch(run: Run, make: Arguments, tmp_path: Path, copy: Path) -> None:
+    arguments = make("--strategy", "decreasing", "--bits-per-weight", "4.5")
+    record = last_record(run(*arguments))
+    plan = json.loads((tmp_path / "made.json").read_text())
+    assert plan["bits"] == {path: 4 if ".0." in path else 2 for path in open_checkpoint(copy).shapes}
+    assert record["bits_per_weight"] == plan["about"]["bits_per_weight"] <= 4.5
+    (tmp_path / "made.json").unlink()
+    assert run_without_torch(*arguments).code == 0
+    assert json.loads((tmp_path / "made.json").read_text()) == plan
+
+
+def test_a_search_writes_a_plan_that_eval_reads(run: Run, make: Arguments, tmp_path: Path, copy: Path) -> None:
+    arguments = make("text", "--bits-per-weight", "5.9", "--evaluations", "4")
+    result = run(*arguments)
+    record = last_record(result)
+    assert record["evaluations"] > 0
+    assert record["bits_per_weight"] <= 5.9
+    assert all(str(width) in result.out for width in json.loads((tmp_path / "made.json").read_text())["bits"].values())
+    again = last_record(run(*arguments))
+    assert again["loss"] <= record["loss"]
+    text = arguments[arguments.index("--text") + 1]
+    found = last_record(run("eval", copy, "--text", text, "--bits", "8", "--plan", tmp_path / "made.json"))
+    assert found["bits_per_weight"]["plan"] == record["bits_per_weight"]
+
+
+def test_the_curve_is_a_record_and_a_picture(run: Run, make: Arguments, tmp_path: Path) -> None:
+    baselines = tmp_path / "baselines.json"
+    baselines.write_text('{"dedicated": [[4.5, 5.1], [8.4, 5.0]]}')
+    arguments = make("text", "--pareto", "--widths", "2,4,8", "--evaluations", "1", "--baselines", baselines)
+    last_record(run(*arguments))
+    curves = json.loads((tmp_path / "made.json").read_text())["curves"]
+    assert sorted(curves) == sorted(
+        ["search", "uniform, interpolated", "pyramid", "reverse-pyramid", "increasing", "decreasing"]
+    )  # round to nearest trains no width
+    losses = [point["loss"] for point in curves["search"]]
+    assert losses == sorted(losses, reverse=True)
+    assert (tmp_path / "made.png").read_bytes().startswith(b"\x89PNG")
+    baselines.write_text('{"dedicated": [4.5]}')
+    refused = run(*arguments)
+    assert (refused.code, refused.out) == (2, "")
+    assert "holds no points" in refused.err
+
+
+@pytest.mark.parametrize(
+    ("more", "parts"),
+    [
+        ((), ("0 budgets given; give one of --bits-per-weight, --size and --tokens-per-second, or --pareto",)),
+        (("--bits-per-weight", "3", "--size", "1GB"), ("2 budgets given; give one of",)),
+        (("--bits-per-weight", "0"), ("bits_per_weight=0.0; give a number above 0",)),
+        (("--bits-per-weight", "nan"), ("bits_per_weight=nan; give a number above 0",)),
+        (("--tokens-per-second", "-1"), ("tokens_per_second=-1.0; give a number above 0",)),
+        (("--size", "much"), ("--size 'much' is not a size; give a number and one of B, KB, MB, GB, KiB, MiB, GiB",)),
+        (("--bits-per-weight", "4"), ("--strategy search measures losses and no text is given; give --text FILE",)),
+        (("--pareto",), ("--pareto measures losses and no text is given; give --text FILE",)),
+        (("--pareto", "--size", "1GB"), ("--pareto is for all strategies and budgets, and one is given; leave",)),
+        (("--plot", "a.png", "--size", "1GB"), ("--baselines and --plot are of the picture, and none is drawn; give",)),
+        (("--strategy", "best", "--size", "1GB"), ("--strategy 'best' is not known; use one of search, pyramid,",)),
+        (("--widths", "4,2", "--size", "1GB"), ("--widths 4,2 are not ascending; give them as in 2,4,8",)),
+        (("--widths", "2,9", "--size", "1GB"), ("bits=9 asked of an 8-bit code; use one of 1, 2, 3, 4, 5, 6, 7, 8",)),
+        (("--widths", "two", "--size", "1GB"), ("--widths 'two' is not a list of numbers; give them with commas",)),
+        (
+            ("--strategy", "pyramid", "--bits-per-weight", "1"),
+            (
+                "1 bits per weight asked, the smallest plan of the widths 2,4,8 has",
+                " bits per weight; give a budget that allows it, or other",
+            ),
+        ),
+        (
+            ("--strategy", "pyramid", "--tokens-per-second", "1e9"),
+            ("1e+09 tokens per second asked, the smallest plan of the widths 2,4,8 has", " tokens per second; give"),
+        ),
+        (("text", "--bits-per-weight", "1"), ("1 bits per weight asked, the smallest plan of the widths 2,3,4,6,8",)),
+        (("text", "--bits-per-weight", "5", "--evaluations", "-1"), ("--evaluations -1; give a number of at least 0",)),
+        (("text", "--bits-per-weight", "5", "--seed", "-1"), ("seed=-1; give a number of at least 0",)),
+        (("text", "--bits-per-weight", "5", "--samples", "0"), ("samples=0; give a number above 0",)),
+        (("text", "--bits-per-weight", "5", "--reference", "/nowhere"), ("/nowhere: no such model directory; give",)),
+    ],
+)
+def test_a_plan_that_cannot_be_made_is_refused(
+    more: tuple[str, ...], parts: tuple[str, ...], refuse: Refuse, make: Arguments
+) -> None:
+    arguments = make(*more)
+    refuse(*arguments, naming=parts)
+
+
+def test_a_plan_cannot_replace_a_directory(refuse: Refuse, make: Arguments, tmp_path: Path) -> None:
+    (tmp_path / "made.json").mkdir()
+    arguments = make("--strategy", "pyramid", "--bits-per-weight", "6")
+    refuse(*arguments, message=f"-o {tmp_path / 'made.json'} is a directory; give a file")
+
+
 # Help -----------------------------------------------------------------------------------------------------------------
 
-VERBS = ("quantize", "eval", "inspect", "verify", "generate", "chat", "bench", "demo")
+VERBS = ("quantize", "eval", "plan", "inspect", "verify", "generate", "chat", "bench", "demo")
 
 
 def test_the_help_fits_a_small_terminal(run: Run) -> None:
@@ -1134,6 +1239,11 @@ FLAGS: dict[str, list[str]] = {
     "eval": [
         "--bits", "--text", "--plan", "--reference", "--seq-len", "--stride", "--max-tokens", "--skip-documents",
         "--json", "--plot", "--help",
+    ],
+    "plan": [
+        "--out", "--strategy", "--bits-per-weight", "--size", "--tokens-per-second", "--text", "--reference",
+        "--widths", "--fused", "--samples", "--seq-len", "--seed", "--evaluations", "--pareto", "--baselines", "--plot",
+        "--help",
     ],
     "inspect": ["--json", "--help"],
     "verify": ["--help"],
@@ -1191,6 +1301,17 @@ DEFAULTS: dict[str, dict[str, str]] = {
         "--seq-len": "(the model's context)",
         "--stride": "(no overlap)",
         "--skip-documents": "0",
+    },
+    "plan": {
+        "--strategy": "search",
+        "--reference": "(the 8-bit model)",
+        "--widths": "(search 2,3,4,6,8, others 2,4,8)",
+        "--fused": "fused",
+        "--samples": "8",
+        "--seq-len": "(the model's context, 512 at most)",
+        "--seed": "0",
+        "--evaluations": "100",
+        "--plot": "(-o with .png)",
     },
     "inspect": {},
     "verify": {},
@@ -1271,11 +1392,12 @@ def test_inspect_verify_and_help_work_without_torch(run: Run, checkpoint: Path) 
         assert result.out.split() == run(*arguments).out.split()
 
 
-@pytest.mark.parametrize("verb", ["quantize", "eval", "demo"])
+@pytest.mark.parametrize("verb", ["quantize", "eval", "plan", "demo"])
 def test_what_needs_torch_says_what_to_install(verb: str, checkpoint: Path, text_file: Path, tmp_path: Path) -> None:
     arguments: dict[str, tuple[object, ...]] = {
         "quantize": (checkpoint, "-o", tmp_path / "out", "--method", "rtn"),
         "eval": (checkpoint, "--text", text_file),
+        "plan": (checkpoint, "--text", text_file, "--bits-per-weight", "4", "-o", tmp_path / "plan.json"),
         "demo": ("-o", tmp_path / "out"),
     }
     result = run_without_torch(verb, *arguments[verb])

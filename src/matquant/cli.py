@@ -177,6 +177,62 @@ def evaluate(
     print(json.dumps(record, sort_keys=True))
 
 
+@app.command()
+def plan(
+    directory: Directory,
+    out: Annotated[Path, Option("--out", "-o", metavar="FILE", help="Plan to write; with --pareto the curves.")],
+    more_text: MoreFiles = None,
+    strategy: Annotated[str, Option(help="search, or pyramid, reverse-pyramid, increasing, decreasing.")] = "search",
+    bits_per_weight: Annotated[
+        float | None, Option(metavar="B", help="Budget: honest bits per quantised weight.")
+    ] = None,
+    size: Annotated[str | None, Option(metavar="S", help="Or: of the whole model, such as 1.1GB.")] = None,
+    tokens_per_second: Annotated[
+        float | None, Option(metavar="T", help="Or: decoding speed on this machine, measured first.")
+    ] = None,
+    text: Files = None,
+    reference: Annotated[
+        str | None, Option(metavar="MODEL", help="Loss against this float model.", show_default="the 8-bit model")
+    ] = None,
+    widths: Annotated[str | None, Option(help="Widths to mix.", show_default="search 2,3,4,6,8, others 2,4,8")] = None,
+    fused: Annotated[bool, Option("--fused/--no-fused", help="One width for q, k, v and one for gate, up.")] = True,
+    samples: Annotated[int, Option(help="Calibration sequences.")] = 8,
+    seq_len: Annotated[
+        int | None, Option(help="Tokens per sequence.", show_default="the model's context, 512 at most")
+    ] = None,
+    seed: Annotated[int, Option(help="Choice of the sequences.")] = 0,
+    evaluations: Annotated[int, Option(metavar="N", help="Swaps the search measures at most.")] = 100,
+    pareto: Annotated[bool, Option("--pareto", help="Instead of one plan, the whole curve and a picture.")] = False,
+    baselines: Annotated[Path | None, Option(metavar="FILE", help="Points to add to the picture.")] = None,
+    plot: Annotated[Path | None, Option(metavar="FILE", help="The picture.", show_default="-o with .png")] = None,
+) -> None:
+    """The best width per layer for a budget in bits, bytes or tokens/s; the last line is JSON."""
+    files = [*(text or []), *(more_text or [])]
+    budget = {"bits_per_weight": bits_per_weight, "size": size, "tokens_per_second": tokens_per_second}
+    options: dict[str, Any] = {"fused": fused, "evaluations": evaluations, "show": Console().print}
+    options |= {"widths": None if widths is None else _numbers(widths, int, "--widths")}
+    one = {"strategy": strategy, **budget}
+    if pareto and (strategy != "search" or any(value is not None for value in budget.values())):
+        raise InputError("--pareto is for all strategies and budgets, and one is given; leave one of them out")
+    if not pareto and (baselines or plot):
+        raise InputError("--baselines and --plot are of the picture, and none is drawn; give --pareto too")
+    if not files and not pareto:
+        record = importlib.import_module("matquant.plan.run").run(directory, out, **one, **options)
+    else:
+        if not files:
+            raise InputError("--pareto measures losses and no text is given; give --text FILE")
+        chosen = {"reference": reference, "samples": samples, "seq_len": seq_len, "seed": seed}
+        sensitivity = _needs_torch("matquant.plan.sensitivity")
+        with _status() as report, sensitivity.open_losses(directory, files, report=report, **chosen) as losses:
+            if pareto:
+                module = importlib.import_module("matquant.plan.pareto")
+                record = module.run(directory, out, losses=losses, baselines=baselines, plot=plot, **options)
+            else:
+                module = importlib.import_module("matquant.plan.run")
+                record = module.run(directory, out, losses=losses, **one, **options)
+    print(json.dumps(record, sort_keys=True))
+
+
 @app.command("inspect")
 def inspect_checkpoint(
     directory: Directory,
@@ -337,6 +393,21 @@ def _group_size(text: str) -> int | None:
     if not text.isdecimal():
         raise InputError(f"--group-size {text!r} is neither 'channel' nor a number; give one of them, such as 128")
     return int(text)
+
+
+@contextmanager
+def _status() -> Iterator[Any]:
+    """A line on stderr that says how many plans are measured; yields the report function."""
+    status = Console(stderr=True).status("measuring")
+
+    def report(evaluations: int) -> None:
+        status.start()  # not before the first plan: a refused run prints its message and nothing else
+        status.update(f"{evaluations} plans measured")
+
+    try:
+        yield report
+    finally:
+        status.stop()
 
 
 @contextmanager

@@ -234,6 +234,14 @@ def embed(model: Model, batches: Iterable[torch.Tensor]) -> tuple[list[torch.Ten
     return hidden, [call(rest, named) for rest, named in arguments]
 
 
+def finish(model: Model, tokens: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+    """Logits [B, T, vocab] of what flows out of the last decoder layer, [B, T, H], for token ids [B, T]."""
+    layers = [layer for _, layer in decoder_layers(model)]
+    with torch.no_grad(), _replaced(layers, [lambda *_, **__: states] * len(layers)):
+        logits: torch.Tensor = model(input_ids=tokens, use_cache=False).logits
+    return logits
+
+
 @contextlib.contextmanager
 def _replaced(modules: Sequence[torch.nn.Module], forwards: Sequence[Callable[..., torch.Tensor]]) -> Iterator[None]:
     """Modules with other forward functions."""

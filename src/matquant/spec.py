@@ -16,6 +16,7 @@ from matquant.nest import MASTER_BITS, check_bits, check_rule
 
 FORMAT_VERSION = 1
 SCALE_DTYPES = ("bfloat16", "float32")
+ABOUT = ("strategy", "budget", "bits_per_weight", "bytes", "loss", "log_perplexity")  # of a plan
 
 
 def _known_only(record: type, values: Mapping[str, Any], *, where: str) -> dict[str, Any]:
@@ -123,17 +124,21 @@ class Spec:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Bits per module path (Mix'n'Match): ``bits[path]``, or ``default`` for paths not listed."""
+    """Bits per module path (Mix'n'Match): ``bits[path]``, or ``default`` for paths not listed (None: list them all).
 
-    default: int = MASTER_BITS
+    about: facts of how it was made (ABOUT), for people; nothing depends on them.
+    """
+
+    default: int | None = MASTER_BITS
     bits: Mapping[str, int] = field(default_factory=dict)
+    about: Mapping[str, str | float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for width in (self.default, *self.bits.values()):
+        for width in (*(() if self.default is None else (self.default,)), *self.bits.values()):
             check_bits(width)
 
     def resolve(self, paths: Iterable[str]) -> dict[str, int]:
-        """The width of every path; InputError if the plan names a path the model does not have."""
+        """The width of every path; InputError if the plan names a path the model does not have, or misses one."""
         known = list(paths)
         unknown = [path for path in self.bits if path not in set(known)]
         if unknown:
@@ -141,11 +146,22 @@ class Plan:
             raise InputError(
                 f"the plan names {unknown[0]!r}, which the model does not quantise; nearest: {nearest[0]!r}"
             )
-        return {path: self.bits.get(path, self.default) for path in known}
+        missing = [path for path in known if path not in self.bits]
+        if self.default is None and missing:
+            raise InputError(
+                f"the plan has no default and misses {missing[0]!r} ({len(missing)} of {len(known)} paths); "
+                'list every path, or give "default"'
+            )
+        return {path: self.bits.get(path, self.default or MASTER_BITS) for path in known}
+
+    def to_json(self) -> dict[str, Any]:
+        """What ``read`` reads; keys that say nothing are left out."""
+        values = {"default": self.default, "bits": dict(self.bits), "about": dict(self.about)}
+        return {key: value for key, value in values.items() if value not in (None, {})}
 
     @classmethod
     def read(cls, file: Path | str) -> Self:
-        """Read {"default": bits, "bits": {path: bits}} from a JSON file."""
+        """Read {"default": bits, "bits": {path: bits}, "about": {fact: value}} from a JSON file, any of them absent."""
         where = Path(file)
         if not where.is_file():
             raise InputError(f'--plan {where}: no such file; give a JSON file {{"default": 4, "bits": {{path: bits}}}}')
@@ -155,4 +171,18 @@ class Plan:
             raise InputError(f'--plan {where} is not JSON ({error}); give {{"default": 4, "bits": {{...}}}}') from None
         if not isinstance(values, dict) or not isinstance(values.get("bits", {}), dict):
             raise InputError(f'--plan {where} is not an object with "bits"; give {{"default": 4, "bits": {{...}}}}')
-        return cls(**_known_only(cls, values, where=str(where)))
+        known = {"default": None, **_known_only(cls, values, where=str(where))}
+        if "default" in values:
+            check_bits(values["default"])
+        _check_about(known.get("about", {}), where=where)
+        return cls(**known)
+
+
+def _check_about(about: Any, *, where: Path) -> None:
+    """InputError unless ``about`` is an object of known facts, texts and numbers."""
+    give = f'"about" may have {", ".join(ABOUT)}, texts or numbers'
+    if not isinstance(about, dict):
+        raise InputError(f"--plan {where} has about={about!r}, which is not an object; {give}")
+    for key, value in about.items():
+        if key not in ABOUT or type(value) not in (str, int, float):
+            raise InputError(f'--plan {where} has {key}={value!r} in its "about"; {give}')

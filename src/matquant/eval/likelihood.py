@@ -60,7 +60,7 @@ def evaluate(
         model.set_bits(width)
         results[str(width)] = log_perplexity(model, stream, context=length, stride=stride)
     if plan is not None:
-        model.set_bits(plan.default, plan=plan)
+        model.set_bits(plan=plan)
         results["plan"] = log_perplexity(model, stream, context=length, stride=stride)
     return results
 
