@@ -183,6 +183,31 @@ def evaluate(
     print(json.dumps(record, sort_keys=True))
 
 
+@app.command()
+def report(
+    directory: Directory,
+    out: Annotated[Path, Option("--out", "-o", metavar="FILE", help="HTML file to write.")],
+    more_text: MoreFiles = None,
+    evals: Annotated[list[Path] | None, Option("--eval", metavar="FILE", help="A record of matquant eval.")] = None,
+    plans: Annotated[list[Path] | None, Option("--plan", metavar="FILE", help="Bits per module path.")] = None,
+    pareto: Annotated[Path | None, Option(metavar="FILE", help="Curves of loss against bits.")] = None,
+    sensitivity: Annotated[Path | None, Option(metavar="FILE", help="KL per path and width.")] = None,
+    text: Files = None,
+    max_tokens: Annotated[int | None, Option(help="Only the first so many tokens of the text.")] = None,
+) -> None:
+    """One HTML page: what a checkpoint is, what it costs and how good it is."""
+    page = importlib.import_module("matquant.eval.html")
+    records = {name: page.read_record(file) for name, file in page.by_name(evals or [], "--eval").items()}
+    files = [*(text or []), *(more_text or [])]
+    if files:
+        measure = _needs_torch("matquant.eval.run").evaluate_checkpoint
+        records["held-out text"] = measure(directory, bits=page.WIDTHS, text=files, max_tokens=max_tokens)
+        for plan in plans or []:
+            records[plan.stem] = measure(directory, bits=(), text=files, max_tokens=max_tokens, plan_file=plan)
+    page.write_report(directory, out, records=records, plans=plans or [], pareto=pareto, sensitivity=sensitivity)
+    print(f"wrote {out}")
+
+
 @app.command("inspect")
 def inspect_checkpoint(
     directory: Directory,

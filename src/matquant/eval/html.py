@@ -56,7 +56,7 @@ def write_report(
                 f"{name} was measured on the checkpoint {str(found)[:12]}…, {directory} is {sha256[:12]}…; "
                 "evaluate this one, or give that one's directory"
             )
-    named = {file.stem: Plan.read(file).resolve(checkpoint.shapes) for file in plans}
+    named = {name: Plan.read(file).resolve(checkpoint.shapes) for name, file in by_name(plans, "--plan").items()}
     for record in records.values():
         plan = record.get("plan")
         if isinstance(plan, dict) and isinstance(plan.get("bits"), dict) and plan["bits"] not in named.values():
@@ -94,6 +94,16 @@ def read_record(file: Path) -> dict[str, Any]:
     return record
 
 
+def by_name(files: Sequence[Path], flag: str) -> dict[str, Path]:
+    """Name without ending -> file; InputError if two share one, for it stands on the page."""
+    named: dict[str, Path] = {}
+    for file in files:
+        if file.stem in named:
+            raise InputError(f"{flag} {named[file.stem]} and {file} are both called {file.stem}; rename one of them")
+        named[file.stem] = file
+    return named
+
+
 def _read(file: Path, flag: str, key: str) -> dict[str, Any]:
     """A JSON object that has an object ``key``."""
     if not file.is_file():
@@ -119,7 +129,11 @@ def _model_facts(checkpoint: Checkpoint, weights: int) -> list[tuple[str, str]]:
         "vocab_size": "vocabulary",
         "max_position_embeddings": "context in tokens",
     }
-    facts = [(words, f"{config[key]:,}" if type(config[key]) is int else str(config[key])) for key, words in names.items() if key in config]
+    facts = [
+        (words, f"{config[key]:,}" if type(config[key]) is int else str(config[key]))
+        for key, words in names.items()
+        if key in config
+    ]
     architectures = config.get("architectures")
     if isinstance(architectures, list) and architectures:
         facts.insert(0, ("architecture", str(architectures[0])))
@@ -151,7 +165,7 @@ def _made_facts(checkpoint: Checkpoint) -> list[tuple[str, str]]:
 
 
 def _sizes(checkpoint: Checkpoint, counts: np.ndarray, plans: Mapping[str, Mapping[str, int]]) -> list[dict[str, Any]]:
-    """A row per width and plan: honest bytes and bits per weight, and the share of codes beyond the top of the width."""
+    """A row per width and plan: honest bytes and bits per weight, and the share of codes beyond the top of it."""
     uniform = {f"int{bits}": dict.fromkeys(checkpoint.shapes, bits) for bits in _shown_widths(checkpoint)}
     rest = plain_bytes(checkpoint)
     rows = []
@@ -187,7 +201,7 @@ def _results(name: str, record: Mapping[str, Any]) -> dict[str, Any]:
     plan = record.get("plan")
     reference = record.get("reference")
     rows = [] if not _is_number(reference) else [("float", reference, "", [""] * (len(tasks) + bool(tasks)))]
-    for width in dict.fromkeys((*losses, *scores)):
+    for width in sorted({*losses, *scores}, key=_width_order):
         label = str(plan["name"]) if width == "plan" and isinstance(plan, dict) and "name" in plan else width
         values = [_percent(scores.get(width, {}).get(task)) for task in tasks]
         values += [_percent(average.get(width))] if tasks else []
@@ -207,7 +221,13 @@ def _results(name: str, record: Mapping[str, Any]) -> dict[str, Any]:
         "tasks": tasks,
         "questions": ", ".join(f"{count:,}" for count in sorted(n for n in questions if type(n) is int)),
         "rows": [
-            (label, _fixed(loss, 4), _fixed(math.exp(min(loss, 700)), 3) if _is_number(loss) else "", _fixed(size, 3), values)
+            (
+                label,
+                _fixed(loss, 4),
+                _fixed(math.exp(min(loss, 700)), 3) if _is_number(loss) else "",
+                _fixed(size, 3),
+                values,
+            )
             for label, loss, size, values in rows
         ],
     }
@@ -268,7 +288,10 @@ def _heat_map(values: Mapping[str, Any]) -> dict[str, Any] | None:
         place = (math.log(value) - low) / (high - low) if value > 0 and high > low else 0.0
         return f"{value:.2g}", min(int(place * HEATS), HEATS - 1)
 
-    return {"widths": widths, "rows": [(path, [cell(row.get(width)) for width in widths]) for path, row in table.items()]}
+    return {
+        "widths": widths,
+        "rows": [(path, [cell(row.get(width)) for width in widths]) for path, row in table.items()],
+    }
 
 
 def _width_order(width: str) -> tuple[bool, int, str]:
@@ -295,7 +318,11 @@ def _curves(pareto: Path | None, records: Mapping[str, Mapping[str, Any]]) -> tu
             losses, sizes = _numbers(record.get("log_perplexity")), _numbers(record.get("bits_per_weight"))
             pairs = {width: (sizes[width], loss) for width, loss in losses.items() if width in sizes}
             curves[f"{name}, uniform widths"] = _points(pair for width, pair in pairs.items() if width.isdigit())
-            curves[f"{name}, plan"] = _points(pair for width, pair in pairs.items() if not width.isdigit())
+            plan = record.get("plan")
+            label = plan.get("name", "plan") if isinstance(plan, dict) else "plan"
+            curves[f"{name}, {label}" if label != name else name] = _points(
+                pair for width, pair in pairs.items() if not width.isdigit()
+            )
         reference = next((record["reference"] for record in records.values() if record.get("reference")), None)
     return {name: points for name, points in curves.items() if points}, reference if _is_number(reference) else None
 

@@ -1,4 +1,4 @@
-"""The evaluation a user asks for: a checkpoint, text and tasks, widths; out come tables, a JSON record and a picture."""
+"""The evaluation a user asks for: a checkpoint, text, tasks, widths; out come tables, a record and a picture."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path

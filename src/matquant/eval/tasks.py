@@ -8,7 +8,7 @@ Task Avg. is the mean of one metric per task. The paper (section 4) names the si
 the harness's length-normalised accuracy where it has one and plain accuracy for BoolQ and Winogrande. Its HellaSwag of
 Mistral 7B, 80.61, is a normalised accuracy: the plain one is near 61.
 
-A result is a function of what its fingerprint is over: checkpoint, bits of every path, task, data, limit, batch size and
+A result is a function of what its fingerprint is over: checkpoint, bits of every path, task, data, limit, batch size,
 harness. A result with the same fingerprint in an earlier record is not computed again.
 """
 
@@ -42,9 +42,7 @@ TASKS = {
         "acc_norm", "hellaswag/hellaswag.yaml", "validation", ("activity_label", "ctx_a", "ctx_b", "endings", "label")
     ),
     "piqa": Task("acc_norm", "piqa/piqa.yaml", "validation", ("goal", "sol1", "sol2", "label")),
-    "winogrande": Task(
-        "acc", "winogrande/default.yaml", "validation", ("sentence", "option1", "option2", "answer")
-    ),
+    "winogrande": Task("acc", "winogrande/default.yaml", "validation", ("sentence", "option1", "option2", "answer")),
 }
 HUB = "hub"
 

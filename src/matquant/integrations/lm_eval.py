@@ -65,14 +65,18 @@ def wrap(model: Any, tokenizer: Any, *, batch_size: int) -> Any:
 
 
 def load_task(file: Path) -> Any:
-    """A task from its YAML file; reads its data, from the hub if the file says so."""
+    """A zero-shot task from its YAML file; reads its data, from the hub if the file says so."""
     (task,) = TaskManager(include_defaults=False).load([str(file)])["tasks"].values()
+    task.set_config(key="num_fewshot", value=0)
     return task
 
 
 def score(model: Any, task: Any, *, limit: int | None = None) -> dict[str, Any]:
-    """Zero-shot results of one task as the harness reports them: "acc,none", "acc_stderr,none", ..., "sample_len"."""
-    found = lm_eval.simple_evaluate(model=model, tasks=[task], limit=limit, log_samples=False)
+    """Results of one task as the harness reports them: "acc,none", "acc_stderr,none", ..., "sample_len".
+
+    What ``lm_eval.simple_evaluate`` calls, without its survey of the machine, which takes longer than a small task.
+    """
+    found = lm_eval.evaluate(lm=model, task_dict={"tasks": {task.task_name: task}}, limit=limit, log_samples=False)
     (results,) = found["results"].values()
     return dict(results)
 
