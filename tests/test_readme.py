@@ -44,9 +44,10 @@ def test_the_commands_run(
         "FAST": tmp_path / "FAST",
         "corpus.txt": text_file,
         "heldout.txt": text_file,
+        "report.html": tmp_path / "report.html",
     }
     commands = [line for block in blocks("") for line in block.splitlines() if line.startswith("matquant ")]
-    assert len(commands) == 8
+    assert len(commands) == 9
     for line in commands:
         words = [str(names.get(word, word)) for word in shlex.split(line, comments=True)]
         if words[1] == "quantize":

@@ -24,10 +24,13 @@ from matquant.spec import Plan
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 WIDTHS = (8, 6, 4, 3, 2)
+MASTER_CODES = 2**MASTER_BITS
 HEATS = 9  # shades of the heat map
 SPAN = 3.0  # nats above the best that a picture shows, as matquant eval --plot
 CHART = (480, 320)  # a picture's own units; left and lower margins below hold the labels
 MARGIN = (58, 12, 12, 44)  # left, top, right, bottom
+
+Curves = dict[str, list[tuple[float, float]]]  # name -> (bits per weight, nats)
 
 
 def write_report(
@@ -42,8 +45,9 @@ def write_report(
     """Write the page about a checkpoint to ``out``, atomically.
 
     records: name -> what matquant eval --json wrote. plans: plan files. pareto: {"curves": {name: [[bits], [nats]]},
-    "reference": nats or None}. sensitivity: {"sensitivity": {path: {width: KL in nats}}}. InputError for damage, files
-    that are not such, and records and plans of another checkpoint.
+    "reference": nats or None}, or what matquant plan --pareto wrote. sensitivity: {"sensitivity": {path: {width: KL in
+    nats}}}, or the losses that matquant plan keeps beside a checkpoint. InputError for damage, files that are not such,
+    and records and plans of another checkpoint.
     """
     if out.is_dir():
         raise InputError(f"-o {out} is a directory; give the name of an HTML file")
@@ -57,10 +61,13 @@ def write_report(
                 "evaluate this one, or give that one's directory"
             )
     named = {name: Plan.read(file).resolve(checkpoint.shapes) for name, file in by_name(plans, "--plan").items()}
-    for record in records.values():
+    for name, record in records.items():
         plan = record.get("plan")
         if isinstance(plan, dict) and isinstance(plan.get("bits"), dict) and plan["bits"] not in named.values():
-            named[str(plan.get("name", "plan"))] = Plan(bits=plan["bits"]).resolve(checkpoint.shapes)
+            label = _plan_name(record)
+            named[label if label not in named else f"{label} ({name})"] = Plan(bits=plan["bits"]).resolve(
+                checkpoint.shapes
+            )
     counts = code_counts(checkpoint)
     page = {
         "title": directory.resolve().name,
@@ -72,7 +79,7 @@ def write_report(
         "results": [_results(name, record) for name, record in records.items()],
         "chart": _chart(*_curves(pareto, records)),
         "plans": [_width_map(name, bits, checkpoint) for name, bits in named.items()],
-        "heat": _heat_map(_read(sensitivity, "--sensitivity", "sensitivity")) if sensitivity is not None else None,
+        "heat": _heat_map(_sensitivities(sensitivity, sha256)) if sensitivity is not None else None,
         "histograms": _histograms(checkpoint, counts),
         "example": next(iter(checkpoint.shapes)),
         "width_plan": next(iter(named), "plan"),
@@ -104,16 +111,18 @@ def by_name(files: Sequence[Path], flag: str) -> dict[str, Path]:
     return named
 
 
-def _read(file: Path, flag: str, key: str) -> dict[str, Any]:
-    """A JSON object that has an object ``key``."""
+def _read(file: Path, flag: str, key: str = "") -> dict[str, Any]:
+    """A JSON object; it has an object ``key`` if that is asked for."""
+    what = f'a JSON file with "{key}"' if key else "a JSON file"
     if not file.is_file():
-        raise InputError(f'{flag} {file}: no such file; give a JSON file with "{key}"')
+        raise InputError(f"{flag} {file}: no such file; give {what}")
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise InputError(f'{flag} {file} is not JSON ({error}); give a JSON file with "{key}"') from None
-    if not isinstance(values, dict) or not isinstance(values.get(key), dict):
-        raise InputError(f'{flag} {file} is not an object with "{key}"; give a JSON file with it')
+        raise InputError(f"{flag} {file} is not JSON ({error}); give {what}") from None
+    if not isinstance(values, dict) or (key and not isinstance(values.get(key), dict)):
+        found = f'an object with "{key}"' if key else "an object"
+        raise InputError(f"{flag} {file} is not {found}; give {what}")
     return values
 
 
@@ -195,52 +204,47 @@ def _shown_widths(checkpoint: Checkpoint) -> list[int]:
 def _results(name: str, record: Mapping[str, Any]) -> dict[str, Any]:
     """One evaluation: a row per width, with what it measured; "" where it measured nothing."""
     losses, sizes = _numbers(record.get("log_perplexity")), _numbers(record.get("bits_per_weight"))
-    scores = {width: _scores(results) for width, results in record.get("tasks", {}).items()}
     average = _numbers(record.get("task_average"))
-    tasks = list(dict.fromkeys(task for results in scores.values() for task in results))
-    plan = record.get("plan")
+    found = {width: _scores(results) for width, results in record.get("tasks", {}).items()}
+    tasks = list(dict.fromkeys(task for scores in found.values() for task in scores))
+    questions = {count for scores in found.values() for _, count in scores.values() if type(count) is int}
+
+    def row(label: str, width: str, loss: float | None) -> tuple[str, str, str, str, list[str]]:
+        scores = [found.get(width, {}).get(task, (None, None))[0] for task in tasks]
+        cells = [_percent(value) for value in (*scores, average.get(width))] if tasks else []
+        perplexity = "" if loss is None else _fixed(math.exp(min(loss, 700)), 3)
+        return label, _fixed(sizes.get(width), 3), _fixed(loss, 4), perplexity, cells
+
     reference = record.get("reference")
-    rows = [] if not _is_number(reference) else [("float", reference, "", [""] * (len(tasks) + bool(tasks)))]
-    for width in sorted({*losses, *scores}, key=_width_order):
-        label = str(plan["name"]) if width == "plan" and isinstance(plan, dict) and "name" in plan else width
-        values = [_percent(scores.get(width, {}).get(task)) for task in tasks]
-        values += [_percent(average.get(width))] if tasks else []
-        rows.append((f"int{width}" if width.isdigit() else label, losses.get(width), sizes.get(width, ""), values))
-    questions = {
-        result.get("questions")
-        for results in record.get("tasks", {}).values()
-        if isinstance(results, dict)
-        for result in results.values()
-        if isinstance(result, dict)
-    }
+    floating = [row("float", "float", reference)] if _is_number(reference) else []
+    labels = {width: f"int{width}" if width.isdigit() else _plan_name(record) for width in {*losses, *found}}
     return {
         "name": name,
         "tokens": record.get("tokens") or 0,
         "context": record.get("context"),
         "has_loss": bool(losses),
         "tasks": tasks,
-        "questions": ", ".join(f"{count:,}" for count in sorted(n for n in questions if type(n) is int)),
+        "questions": ", ".join(f"{count:,}" for count in sorted(questions)),
         "rows": [
-            (
-                label,
-                _fixed(loss, 4),
-                _fixed(math.exp(min(loss, 700)), 3) if _is_number(loss) else "",
-                _fixed(size, 3),
-                values,
-            )
-            for label, loss, size, values in rows
+            *floating,
+            *(row(labels[width], width, losses.get(width)) for width in sorted(labels, key=_width_order)),
         ],
     }
 
 
-def _scores(results: Any) -> dict[str, float]:
-    """Task -> the value of its metric, of those that have one."""
+def _plan_name(record: Mapping[str, Any]) -> str:
+    plan = record.get("plan")
+    return str(plan.get("name", "plan")) if isinstance(plan, dict) else "plan"
+
+
+def _scores(results: Any) -> dict[str, tuple[float, Any]]:
+    """Task -> (value of the metric that counts, number of questions), of those that have one."""
     found = {}
     for task, result in results.items() if isinstance(results, dict) else ():
         if isinstance(result, dict) and isinstance(result.get("metrics"), dict):
             value = result["metrics"].get(result.get("metric"))
             if _is_number(value):
-                found[str(task)] = float(value)
+                found[str(task)] = (float(value), result.get("questions"))
     return found
 
 
@@ -273,9 +277,42 @@ def _place(path: str) -> tuple[str, str]:
     return (found[1], re.sub(r"\.\d+(?=\.|$)", ".*", found[2])) if found else ("other", path)
 
 
+def _sensitivities(file: Path, sha256: str) -> Mapping[str, Any]:
+    """Path -> {width: KL} from {"sensitivity": ...}, or from the losses that matquant plan keeps beside a checkpoint.
+
+    There a loss is of a whole plan, the digits of its widths in the order of "paths"; a path's sensitivity is that of
+    the smallest group with it, within a decoder layer, that had the width while all else was at 8 bits.
+    """
+    values = _read(file, "--sensitivity")
+    if isinstance(values.get("sensitivity"), dict):
+        return dict(values["sensitivity"])
+    paths, sets = values.get("paths"), values.get("losses")
+    if not isinstance(paths, list) or not isinstance(sets, list):
+        raise InputError(
+            f'--sensitivity {file} has neither "sensitivity" nor "losses"; '
+            'give {"sensitivity": {path: {width: KL}}} or what matquant plan keeps beside the checkpoint'
+        )
+    names = [str(path) for path in paths]
+    ours = [known for known in sets if isinstance(known, dict) and known.get("checkpoint_sha256") == sha256]
+    measured = ours[-1].get("measured") if ours else None
+    found: dict[str, dict[str, float]] = {name: {} for name in names}
+    sizes: dict[tuple[str, str], int] = {}
+    for digits, losses in measured.items() if isinstance(measured, dict) else ():
+        group = [name for name, digit in zip(names, str(digits), strict=False) if digit != str(MASTER_BITS)]
+        widths = set(str(digits)) - {str(MASTER_BITS)}
+        layers = {_place(name)[0] for name in group}
+        if len(widths) == 1 and len(layers) == 1 and isinstance(losses, list) and losses and _is_number(losses[0]):
+            width = widths.pop()
+            for name in group:
+                if len(group) < sizes.get((name, width), len(names) + 1):
+                    sizes[name, width] = len(group)
+                    found[name][width] = losses[0]
+    return found
+
+
 def _heat_map(values: Mapping[str, Any]) -> dict[str, Any] | None:
     """Paths x widths: KL and its shade, logarithmic between the smallest and the largest; None without numbers."""
-    table = {str(path): _numbers(row) for path, row in values["sensitivity"].items()}
+    table = {str(path): _numbers(row) for path, row in values.items()}
     widths = sorted({width for row in table.values() for width in row}, key=_width_order)
     positive = [value for row in table.values() for value in row.values() if value > 0]
     if not positive:
@@ -301,16 +338,16 @@ def _width_order(width: str) -> tuple[bool, int, str]:
 # ----------------------------------------------------------------------------------------------------------- pictures
 
 
-Curves = dict[str, list[tuple[float, float]]]
-
-
 def _curves(pareto: Path | None, records: Mapping[str, Mapping[str, Any]]) -> tuple[Curves, float | None]:
     """Name -> [(bits per weight, nats)] from the Pareto file, else from the evaluations; and the float model's nats."""
     curves: Curves = {}
     if pareto is not None:
         values = _read(pareto, "--pareto", "curves")
-        for name, curve in values["curves"].items():
-            if isinstance(curve, list) and len(curve) == 2 and all(isinstance(side, list) for side in curve):
+        baselines = values.get("baselines")
+        for name, curve in (*values["curves"].items(), *(baselines.items() if isinstance(baselines, dict) else ())):
+            if isinstance(curve, list) and all(isinstance(point, dict) for point in curve):
+                curves[str(name)] = _points((p.get("bits_per_weight"), p.get("log_perplexity")) for p in curve)
+            elif isinstance(curve, list) and len(curve) == 2 and all(isinstance(side, list) for side in curve):
                 curves[str(name)] = _points(zip(*curve, strict=False))
         reference = values.get("reference")
     else:
@@ -318,8 +355,7 @@ def _curves(pareto: Path | None, records: Mapping[str, Mapping[str, Any]]) -> tu
             losses, sizes = _numbers(record.get("log_perplexity")), _numbers(record.get("bits_per_weight"))
             pairs = {width: (sizes[width], loss) for width, loss in losses.items() if width in sizes}
             curves[f"{name}, uniform widths"] = _points(pair for width, pair in pairs.items() if width.isdigit())
-            plan = record.get("plan")
-            label = plan.get("name", "plan") if isinstance(plan, dict) else "plan"
+            label = _plan_name(record)
             curves[f"{name}, {label}" if label != name else name] = _points(
                 pair for width, pair in pairs.items() if not width.isdigit()
             )
@@ -403,8 +439,6 @@ def _histograms(checkpoint: Checkpoint, counts: np.ndarray) -> list[dict[str, An
 
 
 # ------------------------------------------------------------------------------------------------------------ numbers
-
-MASTER_CODES = 2**MASTER_BITS
 
 
 def _is_number(value: Any) -> bool:

@@ -5,8 +5,7 @@ object per line, the field names of the hub's data sets) that take the place of 
 is loaded, dense (``kernels="none"``), and switched in place, so numbers equal the harness on the dense slice exactly.
 
 Task Avg. is the mean of one metric per task. The paper (section 4) names the six tasks and not the metrics; ours are
-the harness's length-normalised accuracy where it has one and plain accuracy for BoolQ and Winogrande. Its HellaSwag of
-Mistral 7B, 80.61, is a normalised accuracy: the plain one is near 61.
+the harness's length-normalised accuracy where it has one, plain accuracy for BoolQ and Winogrande. The record has both.
 
 A result is a function of what its fingerprint is over: checkpoint, bits of every path, task, data, limit, batch size,
 harness. A result with the same fingerprint in an earlier record is not computed again.
@@ -154,4 +153,5 @@ def summarise(name: str, results: Mapping[str, Any], *, key: str) -> dict[str, A
 
 def task_average(results: Mapping[str, Mapping[str, Any]]) -> float:
     """Task Avg.: the mean over tasks of each one's metric, a fraction of 1; of all six it is the paper's."""
-    return sum(result["metrics"][result["metric"]] for result in results.values()) / len(results)
+    values = [float(result["metrics"][result["metric"]]) for result in results.values()]
+    return sum(values) / len(values)

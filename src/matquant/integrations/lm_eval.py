@@ -49,11 +49,13 @@ class NestedLM(HFLM):  # type: ignore[misc]
     ) -> None:
         if dtype not in DTYPES:
             raise InputError(f"dtype={dtype!r} asked of {pretrained}; use one of {', '.join(DTYPES)}")
+        if device is None or (device.startswith("cuda") and not torch.cuda.is_available()):
+            device = "cpu"  # as the harness's own models: its command line asks for cuda:0 unless told otherwise
         model = load(
             pretrained,
             plan=Plan.read(plan) if plan is not None else Plan(default=bits),
             dtype=DTYPES[dtype],
-            device=device or "cpu",
+            device=device,
             kernels=kernels,
         )
         super().__init__(pretrained=model, tokenizer=load_tokenizer(pretrained), **options)
