@@ -16,7 +16,7 @@ test-all: $(READY)
 
 # The zero-shot tasks beside lm-evaluation-harness itself, which is 620 MB with what it needs.
 test-tasks: $(READY)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[eval]"
+	$(BIN)/pip install --quiet --constraint constraints.txt lm-eval
 	$(BIN)/pytest tests/test_tasks.py --timeout 1800
 
 # The native tests under AddressSanitizer and UndefinedBehaviorSanitizer (minutes of compiling; needs cmake).
