@@ -180,6 +180,15 @@ def test_a_reference_or_a_picture_needs_text(checkpoint: Path, questions: Path, 
         assert str(caught.value) == "--reference and --plot need log-perplexity; give --text FILE too"
 
 
+def test_options_of_tasks_need_tasks(checkpoint: Path, text_file: Path, questions: Path) -> None:
+    for more in ({"limit": 3}, {"tasks_data": questions}):
+        with pytest.raises(InputError) as caught:
+            evaluate_checkpoint(checkpoint, bits=(8,), text=[text_file], **more)  # type: ignore[arg-type]
+        assert str(caught.value) == (
+            "--tasks-data and --limit are of zero-shot tasks, none was asked for; give --tasks arc_easy,boolq"
+        )
+
+
 def test_the_command_line_scores_tasks(
     checkpoint: Path,
     questions: Path,

@@ -62,6 +62,10 @@ def evaluate_checkpoint(
     check_positive(**{name: value for name, value in counts.items() if value is not None})
     if not text and tasks is None:
         raise InputError("eval needs text or tasks; give --text FILE or --tasks arc_easy,boolq")
+    if tasks is None and (tasks_data is not None or limit is not None):
+        raise InputError(
+            "--tasks-data and --limit are of zero-shot tasks, none was asked for; give --tasks arc_easy,boolq"
+        )
     if not text and (reference is not None or plot_file is not None):
         raise InputError("--reference and --plot need log-perplexity; give --text FILE too")
     if plot_file is not None:
