@@ -35,7 +35,7 @@ def task_table(title: str, tasks: Mapping[str, Mapping[str, Any]], average: Mapp
     table = Table(title=title, title_justify="left")
     names = list(dict.fromkeys(name for results in tasks.values() for name in results))
     for column in ("width", *names, "Task Avg."):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", overflow="fold")
     for width, results in tasks.items():
         values = [results[name]["metrics"][results[name]["metric"]] for name in names]
         cells = [f"{100 * value:.2f}" for value in (*values, average[width])]
