@@ -40,6 +40,11 @@ NO_TORCH = {
     "__init__",
     "__main__",
 }
+HEAVY = (
+    ("transformers", "models.py"),
+    ("matplotlib", "eval/report.py"),
+    ("lm_eval", "integrations/lm_eval.py"),
+)
 FILES = sorted(SOURCE.rglob("*.py"))
 RUNTIME = [file for file in (SOURCE / "runtime").glob("*.py") if file.stem != "__init__"]
 PLAN = ("budget", "strategies", "search", "speed", "run")  # losses are measured with torch, all else is not
@@ -77,8 +82,8 @@ def test_our_own_package_is_never_imported_inside_a_function(file: Path) -> None
                 assert not (isinstance(inner, ast.ImportFrom) and (inner.module or "").startswith("matquant"))
 
 
-def test_transformers_and_matplotlib_are_imported_in_one_file_each() -> None:
-    for package, place in (("transformers", "models.py"), ("matplotlib", "eval/report.py")):
+def test_heavy_packages_are_imported_in_one_file_each() -> None:
+    for package, place in HEAVY:
         users = [f for f in FILES if any(name.split(".")[0] == package for name in imports(f))]
         assert [str(f.relative_to(SOURCE)) for f in users] == [place]
 

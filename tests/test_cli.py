@@ -333,7 +333,7 @@ def test_a_window_longer_than_the_context_is_refused(
 def test_text_is_needed(refuse: Refuse, llama: Path, checkpoint: Path, tmp_path: Path) -> None:
     message = "method 'qat' needs text to work with; give --text FILE, or --method rtn"
     refuse("quantize", llama, "-o", tmp_path / "out", message=message)
-    refuse("eval", checkpoint, message="eval needs text; give --text FILE")
+    refuse("eval", checkpoint, message="eval needs text or tasks; give --text FILE or --tasks arc_easy,boolq")
 
 
 # Widths, objectives and weights ---------------------------------------------------------------------------------------
@@ -953,7 +953,7 @@ def last_record(result: Result) -> dict[str, Any]:
 def test_evaluating_ends_with_one_line_of_json(run: Run, checkpoint: Path, text_file: Path) -> None:
     result = run("eval", checkpoint, "--text", text_file, "--bits", "8,4,2", columns=60)
     record = last_record(result)
-    assert set(record) == {"log_perplexity", "bits_per_weight", "reference", "context", "tokens"}
+    assert set(record) == {"checkpoint", "log_perplexity", "bits_per_weight", "reference", "context", "tokens"}
     assert (record["reference"], record["context"]) == (None, 64)
     found = open_checkpoint(checkpoint)
     for bits in ("8", "4", "2"):
@@ -1198,7 +1198,7 @@ def test_a_plan_cannot_replace_a_directory(refuse: Refuse, make: Arguments, tmp_
 
 # Help -----------------------------------------------------------------------------------------------------------------
 
-VERBS = ("quantize", "eval", "plan", "inspect", "verify", "generate", "chat", "bench", "demo")
+VERBS = ("quantize", "eval", "plan", "report", "inspect", "verify", "generate", "chat", "bench", "demo")
 
 
 def test_the_help_fits_a_small_terminal(run: Run) -> None:
@@ -1238,7 +1238,10 @@ FLAGS: dict[str, list[str]] = {
     ],
     "eval": [
         "--bits", "--text", "--plan", "--reference", "--seq-len", "--stride", "--max-tokens", "--skip-documents",
-        "--json", "--plot", "--help",
+        "--tasks", "--tasks-data", "--limit", "--batch-size", "--json", "--plot", "--help",
+    ],
+    "report": [
+        "--out", "--eval", "--plan", "--pareto", "--sensitivity", "--text", "--max-tokens", "--help",
     ],
     "plan": [
         "--out", "--strategy", "--bits-per-weight", "--size", "--tokens-per-second", "--text", "--reference",
@@ -1301,6 +1304,8 @@ DEFAULTS: dict[str, dict[str, str]] = {
         "--seq-len": "(the model's context)",
         "--stride": "(no overlap)",
         "--skip-documents": "0",
+        "--tasks-data": "(the hub)",
+        "--batch-size": "8",
     },
     "plan": {
         "--strategy": "search",
@@ -1313,6 +1318,7 @@ DEFAULTS: dict[str, dict[str, str]] = {
         "--evaluations": "100",
         "--plot": "(-o with .png)",
     },
+    "report": {},
     "inspect": {},
     "verify": {},
     "generate": {

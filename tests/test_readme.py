@@ -45,9 +45,10 @@ def test_the_commands_run(
         "corpus.txt": text_file,
         "heldout.txt": text_file,
         "plan.json": tmp_path / "plan.json",
+        "report.html": tmp_path / "report.html",
     }
     commands = [line for block in blocks("") for line in block.splitlines() if line.startswith("matquant ")]
-    assert len(commands) == 9
+    assert len(commands) == 10
     for line in commands:
         words = [str(names.get(word, word)) for word in shlex.split(line, comments=True)]
         if words[1] == "quantize":

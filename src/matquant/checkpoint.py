@@ -350,6 +350,11 @@ def verify_checkpoint(directory: Path | str) -> Checkpoint:
     return checkpoint
 
 
+def manifest_sha256(directory: Path | str) -> str:
+    """sha256 of a checkpoint's manifest, which holds the hashes of all its files: what a result was measured on."""
+    return _sha256(Path(directory) / MANIFEST)
+
+
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))

@@ -152,27 +152,36 @@ def evaluate(
     stride: Annotated[int | None, Option(help="Distance of windows.", show_default="no overlap")] = None,
     max_tokens: Annotated[int | None, Option(help="Only the first so many tokens.")] = None,
     skip_documents: Annotated[int, Option(help="Leave out the first so many documents.")] = 0,
-    json_file: Annotated[Path | None, Option("--json", metavar="FILE", help="Write the record here too.")] = None,
+    tasks: Annotated[str | None, Option(metavar="NAMES", help="Zero-shot tasks, such as arc_easy,boolq.")] = None,
+    tasks_data: Annotated[
+        Path | None, Option(metavar="DIR", help="Their data, arc_easy.jsonl ....", show_default="the hub")
+    ] = None,
+    limit: Annotated[int | None, Option(help="Only the first so many questions of a task.")] = None,
+    batch_size: Annotated[int, Option(help="Answers of a task per forward pass.")] = 8,
+    json_file: Annotated[
+        Path | None, Option("--json", metavar="FILE", help="Write the record here too; finished tasks are kept.")
+    ] = None,
     plot: Annotated[Path | None, Option(metavar="FILE", help="Draw log-perplexity against bits.")] = None,
 ) -> None:
-    """Log-perplexity at every width of one checkpoint; the last line is JSON."""
-    widths = _widths(bits)
-    files = [*(text or []), *(more_text or [])]
-    if not files:
-        raise InputError("eval needs text; give --text FILE")
+    """Log-perplexity and zero-shot tasks at every width of one checkpoint; the last line is JSON."""
     record = _needs_torch("matquant.eval.run").evaluate_checkpoint(
         directory,
-        bits=widths,
-        text=files,
+        bits=_widths(bits),
+        text=[*(text or []), *(more_text or [])],
         plan_file=plan,
         reference=reference,
         seq_len=seq_len,
         stride=stride,
         max_tokens=max_tokens,
         skip_documents=skip_documents,
+        tasks=None if tasks is None else [name.strip() for name in tasks.split(",") if name.strip()],
+        tasks_data=tasks_data,
+        limit=limit,
+        batch_size=batch_size,
         json_file=json_file,
         plot_file=plot,
         show=Console().print,
+        progress=lambda line: print(line, file=sys.stderr, flush=True),
     )
     print(json.dumps(record, sort_keys=True))
 
@@ -231,6 +240,31 @@ def plan(
                 module = importlib.import_module("matquant.plan.run")
                 record = module.run(directory, out, losses=losses, **one, **options)
     print(json.dumps(record, sort_keys=True))
+
+
+@app.command()
+def report(
+    directory: Directory,
+    out: Annotated[Path, Option("--out", "-o", metavar="FILE", help="HTML file to write.")],
+    more_text: MoreFiles = None,
+    evals: Annotated[list[Path] | None, Option("--eval", metavar="FILE", help="A record of matquant eval.")] = None,
+    plans: Annotated[list[Path] | None, Option("--plan", metavar="FILE", help="Bits per module path.")] = None,
+    pareto: Annotated[Path | None, Option(metavar="FILE", help="Curves of loss against bits.")] = None,
+    sensitivity: Annotated[Path | None, Option(metavar="FILE", help="KL per path and width.")] = None,
+    text: Files = None,
+    max_tokens: Annotated[int | None, Option(help="Only the first so many tokens of the text.")] = None,
+) -> None:
+    """One HTML page: what a checkpoint is, what it costs and how good it is."""
+    page = importlib.import_module("matquant.eval.html")
+    records = {name: page.read_record(file) for name, file in page.by_name(evals or [], "--eval").items()}
+    files = [*(text or []), *(more_text or [])]
+    if files:
+        measure = _needs_torch("matquant.eval.run").evaluate_checkpoint
+        records["held-out text"] = measure(directory, bits=page.WIDTHS, text=files, max_tokens=max_tokens)
+        for plan in plans or []:
+            records[plan.stem] = measure(directory, bits=(), text=files, max_tokens=max_tokens, plan_file=plan)
+    page.write_report(directory, out, records=records, plans=plans or [], pareto=pareto, sensitivity=sensitivity)
+    print(f"wrote {out}")
 
 
 @app.command("inspect")

@@ -30,6 +30,19 @@ def width_table(title: str, log_perplexity: Mapping[str, float], bits_per_weight
     return table
 
 
+def task_table(title: str, tasks: Mapping[str, Mapping[str, Any]], average: Mapping[str, float]) -> Table:
+    """One row per width: the metric of every task that counts for Task Avg., and that mean; percent."""
+    table = Table(title=title, title_justify="left")
+    names = list(dict.fromkeys(name for results in tasks.values() for name in results))
+    for column in ("width", *names, "Task Avg."):
+        table.add_column(column, justify="right", overflow="fold")
+    for width, results in tasks.items():
+        values = [results[name]["metrics"][results[name]["metric"]] for name in names]
+        cells = [f"{100 * value:.2f}" for value in (*values, average[width])]
+        table.add_row(f"int{width}" if width.isdigit() else width, *cells)
+    return table
+
+
 def write_json(file: Path, record: Mapping[str, Any]) -> None:
     """Write a record as one JSON object, atomically."""
     write_atomically(file, (json.dumps(record, sort_keys=True) + "\n").encode())

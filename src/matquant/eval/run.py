@@ -1,85 +1,174 @@
-"""The evaluation a user asks for: a checkpoint, some text, widths; out come a table, a JSON record and a picture."""
+"""The evaluation a user asks for: a checkpoint, text, tasks, widths; out come tables, a record and a picture."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import RenderableType
 
-from matquant.checkpoint import bits_per_weight, open_checkpoint
+from matquant.checkpoint import bits_per_weight, manifest_sha256, open_checkpoint
 from matquant.errors import InputError, check_positive
 from matquant.eval.likelihood import context_length, evaluate, log_perplexity, predicted_tokens
-from matquant.eval.report import check_picture, plot_widths, width_table, write_json
+from matquant.eval.report import check_picture, plot_widths, task_table, width_table, write_json
+from matquant.eval.tasks import (
+    check_tasks,
+    find_harness,
+    fingerprint,
+    known_results,
+    open_tasks,
+    summarise,
+    task_average,
+)
 from matquant.integrations.transformers import load
 from matquant.models import check_context, check_model_path, load_float, load_tokenizer
 from matquant.spec import Plan
 from matquant.text import read_documents, token_stream
+
+Show = Callable[[RenderableType], None]
 
 
 def evaluate_checkpoint(
     directory: Path,
     *,
     bits: Sequence[int],
-    text: Sequence[Path],
+    text: Sequence[Path] = (),
     plan_file: Path | None = None,
     reference: Path | str | None = None,
     seq_len: int | None = None,
     stride: int | None = None,
     max_tokens: int | None = None,
     skip_documents: int = 0,
+    tasks: Sequence[str] | None = None,
+    tasks_data: Path | None = None,
+    limit: int | None = None,
+    batch_size: int = 8,
     json_file: Path | None = None,
     plot_file: Path | None = None,
-    show: Callable[[RenderableType], None] = lambda table: None,
+    show: Show = lambda table: None,
+    progress: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Evaluate a checkpoint at ``bits``, at a plan and beside its float model; returns and writes the record.
 
-    The record is {"log_perplexity": {width: nats per token}, "bits_per_weight": {width: bits}, "reference": nats or
-    None, "tokens": predicted tokens, "context": window}. max_tokens: evaluate on the first so many tokens.
+    The record is {"checkpoint": sha256 of its manifest, "log_perplexity": {width: nats per token}, "bits_per_weight":
+    {width: bits}, "reference": nats or None, "tokens": predicted tokens, "context": window}, and with a plan "plan":
+    {"name": of the file, "bits": {path: bits}}. max_tokens: evaluate on the first so many tokens.
+
+    tasks: names of eval.tasks.TASKS, on the first ``limit`` questions each; adds "tasks": {width: {task: {"metric":
+    what counts, "metrics": {name: fraction of 1}, "questions": count, "fingerprint": sha256}}} and "task_average":
+    {width: fraction of 1}. The record is written after every task, and results in ``json_file`` that have the same
+    fingerprint are taken from there: a run that was killed continues.
     """
-    counts = {"seq_len": seq_len, "stride": stride, "max_tokens": max_tokens}
+    counts = {"seq_len": seq_len, "stride": stride, "max_tokens": max_tokens, "limit": limit, "batch_size": batch_size}
     check_positive(**{name: value for name, value in counts.items() if value is not None})
+    if not text and tasks is None:
+        raise InputError("eval needs text or tasks; give --text FILE or --tasks arc_easy,boolq")
+    if tasks is None and (tasks_data is not None or limit is not None):
+        raise InputError(
+            "--tasks-data and --limit are of zero-shot tasks, none was asked for; give --tasks arc_easy,boolq"
+        )
+    if not text and (reference is not None or plot_file is not None):
+        raise InputError("--reference and --plot need log-perplexity; give --text FILE too")
     if plot_file is not None:
         check_picture(plot_file)
     if json_file is not None and json_file.is_dir():
         raise InputError(f"--json {json_file} is a directory; give a file")
     if reference is not None:
         check_model_path(reference)
+    data = check_tasks(tasks, tasks_data) if tasks is not None else {}
+    if tasks is not None:
+        find_harness()  # or say what to install before any work
     checkpoint = open_checkpoint(directory)
-    plan = Plan.read(plan_file) if plan_file is not None else None
-    resolved = plan.resolve(checkpoint.shapes) if plan is not None else {}
-    documents = read_documents(text)
-    if not 0 <= skip_documents < len(documents):
-        raise InputError(f"skip_documents={skip_documents} of {len(documents)} documents; leave at least one")
-    stream = token_stream(documents[skip_documents:], load_tokenizer(directory))
-    if max_tokens is not None:
-        stream = stream[: max_tokens + 1]
+    plans = {str(width): Plan(default=width) for width in bits}
+    record: dict[str, Any] = {"checkpoint": manifest_sha256(directory)}
+    if plan_file is not None:
+        plans["plan"] = Plan.read(plan_file)
+        record["plan"] = {"name": plan_file.stem, "bits": plans["plan"].resolve(checkpoint.shapes)}
+    widths = {name: plan.resolve(checkpoint.shapes) for name, plan in plans.items()}
+    sizes = {name: bits_per_weight(checkpoint, bits_by_path) for name, bits_by_path in widths.items()}
+    record |= {"log_perplexity": {}, "bits_per_weight": sizes, "reference": None, "context": None, "tokens": 0}
+    stream = None
+    if text:
+        documents = read_documents(text)
+        if not 0 <= skip_documents < len(documents):
+            raise InputError(f"skip_documents={skip_documents} of {len(documents)} documents; leave at least one")
+        stream = token_stream(documents[skip_documents:], load_tokenizer(directory))
+        stream = stream if max_tokens is None else stream[: max_tokens + 1]
     model = load(directory, check_hashes=False, kernels="none")  # open_checkpoint has just checked them
-    context = seq_len or context_length(model)
-    check_context(model, context)
-    results = evaluate(model, stream, bits=bits, plan=plan, context=context, stride=stride)
-    sizes = {str(width): bits_per_weight(checkpoint, dict.fromkeys(checkpoint.shapes, width)) for width in bits}
-    if plan is not None:
-        sizes["plan"] = bits_per_weight(checkpoint, resolved)
-    record: dict[str, Any] = {
-        "log_perplexity": results,
-        "bits_per_weight": sizes,
-        "reference": None,
-        "context": context,
-        "tokens": predicted_tokens(stream, context=context, stride=stride),
-    }
-    shown = dict(results)
-    if reference is not None:
-        dtype = next(model.parameters()).dtype
-        record["reference"] = log_perplexity(load_float(reference, dtype=dtype), stream, context=context, stride=stride)
-        shown = {"float": record["reference"], **results}
-    show(width_table(f"{directory}, {record['tokens']:,} tokens, windows of {context}", shown, sizes))
+    if stream is not None:
+        context = seq_len or context_length(model)
+        check_context(model, context)
+        results = evaluate(model, stream, bits=bits, plan=plans.get("plan"), context=context, stride=stride)
+        tokens = predicted_tokens(stream, context=context, stride=stride)
+        record |= {"log_perplexity": results, "context": context, "tokens": tokens}
+        shown = dict(results)
+        if reference is not None:
+            dtype = next(model.parameters()).dtype
+            floating = load_float(reference, dtype=dtype)
+            record["reference"] = log_perplexity(floating, stream, context=context, stride=stride)
+            shown = {"float": record["reference"], **results}
+        show(width_table(f"{directory}, {tokens:,} tokens, windows of {context}", shown, sizes))
+    if tasks is not None:
+        known = known_results(json_file)
+        record["tasks"] = {}
+        for name, task, result in _score_tasks(
+            model, directory, widths, data, tasks_data=tasks_data, limit=limit, batch_size=batch_size, known=known,
+            checkpoint_sha256=record["checkpoint"], progress=progress,
+        ):  # fmt: skip
+            record["tasks"].setdefault(name, {})[task] = result
+            if json_file is not None:
+                write_json(json_file, record)
+        record["task_average"] = {name: task_average(found) for name, found in record["tasks"].items()}
+        show(task_table(f"{directory}, zero-shot, percent", record["tasks"], record["task_average"]))
     if plot_file is not None:
-        names = [str(width) for width in bits]
-        curve = ([sizes[name] for name in names], [results[name] for name in names])
-        curves = {directory.name: curve}
-        if plan is not None:
-            curves["plan"] = ([sizes["plan"]], [results["plan"]])
-        plot_widths(plot_file, curves, reference=record["reference"])
+        _plot(plot_file, record, directory.name)
     if json_file is not None:
         write_json(json_file, record)
     return record
+
+
+def _score_tasks(
+    model: Any,
+    directory: Path,
+    widths: Mapping[str, Mapping[str, int]],
+    data: Mapping[str, str],
+    *,
+    tasks_data: Path | None,
+    limit: int | None,
+    batch_size: int,
+    known: Mapping[str, Any],
+    checkpoint_sha256: str,
+    progress: Callable[[str], None],
+) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Yield (width, task, result) of every task at every width, one width after the other on the one model.
+
+    data: task -> sha256 of its file. known: fingerprint -> result that need not be computed.
+    """
+    harness = find_harness()
+    facts = {"checkpoint": checkpoint_sha256, "limit": limit, "batch_size": batch_size, "lm_eval": harness.VERSION}
+    keys = {
+        (name, task): fingerprint(bits=bits_by_path, task=task, data=sha256, **facts)
+        for name, bits_by_path in widths.items()
+        for task, sha256 in data.items()
+    }
+    needed = [task for task in data if any(keys[name, task] not in known for name in widths)]
+    with open_tasks(harness, needed, tasks_data) as opened:
+        served = harness.wrap(model, load_tokenizer(directory), batch_size=batch_size)
+        for number, ((name, task), key) in enumerate(keys.items(), 1):
+            place = f"{number} of {len(keys)}: {task} at {f'int{name}' if name.isdigit() else name}"
+            if key in known:
+                progress(f"{place}, known already")
+                yield name, task, known[key]
+            else:
+                progress(place)
+                model.set_bits(plan=widths[name])
+                results = harness.score(served, opened[task], limit=limit)
+                yield name, task, summarise(task, results, key=key)
+
+
+def _plot(file: Path, record: Mapping[str, Any], title: str) -> None:
+    sizes, results = record["bits_per_weight"], record["log_perplexity"]
+    names = [name for name in sizes if name != "plan"]
+    curves = {title: ([sizes[name] for name in names], [results[name] for name in names])}
+    if "plan" in sizes:
+        curves["plan"] = ([sizes["plan"]], [results["plan"]])
+    plot_widths(file, curves, reference=record["reference"])

@@ -1,0 +1,96 @@
+"""lm-evaluation-harness: nested checkpoints as a model of it, and one task of it on one model.
+
+The harness finds no models of other packages by itself, so this module is its command line with ours registered:
+
+    python -m matquant.integrations.lm_eval run --model matquant --model_args pretrained=DIR,bits=4 --tasks arc_easy
+
+Every other option is the harness's own. The one file that imports ``lm_eval`` (extra ``eval``).
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+import torch
+from lm_eval.__main__ import cli_evaluate
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+
+from matquant.errors import InputError
+from matquant.integrations.transformers import load
+from matquant.models import load_tokenizer
+from matquant.spec import Plan
+
+VERSION: str = lm_eval.__version__
+TEMPLATES = Path(lm_eval.__file__).parent / "tasks"  # the harness's own task files
+DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@register_model("matquant")
+class NestedLM(HFLM):  # type: ignore[misc]
+    """A nested checkpoint at ``bits`` bits, or at a plan file over them: ``pretrained=DIR,bits=4,plan=FILE``.
+
+    kernels: as ``matquant.load``, but ``none`` unless given: dense weights, the numbers of the exported slice bit for
+    bit. dtype: the checkpoint's unless given. Everything else as the harness's own ``hf``. InputError as ``load``.
+    """
+
+    def __init__(
+        self,
+        pretrained: str,
+        *,
+        bits: int = 8,
+        plan: str | None = None,
+        kernels: str = "none",
+        dtype: str = "auto",
+        device: str | None = None,
+        **options: Any,
+    ) -> None:
+        if dtype not in DTYPES:
+            raise InputError(f"dtype={dtype!r} asked of {pretrained}; use one of {', '.join(DTYPES)}")
+        if device is None or (device.startswith("cuda") and not torch.cuda.is_available()):
+            device = "cpu"  # as the harness's own models: its command line asks for cuda:0 unless told otherwise
+        model = load(
+            pretrained,
+            plan=Plan.read(plan) if plan is not None else Plan(default=bits),
+            dtype=DTYPES[dtype],
+            device=device,
+            kernels=kernels,
+        )
+        super().__init__(pretrained=model, tokenizer=load_tokenizer(pretrained), **options)
+
+
+def wrap(model: Any, tokenizer: Any, *, batch_size: int) -> Any:
+    """A loaded transformers model as the harness sees models; its width may change between tasks."""
+    return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+
+
+def load_task(file: Path) -> Any:
+    """A zero-shot task from its YAML file; reads its data, from the hub if the file says so."""
+    (task,) = TaskManager(include_defaults=False).load([str(file)])["tasks"].values()
+    task.set_config(key="num_fewshot", value=0)
+    return task
+
+
+def score(model: Any, task: Any, *, limit: int | None = None) -> dict[str, Any]:
+    """Results of one task as the harness reports them: "acc,none", "acc_stderr,none", ..., "sample_len".
+
+    What ``lm_eval.simple_evaluate`` calls, without its survey of the machine, which takes longer than a small task.
+    """
+    found = lm_eval.evaluate(lm=model, task_dict={"tasks": {task.task_name: task}}, limit=limit, log_samples=False)
+    (results,) = found["results"].values()
+    return dict(results)
+
+
+def main() -> None:
+    """The harness's command line; the user's mistakes end with one message and exit code 2."""
+    try:
+        cli_evaluate()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
