@@ -1233,8 +1233,8 @@ FLAGS: dict[str, list[str]] = {
         "--samples", "--lr", "--clip-lr", "--transform-lr", "--transform", "--codes", "--damp", "--sweeps", "--tune",
         "--seed",
         "--accumulate", "--bf16",
-        "--checkpoint-activations", "--train-rest", "--learn-clip", "--masters", "--pull", "--wide-lr", "--stagger",
-        "--freeze", "--save-every", "--device", "--threads", "--resume", "--overwrite", "--help",
+        "--checkpoint-activations", "--train-rest", "--learn-clip", "--masters", "--pull", "--wide-lr", "--affine-lr",
+        "--stagger", "--freeze", "--save-every", "--device", "--threads", "--resume", "--overwrite", "--help",
     ],
     "eval": [
         "--bits", "--text", "--plan", "--reference", "--seq-len", "--stride", "--max-tokens", "--skip-documents",
@@ -1293,6 +1293,7 @@ DEFAULTS: dict[str, dict[str, str]] = {
         "--masters": "(one)",
         "--pull": "(qat 1, gptq 0.35)",
         "--wide-lr": "(1)",
+        "--affine-lr": "(1)",
         "--stagger": "(0)",
         "--freeze": "(0)",
         "--save-every": "(100)",

@@ -116,6 +116,9 @@ def quantize(
     wide_lr: Annotated[
         float | None, Option(help="Rate of the 8-bit masters, relative to --lr.", show_default="1")
     ] = None,
+    affine_lr: Annotated[
+        float | None, Option(help="qat: rate of affines and clips, relative to --lr.", show_default="1")
+    ] = None,
     stagger: Annotated[
         float | None, Option(help="Share of steps by which narrow masters end early.", show_default="0")
     ] = None,
