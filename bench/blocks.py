@@ -18,9 +18,8 @@ import torch
 import typer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from origin import origin
+from origin import ROOT, origin
 
-ROOT = Path(__file__).resolve().parents[1]
 TOKENIZER = ROOT / "examples" / "reference" / "model"
 TEXT = ROOT / "examples" / "reference" / "text" / "train.txt"
 RECORD = ROOT / "bench" / "blocks.json"

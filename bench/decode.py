@@ -46,9 +46,8 @@ from matquant.runtime.engine import Engine, Session
 from matquant.runtime.model import EMBEDDING, HEAD, NORM, PROJECTIONS
 from matquant.spec import Spec
 from matquant.tensor import NestedTensor
-from origin import origin
+from origin import ROOT, origin
 
-ROOT = Path(__file__).resolve().parents[1]
 RECORDS = ROOT / "bench" / "decode.jsonl"
 PICTURE = ROOT / "docs" / "roofline.png"
 CACHE = Path(os.environ.get("MATQUANT_PEERS", ROOT / ".peers")).resolve()

@@ -51,9 +51,8 @@ from matquant.text import cut_windows, read_documents, token_stream
 from matquant.train.fake import Grid
 from matquant.train.gptq import nested_gptq, refit_affine
 from matquant.train.select import select_linears
-from origin import origin
+from origin import ROOT, origin
 
-ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("MATQUANT_DATA", ROOT.parent / "shared" / "data"))
 RECORDS = ROOT / "bench" / "gptq.json"
 DAMP = 0.01  # of the mean diagonal, GPTQ's own default and nested_gptq's

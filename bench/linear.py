@@ -13,7 +13,6 @@ more (matquant.runtime.bench). The weight must be larger than any cache at every
 import argparse
 import json
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 from rich.console import Console
@@ -23,11 +22,11 @@ from matquant import _native
 from matquant.planes import Weight, bits_read, isa, load_weight, matmul
 from matquant.runtime.bench import STREAM_BYTES, Sample, median, timed
 from matquant.tensor import NestedTensor
-from origin import origin
+from origin import ROOT, origin
 
 WIDTHS = (2, 3, 4, 6, 8)
 UNITS = 16
-RECORDS = Path(__file__).resolve().parent / "linear.jsonl"
+RECORDS = ROOT / "bench" / "linear.jsonl"
 
 
 def random_tensor(rows: int, columns: int, group: int) -> NestedTensor:

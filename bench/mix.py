@@ -21,8 +21,8 @@ from matquant.eval.likelihood import log_perplexity
 from matquant.eval.report import plot_widths
 from matquant.models import decoder_layers, load_float
 from matquant.plan.strategies import STRATEGIES, mixes
-from origin import origin
-from quality import CELLS, CONTEXT, ROOT, SETTINGS, held_out
+from origin import ROOT, origin
+from quality import CELLS, CONTEXT, SETTINGS, held_out
 
 TOKENS = 40 * CONTEXT
 

@@ -35,9 +35,8 @@ from safetensors.torch import save_file
 from matquant.eval.likelihood import log_perplexity
 from matquant.models import load_float, load_tokenizer
 from matquant.text import read_documents, token_stream
-from origin import origin
+from origin import ROOT, origin
 
-ROOT = Path(__file__).resolve().parents[1]
 RECORDS = ROOT / "bench" / "peers.jsonl"
 WORKERS = ROOT / "bench" / "peers"
 CACHE = Path(os.environ.get("MATQUANT_PEERS", ROOT / ".peers")).resolve()

@@ -24,15 +24,15 @@ import transformers
 import typer
 
 import matquant
-from matquant.checkpoint import bits_per_weight
+from matquant.checkpoint import bits_per_weight, open_checkpoint
 from matquant.eval.likelihood import log_perplexity
 from matquant.plan.budget import bits_budget
 from matquant.plan.run import SEARCH, SEARCHED_WIDTHS, make_plan
 from matquant.plan.search import PAPER_WIDTHS
 from matquant.plan.sensitivity import SIDECAR, Losses, open_losses
 from matquant.plan.strategies import STRATEGIES
-from origin import origin
-from quality import CONTEXT, ROOT, SETTINGS, float_log_perplexity, held_out, make
+from origin import ROOT, origin
+from quality import CONTEXT, SETTINGS, float_log_perplexity, held_out, make
 
 RECORD = ROOT / "bench" / "plan.json"
 CACHE = Path(os.environ.get("MATQUANT_CACHE", Path.home() / ".cache" / "matquant"))
@@ -109,7 +109,7 @@ def growth() -> None:
             tokens = np.random.default_rng(0).integers(0, 256, size=(4, 65))
             for widths in WIDTH_SETS:
                 (directory / SIDECAR).unlink(missing_ok=True)
-                with Losses(directory, tokens) as losses:
+                with Losses(open_checkpoint(directory), tokens) as losses:
                     budget = bits_budget(losses.checkpoint, 4.5, widths=widths)
                     losses.measure(dict.fromkeys(losses.paths, 3))  # the model is loaded
                     began, cpu_s = time.perf_counter(), time.process_time()

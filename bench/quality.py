@@ -27,9 +27,8 @@ from matquant.checkpoint import bits_per_weight, open_checkpoint
 from matquant.eval.likelihood import evaluate, log_perplexity
 from matquant.models import load_float, load_tokenizer
 from matquant.text import read_documents, token_stream
-from origin import origin
+from origin import ROOT, origin
 
-ROOT = Path(__file__).resolve().parents[1]
 RECORDS = ROOT / "bench" / "quality.jsonl"
 DATA = Path(os.environ.get("MATQUANT_DATA", ROOT.parent / "shared" / "data"))
 WIDTHS = (8, 6, 4, 3, 2)

@@ -14,7 +14,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from matquant.eval.report import plot_widths
-from quality import CELLS, CODISTILLATION, ROOT, SETTINGS, TEST, WIDTHS, float_log_perplexity, records
+from matquant.plan.strategies import STRATEGIES
+from origin import ROOT
+from quality import CELLS, CODISTILLATION, SETTINGS, TEST, WIDTHS, float_log_perplexity, records
 
 RESULTS = ROOT / "docs" / "results.md"
 Record = dict[str, Any]
@@ -546,8 +548,7 @@ def _plan_claims(found: Record) -> list[str]:
         if isinstance(p, dict) and p["bits_per_weight"] < 4
     ]
     value, bits, name = min(below)
-    forms = ("pyramid", "reverse-pyramid", "increasing", "decreasing")
-    winners = [min(forms, key=lambda form: values[form]["held_out"]) for values in found["budgets"].values()]
+    winners = [min(STRATEGIES, key=lambda form: values[form]["held_out"]) for values in found["budgets"].values()]
     verdict = "at least as good as" if value <= four["held_out"] else "worse than"
     return [
         f"The best plan under 4 bits ({name} at {bits}: {value:.4f}) is {verdict} uniform int4 "
