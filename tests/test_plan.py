@@ -21,8 +21,9 @@ from matquant.plan.budget import Budget, bits_budget, by_layer, by_width, parse_
 from matquant.plan.run import SEARCHED_WIDTHS, make_plan
 from matquant.plan.search import choose, refine, search, strategy_plan
 from matquant.plan.sensitivity import SIDECAR, Forward, Losses, open_losses
-from matquant.plan.speed import speed_budget, tokens_per_second
+from matquant.plan.speed import CONTEXT, ROUNDS, TOKENS, speed_budget
 from matquant.plan.strategies import STRATEGIES, mixes, widest_mix
+from matquant.runtime.bench import median, timed
 from matquant.runtime.engine import Engine
 from matquant.spec import Plan
 
@@ -335,6 +336,22 @@ def test_a_size_counts_the_whole_model(checkpoint: Path) -> None:
         f"1KB asked, the smallest plan of the widths 2,4 has {least} bytes ({plain_bytes(opened)} of them not "
         "quantised); give a budget that allows it, or other --widths"
     )
+
+
+def tokens_per_second(engine: Engine, plan: Mapping[str, int]) -> float:
+    """Decoded tokens per second at a plan, the median of ROUNDS."""
+    tokens = min(TOKENS, engine.context - CONTEXT)
+    session, widths = engine.session(CONTEXT + tokens), engine.widths(plan=plan)
+    prompt = list(range(1, CONTEXT + 1))
+    session.extend(prompt, widths)
+
+    def decode() -> None:
+        session.rewind(CONTEXT)
+        for _ in range(tokens):
+            session.extend(prompt[:1], widths)
+
+    decode()
+    return median([timed(decode, tokens, engine.threads) for _ in range(ROUNDS)])
 
 
 @pytest.mark.slow

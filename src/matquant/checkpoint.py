@@ -12,7 +12,6 @@ model. No pickle anywhere. Shapes: N out features, K in features, G groups.
 
 import contextlib
 import ctypes
-import hashlib
 import json
 import os
 import shutil
@@ -28,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from matquant.errors import InputError
-from matquant.files import explain_full_disk, sync
+from matquant.files import explain_full_disk, sha256, sync
 from matquant.nest import MASTER_BITS, slice_codes
 from matquant.overflow import packed_bytes
 from matquant.spec import FORMAT_VERSION, Spec, check_format
@@ -191,14 +190,9 @@ def _name_shards(directory: Path, shards: list[list[str]], total: int) -> None:
 def _manifest(directory: Path) -> dict[str, Any]:
     files = sorted(file for file in directory.iterdir() if file.name != MANIFEST)
     with ThreadPoolExecutor() as pool:
-        sums = list(pool.map(_sha256, files))
+        sums = list(pool.map(sha256, files))
     entries = {f.name: {"bytes": f.stat().st_size, "sha256": s} for f, s in zip(files, sums, strict=True)}
     return {"format": FORMAT_VERSION, "files": entries}
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _json_bytes(value: Any) -> bytes:
@@ -352,7 +346,7 @@ def verify_checkpoint(directory: Path | str) -> Checkpoint:
 
 def manifest_sha256(directory: Path | str) -> str:
     """sha256 of a checkpoint's manifest, which holds the hashes of all its files: what a result was measured on."""
-    return _sha256(Path(directory) / MANIFEST)
+    return sha256(Path(directory) / MANIFEST)
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -390,7 +384,7 @@ def _check_manifest(where: Path, *, check_hashes: bool) -> set[str]:
             raise InputError(f"{file} has {file.stat().st_size} bytes, the manifest says {entry['bytes']}; {AGAIN}")
     if check_hashes:
         with ThreadPoolExecutor() as pool:
-            sums = list(pool.map(_sha256, (where / name for name in entries)))
+            sums = list(pool.map(sha256, (where / name for name in entries)))
         for (name, entry), found in zip(entries.items(), sums, strict=True):
             if found != entry["sha256"]:
                 raise InputError(
@@ -516,10 +510,15 @@ def size_bytes(checkpoint: Checkpoint, path: str, bits: int) -> float:
     return packed + rows * groups * per_group + shape_entry
 
 
+def plan_bytes(checkpoint: Checkpoint, plan: Mapping[str, int]) -> float:
+    """Honest bytes of all quantised weights at ``plan`` (path -> bits)."""
+    return sum(size_bytes(checkpoint, path, bits) for path, bits in plan.items())
+
+
 def bits_per_weight(checkpoint: Checkpoint, plan: Mapping[str, int]) -> float:
     """Honest bits per quantised weight of a whole model at ``plan`` (path -> bits)."""
     weights = sum(rows * columns for rows, columns in checkpoint.shapes.values())
-    return 8 * sum(size_bytes(checkpoint, path, bits) for path, bits in plan.items()) / weights
+    return 8 * plan_bytes(checkpoint, plan) / weights
 
 
 def plain_bytes(checkpoint: Checkpoint) -> int:

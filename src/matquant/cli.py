@@ -137,7 +137,7 @@ def quantize(
     }
     options |= {"weights": _numbers(weights, float, "--weights")} if weights is not None else {}
     options |= {"exclude": exclude or []}
-    options |= {"group_size": _group_size(group_size), "text": [*(text or []), *(more_text or [])]}
+    options |= {"group_size": _group_size(group_size), "text": _files(text, more_text)}
     with _progress() as report:
         written = _needs_torch("matquant.train").quantize(model, out, report=report, **options)
     print(f"wrote {written}; try: matquant eval {written} --text FILE")
@@ -170,7 +170,7 @@ def evaluate(
     record = _needs_torch("matquant.eval.run").evaluate_checkpoint(
         directory,
         bits=_widths(bits),
-        text=[*(text or []), *(more_text or [])],
+        text=_files(text, more_text),
         plan_file=plan,
         reference=reference,
         seq_len=seq_len,
@@ -219,7 +219,7 @@ def plan(
     plot: Annotated[Path | None, Option(metavar="FILE", help="The picture.", show_default="-o with .png")] = None,
 ) -> None:
     """The best width per layer for a budget in bits, bytes or tokens/s; the last line is JSON."""
-    files = [*(text or []), *(more_text or [])]
+    files = _files(text, more_text)
     budget = {"bits_per_weight": bits_per_weight, "size": size, "tokens_per_second": tokens_per_second}
     options: dict[str, Any] = {"fused": fused, "evaluations": evaluations, "show": Console().print}
     options |= {"widths": None if widths is None else _numbers(widths, int, "--widths")}
@@ -260,7 +260,7 @@ def report(
     """One HTML page: what a checkpoint is, what it costs and how good it is."""
     page = importlib.import_module("matquant.eval.html")
     records = {name: page.read_record(file) for name, file in page.by_name(evals or [], "--eval").items()}
-    files = [*(text or []), *(more_text or [])]
+    files = _files(text, more_text)
     if files:
         measure = _needs_torch("matquant.eval.run").evaluate_checkpoint
         records["held-out text"] = measure(directory, bits=page.WIDTHS, text=files, max_tokens=max_tokens)
@@ -408,6 +408,11 @@ def _read_input() -> str:
         return sys.stdin.read()
     except UnicodeDecodeError as error:
         raise InputError(f"--prompt -: not UTF-8 ({error.reason} at byte {error.start}); convert it") from None
+
+
+def _files(text: list[Path] | None, more_text: list[Path] | None) -> list[Path]:
+    """All of ``--text FILE...``, of which the parser hands on the first apart."""
+    return [*(text or []), *(more_text or [])]
 
 
 def _widths(text: str) -> list[int]:

@@ -6,7 +6,7 @@ import numpy as np
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from matquant.checkpoint import Checkpoint, bits_per_weight, plain_bytes, size_bytes
+from matquant.checkpoint import Checkpoint, bits_per_weight, plain_bytes, plan_bytes
 from matquant.nest import MASTER_BITS, slice_codes
 
 BARS = " ▁▂▃▄▅▆▇█"
@@ -26,10 +26,9 @@ def summarise(checkpoint: Checkpoint) -> dict[str, Any]:
     widths = {}
     for bits in range(MASTER_BITS, 0, -1):
         plan = dict.fromkeys(checkpoint.shapes, bits)
-        sliced = slice_codes(np.arange(256, dtype=np.uint8), bits, rule=checkpoint.spec.rule)
-        histogram = np.bincount(sliced, weights=counts).astype(np.int64)
+        histogram = slice_counts(counts, bits, rule=checkpoint.spec.rule)
         overflow = float(histogram[2**bits :].sum()) / total
-        size = sum(size_bytes(checkpoint, path, bits) for path in checkpoint.shapes)
+        size = plan_bytes(checkpoint, plan)
         widths[bits] = {
             "bytes": size,
             "model_bytes": size + rest,
@@ -47,6 +46,12 @@ def code_counts(checkpoint: Checkpoint) -> np.ndarray:
     for path in checkpoint.shapes:
         counts += np.bincount(checkpoint.nested(path).codes.ravel(), minlength=256)
     return counts
+
+
+def slice_counts(counts: np.ndarray, bits: int, *, rule: str) -> np.ndarray:
+    """How often each ``bits``-bit code occurs, int64, given how often each of the 256 codes does."""
+    sliced = slice_codes(np.arange(256, dtype=np.uint8), bits, rule=rule)
+    return np.bincount(sliced, weights=counts).astype(np.int64)
 
 
 def render(checkpoint: Checkpoint, summary: dict[str, Any]) -> RenderableType:

@@ -1,16 +1,35 @@
-"""Writing files so that a crash or a full disk never leaves half of one."""
+"""Files: written so that a crash or a full disk never leaves half of one, hashed, and read when users name them."""
 
 import contextlib
 import errno
+import hashlib
+import json
 import os
 import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
 from matquant.errors import InputError
+
+
+def sha256(file: Path) -> str:
+    """Of what a file holds, in hexadecimal digits."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def read_json(file: Path, flag: str, *, give: str, missing: str = "") -> Any:
+    """What the JSON file given to ``flag`` holds; InputError that says what to give (missing: if there is no file)."""
+    if not file.is_file():
+        raise InputError(f"{flag} {file}: no such file; give {missing or give}")
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{flag} {file} is not JSON ({error}); give {give}") from None
 
 
 def write_atomically(file: Path, content: bytes) -> None:

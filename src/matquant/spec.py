@@ -5,13 +5,13 @@ Both are frozen, keyword-only, and read from JSON strictly: an unknown key raise
 
 import dataclasses
 import difflib
-import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 from matquant.errors import InputError
+from matquant.files import read_json
 from matquant.nest import MASTER_BITS, check_bits, check_rule
 
 FORMAT_VERSION = 1
@@ -162,15 +162,10 @@ class Plan:
     @classmethod
     def read(cls, file: Path | str) -> Self:
         """Read {"default": bits, "bits": {path: bits}, "about": {fact: value}} from a JSON file, any of them absent."""
-        where = Path(file)
-        if not where.is_file():
-            raise InputError(f'--plan {where}: no such file; give a JSON file {{"default": 4, "bits": {{path: bits}}}}')
-        try:
-            values = json.loads(where.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise InputError(f'--plan {where} is not JSON ({error}); give {{"default": 4, "bits": {{...}}}}') from None
+        where, give = Path(file), '{"default": 4, "bits": {...}}'
+        values = read_json(where, "--plan", give=give, missing='a JSON file {"default": 4, "bits": {path: bits}}')
         if not isinstance(values, dict) or not isinstance(values.get("bits", {}), dict):
-            raise InputError(f'--plan {where} is not an object with "bits"; give {{"default": 4, "bits": {{...}}}}')
+            raise InputError(f'--plan {where} is not an object with "bits"; give {give}')
         known = {"default": None, **_known_only(cls, values, where=str(where))}
         if "default" in values:
             check_bits(values["default"])

@@ -5,7 +5,6 @@ time and no path of this machine enters, so the same inputs give the same bytes.
 escaped by the template, whose pictures are drawn from the numbers that this module prepares. Needs no torch.
 """
 
-import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,11 +14,11 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from matquant.checkpoint import Checkpoint, bits_per_weight, manifest_sha256, open_checkpoint, plain_bytes, size_bytes
-from matquant.contents import code_counts
+from matquant.checkpoint import Checkpoint, bits_per_weight, manifest_sha256, open_checkpoint, plain_bytes, plan_bytes
+from matquant.contents import code_counts, slice_counts
 from matquant.errors import InputError
-from matquant.files import write_atomically
-from matquant.nest import MASTER_BITS, slice_codes
+from matquant.files import read_json, write_atomically
+from matquant.nest import MASTER_BITS
 from matquant.spec import Plan
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
@@ -114,12 +113,7 @@ def by_name(files: Sequence[Path], flag: str) -> dict[str, Path]:
 def _read(file: Path, flag: str, key: str = "") -> dict[str, Any]:
     """A JSON object; it has an object ``key`` if that is asked for."""
     what = f'a JSON file with "{key}"' if key else "a JSON file"
-    if not file.is_file():
-        raise InputError(f"{flag} {file}: no such file; give {what}")
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{flag} {file} is not JSON ({error}); give {what}") from None
+    values = read_json(file, flag, give=what)
     if not isinstance(values, dict) or (key and not isinstance(values.get(key), dict)):
         found = f'an object with "{key}"' if key else "an object"
         raise InputError(f"{flag} {file} is not {found}; give {what}")
@@ -179,12 +173,11 @@ def _sizes(checkpoint: Checkpoint, counts: np.ndarray, plans: Mapping[str, Mappi
     rest = plain_bytes(checkpoint)
     rows = []
     for name, widths in (*uniform.items(), *plans.items()):
-        size = sum(size_bytes(checkpoint, path, bits) for path, bits in widths.items())
+        size = plan_bytes(checkpoint, widths)
         overflow = None
         if name in uniform:
             bits = int(name.removeprefix("int"))
-            beyond = slice_codes(np.arange(256, dtype=np.uint8), bits, rule="extra") >= 2**bits
-            overflow = float(counts[beyond].sum() / counts.sum())
+            overflow = float(slice_counts(counts, bits, rule="extra")[2**bits :].sum() / counts.sum())
         rows.append(
             {
                 "name": name,
@@ -417,8 +410,7 @@ def _histograms(checkpoint: Checkpoint, counts: np.ndarray) -> list[dict[str, An
     """Histogram of the codes at each shown width: bars as (x, y, width, height) in a box of 256 x 100."""
     pictures = []
     for bits in _shown_widths(checkpoint):
-        codes = slice_codes(np.arange(MASTER_CODES, dtype=np.uint8), bits, rule=checkpoint.spec.rule)
-        histogram = np.bincount(codes, weights=counts)
+        histogram = slice_counts(counts, bits, rule=checkpoint.spec.rule)
         step = MASTER_CODES / len(histogram)
         heights = 100 * histogram / histogram.max()
         mean = float((np.arange(len(histogram)) * histogram).sum() / histogram.sum())

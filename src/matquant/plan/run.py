@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import RenderableType
 from rich.table import Table
 
-from matquant.checkpoint import Checkpoint, bits_per_weight, open_checkpoint, plain_bytes, size_bytes
+from matquant.checkpoint import Checkpoint, bits_per_weight, open_checkpoint, plain_bytes, plan_bytes
 from matquant.errors import InputError
 from matquant.files import write_atomically
 from matquant.plan.budget import Budget, bits_budget, by_layer, check_widths, size_budget
@@ -129,7 +129,7 @@ def make_plan(
 
 def describe(checkpoint: Checkpoint, plan: Mapping[str, int], losses: "Losses | None") -> dict[str, float]:
     """Honest bits per quantised weight and bytes of the whole model at a plan, and its losses if they are measured."""
-    total = sum(size_bytes(checkpoint, path, bits) for path, bits in plan.items()) + plain_bytes(checkpoint)
+    total = plan_bytes(checkpoint, plan) + plain_bytes(checkpoint)
     facts = {"bits_per_weight": bits_per_weight(checkpoint, plan), "bytes": int(-(-total // 1))}
     if losses is not None:
         loss, log_perplexity = losses.measure(plan)

@@ -24,9 +24,9 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from matquant.checkpoint import MANIFEST, open_checkpoint
+from matquant.checkpoint import Checkpoint, manifest_sha256, open_checkpoint
 from matquant.errors import InputError, check_positive
-from matquant.files import write_atomically
+from matquant.files import sha256, write_atomically
 from matquant.integrations.transformers import load
 from matquant.models import (
     check_context,
@@ -60,24 +60,24 @@ class Losses:
 
     def __init__(
         self,
-        directory: Path | str,
+        checkpoint: Checkpoint,
         tokens: np.ndarray,
         *,
         reference: Path | str | None = None,
         report: Callable[[int], None] = lambda evaluations: None,
     ) -> None:
-        self.checkpoint = open_checkpoint(directory)
+        self.checkpoint = checkpoint
         self.paths = tuple(self.checkpoint.shapes)
         self.tokens = tokens
         self.reference = reference
         self.evaluations = 0
         self._report = report
         self._saved_s = time.monotonic()
-        self._file = Path(directory) / SIDECAR
+        self._file = checkpoint.directory / SIDECAR
         self._key = {
             "text_sha256": data_sha256(tokens),
             "context": tokens.shape[1] - 1,
-            "checkpoint_sha256": _sha256(Path(directory) / MANIFEST),
+            "checkpoint_sha256": manifest_sha256(checkpoint.directory),
             "reference": f"int{MASTER_BITS}" if reference is None else _fingerprint(reference),
         }
         self._sets = _read_sidecar(self._file, self._key["checkpoint_sha256"])
@@ -215,11 +215,12 @@ def open_losses(
     check_positive(samples=samples, seq_len=1 if seq_len is None else seq_len)
     if seed < 0:
         raise InputError(f"seed={seed}; give a number of at least 0")
-    context = int(open_checkpoint(directory, check_hashes=False).config.get("max_position_embeddings", SEQ_LEN))
+    checkpoint = open_checkpoint(directory)
+    context = int(checkpoint.config.get("max_position_embeddings", SEQ_LEN))
     stream = token_stream(read_documents(text), load_tokenizer(directory))
     windows = cut_windows(stream, seq_len or min(SEQ_LEN, context))
     chosen = windows[np.sort(np.random.default_rng(seed).permutation(len(windows))[:samples])]
-    return Losses(directory, chosen, reference=reference, report=report)
+    return Losses(checkpoint, chosen, reference=reference, report=report)
 
 
 def _read_sidecar(file: Path, checkpoint_sha256: str) -> list[dict[str, Any]]:
@@ -248,9 +249,4 @@ def _fingerprint(model: Path | str) -> str:
     if not where.is_dir():
         return str(model)
     files = sorted([where / "config.json", *where.glob("*.safetensors"), *where.glob("*.bin")])
-    return hashlib.sha256("".join(_sha256(file) for file in files).encode()).hexdigest()
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return hashlib.sha256("".join(sha256(file) for file in files).encode()).hexdigest()

@@ -6,12 +6,12 @@ to a few percent where weights are streamed from memory; small models that stay 
 """
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from matquant.errors import check_positive
 from matquant.plan.budget import Budget
-from matquant.runtime.bench import bench, median, timed
+from matquant.runtime.bench import bench
 from matquant.runtime.engine import Engine
 
 PARTS = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "o_proj": "o", "gate_proj": "gate_up", "up_proj": "gate_up"}
@@ -42,22 +42,6 @@ def speed_budget(directory: Path | str, tokens_per_second: float, *, widths: Seq
         asked=f"{tokens_per_second:g} tokens per second",
         least=lambda cost: f"{1e9 / (cost + rest):.1f} tokens per second",
     )
-
-
-def tokens_per_second(engine: Engine, plan: Mapping[str, int], *, rounds: int = ROUNDS) -> float:
-    """Decoded tokens per second at a plan, the median of ``rounds``."""
-    tokens = min(TOKENS, engine.context - CONTEXT)
-    session, widths = engine.session(CONTEXT + tokens), engine.widths(plan=plan)
-    prompt = list(range(1, CONTEXT + 1))
-    session.extend(prompt, widths)
-
-    def decode() -> None:
-        session.rewind(CONTEXT)
-        for _ in range(tokens):
-            session.extend(prompt[:1], widths)
-
-    decode()
-    return median([timed(decode, tokens, engine.threads) for _ in range(rounds)])
 
 
 def _part(path: str) -> str:

@@ -24,12 +24,7 @@ STRATEGIES: dict[str, Callable[[int], list[int]]] = {
 
 def mixes(strategy: str, widths: Sequence[int], *, layers: int) -> np.ndarray:
     """Every assignment of the form: widths [count, layers], the widths of each row ascending along its order."""
-    ends = np.array(list(itertools.combinations_with_replacement(range(layers + 1), len(widths) - 1)), dtype=np.int64)
-    narrow_to_wide = (np.arange(layers)[None, :, None] >= ends[:, None, :]).sum(-1)
-    result = np.empty_like(narrow_to_wide)
-    result[:, check_strategy(strategy)(layers)] = narrow_to_wide
-    assigned: np.ndarray = np.asarray(widths)[result]
-    return assigned
+    return _assign(strategy, widths, _edges(layers, len(widths)))
 
 
 def widest_mix(strategy: str, widths: Sequence[int], *, costs: Sequence[Sequence[int]], limit: int) -> tuple[int, ...]:
@@ -37,15 +32,16 @@ def widest_mix(strategy: str, widths: Sequence[int], *, costs: Sequence[Sequence
 
     costs: [layer][width], ascending along the widths. InputError for an unknown strategy, or if nothing fits.
     """
-    found = mixes(strategy, widths, layers=len(costs))
-    chosen = np.searchsorted(widths, found)
-    total = np.take_along_axis(np.asarray(costs, dtype=np.int64)[None], chosen[..., None], axis=2).sum((1, 2))
-    different = 1 + (np.diff(np.sort(chosen, axis=1), axis=1) > 0).sum(1)
-    fits = total <= limit
-    if not fits.any():
+    order = check_strategy(strategy)(len(costs))
+    edges = _edges(len(costs), len(widths))
+    before = np.vstack([np.zeros(len(widths), dtype=np.int64), np.cumsum(np.asarray(costs)[order], axis=0)])
+    total = sum(before[edges[:, w + 1], w] - before[edges[:, w], w] for w in range(len(widths)))
+    different = (np.diff(edges, axis=1) > 0).sum(1)
+    fitting = np.flatnonzero(total <= limit)
+    if not len(fitting):
         raise InputError(f"a budget of {limit} asked, the smallest {strategy} takes {total.min()}; give at least that")
-    best = max(np.flatnonzero(fits), key=lambda row: (total[row], different[row], -row))
-    return tuple(found[best].tolist())
+    best = fitting[np.lexsort((-fitting, different[fitting], total[fitting]))[-1]]
+    return tuple(_assign(strategy, widths, edges[best][None])[0].tolist())
 
 
 def check_strategy(strategy: str) -> Callable[[int], list[int]]:
@@ -53,6 +49,21 @@ def check_strategy(strategy: str) -> Callable[[int], list[int]]:
     if strategy not in STRATEGIES:
         raise InputError(f"--strategy {strategy!r} is not known; use one of search, {', '.join(STRATEGIES)}")
     return STRATEGIES[strategy]
+
+
+def _edges(layers: int, widths: int) -> np.ndarray:
+    """All ways to cut the layers into a run for each width: where runs begin and the last ends, [count, widths + 1]."""
+    cuts = np.array(list(itertools.combinations_with_replacement(range(layers + 1), widths - 1)), dtype=np.int64)
+    return np.pad(np.pad(cuts, ((0, 0), (1, 0))), ((0, 0), (0, 1)), constant_values=layers)
+
+
+def _assign(strategy: str, widths: Sequence[int], edges: np.ndarray) -> np.ndarray:
+    """The width of each layer, [count, layers], for runs along the order of a strategy."""
+    order = check_strategy(strategy)(int(edges[0, -1]))
+    run_of = (np.arange(len(order))[None, :, None] >= edges[:, None, 1:-1]).sum(-1)
+    result: np.ndarray = np.empty_like(run_of)
+    result[:, order] = np.asarray(widths)[run_of]
+    return result
 
 
 def _outside_in(layers: int) -> list[int]:
