@@ -44,6 +44,7 @@ HEAVY = {  # package -> the one file that imports it; transformers has two: one 
     "transformers": ["integrations/quantizer.py", "models.py"],
     "matplotlib": ["eval/report.py"],
     "lm_eval": ["integrations/lm_eval.py"],
+    "vllm": ["integrations/vllm.py"],
 }
 FILES = sorted(SOURCE.rglob("*.py"))
 RUNTIME = [file for file in (SOURCE / "runtime").glob("*.py") if file.stem != "__init__"]

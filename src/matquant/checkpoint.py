@@ -32,7 +32,7 @@ from matquant.files import explain_full_disk, sha256, sync
 from matquant.nest import MASTER_BITS, slice_codes
 from matquant.overflow import packed_bytes
 from matquant.spec import FORMAT_VERSION, Spec, check_format
-from matquant.tensor import Affine, NestedTensor
+from matquant.tensor import NestedTensor
 
 MANIFEST = "matquant_manifest.json"
 SLICES = "matquant_slices.safetensors"
@@ -132,26 +132,6 @@ def unpack_codes(words: Any, columns: int) -> Any:
     return words.view(array_namespace(words).uint8)[:, :columns]
 
 
-def unpack_zeros(words: Any, rows: int) -> Any:
-    """The zeros [rows, G], float32, inside int32 words [ceil(rows/4), G], numpy or torch."""
-    xp = array_namespace(words)
-    parts = xp.stack([(words >> shift) & 255 for shift in (0, 8, 16, 24)], axis=1)
-    return xp.astype(xp.reshape(parts, (-1, words.shape[1]))[:rows, :], xp.float32)
-
-
-def read_stored(
-    packed: Any, scale: Any, zero_point: Any | None, *, columns: int, rule: str, slices: Mapping[int, Affine]
-) -> NestedTensor:
-    """The nested weight that lies in a checkpoint as these tensors, numpy or torch; its codes are a view of ``packed``.
-
-    packed: int32 [N, ceil(K/4)]; scale [N, G]; zero_point: int32 [ceil(N/4), G], None for 128; columns: K.
-    """
-    xp = array_namespace(scale)
-    scale = xp.astype(scale, xp.float32)
-    zero = xp.full_like(scale, 2 ** (MASTER_BITS - 1)) if zero_point is None else unpack_zeros(zero_point, len(scale))
-    return NestedTensor(codes=unpack_codes(packed, columns), scale=scale, zero=zero, rule=rule, slices=slices)
-
-
 def _stored_tensors(path: str, tensor: NestedTensor, spec: Spec) -> Iterator[tuple[str, np.ndarray]]:
     yield f"{path}.weight_packed", pack_codes(tensor.codes)
     yield f"{path}.weight_scale", tensor.scale.astype(_scale_dtype(path, spec))
@@ -193,19 +173,23 @@ def _write_tensors(directory: Path, items: Iterable[Item], *, spec: Spec, shard_
     flush()
     if slices:
         save_file(slices, directory / SLICES)
-    _name_shards(directory, shards, total)
+    _name_shards(directory, shards, total, index=bool(slices))
 
 
-def _name_shards(directory: Path, shards: list[list[str]], total: int) -> None:
-    if len(shards) == 1:
-        (directory / "shard-00000").rename(directory / "model.safetensors")
-        return
-    names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+def _name_shards(directory: Path, shards: list[list[str]], total: int, *, index: bool) -> None:
+    """Give the shards their names; an index lists them if there are several, or if asked for.
+
+    It is asked for beside slices: where there is none, vLLM takes every safetensors file for a part of the model.
+    """
+    names = ["model.safetensors"]
+    if len(shards) > 1:
+        names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
     for number, name in enumerate(names):
         (directory / f"shard-{number:05d}").rename(directory / name)
-    weight_map = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (directory / "model.safetensors.index.json").write_bytes(_json_bytes(index))
+    if index or len(shards) > 1:
+        weight_map = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
+        content = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (directory / "model.safetensors.index.json").write_bytes(_json_bytes(content))
 
 
 def _manifest(directory: Path) -> dict[str, Any]:
@@ -302,25 +286,22 @@ class Checkpoint:
 
     def nested(self, path: str, *, mapped: bool = False) -> NestedTensor:
         """The quantised weight at ``path``, numpy arrays; ``mapped``: codes are a read-only view of the file."""
-        packed, zeros = f"{path}.weight_packed", f"{path}.weight_zero_point"
-        return read_stored(
-            self.mapped(packed, "<i4") if mapped else self.array(packed),
-            self.array(f"{path}.weight_scale"),
-            self.array(zeros) if zeros in self.files else None,
-            columns=self.shapes[path][1],
-            rule=self.spec.rule,
-            slices=self.slices(path),
-        )
-
-    def slices(self, path: str) -> dict[int, Affine]:
-        """width -> (scale, zero), float32 [N, G], of the widths that have their own at ``path``."""
-        return {
+        rows, columns = self.shapes[path]
+        scale = self.array(f"{path}.weight_scale").astype(np.float32)
+        zero = np.full_like(scale, 2 ** (MASTER_BITS - 1))
+        if f"{path}.weight_zero_point" in self.files:
+            words = np.ascontiguousarray(self.array(f"{path}.weight_zero_point").T)
+            zero = np.ascontiguousarray(unpack_codes(words, rows).T.astype(np.float32))
+        slices = {
             bits: (
                 self.array(f"{path}.{bits}.scale").astype(np.float32),
                 self.array(f"{path}.{bits}.zero").astype(np.float32),
             )
             for bits in self.spec.slices
         }
+        packed = f"{path}.weight_packed"
+        codes = unpack_codes(self.mapped(packed, "<i4") if mapped else self.array(packed), columns)
+        return NestedTensor(codes=codes, scale=scale, zero=zero, rule=self.spec.rule, slices=slices)
 
 
 def open_checkpoint(directory: Path | str, *, check_hashes: bool = True) -> Checkpoint:

@@ -15,8 +15,7 @@ configuration will be used. So ``merge_quantization_configs``, the function that
 asks whether the configuration given is ours: the only thing here that transformers does not offer to others.
 """
 
-from collections.abc import Iterable, Mapping
-from itertools import zip_longest
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -32,14 +31,15 @@ from transformers.quantizers import HfQuantizer, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, AutoHfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from matquant.checkpoint import Checkpoint, open_checkpoint, read_stored
+from matquant.checkpoint import Checkpoint, open_checkpoint
 from matquant.errors import InputError
-from matquant.models import Model, to_torch
+from matquant.integrations.words import read_words
+from matquant.models import Model
 from matquant.nest import MASTER_BITS
 from matquant.spec import Plan
 
 METHOD = "matquant"
-PARTS = ("", "_packed", "_scale", "_shape", "_zero_point")  # of the names of stored tensors, after "weight"
+STORED = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point")  # all are taken, two are used
 
 Tensors = dict[str, list[torch.Tensor]]  # by pattern, in the order of their names in the checkpoint
 
@@ -74,7 +74,7 @@ class MatQuantQuantizer(HfQuantizer):  # type: ignore[misc]
     conversions: those of the model's class.
     """
 
-    serialized_names = {"weight": [f"weight{part}" for part in PARTS]}  # noqa: RUF012 (transformers' own shape)
+    serialized_names = {"weight": list(STORED)}  # noqa: RUF012 (transformers' own shape)
     is_trainable = True
     checkpoint: Checkpoint
     bits: Mapping[str, int]
@@ -140,40 +140,20 @@ class _Slice(ConversionOps):  # type: ignore[misc]
         model: Model,
         **_: Any,
     ) -> dict[str, Any]:
-        """Tensors by pattern, such as "experts.*.up_proj.weight_scale" -> weights by "experts.*.up_proj.weight"."""
-        dtype = model.get_parameter(full_layer_name).dtype
+        """Tensors by pattern, such as "experts.*.up_proj.weight_packed" -> weights by "experts.*.up_proj.weight"."""
+        quantizer, dtype = self.hf_quantizer, model.get_parameter(full_layer_name).dtype
         found = {}
         for pattern in (pattern for pattern in source_patterns if pattern.endswith("weight")):
-            paths = self.hf_quantizer.paths.get((full_layer_name, pattern))
-            plain, *parts = (input_dict.get(pattern + part, []) for part in PARTS)
-            stored: Iterable[tuple[Any, ...]] = zip_longest(*parts)  # zero points are few
+            paths = quantizer.paths.get((full_layer_name, pattern))
+            weights = input_dict.get(pattern, [])
             if paths is not None:
-                plain = [self._read(path, *tensors) for path, tensors in zip(paths, stored, strict=True)]
-            found[pattern] = [weight.to(dtype) for weight in plain]
+                packed = zip(paths, input_dict[f"{pattern}_packed"], strict=True)
+                weights = [
+                    read_words(quantizer.checkpoint, path, words, quantizer.bits[path]) for path, words in packed
+                ]
+            found[pattern] = [weight.to(dtype) for weight in weights]
         # without a conversion of the class's own, transformers goes by the whole name
         return {full_layer_name: found["weight"][0]} if source_patterns[0] == "weight" else found
-
-    def _read(
-        self, path: str, packed: torch.Tensor, scale: torch.Tensor, shape: torch.Tensor, zero_point: torch.Tensor | None
-    ) -> torch.Tensor:
-        """The weight [N, K], float32, that is stored as these tensors."""
-        quantizer = self.hf_quantizer
-        bits = quantizer.bits[path]
-        own = {
-            width: (to_torch(scale_r).to(packed.device), to_torch(zero_r).to(packed.device))
-            for width, (scale_r, zero_r) in quantizer.checkpoint.slices(path).items()
-            if width == bits
-        }
-        tensor = read_stored(
-            packed,
-            scale,
-            zero_point,
-            columns=int(shape[1]),
-            rule=quantizer.checkpoint.spec.rule,
-            slices=own,
-        )
-        weight: torch.Tensor = tensor.read(bits)
-        return weight
 
     @property
     def reverse_op(self) -> ConversionOps:
