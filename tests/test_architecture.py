@@ -15,7 +15,7 @@ LAYERS = [
     {"spec", "grid", "overflow"},
     {"tensor", "text"},
     {"checkpoint", "planes"},
-    {"models", "contents", "runtime"},
+    {"models", "contents", "runtime", "export"},
     {"train", "integrations"},
     {"eval"},
     {"plan"},
@@ -36,6 +36,7 @@ NO_TORCH = {
     "checkpoint",
     "contents",
     "runtime",
+    "export",
     "cli",
     "__init__",
     "__main__",
@@ -46,7 +47,7 @@ HEAVY = (
     ("lm_eval", "integrations/lm_eval.py"),
 )
 FILES = sorted(SOURCE.rglob("*.py"))
-RUNTIME = [file for file in (SOURCE / "runtime").glob("*.py") if file.stem != "__init__"]
+WHOLE = [f"{p}.{file.stem}" for p in ("runtime", "export") for file in (SOURCE / p).glob("[!_]*.py")]
 PLAN = ("budget", "strategies", "search", "speed", "run")  # losses are measured with torch, all else is not
 
 
@@ -89,7 +90,7 @@ def test_heavy_packages_are_imported_in_one_file_each() -> None:
 
 
 def test_the_base_package_never_imports_torch() -> None:
-    inside = {f"runtime.{file.stem}" for file in RUNTIME} | {f"plan.{name}" for name in PLAN}
+    inside = {*WHOLE, *(f"plan.{name}" for name in PLAN)}
     modules = ", ".join(
         "matquant" if name == "__init__" else f"matquant.{name}" for name in sorted(NO_TORCH - {"__main__"} | inside)
     )

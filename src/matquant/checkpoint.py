@@ -11,10 +11,7 @@ model. No pickle anywhere. Shapes: N out features, K in features, G groups.
 """
 
 import contextlib
-import ctypes
 import json
-import os
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -27,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from matquant.errors import InputError
-from matquant.files import explain_full_disk, sha256, sync
+from matquant.files import check_replaceable, json_bytes, replace_directory_when_done, sha256
 from matquant.nest import MASTER_BITS, slice_codes
 from matquant.overflow import packed_bytes
 from matquant.spec import FORMAT_VERSION, Spec, check_format
@@ -40,6 +37,10 @@ CODES_PER_WORD = 4  # 8-bit codes in an int32
 MADE_BY = "give a checkpoint made by matquant quantize"
 AGAIN = "copy it again or write the checkpoint again"
 DAMAGED = "the checkpoint is damaged: write it again"
+SIDE_FILES = (
+    *("added_tokens.json", "merges.txt", "special_tokens_map.json", "tokenizer.json", "tokenizer.model"),
+    *("tokenizer_config.json", "vocab.json", "vocab.txt", "chat_template.jinja", "generation_config.json"),
+)
 
 Item = tuple[str, "np.ndarray | NestedTensor"]
 
@@ -67,33 +68,23 @@ def write_checkpoint(
     """
     target = Path(directory).resolve()  # through a link, the checkpoint it points to is replaced
     check_writable(target, overwrite=overwrite)
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        with explain_full_disk(target):
-            partial.mkdir(parents=True)
-            _write_tensors(partial, items, spec=spec, shard_bytes=shard_bytes)
-            quantised = {**config, "quantization_config": quantization_config(spec, ignore)}
-            (partial / "config.json").write_bytes(_json_bytes(quantised))
-            for name, content in files.items():
-                (partial / name).write_bytes(content)
-            (partial / MANIFEST).write_bytes(_json_bytes(_manifest(partial)))
-            for file in [*partial.iterdir(), partial]:
-                sync(file)
-        _move_into_place(partial, target)
-        sync(target.absolute().parent)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with replace_directory_when_done(target) as partial:
+        _write_tensors(partial, items, spec=spec, shard_bytes=shard_bytes)
+        quantised = {**config, "quantization_config": quantization_config(spec, ignore)}
+        (partial / "config.json").write_bytes(json_bytes(quantised))
+        for name, content in files.items():
+            (partial / name).write_bytes(content)
+        (partial / MANIFEST).write_bytes(json_bytes(_manifest(partial)))
 
 
 def check_writable(target: Path, *, overwrite: bool) -> None:
     """InputError if ``target`` may not be written: it exists without ``overwrite``, or is not a checkpoint of ours."""
-    if not target.exists():
-        return
-    if not overwrite:
-        raise InputError(f"{target} exists; give another -o, or --overwrite to replace it")
-    if not target.is_dir() or (any(target.iterdir()) and not (target / MANIFEST).is_file()):
-        raise InputError(f"{target} is not a matquant checkpoint and will not be replaced; give another -o")
+    check_replaceable(target, MANIFEST, "a matquant checkpoint", overwrite=overwrite)
+
+
+def side_files(source: Path | str) -> dict[str, bytes]:
+    """Tokenizer and generation files that belong to a model, by name; empty for a hub id."""
+    return {name: (Path(source) / name).read_bytes() for name in SIDE_FILES if (Path(source) / name).is_file()}
 
 
 def quantization_config(spec: Spec, ignore: Iterable[str]) -> dict[str, Any]:
@@ -184,7 +175,7 @@ def _name_shards(directory: Path, shards: list[list[str]], total: int) -> None:
         (directory / f"shard-{number:05d}").rename(directory / name)
     weight_map = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (directory / "model.safetensors.index.json").write_bytes(_json_bytes(index))
+    (directory / "model.safetensors.index.json").write_bytes(json_bytes(index))
 
 
 def _manifest(directory: Path) -> dict[str, Any]:
@@ -193,36 +184,6 @@ def _manifest(directory: Path) -> dict[str, Any]:
         sums = list(pool.map(sha256, files))
     entries = {f.name: {"bytes": f.stat().st_size, "sha256": s} for f, s in zip(files, sums, strict=True)}
     return {"format": FORMAT_VERSION, "files": entries}
-
-
-def _json_bytes(value: Any) -> bytes:
-    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
-
-
-def _move_into_place(partial: Path, target: Path) -> None:
-    """Rename ``partial`` to ``target``; an old checkpoint is there until the new one is."""
-    if not target.exists():
-        partial.rename(target)
-    elif not _exchange(partial, target):
-        old = target.with_name(f".{target.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        try:
-            target.rename(old)
-            partial.rename(target)
-        except BaseException:
-            if not target.exists():
-                old.rename(target)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _exchange(first: Path, second: Path) -> bool:
-    """Swap two directories in one atomic step (Linux renameat2); False where the system cannot."""
-    with contextlib.suppress(AttributeError, OSError):
-        here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-        swapped = ctypes.CDLL(None).renameat2(here, os.fsencode(first), here, os.fsencode(second), exchange)
-        return bool(swapped == 0)
-    return False
 
 
 # ---------------------------------------------------------------------------------------------------------- reading
@@ -257,6 +218,10 @@ class Checkpoint:
         """The dtype of a stored tensor as its file names it: F32, F16, BF16, I32, ..."""
         entry: dict[str, Any] = self._header(name)[1][name]
         return str(entry["dtype"])
+
+    def stored_shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a stored tensor."""
+        return tuple(self._header(name)[1][name]["shape"])
 
     def mapped(self, name: str, dtype: Any) -> np.ndarray:
         """A stored tensor of ``dtype`` as a read-only view of its file, which the system reads when it is looked at."""
