@@ -12,7 +12,7 @@ from matquant.checkpoint import Checkpoint, open_checkpoint
 from matquant.errors import InputError
 from matquant.export import compressed_tensors, dense
 from matquant.export.card import RECORD
-from matquant.export.containers import EXACT, CENTRE, ZEROS, Container, Misfit, choose
+from matquant.export.containers import CENTRE, EXACT, ZEROS, Container, Misfit, choose
 from matquant.export.job import Exporter, Job
 from matquant.files import check_replaceable, check_space, read_json, replace_directory_when_done, replace_when_done
 from matquant.nest import MASTER_BITS
@@ -46,7 +46,7 @@ def export(
 
     The weights the engine computes with are those of the slice, after one rounding of scales (and minima) to the
     format's type; weights no block of the format can hold for their size stay dense, with a notice. zeros=CENTRE
-    moves zeros to the middle of the codes first, for formats that cannot hold others. dtype: of dense weights, None: the
+    moves zeros to the middle of the codes first, for formats that hold no others. dtype: of dense weights, None: the
     model's. measured: a record of ``matquant eval --json`` for the model card. Returns {"out", "bytes", "seconds",
     "bits_per_weight", "containers": {name: weights}}. InputError, and nothing written, where a slice does not fit.
     """

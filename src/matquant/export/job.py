@@ -42,8 +42,8 @@ class Exporter:
 class Job:
     """One export. plan: path -> bits. chosen: path -> container, None where the weight becomes dense, in ``dtype``.
 
-    zeros: EXACT, or CENTRE where zeros are moved to the middle of the codes (``containers.read_affine``). about: facts for
-    the model card.
+    zeros: EXACT, or CENTRE where zeros are moved to the middle of the codes (``containers.read_affine``). about: facts
+    for the model card.
     """
 
     checkpoint: Checkpoint
