@@ -1261,6 +1261,10 @@ FLAGS: dict[str, list[str]] = {
     "bench": [
         "--bits", "--tokens", "--rounds", "--context", "--threads", "--activations", "--check-hashes", "--help",
     ],
+    "export": [
+        "--to", "--out", "--bits", "--plan", "--zeros", "--dtype", "--base-model", "--measured", "--explain",
+        "--overwrite", "--help",
+    ],
     "demo": ["--out", "--help"],
 }  # fmt: skip
 DEFAULTS: dict[str, dict[str, str]] = {
@@ -1357,6 +1361,7 @@ DEFAULTS: dict[str, dict[str, str]] = {
         "--activations": "int8",
         "--check-hashes": "check-hashes",
     },
+    "export": {"--bits": "(8)", "--zeros": "exact", "--dtype": "(the model's)"},
     "demo": {"--out": "out/demo"},
 }
 
