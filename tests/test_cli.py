@@ -1198,7 +1198,7 @@ def test_a_plan_cannot_replace_a_directory(refuse: Refuse, make: Arguments, tmp_
 
 # Help -----------------------------------------------------------------------------------------------------------------
 
-VERBS = ("quantize", "eval", "plan", "report", "inspect", "verify", "generate", "chat", "bench", "demo")
+VERBS = ("quantize", "eval", "plan", "report", "inspect", "verify", "generate", "chat", "bench", "export", "demo")
 
 
 def test_the_help_fits_a_small_terminal(run: Run) -> None:
