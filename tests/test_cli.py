@@ -838,6 +838,7 @@ def test_quantising_takes_every_option_of_the_record(run: Run, llama: Path, tmp_
         "steps": 0,
         "seed": 7,
         "data_sha256": "",
+        "stored_bits": 8,
     }
 
 
