@@ -11,11 +11,11 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "matquant"
 # A module may import from layers before its own, or from its own package.
 LAYERS = [
     {"errors"},
-    {"nest", "files"},
+    {"nest", "files", "packing"},
     {"spec", "grid", "overflow"},
     {"tensor", "text"},
     {"checkpoint", "planes"},
-    {"models", "contents", "runtime"},
+    {"models", "contents", "runtime", "export"},
     {"train", "integrations"},
     {"eval"},
     {"plan"},
@@ -27,6 +27,7 @@ NO_TORCH = {
     "errors",
     "files",
     "nest",
+    "packing",
     "spec",
     "grid",
     "overflow",
@@ -36,6 +37,7 @@ NO_TORCH = {
     "checkpoint",
     "contents",
     "runtime",
+    "export",
     "cli",
     "__init__",
     "__main__",
@@ -47,7 +49,7 @@ HEAVY = {  # package -> the one file that imports it; transformers has two: one 
     "vllm": ["integrations/vllm.py"],
 }
 FILES = sorted(SOURCE.rglob("*.py"))
-RUNTIME = [file for file in (SOURCE / "runtime").glob("*.py") if file.stem != "__init__"]
+WHOLE = [f"{p}.{file.stem}" for p in ("runtime", "export") for file in (SOURCE / p).glob("[!_]*.py")]
 PLAN = ("budget", "strategies", "search", "speed", "run")  # losses are measured with torch, all else is not
 
 
@@ -90,7 +92,7 @@ def test_heavy_packages_are_imported_in_these_files_only() -> None:
 
 
 def test_the_base_package_never_imports_torch() -> None:
-    inside = {f"runtime.{file.stem}" for file in RUNTIME} | {f"plan.{name}" for name in PLAN}
+    inside = {*WHOLE, *(f"plan.{name}" for name in PLAN)}
     modules = ", ".join(
         "matquant" if name == "__init__" else f"matquant.{name}" for name in sorted(NO_TORCH - {"__main__"} | inside)
     )

@@ -1113,9 +1113,9 @@ def assert_verify_finds_number(sample: Path, name: str, value: float) -> None:
     assert str(caught.value) == f"{UP} has a scale or zero that is not a positive number; write the checkpoint again"
 
 
-@pytest.mark.parametrize("version", [2, 3, 1000, "1", "2", None, 1.5, True, 0, -1, [1]])
+@pytest.mark.parametrize("version", [3, 4, 1000, "1", "2", None, 1.5, True, 0, -1, [1]])
 def test_a_format_that_is_not_known_is_refused(version: Any, sample: Path) -> None:
-    reads = "this matquant reads formats up to 1: upgrade matquant"
+    reads = "this matquant reads formats up to 2: upgrade matquant"
     edit_record(sample, lambda record: record.update(format=version))
     assert_rejected(sample, f"{sample / 'config.json'} is in format {version!r}; {reads}")
     edit_json(sample / MANIFEST, lambda manifest: manifest.update(format=version))
@@ -1123,7 +1123,7 @@ def test_a_format_that_is_not_known_is_refused(version: Any, sample: Path) -> No
 
 
 def test_a_record_without_format_is_refused(sample: Path) -> None:
-    reads = "this matquant reads formats up to 1: upgrade matquant"
+    reads = "this matquant reads formats up to 2: upgrade matquant"
     edit_record(sample, lambda record: record.pop("format"))
     assert_rejected(sample, f"{sample / 'config.json'} is in format None; {reads}")
 

@@ -16,9 +16,10 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 import matquant
 from conftest import FAMILIES
-from matquant.checkpoint import open_checkpoint, write_checkpoint
+from matquant.checkpoint import open_checkpoint, side_files, write_checkpoint
+from matquant.export import export
 from matquant.integrations import quantizer
-from matquant.models import linear_views, plain_items, side_files
+from matquant.models import linear_views, plain_items
 
 TOKENS = torch.arange(3, 60).reshape(3, 19)
 PATH = "model.layers.1.mlp.down_proj"
@@ -142,6 +143,15 @@ def test_shards_are_read(small: Path, tmp_path: Path) -> None:
     )
     assert len(list((tmp_path / "shards").glob("model-*.safetensors"))) > 3
     assert_same_weights(read(tmp_path / "shards", bits=3), read(small, bits=3))
+
+
+@pytest.mark.parametrize("plan", [None, {PATH: 2}])
+def test_a_checkpoint_with_fewer_stored_bits_is_read(plan: Any, small: Path, tmp_path: Path) -> None:
+    export(small, tmp_path / "top", to="matquant", plan=matquant.Plan.over(4, plan))
+    for bits in (4, 3):
+        assert_same_weights(
+            read(tmp_path / "top", bits=bits, plan=plan), matquant.load(small, bits, plan=plan, kernels="none")
+        )
 
 
 def test_the_decoder_alone_is_read(small: Path) -> None:

@@ -11,11 +11,9 @@ model. No pickle anywhere. Shapes: N out features, K in features, G groups.
 """
 
 import contextlib
-import ctypes
 import json
-import os
-import shutil
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,24 +21,26 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from array_api_compat import array_namespace
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from matquant.errors import InputError
-from matquant.files import explain_full_disk, sha256, sync
+from matquant.files import check_replaceable, json_bytes, replace_directory_when_done, sha256
 from matquant.nest import MASTER_BITS, slice_codes
 from matquant.overflow import packed_bytes
-from matquant.spec import FORMAT_VERSION, Spec, check_format
+from matquant.packing import pack, unpack, words
+from matquant.spec import DAMAGED, Spec, check_format
 from matquant.tensor import NestedTensor
 
 MANIFEST = "matquant_manifest.json"
 SLICES = "matquant_slices.safetensors"
 SHARD_BYTES = 5 * 10**9  # what transformers itself shards at
-CODES_PER_WORD = 4  # 8-bit codes in an int32
 MADE_BY = "give a checkpoint made by matquant quantize"
 AGAIN = "copy it again or write the checkpoint again"
-DAMAGED = "the checkpoint is damaged: write it again"
+SIDE_FILES = (
+    *("added_tokens.json", "merges.txt", "special_tokens_map.json", "tokenizer.json", "tokenizer.model"),
+    *("tokenizer_config.json", "vocab.json", "vocab.txt", "chat_template.jinja", "generation_config.json"),
+)
 
 Item = tuple[str, "np.ndarray | NestedTensor"]
 
@@ -68,77 +68,80 @@ def write_checkpoint(
     """
     target = Path(directory).resolve()  # through a link, the checkpoint it points to is replaced
     check_writable(target, overwrite=overwrite)
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        with explain_full_disk(target):
-            partial.mkdir(parents=True)
-            _write_tensors(partial, items, spec=spec, shard_bytes=shard_bytes)
-            quantised = {**config, "quantization_config": quantization_config(spec, ignore)}
-            (partial / "config.json").write_bytes(_json_bytes(quantised))
-            for name, content in files.items():
-                (partial / name).write_bytes(content)
-            (partial / MANIFEST).write_bytes(_json_bytes(_manifest(partial)))
-            for file in [*partial.iterdir(), partial]:
-                sync(file)
-        _move_into_place(partial, target)
-        sync(target.absolute().parent)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with replace_directory_when_done(target) as partial:
+        _write_tensors(partial, items, spec=spec, shard_bytes=shard_bytes)
+        quantised = {**config, "quantization_config": quantization_config(spec, ignore)}
+        (partial / "config.json").write_bytes(json_bytes(quantised))
+        for name, content in files.items():
+            (partial / name).write_bytes(content)
+        write_manifest(partial, spec)
 
 
 def check_writable(target: Path, *, overwrite: bool) -> None:
     """InputError if ``target`` may not be written: it exists without ``overwrite``, or is not a checkpoint of ours."""
-    if not target.exists():
-        return
-    if not overwrite:
-        raise InputError(f"{target} exists; give another -o, or --overwrite to replace it")
-    if not target.is_dir() or (any(target.iterdir()) and not (target / MANIFEST).is_file()):
-        raise InputError(f"{target} is not a matquant checkpoint and will not be replaced; give another -o")
+    check_replaceable(target, MANIFEST, "a matquant checkpoint", overwrite=overwrite)
+
+
+def side_files(source: Path | str) -> dict[str, bytes]:
+    """Tokenizer and generation files that belong to a model, by name; empty for a hub id."""
+    return {name: (Path(source) / name).read_bytes() for name in SIDE_FILES if (Path(source) / name).is_file()}
 
 
 def quantization_config(spec: Spec, ignore: Iterable[str]) -> dict[str, Any]:
-    """The stock compressed-tensors description of the int8 master, with our Spec as the extra key "matquant"."""
-    weights = {
-        "num_bits": MASTER_BITS,
-        "type": "int",
-        "symmetric": spec.symmetric,
-        "strategy": "channel" if spec.group_size is None else "group",
-        "group_size": spec.group_size,
-        "dynamic": False,
+    """The stock compressed-tensors description of what is stored, with our Spec as the extra key "matquant"."""
+    stored = spec.stored_bits
+    widths = {stored} if isinstance(stored, int) else set(stored.values())
+    groups = {
+        (bits, spec.symmetric): [] if isinstance(stored, int) else [path for path in stored if stored[path] == bits]
+        for bits in sorted(widths, reverse=True)
     }
-    config: dict[str, Any] = {
-        "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
-        "quantization_status": "compressed",
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
-        "ignore": sorted(ignore),
-        "matquant": spec.to_json(),
-    }
+    config = stock_config(groups, group_size=spec.group_size, ignore=ignore) | {"matquant": spec.to_json()}
     if not spec.symmetric:
         # transformers 5.23 mis-shapes packed zero points unless it dequantises while loading.
         config["dequantize"] = True
     return config
 
 
-def pack_codes(codes_NK: np.ndarray) -> np.ndarray:
-    """uint8 codes [N, K] as int32 words [N, ceil(K/4)], little endian, rows padded with zero bytes."""
-    padding = -codes_NK.shape[1] % CODES_PER_WORD
-    return np.ascontiguousarray(np.pad(codes_NK, ((0, 0), (0, padding)))).view("<i4")
+def stock_config(
+    groups: Mapping[tuple[int, bool], Sequence[str]], *, group_size: int | None, ignore: Iterable[str]
+) -> dict[str, Any]:
+    """The quantization_config of compressed-tensors, ``pack-quantized``.
 
-
-def unpack_codes(words: Any, columns: int) -> Any:
-    """The uint8 codes [N, columns] inside int32 words, numpy or torch; a view, no copy."""
-    return words.view(array_namespace(words).uint8)[:, :columns]
+    groups: (bits, whether the zero is in the middle) -> the paths stored so; of a single group they are not listed.
+    """
+    config_groups = {}
+    for number, ((bits, symmetric), paths) in enumerate(groups.items()):
+        weights = {
+            "num_bits": bits,
+            "type": "int",
+            "symmetric": symmetric,
+            "strategy": "channel" if group_size is None else "group",
+            "group_size": group_size,
+            "dynamic": False,
+        }
+        targets = ["Linear"] if len(groups) == 1 else [f"re:^{re.escape(path)}$" for path in paths]
+        config_groups[f"group_{number}"] = {"targets": targets, "weights": weights}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": config_groups,
+        "ignore": sorted(ignore),
+    }
 
 
 def _stored_tensors(path: str, tensor: NestedTensor, spec: Spec) -> Iterator[tuple[str, np.ndarray]]:
-    yield f"{path}.weight_packed", pack_codes(tensor.codes)
+    yield f"{path}.weight_packed", pack(tensor.codes, MASTER_BITS).view("<i4")
     yield f"{path}.weight_scale", tensor.scale.astype(_scale_dtype(path, spec))
     yield f"{path}.weight_shape", np.array(tensor.codes.shape, dtype=np.int64)
     if not spec.symmetric:
         # Packed along the rows, as compressed-tensors has it.
-        yield f"{path}.weight_zero_point", np.ascontiguousarray(pack_codes(tensor.zero.T.astype(np.uint8)).T)
+        yield f"{path}.weight_zero_point", pack_zeros(tensor.zero, MASTER_BITS)
+
+
+def pack_zeros(zero_NG: np.ndarray, bits: int) -> np.ndarray:
+    """Integer zeros [N, G] as compressed-tensors has them: int32 words [ceil(N * bits / 32), G], packed along rows."""
+    return np.ascontiguousarray(pack(zero_NG.T.astype(np.uint8), bits).view("<i4").T)
 
 
 def _scale_dtype(path: str, spec: Spec) -> Any:
@@ -189,45 +192,16 @@ def _name_shards(directory: Path, shards: list[list[str]], total: int, *, index:
     if index or len(shards) > 1:
         weight_map = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
         content = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (directory / "model.safetensors.index.json").write_bytes(_json_bytes(content))
+        (directory / "model.safetensors.index.json").write_bytes(json_bytes(content))
 
 
-def _manifest(directory: Path) -> dict[str, Any]:
+def write_manifest(directory: Path, spec: Spec) -> None:
+    """Write the manifest of all files that are in ``directory`` now."""
     files = sorted(file for file in directory.iterdir() if file.name != MANIFEST)
     with ThreadPoolExecutor() as pool:
         sums = list(pool.map(sha256, files))
     entries = {f.name: {"bytes": f.stat().st_size, "sha256": s} for f, s in zip(files, sums, strict=True)}
-    return {"format": FORMAT_VERSION, "files": entries}
-
-
-def _json_bytes(value: Any) -> bytes:
-    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
-
-
-def _move_into_place(partial: Path, target: Path) -> None:
-    """Rename ``partial`` to ``target``; an old checkpoint is there until the new one is."""
-    if not target.exists():
-        partial.rename(target)
-    elif not _exchange(partial, target):
-        old = target.with_name(f".{target.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        try:
-            target.rename(old)
-            partial.rename(target)
-        except BaseException:
-            if not target.exists():
-                old.rename(target)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _exchange(first: Path, second: Path) -> bool:
-    """Swap two directories in one atomic step (Linux renameat2); False where the system cannot."""
-    with contextlib.suppress(AttributeError, OSError):
-        here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-        swapped = ctypes.CDLL(None).renameat2(here, os.fsencode(first), here, os.fsencode(second), exchange)
-        return bool(swapped == 0)
-    return False
+    (directory / MANIFEST).write_bytes(json_bytes({"format": spec.format, "files": entries}))
 
 
 # ---------------------------------------------------------------------------------------------------------- reading
@@ -263,6 +237,10 @@ class Checkpoint:
         entry: dict[str, Any] = self._header(name)[1][name]
         return str(entry["dtype"])
 
+    def stored_shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a stored tensor."""
+        return tuple(self._header(name)[1][name]["shape"])
+
     def mapped(self, name: str, dtype: Any) -> np.ndarray:
         """A stored tensor of ``dtype`` as a read-only view of its file, which the system reads when it is looked at."""
         start, header = self._header(name)
@@ -287,11 +265,12 @@ class Checkpoint:
     def nested(self, path: str, *, mapped: bool = False) -> NestedTensor:
         """The quantised weight at ``path``, numpy arrays; ``mapped``: codes are a read-only view of the file."""
         rows, columns = self.shapes[path]
-        scale = self.array(f"{path}.weight_scale").astype(np.float32)
+        stored = self.spec.stored(path)
+        scale = self.array(f"{path}.weight_scale").astype(np.float32) / 2 ** (MASTER_BITS - stored)
         zero = np.full_like(scale, 2 ** (MASTER_BITS - 1))
         if f"{path}.weight_zero_point" in self.files:
-            words = np.ascontiguousarray(self.array(f"{path}.weight_zero_point").T)
-            zero = np.ascontiguousarray(unpack_codes(words, rows).T.astype(np.float32))
+            zero = unpack(self.array(f"{path}.weight_zero_point").T, MASTER_BITS, rows).T.astype(np.float32)
+            zero = np.ascontiguousarray(zero)
         slices = {
             bits: (
                 self.array(f"{path}.{bits}.scale").astype(np.float32),
@@ -300,7 +279,8 @@ class Checkpoint:
             for bits in self.spec.slices
         }
         packed = f"{path}.weight_packed"
-        codes = unpack_codes(self.mapped(packed, "<i4") if mapped else self.array(packed), columns)
+        codes = unpack(self.mapped(packed, "<u4") if mapped else self.array(packed).view("<u4"), stored, columns)
+        codes = codes << (MASTER_BITS - stored) if stored < MASTER_BITS else codes
         return NestedTensor(codes=codes, scale=scale, zero=zero, rule=self.spec.rule, slices=slices)
 
 
@@ -473,6 +453,9 @@ def _check_structure(
         shapes[path] = (rows, columns)
     if not shapes:
         raise InputError(f"{where} holds no quantised weight; {DAMAGED}")
+    if not isinstance(spec.stored_bits, int) and set(spec.stored_bits) != set(shapes):
+        other = sorted(set(spec.stored_bits) ^ set(shapes))[0]
+        raise InputError(f"{where} has stored_bits of other weights than it holds: {other}; {DAMAGED}")
     return shapes
 
 
@@ -481,11 +464,11 @@ def _expected_tensors(path: str, rows: int, columns: int, spec: Spec) -> dict[st
     groups = columns // (spec.group_size or columns)
     scale_dtype = "F32" if _scale_dtype(path, spec) is np.float32 else "BF16"
     expected = {
-        f"{path}.weight_packed": ([rows, -(-columns // CODES_PER_WORD)], "I32"),
+        f"{path}.weight_packed": ([rows, words(columns, spec.stored(path))], "I32"),
         f"{path}.weight_scale": ([rows, groups], scale_dtype),
     }
     if not spec.symmetric:
-        expected[f"{path}.weight_zero_point"] = ([-(-rows // CODES_PER_WORD), groups], "I32")
+        expected[f"{path}.weight_zero_point"] = ([words(rows, MASTER_BITS), groups], "I32")
     for bits in spec.slices:
         expected[f"{path}.{bits}.scale"] = ([rows, groups], "BF16")
         expected[f"{path}.{bits}.zero"] = ([rows, groups], "F16")
@@ -506,7 +489,7 @@ def size_bytes(checkpoint: Checkpoint, path: str, bits: int) -> float:
     own = bits in checkpoint.spec.slices
     per_group = 4 if own else np.dtype(_scale_dtype(path, checkpoint.spec)).itemsize + (not checkpoint.spec.symmetric)
     shape_entry = 16
-    packed = rows * columns * bits / 8
+    packed = rows * columns * min(bits, checkpoint.spec.stored(path)) / 8
     if checkpoint.spec.rule == "extra" and bits < MASTER_BITS:
         if (path, bits) not in checkpoint.packed_sizes:
             codes = slice_codes(checkpoint.nested(path).codes, bits, rule="extra")

@@ -10,12 +10,21 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 from matquant.checkpoint import open_checkpoint, verify_checkpoint
 from matquant.contents import render, summarise
 from matquant.errors import InputError
 from matquant.nest import check_bits
+from matquant.spec import Plan
 
 app = typer.Typer(
     help="One int8 checkpoint that is a good int4 and int2 model too (Matryoshka Quantization).",
@@ -166,7 +175,7 @@ def evaluate(
     ] = None,
     plot: Annotated[Path | None, Option(metavar="FILE", help="Draw log-perplexity against bits.")] = None,
 ) -> None:
-    """Log-perplexity and zero-shot tasks at every width of one checkpoint; the last line is JSON."""
+    """Log-perplexity and zero-shot tasks at every width; the last line is JSON."""
     record = _needs_torch("matquant.eval.run").evaluate_checkpoint(
         directory,
         bits=_widths(bits),
@@ -218,7 +227,7 @@ def plan(
     baselines: Annotated[Path | None, Option(metavar="FILE", help="Points to add to the picture.")] = None,
     plot: Annotated[Path | None, Option(metavar="FILE", help="The picture.", show_default="-o with .png")] = None,
 ) -> None:
-    """The best width per layer for a budget in bits, bytes or tokens/s; the last line is JSON."""
+    """The best width per layer for a budget; the last line is JSON."""
     files = _files(text, more_text)
     budget = {"bits_per_weight": bits_per_weight, "size": size, "tokens_per_second": tokens_per_second}
     options: dict[str, Any] = {"fused": fused, "evaluations": evaluations, "show": Console().print}
@@ -347,7 +356,7 @@ def chat(
     activations: Activations = "int8",
     check_hashes: CheckHashes = True,
 ) -> None:
-    """Talk to a model through its chat template; /bits 2 switches the width between replies, /quit ends."""
+    """Talk to a model; /bits 2 switches the width between replies, /quit ends."""
     _serve("chat", locals())
 
 
@@ -371,6 +380,52 @@ def bench(
     record = runtime.bench(engine, bits=widths, tokens=tokens, rounds=rounds, context=context)
     Console().print(runtime.table(record, str(directory)))
     print(json.dumps(record, sort_keys=True))
+
+
+@app.command()
+def export(
+    directory: Directory,
+    to: Annotated[str | None, Option(help="gguf, mlx, compressed-tensors, gptq, gptq_v2, dense or matquant.")] = None,
+    out: Annotated[Path | None, Option("--out", "-o", metavar="OUT", help="File or directory to write.")] = None,
+    bits: Annotated[int | None, Option(help="Width to export.", show_default="8")] = None,
+    plan: PlanFile = None,
+    zeros: Annotated[
+        str, Option(help="exact, or centre: move zeros to the middle of the codes, for formats without others.")
+    ] = "exact",
+    dtype: Annotated[
+        str | None, Option(help="Dense weights: float32, bfloat16 or float16.", show_default="the model's")
+    ] = None,
+    base_model: Annotated[str | None, Option(metavar="ID", help="Hub id of the float model, for the card.")] = None,
+    measured: Annotated[
+        Path | None, Option(metavar="FILE", help="What matquant eval --json wrote, for the card.")
+    ] = None,
+    explain: Annotated[
+        bool, Option("--explain", help="Print what every format makes of every width; no file.")
+    ] = False,
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace OUT.")] = False,
+) -> None:
+    """Hand a slice to llama.cpp, MLX, vLLM, transformers or GPTQModel, exactly."""
+    exporting = importlib.import_module("matquant.export")
+    wanted = Plan.read(plan) if plan is not None else None
+    if explain:
+        explaining = importlib.import_module("matquant.export.explain")
+        checkpoint = open_checkpoint(directory)
+        resolved = wanted.resolve(checkpoint.shapes) if wanted is not None else None
+        Console().print(explaining.render(explaining.explain(checkpoint, plan=resolved, zeros=zeros), str(directory)))
+        return
+    if to is None or out is None:
+        raise InputError(f"export needs a format and a place; give --to {' or '.join(exporting.EXPORTERS)} and -o OUT")
+    with _bytes_bar() as report:
+        made = exporting.export(
+            directory, out, to=to, bits=bits, plan=wanted, zeros=zeros, dtype=dtype, base_model=base_model,
+            measured=measured, overwrite=overwrite, report=report,
+            notice=lambda text: print(f"note: {text}", file=sys.stderr),
+        )  # fmt: skip
+    speed = made["bytes"] / made["seconds"] / 1e6
+    print(
+        f"wrote {out}: {', '.join(made['containers'])}, {made['bits_per_weight']:.3f} bits per weight, "
+        f"{made['bytes'] / 1e6:,.1f} MB at {speed:,.0f} MB/s"
+    )
 
 
 @app.command()
@@ -450,6 +505,15 @@ def _status() -> Iterator[Any]:
         yield report
     finally:
         status.stop()
+
+
+@contextmanager
+def _bytes_bar() -> Iterator[Any]:
+    """A bar of bytes written, with speed and time left, on stderr; yields the report function."""
+    columns = (TextColumn("exporting"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("exporting", total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 @contextmanager

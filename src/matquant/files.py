@@ -1,6 +1,7 @@
 """Files: written so that a crash or a full disk never leaves half of one, hashed, and read when users name them."""
 
 import contextlib
+import ctypes
 import errno
 import hashlib
 import json
@@ -20,6 +21,11 @@ def sha256(file: Path) -> str:
     """Of what a file holds, in hexadecimal digits."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def json_bytes(value: Any) -> bytes:
+    """``value`` as the JSON we write into directories: sorted keys, two spaces, a final newline."""
+    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
 
 
 def read_json(file: Path, flag: str, *, give: str, missing: str = "") -> Any:
@@ -50,6 +56,65 @@ def replace_when_done(file: Path) -> Iterator[Path]:
         partial.replace(file)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def check_replaceable(target: Path, marker: str, what: str, *, overwrite: bool) -> None:
+    """InputError if the directory ``target`` may not be written: it exists without ``overwrite``, or is not ``what``.
+
+    A directory is ``what`` if it is empty or holds the file ``marker``.
+    """
+    if not target.exists():
+        return
+    if not overwrite:
+        raise InputError(f"{target} exists; give another -o, or --overwrite to replace it")
+    if not target.is_dir() or (any(target.iterdir()) and not (target / marker).is_file()):
+        raise InputError(f"{target} is not {what} and will not be replaced; give another -o")
+
+
+@contextlib.contextmanager
+def replace_directory_when_done(target: Path) -> Iterator[Path]:
+    """Yield a new directory to fill; afterwards all is synced and it becomes ``target``.
+
+    A failure leaves ``target`` as it was, and nothing beside it. A full disk is an InputError.
+    """
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        with explain_full_disk(target):
+            partial.mkdir(parents=True)
+            yield partial
+            for file in [*partial.iterdir(), partial]:
+                sync(file)
+        _move_into_place(partial, target)
+        sync(target.absolute().parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _move_into_place(partial: Path, target: Path) -> None:
+    """Rename ``partial`` to ``target``; an old checkpoint is there until the new one is."""
+    if not target.exists():
+        partial.rename(target)
+    elif not _exchange(partial, target):
+        old = target.with_name(f".{target.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        try:
+            target.rename(old)
+            partial.rename(target)
+        except BaseException:
+            if not target.exists():
+                old.rename(target)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap two directories in one atomic step (Linux renameat2); False where the system cannot."""
+    with contextlib.suppress(AttributeError, OSError):
+        here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+        swapped = ctypes.CDLL(None).renameat2(here, os.fsencode(first), here, os.fsencode(second), exchange)
+        return bool(swapped == 0)
+    return False
 
 
 def sync(path: Path) -> None:

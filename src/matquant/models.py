@@ -30,10 +30,6 @@ from matquant.tensor import NestedTensor
 
 Model = Any  # a transformers PreTrainedModel
 Call = Callable[[torch.nn.Module, torch.Tensor], torch.Tensor]  # runs a decoder layer on hidden states
-SIDE_FILES = (
-    *("added_tokens.json", "merges.txt", "special_tokens_map.json", "tokenizer.json", "tokenizer.model"),
-    *("tokenizer_config.json", "vocab.json", "vocab.txt", "chat_template.jinja", "generation_config.json"),
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -310,11 +306,6 @@ def config_dtype(config: Mapping[str, Any]) -> torch.dtype:
     """The dtype that ``build_model`` gives a model of ``config`` unless told otherwise."""
     dtype: torch.dtype | None = transformers.AutoConfig.for_model(**dict(config)).dtype
     return dtype or torch.float32
-
-
-def side_files(source: Path | str) -> dict[str, bytes]:
-    """Tokenizer and generation files that belong to a model, by name; empty for a hub id."""
-    return {name: (Path(source) / name).read_bytes() for name in SIDE_FILES if (Path(source) / name).is_file()}
 
 
 # ---------------------------------------------------------------------------------------------------------- weights

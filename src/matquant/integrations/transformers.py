@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from matquant.checkpoint import Checkpoint, open_checkpoint, write_checkpoint
+from matquant.checkpoint import Checkpoint, open_checkpoint, side_files, write_checkpoint
 from matquant.errors import InputError
 from matquant.integrations.linear import NestedLinear, describe, find_obstacle
 from matquant.models import (
@@ -29,7 +29,6 @@ from matquant.models import (
     nested_to_numpy,
     nested_to_torch,
     plain_items,
-    side_files,
     to_torch,
     write_weights,
 )

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from matquant.checkpoint import Checkpoint, unpack_codes
+from matquant.checkpoint import Checkpoint
 from matquant.errors import InputError
 from matquant.grid import decode
 from matquant.nest import MASTER_BITS, slice_codes
@@ -24,12 +24,15 @@ def read_words(checkpoint: Checkpoint, path: str, words: torch.Tensor, bits: int
 
     The same numbers as ``checkpoint.nested(path).read(bits)``, bit for bit.
     """
-    stored = checkpoint.nested(path, mapped=True)  # its codes are a view of the file, which nobody reads
-    rows, columns = stored.codes.shape
+    nested = checkpoint.nested(path, mapped=True)  # its codes are a view of the file, which nobody reads
+    rows, columns = nested.codes.shape
     assert len(words) == rows, f"{path} has {rows} rows, given {len(words)}"
-    codes = slice_codes(unpack_codes(words, columns), bits, rule=stored.rule)
-    scale, zero = (torch.from_numpy(part).to(words.device) for part in stored.affine(bits))
-    weight: torch.Tensor = decode(codes, scale, zero)
+    if checkpoint.spec.stored(path) == MASTER_BITS:
+        codes = words.view(torch.uint8)[:, :columns]
+    else:  # a smaller checkpoint, whose words hold fewer bits
+        codes = torch.from_numpy(nested.codes).to(words.device)
+    scale, zero = (torch.from_numpy(part).to(words.device) for part in nested.affine(bits))
+    weight: torch.Tensor = decode(slice_codes(codes, bits, rule=nested.rule), scale, zero)
     return weight
 
 

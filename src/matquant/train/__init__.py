@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from matquant.checkpoint import SHARD_BYTES, check_writable, open_checkpoint, write_checkpoint
+from matquant.checkpoint import SHARD_BYTES, check_writable, open_checkpoint, side_files, write_checkpoint
 from matquant.errors import InputError, check_positive
 from matquant.files import check_space
 from matquant.grid import check_finite, check_group_size
@@ -30,7 +30,6 @@ from matquant.models import (
     nested_to_torch,
     open_shards,
     plain_items,
-    side_files,
     unquantised_linears,
 )
 from matquant.nest import MASTER_BITS, check_bits, check_rule

@@ -1,0 +1,184 @@
+"""Hand a slice of a nested checkpoint to another engine: exact, or refused with the reason.
+
+One exporter a file; EXPORTERS names them. Nothing here needs torch.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from matquant.checkpoint import Checkpoint, open_checkpoint
+from matquant.errors import InputError
+from matquant.export import compressed_tensors, dense, nested
+from matquant.export.card import RECORD
+from matquant.export.containers import CENTRE, EXACT, ZEROS, Container
+from matquant.export.job import Exporter, Job
+from matquant.files import check_replaceable, check_space, read_json, replace_directory_when_done, replace_when_done
+from matquant.nest import MASTER_BITS
+from matquant.spec import Plan
+
+EXPORTERS: dict[str, Exporter] = {
+    "compressed-tensors": compressed_tensors.EXPORTER,
+    "dense": dense.EXPORTER,
+    "matquant": nested.EXPORTER,
+}
+DTYPES = {name: short for short, name in dense.NAMES.items()}
+Progress = Callable[[int, int], None]  # bytes written so far, of how many
+SPARE_BYTES = 10**6  # for the files beside the tensors
+
+
+def export(
+    directory: Path | str,
+    out: Path | str,
+    *,
+    to: str,
+    bits: int | None = None,
+    plan: Plan | None = None,
+    zeros: str = EXACT,
+    dtype: str | None = None,
+    base_model: str | None = None,
+    measured: Path | None = None,
+    overwrite: bool = False,
+    report: Progress = lambda done, total: None,
+    notice: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """Write the ``bits``-bit slice (or ``plan``) of a nested checkpoint in the format ``to``, a name of EXPORTERS.
+
+    The weights the engine computes with are those of the slice, after one rounding of scales (and minima) to the
+    format's type; weights no block of the format can hold for their size stay dense, with a notice. zeros=CENTRE
+    moves zeros to the middle of the codes first, for formats that hold no others. dtype: of dense weights, None: the
+    model's. measured: a record of ``matquant eval --json`` for the model card. Returns {"out", "bytes", "seconds",
+    "bits_per_weight", "containers": {name: weights}}. InputError, and nothing written, where a slice does not fit.
+    """
+    began = time.perf_counter()
+    target, checkpoint = Path(out).resolve(), open_checkpoint(directory)
+    if bits is not None and plan is not None:
+        raise InputError("both bits and a plan asked for; give one of them")
+    wanted = (plan or Plan(default=bits or MASTER_BITS)).resolve(checkpoint.shapes)
+    about = {"base_model": base_model, "measured": _evaluation(measured)}
+    job = make_job(checkpoint, to, wanted, zeros=zeros, dtype=dtype, about=about)
+    exporter = job.exporter
+    _check_target(target, exporter, overwrite=overwrite)
+    total = sum(part.bytes for part in job.parts())
+    check_space(target, total + SPARE_BYTES)
+    stay = [path for path, container in job.chosen.items() if container is None]
+    if stay and exporter.containers(checkpoint, stay[0]):
+        notice(f"{len(stay)} weights such as {stay[0]} fit no block of {to} and stay dense ({job.dtype})")
+    done = 0
+
+    def written(count: int) -> None:
+        nonlocal done
+        done += count
+        report(done, total)
+
+    with (replace_when_done if exporter.suffix else replace_directory_when_done)(target) as partial:
+        exporter.write(job, partial, written)
+    kinds = [container.name if container else "dense" for container in job.chosen.values()]
+    return {
+        "out": str(target),
+        "bytes": total,
+        "seconds": time.perf_counter() - began,
+        "bits_per_weight": job.bits_per_weight(),
+        "containers": {kind: kinds.count(kind) for kind in sorted(set(kinds))},
+    }
+
+
+def make_job(
+    checkpoint: Checkpoint,
+    to: str,
+    plan: Mapping[str, int],
+    *,
+    zeros: str = EXACT,
+    dtype: str | None = None,
+    about: Mapping[str, Any] | None = None,
+) -> Job:
+    """Choose a container for every path of ``plan``; InputError with the reasons where none holds a slice."""
+    exporter = _exporter(to, checkpoint)
+    if zeros not in ZEROS:
+        raise InputError(f"zeros={zeros!r} asked for; use {' or '.join(ZEROS)}")
+    if dtype is not None and dtype not in DTYPES:
+        raise InputError(f"dtype={dtype!r} asked for; use {', '.join(DTYPES)}")
+    if zeros == CENTRE and not checkpoint.spec.symmetric:
+        raise InputError(
+            f"zeros={zeros!r} asked of an asymmetric checkpoint, whose zeros are not near the middle; use exact"
+        )
+    model = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float32"
+    kept = DTYPES.get(dtype or "") or exporter.dense or DTYPES.get(str(model), "F32")
+    chosen = {path: exporter.container(checkpoint, path, bits, zeros) for path, bits in plan.items()}
+    refused = {path: found for path, found in chosen.items() if isinstance(found, list)}
+    if refused:
+        path, misfits = next(iter(refused.items()))
+        reasons = (
+            ", ".join(dict.fromkeys(misfit.reason for misfit in misfits if not misfit.small)) or misfits[-1].reason
+        )
+        raise InputError(
+            f"--to {to} cannot hold {path} at {plan[path]} bits, rule {checkpoint.spec.rule}, exactly "
+            f"({len(refused)} of {len(plan)} weights): {reasons}; {alternatives(checkpoint, to, path, plan[path])}"
+        )
+    containers: dict[str, Container | None] = {
+        path: found for path, found in chosen.items() if not isinstance(found, list)
+    }
+    return Job(
+        checkpoint=checkpoint,
+        exporter=exporter,
+        plan=plan,
+        chosen=containers,
+        zeros=zeros,
+        dtype=kept,
+        about={"format": to, **(about or {})},
+    )
+
+
+def alternatives(checkpoint: Checkpoint, to: str, path: str, bits: int) -> str:
+    """What would hold the slice of a weight exactly, in words: this format at other widths, and other formats."""
+    exporter, sliced = EXPORTERS[to], [width for width in range(MASTER_BITS, 1, -1) if width != bits]
+    nearest = sorted(sliced, key=lambda width: (abs(width - bits), -width))
+    widths = [width for width in nearest if _holds(checkpoint, exporter, path, width)]
+    formats = [name for name in EXPORTERS if _holds(checkpoint, EXPORTERS[name], path, bits)]
+    centre = _holds(checkpoint, exporter, path, bits, zeros=CENTRE)
+    return "give " + ", or ".join(
+        [
+            *([f"--to {' or '.join(formats)}"] if formats else []),
+            *([f"--bits {widths[0]}"] if widths else []),
+            *(["--zeros centre, which moves the zeros of the slice"] if centre else []),
+        ]
+    )
+
+
+def _holds(checkpoint: Checkpoint, exporter: Exporter, path: str, bits: int, *, zeros: str = EXACT) -> bool:
+    return not isinstance(exporter.container(checkpoint, path, bits, zeros), list)
+
+
+def _exporter(to: str, checkpoint: Checkpoint) -> Exporter:
+    if to not in EXPORTERS:
+        raise InputError(f"--to {to!r} is not a format; give {', '.join(EXPORTERS)}")
+    family = str(checkpoint.config.get("model_type"))
+    families = EXPORTERS[to].families
+    if families is not None and family not in families:
+        every = [name for name, exporter in EXPORTERS.items() if exporter.families is None]
+        raise InputError(
+            f"--to {to} asked of a {family} model, it works for {', '.join(families)}; give --to {' or '.join(every)}"
+        )
+    return EXPORTERS[to]
+
+
+def _check_target(target: Path, exporter: Exporter, *, overwrite: bool) -> None:
+    if not exporter.suffix:
+        check_replaceable(target, RECORD, "an export of matquant", overwrite=overwrite)
+    elif target.is_dir():
+        raise InputError(f"{target} is a directory, a file is written; give -o NAME{exporter.suffix}")
+    elif target.exists() and not overwrite:
+        raise InputError(f"{target} exists; give another -o, or --overwrite to replace it")
+    elif not target.parent.is_dir():
+        raise InputError(f"{target.parent} is no directory; make it, or give another -o")
+
+
+def _evaluation(file: Path | None) -> dict[str, Any] | None:
+    if file is None:
+        return None
+    give = "a file that matquant eval --json wrote"
+    found = read_json(file, "--measured", give=give, missing=give)
+    if not isinstance(found, dict) or not isinstance(found.get("bits_per_weight"), dict):
+        raise InputError(f"--measured {file} has no bits_per_weight; give {give}")
+    return found

@@ -1,0 +1,54 @@
+"""What travels with an export for people and for tools: a record of how it was made, and a model card."""
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from matquant.checkpoint import manifest_sha256
+from matquant.export.job import Job
+
+RECORD = "matquant_export.json"
+DENSE = "dense"
+
+
+def record(job: Job) -> dict[str, Any]:
+    """Where an export comes from and what became of every path, as JSON."""
+    return {
+        "checkpoint": manifest_sha256(job.checkpoint.directory),
+        "format": job.about["format"],
+        "rule": job.checkpoint.spec.rule,
+        "zeros": job.zeros,
+        "bits": dict(job.plan),
+        "containers": {path: kind.name if kind else DENSE for path, kind in job.chosen.items()},
+        "bits_per_weight": job.bits_per_weight(),
+    }
+
+
+def model_card(job: Job) -> str:
+    """README.md: front matter for hubs, the recipe, what it costs and what was measured."""
+    environment = Environment(loader=PackageLoader("matquant", "export"), undefined=StrictUndefined, trim_blocks=True)
+    return environment.get_template("card.md.jinja").render(
+        spec=job.checkpoint.spec,
+        widths=sorted(Counter(job.plan.values()).items(), reverse=True),
+        containers=Counter(kind.name if kind else DENSE for kind in job.chosen.values()).most_common(),
+        bits_per_weight=job.bits_per_weight(),
+        zeros=job.zeros,
+        measured=_measured(job.about.get("measured")),
+        base_model=job.about.get("base_model"),
+        format=job.about["format"],
+        engines=job.exporter.engines,
+        architecture=", ".join(job.checkpoint.config.get("architectures") or ["a causal language model"]),
+    )
+
+
+def _measured(evaluation: Mapping[str, Any] | None) -> list[tuple[str, float, float | None, float | None]]:
+    """(width, bits per weight, log-perplexity, task average) of every width of a record of ``matquant eval --json``."""
+    if evaluation is None:
+        return []
+    losses, averages = evaluation.get("log_perplexity", {}), evaluation.get("task_average", {})
+    return [
+        (f"int{name}" if name.isdigit() else name, size, losses.get(name), averages.get(name))
+        for name, size in evaluation["bits_per_weight"].items()
+    ]

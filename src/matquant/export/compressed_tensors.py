@@ -1,0 +1,84 @@
+"""compressed-tensors, ``pack-quantized``: a directory that stock transformers and vLLM load.
+
+Source: compressed-tensors 0.20 (pack_to_int32): integers of n bits plus 2^(n-1), lowest bits first along in features;
+zero points packed the same way along out features. One config group for each container in use.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from matquant.checkpoint import Checkpoint, pack_zeros, stock_config
+from matquant.errors import InputError
+from matquant.export.containers import DTYPES, FIXED, INTEGER, Container, Encoded
+from matquant.export.directory import write_directory
+from matquant.export.job import Exporter, Job
+from matquant.export.stream import Slot
+from matquant.packing import pack, words
+
+
+def containers(checkpoint: Checkpoint, path: str) -> list[Container]:
+    """1 to 8 bits with the zero in the middle, and with integer zeros if the checkpoint is asymmetric."""
+    spec = checkpoint.spec
+    kinds = (FIXED,) if spec.symmetric else (FIXED, INTEGER)
+    scale = checkpoint.stored_dtype(f"{path}.weight_scale")
+    return [
+        Container(name=f"int{bits}" if kind == FIXED else f"uint{bits}", bits=bits, zero=kind, scale=scale)
+        for bits in range(1, 9)
+        for kind in kinds
+    ]
+
+
+def slots(path: str, container: Container, shape: tuple[int, int], groups: int) -> tuple[Slot, ...]:
+    """The tensors of one weight [N, K]."""
+    rows, columns = shape
+    found: tuple[Slot, ...] = (
+        Slot(f"{path}.weight_packed", "I32", (rows, words(columns, container.bits))),
+        Slot(f"{path}.weight_scale", container.scale, (rows, groups)),
+        Slot(f"{path}.weight_shape", "I64", (2,)),
+    )
+    if container.zero == INTEGER:
+        found += (Slot(f"{path}.weight_zero_point", "I32", (words(rows, container.bits), groups)),)
+    return found
+
+
+def tensors(container: Container, encoded: Encoded) -> Sequence[np.ndarray]:
+    """The arrays of ``slots``."""
+    found = [
+        pack(encoded.codes, container.bits).view(np.int32),
+        encoded.fit.scale.astype(DTYPES[container.scale]),
+        np.array(encoded.codes.shape, dtype=np.int64),
+    ]
+    if container.zero == INTEGER:
+        found.append(pack_zeros(encoded.fit.offset, container.bits))
+    return found
+
+
+def config(job: Job) -> dict[str, Any]:
+    """config.json with one config group for every container in use."""
+    checkpoint, chosen = job.checkpoint, {path: kind for path, kind in job.chosen.items() if kind is not None}
+    kinds = sorted(set(chosen.values()), key=lambda container: (-container.bits, container.name))
+    asymmetric = any(container.zero == INTEGER for container in kinds)
+    if asymmetric and len(kinds) > 1:
+        raise InputError(
+            f"--to compressed-tensors asked of {', '.join(kind.name for kind in kinds)} together, transformers reads "
+            "zero points only where all linears have one type; use one width, or --to mlx or dense"
+        )
+    groups = {
+        (kind.bits, kind.zero == FIXED): [path for path, container in chosen.items() if container == kind]
+        for kind in kinds
+    }
+    quantization = stock_config(groups, group_size=checkpoint.spec.group_size, ignore=checkpoint.ignore)
+    if asymmetric:
+        quantization["dequantize"] = True  # without it transformers 5.23 mis-shapes packed zero points
+    return {**checkpoint.config, "quantization_config": quantization}
+
+
+EXPORTER = Exporter(
+    engines="transformers, vLLM",
+    containers=containers,
+    slots=slots,
+    tensors=tensors,
+    write=lambda job, folder, report: write_directory(job, folder, config(job), report),
+)

@@ -1,0 +1,221 @@
+"""Which integer type of a foreign format holds a slice exactly, and as which integers.
+
+A slice is w = scale * (c - zero) with codes c in 0..levels - 1. Foreign formats store integers u of n bits and mean
+
+    fixed      w = d * (u - 2^(n-1))
+    integer    w = d * (u - o), o an integer 0..2^n - 1 stored per group
+    minimum    w = d * u + m, m a float stored per group
+
+``minimum`` holds every slice of at most 2^n levels: u = c, d = scale, m = -scale * zero. The others hold it where zero
+is a multiple of 1/2: with f the 1 or 2 that makes f * zero an integer, u = f * c + shift and d = scale / f. Nothing is
+rounded but d and m, once, to the type the format stores them in. What does not fit is refused with the reason.
+
+N out features, K in features, G groups (K / G neighbouring in features of a row share a scale).
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from matquant.grid import storable_scale
+from matquant.nest import MASTER_BITS, slice_codes
+from matquant.tensor import NestedTensor
+
+FIXED, INTEGER, MINIMUM = "fixed", "integer", "minimum"
+EXACT, CENTRE = "exact", "centre"
+ZEROS = (EXACT, CENTRE)
+DTYPES: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+STEPS = {"F32": 2.0**-24, "F16": 2.0**-11, "BF16": 2.0**-8}  # relative error of rounding to nearest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Container:
+    """An integer type of a format. bits: n. zero: FIXED, INTEGER or MINIMUM, as above.
+
+    block: neighbouring in features that share a scale; a group must be made of whole blocks. scale: dtype in which d
+    and m are stored. rows: out features must be a multiple of it.
+    """
+
+    name: str
+    bits: int
+    zero: str
+    block: int = 1
+    scale: str = "F16"
+    rows: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """How the codes of a slice become the integers of a container: u = factor * c + shift, w = d * (u - offset).
+
+    factor, shift: uint8 [N, G]. scale: d, float32 [N, G]. offset: float32 [N, G]; 2^(n-1) everywhere if fixed.
+    """
+
+    factor: np.ndarray = field(repr=False)
+    shift: np.ndarray = field(repr=False)
+    scale: np.ndarray = field(repr=False)
+    offset: np.ndarray = field(repr=False)
+
+    def minimum(self) -> np.ndarray:
+        """m of w = d * u + m, float32 [N, G]."""
+        found: np.ndarray = -self.scale * self.offset
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoded:
+    """A weight as a container holds it: integers u, uint8 [N, K], and the scale and offset of Fit."""
+
+    codes: np.ndarray
+    fit: Fit
+
+    def reordered(self, rows: np.ndarray | None) -> "Encoded":
+        """The same with its rows in the order ``rows``; itself if None."""
+        if rows is None:
+            return self
+        parts = {name: getattr(self.fit, name)[rows] for name in ("factor", "shift", "scale", "offset")}
+        return Encoded(codes=self.codes[rows], fit=Fit(**parts))
+
+
+@dataclass(frozen=True)
+class Misfit:
+    """Why a container does not hold a slice. blocked: only for the weight's size; small: it has too few integers."""
+
+    reason: str
+    blocked: bool = False
+    small: bool = False
+
+
+def levels(bits: int, rule: str) -> int:
+    """How many codes a slice has: 2^r, or 2^r + 1 under rule ``extra`` below 8 bits."""
+    return int(2**bits) + (rule == "extra" and bits < MASTER_BITS)
+
+
+def fit(container: Container, tensor: NestedTensor, bits: int, *, zeros: str = EXACT) -> Fit | Misfit:
+    """How ``container`` holds the ``bits``-bit slice of ``tensor``. Codes are looked at only if zeros are moved."""
+    rows, columns = tensor.codes.shape
+    scale, zero = read_affine(tensor, bits, zeros=zeros)
+    found = _fit_numbers(container, scale, zero, levels(bits, tensor.rule))
+    group = columns // scale.shape[1]
+    if isinstance(found, Misfit):
+        return found
+    if columns % container.block:
+        return Misfit(f"in_features={columns} is no multiple of {container.block} ({container.name})", blocked=True)
+    if rows % container.rows:
+        return Misfit(f"out_features={rows} is no multiple of {container.rows} ({container.name})", blocked=True)
+    if group % container.block:
+        return Misfit(f"groups of {group} are no multiples of {container.block} ({container.name})")
+    return found
+
+
+def _fit_numbers(container: Container, scale: np.ndarray, zero: np.ndarray, count: int) -> Fit | Misfit:
+    """How ``container`` holds ``count`` levels of this scale and zero, whatever the size of the weight."""
+    top = 2**container.bits - 1
+    if count - 1 > top:
+        return Misfit(f"{count} levels do not fit {container.bits} bits", small=True)
+    if container.zero == MINIMUM:
+        found = Fit(factor=_full(zero, 1), shift=_full(zero, 0), scale=scale, offset=zero)
+        return _storable(container, found, found.minimum())
+    doubled = 2 * zero
+    between = doubled != np.floor(doubled)
+    if between.any():
+        return Misfit(f"zero {float(zero[between][0]):g} is no multiple of 1/2")
+    factor = np.where(zero == np.floor(zero), 1.0, 2.0).astype(np.float32)
+    if container.zero == FIXED:
+        offset = np.full_like(zero, 2 ** (container.bits - 1))
+        shift = offset - factor * zero
+    else:
+        shift = -np.minimum(factor * zero, 0)  # an offset is not negative: move the codes up
+        offset = factor * zero + shift
+    last = shift + factor * (count - 1)
+    if shift.min() < 0 or last.max() > top or offset.max() > top:
+        return Misfit(
+            f"zero {float(zero.flat[0]):g} asks for integers {shift.min():g} to {last.max():g} in {container.name}"
+        )
+    found = Fit(factor=factor.astype(np.uint8), shift=shift.astype(np.uint8), scale=scale / factor, offset=offset)
+    return _storable(container, found, np.zeros(1))
+
+
+def encode(tensor: NestedTensor, bits: int, container: Container, zeros: str = EXACT) -> Encoded:
+    """The ``bits``-bit slice of ``tensor`` as the integers of a container that holds it: u = factor * c + shift."""
+    found = fit(container, tensor, bits, zeros=zeros)
+    assert isinstance(found, Fit)  # it was when the container was chosen
+    codes = slice_codes(tensor.codes, bits, rule=tensor.rule)
+    if found.factor.max() > 1 or found.shift.max() > 0:
+        rows, columns = codes.shape
+        grouped = codes.reshape(rows, found.scale.shape[1], -1)
+        codes = (grouped * found.factor[..., None] + found.shift[..., None]).reshape(rows, columns)
+    return Encoded(codes=np.ascontiguousarray(codes), fit=found)
+
+
+def choose(
+    containers: Iterable[Container], tensor: NestedTensor, bits: int, *, zeros: str = EXACT
+) -> Container | list[Misfit] | None:
+    """The first of ``containers`` that holds the slice; None if only the weight's size keeps it out of all; else why.
+
+    Give them by size, smallest first.
+    """
+    misfits = []
+    for container in containers:
+        found = fit(container, tensor, bits, zeros=zeros)
+        if isinstance(found, Fit):
+            return container
+        misfits.append(found)
+    return None if any(misfit.blocked for misfit in misfits) else misfits
+
+
+def read_affine(tensor: NestedTensor, bits: int, *, zeros: str = EXACT) -> tuple[np.ndarray, np.ndarray]:
+    """(scale, zero) of the slice, float32 [N, G]; with zeros=CENTRE the nearest one with its zeros in the middle.
+
+    The middle is (2^r - 1) / 2 under rule ``prefix`` and 2^(r-1) else. Nearest is least squares over the weights of the
+    group; the scale keeps 8 significant bits, or stays as it is where that is nearer.
+    """
+    scale, zero = (np.asarray(part, dtype=np.float32) for part in tensor.affine(bits))
+    centre = 2 ** (bits - 1) - (0.5 if tensor.rule == "prefix" and bits < MASTER_BITS else 0.0)
+    moved = zero != centre
+    if zeros == EXACT or not moved.any():
+        return scale, zero
+    rows, groups = scale.shape
+    code = slice_codes(tensor.codes, bits, rule=tensor.rule).reshape(rows, groups, -1)
+    mean = code.mean(axis=-1, dtype=np.float32)
+    square = np.square(code, dtype=np.float32).mean(axis=-1)
+    product = square - (zero + centre) * mean + zero * centre
+    variance = square - 2 * centre * mean + centre * centre
+    fitted = storable_scale(scale * np.maximum(product, 0) / np.where(variance > 0, variance, 1))
+    error = [trial * (trial * variance - 2 * scale * product) for trial in (fitted, scale)]  # squared, less a constant
+    better = moved & (variance > 0) & (product > 0) & (error[0] < error[1])
+    return np.where(better, fitted, scale), np.full_like(zero, centre)
+
+
+def decode(container: Container, encoded: Encoded) -> np.ndarray:
+    """The weights a format's reader sees, float32 [N, K]: d and m (or d and o) as the container stores them."""
+    rows, columns = encoded.codes.shape
+    scale = _rounded(encoded.fit.scale, container.scale)
+    grouped = encoded.codes.reshape(rows, scale.shape[1], -1).astype(np.float32)
+    if container.zero == MINIMUM:
+        weight = scale[..., None] * grouped + _rounded(encoded.fit.minimum(), container.scale)[..., None]
+    else:
+        weight = scale[..., None] * (grouped - encoded.fit.offset[..., None])
+    found: np.ndarray = weight.reshape(rows, columns)
+    return found
+
+
+def _rounded(values: np.ndarray, dtype: str) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        return values.astype(DTYPES[dtype]).astype(np.float32)
+
+
+def _storable(container: Container, found: Fit, minimum: np.ndarray) -> Fit | Misfit:
+    """The fit, or a Misfit if its scales or minima do not survive rounding to the container's type."""
+    for name, values in (("scale", found.scale), ("minimum", minimum)):
+        bad = ~(np.abs(_rounded(values, container.scale) - values) <= STEPS[container.scale] * np.abs(values))
+        if bad.any():
+            return Misfit(f"{name} {float(values[bad][0]):g} does not fit {container.scale}")
+    return found
+
+
+def _full(like: np.ndarray, value: int) -> np.ndarray:
+    return np.full(like.shape, value, dtype=np.uint8)

@@ -1,0 +1,32 @@
+"""Dense weights: the slice as an ordinary float Hugging Face model, for every tool there is."""
+
+from typing import Any
+
+from matquant.export.containers import DTYPES
+from matquant.export.directory import write_directory
+from matquant.export.job import Exporter, Job
+from matquant.export.stream import Part, Slot
+
+NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+def plain(job: Job, name: str) -> Part:
+    """A tensor that is not quantised, floats in the dtype of the export."""
+    checkpoint = job.checkpoint
+    stored, shape = checkpoint.stored_dtype(name), checkpoint.stored_shape(name)
+    if stored not in DTYPES:
+        return Part((Slot(name, stored, shape),), lambda: [checkpoint.array(name)])
+    return Part((Slot(name, job.dtype, shape),), lambda: [checkpoint.array(name).astype(DTYPES[job.dtype])])
+
+
+def config(job: Job) -> dict[str, Any]:
+    """config.json without any quantisation."""
+    kept = {key: value for key, value in job.checkpoint.config.items() if key != "torch_dtype"}
+    return {**kept, "dtype": NAMES[job.dtype]}
+
+
+EXPORTER = Exporter(
+    engines="everything that reads Hugging Face models",
+    plain=plain,
+    write=lambda job, folder, report: write_directory(job, folder, config(job), report),
+)

@@ -1,0 +1,21 @@
+"""What all exported directories have: shards, config.json, and the files that travel along."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from matquant.checkpoint import side_files
+from matquant.export.card import RECORD, model_card, record
+from matquant.export.job import Job
+from matquant.export.stream import Report, write_shards
+from matquant.files import json_bytes
+
+
+def write_directory(job: Job, folder: Path, config: Mapping[str, Any], report: Report) -> None:
+    """Fill ``folder`` with the tensors of ``job``, ``config``, tokenizer files, a record and a model card."""
+    write_shards(folder, job.parts(), report=report)
+    (folder / "config.json").write_bytes(json_bytes(config))
+    for name, content in side_files(job.checkpoint.directory).items():
+        (folder / name).write_bytes(content)
+    (folder / RECORD).write_bytes(json_bytes(record(job)))
+    (folder / "README.md").write_text(model_card(job), encoding="utf-8")

@@ -1,0 +1,57 @@
+"""What every format would make of every width of a checkpoint: the table of ``matquant export --explain``."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from matquant.checkpoint import Checkpoint
+from matquant.errors import InputError
+from matquant.export import EXPORTERS, make_job
+from matquant.export.containers import EXACT
+
+WIDTHS = (8, 7, 6, 5, 4, 3, 2)
+
+
+def explain(
+    checkpoint: Checkpoint, *, plan: Mapping[str, int] | None = None, zeros: str = EXACT
+) -> dict[str, dict[str, Any]]:
+    """format -> {width or "plan": outcome}: {"containers": {name: weights}, "bits_per_weight": honest bits}, or
+    {"refused": why}.
+    """
+    plans = {str(bits): dict.fromkeys(checkpoint.shapes, bits) for bits in WIDTHS}
+    plans |= {"plan": dict(plan)} if plan is not None else {}
+    return {to: {name: _outcome(checkpoint, to, wanted, zeros) for name, wanted in plans.items()} for to in EXPORTERS}
+
+
+def _outcome(checkpoint: Checkpoint, to: str, plan: Mapping[str, int], zeros: str) -> dict[str, Any]:
+    try:
+        job = make_job(checkpoint, to, plan, zeros=zeros)
+    except InputError as error:
+        return {"refused": str(error)}
+    containers = Counter(container.name if container else "dense" for container in job.chosen.values())
+    return {"containers": dict(containers.most_common()), "bits_per_weight": job.bits_per_weight()}
+
+
+def render(outcomes: Mapping[str, Mapping[str, Mapping[str, Any]]], title: str) -> RenderableType:
+    """One row per width, one column per format: container and bits per weight; below it why something is refused."""
+    table = Table(title=title)
+    table.add_column("")
+    for to in outcomes:
+        table.add_column(f"{to}\n{EXPORTERS[to].engines}")
+    for name in next(iter(outcomes.values())):
+        table.add_row(f"int{name}" if name.isdigit() else name, *(_cell(found[name]) for found in outcomes.values()))
+    return Group(table, *_reasons(outcomes))
+
+
+def _cell(outcome: Mapping[str, Any]) -> str:
+    if "refused" in outcome:
+        return "refused"
+    return f"{', '.join(outcome['containers'])}\n{outcome['bits_per_weight']:.3f}"
+
+
+def _reasons(outcomes: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Iterable[str]:
+    for found in outcomes.values():
+        yield from (outcome["refused"] for outcome in found.values() if "refused" in outcome)

@@ -1,0 +1,105 @@
+"""What is exported: a checkpoint, a width per path, and the container that each path gets in a format."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from matquant.checkpoint import Checkpoint
+from matquant.export.containers import DTYPES, Container, Encoded, Misfit, choose, encode, read_affine
+from matquant.export.stream import Part, Report, Slot
+from matquant.grid import decode
+from matquant.nest import slice_codes
+from matquant.tensor import NestedTensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exporter:
+    """A format. Its functions are given the checkpoint and a path or tensor name as the checkpoint has it.
+
+    engines: what reads it. write: writes the directory, or the one file whose name ends in ``suffix``. containers: what
+    may hold a weight, smallest first; none: it becomes dense. choose, encode: instead, where it is not slices that are
+    held. slots, tensors: the stored tensors of one weight in a container, named after the path in the format, and their
+    arrays. families: model types of config.json that work, None: all. name: what a tensor or path is called there.
+    rows: the order of a weight's out features there, None: as here. plain: a tensor that is not quantised. dense: dtype
+    of the weights no container can hold, None: the model's.
+    """
+
+    engines: str
+    write: "Callable[[Job, Path, Report], None]"
+    containers: Callable[[Checkpoint, str], Sequence[Container]] = lambda checkpoint, path: ()
+    choose: Callable[[Checkpoint, str, int, str], Container | list[Misfit]] | None = None
+    encode: Callable[[NestedTensor, int, Container, str], Encoded] = encode
+    slots: Callable[[str, Container, tuple[int, int], int], tuple[Slot, ...]] = lambda *what: ()
+    tensors: Callable[[Container, Encoded], Sequence[np.ndarray]] = lambda container, encoded: ()
+    families: tuple[str, ...] | None = None
+    suffix: str = ""
+    name: Callable[[Checkpoint, str], str] = lambda checkpoint, name: name
+    rows: Callable[[Checkpoint, str], np.ndarray | None] = lambda checkpoint, path: None
+    plain: "Callable[[Job, str], Part]" = lambda job, name: as_stored(job.checkpoint, name)
+    dense: str | None = None
+
+    def container(self, checkpoint: Checkpoint, path: str, bits: int, zeros: str) -> Container | list[Misfit] | None:
+        """What holds the slice of a weight, None if it becomes dense, or why nothing does."""
+        if self.choose is not None:
+            return self.choose(checkpoint, path, bits, zeros)
+        candidates = self.containers(checkpoint, path)
+        return choose(candidates, checkpoint.nested(path, mapped=True), bits, zeros=zeros) if candidates else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One export. plan: path -> bits. chosen: path -> container, None where the weight becomes dense, in ``dtype``.
+
+    zeros: EXACT, or CENTRE where zeros are moved to the middle of the codes (``containers.read_affine``). about: facts
+    for the model card.
+    """
+
+    checkpoint: Checkpoint
+    exporter: Exporter
+    plan: Mapping[str, int]
+    chosen: Mapping[str, Container | None]
+    zeros: str
+    dtype: str
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+    def parts(self) -> list[Part]:
+        """All tensors of the export: the quantised weights, then the others."""
+        return [*map(self.weight, self.plan), *(self.exporter.plain(self, n) for n in self.checkpoint.plain_names())]
+
+    def weight(self, path: str) -> Part:
+        """The tensors of one quantised weight."""
+        shape, container = self.checkpoint.shapes[path], self.chosen[path]
+        rows = self.exporter.rows(self.checkpoint, path)
+        if container is None:
+            slot = Slot(self.exporter.name(self.checkpoint, f"{path}.weight"), self.dtype, shape)
+            return Part((slot,), lambda: [_dense(self, path, rows)])
+        groups = shape[1] // (self.checkpoint.spec.group_size or shape[1])
+        slots = self.exporter.slots(self.exporter.name(self.checkpoint, path), container, shape, groups)
+
+        def make() -> Sequence[np.ndarray]:
+            tensor = self.checkpoint.nested(path, mapped=True)
+            encoded = self.exporter.encode(tensor, self.plan[path], container, self.zeros)
+            return self.exporter.tensors(container, encoded.reordered(rows))
+
+        return Part(slots, make)
+
+    def bits_per_weight(self) -> float:
+        """Bytes of the quantised weights with scales and all, dense ones among them, in bits per weight."""
+        weights = sum(rows * columns for rows, columns in (self.checkpoint.shapes[path] for path in self.plan))
+        return 8 * sum(self.weight(path).bytes for path in self.plan) / weights
+
+
+def _dense(job: Job, path: str, rows: np.ndarray | None) -> np.ndarray:
+    tensor, bits = job.checkpoint.nested(path, mapped=True), job.plan[path]
+    codes = slice_codes(tensor.codes, bits, rule=tensor.rule)
+    weight: np.ndarray = decode(codes, *read_affine(tensor, bits, zeros=job.zeros)).astype(DTYPES[job.dtype])
+    return weight if rows is None else weight[rows]
+
+
+def as_stored(checkpoint: Checkpoint, name: str) -> Part:
+    """A tensor of the checkpoint as it is."""
+    slot = Slot(name, checkpoint.stored_dtype(name), checkpoint.stored_shape(name))
+    return Part((slot,), lambda: [checkpoint.array(name)])
