@@ -1,9 +1,7 @@
 """Exports: what a container holds is the slice, exactly; the rest is refused; nothing half-written."""
 
 import json
-import resource
 from collections.abc import Iterator
-from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
 import matquant
+from conftest import largest_file
 from matquant.checkpoint import Checkpoint, bits_per_weight, open_checkpoint, verify_checkpoint
 from matquant.errors import InputError
 from matquant.export import EXPORTERS, export, make_job
@@ -399,22 +398,12 @@ def test_few_parts_are_in_memory_at_once(tmp_path: Path) -> None:
 # Bad input -----------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def no_file_beyond(limit: int) -> Iterator[None]:
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 @pytest.mark.parametrize("to", ["dense", "compressed-tensors", "matquant"])
 def test_a_disk_that_is_full_half_way_leaves_nothing_new(to: str, checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     export(checkpoint, out, to="dense", bits=4)
     before = {file.name: file.read_bytes() for file in out.iterdir()}
-    with no_file_beyond(20_000), pytest.raises(InputError, match="no space left on the device"):
+    with largest_file(20_000), pytest.raises(InputError, match="no space left on the device"):
         export(checkpoint, out, to=to, bits=8, overwrite=True)
     assert {file.name: file.read_bytes() for file in out.iterdir()} == before
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
