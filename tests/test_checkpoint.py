@@ -18,7 +18,6 @@ import json
 import linecache
 import os
 import re
-import resource
 import shutil
 import struct
 import sys
@@ -36,6 +35,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 import oracle_overflow
+from conftest import largest_file
 from matquant import checkpoint as checkpoint_module
 from matquant import files as files_module
 from matquant import overflow
@@ -1519,17 +1519,6 @@ def assert_full_disk_is_said(target: Path, **options: Any) -> None:
         f"{target} was not written: no space left on the device ({FREE} bytes free); "
         "free some space or give another place"
     )
-
-
-@contextlib.contextmanager
-def largest_file(limit: int) -> Iterator[None]:
-    """No file may grow beyond ``limit`` bytes, as on a disk that fills up."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("what", ["shard", "side_file"])

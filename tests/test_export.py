@@ -1,9 +1,7 @@
 """Exports: what a container holds is the slice, exactly; the rest is refused; nothing half-written."""
 
 import json
-import resource
 from collections.abc import Iterator
-from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -17,13 +15,27 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
 import matquant
-from matquant.checkpoint import Checkpoint, bits_per_weight, open_checkpoint, verify_checkpoint
+from conftest import largest_file
+from matquant.checkpoint import bits_per_weight, open_checkpoint, verify_checkpoint
 from matquant.errors import InputError
 from matquant.export import EXPORTERS, export, make_job
 from matquant.export.card import RECORD
-from matquant.export.containers import CENTRE, FIXED, INTEGER, MINIMUM, Container, Fit, Misfit, decode, encode, fit
+from matquant.export.containers import (
+    CENTRE,
+    EXACT,
+    FIXED,
+    INTEGER,
+    MINIMUM,
+    Container,
+    Fit,
+    Misfit,
+    decode,
+    encode,
+    fit,
+)
 from matquant.export.explain import explain
 from matquant.export.stream import Part, Slot, write_shards
+from matquant.files import sha256
 from matquant.packing import pack, unpack
 from matquant.spec import Plan
 from matquant.tensor import NestedTensor
@@ -399,22 +411,12 @@ def test_few_parts_are_in_memory_at_once(tmp_path: Path) -> None:
 # Bad input -----------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def no_file_beyond(limit: int) -> Iterator[None]:
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 @pytest.mark.parametrize("to", ["dense", "compressed-tensors", "matquant"])
 def test_a_disk_that_is_full_half_way_leaves_nothing_new(to: str, checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     export(checkpoint, out, to="dense", bits=4)
     before = {file.name: file.read_bytes() for file in out.iterdir()}
-    with no_file_beyond(20_000), pytest.raises(InputError, match="no space left on the device"):
+    with largest_file(20_000), pytest.raises(InputError, match="no space left on the device"):
         export(checkpoint, out, to=to, bits=8, overwrite=True)
     assert {file.name: file.read_bytes() for file in out.iterdir()} == before
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
@@ -470,8 +472,52 @@ def test_a_refusal_names_what_would_do(checkpoint: Path) -> None:
     make_job(open_checkpoint(checkpoint), "compressed-tensors", {UP: 4}, zeros=CENTRE)
 
 
-def test_nothing_is_read_twice_as_another_checkpoint(checkpoints: dict[str, Path]) -> None:
-    """A record of the wrong paths, or of stored bits in format 1, is damage."""
-    opened: Checkpoint = open_checkpoint(checkpoints["prefix"])
-    assert opened.spec.stored_bits == 8
-    assert "stored_bits" not in opened.spec.to_json()
+# Format 2 -------------------------------------------------------------------------------------------------------------
+
+
+def edit_record(directory: Path, **changes: Any) -> None:
+    """Change the record in config.json and make its hash right again."""
+    file, manifest = directory / "config.json", directory / "matquant_manifest.json"
+    config, listed = json.loads(file.read_text()), json.loads(manifest.read_text())
+    config["quantization_config"]["matquant"] |= changes
+    file.write_text(json.dumps(config))
+    listed["files"]["config.json"] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
+    manifest.write_text(json.dumps(listed))
+
+
+def test_the_example_of_the_document() -> None:
+    tensor = NestedTensor(
+        codes=np.array([[0, 127, 128, 136, 255]], np.uint8), scale=np.ones((1, 1), np.float32),
+        zero=np.full((1, 1), 128, np.float32), rule="prefix",
+    )  # fmt: skip
+    stored = EXPORTERS["matquant"].encode(tensor, 2, Container(name="top 3", bits=3, zero=FIXED), EXACT).codes
+    assert stored.tolist() == [[1, 3, 5, 5, 7]]
+    assert pack(stored, 3).tobytes().hex(" ") == "59 7b 00 00"
+    assert (stored << 5).tolist() == [[32, 96, 160, 160, 224]]
+    text = (Path(__file__).resolve().parents[1] / "docs" / "format.md").read_text()
+    for shown in ("1 3 5 5 7 in 3 bits", "`59 7b 00 00`", "32 96 160 160 224, whose"):
+        assert shown in text
+
+
+@pytest.mark.parametrize("stored", [1, 9, "5", True, {UP: 5}, {UP: 0}, [5]])
+def test_a_record_of_impossible_stored_bits_is_damage(stored: Any, checkpoint: Path, tmp_path: Path) -> None:
+    export(checkpoint, tmp_path / "out", to="matquant", bits=4)
+    edit_record(tmp_path / "out", stored_bits=stored)
+    with pytest.raises(InputError, match="the checkpoint is damaged: write it again"):
+        open_checkpoint(tmp_path / "out")
+
+
+@pytest.mark.parametrize("stored", [2, 4, 6, 8])
+def test_other_stored_bits_than_the_tensors_have_are_damage(stored: int, checkpoint: Path, tmp_path: Path) -> None:
+    export(checkpoint, tmp_path / "out", to="matquant", bits=4)
+    edit_record(tmp_path / "out", stored_bits=stored)
+    with pytest.raises(InputError, match=r"weight_packed has shape .*; the checkpoint is damaged"):
+        open_checkpoint(tmp_path / "out")
+
+
+def test_format_1_has_no_stored_bits(checkpoint: Path, tmp_path: Path) -> None:
+    assert "stored_bits" not in open_checkpoint(checkpoint).spec.to_json()
+    export(checkpoint, tmp_path / "out", to="matquant", bits=4)
+    edit_record(tmp_path / "out", format=1)
+    with pytest.raises(InputError, match="has the key 'stored_bits', which format 1 does not"):
+        open_checkpoint(tmp_path / "out")
