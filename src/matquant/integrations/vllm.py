@@ -116,8 +116,8 @@ class NestedLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
     def _load(self, weight: Any, _: Any, words: torch.Tensor, shard: str | int | None = None) -> None:
         """Slice stored words as they arrive, and load the slice as if it had been stored."""
         path = self.paths[SHARDS[shard] if isinstance(shard, str) else shard or 0]
-        dense = read_words(self.checkpoint, path, words.to(weight.device), self.bits[path])
-        weight.weight_loader(weight, dense.to(weight.dtype), *([] if shard is None else [shard]))
+        dense = read_words(self.checkpoint, path, words.to(weight.device), self.bits[path], dtype=weight.dtype)
+        weight.weight_loader(weight, dense, *([] if shard is None else [shard]))
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         del layer.weight_packed
