@@ -106,6 +106,7 @@ class NestedLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
     def __init__(self, checkpoint: Checkpoint, paths: list[str], bits: dict[str, int]) -> None:
         super().__init__()
         self.checkpoint, self.paths, self.bits = checkpoint, paths, bits
+        self.missing = {path for path in paths if path in bits}
 
     def create_weights(self, layer: torch.nn.Module, *sizes: Any, **options: Any) -> None:
         super().create_weights(layer, *sizes, **options)
@@ -117,9 +118,16 @@ class NestedLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
         """Slice stored words as they arrive, and load the slice as if it had been stored."""
         path = self.paths[SHARDS[shard] if isinstance(shard, str) else shard or 0]
         dense = read_words(self.checkpoint, path, words.to(weight.device), self.bits[path], dtype=weight.dtype)
+        self.missing.discard(path)
         weight.weight_loader(weight, dense, *([] if shard is None else [shard]))
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Check that everything has arrived, which vLLM does for float models only."""
+        if self.missing:
+            raise InputError(
+                f"vLLM built {type(layer).__name__} for {min(self.missing)} and never loaded it; "
+                "serve a slice: matquant export --to dense"
+            )
         del layer.weight_packed
         super().process_weights_after_loading(layer)
 
