@@ -142,7 +142,7 @@ def alternatives(checkpoint: Checkpoint, to: str, path: str, bits: int) -> str:
     formats = [
         name for name in EXPORTERS if _reads(name, checkpoint) and _holds(checkpoint, EXPORTERS[name], path, bits)
     ]
-    centre = _holds(checkpoint, exporter, path, bits, zeros=CENTRE)
+    centre = checkpoint.spec.symmetric and _holds(checkpoint, exporter, path, bits, zeros=CENTRE)
     return "give " + ", or ".join(
         [
             *([f"--to {' or '.join(formats)}"] if formats else []),

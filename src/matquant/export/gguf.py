@@ -9,6 +9,7 @@ What llama.cpp computes in another way is refused. It has no sliding windows for
 context of such a file ends where the window would begin to matter.
 """
 
+import contextlib
 import importlib
 import json
 import math
@@ -61,20 +62,19 @@ def write(job: Job, file: Path, report: Report) -> None:
     gguf, checkpoint = _package(), job.checkpoint
     architecture = _architecture(checkpoint)
     names = _names(gguf, checkpoint, architecture)
-    writer = gguf.GGUFWriter(file, ARCHITECTURES[checkpoint.config["model_type"]])
-    _add_general(gguf, writer, job)
-    _add_architecture(gguf, writer, checkpoint, architecture)
-    _add_tokens(writer, read_tokens(checkpoint.directory, checkpoint.config))
     parts = [*job.parts(), *_rope_factors(checkpoint, architecture)]
     kinds = {f"{path}.weight": kind.name for path, kind in job.chosen.items() if kind is not None}
-    for slot in (slot for part in parts for slot in part.slots):
-        kind = gguf.GGMLQuantizationType[kinds.get(slot.name, slot.dtype)]
-        given = np.dtype(np.uint8 if slot.name in kinds else np.float32)  # shapes of blocks are given in bytes
-        writer.add_tensor_info(names[slot.name], slot.shape, given, slot.bytes, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    writer.close()
+    with contextlib.closing(gguf.GGUFWriter(file, ARCHITECTURES[checkpoint.config["model_type"]])) as writer:
+        _add_general(gguf, writer, job)
+        _add_architecture(gguf, writer, checkpoint, architecture)
+        _add_tokens(writer, read_tokens(checkpoint.directory, checkpoint.config))
+        for slot in (slot for part in parts for slot in part.slots):
+            kind = gguf.GGMLQuantizationType[kinds.get(slot.name, slot.dtype)]
+            given = np.dtype(np.uint8 if slot.name in kinds else np.float32)  # shapes of blocks are given in bytes
+            writer.add_tensor_info(names[slot.name], slot.shape, given, slot.bytes, raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
     with file.open("ab") as stream:
         stream.write(bytes(-stream.tell() % ALIGNMENT))
         for part, arrays in made(parts):
