@@ -24,6 +24,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # llama
 SPACE = "▁"
 INSTEAD = "give --to mlx or dense"
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
+NO_MERGES = "no merges"  # llama.cpp wants some; these two parts come about by merging only, so they never meet
 KINDS = ("bos", "eos", "unk", "pad")  # whose ids are written
 
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -109,7 +110,7 @@ def read_tokens(directory: Path, config: Mapping[str, Any]) -> Tokens:
     notices = _check_normalizer(file, given.get("normalizer"))
     pre = _pre(file, vocabulary, given)
     written = [" ".join(part.replace(" ", "Ġ") for part in merge) for merge in merges]
-    return replace(common, pre=pre, merges=written, notices=notices)
+    return replace(common, pre=pre, merges=written or [NO_MERGES], notices=notices)
 
 
 def _texts(file: Path, vocabulary: Vocabulary, given: Mapping[str, Any], size: int) -> tuple[list[str], list[int]]:
