@@ -10,7 +10,7 @@ from typing import Any
 
 from matquant.checkpoint import Checkpoint, open_checkpoint
 from matquant.errors import InputError
-from matquant.export import compressed_tensors, dense, nested
+from matquant.export import compressed_tensors, dense, gguf, nested
 from matquant.export.card import RECORD
 from matquant.export.containers import CENTRE, EXACT, ZEROS, Container
 from matquant.export.job import Exporter, Job
@@ -19,6 +19,7 @@ from matquant.nest import MASTER_BITS
 from matquant.spec import Plan
 
 EXPORTERS: dict[str, Exporter] = {
+    "gguf": gguf.EXPORTER,
     "compressed-tensors": compressed_tensors.EXPORTER,
     "dense": dense.EXPORTER,
     "matquant": nested.EXPORTER,
@@ -60,6 +61,8 @@ def export(
     job = make_job(checkpoint, to, wanted, zeros=zeros, dtype=dtype, about=about)
     exporter = job.exporter
     _check_target(target, exporter, overwrite=overwrite)
+    for text in exporter.check(checkpoint):
+        notice(text)
     total = sum(part.bytes for part in job.parts())
     check_space(target, total + SPARE_BYTES)
     stay = [path for path, container in job.chosen.items() if container is None]
@@ -126,6 +129,7 @@ def make_job(
         chosen=containers,
         zeros=zeros,
         dtype=kept,
+        asked=DTYPES.get(dtype or ""),
         about={"format": to, **(about or {})},
     )
 
@@ -135,8 +139,10 @@ def alternatives(checkpoint: Checkpoint, to: str, path: str, bits: int) -> str:
     exporter, sliced = EXPORTERS[to], [width for width in range(MASTER_BITS, 1, -1) if width != bits]
     nearest = sorted(sliced, key=lambda width: (abs(width - bits), -width))
     widths = [width for width in nearest if _holds(checkpoint, exporter, path, width)]
-    formats = [name for name in EXPORTERS if _holds(checkpoint, EXPORTERS[name], path, bits)]
-    centre = _holds(checkpoint, exporter, path, bits, zeros=CENTRE)
+    formats = [
+        name for name in EXPORTERS if _reads(name, checkpoint) and _holds(checkpoint, EXPORTERS[name], path, bits)
+    ]
+    centre = checkpoint.spec.symmetric and _holds(checkpoint, exporter, path, bits, zeros=CENTRE)
     return "give " + ", or ".join(
         [
             *([f"--to {' or '.join(formats)}"] if formats else []),
@@ -153,14 +159,19 @@ def _holds(checkpoint: Checkpoint, exporter: Exporter, path: str, bits: int, *, 
 def _exporter(to: str, checkpoint: Checkpoint) -> Exporter:
     if to not in EXPORTERS:
         raise InputError(f"--to {to!r} is not a format; give {', '.join(EXPORTERS)}")
-    family = str(checkpoint.config.get("model_type"))
-    families = EXPORTERS[to].families
-    if families is not None and family not in families:
+    if not _reads(to, checkpoint):
+        family, families = checkpoint.config.get("model_type"), EXPORTERS[to].families or ()
         every = [name for name, exporter in EXPORTERS.items() if exporter.families is None]
         raise InputError(
             f"--to {to} asked of a {family} model, it works for {', '.join(families)}; give --to {' or '.join(every)}"
         )
     return EXPORTERS[to]
+
+
+def _reads(to: str, checkpoint: Checkpoint) -> bool:
+    """Whether a format has the checkpoint's family."""
+    families = EXPORTERS[to].families
+    return families is None or checkpoint.config.get("model_type") in families
 
 
 def _check_target(target: Path, exporter: Exporter, *, overwrite: bool) -> None:
