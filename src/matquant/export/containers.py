@@ -13,7 +13,7 @@ rounded but d and m, once, to the type the format stores them in. What does not 
 N out features, K in features, G groups (K / G neighbouring in features of a row share a scale).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,6 +87,11 @@ class Misfit:
     reason: str
     blocked: bool = False
     small: bool = False
+
+
+def largest_block(sizes: Sequence[int], group: int) -> int:
+    """The first of ``sizes``, largest first, of which a group of in features is made; the last if none fits."""
+    return next((size for size in sizes if group % size == 0), sizes[-1])
 
 
 def levels(bits: int, rule: str) -> int:

@@ -23,6 +23,7 @@ class Exporter:
     container, named after the path in the format, and their arrays. families: model types of config.json that work,
     None: all. name: what a tensor or path is called there. rows: the order of a weight's out features there, None: as
     here. plain: a tensor that is not quantised. dense: dtype of the weights no container can hold, None: the model's.
+    typed: a dtype that is asked for is that of scales too.
     """
 
     engines: str
@@ -36,6 +37,7 @@ class Exporter:
     rows: Callable[[Checkpoint, str], np.ndarray | None] = lambda checkpoint, path: None
     plain: "Callable[[Job, str], Part] | None" = None
     dense: str | None = None
+    typed: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
