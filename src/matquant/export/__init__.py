@@ -165,7 +165,7 @@ def alternatives(checkpoint: Checkpoint, to: str, path: str, bits: int) -> str:
     widths = [width for width in nearest if _holds(checkpoint, exporter, path, width)]
     formats = [name for name, found in EXPORTERS.items() if _reads(found, checkpoint)]
     formats = [name for name in formats if _holds(checkpoint, EXPORTERS[name], path, bits)]
-    centre = _holds(checkpoint, exporter, path, bits, zeros=CENTRE)
+    centre = checkpoint.spec.symmetric and _holds(checkpoint, exporter, path, bits, zeros=CENTRE)
     return "give " + ", or ".join(
         [
             *([f"--to {' or '.join(formats)}"] if formats else []),

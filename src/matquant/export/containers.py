@@ -112,7 +112,7 @@ def fit(container: Container, tensor: NestedTensor, bits: int, *, zeros: str = E
     if rows % container.rows:
         return Misfit(f"out_features={rows} is no multiple of {container.rows} ({container.name})", blocked=True)
     if group % container.block:
-        return Misfit(f"groups of {group} are no multiples of {container.block} ({container.name})")
+        return Misfit(f"groups of {group} are no multiples of {container.block}")
     return found
 
 

@@ -15,14 +15,14 @@ def pack(codes_NK: np.ndarray, bits: int) -> np.ndarray:
     """uint8 codes [N, K] below 2^bits as uint32 words [N, ceil(K * bits / 32)]."""
     rows, columns = codes_NK.shape
     padding = -columns % WORD
-    padded = np.pad(codes_NK, ((0, 0), (0, padding))) if padding else np.ascontiguousarray(codes_NK)
+    padded = np.ascontiguousarray(np.pad(codes_NK, ((0, 0), (0, padding))) if padding else codes_NK)
     if bits == BYTE:
         return padded.view("<u4")[:, : words(columns, bits)]
     x = padded.view("<u8")  # eight codes a number
     for lane in LANES:  # the upper of two lanes moves down to the bits of the lower one
         low, high = _masks(lane, lane * bits // BYTE, upper=lane)
         x = (x & low) | ((x & high) >> np.uint64(lane - lane * bits // BYTE))
-    packed = x[..., None].view(np.uint8)[..., :bits].reshape(rows, -1)
+    packed = np.ascontiguousarray(x[..., None].view(np.uint8)[..., :bits]).reshape(rows, -1)
     return np.ascontiguousarray(packed.view("<u4")[:, : words(columns, bits)])
 
 
