@@ -27,12 +27,16 @@ def nested_checkpoint(
     rule: str = "prefix",
     group_size: int | None = None,
     symmetric: bool = True,
+    zero: int | None = None,
     own: bool = True,
     scale_dtype: str = "bfloat16",
     ignore: tuple[str, ...] = ("lm_head",),
     config: Mapping[str, Any] | None = None,
 ) -> Path:
-    """A checkpoint of weights [N, K] by path: every code occurs, scales are storable; own: widths 3, 2 have affines."""
+    """A checkpoint of weights [N, K] by path: every code occurs, scales are storable; own: widths 3, 2 have affines.
+
+    zero: of the 8-bit grid everywhere, None: 128 if symmetric, else random.
+    """
     random = np.random.default_rng(len(shapes))
     slices = (3, 2) if own else ()
     spec = Spec(
@@ -48,7 +52,7 @@ def nested_checkpoint(
             found = np.exp(random.normal(-5, 1, affine)).astype(np.float32)
             return found if scale_dtype == "float32" else found.astype(ml_dtypes.bfloat16).astype(np.float32)
 
-        zero = np.full(affine, 128.0) if symmetric else random.integers(0, 256, affine)
+        zeros = random.integers(0, 256, affine) if zero is None and not symmetric else np.full(affine, zero or 128)
         apart = {
             bits: (
                 scale().astype(ml_dtypes.bfloat16).astype(np.float32),
@@ -56,11 +60,11 @@ def nested_checkpoint(
             )
             for bits in slices
         }
-        grid = {"scale": scale(), "zero": zero.astype(np.float32)}
+        grid = {"scale": scale(), "zero": zeros.astype(np.float32)}
         return NestedTensor(codes=codes.reshape(rows, columns), rule=rule, slices=apart, **grid)
 
     items: list[Any] = [(path, tensor(*shape)) for path, shape in shapes.items()]
-    items += [(f"model.embed_tokens.{part}", np.ones((4, 64), dtype=ml_dtypes.bfloat16)) for part in ("weight",)]
+    items.append(("model.embed_tokens.weight", np.ones((4, 64), dtype=ml_dtypes.bfloat16)))
     write_checkpoint(directory, items, spec=spec, config=config or LLAMA, ignore=ignore, files={"vocab.txt": b"a\n"})
     return directory
 

@@ -20,15 +20,10 @@ from matquant.export.stream import Slot
 
 
 def containers(checkpoint: Checkpoint, path: str) -> list[Container]:
-    """1 to 8 bits with the zero in the middle, and with integer zeros if the checkpoint is asymmetric."""
-    spec = checkpoint.spec
-    kinds = (FIXED,) if spec.symmetric else (FIXED, INTEGER)
+    """1 to 8 bits, with the zero in the middle, or with integer zeros if the checkpoint is asymmetric."""
+    name, zero = ("int", FIXED) if checkpoint.spec.symmetric else ("uint", INTEGER)
     scale = checkpoint.stored_dtype(f"{path}.weight_scale")
-    return [
-        Container(name=f"int{bits}" if kind == FIXED else f"uint{bits}", bits=bits, zero=kind, scale=scale)
-        for bits in range(1, 9)
-        for kind in kinds
-    ]
+    return [Container(name=f"{name}{bits}", bits=bits, zero=zero, scale=scale) for bits in range(1, 9)]
 
 
 def slots(path: str, container: Container, shape: tuple[int, int], groups: int) -> tuple[Slot, ...]:
