@@ -116,6 +116,22 @@ def test_a_plan_with_zero_points_is_refused(tmp_path: Path) -> None:
     assert [item.name for item in tmp_path.iterdir()] == ["in"]
 
 
+def test_experts_of_several_widths_are_refused(checkpoint_of: Any, tmp_path: Path) -> None:
+    """transformers fuses them; attention may have another width."""
+    source = checkpoint_of("qwen3_moe", rule="round", affine="none")
+    paths = list(open_checkpoint(source).shapes)
+    mixed = {path: 2 if "experts.0" in path else 4 for path in paths}
+    with pytest.raises(InputError) as caught:
+        export(source, tmp_path / "out", to="compressed-tensors", plan=Plan(default=None, bits=mixed))
+    assert str(caught.value) == (
+        "--to compressed-tensors asked of experts in int4, int2, transformers fuses them and reads one type for all; "
+        "use one width for all experts, or --to dense"
+    )
+    apart = {path: 4 if "experts" in path else 8 for path in paths}
+    export(source, tmp_path / "out", to="compressed-tensors", plan=Plan(default=None, bits=apart))
+    assert_seen(source, tmp_path / "out", apart)
+
+
 def test_a_tied_head_stays_tied(family_model: Callable[[str], Path], checkpoint_of: Any, tmp_path: Path) -> None:
     source = checkpoint_of("gemma2", rule="round", affine="none")
     export(source, tmp_path / "out", to="compressed-tensors", bits=4)

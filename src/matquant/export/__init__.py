@@ -125,7 +125,7 @@ def make_job(
     containers: dict[str, Container | None] = {
         path: found for path, found in chosen.items() if not isinstance(found, list)
     }
-    return Job(
+    job = Job(
         checkpoint=checkpoint,
         exporter=exporter,
         plan=plan,
@@ -134,6 +134,8 @@ def make_job(
         dtype=kept,
         about={"format": to, **(about or {})},
     )
+    exporter.check(job)
+    return job
 
 
 def _with_scales(exporter: Exporter, dtype: str) -> Exporter:

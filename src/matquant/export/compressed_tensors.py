@@ -5,7 +5,7 @@ zero points packed the same way along out features. One config group for each co
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -52,16 +52,27 @@ def tensors(container: Container, encoded: Encoded) -> Sequence[np.ndarray]:
     return found
 
 
+def check(job: Job) -> None:
+    """InputError for containers that transformers does not read together."""
+    kinds = {path: kind for path, kind in job.chosen.items() if kind is not None}
+    names = ", ".join(kind.name for kind in _by_width(kinds.values()))
+    if _asymmetric(job) and len(set(kinds.values())) > 1:
+        raise InputError(
+            f"--to compressed-tensors asked of {names} together, transformers reads zero points only where all linears "
+            "have one type; use one width, or --to mlx or dense"
+        )
+    experts = {kind for path, kind in kinds.items() if ".experts." in path}
+    if len(experts) > 1:
+        raise InputError(
+            f"--to compressed-tensors asked of experts in {', '.join(kind.name for kind in _by_width(experts))}, "
+            "transformers fuses them and reads one type for all; use one width for all experts, or --to dense"
+        )
+
+
 def config(job: Job) -> dict[str, Any]:
     """config.json with one config group for every container in use."""
     checkpoint, chosen = job.checkpoint, {path: kind for path, kind in job.chosen.items() if kind is not None}
-    kinds = sorted(set(chosen.values()), key=lambda container: (-container.bits, container.name))
-    asymmetric = any(container.zero == INTEGER for container in kinds)
-    if asymmetric and len(kinds) > 1:
-        raise InputError(
-            f"--to compressed-tensors asked of {', '.join(kind.name for kind in kinds)} together, transformers reads "
-            "zero points only where all linears have one type; use one width, or --to mlx or dense"
-        )
+    kinds = _by_width(chosen.values())
     size = checkpoint.spec.group_size
     groups = {}
     for number, kind in enumerate(kinds):
@@ -83,9 +94,17 @@ def config(job: Job) -> dict[str, Any]:
         "config_groups": groups,
         "ignore": sorted(checkpoint.ignore),
     }
-    if asymmetric:
+    if _asymmetric(job):
         quantization["dequantize"] = True  # without it transformers 5.23 mis-shapes packed zero points
     return {**checkpoint.config, "quantization_config": quantization}
+
+
+def _by_width(kinds: Iterable[Container]) -> list[Container]:
+    return sorted(set(kinds), key=lambda container: (-container.bits, container.name))
+
+
+def _asymmetric(job: Job) -> bool:
+    return not job.checkpoint.spec.symmetric
 
 
 EXPORTER = Exporter(
@@ -93,5 +112,6 @@ EXPORTER = Exporter(
     containers=containers,
     slots=slots,
     tensors=tensors,
+    check=check,
     write=lambda job, folder, report: write_directory(job, folder, config(job), report),
 )

@@ -23,7 +23,7 @@ class Exporter:
     container, named after the path in the format, and their arrays. families: model types of config.json that work,
     None: all. name: what a tensor or path is called there. rows: the order of a weight's out features there, None: as
     here. plain: a tensor that is not quantised. dense: dtype of the weights no container can hold, None: the model's.
-    typed: a dtype that is asked for is that of scales too.
+    typed: a dtype that is asked for is that of scales too. check: InputError for containers that do not go together.
     """
 
     engines: str
@@ -38,6 +38,7 @@ class Exporter:
     plain: "Callable[[Job, str], Part] | None" = None
     dense: str | None = None
     typed: bool = False
+    check: "Callable[[Job], None]" = lambda job: None
 
 
 @dataclass(frozen=True, kw_only=True)
