@@ -23,7 +23,7 @@ def make_environment(
         return python
     began = time.perf_counter()
     subprocess.run([sys.executable, "-m", "venv", "--clear", folder / "venv"], check=True)
-    install = [python, "-m", "pip", "install", "--quiet", *pip]
+    install: list[str | Path] = [python, "-m", "pip", "install", "--quiet", *pip]
     if TORCH in packages:
         subprocess.run([*install, TORCH], check=True)
     subprocess.run([*install, *packages], check=True, env={**os.environ, **(environ or {})})

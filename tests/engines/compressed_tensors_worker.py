@@ -19,8 +19,9 @@ def main(folder: Path) -> None:
     for name, directory in job["exports"].items():
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
         result[name] = loop(model, job)  # the first forward pass unpacks the weights
-        linears = {path: m for path, m in model.named_modules() if isinstance(m, torch.nn.Linear) and ".layers." in path}
-        save_file({path: linear.weight.detach().clone() for path, linear in linears.items()}, folder / f"{name}.safetensors")
+        linears = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and ".layers." in n}
+        weights = {path: linear.weight.detach().clone() for path, linear in linears.items()}
+        save_file(weights, folder / f"{name}.safetensors")
     (folder / "result.json").write_text(json.dumps(result))
 
 

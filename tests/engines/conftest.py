@@ -110,12 +110,22 @@ def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     )
 
 
+def work(engine: str, worker: str, folder: Path, job: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``worker`` returns in the environment of ``engine``, and the weights by path it writes as "weights"."""
+    python = make_environment(CACHE / engine, (HERE / f"{engine}.txt").read_text().split())
+    (folder / "job.json").write_text(json.dumps(job))
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run([python, HERE / worker, folder], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+    found: dict[str, Any] = json.loads((folder / "result.json").read_text())
+    return {name: {**result, "weights": load_file(folder / f"{name}.safetensors")} for name, result in found.items()}
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    """run(engine, subject, {name: export}): what its worker returns, and its weights by path as "weights"."""
+    """run(engine, subject, {name: export}): what ``work`` returns."""
 
     def call(engine: str, subject: Subject, exports: Mapping[str, Path]) -> dict[str, Any]:
-        python = make_environment(CACHE / engine, (HERE / f"{engine}.txt").read_text().split())
         folder = tmp_path / f"{engine}-{subject.name}"
         folder.mkdir()
         np.save(folder / "windows.npy", subject.windows)
@@ -125,15 +135,7 @@ def run(tmp_path: Path) -> Run:
             "new_tokens": NEW_TOKENS,
             "windows": str(folder / "windows.npy"),
         }
-        (folder / "job.json").write_text(json.dumps(job))
-        environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-        command = [python, HERE / f"{engine}_worker.py", folder]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-        assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
-        found: dict[str, Any] = json.loads((folder / "result.json").read_text())
-        for name, result in found.items():
-            result["weights"] = load_file(folder / f"{name}.safetensors")
-        return found
+        return work(engine, f"{engine}_worker.py", folder, job)
 
     return call
 

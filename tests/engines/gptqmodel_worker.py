@@ -25,7 +25,8 @@ def main(folder: Path) -> None:
                 weights[path] = module.dequantize_weight().T
             elif isinstance(module, torch.nn.Linear) and ".layers." in path:
                 weights[path] = module.weight
-        save_file({path: w.detach().float().contiguous() for path, w in weights.items()}, folder / f"{name}.safetensors")
+        wide = {path: weight.detach().float().contiguous() for path, weight in weights.items()}
+        save_file(wide, folder / f"{name}.safetensors")
         result[name] = loop(model, job)
     (folder / "result.json").write_text(json.dumps(result))
 

@@ -14,9 +14,11 @@ import pytest
 import torch
 
 import matquant
-from engines.conftest import WIDTHS, Run, Subject, spread
+from engines.conftest import WIDTHS, Run, Subject, spread, work
+from exports import nested_checkpoint, sliced
 from matquant.checkpoint import open_checkpoint
 from matquant.errors import InputError
+from matquant.export import export
 from matquant.export.containers import CENTRE, EXACT, read_affine
 from matquant.nest import slice_codes
 
@@ -133,3 +135,26 @@ def test_every_family(to: str, family: str, family_model: Callable[[str], Path],
         windows=np.random.default_rng(0).integers(0, 256, (4, 33)),
     )
     check(to, ("4", "plan"), subject, run, tmp_path)
+
+
+@pytest.mark.parametrize("rule", ["prefix", "round", "extra"])
+def test_every_width_and_block_of_mlx(rule: str, tmp_path: Path) -> None:
+    """Against mlx.core.dequantize, in every dtype of scales, for every code."""
+    shapes = {"model.x128": (4, 256), "model.x64": (4, 192), "model.x32": (4, 96)}
+    source = nested_checkpoint(tmp_path / "in", shapes, rule=rule)
+    checkpoint, exports = open_checkpoint(source), {}
+    for bits in range(1, 9):
+        for dtype in ("float32", "float16", "bfloat16"):
+            exports[f"{bits}-{dtype}"] = str(tmp_path / f"{bits}-{dtype}")
+            export(source, exports[f"{bits}-{dtype}"], to="mlx", bits=bits, dtype=dtype)
+    for name, result in work("mlx", "mlx_blocks_worker.py", tmp_path, {"exports": exports}).items():
+        bits, dtype = name.split("-")
+        for path in shapes:
+            weight = sliced(checkpoint, path, int(bits))
+            largest = np.abs(weight).max(axis=1, keepdims=True) + np.ptp(weight, axis=1, keepdims=True)
+            # of a scale or bias, a product and a sum in that type
+            unit = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}[dtype]
+            assert np.all(np.abs(result["weights"][path] - weight) <= 2 * unit * largest), (name, path)
+            if dtype == "float32":
+                other = sliced(checkpoint, path, int(bits) - 1 or 2)
+                assert not np.all(np.abs(result["weights"][path] - other) <= 2 * unit * largest), (name, path)
