@@ -38,6 +38,7 @@ from matplotlib.ticker import LogLocator
 from rich.console import Console
 from rich.table import Table
 
+from environments import make_environment
 from linear import WIDTHS, check_products
 from matquant import _native
 from matquant.checkpoint import Item, open_checkpoint, write_checkpoint
@@ -96,20 +97,9 @@ def setup() -> None:
     ready = VENV.parent / "ready"
     if ready.is_file():
         return
-    began = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "venv", VENV], check=True)
     flags = {"CMAKE_ARGS": " ".join(f"-D{flag}" for flag in CMAKE)}
-    command: list[str | Path] = [
-        VENV / "bin" / "pip",
-        "install",
-        "--quiet",
-        "--no-binary",
-        "llama-cpp-python",
-        *PACKAGES,
-    ]
-    subprocess.run(command, check=True, env={**os.environ, **flags})
+    make_environment(VENV.parent, PACKAGES, pip=("--no-binary", "llama-cpp-python"), environ=flags)
     ready.touch()
-    print(f"ready after {time.perf_counter() - began:.0f} s")
 
 
 @app.command()

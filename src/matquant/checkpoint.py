@@ -423,6 +423,9 @@ def _check_structure(
     shapes: dict[str, tuple[int, int]] = {}
     parts = (".weight_packed", ".weight_scale", ".weight_shape", ".weight_zero_point")
     paths = {name.removesuffix(part) for name in files for part in parts if name.endswith(part)}
+    if not isinstance(spec.stored_bits, int) and set(spec.stored_bits) != paths:
+        other = sorted(set(spec.stored_bits) ^ paths)[0]
+        raise InputError(f"{where} has stored_bits of other weights than it holds: {other}; {DAMAGED}")
     for path in sorted(paths):
         name = f"{path}.weight_shape"
         if name not in files:
@@ -453,9 +456,6 @@ def _check_structure(
         shapes[path] = (rows, columns)
     if not shapes:
         raise InputError(f"{where} holds no quantised weight; {DAMAGED}")
-    if not isinstance(spec.stored_bits, int) and set(spec.stored_bits) != set(shapes):
-        other = sorted(set(spec.stored_bits) ^ set(shapes))[0]
-        raise InputError(f"{where} has stored_bits of other weights than it holds: {other}; {DAMAGED}")
     return shapes
 
 
