@@ -12,7 +12,7 @@ import matquant
 from matquant.checkpoint import open_checkpoint
 from matquant.errors import InputError
 from matquant.export import export
-from matquant.integrations.words import read_overrides, read_words, stacked_paths
+from matquant.integrations.words import check_stacked, read_overrides, read_words, stacked_paths
 from matquant.spec import Plan
 
 QKV = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
@@ -96,3 +96,16 @@ def test_other_overrides_are_refused(overrides: dict[str, Any], message: str) ->
     with pytest.raises(InputError) as caught:
         read_overrides(overrides)
     assert str(caught.value) == message
+
+
+def test_a_plan_that_splits_stacked_weights_is_refused() -> None:
+    prefix, packed = "model.layers.0.self_attn.qkv_proj", {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
+    paths = stacked_paths(prefix, packed)
+    check_stacked(prefix, paths, dict.fromkeys(paths, 4))
+    check_stacked(prefix, paths, {})
+    with pytest.raises(InputError) as caught:
+        check_stacked(prefix, paths, {paths[0]: 8, paths[1]: 4, paths[2]: 4, "model.other": 2})
+    assert str(caught.value) == (
+        f"the plan has q_proj at 8, k_proj at 4, v_proj at 4 bits in {prefix}, which is one weight in vLLM; "
+        "give them one width, such as 8, as matquant plan does unless told --no-fused"
+    )

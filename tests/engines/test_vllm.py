@@ -34,9 +34,9 @@ WIDE = {
     "head_dim": 32,
     "max_position_embeddings": 128,
 }  # vLLM has no attention on CPUs for smaller heads
-SPLIT = {  # q, k and v differ, and so do gate and up
-    "model.layers.0.self_attn.q_proj": 3,
-    "model.layers.0.mlp.up_proj": 8,
+PLAN = {
+    **{f"model.layers.0.self_attn.{name}_proj": 3 for name in "qkv"},
+    **{f"model.layers.0.mlp.{name}_proj": 8 for name in ("gate", "up")},
     "model.layers.1.mlp.down_proj": 2,
 }
 OTHERS: dict[str, Callable[[], Any]] = {
@@ -49,7 +49,7 @@ OTHERS: dict[str, Callable[[], Any]] = {
 }
 CASES: list[tuple[str, dict[str, Any]]] = [
     *((name, {"bits": bits}) for name in ("stories", "reference") for bits in (8, 6, 4, 3, 2)),
-    *((name, {"bits": 4, "plan": SPLIT}) for name in ("stories", "reference", "round", "extra")),
+    *((name, {"bits": 4, "plan": PLAN}) for name in ("stories", "reference", "round", "extra")),
     *((name, {"bits": bits}) for name in ("round", "extra") for bits in (8, 2)),
     ("top", {"bits": 3}),
     *((family, {"bits": 3}) for family in OTHERS if "moe" not in family),
@@ -63,6 +63,11 @@ MISTAKES: list[tuple[str, dict[str, Any], str]] = [
         {"plan": {"model.layers.0.mlp.up": 2}},
         "the plan names 'model.layers.0.mlp.up', which the model does not quantise; nearest: "
         "'model.layers.0.mlp.up_proj'",
+    ),
+    (
+        "stories",
+        {"bits": 4, "plan": {"model.layers.0.mlp.up_proj": 8}},
+        "the plan has gate_proj at 4, up_proj at 8 bits in model.layers.0.mlp.gate_up_proj, which is one weight in vLLM",
     ),
     ("float", {"bits": 4}, "has no matquant_manifest.json; give a checkpoint made by matquant quantize"),
     ("moe", {"bits": 4}, "the plugin serves linears: quantise with --exclude experts, or serve a slice"),

@@ -5,8 +5,7 @@
 Installing matquant beside vLLM is enough: the entry point ``vllm.general_plugins`` finds this module, the one file that
 imports ``vllm``. vLLM streams the shards; when a ``weight_packed`` arrives, it is sliced and made dense on the device
 and in the dtype of the model, and handed to the loader of the unquantised layer, which stacks q, k and v, or gate and
-up, and takes this rank's part. So every rule, group size, zero and width is served exactly, a plan may give q, k and v
-different widths, and tensor parallelism, compilation and adapters are those of a float model. It costs what a float
+up, and takes this rank's part. So every rule, group size, zero and width is served exactly, and tensor parallelism, compilation and adapters are those of a float model. It costs what a float
 model costs: the weights take 16 bits in memory and in every step, at any width.
 """
 
@@ -26,7 +25,7 @@ from vllm.model_executor.parameter import BasevLLMParameter
 
 from matquant.checkpoint import Checkpoint, open_checkpoint
 from matquant.errors import InputError
-from matquant.integrations.words import read_overrides, read_words, stacked_paths
+from matquant.integrations.words import check_stacked, read_overrides, read_words, stacked_paths
 from matquant.nest import MASTER_BITS
 from matquant.spec import Plan
 
@@ -89,6 +88,7 @@ class NestedConfig(QuantizationConfig):  # type: ignore[misc]
             paths = stacked_paths(prefix, self.packed_modules_mapping)
             if not any(path in self.bits for path in paths):
                 return UnquantizedLinearMethod()
+            check_stacked(prefix, paths, self.bits)
             return NestedLinearMethod(_open(self.directory), paths, self.bits)
         inside = next((path for path in self.bits if path.startswith(f"{prefix}.")), None)
         if inside is not None:

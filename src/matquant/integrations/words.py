@@ -56,6 +56,17 @@ def read_overrides(config: Mapping[str, Any]) -> Plan:
     return Plan.over(config.get("bits", MASTER_BITS), plan)
 
 
+def check_stacked(prefix: str, paths: Sequence[str], bits: Mapping[str, int]) -> None:
+    """InputError if the weights that are stacked in the module ``prefix`` have different widths."""
+    widths = {path: bits[path] for path in paths if path in bits}
+    if len(set(widths.values())) > 1:
+        asked = ", ".join(f"{path.rpartition('.')[2]} at {width}" for path, width in widths.items())
+        raise InputError(
+            f"the plan has {asked} bits in {prefix}, which is one weight in vLLM; give them one width, such as "
+            f"{max(widths.values())}, as matquant plan does unless told --no-fused"
+        )
+
+
 def stacked_paths(prefix: str, packed: Mapping[str, Sequence[str]]) -> list[str]:
     """The paths whose weights are stacked, in order, in the module ``prefix`` of a library that fuses linears.
 
