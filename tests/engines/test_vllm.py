@@ -67,7 +67,7 @@ MISTAKES: list[tuple[str, dict[str, Any], str]] = [
     (
         "stories",
         {"bits": 4, "plan": {"model.layers.0.mlp.up_proj": 8}},
-        "the plan has gate_proj at 4, up_proj at 8 bits in model.layers.0.mlp.gate_up_proj, which is one weight in vLLM",
+        "the plan has gate_proj at 4, up_proj at 8 bits in model.layers.0.mlp.gate_up_proj, which is one weight in",
     ),
     ("float", {"bits": 4}, "has no matquant_manifest.json; give a checkpoint made by matquant quantize"),
     ("moe", {"bits": 4}, "the plugin serves linears: quantise with --exclude experts, or serve a slice"),

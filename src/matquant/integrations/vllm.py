@@ -2,11 +2,12 @@
 
     vllm serve DIR --hf-overrides '{"quantization_config": {"quant_method": "matquant", "bits": 4}}'
 
-Installing matquant beside vLLM is enough: the entry point ``vllm.general_plugins`` finds this module, the one file that
-imports ``vllm``. vLLM streams the shards; when a ``weight_packed`` arrives, it is sliced and made dense on the device
-and in the dtype of the model, and handed to the loader of the unquantised layer, which stacks q, k and v, or gate and
-up, and takes this rank's part. So every rule, group size, zero and width is served exactly, and tensor parallelism, compilation and adapters are those of a float model. It costs what a float
-model costs: the weights take 16 bits in memory and in every step, at any width.
+Installing matquant beside vLLM is enough: the entry point ``vllm.general_plugins`` finds this module, the one file
+that imports ``vllm``. vLLM streams the shards; when a ``weight_packed`` arrives, it is sliced and made dense on the
+device and in the dtype of the model, and handed to the loader of the unquantised layer, which stacks q, k and v, or
+gate and up, and takes this rank's part. So every rule, group size, zero and width is served exactly, and tensor
+parallelism, compilation and adapters are those of a float model. It costs what a float model costs: the weights take
+16 bits in memory and in every step, at any width.
 """
 
 import functools
