@@ -8,6 +8,7 @@
 // nor on the number of threads.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <vector>
@@ -92,10 +93,15 @@ class Cache {
   const Reserved memory_;
 };
 
-// Where the time of steps goes, in seconds.
-enum Part { kNorm, kPrepare, kQkv, kAttention, kAttentionOut, kGateUp, kActivation, kDownPart, kHead, kParts };
+// Where the time of steps goes: the first thread's, in seconds. It waits for the others at barriers.
+enum Part { kNorm, kPrepare, kQkv, kAttention, kAttentionOut, kGateUp, kActivation, kDownPart, kHead, kWait, kParts };
 constexpr const char* kPartNames[kParts] = {"norm",    "quantise",   "qkv",  "attention", "o",
-                                            "gate_up", "activation", "down", "head"};
+                                            "gate_up", "activation", "down", "head",      "wait"};
+
+// How many barriers of a step a thread has reached, in a cache line of its own.
+struct alignas(64) Arrivals {
+  std::atomic<unsigned> barriers;
+};
 
 // Everything a step writes besides logits and caches; reused, so that steps allocate nothing.
 class Workspace {
@@ -107,11 +113,15 @@ class Workspace {
   float *cosines, *sines;                                                        // [ropes][max_tokens][head_dim / 2]
   float* scores;                                                                 // [threads][kQueries][capacity + 16]
   char* input;                                                                   // of one Input
+  Arrivals* arrivals;                                                            // [threads]
+  char* own_input(int thread) const { return own_inputs + thread * own_input_bytes; }  // of a hidden row's Input
   bool profile = false;
   double seconds[kParts] = {};
 
  private:
   size_t lay_out(const Model& model, char* base);
+  char* own_inputs;
+  size_t own_input_bytes;
   Reserved memory_;
 };
 

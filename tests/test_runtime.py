@@ -253,10 +253,8 @@ def test_sequences_decoded_together_give_what_each_gives_alone(count: int, check
     for ids in prompts:
         caches.append(_native.Cache(engine.model.native, 64, False))
         for position, token in enumerate(ids):
-            tokens, positions = np.array([token], np.int32), np.array([position], np.int32)
-            _native.step(*step, tokens, positions, caches[-1:], 1, logits[:0], workspace)
-    positions = np.array([len(ids) for ids in prompts], np.int32)
-    _native.step(*step, np.full(count, 7, np.int32), positions, caches, 0, logits, workspace)
+            _native.step(*step, [token], [position], caches[-1:], 1, logits[:0], workspace)
+    _native.step(*step, [7] * count, [len(ids) for ids in prompts], caches, 0, logits, workspace)
     np.testing.assert_array_equal(logits, np.stack(alone))
 
 
@@ -269,7 +267,7 @@ def test_the_profile_adds_up_to_the_time_of_the_step(checkpoint_of: Callable[...
     session.workspace.profile = True
     session.extend(IDS, engine.widths(8))
     parts = session.workspace.seconds()
-    assert set(parts) == {"norm", "quantise", "qkv", "attention", "o", "gate_up", "activation", "down", "head"}
+    assert set(parts) == {"norm", "quantise", "qkv", "attention", "o", "gate_up", "activation", "down", "head", "wait"}
     assert all(0 < seconds < 10 for seconds in parts.values())
 
 
@@ -279,8 +277,8 @@ def test_the_native_step_refuses_what_would_write_outside(checkpoint_of: Callabl
     logits = np.empty((2, 300), dtype=np.float32)
     good: dict[str, Any] = {
         "bits": np.full(15, 4, np.uint8),
-        "tokens": np.array([1, 2], np.int32),
-        "positions": np.array([0, 1], np.int32),
+        "tokens": [1, 2],
+        "positions": [0, 1],
         "caches": [cache],
         "first_logit": 0,
         "logits": logits,
@@ -288,10 +286,10 @@ def test_the_native_step_refuses_what_would_write_outside(checkpoint_of: Callabl
     bad: list[tuple[str, Any, str]] = [
         ("bits", np.full(15, 8, np.uint8), "a width is not held in memory"),
         ("bits", np.full(14, 4, np.uint8), "one width per matrix"),
-        ("tokens", np.array([1, 300], np.int32), "not in the vocabulary"),
-        ("tokens", np.array([1, -1], np.int32), "not in the vocabulary"),
-        ("tokens", np.array([1, 2, 3], np.int32), "more tokens than the workspace"),
-        ("positions", np.array([0, 16], np.int32), "beyond the cache"),
+        ("tokens", [1, 300], "not in the vocabulary"),
+        ("tokens", [1, -1], "not in the vocabulary"),
+        ("tokens", [1, 2, 3], "more tokens than the workspace"),
+        ("positions", [0, 16], "beyond the cache"),
         ("caches", [cache] * 3, "one cache for all or per token"),
         ("caches", [_native.Cache(native, 32, False)], "beyond the cache"),
         ("first_logit", 3, "the logits have the wrong shape"),
