@@ -95,14 +95,19 @@ struct Worker {
     return tokens == 1 && count % threads == 0 && count / threads % kLanes == 0 && count / threads % unit == 0;
   }
 
-  // All threads have done their share. (In OpenMP's barrier the last thread makes a system call.)
-  void finish(Part part) {
+  // This thread has done its share of `part`; then, so have all. (In OpenMP's barrier the last makes a system call.)
+  void arrive(Part part) {
     note(part);
-    ++barriers;
-    space.arrivals[thread].barriers.store(barriers, std::memory_order_release);
+    space.arrivals[thread].barriers.store(++barriers, std::memory_order_release);
+  }
+  void await() {
     for (int other = 0; other < threads; ++other)
       for (int turn = 0; space.arrivals[other].barriers.load(std::memory_order_acquire) < barriers; ++turn) wait(turn);
-    note(kWait);
+    note(threads > 1 ? kWait : kNorm);  // one thread has only fetched
+  }
+  void finish(Part part) {
+    arrive(part);
+    await();
   }
 
   // The time since the last call belongs to `part`.
@@ -146,22 +151,25 @@ struct Worker {
     tokens == 1 ? note(kNorm) : finish(kNorm);
   }
 
-  // Of a single token, the weights of the norm after the coming product.
-  void fetch_norm(const float* norm) {
-    if (tokens == 1) fetch(norm, model.hidden * sizeof(float));
-    note(kNorm);
-  }
-
   bool any_nested(const Matrix* first, int count) const {
     return std::any_of(first, first + count, [](const Matrix& m) { return m.nested; });
   }
 
-  // One input of `count` matrices, x [rows][cols], quantised once; what is made of a thread's own row is its own.
+  // The input that is made of x [rows][cols]. Of a single token's normed row every thread makes its own, and what threads
+  // write for the last product of a layer lies apart from what others may still read.
+  Input input_of(const float* x, int rows_in, int cols) const {
+    const bool single = tokens == 1;
+    char* const memory = single && x == normed(0)    ? space.single_input(thread)
+                         : single && x == space.gate ? space.single_input(threads)
+                                                     : space.input;
+    return make_input(memory, rows_in, cols, activations);
+  }
+
+  // One input of `count` matrices, quantised once.
   Input quantise(const Matrix* matrices, int count, const float* x, int rows_in) {
-    const bool own_input = tokens == 1 && x == normed(0);
-    char* const memory = own_input ? space.own_input(thread) : space.input;
-    const Input input = make_input(memory, rows_in, matrices[0].cols(), activations);
+    const Input input = input_of(x, rows_in, matrices[0].cols());
     if (!any_nested(matrices, count)) return input;
+    const bool own_input = tokens == 1 && x == normed(0);
     own_input ? prepare(input, x) : prepare(input, x, thread, threads);
     own_input ? note(kPrepare) : finish(kPrepare);
     return input;
@@ -197,11 +205,29 @@ struct Worker {
     if (layer.rope < 0 && scale != 1) fn.rotate(x, nullptr, nullptr, half, scale);
   }
 
-  // Calls for what is read next: since the last token the weights have streamed through every cache, and it is too
-  // short for the processor to guess.
+  // Calls for what is needed next: since it was last, weights have streamed through every cache, and it is too short for
+  // the processor to guess.
   static void fetch(const void* data, size_t bytes) {
     for (size_t line = 0; line < bytes; line += kLine) __builtin_prefetch((const char*)data + line);
     asm volatile("");  // GCC takes a function that only fetches for one without effect, and drops its calls
+  }
+  static void fetch_to_write(void* data, size_t bytes) {
+    for (size_t line = 0; line < bytes; line += kLine) __builtin_prefetch((char*)data + line, 1);
+    asm volatile("");
+  }
+
+  // While others still make the delta of the only token: what the coming norm needs, the input made of it, and this
+  // thread's part of the input after that, made of x [cols].
+  void fetch_for_norm(const float* norm, const float* x, int cols) {
+    if (tokens > 1) return;
+    const size_t row = model.hidden * sizeof(float);
+    fetch(norm, row);
+    fetch(residual(0), row);
+    fetch_to_write(normed(0), row);
+    fetch_to_write(space.single_input(thread), input_bytes(1, model.hidden, Activations::int8));
+    const Share mine = share(cols, thread, threads, kGroup);
+    if (const Input input = input_of(x, 1, cols); input.codes)
+      fetch_to_write(input.codes + mine.start, mine.stop - mine.start);
   }
 
   // Keys and values that the only token sees, of this thread's heads: the first ones and the last tile.
@@ -287,6 +313,7 @@ struct Worker {
     embed();
     for (size_t index = 0; index < m.layers.size(); ++index) {
       const Layer& layer = m.layers[index];
+      const float* const next_norm = index + 1 < m.layers.size() ? m.layers[index + 1].norms.input : m.norm;
       const std::uint8_t* widths = bits + index * kProjections;
       add_and_norm(index > 0, index ? m.layers[index - 1].norms.ffn_out : nullptr, layer.norms.input);
       float* const qkv[] = {space.query, space.key, space.value};
@@ -296,17 +323,19 @@ struct Worker {
       multiply(layer.matrix + kValue, widths + kValue, 1, normed(0), input, qkv + kValue);
       keeps(m.kv_heads * m.head_dim, m.head_dim) ? note(kQkv) : finish(kQkv);
       attend((int)index);
-      fetch_norm(layer.norms.ffn);
       project(layer.matrix + kOutput, widths + kOutput, 1, space.attended, tokens, &space.delta);
-      finish(kAttentionOut);
+      arrive(kAttentionOut);
+      fetch_for_norm(layer.norms.ffn, space.gate, m.intermediate);
+      await();
       add_and_norm(true, layer.norms.attention_out, layer.norms.ffn);
       float* const gate_up[] = {space.gate, space.up};
       project(layer.matrix + kGate, widths + kGate, 2, normed(0), tokens, gate_up);
       keeps(m.intermediate, kGroup) ? note(kGateUp) : finish(kGateUp);
       activate(layer.matrix[kDown]);
-      fetch_norm(index + 1 < m.layers.size() ? m.layers[index + 1].norms.input : m.norm);
       project(layer.matrix + kDown, widths + kDown, 1, space.gate, tokens, &space.delta);
-      finish(kDownPart);
+      arrive(kDownPart);
+      fetch_for_norm(next_norm, space.attended, m.heads * m.head_dim);
+      await();
     }
     if (first_logit == tokens) return;
     add_and_norm(true, m.layers.back().norms.ffn_out, m.norm, first_logit);
@@ -388,8 +417,8 @@ size_t Workspace::lay_out(const Model& m, char* base) {
     return std::max(input_bytes(count, cols, Activations::int8), input_bytes(count, cols, Activations::exact));
   };
   place(input, input_of(max_tokens, std::max({m.hidden, m.intermediate, m.heads * m.head_dim})));
-  own_input_bytes = input_of(1, m.hidden);
-  place(own_inputs, threads * own_input_bytes);
+  single_input_bytes = input_of(1, std::max(m.hidden, m.intermediate));
+  place(single_inputs, (threads + 1) * single_input_bytes);
   place(arrivals, threads);
   return offset;
 }

@@ -93,7 +93,8 @@ class Cache {
   const Reserved memory_;
 };
 
-// Where the time of steps goes: the first thread's, in seconds. It waits for the others at barriers.
+// Where the time of steps goes: the first thread's, in seconds. It waits for the others at barriers, and then also calls
+// for memory that it needs next.
 enum Part { kNorm, kPrepare, kQkv, kAttention, kAttentionOut, kGateUp, kActivation, kDownPart, kHead, kWait, kParts };
 constexpr const char* kPartNames[kParts] = {"norm",    "quantise",   "qkv",  "attention", "o",
                                             "gate_up", "activation", "down", "head",      "wait"};
@@ -114,14 +115,15 @@ class Workspace {
   float* scores;                                                                 // [threads][kQueries][capacity + 16]
   char* input;                                                                   // of one Input
   Arrivals* arrivals;                                                            // [threads]
-  char* own_input(int thread) const { return own_inputs + thread * own_input_bytes; }  // of a hidden row's Input
+  // Memory of one token's Inputs: one of each thread, and one that they share.
+  char* single_input(int which) const { return single_inputs + which * single_input_bytes; }
   bool profile = false;
   double seconds[kParts] = {};
 
  private:
   size_t lay_out(const Model& model, char* base);
-  char* own_inputs;
-  size_t own_input_bytes;
+  char* single_inputs;
+  size_t single_input_bytes;
   Reserved memory_;
 };
 
