@@ -250,9 +250,10 @@ def measure(directory: Path, peer: LlamaCpp, *, threads: int, rounds: int, burst
             note(f"peer prefill {bits}", peer.burst(bits, "prefill", tokens=PROMPT, threads=threads, seconds=seconds))
         for name, schedule in schedules.items():
             note("stream", burst(lambda: timed(partial(stream.read, threads), stream.bytes, threads), seconds / 5))
-            decoded, linears = decode_burst(session, schedule, seconds)
+            decoded, linears, waits = decode_burst(session, schedule, seconds)
             note(f"decode {name}", decoded)
             note(f"linears {name}", linears)
+            note(f"wait {name}", waits)
             if name.isdigit():
                 answer = peer.burst(int(name), "decode", tokens=STRETCH, threads=threads, seconds=seconds)
                 note(f"peer decode {name}", answer)
@@ -276,6 +277,7 @@ def summary(engine: Engine, peer: LlamaCpp, samples: dict[str, list[Sample]]) ->
             "tok_s": rate[f"decode {bits}"],
             "fraction": rate[f"decode {bits}"] * read / limit,
             "linear_fraction": rate[f"linears {bits}"] * read / limit,
+            "wait": rate[f"wait {bits}"],
             "over_int8": rate[f"decode {bits}"] / rate["decode 8"],
             "prefill_tok_s": rate[f"prefill {bits}"],
             "peer": PEERS[bits],
@@ -336,9 +338,15 @@ def burst(stretch: Callable[[], Sample], seconds: float) -> list[Sample]:
     return samples
 
 
-def decode_burst(session: Session, schedule: Sequence[np.ndarray], seconds: float) -> tuple[list[Sample], list[Sample]]:
-    """Decoding after the first CONTEXT tokens of the cache: tokens/s of whole steps, and of their linears alone."""
+def decode_burst(
+    session: Session, schedule: Sequence[np.ndarray], seconds: float
+) -> tuple[list[Sample], list[Sample], list[Sample]]:
+    """Decoding after the first CONTEXT tokens of the cache: tokens/s of whole steps, and of their linears alone.
+
+    The last are shares of a step in which the first thread waits for the others; the linears' time includes them.
+    """
     linears: list[Sample] = []
+    waits: list[Sample] = []
 
     def steps() -> None:
         session.rewind(CONTEXT)
@@ -350,9 +358,10 @@ def decode_burst(session: Session, schedule: Sequence[np.ndarray], seconds: floa
         sample = timed(steps, len(schedule), session.engine.threads)
         parts = session.workspace.seconds()
         linears.append(dataclasses.replace(sample, value=len(schedule) / sum(parts[name] for name in LINEARS)))
+        waits.append(dataclasses.replace(sample, value=parts["wait"] / len(schedule) * sample.value))
         return sample
 
-    return burst(stretch, seconds), linears
+    return burst(stretch, seconds), linears, waits
 
 
 def prefill(session: Session, widths: np.ndarray) -> Sample:

@@ -155,8 +155,8 @@ struct Worker {
     return std::any_of(first, first + count, [](const Matrix& m) { return m.nested; });
   }
 
-  // The input that is made of x [rows][cols]. Of a single token's normed row every thread makes its own, and what threads
-  // write for the last product of a layer lies apart from what others may still read.
+  // The input that is made of x [rows][cols]. Of a single token's normed row every thread makes its own, and what
+  // threads write for the last product of a layer lies apart from what others may still read.
   Input input_of(const float* x, int rows_in, int cols) const {
     const bool single = tokens == 1;
     char* const memory = single && x == normed(0)    ? space.single_input(thread)
@@ -205,8 +205,8 @@ struct Worker {
     if (layer.rope < 0 && scale != 1) fn.rotate(x, nullptr, nullptr, half, scale);
   }
 
-  // Calls for what is needed next: since it was last, weights have streamed through every cache, and it is too short for
-  // the processor to guess.
+  // Calls for what is needed next: since it was last, weights have streamed through every cache, and it is too short
+  // for the processor to guess.
   static void fetch(const void* data, size_t bytes) {
     for (size_t line = 0; line < bytes; line += kLine) __builtin_prefetch((const char*)data + line);
     asm volatile("");  // GCC takes a function that only fetches for one without effect, and drops its calls

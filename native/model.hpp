@@ -109,12 +109,12 @@ class Workspace {
  public:
   Workspace(const Model& model, int max_tokens, int capacity, int threads);
   const int max_tokens, capacity, threads;
-  float *residual, *normed;                                    // [max(max_tokens, threads)][hidden]
+  float *residual, *normed;                                   // [max(max_tokens, threads)][hidden]
   float *query, *key, *value, *attended, *gate, *up, *delta;  // [max_tokens][their width]
-  float *cosines, *sines;                                                        // [ropes][max_tokens][head_dim / 2]
-  float* scores;                                                                 // [threads][kQueries][capacity + 16]
-  char* input;                                                                   // of one Input
-  Arrivals* arrivals;                                                            // [threads]
+  float *cosines, *sines;                                     // [ropes][max_tokens][head_dim / 2]
+  float* scores;                                              // [threads][kQueries][capacity + 16]
+  char* input;                                                // of one Input
+  Arrivals* arrivals;                                         // [threads]
   // Memory of one token's Inputs: one of each thread, and one that they share.
   char* single_input(int which) const { return single_inputs + which * single_input_bytes; }
   bool profile = false;
