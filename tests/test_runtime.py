@@ -30,7 +30,7 @@ LLAMA3 = {
 }
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
-# Two threads keep what they write, from q, k and v to the input of o, from gate and up to that of down; four the latter.
+# Two threads keep what they write, from q, k, v to the input of o and from gate, up to that of down; four the latter.
 WHOLE = {"num_attention_heads": 8, "head_dim": 32, "intermediate_size": 512, "hidden_size": 128}
 ODD = {"hidden_size": 36, "intermediate_size": 50, "num_attention_heads": 3, "num_key_value_heads": 1}
 # Windows are shorter than the 40 tokens of IDS.
