@@ -183,6 +183,11 @@ def _one_pass() -> dict[str, Cell]:
         "gptq+ tuned all": Cell(
             what="nested GPTQ, tuned, all linears", options={**gptq, **TUNED, "scope": "all"}, models=("reference",)
         ),
+        "gptq+ tuned all 256": Cell(
+            what="nested GPTQ, tuned, all linears, groups of 256",
+            options={**gptq, **TUNED, "scope": "all", "group_size": 256},
+            models=("reference",),
+        ),
         "gptq+ tuned all long": Cell(
             what="nested GPTQ, tuned 180 steps, all linears",
             options={**gptq, **TUNED, "tune": 180, "scope": "all"},
@@ -236,6 +241,16 @@ def _from_gptq() -> dict[str, Cell]:
         "qat+ all last": Cell(
             what="nested GPTQ, tuned, then low bits and affines alone, all on the peers' calibration text, all linears",
             options={**every, "tokens": CALIBRATION, "steps": 64, "freeze": 4, "wide_lr": 1.0, "affine_lr": 10.0},
+            rates=(5e-5,),
+            models=("reference",),
+        ),
+        "qat+ all last 256": Cell(
+            what="the same with groups of 256",
+            options={
+                **every,
+                **{"tokens": CALIBRATION, "steps": 64, "freeze": 4, "wide_lr": 1.0, "affine_lr": 10.0},
+                **{"start": "gptq+ tuned all 256", "group_size": 256},
+            },
             rates=(5e-5,),
             models=("reference",),
         ),

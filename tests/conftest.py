@@ -1,7 +1,9 @@
 """Shared fixtures: tiny random models of every family, a tokenizer, a text, and the third-party data where it is."""
 
+import contextlib
 import os
-from collections.abc import Callable
+import resource
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -101,3 +103,14 @@ def data() -> Path:
     if not (directory / "models" / "stories260K").is_dir():
         pytest.skip(f"no third-party data in {directory}; set MATQUANT_DATA")
     return directory
+
+
+@contextlib.contextmanager
+def largest_file(limit: int) -> Iterator[None]:
+    """No file may grow beyond ``limit`` bytes, as on a disk that fills up."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -11,7 +11,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "matquant"
 # A module may import from layers before its own, or from its own package.
 LAYERS = [
     {"errors"},
-    {"nest", "files"},
+    {"nest", "files", "packing"},
     {"spec", "grid", "overflow"},
     {"tensor", "text"},
     {"checkpoint", "planes"},
@@ -27,6 +27,7 @@ NO_TORCH = {
     "errors",
     "files",
     "nest",
+    "packing",
     "spec",
     "grid",
     "overflow",

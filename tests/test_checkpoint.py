@@ -18,7 +18,6 @@ import json
 import linecache
 import os
 import re
-import resource
 import shutil
 import struct
 import sys
@@ -36,6 +35,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 import oracle_overflow
+from conftest import largest_file
 from matquant import checkpoint as checkpoint_module
 from matquant import files as files_module
 from matquant import overflow
@@ -1102,9 +1102,9 @@ def assert_verify_finds_number(sample: Path, name: str, value: float) -> None:
     assert str(caught.value) == f"{UP} has a scale or zero that is not a positive number; write the checkpoint again"
 
 
-@pytest.mark.parametrize("version", [2, 3, 1000, "1", "2", None, 1.5, True, 0, -1, [1]])
+@pytest.mark.parametrize("version", [3, 4, 1000, "1", "2", None, 1.5, True, 0, -1, [1]])
 def test_a_format_that_is_not_known_is_refused(version: Any, sample: Path) -> None:
-    reads = "this matquant reads formats up to 1: upgrade matquant"
+    reads = "this matquant reads formats up to 2: upgrade matquant"
     edit_record(sample, lambda record: record.update(format=version))
     assert_rejected(sample, f"{sample / 'config.json'} is in format {version!r}; {reads}")
     edit_json(sample / MANIFEST, lambda manifest: manifest.update(format=version))
@@ -1112,7 +1112,7 @@ def test_a_format_that_is_not_known_is_refused(version: Any, sample: Path) -> No
 
 
 def test_a_record_without_format_is_refused(sample: Path) -> None:
-    reads = "this matquant reads formats up to 1: upgrade matquant"
+    reads = "this matquant reads formats up to 2: upgrade matquant"
     edit_record(sample, lambda record: record.pop("format"))
     assert_rejected(sample, f"{sample / 'config.json'} is in format None; {reads}")
 
@@ -1508,17 +1508,6 @@ def assert_full_disk_is_said(target: Path, **options: Any) -> None:
         f"{target} was not written: no space left on the device ({FREE} bytes free); "
         "free some space or give another place"
     )
-
-
-@contextlib.contextmanager
-def largest_file(limit: int) -> Iterator[None]:
-    """No file may grow beyond ``limit`` bytes, as on a disk that fills up."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("what", ["shard", "side_file"])

@@ -838,6 +838,7 @@ def test_quantising_takes_every_option_of_the_record(run: Run, llama: Path, tmp_
         "steps": 0,
         "seed": 7,
         "data_sha256": "",
+        "stored_bits": 8,
     }
 
 
@@ -1198,7 +1199,7 @@ def test_a_plan_cannot_replace_a_directory(refuse: Refuse, make: Arguments, tmp_
 
 # Help -----------------------------------------------------------------------------------------------------------------
 
-VERBS = ("quantize", "eval", "plan", "report", "inspect", "verify", "generate", "chat", "bench", "demo")
+VERBS = ("quantize", "eval", "plan", "report", "inspect", "verify", "generate", "chat", "bench", "export", "demo")
 
 
 def test_the_help_fits_a_small_terminal(run: Run) -> None:
@@ -1260,6 +1261,10 @@ FLAGS: dict[str, list[str]] = {
     ],
     "bench": [
         "--bits", "--tokens", "--rounds", "--context", "--threads", "--activations", "--check-hashes", "--help",
+    ],
+    "export": [
+        "--to", "--out", "--bits", "--plan", "--zeros", "--dtype", "--base-model", "--measured", "--explain",
+        "--overwrite", "--help",
     ],
     "demo": ["--out", "--help"],
 }  # fmt: skip
@@ -1357,6 +1362,7 @@ DEFAULTS: dict[str, dict[str, str]] = {
         "--activations": "int8",
         "--check-hashes": "check-hashes",
     },
+    "export": {"--bits": "(8)", "--zeros": "exact", "--dtype": "(the model's)"},
     "demo": {"--out": "out/demo"},
 }
 

@@ -1,7 +1,5 @@
 """MLX: every slice in every width, block and rule, read back by the format's description; plans, dtypes, refusals."""
 
-import errno
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +11,7 @@ import matquant
 from exports import UNITS, nested_checkpoint, read_json, read_mlx, sliced, stored
 from matquant.checkpoint import open_checkpoint
 from matquant.errors import InputError
-from matquant.export import export, stream
-from matquant.export.stream import Part
+from matquant.export import export
 from matquant.nest import slice_codes
 from matquant.spec import Plan
 
@@ -135,18 +132,3 @@ def test_what_mlx_cannot_hold_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "other").exists()
     with pytest.raises(matquant.InputError, match="out exists; give another"):
         export(source, tmp_path / "out", to="mlx", bits=4)
-
-
-def test_a_disk_that_fills_half_way_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source, made = nested_checkpoint(tmp_path / "in", SHAPES), stream.made
-
-    def fills(parts: Iterable[Part]) -> Iterator[Any]:
-        for number, part in enumerate(made(parts)):
-            if number == 2:
-                raise OSError(errno.ENOSPC, "No space left on device")
-            yield part
-
-    monkeypatch.setattr(stream, "made", fills)
-    with pytest.raises(InputError, match="out was not written: no space left on the device"):
-        export(source, tmp_path / "out", to="mlx", bits=4)
-    assert [item.name for item in tmp_path.iterdir()] == ["in"]

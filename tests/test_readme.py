@@ -44,11 +44,14 @@ def test_the_commands_run(
         "FAST": tmp_path / "FAST",
         "corpus.txt": text_file,
         "heldout.txt": text_file,
+        "SLICE": tmp_path / "SLICE",
+        "CT": tmp_path / "CT",
+        "SMALL": tmp_path / "SMALL",
         "plan.json": tmp_path / "plan.json",
         "report.html": tmp_path / "report.html",
     }
     commands = [line for block in blocks("") for line in block.splitlines() if line.startswith("matquant ")]
-    assert len(commands) == 10
+    assert len(commands) == 14
     for line in commands:
         words = [str(names.get(word, word)) for word in shlex.split(line, comments=True)]
         if words[1] == "quantize":

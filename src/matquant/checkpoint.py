@@ -12,7 +12,8 @@ model. No pickle anywhere. Shapes: N out features, K in features, G groups.
 
 import contextlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,16 +28,15 @@ from matquant.errors import InputError
 from matquant.files import check_replaceable, json_bytes, replace_directory_when_done, sha256
 from matquant.nest import MASTER_BITS, slice_codes
 from matquant.overflow import packed_bytes
-from matquant.spec import FORMAT_VERSION, Spec, check_format
+from matquant.packing import pack, unpack, words
+from matquant.spec import DAMAGED, Spec, check_format
 from matquant.tensor import NestedTensor
 
 MANIFEST = "matquant_manifest.json"
 SLICES = "matquant_slices.safetensors"
 SHARD_BYTES = 5 * 10**9  # what transformers itself shards at
-CODES_PER_WORD = 4  # 8-bit codes in an int32
 MADE_BY = "give a checkpoint made by matquant quantize"
 AGAIN = "copy it again or write the checkpoint again"
-DAMAGED = "the checkpoint is damaged: write it again"
 SIDE_FILES = (
     *("added_tokens.json", "merges.txt", "special_tokens_map.json", "tokenizer.json", "tokenizer.model"),
     *("tokenizer_config.json", "vocab.json", "vocab.txt", "chat_template.jinja", "generation_config.json"),
@@ -74,7 +74,7 @@ def write_checkpoint(
         (partial / "config.json").write_bytes(json_bytes(quantised))
         for name, content in files.items():
             (partial / name).write_bytes(content)
-        (partial / MANIFEST).write_bytes(json_bytes(_manifest(partial)))
+        write_manifest(partial, spec)
 
 
 def check_writable(target: Path, *, overwrite: bool) -> None:
@@ -88,47 +88,60 @@ def side_files(source: Path | str) -> dict[str, bytes]:
 
 
 def quantization_config(spec: Spec, ignore: Iterable[str]) -> dict[str, Any]:
-    """The stock compressed-tensors description of the int8 master, with our Spec as the extra key "matquant"."""
-    weights = {
-        "num_bits": MASTER_BITS,
-        "type": "int",
-        "symmetric": spec.symmetric,
-        "strategy": "channel" if spec.group_size is None else "group",
-        "group_size": spec.group_size,
-        "dynamic": False,
+    """The stock compressed-tensors description of what is stored, with our Spec as the extra key "matquant"."""
+    stored = spec.stored_bits
+    widths = {stored} if isinstance(stored, int) else set(stored.values())
+    groups = {
+        (bits, spec.symmetric): [] if isinstance(stored, int) else [path for path in stored if stored[path] == bits]
+        for bits in sorted(widths, reverse=True)
     }
-    config: dict[str, Any] = {
-        "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
-        "quantization_status": "compressed",
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
-        "ignore": sorted(ignore),
-        "matquant": spec.to_json(),
-    }
+    config = stock_config(groups, group_size=spec.group_size, ignore=ignore) | {"matquant": spec.to_json()}
     if not spec.symmetric:
         # transformers 5.23 mis-shapes packed zero points unless it dequantises while loading.
         config["dequantize"] = True
     return config
 
 
-def pack_codes(codes_NK: np.ndarray) -> np.ndarray:
-    """uint8 codes [N, K] as int32 words [N, ceil(K/4)], little endian, rows padded with zero bytes."""
-    padding = -codes_NK.shape[1] % CODES_PER_WORD
-    return np.ascontiguousarray(np.pad(codes_NK, ((0, 0), (0, padding)))).view("<i4")
+def stock_config(
+    groups: Mapping[tuple[int, bool], Sequence[str]], *, group_size: int | None, ignore: Iterable[str]
+) -> dict[str, Any]:
+    """The quantization_config of compressed-tensors, ``pack-quantized``.
 
-
-def unpack_codes(words: np.ndarray, columns: int) -> np.ndarray:
-    """The uint8 codes [N, columns] inside int32 words; a view, no copy."""
-    return words.view(np.uint8)[:, :columns]
+    groups: (bits, whether the zero is in the middle) -> the paths stored so; of a single group they are not listed.
+    """
+    config_groups = {}
+    for number, ((bits, symmetric), paths) in enumerate(groups.items()):
+        weights = {
+            "num_bits": bits,
+            "type": "int",
+            "symmetric": symmetric,
+            "strategy": "channel" if group_size is None else "group",
+            "group_size": group_size,
+            "dynamic": False,
+        }
+        targets = ["Linear"] if len(groups) == 1 else [f"re:^{re.escape(path)}$" for path in paths]
+        config_groups[f"group_{number}"] = {"targets": targets, "weights": weights}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": config_groups,
+        "ignore": sorted(ignore),
+    }
 
 
 def _stored_tensors(path: str, tensor: NestedTensor, spec: Spec) -> Iterator[tuple[str, np.ndarray]]:
-    yield f"{path}.weight_packed", pack_codes(tensor.codes)
+    yield f"{path}.weight_packed", pack(tensor.codes, MASTER_BITS).view("<i4")
     yield f"{path}.weight_scale", tensor.scale.astype(_scale_dtype(path, spec))
     yield f"{path}.weight_shape", np.array(tensor.codes.shape, dtype=np.int64)
     if not spec.symmetric:
         # Packed along the rows, as compressed-tensors has it.
-        yield f"{path}.weight_zero_point", np.ascontiguousarray(pack_codes(tensor.zero.T.astype(np.uint8)).T)
+        yield f"{path}.weight_zero_point", pack_zeros(tensor.zero, MASTER_BITS)
+
+
+def pack_zeros(zero_NG: np.ndarray, bits: int) -> np.ndarray:
+    """Integer zeros [N, G] as compressed-tensors has them: int32 words [ceil(N * bits / 32), G], packed along rows."""
+    return np.ascontiguousarray(pack(zero_NG.T.astype(np.uint8), bits).view("<i4").T)
 
 
 def _scale_dtype(path: str, spec: Spec) -> Any:
@@ -178,12 +191,13 @@ def _name_shards(directory: Path, shards: list[list[str]], total: int) -> None:
     (directory / "model.safetensors.index.json").write_bytes(json_bytes(index))
 
 
-def _manifest(directory: Path) -> dict[str, Any]:
+def write_manifest(directory: Path, spec: Spec) -> None:
+    """Write the manifest of all files that are in ``directory`` now."""
     files = sorted(file for file in directory.iterdir() if file.name != MANIFEST)
     with ThreadPoolExecutor() as pool:
         sums = list(pool.map(sha256, files))
     entries = {f.name: {"bytes": f.stat().st_size, "sha256": s} for f, s in zip(files, sums, strict=True)}
-    return {"format": FORMAT_VERSION, "files": entries}
+    (directory / MANIFEST).write_bytes(json_bytes({"format": spec.format, "files": entries}))
 
 
 # ---------------------------------------------------------------------------------------------------------- reading
@@ -247,11 +261,12 @@ class Checkpoint:
     def nested(self, path: str, *, mapped: bool = False) -> NestedTensor:
         """The quantised weight at ``path``, numpy arrays; ``mapped``: codes are a read-only view of the file."""
         rows, columns = self.shapes[path]
-        scale = self.array(f"{path}.weight_scale").astype(np.float32)
+        stored = self.spec.stored(path)
+        scale = self.array(f"{path}.weight_scale").astype(np.float32) / 2 ** (MASTER_BITS - stored)
         zero = np.full_like(scale, 2 ** (MASTER_BITS - 1))
         if f"{path}.weight_zero_point" in self.files:
-            words = np.ascontiguousarray(self.array(f"{path}.weight_zero_point").T)
-            zero = np.ascontiguousarray(unpack_codes(words, rows).T.astype(np.float32))
+            zero = unpack(self.array(f"{path}.weight_zero_point").T, MASTER_BITS, rows).T.astype(np.float32)
+            zero = np.ascontiguousarray(zero)
         slices = {
             bits: (
                 self.array(f"{path}.{bits}.scale").astype(np.float32),
@@ -260,7 +275,8 @@ class Checkpoint:
             for bits in self.spec.slices
         }
         packed = f"{path}.weight_packed"
-        codes = unpack_codes(self.mapped(packed, "<i4") if mapped else self.array(packed), columns)
+        codes = unpack(self.mapped(packed, "<u4") if mapped else self.array(packed).view("<u4"), stored, columns)
+        codes = codes << (MASTER_BITS - stored) if stored < MASTER_BITS else codes
         return NestedTensor(codes=codes, scale=scale, zero=zero, rule=self.spec.rule, slices=slices)
 
 
@@ -403,6 +419,9 @@ def _check_structure(
     shapes: dict[str, tuple[int, int]] = {}
     parts = (".weight_packed", ".weight_scale", ".weight_shape", ".weight_zero_point")
     paths = {name.removesuffix(part) for name in files for part in parts if name.endswith(part)}
+    if not isinstance(spec.stored_bits, int) and set(spec.stored_bits) != paths:
+        other = sorted(set(spec.stored_bits) ^ paths)[0]
+        raise InputError(f"{where} has stored_bits of other weights than it holds: {other}; {DAMAGED}")
     for path in sorted(paths):
         name = f"{path}.weight_shape"
         if name not in files:
@@ -441,11 +460,11 @@ def _expected_tensors(path: str, rows: int, columns: int, spec: Spec) -> dict[st
     groups = columns // (spec.group_size or columns)
     scale_dtype = "F32" if _scale_dtype(path, spec) is np.float32 else "BF16"
     expected = {
-        f"{path}.weight_packed": ([rows, -(-columns // CODES_PER_WORD)], "I32"),
+        f"{path}.weight_packed": ([rows, words(columns, spec.stored(path))], "I32"),
         f"{path}.weight_scale": ([rows, groups], scale_dtype),
     }
     if not spec.symmetric:
-        expected[f"{path}.weight_zero_point"] = ([-(-rows // CODES_PER_WORD), groups], "I32")
+        expected[f"{path}.weight_zero_point"] = ([words(rows, MASTER_BITS), groups], "I32")
     for bits in spec.slices:
         expected[f"{path}.{bits}.scale"] = ([rows, groups], "BF16")
         expected[f"{path}.{bits}.zero"] = ([rows, groups], "F16")
@@ -466,7 +485,7 @@ def size_bytes(checkpoint: Checkpoint, path: str, bits: int) -> float:
     own = bits in checkpoint.spec.slices
     per_group = 4 if own else np.dtype(_scale_dtype(path, checkpoint.spec)).itemsize + (not checkpoint.spec.symmetric)
     shape_entry = 16
-    packed = rows * columns * bits / 8
+    packed = rows * columns * min(bits, checkpoint.spec.stored(path)) / 8
     if checkpoint.spec.rule == "extra" and bits < MASTER_BITS:
         if (path, bits) not in checkpoint.packed_sizes:
             codes = slice_codes(checkpoint.nested(path).codes, bits, rule="extra")

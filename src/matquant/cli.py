@@ -175,7 +175,7 @@ def evaluate(
     ] = None,
     plot: Annotated[Path | None, Option(metavar="FILE", help="Draw log-perplexity against bits.")] = None,
 ) -> None:
-    """Log-perplexity and zero-shot tasks at every width of one checkpoint; the last line is JSON."""
+    """Log-perplexity and zero-shot tasks at every width; the last line is JSON."""
     record = _needs_torch("matquant.eval.run").evaluate_checkpoint(
         directory,
         bits=_widths(bits),
@@ -227,7 +227,7 @@ def plan(
     baselines: Annotated[Path | None, Option(metavar="FILE", help="Points to add to the picture.")] = None,
     plot: Annotated[Path | None, Option(metavar="FILE", help="The picture.", show_default="-o with .png")] = None,
 ) -> None:
-    """The best width per layer for a budget in bits, bytes or tokens/s; the last line is JSON."""
+    """The best width per layer for a budget; the last line is JSON."""
     files = _files(text, more_text)
     budget = {"bits_per_weight": bits_per_weight, "size": size, "tokens_per_second": tokens_per_second}
     options: dict[str, Any] = {"fused": fused, "evaluations": evaluations, "show": Console().print}
@@ -356,7 +356,7 @@ def chat(
     activations: Activations = "int8",
     check_hashes: CheckHashes = True,
 ) -> None:
-    """Talk to a model through its chat template; /bits 2 switches the width between replies, /quit ends."""
+    """Talk to a model; /bits 2 switches the width between replies, /quit ends."""
     _serve("chat", locals())
 
 
@@ -405,7 +405,7 @@ def export(
     ] = False,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace OUT.")] = False,
 ) -> None:
-    """Hand a slice to llama.cpp, MLX, vLLM, transformers or GPTQModel: exact, or refused with the reason."""
+    """Hand a slice to llama.cpp, MLX, vLLM, transformers or GPTQModel, exactly."""
     exporting = importlib.import_module("matquant.export")
     wanted = Plan.read(plan) if plan is not None else None
     if explain:

@@ -14,7 +14,8 @@ from matquant.errors import InputError
 from matquant.files import read_json
 from matquant.nest import MASTER_BITS, check_bits, check_rule
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # the newest read; 2 only where fewer than 8 bits are stored
+DAMAGED = "the checkpoint is damaged: write it again"
 SCALE_DTYPES = ("bfloat16", "float32")
 ABOUT = ("strategy", "budget", "bits_per_weight", "bytes", "loss", "log_perplexity")  # of a plan
 
@@ -25,7 +26,7 @@ def _known_only(record: type, values: Mapping[str, Any], *, where: str) -> dict[
         if key not in known:
             nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
             raise InputError(
-                f"{where} has the key {key!r}, which format {FORMAT_VERSION} does not; nearest: {nearest!r}"
+                f"{where} has the key {key!r}, which format {values.get('format', 1)} does not; nearest: {nearest!r}"
             )
     return dict(values)
 
@@ -36,6 +37,11 @@ def _is_int(value: Any, low: int, high: float = float("inf")) -> bool:
 
 def _all_ints(value: Any) -> bool:
     return isinstance(value, list) and all(type(item) is int for item in value)
+
+
+def _is_stored(value: Any) -> bool:
+    widths = value.values() if isinstance(value, dict) else [value]
+    return all(_is_int(width, 2, MASTER_BITS) for width in widths)
 
 
 # What each key of a record must be: a test and its words.
@@ -54,6 +60,7 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "steps": (lambda v: _is_int(v, 0), "an integer of at least 0"),
     "seed": (lambda v: type(v) is int, "an integer"),
     "data_sha256": (lambda v: isinstance(v, str), "a string"),
+    "stored_bits": (lambda v: _is_stored(v), "an integer 2..8, or an object with one for every path"),
 }
 
 
@@ -73,10 +80,11 @@ class Spec:
     slices: widths with affines of their own in matquant_slices.safetensors. group_size: None for one group per row.
     symmetric: the 8-bit zero is 128. scale_dtype: how exactly 8-bit scales are kept (bfloat16: exact in every engine;
     float32: the formulas to the letter). scope: which linears. method, objective, weights, baseline_bits, steps, seed,
-    data_sha256: how it was made (data_sha256 is over the tokens trained on; empty without data).
+    data_sha256: how it was made (data_sha256 is over the tokens trained on; empty without data). stored_bits: top bits
+    of a code that are stored, the others are 0: of all paths, or of each (format 2; formats before store all 8).
     """
 
-    format: int = FORMAT_VERSION
+    format: int = 1
     rule: str
     widths: tuple[int, ...]
     slices: tuple[int, ...] = ()
@@ -91,29 +99,34 @@ class Spec:
     steps: int = 0
     seed: int = 0
     data_sha256: str = ""
+    stored_bits: int | Mapping[str, int] = MASTER_BITS
 
     def __post_init__(self) -> None:
         check_rule(self.rule)
         for bits in (*self.widths, *self.slices):
             check_bits(bits)
 
+    def stored(self, path: str) -> int:
+        """How many top bits of the codes at ``path`` are stored."""
+        return self.stored_bits if isinstance(self.stored_bits, int) else self.stored_bits[path]
+
     def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        values = dataclasses.asdict(self)
+        return values if self.format > 1 else {key: value for key, value in values.items() if key != "stored_bits"}
 
     @classmethod
     def from_json(cls, values: dict[str, Any], *, where: str) -> Self:
         """Parse the "matquant" object of ``where``; InputError for a future format, unknown or missing keys."""
         check_format(values.get("format"), where=where)
         known = _known_only(cls, values, where=where)
+        if "stored_bits" in known and known["format"] == 1:
+            raise InputError(f"{where} has the key 'stored_bits', which format 1 does not; {DAMAGED}")
         for name in ("rule", "widths"):
             if name not in known:
-                raise InputError(f"{where} lacks {name!r}; the checkpoint is damaged: write it again")
+                raise InputError(f"{where} lacks {name!r}; {DAMAGED}")
         for key, (is_right, words) in _KINDS.items():
             if key in known and not is_right(known[key]):
-                raise InputError(
-                    f"{where} has {key}={known[key]!r}, which must be {words}; "
-                    "the checkpoint is damaged: write it again"
-                )
+                raise InputError(f"{where} has {key}={known[key]!r}, which must be {words}; {DAMAGED}")
         values = {key: tuple(value) if isinstance(value, list) else value for key, value in known.items()}
         try:
             return cls(**values)

@@ -11,9 +11,9 @@ from typing import Any
 
 from matquant.checkpoint import Checkpoint, open_checkpoint
 from matquant.errors import InputError
-from matquant.export import compressed_tensors, dense, gptq, mlx
+from matquant.export import compressed_tensors, dense, gptq, mlx, nested
 from matquant.export.card import RECORD
-from matquant.export.containers import CENTRE, EXACT, ZEROS, Container, Misfit, choose
+from matquant.export.containers import CENTRE, EXACT, ZEROS, Container
 from matquant.export.job import Exporter, Job
 from matquant.files import check_replaceable, check_space, read_json, replace_directory_when_done, replace_when_done
 from matquant.nest import MASTER_BITS
@@ -25,6 +25,7 @@ EXPORTERS: dict[str, Exporter] = {
     "gptq": gptq.V1,
     "gptq_v2": gptq.V2,
     "dense": dense.EXPORTER,
+    "matquant": nested.EXPORTER,
 }
 DTYPES = {name: short for short, name in dense.NAMES.items()}
 Progress = Callable[[int, int], None]  # bytes written so far, of how many
@@ -111,7 +112,7 @@ def make_job(
     kept = DTYPES.get(dtype or "") or exporter.dense or DTYPES.get(str(model), "F32")
     if exporter.typed and dtype is not None:
         exporter = _with_scales(exporter, kept)
-    chosen = {path: _container(checkpoint, exporter, path, bits, zeros) for path, bits in plan.items()}
+    chosen = {path: exporter.container(checkpoint, path, bits, zeros) for path, bits in plan.items()}
     refused = {path: found for path, found in chosen.items() if isinstance(found, list)}
     if refused:
         path, misfits = next(iter(refused.items()))
@@ -147,19 +148,6 @@ def _with_scales(exporter: Exporter, dtype: str) -> Exporter:
     return dataclasses.replace(exporter, containers=containers)
 
 
-def _container(
-    checkpoint: Checkpoint, exporter: Exporter, path: str, bits: int, zeros: str
-) -> Container | list[Misfit] | None:
-    """What holds a slice, None if only its size keeps it from being held, or why nothing does."""
-    candidates = exporter.containers(checkpoint, path)
-    if not candidates:
-        return None
-    found = choose(candidates, checkpoint.nested(path, mapped=True), bits, zeros=zeros)
-    if isinstance(found, tuple):
-        return found[0]
-    return None if any(misfit.blocked for misfit in found) else found
-
-
 def alternatives(checkpoint: Checkpoint, to: str, path: str, bits: int) -> str:
     """What would hold the slice of a weight exactly, in words: this format at other widths, and other formats."""
     exporter, sliced = EXPORTERS[to], [width for width in range(MASTER_BITS, 1, -1) if width != bits]
@@ -178,7 +166,7 @@ def alternatives(checkpoint: Checkpoint, to: str, path: str, bits: int) -> str:
 
 
 def _holds(checkpoint: Checkpoint, exporter: Exporter, path: str, bits: int, *, zeros: str = EXACT) -> bool:
-    return not isinstance(_container(checkpoint, exporter, path, bits, zeros), list)
+    return not isinstance(exporter.container(checkpoint, path, bits, zeros), list)
 
 
 def _exporter(to: str, checkpoint: Checkpoint) -> Exporter:

@@ -4,19 +4,18 @@ Source: compressed-tensors 0.20 (pack_to_int32): integers of n bits plus 2^(n-1)
 zero points packed the same way along out features. One config group for each container in use.
 """
 
-import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
-from matquant.checkpoint import Checkpoint
+from matquant.checkpoint import Checkpoint, pack_zeros, stock_config
 from matquant.errors import InputError
 from matquant.export.containers import DTYPES, FIXED, INTEGER, Container, Encoded
 from matquant.export.directory import write_directory
 from matquant.export.job import Exporter, Job
-from matquant.export.packing import pack, words
 from matquant.export.stream import Slot
+from matquant.packing import pack, words
 
 
 def containers(checkpoint: Checkpoint, path: str) -> list[Container]:
@@ -47,8 +46,7 @@ def tensors(container: Container, encoded: Encoded) -> Sequence[np.ndarray]:
         np.array(encoded.codes.shape, dtype=np.int64),
     ]
     if container.zero == INTEGER:
-        zeros = np.ascontiguousarray(encoded.fit.offset.astype(np.uint8).T)
-        found.append(np.ascontiguousarray(pack(zeros, container.bits).view(np.int32).T))
+        found.append(pack_zeros(encoded.fit.offset, container.bits))
     return found
 
 
@@ -73,27 +71,11 @@ def config(job: Job) -> dict[str, Any]:
     """config.json with one config group for every container in use."""
     checkpoint, chosen = job.checkpoint, {path: kind for path, kind in job.chosen.items() if kind is not None}
     kinds = _by_width(chosen.values())
-    size = checkpoint.spec.group_size
-    groups = {}
-    for number, kind in enumerate(kinds):
-        paths = [path for path, container in chosen.items() if container == kind]
-        weights = {
-            "num_bits": kind.bits,
-            "type": "int",
-            "symmetric": kind.zero == FIXED,
-            "strategy": "channel" if size is None else "group",
-            "group_size": size,
-            "dynamic": False,
-        }
-        targets = ["Linear"] if len(kinds) == 1 else [f"re:^{re.escape(path)}$" for path in paths]
-        groups[f"group_{number}"] = {"targets": targets, "weights": weights}
-    quantization: dict[str, Any] = {
-        "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
-        "quantization_status": "compressed",
-        "config_groups": groups,
-        "ignore": sorted(checkpoint.ignore),
+    groups = {
+        (kind.bits, kind.zero == FIXED): [path for path, container in chosen.items() if container == kind]
+        for kind in kinds
     }
+    quantization = stock_config(groups, group_size=checkpoint.spec.group_size, ignore=checkpoint.ignore)
     if _asymmetric(job):
         quantization["dequantize"] = True  # without it transformers 5.23 mis-shapes packed zero points
     return {**checkpoint.config, "quantization_config": quantization}

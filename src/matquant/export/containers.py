@@ -144,8 +144,10 @@ def _fit_numbers(container: Container, scale: np.ndarray, zero: np.ndarray, coun
     return _storable(container, found, np.zeros(1))
 
 
-def encode(tensor: NestedTensor, bits: int, found: Fit) -> Encoded:
-    """The integers of the ``bits``-bit slice of ``tensor``: u = factor * c + shift, uint8 [N, K]."""
+def encode(tensor: NestedTensor, bits: int, container: Container, zeros: str = EXACT) -> Encoded:
+    """The ``bits``-bit slice of ``tensor`` as the integers of a container that holds it: u = factor * c + shift."""
+    found = fit(container, tensor, bits, zeros=zeros)
+    assert isinstance(found, Fit)  # it was when the container was chosen
     codes = slice_codes(tensor.codes, bits, rule=tensor.rule)
     if found.factor.max() > 1 or found.shift.max() > 0:
         rows, columns = codes.shape
@@ -156,22 +158,25 @@ def encode(tensor: NestedTensor, bits: int, found: Fit) -> Encoded:
 
 def choose(
     containers: Iterable[Container], tensor: NestedTensor, bits: int, *, zeros: str = EXACT
-) -> tuple[Container, Fit] | list[Misfit]:
-    """The first of ``containers`` that holds the slice, or why none does. Give them by size, smallest first."""
+) -> Container | list[Misfit] | None:
+    """The first of ``containers`` that holds the slice; None if only the weight's size keeps it out of all; else why.
+
+    Give them by size, smallest first.
+    """
     misfits = []
     for container in containers:
         found = fit(container, tensor, bits, zeros=zeros)
         if isinstance(found, Fit):
-            return container, found
+            return container
         misfits.append(found)
-    return misfits
+    return None if any(misfit.blocked for misfit in misfits) else misfits
 
 
 def read_affine(tensor: NestedTensor, bits: int, *, zeros: str = EXACT) -> tuple[np.ndarray, np.ndarray]:
     """(scale, zero) of the slice, float32 [N, G]; with zeros=CENTRE the nearest one with its zeros in the middle.
 
     The middle is (2^r - 1) / 2 under rule ``prefix`` and 2^(r-1) else. Nearest is least squares over the weights of the
-    group; the scale keeps 8 significant bits. Groups that need no moving are not touched.
+    group; the scale keeps 8 significant bits, or stays as it is where that is nearer.
     """
     scale, zero = (np.asarray(part, dtype=np.float32) for part in tensor.affine(bits))
     centre = 2 ** (bits - 1) - (0.5 if tensor.rule == "prefix" and bits < MASTER_BITS else 0.0)
@@ -184,9 +189,10 @@ def read_affine(tensor: NestedTensor, bits: int, *, zeros: str = EXACT) -> tuple
     square = np.square(code, dtype=np.float32).mean(axis=-1)
     product = square - (zero + centre) * mean + zero * centre
     variance = square - 2 * centre * mean + centre * centre
-    fitted = scale * product / np.where(variance > 0, variance, 1)
-    usable = moved & (variance > 0) & (fitted > 0)
-    return np.where(usable, storable_scale(np.where(usable, fitted, 1.0)), scale), np.full_like(zero, centre)
+    fitted = storable_scale(scale * np.maximum(product, 0) / np.where(variance > 0, variance, 1))
+    error = [trial * (trial * variance - 2 * scale * product) for trial in (fitted, scale)]  # squared, less a constant
+    better = moved & (variance > 0) & (product > 0) & (error[0] < error[1])
+    return np.where(better, fitted, scale), np.full_like(zero, centre)
 
 
 def decode(container: Container, encoded: Encoded) -> np.ndarray:

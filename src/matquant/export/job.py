@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 
 from matquant.checkpoint import Checkpoint
-from matquant.export.containers import DTYPES, Container, Encoded, Fit, encode, fit, read_affine
+from matquant.export.containers import DTYPES, Container, Encoded, Misfit, choose, encode, read_affine
 from matquant.export.stream import Part, Report, Slot
 from matquant.grid import decode
 from matquant.nest import slice_codes
+from matquant.tensor import NestedTensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,26 +20,36 @@ class Exporter:
     """A format. Its functions are given the checkpoint and a path or tensor name as the checkpoint has it.
 
     engines: what reads it. write: writes the directory, or the one file whose name ends in ``suffix``. containers: what
-    may hold a weight, smallest first; none: it becomes dense. slots, tensors: the stored tensors of one weight in a
-    container, named after the path in the format, and their arrays. families: model types of config.json that work,
-    None: all. name: what a tensor or path is called there. rows: the order of a weight's out features there, None: as
-    here. plain: a tensor that is not quantised. dense: dtype of the weights no container can hold, None: the model's.
-    typed: a dtype that is asked for is that of scales too. check: InputError for containers that do not go together.
+    may hold a weight, smallest first; none: it becomes dense. choose, encode: instead, where it is not slices that are
+    held. slots, tensors: the stored tensors of one weight in a container, named after the path in the format, and their
+    arrays. families: model types of config.json that work, None: all. name: what a tensor or path is called there.
+    rows: the order of a weight's out features there, None: as here. plain: a tensor that is not quantised. dense: dtype
+    of the weights no container can hold, None: the model's. typed: a dtype that is asked for is that of scales too.
+    check: InputError for containers that do not go together.
     """
 
     engines: str
     write: "Callable[[Job, Path, Report], None]"
     containers: Callable[[Checkpoint, str], Sequence[Container]] = lambda checkpoint, path: ()
+    choose: Callable[[Checkpoint, str, int, str], Container | list[Misfit]] | None = None
+    encode: Callable[[NestedTensor, int, Container, str], Encoded] = encode
     slots: Callable[[str, Container, tuple[int, int], int], tuple[Slot, ...]] = lambda *what: ()
     tensors: Callable[[Container, Encoded], Sequence[np.ndarray]] = lambda container, encoded: ()
     families: tuple[str, ...] | None = None
     suffix: str = ""
     name: Callable[[Checkpoint, str], str] = lambda checkpoint, name: name
     rows: Callable[[Checkpoint, str], np.ndarray | None] = lambda checkpoint, path: None
-    plain: "Callable[[Job, str], Part] | None" = None
+    plain: "Callable[[Job, str], Part]" = lambda job, name: as_stored(job.checkpoint, name)
     dense: str | None = None
     typed: bool = False
     check: "Callable[[Job], None]" = lambda job: None
+
+    def container(self, checkpoint: Checkpoint, path: str, bits: int, zeros: str) -> Container | list[Misfit] | None:
+        """What holds the slice of a weight, None if it becomes dense, or why nothing does."""
+        if self.choose is not None:
+            return self.choose(checkpoint, path, bits, zeros)
+        candidates = self.containers(checkpoint, path)
+        return choose(candidates, checkpoint.nested(path, mapped=True), bits, zeros=zeros) if candidates else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +70,7 @@ class Job:
 
     def parts(self) -> list[Part]:
         """All tensors of the export: the quantised weights, then the others."""
-        plain = self.exporter.plain or _as_stored
-        return [self.weight(path) for path in self.plan] + [plain(self, name) for name in self.checkpoint.plain_names()]
+        return [*map(self.weight, self.plan), *(self.exporter.plain(self, n) for n in self.checkpoint.plain_names())]
 
     def weight(self, path: str) -> Part:
         """The tensors of one quantised weight."""
@@ -71,19 +81,18 @@ class Job:
             return Part((slot,), lambda: [_dense(self, path, rows)])
         groups = shape[1] // (self.checkpoint.spec.group_size or shape[1])
         slots = self.exporter.slots(self.exporter.name(self.checkpoint, path), container, shape, groups)
-        return Part(slots, lambda: self.exporter.tensors(container, _encoded(self, path, container, rows)))
+
+        def make() -> Sequence[np.ndarray]:
+            tensor = self.checkpoint.nested(path, mapped=True)
+            encoded = self.exporter.encode(tensor, self.plan[path], container, self.zeros)
+            return self.exporter.tensors(container, encoded.reordered(rows))
+
+        return Part(slots, make)
 
     def bits_per_weight(self) -> float:
         """Bytes of the quantised weights with scales and all, dense ones among them, in bits per weight."""
         weights = sum(rows * columns for rows, columns in (self.checkpoint.shapes[path] for path in self.plan))
         return 8 * sum(self.weight(path).bytes for path in self.plan) / weights
-
-
-def _encoded(job: Job, path: str, container: Container, rows: np.ndarray | None) -> Encoded:
-    tensor = job.checkpoint.nested(path, mapped=True)
-    found = fit(container, tensor, job.plan[path], zeros=job.zeros)
-    assert isinstance(found, Fit)  # it was when the container was chosen
-    return encode(tensor, job.plan[path], found).reordered(rows)
 
 
 def _dense(job: Job, path: str, rows: np.ndarray | None) -> np.ndarray:
@@ -93,6 +102,7 @@ def _dense(job: Job, path: str, rows: np.ndarray | None) -> np.ndarray:
     return weight if rows is None else weight[rows]
 
 
-def _as_stored(job: Job, name: str) -> Part:
-    slot = Slot(name, job.checkpoint.stored_dtype(name), tuple(job.checkpoint.stored_shape(name)))
-    return Part((slot,), lambda: [job.checkpoint.array(name)])
+def as_stored(checkpoint: Checkpoint, name: str) -> Part:
+    """A tensor of the checkpoint as it is."""
+    slot = Slot(name, checkpoint.stored_dtype(name), checkpoint.stored_shape(name))
+    return Part((slot,), lambda: [checkpoint.array(name)])

@@ -21,8 +21,8 @@ from matquant.export import dense
 from matquant.export.containers import DTYPES, MINIMUM, Container, Encoded, largest_block
 from matquant.export.directory import write_directory
 from matquant.export.job import Exporter, Job
-from matquant.export.packing import pack, words
 from matquant.export.stream import Slot
+from matquant.packing import pack, words
 
 WIDTHS = (1, 2, 3, 4, 5, 6, 8)
 BLOCKS = (128, 64, 32)

@@ -5,7 +5,7 @@ Tensors are made by a few threads a little ahead of the writer, so peak memory i
 
 import json
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +23,7 @@ NAMES: dict[Any, str] = {
     **{np.dtype(np.float32): "F32", np.dtype(np.float16): "F16", np.dtype(ml_dtypes.bfloat16): "BF16"},
     **{np.dtype(np.int64): "I64", np.dtype(np.int32): "I32", np.dtype(np.uint32): "U32", np.dtype(np.uint8): "U8"},
 }
+PYTORCH = {"format": "pt"}  # what transformers wants to find in a header
 Report = Callable[[int], None]  # told the bytes written since the last call
 
 
@@ -84,9 +85,11 @@ def write_shards(directory: Path, parts: Sequence[Part], *, report: Report, shar
         write_safetensors(directory / name, shard, report=report)
 
 
-def write_safetensors(file: Path, parts: Sequence[Part], *, report: Report) -> None:
-    """Write one safetensors file (header metadata {"format": "pt"}), part by part."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+def write_safetensors(
+    file: Path, parts: Sequence[Part], *, report: Report, metadata: Mapping[str, str] | None = PYTORCH
+) -> None:
+    """Write one safetensors file, part by part. metadata: of its header."""
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
     end = 0
     for slot in (slot for part in parts for slot in part.slots):
         header[slot.name] = {"dtype": slot.dtype, "shape": slot.shape, "data_offsets": [end, end + slot.bytes]}

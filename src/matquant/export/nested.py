@@ -1,0 +1,69 @@
+"""A smaller nested checkpoint: only the top bits of every code, and every narrower width as before.
+
+What is kept for width r are r + 1 bits. Rules ``round`` and ``extra`` need the bit below the slice to round; under
+``prefix`` that bit is 1, so that a code stands in the middle of its bin: to everyone else the directory is a stock
+(r + 1)-bit model whose weights are those of the slice to half an 8-bit step. docs/format.md, format 2.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from matquant.checkpoint import SLICES, Checkpoint, quantization_config, write_manifest
+from matquant.export import compressed_tensors
+from matquant.export.containers import FIXED, Container, Encoded, Fit, Misfit
+from matquant.export.directory import write_directory
+from matquant.export.job import Exporter, Job, as_stored
+from matquant.export.stream import Report, write_safetensors
+from matquant.nest import MASTER_BITS
+from matquant.tensor import NestedTensor
+
+AFFINE = ("scale", "zero")
+
+
+def choose(checkpoint: Checkpoint, path: str, bits: int, zeros: str) -> Container | list[Misfit]:
+    """The container of the top ``bits`` + 1 bits of the codes at ``path``."""
+    if not checkpoint.spec.symmetric:
+        return [Misfit("the zeros of an asymmetric checkpoint need all 8 bits")]
+    kept = min(bits + 1, checkpoint.spec.stored(path))
+    dtype = checkpoint.stored_dtype(f"{path}.weight_scale")
+    return Container(name=f"top {kept} of 8 bits", bits=kept, zero=FIXED, scale=dtype)
+
+
+def encode(tensor: NestedTensor, bits: int, container: Container, zeros: str) -> Encoded:
+    """The top bits of the codes; under ``prefix`` the last one is 1."""
+    dropped = MASTER_BITS - container.bits
+    codes = tensor.codes >> dropped
+    if tensor.rule == "prefix" and dropped:
+        codes |= np.uint8(1)
+    nothing = np.zeros(tensor.scale.shape, dtype=np.uint8)
+    offset = np.full_like(tensor.scale, 2 ** (container.bits - 1))
+    return Encoded(
+        codes=codes, fit=Fit(factor=nothing + 1, shift=nothing, scale=tensor.scale * 2**dropped, offset=offset)
+    )
+
+
+def write(job: Job, folder: Path, report: Report) -> None:
+    """Write the nested checkpoint: shards, config.json, the affines of the widths that are left, the manifest."""
+    checkpoint, widest = job.checkpoint, max(job.plan.values())
+    kept = {path: container.bits for path, container in job.chosen.items() if container is not None}
+    stored: int | dict[str, int] = kept if len(set(kept.values())) > 1 else min(kept.values())
+    left = tuple(bits for bits in checkpoint.spec.slices if bits <= widest)
+    spec = replace(checkpoint.spec, format=1 if stored == MASTER_BITS else 2, slices=left, stored_bits=stored)
+    config = {**checkpoint.config, "quantization_config": quantization_config(spec, checkpoint.ignore)}
+    write_directory(job, folder, config, report)
+    if left:
+        parts = [as_stored(checkpoint, f"{path}.{bits}.{what}") for path in kept for bits in left for what in AFFINE]
+        write_safetensors(folder / SLICES, parts, report=report, metadata=None)
+    write_manifest(folder, spec)
+
+
+EXPORTER = Exporter(
+    engines="matquant, transformers, vLLM",
+    choose=choose,
+    encode=encode,
+    slots=compressed_tensors.slots,
+    tensors=compressed_tensors.tensors,
+    write=write,
+)
