@@ -11,7 +11,7 @@ from typing import Any
 
 from matquant.checkpoint import Checkpoint, open_checkpoint
 from matquant.errors import InputError
-from matquant.export import compressed_tensors, dense, gptq, mlx, nested
+from matquant.export import compressed_tensors, dense, gguf, gptq, mlx, nested
 from matquant.export.card import RECORD
 from matquant.export.containers import CENTRE, EXACT, ZEROS, Container
 from matquant.export.job import Exporter, Job
@@ -20,6 +20,7 @@ from matquant.nest import MASTER_BITS
 from matquant.spec import Plan
 
 EXPORTERS: dict[str, Exporter] = {
+    "gguf": gguf.EXPORTER,
     "mlx": mlx.EXPORTER,
     "compressed-tensors": compressed_tensors.EXPORTER,
     "gptq": gptq.V1,
@@ -65,6 +66,8 @@ def export(
     job = make_job(checkpoint, to, wanted, zeros=zeros, dtype=dtype, about=about)
     exporter = job.exporter
     _check_target(target, exporter, overwrite=overwrite)
+    for text in exporter.check(checkpoint):
+        notice(text)
     total = sum(part.bytes for part in job.parts())
     check_space(target, total + SPARE_BYTES)
     stay = [path for path, container in job.chosen.items() if container is None]
@@ -133,9 +136,10 @@ def make_job(
         chosen=containers,
         zeros=zeros,
         dtype=kept,
+        asked=DTYPES.get(dtype or ""),
         about={"format": to, **(about or {})},
     )
-    exporter.check(job)
+    exporter.together(job)
     return job
 
 
@@ -153,8 +157,9 @@ def alternatives(checkpoint: Checkpoint, to: str, path: str, bits: int) -> str:
     exporter, sliced = EXPORTERS[to], [width for width in range(MASTER_BITS, 1, -1) if width != bits]
     nearest = sorted(sliced, key=lambda width: (abs(width - bits), -width))
     widths = [width for width in nearest if _holds(checkpoint, exporter, path, width)]
-    formats = [name for name, found in EXPORTERS.items() if _reads(found, checkpoint)]
-    formats = [name for name in formats if _holds(checkpoint, EXPORTERS[name], path, bits)]
+    formats = [
+        name for name in EXPORTERS if _reads(name, checkpoint) and _holds(checkpoint, EXPORTERS[name], path, bits)
+    ]
     centre = checkpoint.spec.symmetric and _holds(checkpoint, exporter, path, bits, zeros=CENTRE)
     return "give " + ", or ".join(
         [
@@ -172,16 +177,19 @@ def _holds(checkpoint: Checkpoint, exporter: Exporter, path: str, bits: int, *, 
 def _exporter(to: str, checkpoint: Checkpoint) -> Exporter:
     if to not in EXPORTERS:
         raise InputError(f"--to {to!r} is not a format; give {', '.join(EXPORTERS)}")
-    found, family = EXPORTERS[to], checkpoint.config.get("model_type")
-    if not _reads(found, checkpoint):
+    if not _reads(to, checkpoint):
+        family, families = checkpoint.config.get("model_type"), EXPORTERS[to].families or ()
         every = [name for name, exporter in EXPORTERS.items() if exporter.families is None]
-        works = ", ".join(found.families or ())
-        raise InputError(f"--to {to} asked of a {family} model, it works for {works}; give --to {' or '.join(every)}")
-    return found
+        raise InputError(
+            f"--to {to} asked of a {family} model, it works for {', '.join(families)}; give --to {' or '.join(every)}"
+        )
+    return EXPORTERS[to]
 
 
-def _reads(exporter: Exporter, checkpoint: Checkpoint) -> bool:
-    return exporter.families is None or checkpoint.config.get("model_type") in exporter.families
+def _reads(to: str, checkpoint: Checkpoint) -> bool:
+    """Whether a format has the checkpoint's family."""
+    families = EXPORTERS[to].families
+    return families is None or checkpoint.config.get("model_type") in families
 
 
 def _check_target(target: Path, exporter: Exporter, *, overwrite: bool) -> None:

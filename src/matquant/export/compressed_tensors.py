@@ -50,7 +50,7 @@ def tensors(container: Container, encoded: Encoded) -> Sequence[np.ndarray]:
     return found
 
 
-def check(job: Job) -> None:
+def together(job: Job) -> None:
     """InputError for containers that transformers does not read together."""
     kinds = {path: kind for path, kind in job.chosen.items() if kind is not None}
     names = ", ".join(kind.name for kind in _by_width(kinds.values()))
@@ -94,6 +94,6 @@ EXPORTER = Exporter(
     containers=containers,
     slots=slots,
     tensors=tensors,
-    check=check,
+    together=together,
     write=lambda job, folder, report: write_directory(job, folder, config(job), report),
 )

@@ -23,7 +23,19 @@ def explain(
     """
     plans = {str(bits): dict.fromkeys(checkpoint.shapes, bits) for bits in WIDTHS}
     plans |= {"plan": dict(plan)} if plan is not None else {}
-    return {to: {name: _outcome(checkpoint, to, wanted, zeros) for name, wanted in plans.items()} for to in EXPORTERS}
+    return {to: _outcomes(checkpoint, to, plans, zeros) for to in EXPORTERS}
+
+
+def _outcomes(
+    checkpoint: Checkpoint, to: str, plans: Mapping[str, Mapping[str, int]], zeros: str
+) -> dict[str, dict[str, Any]]:
+    families = EXPORTERS[to].families
+    try:
+        if families is None or checkpoint.config.get("model_type") in families:
+            EXPORTERS[to].check(checkpoint)
+    except InputError as error:
+        return {name: {"refused": str(error)} for name in plans}
+    return {name: _outcome(checkpoint, to, wanted, zeros) for name, wanted in plans.items()}
 
 
 def _outcome(checkpoint: Checkpoint, to: str, plan: Mapping[str, int], zeros: str) -> dict[str, Any]:
@@ -54,4 +66,4 @@ def _cell(outcome: Mapping[str, Any]) -> str:
 
 def _reasons(outcomes: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Iterable[str]:
     for found in outcomes.values():
-        yield from (outcome["refused"] for outcome in found.values() if "refused" in outcome)
+        yield from dict.fromkeys(outcome["refused"] for outcome in found.values() if "refused" in outcome)

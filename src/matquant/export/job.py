@@ -25,7 +25,8 @@ class Exporter:
     arrays. families: model types of config.json that work, None: all. name: what a tensor or path is called there.
     rows: the order of a weight's out features there, None: as here. plain: a tensor that is not quantised. dense: dtype
     of the weights no container can hold, None: the model's. typed: a dtype that is asked for is that of scales too.
-    check: InputError for containers that do not go together.
+    check: InputError if the engine would compute another model than the checkpoint, else what users should know.
+    together: InputError for containers that an engine does not read together.
     """
 
     engines: str
@@ -42,7 +43,8 @@ class Exporter:
     plain: "Callable[[Job, str], Part]" = lambda job, name: as_stored(job.checkpoint, name)
     dense: str | None = None
     typed: bool = False
-    check: "Callable[[Job], None]" = lambda job: None
+    check: Callable[[Checkpoint], Sequence[str]] = lambda checkpoint: ()
+    together: "Callable[[Job], None]" = lambda job: None
 
     def container(self, checkpoint: Checkpoint, path: str, bits: int, zeros: str) -> Container | list[Misfit] | None:
         """What holds the slice of a weight, None if it becomes dense, or why nothing does."""
@@ -56,8 +58,8 @@ class Exporter:
 class Job:
     """One export. plan: path -> bits. chosen: path -> container, None where the weight becomes dense, in ``dtype``.
 
-    zeros: EXACT, or CENTRE where zeros are moved to the middle of the codes (``containers.read_affine``). about: facts
-    for the model card.
+    asked: the dtype a user asked for, None: the format decides. zeros: EXACT, or CENTRE where zeros are moved to the
+    middle of the codes (``containers.read_affine``). about: facts for the model card.
     """
 
     checkpoint: Checkpoint
@@ -66,6 +68,7 @@ class Job:
     chosen: Mapping[str, Container | None]
     zeros: str
     dtype: str
+    asked: str | None = None
     about: Mapping[str, Any] = field(default_factory=dict)
 
     def parts(self) -> list[Part]:

@@ -1,0 +1,262 @@
+"""A tokenizer.json as GGUF describes it, so that llama.cpp cuts text into the same tokens.
+
+llama.cpp has two of the algorithms in use. ``gpt2``: byte-level byte-pair encoding of words, by a list of merges; how
+text is cut into words is code in llama.cpp that a name stands for, so what tokenizer.json says must be one of the
+patterns behind a name (PATTERNS). ``llama``: byte-pair encoding of whole texts as SentencePiece does it, where two
+neighbours may merge if they spell a token, the token with the highest score first. tokenizer.json has merges instead;
+these are the same if every way to cut a token in two is a merge and no two tokens' merges are interleaved, as in every
+tokenizer converted from SentencePiece. Whatever llama.cpp would cut differently is refused, or told where it is rare.
+
+Source: llama-vocab.cpp of llama.cpp, and the tokenizers library.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from matquant.errors import InputError
+from matquant.runtime.vocabulary import Vocabulary, end_ids, read_json, read_vocabulary
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # llama.cpp's token types
+SPACE = "▁"
+INSTEAD = "give --to mlx or dense"
+BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
+NO_MERGES = "no merges"  # llama.cpp wants some; these two parts come about by merging only, so they never meet
+KINDS = ("bos", "eos", "unk", "pad")  # whose ids are written
+
+_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+_CASED = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+END|"
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*END"
+)
+_SHORT = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+_REST = rf"| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_SPACES}"
+_REST_SLASH = rf"| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}"
+
+GPT2 = "gpt2"  # the pattern that byte-level pre-tokenisation brings along
+DIGITS = "digits"
+# Patterns that cut text, one after the other; whether whole words that are tokens need no merges -> llama.cpp's name.
+PATTERNS: dict[tuple[tuple[str, ...], bool], str] = {
+    ((GPT2,), False): "gpt-2",
+    ((DIGITS, GPT2), False): "smollm",
+    ((rf"{_SHORT}|{_WORDS}|\p{{N}}{{1,3}}{_REST}",), True): "llama-bpe",
+    ((rf"{_SHORT}|{_WORDS}|\p{{N}}{{1,3}}{_REST}",), False): "smaug-bpe",
+    ((rf"{_SHORT}|{_WORDS}|\p{{N}}{_REST}",), False): "qwen2",
+    (
+        (rf"{_SHORT}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_SPACES}",),
+        False,
+    ): "qwen35",
+    ((_CASED.replace("END", "") + r"|\p{N}" + _REST_SLASH,), True): "tekken",
+    ((_CASED.replace("END", f"{_SHORT}?") + r"|\p{N}{1,3}" + _REST_SLASH,), False): "gpt-4o",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokens:
+    """What a GGUF file says of a tokenizer. model: llama.cpp's algorithm, ``no_vocab`` if there is none.
+
+    texts, types: of every row of the embedding. scores: only for ``llama``. merges, pre: only for ``gpt2``.
+    special: such as {"bos": 1}. notices: where llama.cpp will do otherwise, for people.
+    """
+
+    model: str
+    texts: Sequence[str] = field(default=(), repr=False)
+    types: Sequence[int] = field(default=(), repr=False)
+    scores: Sequence[float] = field(default=(), repr=False)
+    merges: Sequence[str] = field(default=(), repr=False)
+    pre: str = "default"
+    special: Mapping[str, int] = field(default_factory=dict)
+    adds_bos: bool = False
+    adds_eos: bool = False
+    adds_space: bool = False
+    chat_template: str | None = None
+    notices: tuple[str, ...] = ()
+
+
+def read_tokens(directory: Path, config: Mapping[str, Any]) -> Tokens:
+    """The tokenizer of a checkpoint; InputError if llama.cpp has none that cuts text alike."""
+    file = directory / "tokenizer.json"
+    if not file.is_file():
+        return Tokens(model="no_vocab", notices=("there is no tokenizer.json: the file takes token ids, not text",))
+    vocabulary, given = read_vocabulary(directory), json.loads(file.read_text(encoding="utf-8"))
+    model = given["model"]
+    if model.get("type") != "BPE":
+        raise InputError(f"{file} is a {model.get('type')} tokenizer, GGUF export knows BPE; {INSTEAD}")
+    merges = [tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
+    texts, types = _texts(file, vocabulary, given, int(config["vocab_size"]))
+    special = _special(vocabulary, config, read_json(directory / "generation_config.json"))
+    adds_bos, adds_eos = _added(file, vocabulary, special)
+    common = Tokens(
+        model="gpt2",
+        texts=texts,
+        types=types,
+        special=special,
+        adds_bos=adds_bos,
+        adds_eos=adds_eos,
+        chat_template=vocabulary.chat_template,
+    )
+    if model.get("byte_fallback"):
+        space = _adds_space(file, given)
+        normal = {text: index for index, (text, kind) in enumerate(zip(texts, types, strict=True)) if kind == NORMAL}
+        scores = _scores(file, normal, merges, len(texts))
+        for index, kind in enumerate(types):
+            if kind == USER_DEFINED:
+                texts[index] = texts[index].replace(SPACE, " ")
+        return replace(common, model="llama", scores=scores, adds_space=space)
+    notices = _check_normalizer(file, given.get("normalizer"))
+    pre = _pre(file, vocabulary, given)
+    written = [" ".join(part.replace(" ", "Ġ") for part in merge) for merge in merges]
+    return replace(common, pre=pre, merges=written or [NO_MERGES], notices=notices)
+
+
+def _texts(file: Path, vocabulary: Vocabulary, given: Mapping[str, Any], size: int) -> tuple[list[str], list[int]]:
+    """Text and type of each of ``size`` tokens; ids without a token are unused."""
+    texts = [f"[PAD{index}]" for index in range(size)]
+    types = [UNUSED] * size
+    added = {entry["id"]: entry for entry in given.get("added_tokens", [])}
+    for text, index in vocabulary.tokenizer.get_vocab(with_added_tokens=True).items():
+        if index >= size:
+            raise InputError(
+                f"{file} has token {index} ({text!r}), the embedding has {size} rows; copy the model's own tokenizer"
+            )
+        texts[index], types[index] = text, NORMAL
+        if BYTE_TOKEN.fullmatch(text) and given["model"].get("byte_fallback"):
+            types[index] = BYTE
+        elif index in added:
+            types[index] = CONTROL if added[index]["special"] else USER_DEFINED
+        if text == given["model"].get("unk_token"):
+            types[index] = UNKNOWN
+    return texts, types
+
+
+def _special(vocabulary: Vocabulary, config: Mapping[str, Any], generation: Mapping[str, Any]) -> dict[str, int]:
+    """Ids by kind: what tokenizer_config.json names, else what config.json numbers."""
+    found = {}
+    for kind in KINDS:
+        text = vocabulary.special.get(f"{kind}_token")
+        index = vocabulary.tokenizer.token_to_id(text) if text is not None else config.get(f"{kind}_token_id")
+        ends = sorted(end_ids(config, generation)) if kind == "eos" else []
+        if isinstance(index, list) or (index is None and ends):
+            index = ends[0] if ends else None
+        if isinstance(index, int) and index >= 0:
+            found[kind] = index
+    return found
+
+
+def _added(file: Path, vocabulary: Vocabulary, special: Mapping[str, int]) -> tuple[bool, bool]:
+    """Whether the tokenizer puts a token before every text, and one after."""
+    ids = vocabulary.prompt("")
+    first = bool(ids) and ids[0] == special.get("bos")
+    last = len(ids) > first and ids[-1] == special.get("eos")
+    if len(ids) != first + last:
+        raise InputError(f"{file} adds the tokens {ids} to every text, llama.cpp adds bos and eos; {INSTEAD}")
+    return first, last
+
+
+# ---------------------------------------------------------------------------------------------------------------- gpt2
+
+
+def _check_normalizer(file: Path, normalizer: Mapping[str, Any] | None) -> tuple[str, ...]:
+    if normalizer is None:
+        return ()
+    if normalizer["type"] == "NFC":
+        return ("llama.cpp does not bring text into Unicode's composed form (NFC), the tokenizer does: do it before",)
+    raise InputError(f"{file} normalises text ({normalizer['type']}), llama.cpp's gpt2 tokenizer does not; {INSTEAD}")
+
+
+def _pre(file: Path, vocabulary: Vocabulary, given: Mapping[str, Any]) -> str:
+    """llama.cpp's name of how text is cut into words."""
+    patterns = _patterns(given.get("pre_tokenizer") or {})
+    whole = bool(given["model"].get("ignore_merges"))
+    if (patterns, whole) in PATTERNS:
+        return PATTERNS[patterns, whole]
+    if (patterns, not whole) in PATTERNS:
+        missed = _unmerged(vocabulary, given)
+        if missed is None:
+            return PATTERNS[patterns, not whole]
+        raise InputError(
+            f"{file} has ignore_merges={whole}, llama.cpp's {PATTERNS[patterns, not whole]} has not, and merges do not "
+            f"lead to the token {missed!r}; {INSTEAD}"
+        )
+    raise InputError(
+        f"{file} cuts text by {' then '.join(patterns) or 'nothing'}, llama.cpp has no such pre-tokenizer; {INSTEAD}"
+    )
+
+
+def _patterns(pre_tokenizer: Mapping[str, Any]) -> tuple[str, ...]:
+    """The patterns of a pre-tokenizer in turn, or what it is called where it has none we know."""
+    steps, found = pre_tokenizer.get("pretokenizers", [pre_tokenizer]), []
+    for step in steps:
+        if step.get("type") == "ByteLevel" and not step.get("add_prefix_space"):
+            found += [GPT2] if step.get("use_regex", True) else []
+        elif step.get("type") == "Split" and step["behavior"] == "Isolated" and not step["invert"]:
+            found.append(str(step["pattern"].get("Regex", step["pattern"])))
+        elif step.get("type") == "Digits" and step["individual_digits"]:
+            found.append(DIGITS)
+        else:
+            found.append(json.dumps(step))
+    return tuple(found)
+
+
+def _unmerged(vocabulary: Vocabulary, given: Mapping[str, Any]) -> str | None:
+    """A token that its own text does not merge into, if there is one."""
+    merging = vocabulary.tokenizer.from_str(json.dumps({**given, "model": {**given["model"], "ignore_merges": False}}))
+    special = {entry["content"] for entry in given.get("added_tokens", [])}
+    texts = (text for text in given["model"]["vocab"] if text not in special)
+    return next((text for text in texts if len(merging.model.tokenize(text)) != 1), None)
+
+
+# --------------------------------------------------------------------------------------------------------------- llama
+
+
+def _adds_space(file: Path, given: Mapping[str, Any]) -> bool:
+    """Whether a space comes before every text; InputError if the tokenizer changes text in another way."""
+    normalizer, pre = given.get("normalizer") or {}, given.get("pre_tokenizer") or {}
+    steps = normalizer.get("normalizers", [normalizer] if normalizer else [])
+    kinds = [step["type"] for step in steps]
+    replaced = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    if kinds in (["Replace"], ["Prepend", "Replace"]) and not pre and steps[-1] == replaced:
+        return len(steps) == 2 and steps[0]["prepend"] == SPACE
+    metaspace = pre.get("type") == "Metaspace" and pre.get("replacement") == SPACE and not pre.get("split", True)
+    if metaspace and not steps:
+        return bool(pre.get("prepend_scheme", "always") != "never")
+    # Gemma's spaces are replaced first and then split off nothing: its pre-tokenizer finds none
+    if kinds == ["Replace"] and steps[0] == replaced and pre.get("pattern") == {"String": " "}:
+        return False
+    raise InputError(
+        f"{file} changes text by {', '.join(kinds) or 'nothing'} and {pre.get('type', 'nothing')}, "
+        f"llama.cpp replaces spaces by {SPACE}; {INSTEAD}"
+    )
+
+
+def _scores(file: Path, tokens: Mapping[str, int], merges: Sequence[tuple[str, ...]], size: int) -> list[float]:
+    """Scores that make SentencePiece's order of merging that of ``merges``; InputError if none do.
+
+    tokens: ids of the ordinary tokens by text.
+    """
+    order: dict[str, int] = {}
+    previous = None
+    for left, right in merges:
+        text = left + right
+        if text != previous and text in order:
+            raise InputError(f"{file} merges {text!r} before and after others, scores cannot say that; {INSTEAD}")
+        order.setdefault(text, len(order))
+        previous = text
+    known = set(merges)
+    for text in tokens:
+        for cut in range(1, len(text)):
+            parts = text[:cut], text[cut:]
+            if parts not in known and all(len(part) == 1 or part in tokens for part in parts):
+                raise InputError(
+                    f"{file} does not merge {parts[0]!r} and {parts[1]!r}, llama.cpp would, "
+                    f"because {text!r} is a token; {INSTEAD}"
+                )
+    scores = [0.0] * size
+    for text, place in order.items():
+        if text in tokens:  # others are cut out before anything merges
+            scores[tokens[text]] = -float(place + 1)
+    return scores
