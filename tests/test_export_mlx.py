@@ -1,5 +1,7 @@
 """MLX: every slice in every width, block and rule, read back by the format's description; plans, dtypes, refusals."""
 
+import errno
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,8 @@ import matquant
 from exports import UNITS, nested_checkpoint, read_json, read_mlx, sliced, stored
 from matquant.checkpoint import open_checkpoint
 from matquant.errors import InputError
-from matquant.export import export
+from matquant.export import export, stream
+from matquant.export.stream import Part
 from matquant.nest import slice_codes
 from matquant.spec import Plan
 
@@ -119,7 +122,7 @@ def test_what_mlx_cannot_hold_is_refused(tmp_path: Path) -> None:
         export(source, tmp_path / "out", to="mlx", bits=4)
     assert str(caught.value).startswith(
         "--to mlx cannot hold model.x at 4 bits, rule prefix, exactly (1 of 1 weights): "
-        "groups of 48 are no multiples of 32; give --to "
+        "groups of 48 are no multiples of 32; give --to gguf or dense"
     )
     source = nested_checkpoint(tmp_path / "extra", SHAPES, rule="extra")
     export(source, tmp_path / "out", to="mlx", bits=8)
@@ -127,8 +130,23 @@ def test_what_mlx_cannot_hold_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
         export(opt, tmp_path / "other", to="mlx", bits=4)
     assert str(caught.value).startswith(
-        "--to mlx asked of a opt model, it works for llama, mistral, qwen2, qwen3, gemma2; give --to "
+        "--to mlx asked of a opt model, it works for llama, mistral, qwen2, qwen3, gemma2; give --to compressed-tensors"
     )
     assert not (tmp_path / "other").exists()
     with pytest.raises(matquant.InputError, match="out exists; give another"):
         export(source, tmp_path / "out", to="mlx", bits=4)
+
+
+def test_a_disk_that_fills_half_way_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, made = nested_checkpoint(tmp_path / "in", SHAPES), stream.made
+
+    def fills(parts: Iterable[Part]) -> Iterator[Any]:
+        for number, part in enumerate(made(parts)):
+            if number == 2:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            yield part
+
+    monkeypatch.setattr(stream, "made", fills)
+    with pytest.raises(InputError, match="out was not written: no space left on the device"):
+        export(source, tmp_path / "out", to="mlx", bits=4)
+    assert [item.name for item in tmp_path.iterdir()] == ["in"]

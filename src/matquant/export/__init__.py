@@ -139,7 +139,7 @@ def make_job(
         asked=DTYPES.get(dtype or ""),
         about={"format": to, **(about or {})},
     )
-    exporter.together(job)
+    exporter.check_plan(job)
     return job
 
 
@@ -157,9 +157,8 @@ def alternatives(checkpoint: Checkpoint, to: str, path: str, bits: int) -> str:
     exporter, sliced = EXPORTERS[to], [width for width in range(MASTER_BITS, 1, -1) if width != bits]
     nearest = sorted(sliced, key=lambda width: (abs(width - bits), -width))
     widths = [width for width in nearest if _holds(checkpoint, exporter, path, width)]
-    formats = [
-        name for name in EXPORTERS if _reads(name, checkpoint) and _holds(checkpoint, EXPORTERS[name], path, bits)
-    ]
+    formats = [name for name, found in EXPORTERS.items() if _reads(found, checkpoint)]
+    formats = [name for name in formats if _holds(checkpoint, EXPORTERS[name], path, bits)]
     centre = checkpoint.spec.symmetric and _holds(checkpoint, exporter, path, bits, zeros=CENTRE)
     return "give " + ", or ".join(
         [
@@ -177,19 +176,16 @@ def _holds(checkpoint: Checkpoint, exporter: Exporter, path: str, bits: int, *, 
 def _exporter(to: str, checkpoint: Checkpoint) -> Exporter:
     if to not in EXPORTERS:
         raise InputError(f"--to {to!r} is not a format; give {', '.join(EXPORTERS)}")
-    if not _reads(to, checkpoint):
-        family, families = checkpoint.config.get("model_type"), EXPORTERS[to].families or ()
+    found, family = EXPORTERS[to], checkpoint.config.get("model_type")
+    if not _reads(found, checkpoint):
         every = [name for name, exporter in EXPORTERS.items() if exporter.families is None]
-        raise InputError(
-            f"--to {to} asked of a {family} model, it works for {', '.join(families)}; give --to {' or '.join(every)}"
-        )
-    return EXPORTERS[to]
+        works = ", ".join(found.families or ())
+        raise InputError(f"--to {to} asked of a {family} model, it works for {works}; give --to {' or '.join(every)}")
+    return found
 
 
-def _reads(to: str, checkpoint: Checkpoint) -> bool:
-    """Whether a format has the checkpoint's family."""
-    families = EXPORTERS[to].families
-    return families is None or checkpoint.config.get("model_type") in families
+def _reads(exporter: Exporter, checkpoint: Checkpoint) -> bool:
+    return exporter.families is None or checkpoint.config.get("model_type") in exporter.families
 
 
 def _check_target(target: Path, exporter: Exporter, *, overwrite: bool) -> None:

@@ -50,7 +50,7 @@ def tensors(container: Container, encoded: Encoded) -> Sequence[np.ndarray]:
     return found
 
 
-def together(job: Job) -> None:
+def check(job: Job) -> None:
     """InputError for containers that transformers does not read together."""
     kinds = {path: kind for path, kind in job.chosen.items() if kind is not None}
     names = ", ".join(kind.name for kind in _by_width(kinds.values()))
@@ -70,10 +70,9 @@ def together(job: Job) -> None:
 def config(job: Job) -> dict[str, Any]:
     """config.json with one config group for every container in use."""
     checkpoint, chosen = job.checkpoint, {path: kind for path, kind in job.chosen.items() if kind is not None}
-    kinds = _by_width(chosen.values())
     groups = {
         (kind.bits, kind.zero == FIXED): [path for path, container in chosen.items() if container == kind]
-        for kind in kinds
+        for kind in _by_width(chosen.values())
     }
     quantization = stock_config(groups, group_size=checkpoint.spec.group_size, ignore=checkpoint.ignore)
     if _asymmetric(job):
@@ -94,6 +93,6 @@ EXPORTER = Exporter(
     containers=containers,
     slots=slots,
     tensors=tensors,
-    together=together,
+    check_plan=check,
     write=lambda job, folder, report: write_directory(job, folder, config(job), report),
 )

@@ -24,9 +24,10 @@ class Exporter:
     held. slots, tensors: the stored tensors of one weight in a container, named after the path in the format, and their
     arrays. families: model types of config.json that work, None: all. name: what a tensor or path is called there.
     rows: the order of a weight's out features there, None: as here. plain: a tensor that is not quantised. dense: dtype
-    of the weights no container can hold, None: the model's. typed: a dtype that is asked for is that of scales too.
-    check: InputError if the engine would compute another model than the checkpoint, else what users should know.
-    together: InputError for containers that an engine does not read together.
+    of the weights no container can hold, None: the model's.
+    typed: a dtype that is asked for is that of scales too. check_plan: InputError for containers that do not go
+    together. check: InputError if the engine would compute another model than the checkpoint, else what users should
+    know.
     """
 
     engines: str
@@ -43,8 +44,8 @@ class Exporter:
     plain: "Callable[[Job, str], Part]" = lambda job, name: as_stored(job.checkpoint, name)
     dense: str | None = None
     typed: bool = False
+    check_plan: "Callable[[Job], None]" = lambda job: None
     check: Callable[[Checkpoint], Sequence[str]] = lambda checkpoint: ()
-    together: "Callable[[Job], None]" = lambda job: None
 
     def container(self, checkpoint: Checkpoint, path: str, bits: int, zeros: str) -> Container | list[Misfit] | None:
         """What holds the slice of a weight, None if it becomes dense, or why nothing does."""

@@ -2,12 +2,12 @@
 
     vllm serve DIR --hf-overrides '{"quantization_config": {"quant_method": "matquant", "bits": 4}}'
 
-Installing matquant beside vLLM is enough: the entry point ``vllm.general_plugins`` finds this module, the one file that
-imports ``vllm``. vLLM streams the shards; when a ``weight_packed`` arrives, it is sliced and made dense on the device
-and in the dtype of the model, and handed to the loader of the unquantised layer, which stacks q, k and v, or gate and
-up, and takes this rank's part. So every rule, group size, zero and width is served exactly, a plan may give q, k and v
-different widths, and tensor parallelism, compilation and adapters are those of a float model. It costs what a float
-model costs: the weights take 16 bits in memory and in every step, at any width.
+Installing matquant beside vLLM is enough: the entry point ``vllm.general_plugins`` finds this module, the one file
+that imports ``vllm``. vLLM streams the shards; when a ``weight_packed`` arrives, it is sliced and made dense on the
+device and in the dtype of the model, and handed to the loader of the unquantised layer, which stacks q, k and v, or
+gate and up, and takes this rank's part. So every rule, group size, zero and width is served exactly, and tensor
+parallelism, compilation and adapters are those of a float model. It costs what a float model costs: the weights take
+16 bits in memory and in every step, at any width.
 """
 
 import functools
@@ -26,7 +26,7 @@ from vllm.model_executor.parameter import BasevLLMParameter
 
 from matquant.checkpoint import Checkpoint, open_checkpoint
 from matquant.errors import InputError
-from matquant.integrations.words import read_overrides, read_words, stacked_paths
+from matquant.integrations.words import check_stacked, read_overrides, read_words, stacked_paths
 from matquant.nest import MASTER_BITS
 from matquant.spec import Plan
 
@@ -89,6 +89,7 @@ class NestedConfig(QuantizationConfig):  # type: ignore[misc]
             paths = stacked_paths(prefix, self.packed_modules_mapping)
             if not any(path in self.bits for path in paths):
                 return UnquantizedLinearMethod()
+            check_stacked(prefix, paths, self.bits)
             return NestedLinearMethod(_open(self.directory), paths, self.bits)
         inside = next((path for path in self.bits if path.startswith(f"{prefix}.")), None)
         if inside is not None:
@@ -106,6 +107,7 @@ class NestedLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
     def __init__(self, checkpoint: Checkpoint, paths: list[str], bits: dict[str, int]) -> None:
         super().__init__()
         self.checkpoint, self.paths, self.bits = checkpoint, paths, bits
+        self.missing = {path for path in paths if path in bits}
 
     def create_weights(self, layer: torch.nn.Module, *sizes: Any, **options: Any) -> None:
         super().create_weights(layer, *sizes, **options)
@@ -116,10 +118,17 @@ class NestedLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
     def _load(self, weight: Any, _: Any, words: torch.Tensor, shard: str | int | None = None) -> None:
         """Slice stored words as they arrive, and load the slice as if it had been stored."""
         path = self.paths[SHARDS[shard] if isinstance(shard, str) else shard or 0]
-        dense = read_words(self.checkpoint, path, words.to(weight.device), self.bits[path])
-        weight.weight_loader(weight, dense.to(weight.dtype), *([] if shard is None else [shard]))
+        dense = read_words(self.checkpoint, path, words.to(weight.device), self.bits[path], dtype=weight.dtype)
+        self.missing.discard(path)
+        weight.weight_loader(weight, dense, *([] if shard is None else [shard]))
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Check that everything has arrived, which vLLM does for float models only."""
+        if self.missing:
+            raise InputError(
+                f"vLLM built {type(layer).__name__} for {min(self.missing)} and never loaded it; "
+                "serve a slice: matquant export --to dense"
+            )
         del layer.weight_packed
         super().process_weights_after_loading(layer)
 
