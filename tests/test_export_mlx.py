@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import matquant
-from exports import UNITS, nested_checkpoint, read_json, read_mlx, sliced, stored
+from exports import LLAMA, UNITS, nested_checkpoint, read_json, read_mlx, sliced, stored
 from matquant.checkpoint import open_checkpoint
 from matquant.errors import InputError
 from matquant.export import export, stream
@@ -107,6 +107,47 @@ def test_a_plan_names_the_paths_that_differ(tmp_path: Path) -> None:
     np.testing.assert_array_equal(tensors[f"{ODD}.weight"], sliced(checkpoint, ODD, 2).astype(ml_dtypes.bfloat16))
     assert f"{ODD}.scales" not in tensors
     assert (tmp_path / "out" / "vocab.txt").read_bytes() == b"a\n"
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("parameters", "expected"),
+    [
+        ({"rope_theta": 5e5, "rope_type": "default"}, {"rope_theta": 5e5}),
+        ({"rope_theta": 5e5, **LLAMA3}, {"rope_theta": 5e5, "rope_scaling": LLAMA3}),
+        (None, {}),
+    ],
+)
+def test_positions_are_where_mlx_lm_looks_for_them(parameters: Any, expected: dict[str, Any], tmp_path: Path) -> None:
+    """It knows rope_parameters, as transformers 5 writes them, of few families, and takes its defaults else."""
+    config = {**LLAMA, **({"rope_parameters": parameters} if parameters else {})}
+    source = nested_checkpoint(tmp_path / "in", SHAPES, config=config)
+    export(source, tmp_path / "out", to="mlx", bits=4)
+    found = read_json(tmp_path / "out" / "config.json")
+    assert {key: found[key] for key in ("rope_theta", "rope_scaling") if key in found} == expected
+    kept = {**config, "model_type": "mistral", "rope_theta": 7.0}  # of an older transformers
+    export(nested_checkpoint(tmp_path / "old", SHAPES, config=kept), tmp_path / "out2", to="mlx", bits=4)
+    assert read_json(tmp_path / "out2" / "config.json")["rope_theta"] == 7.0
+
+
+def test_sliding_windows_are_told(tmp_path: Path) -> None:
+    for number, (more, told) in enumerate(
+        [
+            ({"model_type": "gemma2", "sliding_window": 4096}, ["gemma2"]),
+            ({"model_type": "mistral", "sliding_window": 4096}, ["mistral"]),
+            ({"model_type": "mistral", "sliding_window": None}, []),
+            ({"model_type": "qwen2", "sliding_window": 4096, "layer_types": ["full_attention"]}, []),
+            ({"model_type": "qwen2", "sliding_window": 4096, "layer_types": ["sliding_attention"]}, ["qwen2"]),
+        ]
+    ):
+        source, notices = nested_checkpoint(tmp_path / f"in{number}", SHAPES, config={**LLAMA, **more}), list[str]()
+        export(source, tmp_path / f"out{number}", to="mlx", bits=4, notice=notices.append)
+        assert notices == [
+            f"mlx_lm has no sliding window for {family}: beyond 4096 tokens it computes another model"
+            for family in told
+        ]
 
 
 def test_weights_of_no_block_at_all_make_a_dense_model(tmp_path: Path) -> None:

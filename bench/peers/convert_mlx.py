@@ -2,8 +2,8 @@
 
     {"model": float Hugging Face directory, "out": directory to write, "bits": 4, "group_size": 64}
 
-and writes FOLDER/result.json, {"seconds": of the conversion without imports, "bytes": of the tensors written}. Only the
-linears of the decoder layers are quantised, as in our exports; the rest is copied.
+and writes FOLDER/result.json, {"seconds": of the conversion without imports, "bytes": of the tensors written}. Linears
+are quantised, the embedding is copied, as in the checkpoints of bench/decode.py.
 """
 
 import json
@@ -12,12 +12,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import mlx.nn as nn  # type: ignore[import-not-found]
 from mlx_lm.convert import convert  # type: ignore[import-not-found]
 
 
-def in_layers(path: str, module: Any, config: Any = None) -> bool:
+def is_linear(path: str, module: Any, config: Any = None) -> bool:
     """Whether a module is quantised."""
-    return ".layers." in path and hasattr(module, "to_quantized")
+    return isinstance(module, nn.Linear)
 
 
 def main(folder: Path) -> None:
@@ -30,7 +31,7 @@ def main(folder: Path) -> None:
         quantize=True,
         q_bits=job["bits"],
         q_group_size=job["group_size"],
-        quant_predicate=in_layers,
+        quant_predicate=is_linear,
     )
     seconds = time.perf_counter() - began
     written = sum(file.stat().st_size for file in Path(job["out"]).glob("*.safetensors"))

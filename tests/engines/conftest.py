@@ -72,14 +72,23 @@ class Subject:
         return export(self.directory, out, **asked, **options)
 
     def ours(self, dense: Path, dtype: torch.dtype) -> dict[str, Any]:
-        """What a worker returns, of a dense export in the transformers of this environment."""
+        """What a worker returns, of a dense export in the transformers of this environment, and logits [T, vocabulary].
+
+        They are those from which each token was chosen.
+        """
         model = AutoModelForCausalLM.from_pretrained(dense, dtype=dtype).eval()
         ids = torch.tensor([self.prompt])
         found = model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None
         )
         losses = [log_perplexity(model, window, context=len(window) - 1) for window in self.windows]
-        return {"tokens": found[0, len(self.prompt) :].tolist(), "log_perplexity": sum(losses) / len(losses)}
+        with torch.inference_mode():
+            logits = model(input_ids=found[:, :-1]).logits[0, len(self.prompt) - 1 :].float()
+        return {
+            "tokens": found[0, len(self.prompt) :].tolist(),
+            "logits": logits,
+            "log_perplexity": sum(losses) / len(losses),
+        }
 
 
 def spread(paths: Iterable[str]) -> Plan:

@@ -11,7 +11,7 @@ Source: mlx 0.32 (quantize, dequantize), mlx_lm 0.32 (utils.load_model, utils.sa
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,15 @@ def containers(checkpoint: Checkpoint, path: str) -> list[Container]:
     return [
         Container(name=f"affine{bits}-g{block}", bits=bits, zero=MINIMUM, block=block, scale="F32") for bits in WIDTHS
     ]
+
+
+def check(checkpoint: Checkpoint) -> list[str]:
+    """What users should know: mlx_lm reads these families without sliding windows."""
+    config = checkpoint.config
+    family, window = config.get("model_type"), config.get("sliding_window")
+    if window and (family in ("mistral", "gemma2") or "sliding_attention" in (config.get("layer_types") or ())):
+        return [f"mlx_lm has no sliding window for {family}: beyond {window} tokens it computes another model"]
+    return []
 
 
 def slots(path: str, container: Container, shape: tuple[int, int], groups: int) -> tuple[Slot, ...]:
@@ -61,12 +70,20 @@ def tensors(container: Container, encoded: Encoded) -> Sequence[np.ndarray]:
 def config(job: Job) -> dict[str, Any]:
     """config.json with the container in most use as "quantization", and the paths that have others."""
     kinds = {path: kind for path, kind in job.chosen.items() if kind is not None}
+    model = {**positions(job.checkpoint.config), **dense.config(job)}
     if not kinds:
-        return dense.config(job)
+        return model
     usual = Counter(kinds.values()).most_common(1)[0][0]
     others = {path: _parameters(kind) for path, kind in kinds.items() if kind != usual}
     quantization = {**_parameters(usual), **others}
-    return {**dense.config(job), "quantization": quantization, "quantization_config": quantization}
+    return {**model, "quantization": quantization, "quantization_config": quantization}
+
+
+def positions(config: Mapping[str, Any]) -> dict[str, Any]:
+    """rope_theta and rope_scaling as mlx_lm looks for them; transformers 5 has both in rope_parameters."""
+    found = dict(config.get("rope_parameters") or {})
+    theta = {"rope_theta": found.pop("rope_theta")} if "rope_theta" in found else {}
+    return {**theta, "rope_scaling": found} if found.get("rope_type", "default") != "default" else theta
 
 
 def _parameters(kind: Container) -> dict[str, Any]:
@@ -81,5 +98,6 @@ EXPORTER = Exporter(
     tensors=tensors,
     plain=dense.plain,
     typed=True,
+    check=check,
     write=lambda job, folder, report: write_directory(job, folder, config(job), report),
 )
