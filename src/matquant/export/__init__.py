@@ -170,7 +170,9 @@ def alternatives(checkpoint: Checkpoint, to: str, path: str, bits: int) -> str:
 
 
 def _holds(checkpoint: Checkpoint, exporter: Exporter, path: str, bits: int, *, zeros: str = EXACT) -> bool:
-    return not isinstance(exporter.container(checkpoint, path, bits, zeros), list)
+    """Whether a format holds a slice in a container, or in floats because it has nothing else."""
+    found = exporter.container(checkpoint, path, bits, zeros)
+    return isinstance(found, Container) or (found is None and not exporter.containers(checkpoint, path))
 
 
 def _exporter(to: str, checkpoint: Checkpoint) -> Exporter:
