@@ -3,9 +3,7 @@
 import importlib
 import itertools
 import json
-import resource
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 import matquant
-from conftest import SMALL, make_tokenizer
+from conftest import SMALL, largest_file, make_tokenizer
 from gguf_files import assert_holds_the_slices, file_types, file_weights, gguf_name, metadata, oracle
 from matquant.checkpoint import open_checkpoint
 from matquant.errors import InputError
@@ -446,16 +444,6 @@ def test_without_its_package_gguf_is_refused_and_the_others_work(
         "--to gguf needs the package gguf, it is not installed; pip install 'matquant[export]'"
     )
     export(masters["prefix"], tmp_path / "dense", to="dense")
-
-
-@contextmanager
-def largest_file(limit: int) -> Iterator[None]:
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("limit", [1000, 200_000])
