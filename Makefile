@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo test test-all test-tasks test-sanitize test-neon lint bench clean
+.PHONY: demo test test-all test-tasks test-engines test-sanitize test-neon lint bench clean
 
 demo: $(READY)
 	$(BIN)/matquant demo
@@ -12,12 +12,16 @@ test: $(READY)
 	$(BIN)/pytest
 
 test-all: $(READY)
-	$(BIN)/pytest -m "slow or not slow" --timeout 1800
+	$(BIN)/pytest -m "not engine" --timeout 1800
 
 # The zero-shot tasks beside lm-evaluation-harness itself, which is 620 MB with what it needs.
 test-tasks: $(READY)
 	$(BIN)/pip install --quiet --constraint constraints.txt lm-eval
 	$(BIN)/pytest tests/test_tasks.py --timeout 1800
+
+# Exports in the engines they are for, each in an environment of its own under .engines/ (several GB, made once).
+test-engines: $(READY)
+	$(BIN)/pytest -n 0 -m engine --timeout 3600 tests/engines
 
 # The native tests under AddressSanitizer and UndefinedBehaviorSanitizer (minutes of compiling; needs cmake).
 test-sanitize:

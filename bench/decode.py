@@ -13,8 +13,9 @@ Correctness first: all products of a layer and of the head against the definitio
 token. Then, in every round, everything takes turns in bursts: the stream of memory and our decoding at each width,
 two widths in turn, a plan, llama.cpp's decoding, prefills of both. A burst is as many stretches of 2 tokens after 16,
 or prompts of 128, as fill its time. One counts as undisturbed if its process had its cores for at least 97 % of it;
-medians are over those if there are three (matquant.runtime.bench). Both sides compute the logits of the last token and
-choose nothing. Ratios of samples that were mostly disturbed show little: look at "undisturbed" first.
+medians are over those if there are three (matquant.runtime.bench), and ratios are medians of those of each round. Both
+sides compute the logits of the last token and choose nothing. Ratios of samples that were mostly disturbed show little:
+look at "undisturbed" first.
 """
 
 import dataclasses
@@ -38,6 +39,7 @@ from matplotlib.ticker import LogLocator
 from rich.console import Console
 from rich.table import Table
 
+from environments import make_environment
 from linear import WIDTHS, check_products
 from matquant import _native
 from matquant.checkpoint import Item, open_checkpoint, write_checkpoint
@@ -87,6 +89,7 @@ engine.session(16).extend([1], engine.widths(8))
 """
 
 Record = dict[str, Any]
+Samples = dict[str, list[list[Sample]]]  # by kind, of each round
 app = typer.Typer(add_completion=False)
 
 
@@ -96,20 +99,9 @@ def setup() -> None:
     ready = VENV.parent / "ready"
     if ready.is_file():
         return
-    began = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "venv", VENV], check=True)
     flags = {"CMAKE_ARGS": " ".join(f"-D{flag}" for flag in CMAKE)}
-    command: list[str | Path] = [
-        VENV / "bin" / "pip",
-        "install",
-        "--quiet",
-        "--no-binary",
-        "llama-cpp-python",
-        *PACKAGES,
-    ]
-    subprocess.run(command, check=True, env={**os.environ, **flags})
+    make_environment(VENV.parent, PACKAGES, pip=("--no-binary", "llama-cpp-python"), environ=flags)
     ready.touch()
-    print(f"ready after {time.perf_counter() - began:.0f} s")
 
 
 @app.command()
@@ -238,10 +230,10 @@ def measure(directory: Path, peer: LlamaCpp, *, threads: int, rounds: int, burst
         "mix": [mixed(engine)] * STRETCH,
     }
     stream = _native.Stream(STREAM_BYTES)
-    samples: dict[str, list[Sample]] = {}
+    samples: Samples = {}
 
-    def note(name: str, new: Sequence[Sample]) -> None:
-        samples.setdefault(name, []).extend(new)
+    def note(name: str, burst: list[Sample]) -> None:
+        samples.setdefault(name, []).append(burst)
 
     def one_round(seconds: float) -> None:
         for bits in WIDTHS:
@@ -249,10 +241,10 @@ def measure(directory: Path, peer: LlamaCpp, *, threads: int, rounds: int, burst
             note(f"prefill {bits}", burst(partial(prefill, session, widths), seconds))
             note(f"peer prefill {bits}", peer.burst(bits, "prefill", tokens=PROMPT, threads=threads, seconds=seconds))
         for name, schedule in schedules.items():
-            note("stream", burst(lambda: timed(partial(stream.read, threads), stream.bytes, threads), seconds / 5))
-            decoded, linears = decode_burst(session, schedule, seconds)
-            note(f"decode {name}", decoded)
-            note(f"linears {name}", linears)
+            read = partial(stream.read, threads)
+            note(f"stream {name}", burst(partial(timed, read, stream.bytes, threads), seconds / 5))
+            for kind, values in decode_burst(session, schedule, seconds).items():
+                note(f"{kind} {name}", values)
             if name.isdigit():
                 answer = peer.burst(int(name), "decode", tokens=STRETCH, threads=threads, seconds=seconds)
                 note(f"peer decode {name}", answer)
@@ -264,38 +256,51 @@ def measure(directory: Path, peer: LlamaCpp, *, threads: int, rounds: int, burst
     return {"threads": threads, "rounds": rounds, "burst_s": burst_s, "load_s": load_s} | summary(engine, peer, samples)
 
 
-def summary(engine: Engine, peer: LlamaCpp, samples: dict[str, list[Sample]]) -> Record:
-    """Medians as rates and ratios."""
-    limit = median(samples["stream"])
-    rate = {name: median(values) for name, values in samples.items()}
+def summary(engine: Engine, peer: LlamaCpp, samples: Samples) -> Record:
+    """Medians as rates, and medians over rounds of ratios: the memory's speed may differ from round to round."""
+    every = {name: [sample for burst in bursts for sample in burst] for name, bursts in samples.items()}
+    rate = {name: median(values) for name, values in every.items()}
+    by_round = {name: [median(burst) for burst in bursts] for name, bursts in samples.items()}
+
+    def ratio(over: str, *under: str) -> float:
+        """Of the rates; several of ``under`` take turns."""
+        means = map(statistics.harmonic_mean, zip(*(by_round[name] for name in under), strict=True))
+        return float(statistics.median(value / mean for value, mean in zip(by_round[over], means, strict=True)))
+
     rows = {}
     for bits in WIDTHS:
         read = engine.model.bytes_per_token(engine.widths(bits))
         rows[str(bits)] = {
             "mb_per_token": read / 1e6,
             "tok_s": rate[f"decode {bits}"],
-            "fraction": rate[f"decode {bits}"] * read / limit,
-            "linear_fraction": rate[f"linears {bits}"] * read / limit,
-            "over_int8": rate[f"decode {bits}"] / rate["decode 8"],
+            "fraction": ratio(f"decode {bits}", f"stream {bits}") * read,
+            "linear_fraction": ratio(f"linears {bits}", f"stream {bits}") * read,
+            "outside": rate[f"outside {bits}"],
+            "wait": rate[f"wait {bits}"],
+            "over_int8": ratio(f"decode {bits}", "decode 8"),
             "prefill_tok_s": rate[f"prefill {bits}"],
             "peer": PEERS[bits],
             "peer_mb_per_token": peer.mb_per_token[PEERS[bits]],
             "peer_tok_s": rate[f"peer decode {bits}"],
-            "over_peer": rate[f"decode {bits}"] / rate[f"peer decode {bits}"],
+            "over_peer": ratio(f"decode {bits}", f"peer decode {bits}"),
             "peer_prefill_tok_s": rate[f"peer prefill {bits}"],
-            "prefill_over_peer": rate[f"prefill {bits}"] / rate[f"peer prefill {bits}"],
+            "prefill_over_peer": ratio(f"prefill {bits}", f"peer prefill {bits}"),
         }
-    # One token of each width takes the mean of their times.
-    alternating = statistics.harmonic_mean([rate[f"decode {min(WIDTHS)}"], rate[f"decode {max(WIDTHS)}"]])
-    timed_samples = [sample for name, values in samples.items() if name != "stream" for sample in values]
+    streams = [sample for name, values in every.items() if name.startswith("stream") for sample in values]
+    timed_samples = [sample for name, values in every.items() if not name.startswith("stream") for sample in values]
     return {
-        "stream_gb_s": limit / 1e9,
+        "stream_gb_s": median(streams) / 1e9,
+        "stream_gb_s_by_round": [value / 1e9 for value in by_round[f"stream {MIX_MEAN}"]],
         "isa": _native.isa(),
         "undisturbed": statistics.fmean(sample.undisturbed for sample in timed_samples),
         "samples": len(timed_samples),
-        "undisturbed_by_kind": {n: statistics.fmean(s.undisturbed for s in v) for n, v in samples.items()},
-        "switch": rate["decode switch"] / alternating,
-        "mix": rate["decode mix"] / rate[f"decode {MIX_MEAN}"],
+        "undisturbed_by_kind": {
+            "stream": statistics.fmean(sample.undisturbed for sample in streams),
+            **{name: statistics.fmean(s.undisturbed for s in values) for name, values in every.items()},
+        },
+        "switch": ratio("decode switch", f"decode {min(WIDTHS)}", f"decode {max(WIDTHS)}"),
+        "mix": ratio("decode mix", f"decode {MIX_MEAN}"),
+        "mix_of_parts": ratio("decode mix", *(f"decode {bits}" for bits in MIX)),
         "widths": rows,
     }
 
@@ -336,9 +341,13 @@ def burst(stretch: Callable[[], Sample], seconds: float) -> list[Sample]:
     return samples
 
 
-def decode_burst(session: Session, schedule: Sequence[np.ndarray], seconds: float) -> tuple[list[Sample], list[Sample]]:
-    """Decoding after the first CONTEXT tokens of the cache: tokens/s of whole steps, and of their linears alone."""
-    linears: list[Sample] = []
+def decode_burst(session: Session, schedule: Sequence[np.ndarray], seconds: float) -> dict[str, list[Sample]]:
+    """Decoding after the first CONTEXT tokens of the cache, by what is measured.
+
+    decode, linears: tokens/s of whole steps, and of their linears alone, waits for other threads included. outside,
+    wait: shares of a step's time, outside the linears, and (counted with these) waiting.
+    """
+    parts_of: dict[str, list[Sample]] = {"linears": [], "outside": [], "wait": []}
 
     def steps() -> None:
         session.rewind(CONTEXT)
@@ -349,10 +358,13 @@ def decode_burst(session: Session, schedule: Sequence[np.ndarray], seconds: floa
         session.workspace.profile = True  # a clock per part of the step, now at zero; costs microseconds
         sample = timed(steps, len(schedule), session.engine.threads)
         parts = session.workspace.seconds()
-        linears.append(dataclasses.replace(sample, value=len(schedule) / sum(parts[name] for name in LINEARS)))
+        total, linears = len(schedule) / sample.value, sum(parts[name] for name in LINEARS)
+        values = {"linears": len(schedule) / linears, "outside": 1 - linears / total, "wait": parts["wait"] / total}
+        for name, value in values.items():
+            parts_of[name].append(dataclasses.replace(sample, value=value))
         return sample
 
-    return burst(stretch, seconds), linears
+    return {"decode": burst(stretch, seconds), **parts_of}
 
 
 def prefill(session: Session, widths: np.ndarray) -> Sample:
@@ -399,18 +411,17 @@ def show(record: Record) -> None:
     for name in ("width", *COLUMNS):
         table.add_column(name, justify="right")
     for width, measured in record["widths"].items():
-        row = {**measured, "outside": 1 - measured["fraction"] / measured["linear_fraction"]}
         cells = []
         for key, form, targets in COLUMNS.values():
             target = None if record["group"] else targets.get(int(width))
-            cells.append(_cell(row[key], form, target))
-        table.add_row(f"int{width}, {row['peer']}", *cells)
+            cells.append(_cell(measured[key], form, target))
+        table.add_row(f"int{width}, {measured['peer']}", *cells)
     console = Console(width=150)
     console.print(table)
     few, many, (one, other) = min(WIDTHS), max(WIDTHS), MIX
     console.print(
         f"int{few} and int{many} in turn: {_cell(record['switch'], '.3f', SAME)} of the speed of both alone; "
-        f"layers of int{one} and int{other} in turn: {_cell(mix_over_parts(record), '.3f', SAME)} of the speed of both "
+        f"layers of int{one} and int{other} in turn: {_cell(record['mix_of_parts'], '.3f', SAME)} of the speed of both "
         f"alone, {_cell(record['mix'], '.3f', SAME)} of that of int{MIX_MEAN}"
     )
     checked, unchecked = record["load_s"]["checked"], record["load_s"]["unchecked"]
@@ -425,12 +436,6 @@ def show(record: Record) -> None:
         f"{record['undisturbed']:.0%} of {record['samples']} other samples undisturbed; "
         f"{record['isa']}; {record['date']}, {record['commit']}"
     )
-
-
-def mix_over_parts(record: Record) -> float:
-    """Speed of the mixed layers over what the widths alone give: a token takes the mean of their times."""
-    rate = {int(width): row["tok_s"] for width, row in record["widths"].items()}
-    return float(record["mix"] * rate[MIX_MEAN] / statistics.harmonic_mean([rate[width] for width in MIX]))
 
 
 def _cell(value: float, form: str, target: float | None) -> str:

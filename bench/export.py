@@ -62,10 +62,10 @@ def run(
     try:
         for _ in range(rounds):
             for kind, bits in TYPES.items():
-                ours = [sys.executable, __file__, "one", checkpoint, target, str(bits)]
+                ours: list[str | Path] = [sys.executable, __file__, "one", checkpoint, target, str(bits)]
                 found[kind]["ours"].append(measured(ours, target))
                 contents = types(target)
-                theirs = [VENV / "bin" / "python", WORKER, source, target, kind, str(THREADS)]
+                theirs: list[str | Path] = [VENV / "bin" / "python", WORKER, source, target, kind, str(THREADS)]
                 found[kind]["llama.cpp"].append(measured(theirs, target))
                 versions = found[kind]["llama.cpp"][-1].pop("versions")
                 if contents != types(target):

@@ -32,6 +32,7 @@ import typer
 from safetensors.numpy import load_file
 from safetensors.torch import save_file
 
+from environments import TORCH, make_environment
 from matquant.eval.likelihood import log_perplexity
 from matquant.models import load_float, load_tokenizer
 from matquant.text import read_documents, token_stream
@@ -58,7 +59,6 @@ MODELS: dict[str, tuple[Path, Path, Path, int, int]] = {
     ),
 }
 
-TORCH = "torch==2.13.0"  # first and exactly: an unpinned one pulls gigabytes of CUDA
 # name -> what pip installs; the first is the tool
 PACKAGES: dict[str, tuple[str, ...]] = {
     "gptqmodel": ("gptqmodel==7.6.0", TORCH),
@@ -127,16 +127,10 @@ def setup(names: Annotated[list[str] | None, typer.Argument(help="Tools; all by 
         ready = folder / "ready"
         if ready.is_file():
             continue
-        began = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "venv", folder / "venv"], check=True)
-        pip: list[str | Path] = [folder / "venv" / "bin" / "pip", "install", "--quiet"]
-        if TORCH in PACKAGES[name]:
-            subprocess.run([*pip, TORCH], check=True)
-        subprocess.run([*pip, *PACKAGES[name]], check=True)
+        make_environment(folder, PACKAGES[name])
         if name == "llamacpp":
             _build_llamacpp(folder)
         ready.touch()
-        print(f"{name}: ready after {time.perf_counter() - began:.0f} s", flush=True)
 
 
 def _build_llamacpp(folder: Path) -> None:

@@ -60,6 +60,8 @@ struct Held {
   Model model;
   std::vector<nb::object> owners;
   std::vector<std::shared_ptr<Memory>> memories;
+  std::vector<std::uint16_t> served;  // [layers][kProjections]: bit r if width r is; all bits if the matrix is dense
+  std::uint16_t served_by_head = 0;
 
   const Matrix& keep(const HeldMatrix& held) {
     owners.insert(owners.end(), held.owners.begin(), held.owners.end());
@@ -74,6 +76,12 @@ struct Held {
     return array->data();
   }
 };
+
+std::uint16_t served_widths(const Matrix& matrix) {
+  std::uint16_t widths = 0;
+  for (int bits = 0; bits < 16; ++bits) widths |= (!matrix.nested || serves(*matrix.nested, bits)) << bits;
+  return widths;
+}
 
 // resident: copied into huge pages, where it streams faster than from a mapped file; for what every token reads whole.
 HeldMatrix dense_matrix(const Raw2& array, const std::string& dtype, const std::optional<Floats1>& bias,
@@ -118,6 +126,7 @@ void add_layer(Held& held, const std::vector<HeldMatrix*>& matrices, const std::
   require(window >= 0 && rope >= -1 && rope < (int)m.ropes.size(), "window or rope out of range");
   Layer layer{};
   for (int i = 0; i < kProjections; ++i) layer.matrix[i] = held.keep(*matrices[i]);
+  for (const Matrix& matrix : layer.matrix) held.served.push_back(served_widths(matrix));
   const int queries = m.heads * m.head_dim, keys = m.kv_heads * m.head_dim;
   check_shape(layer.matrix[kQuery], queries, m.hidden);
   check_shape(layer.matrix[kKey], keys, m.hidden);
@@ -141,46 +150,48 @@ void set_ends(Held& held, const HeldMatrix& embedding, const HeldMatrix& head, c
   check_shape(head.matrix, m.vocab, m.hidden);
   m.embedding = held.keep(embedding).dense;
   m.head = held.keep(head);
+  held.served_by_head = served_widths(m.head);
   m.norm = held.keep(norm, m.hidden);
 }
 
-// A workspace with the rows of the step it is used for: nothing else is needed per call.
+// A workspace with the rows of the step it is used for, and the logits of one: nothing else is needed per call.
 struct HeldWorkspace {
   Workspace workspace;
   std::vector<Row> rows;
+  std::vector<float> logits;
   HeldWorkspace(const Held& held, int max_tokens, int capacity, int threads)
-      : workspace(held.model, max_tokens, capacity, threads), rows(max_tokens) {}
+      : workspace(held.model, max_tokens, capacity, threads), rows(max_tokens), logits(held.model.vocab) {}
 };
 
-void run_step(const Held& held, Array<const std::uint8_t, 1> bits, bool exact, Array<const std::int32_t, 1> tokens,
-              Array<const std::int32_t, 1> positions, const nb::list& caches, int first_logit, Array<float, 2> logits,
-              HeldWorkspace& space) {
+void run_step(const Held& held, Array<const std::uint8_t, 1> bits, bool exact, const nb::list& tokens,
+              const nb::list& positions, const nb::list& caches, int first_logit,
+              const std::optional<Array<float, 2>>& logits, HeldWorkspace& space) {
   const Model& m = held.model;
-  const int count = (int)tokens.shape(0);
+  const int count = (int)tokens.size();
   require(!m.layers.empty() && m.norm, "the model is not complete");
   require(count > 0 && count <= space.workspace.max_tokens, "more tokens than the workspace has room for");
-  require((int)positions.shape(0) == count && (caches.size() == 1 || (int)caches.size() == count),
+  require((int)positions.size() == count && (caches.size() == 1 || (int)caches.size() == count),
           "one position per token, and one cache for all or per token");
-  require(first_logit >= 0 && first_logit <= count && (int)logits.shape(0) >= count - first_logit &&
-              (int)logits.shape(1) == m.vocab,
+  require(first_logit >= 0 && first_logit <= count && (logits ? (int)logits->shape(0) : 1) >= count - first_logit &&
+              (logits ? logits->shape(1) : space.logits.size()) == (size_t)m.vocab,
           "the logits have the wrong shape");
   require(bits.shape(0) == m.layers.size() * kProjections + 1, "one width per matrix");
-  const auto served = [](const Matrix& matrix, int width) { return !matrix.nested || serves(*matrix.nested, width); };
-  for (size_t layer = 0; layer < m.layers.size(); ++layer)
-    for (int i = 0; i < kProjections; ++i)
-      require(served(m.layers[layer].matrix[i], bits(layer * kProjections + i)), "a width is not held in memory");
-  require(served(m.head, bits(m.layers.size() * kProjections)), "a width is not held in memory");
+  for (size_t i = 0; i < bits.shape(0); ++i) {
+    const std::uint16_t widths = i < held.served.size() ? held.served[i] : held.served_by_head;
+    require(bits(i) < 16 && (widths >> bits(i) & 1), "a width is not held in memory");
+  }
   const Cache* cache = nullptr;
   for (int t = 0; t < count; ++t) {
     if (t < (int)caches.size()) cache = nb::cast<const Cache*>(caches[t]);
-    require(tokens(t) >= 0 && tokens(t) < m.vocab, "a token is not in the vocabulary");
-    require(positions(t) >= 0 && positions(t) < cache->capacity && cache->capacity <= space.workspace.capacity,
+    const int token = nb::cast<int>(tokens[t]), position = nb::cast<int>(positions[t]);
+    require(token >= 0 && token < m.vocab, "a token is not in the vocabulary");
+    require(position >= 0 && position < cache->capacity && cache->capacity <= space.workspace.capacity,
             "a position is beyond the cache");
-    space.rows[t] = {tokens(t), positions(t), cache};
+    space.rows[t] = {token, position, cache};
   }
   nb::gil_scoped_release unlocked;
   step(m, bits.data(), exact ? Activations::exact : Activations::int8, space.rows.data(), count, first_logit,
-       logits.data(), space.workspace);
+       logits ? logits->data() : space.logits.data(), space.workspace);
 }
 
 nb::dict seconds_by_part(const HeldWorkspace& space) {
@@ -275,10 +286,16 @@ void bind_model(nb::module_& module) {
             space.workspace.profile = profile;
             std::fill(std::begin(space.workspace.seconds), std::end(space.workspace.seconds), 0.0);
           })
+      .def_prop_ro("logits",
+                   [](HeldWorkspace& space) {
+                     return nb::ndarray<nb::numpy, float, nb::ndim<1>>(space.logits.data(), {space.logits.size()},
+                                                                       nb::find(space));
+                   })
       .def("seconds", &seconds_by_part);
 
   module.def("step", &run_step, nb::arg("model"), nb::arg("bits"), nb::arg("exact"), nb::arg("tokens"),
-             nb::arg("positions"), nb::arg("caches"), nb::arg("first_logit"), nb::arg("logits"), nb::arg("workspace"));
+             nb::arg("positions"), nb::arg("caches"), nb::arg("first_logit"), nb::arg("logits").none(),
+             nb::arg("workspace"));
 
   nb::class_<Stream>(module, "Stream")
       .def(nb::init<size_t>(), nb::arg("bytes"), nb::call_guard<nb::gil_scoped_release>())

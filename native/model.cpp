@@ -8,12 +8,14 @@
 #include <cmath>
 #include <new>
 #include <string_view>
+#include <thread>
 #include <type_traits>
 
 namespace matquant {
 namespace {
 
 constexpr size_t kLine = 64;
+constexpr size_t kFetched = 2;  // tiles of keys and values that are called for before the last
 constexpr int kGroup = 128;  // inputs that are quantised together, a thread's unit of prepare()
 size_t whole_lines(size_t bytes) { return (bytes + kLine - 1) / kLine * kLine; }
 
@@ -30,6 +32,17 @@ Share share(int count, int thread, int threads, int unit = 1) {
   const long long units = (count + unit - 1) / unit;
   return {(int)std::min<long long>(count, units * thread / threads * unit),
           (int)std::min<long long>(count, units * (thread + 1) / threads * unit)};
+}
+
+// One turn of a thread that waits: a while without giving up its core, then with it, should others need it.
+void wait(int turn) {
+  constexpr int kPatient = 1 << 13;  // about 100 us
+  if (turn > kPatient) return std::this_thread::yield();
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
 }
 
 // Attention's items in order: [key/value heads][tokens][members], the members being the query heads that share a
@@ -63,8 +76,10 @@ struct Worker {
   const Floats& fn;
   const int thread, threads;
   double since = 0;
+  unsigned barriers = 0;
 
-  // A single token's residual and normed row are every thread's own: no thread waits for one that makes them for all.
+  // A single token's residual, normed row and input made of it are every thread's own: no thread waits for one that
+  // makes them for all.
   const int own = tokens == 1 ? thread : 0;
   Share rows_from(int first) const { return tokens == 1 ? Share{first, 1} : share_of(first); }
   Share share_of(int first) const {
@@ -74,10 +89,25 @@ struct Worker {
   float* residual(int t) const { return space.residual + (size_t)(own + t) * model.hidden; }
   float* normed(int t) const { return space.normed + (size_t)(own + t) * model.hidden; }
 
-  // All threads have done their share.
-  void finish(Part part) {
-#pragma omp barrier
+  // Of a single token, does every thread read only what it wrote, if it wrote its share of `count` values, cut where
+  // linear() cuts, and reads its share of whole units of them?
+  bool keeps(int count, int unit) const {
+    return tokens == 1 && count % threads == 0 && count / threads % kLanes == 0 && count / threads % unit == 0;
+  }
+
+  // This thread has done its share of `part`; then, so have all. (In OpenMP's barrier the last makes a system call.)
+  void arrive(Part part) {
     note(part);
+    space.arrivals[thread].barriers.store(++barriers, std::memory_order_release);
+  }
+  void await() {
+    for (int other = 0; other < threads; ++other)
+      for (int turn = 0; space.arrivals[other].barriers.load(std::memory_order_acquire) < barriers; ++turn) wait(turn);
+    note(threads > 1 ? kWait : kNorm);  // one thread has only fetched
+  }
+  void finish(Part part) {
+    arrive(part);
+    await();
   }
 
   // The time since the last call belongs to `part`.
@@ -125,33 +155,45 @@ struct Worker {
     return std::any_of(first, first + count, [](const Matrix& m) { return m.nested; });
   }
 
-  // y_i = matrix_i x for `count` matrices with one input x [rows][cols]: quantised once, read by all.
-  void project(const Matrix* matrices, const std::uint8_t* widths, int count, const float* x, int rows_in,
-               float* const* y, Part part) {
-    const int cols = matrices[0].cols();
-    const Input input = make_input(space.input, rows_in, cols, activations);
-    if (any_nested(matrices, count)) {
-      prepare(input, x, thread, threads);
-      finish(kPrepare);
-    }
+  // The input that is made of x [rows][cols]. Of a single token's normed row every thread makes its own, and what
+  // threads write for the last product of a layer lies apart from what others may still read.
+  Input input_of(const float* x, int rows_in, int cols) const {
+    const bool single = tokens == 1;
+    char* const memory = single && x == normed(0)    ? space.single_input(thread)
+                         : single && x == space.gate ? space.single_input(threads)
+                                                     : space.input;
+    return make_input(memory, rows_in, cols, activations);
+  }
+
+  // One input of `count` matrices, quantised once.
+  Input quantise(const Matrix* matrices, int count, const float* x, int rows_in) {
+    const Input input = input_of(x, rows_in, matrices[0].cols());
+    if (!any_nested(matrices, count)) return input;
+    const bool own_input = tokens == 1 && x == normed(0);
+    own_input ? prepare(input, x) : prepare(input, x, thread, threads);
+    own_input ? note(kPrepare) : finish(kPrepare);
+    return input;
+  }
+
+  // This thread's rows of y_i = matrix_i x for `count` matrices with the input that was made of x.
+  void multiply(const Matrix* matrices, const std::uint8_t* widths, int count, const float* x, const Input& input,
+                float* const* y) {
     for (int i = 0; i < count; ++i) {
       const Matrix& matrix = matrices[i];
       const int n = matrix.rows();
-      if (matrix.nested) {
+      const Share mine = share(n, thread, threads, kLanes);
+      if (matrix.nested)
         linear(*matrix.nested, widths[i], input, y[i], n, thread, threads);
-      } else {
-        const Share mine = share(n, thread, threads, kLanes);
-        fn.dense(matrix.dense, x, cols, rows_in, mine.start, mine.stop, y[i], n);
-      }
+      else
+        fn.dense(matrix.dense, x, input.cols, input.tokens, mine.start, mine.stop, y[i], n);
+      for (int t = 0; matrix.bias && t < input.tokens; ++t)
+        fn.add(y[i] + (size_t)t * n + mine.start, matrix.bias + mine.start, mine.stop - mine.start);
     }
-    finish(part);
-    for (int i = 0; i < count; ++i)
-      if (matrices[i].bias) {
-        const Share mine = share(rows_in, thread, threads);
-        for (int t = mine.start; t < mine.stop; ++t)
-          fn.add(y[i] + (size_t)t * matrices[i].rows(), matrices[i].bias, matrices[i].rows());
-      }
-    if (std::any_of(matrices, matrices + count, [](const Matrix& m) { return m.bias; })) finish(part);
+  }
+
+  void project(const Matrix* matrices, const std::uint8_t* widths, int count, const float* x, int rows_in,
+               float* const* y) {
+    multiply(matrices, widths, count, x, quantise(matrices, count, x, rows_in), y);
   }
 
   // x [head_dim] normed, turned to its position and scaled, in place.
@@ -163,17 +205,45 @@ struct Worker {
     if (layer.rope < 0 && scale != 1) fn.rotate(x, nullptr, nullptr, half, scale);
   }
 
-  // Calls for the last tile of keys and values of some heads, which is written and then read: since the last token the
-  // weights have streamed through every cache, and a tile is too short for the processor to guess it.
-  void fetch_tiles(int index, int first, int stop) {
+  // Calls for what is needed next: since it was last, weights have streamed through every cache, and it is too short
+  // for the processor to guess.
+  static void fetch(const void* data, size_t bytes) {
+    for (size_t line = 0; line < bytes; line += kLine) __builtin_prefetch((const char*)data + line);
+    asm volatile("");  // GCC takes a function that only fetches for one without effect, and drops its calls
+  }
+  static void fetch_to_write(void* data, size_t bytes) {
+    for (size_t line = 0; line < bytes; line += kLine) __builtin_prefetch((char*)data + line, 1);
+    asm volatile("");
+  }
+
+  // While others still make the delta of the only token: what the coming norm needs, the input made of it, and this
+  // thread's part of the input after that, made of x [cols].
+  void fetch_for_norm(const float* norm, const float* x, int cols) {
+    if (tokens > 1) return;
+    const size_t row = model.hidden * sizeof(float);
+    fetch(norm, row);
+    fetch(residual(0), row);
+    fetch_to_write(normed(0), row);
+    fetch_to_write(space.single_input(thread), input_bytes(1, model.hidden, Activations::int8));
+    const Share mine = share(cols, thread, threads, kGroup);
+    if (const Input input = input_of(x, 1, cols); input.codes)
+      fetch_to_write(input.codes + mine.start, mine.stop - mine.start);
+  }
+
+  // Keys and values that the only token sees, of this thread's heads: the first ones and the last tile.
+  void fetch_tiles(int index) {
+    if (tokens > 1) return;
     const Cache& cache = *rows[0].cache;
-    const size_t row = whole_lines(model.head_dim * size_of(cache.dtype)), tile = kLanes * row;
-    const size_t start = rows[0].position / kLanes * tile;
-    for (int shared = first; shared < stop; ++shared) {
-      const char* const ends[] = {(const char*)cache.keys(index, shared), (const char*)cache.values(index, shared)};
-      for (const char* end : ends)
-        for (size_t line = 0; line < tile; line += kLine) __builtin_prefetch(end + start + line, 1);
-    }
+    const int window = model.layers[index].window, position = rows[0].position;
+    const size_t tile = kLanes * model.head_dim * size_of(cache.dtype), last = position / kLanes;
+    const size_t start = window && position >= window ? (position + 1 - window) / kLanes : 0;
+    const size_t some = std::min<size_t>(last - start, kFetched);
+    const Share heads = share(model.kv_heads, thread, threads);
+    for (int shared = heads.start; shared < heads.stop; ++shared)
+      for (const void* const at : {cache.keys(index, shared), cache.values(index, shared)}) {
+        fetch((const char*)at + start * tile, some * tile);
+        fetch((const char*)at + last * tile, tile);
+      }
   }
 
   void attend(int index) {
@@ -182,7 +252,6 @@ struct Worker {
     const int dim = m.head_dim, heads = m.heads, kv = m.kv_heads, group = heads / kv;
     Share mine = share(kv * tokens * (group + 1), thread, threads);
     HeadItem at(mine.start, tokens, group + 1);
-    if (tokens == 1) fetch_tiles(index, at.shared, (mine.stop + group) / (group + 1));
     for (int item = mine.start; item < mine.stop; ++item, at.next()) {
       const Row& row = rows[at.token];
       if (at.member < group) {
@@ -220,8 +289,8 @@ struct Worker {
       }
       fn.attend(a);
     }
-    // A single token's heads lie side by side: does this thread quantise what it wrote?
-    const bool own_groups = tokens == 1 && heads % threads == 0 && heads / threads * dim % kGroup == 0;
+    // Does this thread quantise what it wrote?
+    const bool own_groups = keeps(heads * dim, dim) && keeps(heads * dim, kGroup);
     own_groups && layer.matrix[kOutput].nested ? note(kAttention) : finish(kAttention);
   }
 
@@ -244,24 +313,38 @@ struct Worker {
     embed();
     for (size_t index = 0; index < m.layers.size(); ++index) {
       const Layer& layer = m.layers[index];
+      const float* const next_norm = index + 1 < m.layers.size() ? m.layers[index + 1].norms.input : m.norm;
       const std::uint8_t* widths = bits + index * kProjections;
       add_and_norm(index > 0, index ? m.layers[index - 1].norms.ffn_out : nullptr, layer.norms.input);
       float* const qkv[] = {space.query, space.key, space.value};
-      project(layer.matrix, widths, 3, normed(0), tokens, qkv, kQkv);
+      const Input input = quantise(layer.matrix, 3, normed(0), tokens);
+      multiply(layer.matrix, widths, 2, normed(0), input, qkv);
+      fetch_tiles((int)index);
+      multiply(layer.matrix + kValue, widths + kValue, 1, normed(0), input, qkv + kValue);
+      keeps(m.kv_heads * m.head_dim, m.head_dim) ? note(kQkv) : finish(kQkv);
       attend((int)index);
-      project(layer.matrix + kOutput, widths + kOutput, 1, space.attended, tokens, &space.delta, kAttentionOut);
+      project(layer.matrix + kOutput, widths + kOutput, 1, space.attended, tokens, &space.delta);
+      arrive(kAttentionOut);
+      fetch_for_norm(layer.norms.ffn, space.gate, m.intermediate);
+      await();
       add_and_norm(true, layer.norms.attention_out, layer.norms.ffn);
       float* const gate_up[] = {space.gate, space.up};
-      project(layer.matrix + kGate, widths + kGate, 2, normed(0), tokens, gate_up, kGateUp);
+      project(layer.matrix + kGate, widths + kGate, 2, normed(0), tokens, gate_up);
+      keeps(m.intermediate, kGroup) ? note(kGateUp) : finish(kGateUp);
       activate(layer.matrix[kDown]);
-      project(layer.matrix + kDown, widths + kDown, 1, space.gate, tokens, &space.delta, kDownPart);
+      project(layer.matrix + kDown, widths + kDown, 1, space.gate, tokens, &space.delta);
+      arrive(kDownPart);
+      fetch_for_norm(next_norm, space.attended, m.heads * m.head_dim);
+      await();
     }
     if (first_logit == tokens) return;
     add_and_norm(true, m.layers.back().norms.ffn_out, m.norm, first_logit);
-    project(&m.head, bits + m.layers.size() * kProjections, 1, normed(first_logit), tokens - first_logit, &logits, kHead);
+    project(&m.head, bits + m.layers.size() * kProjections, 1, normed(first_logit), tokens - first_logit, &logits);
+    finish(kHead);
     if (m.logit_cap == 0) return;
-    const Share mine = share(tokens - first_logit, thread, threads);
-    for (int t = mine.start; t < mine.stop; ++t) fn.soft_cap(logits + (size_t)t * m.vocab, m.logit_cap, m.vocab);
+    const Share mine = share(m.vocab, thread, threads, kLanes);
+    for (int t = 0; t < tokens - first_logit; ++t)
+      fn.soft_cap(logits + (size_t)t * m.vocab + mine.start, m.logit_cap, mine.stop - mine.start);
   }
 };
 
@@ -330,9 +413,13 @@ size_t Workspace::lay_out(const Model& m, char* base) {
   place(cosines, m.ropes.size() * tokens * (m.head_dim / 2));
   place(sines, m.ropes.size() * tokens * (m.head_dim / 2));
   place(scores, (size_t)threads * kQueries * (capacity + kLanes));
-  const int widest = std::max({m.hidden, m.intermediate, m.heads * m.head_dim});
-  place(input, std::max(input_bytes(max_tokens, widest, Activations::int8),
-                        input_bytes(max_tokens, widest, Activations::exact)));
+  const auto input_of = [](int count, int cols) {
+    return std::max(input_bytes(count, cols, Activations::int8), input_bytes(count, cols, Activations::exact));
+  };
+  place(input, input_of(max_tokens, std::max({m.hidden, m.intermediate, m.heads * m.head_dim})));
+  single_input_bytes = input_of(1, std::max(m.hidden, m.intermediate));
+  place(single_inputs, (threads + 1) * single_input_bytes);
+  place(arrivals, threads);
   return offset;
 }
 
@@ -342,6 +429,7 @@ void step(const Model& model, const std::uint8_t* bits, Activations activations,
     Worker{model, bits, activations, rows, tokens, workspace, fn, thread, threads}.run(first_logit, logits);
   };
   if (workspace.threads == 1) return work(0, 1);  // libgomp would allocate a team of one
+  for (int thread = 0; thread < workspace.threads; ++thread) workspace.arrivals[thread].barriers = 0;
 #pragma omp parallel num_threads(workspace.threads)
   work(omp_get_thread_num(), omp_get_num_threads());
 }

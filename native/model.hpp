@@ -8,6 +8,7 @@
 // nor on the number of threads.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <vector>
@@ -92,26 +93,37 @@ class Cache {
   const Reserved memory_;
 };
 
-// Where the time of steps goes, in seconds.
-enum Part { kNorm, kPrepare, kQkv, kAttention, kAttentionOut, kGateUp, kActivation, kDownPart, kHead, kParts };
+// Where the time of steps goes: the first thread's, in seconds. It waits for the others at barriers, and then also calls
+// for memory that it needs next.
+enum Part { kNorm, kPrepare, kQkv, kAttention, kAttentionOut, kGateUp, kActivation, kDownPart, kHead, kWait, kParts };
 constexpr const char* kPartNames[kParts] = {"norm",    "quantise",   "qkv",  "attention", "o",
-                                            "gate_up", "activation", "down", "head"};
+                                            "gate_up", "activation", "down", "head",      "wait"};
+
+// How many barriers of a step a thread has reached, in a cache line of its own.
+struct alignas(64) Arrivals {
+  std::atomic<unsigned> barriers;
+};
 
 // Everything a step writes besides logits and caches; reused, so that steps allocate nothing.
 class Workspace {
  public:
   Workspace(const Model& model, int max_tokens, int capacity, int threads);
   const int max_tokens, capacity, threads;
-  float *residual, *normed;                                    // [max(max_tokens, threads)][hidden]
+  float *residual, *normed;                                   // [max(max_tokens, threads)][hidden]
   float *query, *key, *value, *attended, *gate, *up, *delta;  // [max_tokens][their width]
-  float *cosines, *sines;                                                        // [ropes][max_tokens][head_dim / 2]
-  float* scores;                                                                 // [threads][kQueries][capacity + 16]
-  char* input;                                                                   // of one Input
+  float *cosines, *sines;                                     // [ropes][max_tokens][head_dim / 2]
+  float* scores;                                              // [threads][kQueries][capacity + 16]
+  char* input;                                                // of one Input
+  Arrivals* arrivals;                                         // [threads]
+  // Memory of one token's Inputs: one of each thread, and one that they share.
+  char* single_input(int which) const { return single_inputs + which * single_input_bytes; }
   bool profile = false;
   double seconds[kParts] = {};
 
  private:
   size_t lay_out(const Model& model, char* base);
+  char* single_inputs;
+  size_t single_input_bytes;
   Reserved memory_;
 };
 

@@ -804,19 +804,30 @@ def test_shards_keep_to_the_limit_and_the_index_finds_every_tensor(limit: int, t
         assert filled > limit, "a shard was closed too early"
     if len(shards) == 1:
         assert list(shards) == ["model.safetensors"]
-        assert not (out / "model.safetensors.index.json").exists()
     else:
         count = len(shards)
         assert list(shards) == [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
-        index = json.loads((out / "model.safetensors.index.json").read_text())
-        assert index["metadata"] == {"total_size": sum(sizes.values())}
-        assert index["weight_map"] == {key: name for name, tensors in shards.items() for key in tensors}
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert index["metadata"] == {"total_size": sum(sizes.values())}
+    assert index["weight_map"] == {key: name for name, tensors in shards.items() for key in tensors}
     found = verify_checkpoint(out)
     for name, value in sample_items():
         if isinstance(value, NestedTensor):
             assert_same_nested(found.nested(name), value)
         else:
             assert_same_array(found.array(name), value)
+
+
+def test_one_shard_has_an_index_only_beside_slices(tmp_path: Path) -> None:
+    plain = write(tmp_path / "plain", [(UP, make_tensor(8, 12))], make_spec())
+    assert not (plain / "model.safetensors.index.json").exists()
+    single = write_sample(tmp_path / "single", shard_bytes=10**6)
+    before = open_checkpoint(single)
+    (single / "model.safetensors.index.json").unlink()  # as checkpoints were written at first
+    rehash(single)
+    found = open_checkpoint(single)
+    assert found.files == before.files
+    assert_same_nested(found.nested(UP), before.nested(UP))
 
 
 def test_a_shard_may_be_filled_exactly(tmp_path: Path) -> None:

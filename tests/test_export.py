@@ -142,7 +142,7 @@ def test_sizes_that_no_block_divides_are_told_from_numbers_that_do_not_fit() -> 
         codes=tensor.codes, scale=np.ones((1, 4), np.float32), zero=np.full((1, 4), 128, np.float32), rule="prefix"
     )
     assert fit(Container(name="B", bits=4, zero=MINIMUM, block=128), grouped, 4) == Misfit(
-        "groups of 64 are no multiples of 128 (B)"
+        "groups of 64 are no multiples of 128"
     )
 
 

@@ -30,6 +30,8 @@ LLAMA3 = {
 }
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
+# Two threads keep what they write, from q, k, v to the input of o and from gate, up to that of down; four the latter.
+WHOLE = {"num_attention_heads": 8, "head_dim": 32, "intermediate_size": 512, "hidden_size": 128}
 ODD = {"hidden_size": 36, "intermediate_size": 50, "num_attention_heads": 3, "num_key_value_heads": 1}
 # Windows are shorter than the 40 tokens of IDS.
 CONFIGS: dict[str, Callable[[], Any]] = {
@@ -38,6 +40,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         **SMALL, tie_word_embeddings=True, attention_bias=True, mlp_bias=True
     ),
     "llama, odd sizes": lambda: transformers.LlamaConfig(**{**SMALL, **ODD, "vocab_size": 301}),
+    "llama, whole shares": lambda: transformers.LlamaConfig(**{**SMALL, **WHOLE}, attention_bias=True, mlp_bias=True),
     "llama, llama3 rope": lambda: transformers.LlamaConfig(**SMALL, rope_parameters=LLAMA3),
     "llama, linear rope": lambda: transformers.LlamaConfig(**SMALL, rope_parameters=LINEAR),
     "llama, yarn rope": lambda: transformers.LlamaConfig(**SMALL, rope_parameters=YARN),
@@ -135,6 +138,19 @@ def test_a_prompt_read_at_once_equals_one_token_at_a_time(case: str, checkpoint_
     for activations in ("int8", "float"):
         engine = matquant.Engine(checkpoint_of(case), activations=activations, threads=1)
         np.testing.assert_array_equal(native_logits(engine, IDS, 3), one_by_one(engine, IDS, 3))
+
+
+@pytest.mark.parametrize("scope", ["all", "ffn", "attention"])
+@pytest.mark.parametrize("case", ["llama, whole shares", "llama, odd sizes", "gemma2, window"])
+@pytest.mark.parametrize("activations", ["int8", "float"])
+def test_one_token_at_a_time_is_the_same_for_any_number_of_threads(
+    activations: str, case: str, scope: str, checkpoint_of: Callable[..., Path]
+) -> None:
+    directory = checkpoint_of(case, scope=scope)
+    alone = one_by_one(matquant.Engine(directory, activations=activations, threads=1), IDS, 3)
+    for threads in (2, 3, 4):
+        engine = matquant.Engine(directory, activations=activations, threads=threads)
+        np.testing.assert_array_equal(one_by_one(engine, IDS, 3), alone)
 
 
 @pytest.mark.parametrize(
@@ -253,10 +269,8 @@ def test_sequences_decoded_together_give_what_each_gives_alone(count: int, check
     for ids in prompts:
         caches.append(_native.Cache(engine.model.native, 64, False))
         for position, token in enumerate(ids):
-            tokens, positions = np.array([token], np.int32), np.array([position], np.int32)
-            _native.step(*step, tokens, positions, caches[-1:], 1, logits[:0], workspace)
-    positions = np.array([len(ids) for ids in prompts], np.int32)
-    _native.step(*step, np.full(count, 7, np.int32), positions, caches, 0, logits, workspace)
+            _native.step(*step, [token], [position], caches[-1:], 1, logits[:0], workspace)
+    _native.step(*step, [7] * count, [len(ids) for ids in prompts], caches, 0, logits, workspace)
     np.testing.assert_array_equal(logits, np.stack(alone))
 
 
@@ -269,7 +283,8 @@ def test_the_profile_adds_up_to_the_time_of_the_step(checkpoint_of: Callable[...
     session.workspace.profile = True
     session.extend(IDS, engine.widths(8))
     parts = session.workspace.seconds()
-    assert set(parts) == {"norm", "quantise", "qkv", "attention", "o", "gate_up", "activation", "down", "head"}
+    assert set(parts) == {"norm", "quantise", "qkv", "attention", "o", "gate_up", "activation", "down", "head", "wait"}
+    assert parts.pop("wait") == 0  # a thread alone
     assert all(0 < seconds < 10 for seconds in parts.values())
 
 
@@ -279,8 +294,8 @@ def test_the_native_step_refuses_what_would_write_outside(checkpoint_of: Callabl
     logits = np.empty((2, 300), dtype=np.float32)
     good: dict[str, Any] = {
         "bits": np.full(15, 4, np.uint8),
-        "tokens": np.array([1, 2], np.int32),
-        "positions": np.array([0, 1], np.int32),
+        "tokens": [1, 2],
+        "positions": [0, 1],
         "caches": [cache],
         "first_logit": 0,
         "logits": logits,
@@ -288,10 +303,10 @@ def test_the_native_step_refuses_what_would_write_outside(checkpoint_of: Callabl
     bad: list[tuple[str, Any, str]] = [
         ("bits", np.full(15, 8, np.uint8), "a width is not held in memory"),
         ("bits", np.full(14, 4, np.uint8), "one width per matrix"),
-        ("tokens", np.array([1, 300], np.int32), "not in the vocabulary"),
-        ("tokens", np.array([1, -1], np.int32), "not in the vocabulary"),
-        ("tokens", np.array([1, 2, 3], np.int32), "more tokens than the workspace"),
-        ("positions", np.array([0, 16], np.int32), "beyond the cache"),
+        ("tokens", [1, 300], "not in the vocabulary"),
+        ("tokens", [1, -1], "not in the vocabulary"),
+        ("tokens", [1, 2, 3], "more tokens than the workspace"),
+        ("positions", [0, 16], "beyond the cache"),
         ("caches", [cache] * 3, "one cache for all or per token"),
         ("caches", [_native.Cache(native, 32, False)], "beyond the cache"),
         ("first_logit", 3, "the logits have the wrong shape"),

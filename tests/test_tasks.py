@@ -5,7 +5,6 @@ stand-in that counts what it is asked.
 """
 
 import json
-import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +20,7 @@ from matquant.errors import InputError
 from matquant.eval import run as runs
 from matquant.eval.run import evaluate_checkpoint
 from matquant.eval.tasks import TASKS, check_tasks, find_harness, open_tasks
+from matquant.export import export
 
 QUESTIONS = {
     "arc_easy": {"id": "a", "question": "q", "choices": {"text": ["x", "y"], "label": ["A", "B"]}, "answerKey": "B"},
@@ -258,11 +258,7 @@ def test_results_equal_the_harness_on_the_dense_slice(
     found = evaluate_checkpoint(out, bits=(4, 2), tasks=tasks, tasks_data=data / "zeroshot", limit=20)
     for bits in (4, 2):
         dense = tmp_path / f"dense{bits}"
-        sliced = matquant.load(out, bits, kernels="none")
-        type(sliced).save_pretrained(sliced, dense)
-        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model"):
-            if (model / name).exists():
-                shutil.copy(model / name, dense)
+        export(out, dense, to="dense", bits=bits)
         expected = by_hand(dense, tasks, data / "zeroshot", 20, tmp_path)
         for task in tasks:
             metrics = {name.removesuffix(",none"): value for name, value in expected[task].items() if "," in name}

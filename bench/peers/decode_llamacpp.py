@@ -17,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import gguf  # type: ignore[import-not-found]
+import gguf
 import llama_cpp  # type: ignore[import-not-found]
 import numpy as np
 from llama_gguf import finish_gguf, start_gguf  # type: ignore[import-not-found]

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-import gguf  # type: ignore[import-not-found]
+import gguf
 
 
 def start_gguf(file: Path, config: dict[str, Any]) -> gguf.GGUFWriter:

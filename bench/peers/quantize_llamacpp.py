@@ -10,7 +10,7 @@ import sys
 import time
 from importlib.metadata import version
 
-import gguf  # type: ignore[import-not-found]
+import gguf
 import llama_cpp  # type: ignore[import-not-found]
 
 FILE_TYPES = {"Q8_0": "MOSTLY_Q8_0", "Q4_K": "MOSTLY_Q4_K_S", "Q2_K": "MOSTLY_Q2_K"}

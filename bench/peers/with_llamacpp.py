@@ -17,7 +17,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import gguf  # type: ignore[import-not-found]
+import gguf
 import numpy as np
 from llama_gguf import finish_gguf, start_gguf  # type: ignore[import-not-found]
 from safetensors.numpy import load_file, save_file

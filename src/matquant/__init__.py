@@ -1,7 +1,7 @@
 """matquant: one int8 checkpoint that is a good int4 and int2 model too (Matryoshka Quantization).
 
-The base package needs no torch. ``load``, ``quantize`` and ``evaluate`` come with the extra ``train``; these and
-``Engine`` are imported when first used.
+The base package needs no torch. ``load``, ``MatQuantConfig``, ``quantize`` and ``evaluate`` come with the extra
+``train``; these and ``Engine`` are imported when first used.
 """
 
 import importlib
@@ -15,6 +15,7 @@ from matquant.tensor import NestedTensor
 
 if TYPE_CHECKING:
     from matquant.eval.likelihood import evaluate
+    from matquant.integrations.quantizer import MatQuantConfig
     from matquant.integrations.transformers import load
     from matquant.runtime.engine import Engine
     from matquant.train import quantize
@@ -24,6 +25,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Engine",
     "InputError",
+    "MatQuantConfig",
     "NestedTensor",
     "Plan",
     "Spec",
@@ -38,6 +40,7 @@ __all__ = [
 
 _ON_DEMAND = {
     "Engine": "matquant.runtime.engine",
+    "MatQuantConfig": "matquant.integrations.quantizer",
     "evaluate": "matquant.eval.likelihood",
     "load": "matquant.integrations.transformers",
     "quantize": "matquant.train",

@@ -63,6 +63,8 @@ class Cache:
 
 class Workspace:
     profile: bool
+    @property
+    def logits(self) -> NDArray[np.float32]: ...
     def __init__(self, model: Model, max_tokens: int, capacity: int, threads: int) -> None: ...
     def seconds(self) -> dict[str, float]: ...
 
@@ -70,11 +72,11 @@ def step(
     model: Model,
     bits: NDArray[np.uint8],
     exact: bool,
-    tokens: NDArray[np.int32],
-    positions: NDArray[np.int32],
+    tokens: list[int],
+    positions: list[int],
     caches: list[Cache],
     first_logit: int,
-    logits: NDArray[np.float32],
+    logits: NDArray[np.float32] | None,
     workspace: Workspace,
 ) -> None: ...
 

@@ -176,19 +176,23 @@ def _write_tensors(directory: Path, items: Iterable[Item], *, spec: Spec, shard_
     flush()
     if slices:
         save_file(slices, directory / SLICES)
-    _name_shards(directory, shards, total)
+    _name_shards(directory, shards, total, index=bool(slices))
 
 
-def _name_shards(directory: Path, shards: list[list[str]], total: int) -> None:
-    if len(shards) == 1:
-        (directory / "shard-00000").rename(directory / "model.safetensors")
-        return
-    names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+def _name_shards(directory: Path, shards: list[list[str]], total: int, *, index: bool) -> None:
+    """Give the shards their names; an index lists them if there are several, or if asked for.
+
+    It is asked for beside slices: where there is none, vLLM takes every safetensors file for a part of the model.
+    """
+    names = ["model.safetensors"]
+    if len(shards) > 1:
+        names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
     for number, name in enumerate(names):
         (directory / f"shard-{number:05d}").rename(directory / name)
-    weight_map = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (directory / "model.safetensors.index.json").write_bytes(json_bytes(index))
+    if index or len(shards) > 1:
+        weight_map = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
+        content = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (directory / "model.safetensors.index.json").write_bytes(json_bytes(content))
 
 
 def write_manifest(directory: Path, spec: Spec) -> None:

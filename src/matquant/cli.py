@@ -393,7 +393,8 @@ def export(
         str, Option(help="exact, or centre: move zeros to the middle of the codes, for formats without others.")
     ] = "exact",
     dtype: Annotated[
-        str | None, Option(help="Dense weights: float32, bfloat16 or float16.", show_default="the model's")
+        str | None,
+        Option(help="Dense weights (mlx: scales too): float32, bfloat16 or float16.", show_default="the model's"),
     ] = None,
     base_model: Annotated[str | None, Option(metavar="ID", help="Hub id of the float model, for the card.")] = None,
     measured: Annotated[

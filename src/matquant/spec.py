@@ -150,6 +150,15 @@ class Plan:
         for width in (*(() if self.default is None else (self.default,)), *self.bits.values()):
             check_bits(width)
 
+    @classmethod
+    def over(cls, bits: int, plan: "Mapping[str, int] | Plan | Path | str | None") -> "Plan":
+        """What users ask for: ``bits``, or a plan {path: bits} over them; a Plan or the file of one says it all."""
+        if isinstance(plan, Plan):
+            return plan
+        if isinstance(plan, (Path, str)):
+            return cls.read(plan)
+        return cls(default=bits, bits=dict(plan or {}))
+
     def resolve(self, paths: Iterable[str]) -> dict[str, int]:
         """The width of every path; InputError if the plan names a path the model does not have, or misses one."""
         known = list(paths)

@@ -3,6 +3,7 @@
 One exporter a file; EXPORTERS names them. Nothing here needs torch.
 """
 
+import dataclasses
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 from matquant.checkpoint import Checkpoint, open_checkpoint
 from matquant.errors import InputError
-from matquant.export import compressed_tensors, dense, gguf, nested
+from matquant.export import compressed_tensors, dense, gguf, gptq, mlx, nested
 from matquant.export.card import RECORD
 from matquant.export.containers import CENTRE, EXACT, ZEROS, Container
 from matquant.export.job import Exporter, Job
@@ -20,7 +21,10 @@ from matquant.spec import Plan
 
 EXPORTERS: dict[str, Exporter] = {
     "gguf": gguf.EXPORTER,
+    "mlx": mlx.EXPORTER,
     "compressed-tensors": compressed_tensors.EXPORTER,
+    "gptq": gptq.V1,
+    "gptq_v2": gptq.V2,
     "dense": dense.EXPORTER,
     "matquant": nested.EXPORTER,
 }
@@ -49,8 +53,9 @@ def export(
     The weights the engine computes with are those of the slice, after one rounding of scales (and minima) to the
     format's type; weights no block of the format can hold for their size stay dense, with a notice. zeros=CENTRE
     moves zeros to the middle of the codes first, for formats that hold no others. dtype: of dense weights, None: the
-    model's. measured: a record of ``matquant eval --json`` for the model card. Returns {"out", "bytes", "seconds",
-    "bits_per_weight", "containers": {name: weights}}. InputError, and nothing written, where a slice does not fit.
+    model's; to mlx of scales and biases too, None: float32. measured: a record of ``matquant eval --json`` for the
+    model card. Returns {"out", "bytes", "seconds", "bits_per_weight", "containers": {name: weights}}. InputError, and
+    nothing written, where a slice does not fit.
     """
     began = time.perf_counter()
     target, checkpoint = Path(out).resolve(), open_checkpoint(directory)
@@ -108,6 +113,8 @@ def make_job(
         )
     model = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float32"
     kept = DTYPES.get(dtype or "") or exporter.dense or DTYPES.get(str(model), "F32")
+    if exporter.typed and dtype is not None:
+        exporter = _with_scales(exporter, kept)
     chosen = {path: exporter.container(checkpoint, path, bits, zeros) for path, bits in plan.items()}
     refused = {path: found for path, found in chosen.items() if isinstance(found, list)}
     if refused:
@@ -122,7 +129,7 @@ def make_job(
     containers: dict[str, Container | None] = {
         path: found for path, found in chosen.items() if not isinstance(found, list)
     }
-    return Job(
+    job = Job(
         checkpoint=checkpoint,
         exporter=exporter,
         plan=plan,
@@ -132,6 +139,17 @@ def make_job(
         asked=DTYPES.get(dtype or ""),
         about={"format": to, **(about or {})},
     )
+    exporter.check_plan(job)
+    return job
+
+
+def _with_scales(exporter: Exporter, dtype: str) -> Exporter:
+    """The same exporter with scales of ``dtype``."""
+
+    def containers(checkpoint: Checkpoint, path: str) -> list[Container]:
+        return [dataclasses.replace(found, scale=dtype) for found in exporter.containers(checkpoint, path)]
+
+    return dataclasses.replace(exporter, containers=containers)
 
 
 def alternatives(checkpoint: Checkpoint, to: str, path: str, bits: int) -> str:
@@ -139,9 +157,8 @@ def alternatives(checkpoint: Checkpoint, to: str, path: str, bits: int) -> str:
     exporter, sliced = EXPORTERS[to], [width for width in range(MASTER_BITS, 1, -1) if width != bits]
     nearest = sorted(sliced, key=lambda width: (abs(width - bits), -width))
     widths = [width for width in nearest if _holds(checkpoint, exporter, path, width)]
-    formats = [
-        name for name in EXPORTERS if _reads(name, checkpoint) and _holds(checkpoint, EXPORTERS[name], path, bits)
-    ]
+    formats = [name for name, found in EXPORTERS.items() if _reads(found, checkpoint)]
+    formats = [name for name in formats if _holds(checkpoint, EXPORTERS[name], path, bits)]
     centre = checkpoint.spec.symmetric and _holds(checkpoint, exporter, path, bits, zeros=CENTRE)
     return "give " + ", or ".join(
         [
@@ -159,19 +176,16 @@ def _holds(checkpoint: Checkpoint, exporter: Exporter, path: str, bits: int, *, 
 def _exporter(to: str, checkpoint: Checkpoint) -> Exporter:
     if to not in EXPORTERS:
         raise InputError(f"--to {to!r} is not a format; give {', '.join(EXPORTERS)}")
-    if not _reads(to, checkpoint):
-        family, families = checkpoint.config.get("model_type"), EXPORTERS[to].families or ()
+    found, family = EXPORTERS[to], checkpoint.config.get("model_type")
+    if not _reads(found, checkpoint):
         every = [name for name, exporter in EXPORTERS.items() if exporter.families is None]
-        raise InputError(
-            f"--to {to} asked of a {family} model, it works for {', '.join(families)}; give --to {' or '.join(every)}"
-        )
-    return EXPORTERS[to]
+        works = ", ".join(found.families or ())
+        raise InputError(f"--to {to} asked of a {family} model, it works for {works}; give --to {' or '.join(every)}")
+    return found
 
 
-def _reads(to: str, checkpoint: Checkpoint) -> bool:
-    """Whether a format has the checkpoint's family."""
-    families = EXPORTERS[to].families
-    return families is None or checkpoint.config.get("model_type") in families
+def _reads(exporter: Exporter, checkpoint: Checkpoint) -> bool:
+    return exporter.families is None or checkpoint.config.get("model_type") in exporter.families
 
 
 def _check_target(target: Path, exporter: Exporter, *, overwrite: bool) -> None:

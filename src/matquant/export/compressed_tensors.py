@@ -4,7 +4,7 @@ Source: compressed-tensors 0.20 (pack_to_int32): integers of n bits plus 2^(n-1)
 zero points packed the same way along out features. One config group for each container in use.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,15 +19,10 @@ from matquant.packing import pack, words
 
 
 def containers(checkpoint: Checkpoint, path: str) -> list[Container]:
-    """1 to 8 bits with the zero in the middle, and with integer zeros if the checkpoint is asymmetric."""
-    spec = checkpoint.spec
-    kinds = (FIXED,) if spec.symmetric else (FIXED, INTEGER)
+    """1 to 8 bits, with the zero in the middle, or with integer zeros if the checkpoint is asymmetric."""
+    name, zero = ("int", FIXED) if checkpoint.spec.symmetric else ("uint", INTEGER)
     scale = checkpoint.stored_dtype(f"{path}.weight_scale")
-    return [
-        Container(name=f"int{bits}" if kind == FIXED else f"uint{bits}", bits=bits, zero=kind, scale=scale)
-        for bits in range(1, 9)
-        for kind in kinds
-    ]
+    return [Container(name=f"{name}{bits}", bits=bits, zero=zero, scale=scale) for bits in range(1, 9)]
 
 
 def slots(path: str, container: Container, shape: tuple[int, int], groups: int) -> tuple[Slot, ...]:
@@ -55,24 +50,42 @@ def tensors(container: Container, encoded: Encoded) -> Sequence[np.ndarray]:
     return found
 
 
+def check(job: Job) -> None:
+    """InputError for containers that transformers does not read together."""
+    kinds = {path: kind for path, kind in job.chosen.items() if kind is not None}
+    names = ", ".join(kind.name for kind in _by_width(kinds.values()))
+    if _asymmetric(job) and len(set(kinds.values())) > 1:
+        raise InputError(
+            f"--to compressed-tensors asked of {names} together, transformers reads zero points only where all linears "
+            "have one type; use one width, or --to mlx or dense"
+        )
+    experts = {kind for path, kind in kinds.items() if ".experts." in path}
+    if len(experts) > 1:
+        raise InputError(
+            f"--to compressed-tensors asked of experts in {', '.join(kind.name for kind in _by_width(experts))}, "
+            "transformers fuses them and reads one type for all; use one width for all experts, or --to dense"
+        )
+
+
 def config(job: Job) -> dict[str, Any]:
     """config.json with one config group for every container in use."""
     checkpoint, chosen = job.checkpoint, {path: kind for path, kind in job.chosen.items() if kind is not None}
-    kinds = sorted(set(chosen.values()), key=lambda container: (-container.bits, container.name))
-    asymmetric = any(container.zero == INTEGER for container in kinds)
-    if asymmetric and len(kinds) > 1:
-        raise InputError(
-            f"--to compressed-tensors asked of {', '.join(kind.name for kind in kinds)} together, transformers reads "
-            "zero points only where all linears have one type; use one width, or --to mlx or dense"
-        )
     groups = {
         (kind.bits, kind.zero == FIXED): [path for path, container in chosen.items() if container == kind]
-        for kind in kinds
+        for kind in _by_width(chosen.values())
     }
     quantization = stock_config(groups, group_size=checkpoint.spec.group_size, ignore=checkpoint.ignore)
-    if asymmetric:
+    if _asymmetric(job):
         quantization["dequantize"] = True  # without it transformers 5.23 mis-shapes packed zero points
     return {**checkpoint.config, "quantization_config": quantization}
+
+
+def _by_width(kinds: Iterable[Container]) -> list[Container]:
+    return sorted(set(kinds), key=lambda container: (-container.bits, container.name))
+
+
+def _asymmetric(job: Job) -> bool:
+    return not job.checkpoint.spec.symmetric
 
 
 EXPORTER = Exporter(
@@ -80,5 +93,6 @@ EXPORTER = Exporter(
     containers=containers,
     slots=slots,
     tensors=tensors,
+    check_plan=check,
     write=lambda job, folder, report: write_directory(job, folder, config(job), report),
 )

@@ -13,7 +13,7 @@ rounded but d and m, once, to the type the format stores them in. What does not 
 N out features, K in features, G groups (K / G neighbouring in features of a row share a scale).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,6 +89,11 @@ class Misfit:
     small: bool = False
 
 
+def largest_block(sizes: Sequence[int], group: int) -> int:
+    """The first of ``sizes``, largest first, of which a group of in features is made; the last if none fits."""
+    return next((size for size in sizes if group % size == 0), sizes[-1])
+
+
 def levels(bits: int, rule: str) -> int:
     """How many codes a slice has: 2^r, or 2^r + 1 under rule ``extra`` below 8 bits."""
     return int(2**bits) + (rule == "extra" and bits < MASTER_BITS)
@@ -107,7 +112,7 @@ def fit(container: Container, tensor: NestedTensor, bits: int, *, zeros: str = E
     if rows % container.rows:
         return Misfit(f"out_features={rows} is no multiple of {container.rows} ({container.name})", blocked=True)
     if group % container.block:
-        return Misfit(f"groups of {group} are no multiples of {container.block} ({container.name})")
+        return Misfit(f"groups of {group} are no multiples of {container.block}")
     return found
 
 

@@ -11,9 +11,12 @@ from matquant.export.stream import Report, write_shards
 from matquant.files import json_bytes
 
 
-def write_directory(job: Job, folder: Path, config: Mapping[str, Any], report: Report) -> None:
-    """Fill ``folder`` with the tensors of ``job``, ``config``, tokenizer files, a record and a model card."""
-    write_shards(folder, job.parts(), report=report)
+def write_directory(job: Job, folder: Path, config: Mapping[str, Any], report: Report, *, index: bool = False) -> None:
+    """Fill ``folder`` with the tensors of ``job``, ``config``, tokenizer files, a record and a model card.
+
+    index: list the tensors even of a single shard.
+    """
+    write_shards(folder, job.parts(), report=report, index=index)
     (folder / "config.json").write_bytes(json_bytes(config))
     for name, content in side_files(job.checkpoint.directory).items():
         (folder / name).write_bytes(content)

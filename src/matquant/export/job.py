@@ -25,7 +25,9 @@ class Exporter:
     arrays. families: model types of config.json that work, None: all. name: what a tensor or path is called there.
     rows: the order of a weight's out features there, None: as here. plain: a tensor that is not quantised. dense: dtype
     of the weights no container can hold, None: the model's.
-    check: InputError if the engine would compute another model than the checkpoint, else what users should know.
+    typed: a dtype that is asked for is that of scales too. check_plan: InputError for containers that do not go
+    together. check: InputError if the engine would compute another model than the checkpoint, else what users should
+    know.
     """
 
     engines: str
@@ -41,6 +43,8 @@ class Exporter:
     rows: Callable[[Checkpoint, str], np.ndarray | None] = lambda checkpoint, path: None
     plain: "Callable[[Job, str], Part]" = lambda job, name: as_stored(job.checkpoint, name)
     dense: str | None = None
+    typed: bool = False
+    check_plan: "Callable[[Job], None]" = lambda job: None
     check: Callable[[Checkpoint], Sequence[str]] = lambda checkpoint: ()
 
     def container(self, checkpoint: Checkpoint, path: str, bits: int, zeros: str) -> Container | list[Misfit] | None:

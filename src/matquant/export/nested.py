@@ -52,7 +52,7 @@ def write(job: Job, folder: Path, report: Report) -> None:
     left = tuple(bits for bits in checkpoint.spec.slices if bits <= widest)
     spec = replace(checkpoint.spec, format=1 if stored == MASTER_BITS else 2, slices=left, stored_bits=stored)
     config = {**checkpoint.config, "quantization_config": quantization_config(spec, checkpoint.ignore)}
-    write_directory(job, folder, config, report)
+    write_directory(job, folder, config, report, index=bool(left))
     if left:
         parts = [as_stored(checkpoint, f"{path}.{bits}.{what}") for path in kept for bits in left for what in AFFINE]
         write_safetensors(folder / SLICES, parts, report=report, metadata=None)

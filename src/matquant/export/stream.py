@@ -66,21 +66,23 @@ def made(parts: Iterable[Part]) -> Iterator[tuple[Part, Sequence[np.ndarray]]]:
             yield first, arrays.result()
 
 
-def write_shards(directory: Path, parts: Sequence[Part], *, report: Report, shard_bytes: int = SHARD_BYTES) -> None:
-    """Write all parts as model.safetensors in ``directory``, or as shards with their index."""
+def write_shards(
+    directory: Path, parts: Sequence[Part], *, report: Report, index: bool = False, shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Write all parts as model.safetensors in ``directory``, or as shards. index: list even a single one."""
     shards: list[list[Part]] = [[]]
     for part in parts:
         if shards[-1] and sum(p.bytes for p in shards[-1]) + part.bytes > shard_bytes:
             shards.append([])
         shards[-1].append(part)
-    if len(shards) == 1:
-        names = ["model.safetensors"]
-    else:
+    names = ["model.safetensors"]
+    if len(shards) > 1:
         names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    if index or len(shards) > 1:
         places = zip(names, shards, strict=True)
         weight_map = {slot.name: name for name, shard in places for part in shard for slot in part.slots}
-        index = {"metadata": {"total_size": sum(part.bytes for part in parts)}, "weight_map": weight_map}
-        (directory / "model.safetensors.index.json").write_bytes(json_bytes(index))
+        content = {"metadata": {"total_size": sum(part.bytes for part in parts)}, "weight_map": weight_map}
+        (directory / "model.safetensors.index.json").write_bytes(json_bytes(content))
     for name, shard in zip(names, shards, strict=True):
         write_safetensors(directory / name, shard, report=report)
 

@@ -53,7 +53,7 @@ class NestedLM(HFLM):  # type: ignore[misc]
             device = "cpu"  # as the harness's own models: its command line asks for cuda:0 unless told otherwise
         model = load(
             pretrained,
-            plan=Plan.read(plan) if plan is not None else Plan(default=bits),
+            plan=Plan.over(bits, plan),
             dtype=DTYPES[dtype],
             device=device,
             kernels=kernels,

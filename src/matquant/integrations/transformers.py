@@ -144,9 +144,7 @@ def _set_bits(
     plan: Mapping[str, int] | Plan | None = None,
 ) -> None:
     """Switch the model in place to ``bits``, or to a plan over it. Only weights whose width changes are touched."""
-    if not isinstance(plan, Plan):
-        plan = Plan(default=bits, bits=dict(plan or {}))
-    wanted = plan.resolve(paths)
+    wanted = Plan.over(bits, plan).resolve(paths)
     serve({path: width for path, width in wanted.items() if model.bits_by_path.get(path) != width})
     model.bits_by_path = wanted
 

@@ -22,7 +22,7 @@ from matquant.runtime.engine import Engine
 STREAM_BYTES = 256 * 2**20  # far above any cache
 CACHED_BYTES = 64 * 10**6  # below this a model's weights may stay in the last-level cache
 UNDISTURBED = 0.97
-LINEARS = ("qkv", "o", "gate_up", "down", "head")
+LINEARS = ("qkv", "o", "gate_up", "down", "head", "wait")  # threads wait for the longest share of these
 
 
 @dataclass(frozen=True, kw_only=True)

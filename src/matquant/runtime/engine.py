@@ -195,17 +195,14 @@ class Session:
         self.engine = engine
         self.capacity = capacity
         self.ids: list[int] = []
-        native, vocab = engine.model.native, engine.model.architecture.vocab
+        native = engine.model.native
         try:
             self._cache = _native.Cache(native, capacity, engine.exact)
             self.workspace = _native.Workspace(native, CHUNK, capacity, engine.threads)
         except MemoryError:
             raise InputError(f"no memory for a sequence of {capacity} tokens; ask for fewer") from None
         self._caches = [self._cache]
-        self._tokens = np.zeros(CHUNK, dtype=np.int32)
-        self._positions = np.zeros(CHUNK, dtype=np.int32)
-        self._logits = np.zeros((1, vocab), dtype=np.float32)
-        self._single = self._tokens[:1], self._positions[:1]
+        self._logits = self.workspace.logits
 
     def extend(self, ids: Sequence[int], widths: np.ndarray, *, all_logits: bool = False) -> np.ndarray:
         """Append tokens and return the logits after the last one, float32 [vocab], or after each, [tokens, vocab].
@@ -214,29 +211,25 @@ class Session:
         """
         if len(self.ids) + len(ids) > self.capacity:
             raise InputError(f"{len(self.ids) + len(ids)} tokens in a sequence of {self.capacity}; start a longer one")
-        every = np.empty((len(ids), self._logits.shape[1]), dtype=np.float32) if all_logits else None
+        every = np.empty((len(ids), len(self._logits)), dtype=np.float32) if all_logits else None
         for start in range(0, len(ids), CHUNK):
-            chunk = ids[start : start + CHUNK]
+            chunk = list(ids[start : start + CHUNK])
             count, held = len(chunk), len(self.ids)
-            tokens, positions = self._single if count == 1 else (self._tokens[:count], self._positions[:count])
-            tokens[:] = chunk
-            positions[:] = range(held, held + count)
             is_last = start + count == len(ids)
             first = 0 if every is not None else count - 1 if is_last else count
-            logits = self._logits if every is None else every[start : start + count]
             _native.step(
                 self.engine.model.native,
                 widths,
                 self.engine.exact,
-                tokens,
-                positions,
+                chunk,
+                list(range(held, held + count)),
                 self._caches,
                 first,
-                logits,
+                None if every is None else every[start : start + count],
                 self.workspace,
             )
             self.ids += chunk
-        return self._logits[0] if every is None else every
+        return self._logits if every is None else every
 
     def rewind(self, length: int) -> None:
         """Forget the tokens from ``length`` on."""

@@ -16,7 +16,7 @@ SCOPES = ("ffn", "attention", "all")
 def select_linears(model: Model, scope: str, *, exclude: Sequence[str] = ()) -> Mapping[str, View]:
     """Path -> View of the linears in ``scope`` whose path no pattern of ``exclude`` is found in.
 
-    InputError if there are none, or a pattern is not a regular expression.
+    InputError if there are none, a pattern is not a regular expression, or it would split a fused parameter.
     """
     if scope not in SCOPES:
         raise InputError(f"scope={scope!r} is not known; use one of {', '.join(SCOPES)}")
@@ -29,6 +29,13 @@ def select_linears(model: Model, scope: str, *, exclude: Sequence[str] = ()) -> 
             chosen = {path: view for path, view in chosen.items() if not re.search(pattern, path)}
         except re.error as error:
             raise InputError(f"--exclude {pattern!r} is not a regular expression ({error}); escape it") from None
+    split = {views[path].parameter for path in views.keys() - chosen} & {view.parameter for view in chosen.values()}
+    if split:
+        path = next(path for path in views if path not in chosen and views[path].parameter in split)
+        raise InputError(
+            f"--exclude takes {path} out of {views[path].parameter}, which transformers reads as one; "
+            "exclude all of it or none"
+        )
     if not chosen:
         raise InputError(
             f"{type(model).__name__} has no linear in scope {scope!r} "

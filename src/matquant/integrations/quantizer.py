@@ -1,0 +1,174 @@
+"""One width of a nested checkpoint through transformers' own ``from_pretrained``:
+
+    AutoModelForCausalLM.from_pretrained(directory, quantization_config=matquant.MatQuantConfig(bits=4))
+
+While transformers loads the shards, every quantised weight is sliced and made dense in the dtype and on the device of
+the model, one at a time; what comes out is an ordinary float model with the numbers of ``matquant.load(directory,
+bits=4, kernels="none")``, bit for bit. It has no ``quantization_config`` any more: it can be trained, and
+``save_pretrained`` writes that slice as an ordinary float checkpoint. Importing this module registers the class with
+transformers, which knows nothing of other packages; ``matquant.MatQuantConfig`` imports it.
+
+The config.json of a nested checkpoint says compressed-tensors, so that it is an int8 model to everyone else, and
+transformers refuses a configuration of another class than the stored one. Its one exception,
+``quantizers.auto.LOADING_ATTRIBUTES_CONFIG_TYPES``, needs the class names to be equal and warns that the stored
+configuration will be used. So ``merge_quantization_configs``, the function that refuses, is replaced by one that first
+asks whether the configuration given is ours: the only thing here that transformers does not offer to others.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from transformers.core_model_loading import (
+    ConversionOps,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
+from transformers.quantizers import HfQuantizer, register_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, AutoHfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from matquant.checkpoint import Checkpoint, open_checkpoint
+from matquant.errors import InputError
+from matquant.integrations.words import read_words
+from matquant.models import Model
+from matquant.nest import MASTER_BITS
+from matquant.spec import Plan
+
+METHOD = "matquant"
+STORED = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point")  # all are taken, two are used
+
+Tensors = dict[str, list[torch.Tensor]]  # by pattern, in the order of their names in the checkpoint
+
+
+class MatQuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """Read a nested checkpoint at ``bits`` bits, or at a plan {path: bits} over them; ``plan`` may be a plan file.
+
+    check_hashes: compare every file with the manifest first. Raises InputError for widths outside 1..8 and bad plan
+    files; ``from_pretrained`` raises it for directories that are no nested checkpoint and plans that do not fit.
+    """
+
+    quant_method = METHOD
+    dequantize = True  # transformers' word for: dense once it is loaded, and without this configuration from then on
+
+    def __init__(
+        self,
+        bits: int = MASTER_BITS,
+        *,
+        plan: Mapping[str, int] | Plan | Path | str | None = None,
+        check_hashes: bool = True,
+    ) -> None:
+        asked = Plan.over(bits, plan)
+        self.bits, self.plan = asked.default, dict(asked.bits)
+        self.check_hashes = check_hashes
+
+
+class MatQuantQuantizer(HfQuantizer):  # type: ignore[misc]
+    """What transformers asks while it loads a model, in this order.
+
+    checkpoint, bits: what is read, and the width of every path. paths: (parameter, pattern) -> the quantised weights
+    that are loaded into it, in transformers' order; the pattern is that of its conversion, "weight" without one.
+    conversions: those of the model's class.
+    """
+
+    serialized_names = {"weight": list(STORED)}  # noqa: RUF012 (transformers' own shape)
+    is_trainable = True
+    checkpoint: Checkpoint
+    bits: Mapping[str, int]
+    paths: dict[tuple[str, str], list[str]]
+    conversions: list[Any]
+
+    def is_serializable(self) -> bool:
+        return True
+
+    def get_load_operations(self) -> dict[str, type]:
+        return {"dequantize": _Slice}
+
+    def _process_model_before_weight_loading(self, model: Model, **_: Any) -> None:
+        """Open the checkpoint: an InputError raised while weights are loaded would be hidden by transformers."""
+        config, directory = self.quantization_config, model.config.name_or_path
+        if getattr(model.config, "distributed_config", None) is not None:
+            raise InputError(
+                f"{directory} asked for in parts on several devices, but its codes are sliced whole; "
+                "leave tp_plan and distributed_config out, or load, save_pretrained, and load that in parts"
+            )
+        self.checkpoint = open_checkpoint(directory, check_hashes=config.check_hashes)
+        self.bits = Plan(default=config.bits, bits=config.plan).resolve(self.checkpoint.shapes)
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Model) -> list[Any]:
+        """Find out where each weight will go, by transformers' own renaming, and have ``_Slice`` run on the way."""
+        self.conversions = weight_conversions
+        self.paths = {}
+        renamings = [entry for entry in weight_conversions if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in weight_conversions if isinstance(entry, WeightConverter)]
+        known = model.state_dict()
+        for path in sorted(self.checkpoint.shapes, key=dot_natural_key):
+            name, pattern = rename_source_key(f"{path}.weight", renamings, converters, model.base_model_prefix, known)
+            if name not in known:
+                raise InputError(
+                    f"{self.checkpoint.directory} quantises {path}, which {type(model).__name__} does not have; "
+                    "load it as the class that it was made from"
+                )
+            self.paths.setdefault((name, pattern or "weight"), []).append(path)
+        return list(super().update_weight_conversions(weight_conversions, model))
+
+    def _process_model_after_weight_loading(self, model: Model, **_: Any) -> Model:
+        """Leave what a model that was never quantised has: transformers saves by the conversions it loaded with."""
+        model._weight_conversions = [entry for entry in self.conversions if entry.was_used()]
+        return model
+
+
+class _Slice(ConversionOps):  # type: ignore[misc]
+    """From the stored tensors of one parameter to its weights [N, K]: the first step of transformers' conversion."""
+
+    def __init__(self, hf_quantizer: MatQuantQuantizer) -> None:
+        self.hf_quantizer = hf_quantizer
+
+    def __deepcopy__(self, memo: Any) -> Self:
+        return self  # transformers copies the operations for every parameter
+
+    def convert(
+        self,
+        input_dict: Tensors,
+        source_patterns: list[str],
+        target_patterns: list[str],
+        *,
+        full_layer_name: str,
+        model: Model,
+        **_: Any,
+    ) -> dict[str, Any]:
+        """Tensors by pattern, such as "experts.*.up_proj.weight_packed" -> weights by "experts.*.up_proj.weight"."""
+        quantizer, dtype = self.hf_quantizer, model.get_parameter(full_layer_name).dtype
+        found = {}
+        for pattern in (pattern for pattern in source_patterns if pattern.endswith("weight")):
+            paths = quantizer.paths.get((full_layer_name, pattern))
+            weights = input_dict.get(pattern, [])
+            if paths is not None:
+                packed = zip(paths, input_dict[f"{pattern}_packed"], strict=True)
+                weights = [
+                    read_words(quantizer.checkpoint, path, words, quantizer.bits[path]) for path, words in packed
+                ]
+            found[pattern] = [weight.to(dtype) for weight in weights]
+        # without a conversion of the class's own, transformers goes by the whole name
+        return {full_layer_name: found["weight"][0]} if source_patterns[0] == "weight" else found
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        """Never asked for: the conversions that a loaded model keeps are those of ``update_weight_conversions``."""
+        raise NotImplementedError
+
+
+_merge = AutoHfQuantizer.merge_quantization_configs
+
+
+def _merge_ours(stored: Any, given: Any) -> Any:
+    """transformers' own, but a MatQuantConfig that the user gives takes the place of the stored configuration."""
+    return given if getattr(given, "quant_method", None) == METHOD else _merge(stored, given)
+
+
+AutoHfQuantizer.merge_quantization_configs = staticmethod(_merge_ours)
+if METHOD not in AUTO_QUANTIZER_MAPPING:  # importlib.reload; transformers refuses a second one
+    register_quantizer(METHOD)(MatQuantQuantizer)

@@ -1,0 +1,139 @@
+"""compressed-tensors in stock transformers: the weights it computes with are the slice, bit for bit."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import matquant
+from exports import nested_checkpoint
+from matquant.checkpoint import Checkpoint, open_checkpoint
+from matquant.errors import InputError
+from matquant.export import export
+from matquant.export.containers import CENTRE, EXACT, read_affine
+from matquant.grid import decode
+from matquant.models import linear_views
+from matquant.nest import slice_codes
+from matquant.spec import Plan
+
+TOKENS = torch.arange(3, 13)[None]
+FAMILIES = ("llama", "qwen2", "gemma2", "phi3", "opt", "gpt_neox", "qwen3_moe")
+
+
+def seen(directory: Path) -> dict[str, np.ndarray]:
+    """The weights of all linears, by path, as transformers has them after a forward pass."""
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    with torch.no_grad():
+        model(TOKENS)
+    parameters = dict(model.named_parameters())
+    config = AutoConfig.from_pretrained(directory)
+    del config.quantization_config
+    views = linear_views(AutoModelForCausalLM.from_config(config))
+    return {path: view.of(parameters[view.parameter].detach()).numpy() for path, view in views.items()}
+
+
+def expected(checkpoint: Checkpoint, path: str, bits: int, zeros: str) -> np.ndarray:
+    tensor = checkpoint.nested(path)
+    codes = slice_codes(tensor.codes, bits, rule=tensor.rule)
+    found: np.ndarray = decode(codes, *read_affine(tensor, bits, zeros=zeros))
+    return found
+
+
+def assert_seen(source: Path, out: Path, plan: Mapping[str, int], zeros: str = EXACT) -> None:
+    checkpoint, found = open_checkpoint(source), seen(out)
+    for path, bits in plan.items():
+        np.testing.assert_array_equal(found[path], expected(checkpoint, path, bits, zeros), err_msg=path)
+        assert not np.array_equal(found[path], expected(checkpoint, path, bits - 1, zeros)), f"{path} of another width"
+
+
+@pytest.fixture(scope="module")
+def checkpoint_of(family_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """(family, options of quantize) -> the checkpoint, made once."""
+    root = tmp_path_factory.mktemp("checkpoints")
+
+    def get(family: str, **options: Any) -> Path:
+        out = root / "-".join([family, *map(str, options.values())])
+        if not out.is_dir():
+            matquant.quantize(family_model(family), out, method="rtn", scope="all", **options)
+        return out
+
+    return get
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("bits", [8, 4, 3])
+def test_uniform_slices_of_every_family(family: str, bits: int, checkpoint_of: Any, tmp_path: Path) -> None:
+    source = checkpoint_of(family, rule="round", affine="none")
+    export(source, tmp_path / "out", to="compressed-tensors", bits=bits)
+    assert_seen(source, tmp_path / "out", dict.fromkeys(open_checkpoint(source).shapes, bits))
+
+
+@pytest.mark.parametrize("rule", ["prefix", "round", "extra"])
+@pytest.mark.parametrize("options", [{}, {"group_size": 16}])
+def test_every_rule_with_zeros_in_the_middle(
+    rule: str, options: dict[str, Any], checkpoint_of: Any, tmp_path: Path
+) -> None:
+    source = checkpoint_of("llama", rule=rule, **options)
+    for bits, width in {8: 8, 6: 6 + (rule != "round"), 2: 2 + (rule != "round")}.items():
+        made = export(source, tmp_path / "out", to="compressed-tensors", bits=bits, zeros=CENTRE, overwrite=True)
+        assert made["containers"] == {f"int{width}": 14}
+        assert_seen(source, tmp_path / "out", dict.fromkeys(open_checkpoint(source).shapes, bits), CENTRE)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "phi3", "opt"])
+def test_a_plan_gives_every_layer_its_width(family: str, checkpoint_of: Any, tmp_path: Path) -> None:
+    source = checkpoint_of(family, rule="round", affine="none")
+    paths = list(open_checkpoint(source).shapes)
+    plan = {path: (2, 3, 4, 6, 8)[number % 5] for number, path in enumerate(paths)}
+    export(source, tmp_path / "out", to="compressed-tensors", plan=Plan(default=None, bits=plan))
+    assert_seen(source, tmp_path / "out", plan)
+
+
+@pytest.mark.parametrize("options", [{}, {"group_size": 16}])
+def test_asymmetric_zeros(options: dict[str, Any], checkpoint_of: Any, tmp_path: Path) -> None:
+    source = checkpoint_of("llama", rule="round", symmetric=False, **options)
+    export(source, tmp_path / "out", to="compressed-tensors", bits=8)
+    assert_seen(source, tmp_path / "out", dict.fromkeys(open_checkpoint(source).shapes, 8))
+    with pytest.raises(InputError, match="is no multiple of 1/2; give --to gguf or mlx or dense, or --bits"):
+        export(source, tmp_path / "other", to="compressed-tensors", bits=4)
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_plan_with_zero_points_is_refused(tmp_path: Path) -> None:
+    """transformers would read all of it with the type of the first group."""
+    shapes = {"model.x": (8, 64), "model.y": (8, 64)}
+    source = nested_checkpoint(tmp_path / "in", shapes, rule="round", symmetric=False, zero=64, own=False)
+    with pytest.raises(InputError) as caught:
+        export(source, tmp_path / "out", to="compressed-tensors", plan=Plan(default=8, bits={"model.y": 4}))
+    assert str(caught.value) == (
+        "--to compressed-tensors asked of uint8, uint4 together, transformers reads zero points only where all linears "
+        "have one type; use one width, or --to mlx or dense"
+    )
+    assert [item.name for item in tmp_path.iterdir()] == ["in"]
+
+
+def test_experts_of_several_widths_are_refused(checkpoint_of: Any, tmp_path: Path) -> None:
+    """transformers fuses them; attention may have another width."""
+    source = checkpoint_of("qwen3_moe", rule="round", affine="none")
+    paths = list(open_checkpoint(source).shapes)
+    mixed = {path: 2 if "experts.0" in path else 4 for path in paths}
+    with pytest.raises(InputError) as caught:
+        export(source, tmp_path / "out", to="compressed-tensors", plan=Plan(default=None, bits=mixed))
+    assert str(caught.value) == (
+        "--to compressed-tensors asked of experts in int4, int2, transformers fuses them and reads one type for all; "
+        "use one width for all experts, or --to dense"
+    )
+    apart = {path: 4 if "experts" in path else 8 for path in paths}
+    export(source, tmp_path / "out", to="compressed-tensors", plan=Plan(default=None, bits=apart))
+    assert_seen(source, tmp_path / "out", apart)
+
+
+def test_a_tied_head_stays_tied(family_model: Callable[[str], Path], checkpoint_of: Any, tmp_path: Path) -> None:
+    source = checkpoint_of("gemma2", rule="round", affine="none")
+    export(source, tmp_path / "out", to="compressed-tensors", bits=4)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert model.lm_head.weight is model.model.embed_tokens.weight

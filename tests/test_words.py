@@ -1,0 +1,111 @@
+"""What the vLLM plugin is made of, without vLLM: one width of stored words, its overrides, and what is stacked."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import matquant
+from matquant.checkpoint import open_checkpoint
+from matquant.errors import InputError
+from matquant.export import export
+from matquant.integrations.words import check_stacked, read_overrides, read_words, stacked_paths
+from matquant.spec import Plan
+
+QKV = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"rule": "round", "group_size": 16}, {"rule": "extra", "symmetric": False}, {"scale_dtype": "float32"}],
+)
+def test_words_are_read_as_the_file_is(options: dict[str, Any], llama: Path, tmp_path: Path) -> None:
+    found = open_checkpoint(matquant.quantize(llama, tmp_path / "out", method="rtn", scope="all", **options))
+    for path in found.shapes:
+        words = torch.from_numpy(found.array(f"{path}.weight_packed"))
+        for bits in range(1, 9):
+            expected = found.nested(path).read(bits)
+            np.testing.assert_array_equal(read_words(found, path, words, bits).numpy(), expected)
+            other = found.nested(path).read(bits % 8 + 1)
+            assert not np.array_equal(read_words(found, path, words, bits).numpy(), other)
+
+
+def test_blocks_and_dtypes_change_nothing(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = open_checkpoint(matquant.quantize(llama, tmp_path / "out", method="rtn", scope="all", group_size=16))
+    path = "model.layers.0.mlp.up_proj"  # 48 x 32
+    words = torch.from_numpy(found.array(f"{path}.weight_packed"))
+    expected = torch.from_numpy(found.nested(path).read(3))
+    for at_once in (1, 32 * 5, 32 * 48, 10**6):
+        monkeypatch.setattr("matquant.integrations.words.AT_ONCE", at_once)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            assert torch.equal(read_words(found, path, words, 3, dtype=dtype), expected.to(dtype))
+
+
+def test_words_of_fewer_bits_are_read(llama: Path, tmp_path: Path) -> None:
+    whole = open_checkpoint(matquant.quantize(llama, tmp_path / "out", method="rtn", scope="all"))
+    export(whole.directory, tmp_path / "top", to="matquant", bits=4)
+    found = open_checkpoint(tmp_path / "top")
+    for path in found.shapes:
+        words = torch.from_numpy(found.array(f"{path}.weight_packed"))
+        np.testing.assert_array_equal(read_words(found, path, words, 3).numpy(), whole.nested(path).read(3))
+
+
+def test_a_part_of_the_words_is_not_taken_for_all(llama: Path, tmp_path: Path) -> None:
+    found = open_checkpoint(matquant.quantize(llama, tmp_path / "out", method="rtn", scope="all"))
+    path = next(iter(found.shapes))
+    words = torch.from_numpy(found.array(f"{path}.weight_packed"))
+    with pytest.raises(AssertionError, match="rows, given"):
+        read_words(found, path, words[:-1], 4)
+
+
+def test_stacked_weights_are_named_in_their_order() -> None:
+    assert stacked_paths("model.layers.3.self_attn.qkv_proj", QKV) == [
+        "model.layers.3.self_attn.q_proj",
+        "model.layers.3.self_attn.k_proj",
+        "model.layers.3.self_attn.v_proj",
+    ]
+    assert stacked_paths("model.layers.3.mlp.down_proj", QKV) == ["model.layers.3.mlp.down_proj"]
+    assert stacked_paths("gate_up_proj", QKV) == ["gate_proj", "up_proj"]
+
+
+def test_overrides_are_bits_and_a_plan(tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text(json.dumps({"default": 3, "bits": {"a": 2}}))
+    ours = {"quant_method": "matquant"}
+    assert read_overrides(ours) == Plan(default=8)
+    assert read_overrides({**ours, "bits": 4, "plan": {"a": 2}}) == Plan(default=4, bits={"a": 2})
+    assert read_overrides({**ours, "plan": str(tmp_path / "plan.json")}) == Plan(default=3, bits={"a": 2})
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"bits": 9}, "bits=9 asked of an 8-bit code; use one of 1, 2, 3, 4, 5, 6, 7, 8"),
+        ({"bits": "4"}, "bits='4' asked of an 8-bit code; use one of 1, 2, 3, 4, 5, 6, 7, 8"),
+        ({"bit": 4}, "quantization_config has the key 'bit', matquant has none; nearest: 'bits'"),
+        ({"plan": 4}, "quantization_config has plan=4; give {path: bits} or the name of a plan file"),
+        (
+            {"plan": "no.json"},
+            '--plan no.json: no such file; give a JSON file {"default": 4, "bits": {path: bits}}',
+        ),
+    ],
+)
+def test_other_overrides_are_refused(overrides: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        read_overrides(overrides)
+    assert str(caught.value) == message
+
+
+def test_a_plan_that_splits_stacked_weights_is_refused() -> None:
+    prefix, packed = "model.layers.0.self_attn.qkv_proj", {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
+    paths = stacked_paths(prefix, packed)
+    check_stacked(prefix, paths, dict.fromkeys(paths, 4))
+    check_stacked(prefix, paths, {})
+    with pytest.raises(InputError) as caught:
+        check_stacked(prefix, paths, {paths[0]: 8, paths[1]: 4, paths[2]: 4, "model.other": 2})
+    assert str(caught.value) == (
+        f"the plan has q_proj at 8, k_proj at 4, v_proj at 4 bits in {prefix}, which is one weight in vLLM; "
+        "give them one width, such as 8, as matquant plan does unless told --no-fused"
+    )
