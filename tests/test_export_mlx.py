@@ -163,7 +163,7 @@ def test_what_mlx_cannot_hold_is_refused(tmp_path: Path) -> None:
         export(source, tmp_path / "out", to="mlx", bits=4)
     assert str(caught.value).startswith(
         "--to mlx cannot hold model.x at 4 bits, rule prefix, exactly (1 of 1 weights): "
-        "groups of 48 are no multiples of 32; give --to gguf or dense"
+        "groups of 48 are no multiples of 32; give --to dense"
     )
     source = nested_checkpoint(tmp_path / "extra", SHAPES, rule="extra")
     export(source, tmp_path / "out", to="mlx", bits=8)
