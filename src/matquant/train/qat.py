@@ -360,7 +360,7 @@ def draw_mix(paths: Sequence[str], widths: Sequence[int], *, index: int, seed: i
 
     It depends on the seed and the index of the batch only. paths: at least two, in the order of the model.
     """
-    draw = np.random.default_rng([seed, index, len(paths)])
+    draw = np.random.default_rng([seed, index, 1])  # not the stream of the batches
     wider = int(draw.integers(len(widths) - 1))
     edge = int(draw.integers(1, len(paths)))
     return {path: widths[wider + (place < edge)] for place, path in enumerate(paths)}
