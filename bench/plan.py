@@ -36,7 +36,7 @@ from quality import CELLS, CONTEXT, SETTINGS, float_log_perplexity, held_out, ma
 
 RECORD = ROOT / "bench" / "plan.json"
 CACHE = Path(os.environ.get("MATQUANT_CACHE", Path.home() / ".cache" / "matquant"))
-BEST = {"stories260K": "qat+ joint even", "reference": "qat+ joint"}
+BEST = {"stories260K": "qat+ joint even", "reference": "qat+ joint mix"}
 BUDGETS = (2.5, 3.0, 3.5, 4.0, 5.0)
 EVOLUTION = 250 * 64  # evaluations of an evolutionary search
 DEPTHS = (2, 4, 8, 16)
