@@ -32,11 +32,11 @@ from matquant.plan.search import PAPER_WIDTHS
 from matquant.plan.sensitivity import SIDECAR, Losses, open_losses
 from matquant.plan.strategies import STRATEGIES
 from origin import ROOT, origin
-from quality import CONTEXT, SETTINGS, float_log_perplexity, held_out, make
+from quality import CELLS, CONTEXT, SETTINGS, float_log_perplexity, held_out, make
 
 RECORD = ROOT / "bench" / "plan.json"
 CACHE = Path(os.environ.get("MATQUANT_CACHE", Path.home() / ".cache" / "matquant"))
-BEST = {"stories260K": ("qat+ joint even", 5e-4), "reference": ("qat+ joint", 5e-4)}
+BEST = {"stories260K": "qat+ joint even", "reference": "qat+ joint mix"}
 BUDGETS = (2.5, 3.0, 3.5, 4.0, 5.0)
 EVOLUTION = 250 * 64  # evaluations of an evolutionary search
 DEPTHS = (2, 4, 8, 16)
@@ -49,11 +49,11 @@ app = typer.Typer(add_completion=False)
 def run(model: str, cell: str = "", samples: int = 16) -> None:
     """All budgets of one model, from a fresh file of losses; ``cell`` of bench/quality.py instead of the best."""
     torch.set_num_threads(1)
-    name, lr = (cell, None) if cell else BEST[model]
+    name = cell or BEST[model]
     directory = CACHE / model / name.replace(" ", "-")
     if not directory.is_dir():
         directory.parent.mkdir(parents=True, exist_ok=True)
-        make(model, name, lr, 0, directory)
+        make(model, name, CELLS[name].rates[0], 0, directory)
     (directory / SIDECAR).unlink(missing_ok=True)
     stream = held_out(model)[0]
     reference = float_log_perplexity(model)

@@ -296,6 +296,14 @@ CELLS: dict[str, Cell] = {
         options={"method": "qat", "affine": "learned", **BEST, "start": "gptq+ joint even"},
         rates=(5e-4,),
     ),
+    "qat+ joint even mix": Cell(
+        what="... from nested GPTQ with lambda 1, with mixes",
+        options={"method": "qat", "affine": "learned", **BEST, "start": "gptq+ joint even", "mix": 2.0},
+        rates=(5e-4,),
+    ),
+    "qat+ joint mix": Cell(
+        what="... with mixes", options={"method": "qat", "affine": "learned", **BEST, "mix": 2.0}, rates=(5e-4,)
+    ),
     "qat+ joint even 0.65": Cell(
         what="... from nested GPTQ with lambda 1, pull 0.65",
         options={"method": "qat", "affine": "learned", **BEST, "start": "gptq+ joint even", "pull": 0.65},

@@ -156,6 +156,21 @@ def test_more_budget_is_never_worse_and_never_exceeded(seed: int, fused: bool) -
     assert again.loss(twice[1]) <= again.loss(twice[0])
 
 
+def test_the_search_starts_from_two_neighbouring_widths_cut_inside_a_layer() -> None:
+    """Neither sensitivities nor swaps lead to a plan whose linears are fitted to each other."""
+    fitted = (2, 2, 2, 2, 3, 3)  # gate and up of the last layer
+
+    class Fitted(Made):
+        def loss(self, bits: Mapping[str, int]) -> float:
+            found, key = super().loss(bits), tuple(bits[path] for path in self.paths)
+            self.memo[key] = 0.0 if key == fitted else found
+            return self.memo[key]
+
+    made = Fitted(2, 0)
+    plan = search(made, made.budget(2.4), widths=SEARCHED_WIDTHS, evaluations=0)
+    assert tuple(plan[path] for path in made.paths) == fitted
+
+
 def test_refinement_finds_what_the_sum_of_losses_hides() -> None:
     truth = {(0, 0): 9.0, (1, 0): 2.0, (0, 1): 5.0, (1, 1): 0.0}
     cost = np.array([[0, 5], [0, 5]])

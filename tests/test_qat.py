@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +49,13 @@ def masters_gradients(
     return {name: tensor.grad.clone() for name, tensor in state.named() if tensor.grad is not None}, record
 
 
-def oracle_gradients(directory: Path, objective: str, grid: Grid, size: int) -> dict[str, torch.Tensor]:
-    """Eq. 7 by one autograd graph over all widths: w + (sliced(w) - w).detach() inside functional_call."""
+def oracle_gradients(
+    directory: Path, objective: str, grid: Grid, size: int, *, mix: float = 0.0, plan: Mapping[str, int] | None = None
+) -> dict[str, torch.Tensor]:
+    """Eq. 7 by one autograd graph over all widths: w + (sliced(w) - w).detach() inside functional_call.
+
+    mix: weight of one more loss, that of ``plan`` with the targets of the narrowest width.
+    """
     model = load_float(directory, dtype=torch.float32)
     windows = np.random.default_rng(0).integers(0, 256, size=(4, 17))
     tokens = torch.from_numpy(windows[np.random.default_rng([3, 0]).permutation(4)[:size]])
@@ -60,9 +65,14 @@ def oracle_gradients(directory: Path, objective: str, grid: Grid, size: int) -> 
     if "fp" in objective:
         logits[0] = model(tokens[:, :-1]).logits.detach()
     total = torch.zeros(())
-    for width in parse_objective(objective):
+    widths = parse_objective(objective)
+    plans = [dict.fromkeys(leaves, width.bits) for width in widths]
+    if plan is not None:
+        widths += (dataclasses.replace(widths[-1], weight=mix),)
+        plans.append({f"{path}.weight": bits for path, bits in plan.items()})
+    for width, bits in zip(widths, plans, strict=True):
         sliced = {
-            name: leaf + (nest(leaf.detach(), grid).read(width.bits) - leaf).detach() for name, leaf in leaves.items()
+            name: leaf + (nest(leaf.detach(), grid).read(bits[name]) - leaf).detach() for name, leaf in leaves.items()
         }
         logits[width.bits] = torch.func.functional_call(model, sliced, (tokens[:, :-1],)).logits
         terms = []
@@ -97,6 +107,64 @@ def test_gradients_are_those_of_the_summed_objective(objective: str, rule: str, 
     other = oracle_gradients(llama, objective.replace("2", "3"), Grid(rule=rule, sliced=(3, 4)), 2)
     with pytest.raises(AssertionError, match="differs"):
         assert_same_gradients(found, other)
+
+
+@pytest.mark.parametrize("masters", ["one", "each"])
+@pytest.mark.parametrize("objective", ["8,4,2", "8,4,8->2", "8,4,2,fp->8;4;2"])
+def test_a_mix_adds_the_loss_of_its_plan(objective: str, masters: str, llama: Path) -> None:
+    grid = Grid(rule="prefix", affine="refit" if masters == "one" else "none", sliced=(2, 4))
+    found, record = masters_gradients(llama, objective, grid=grid, mix=0.5, masters=masters, learn_clip=False)
+    for name in [name for name in found if name.count("/") > 1]:  # a width's own master: all start equal
+        path, _, _ = name.split("/")
+        found[f"{path}/weight"] += found.pop(name)
+    paths = list(select_linears(load_float(llama), "ffn"))
+    plan = qat.draw_mix(paths, (8, 4, 2), index=0, seed=3)
+    assert_same_gradients(found, oracle_gradients(llama, objective, grid, 2, mix=0.5, plan=plan))
+    assert set(record["loss"]) == {"8", "4", "2", "mixed"}
+    other = {path: 8 if bits == 2 else 2 for path, bits in plan.items()}
+    for wrong in (
+        oracle_gradients(llama, objective, grid, 2),
+        oracle_gradients(llama, objective, grid, 2, mix=0.5, plan=other),
+    ):
+        with pytest.raises(AssertionError, match="differs"):
+            assert_same_gradients(found, wrong)
+
+
+def test_a_mix_is_two_neighbouring_widths_the_wider_after_the_narrower() -> None:
+    paths = [f"linear {number}" for number in range(4)]
+    drawn = [qat.draw_mix(paths, (8, 4, 2), index=index, seed=0) for index in range(200)]
+    assert drawn == [qat.draw_mix(paths, (8, 4, 2), index=index, seed=0) for index in range(200)]
+    assert drawn != [qat.draw_mix(paths, (8, 4, 2), index=index, seed=1) for index in range(200)]
+    found = {"".join(str(plan[path]) for path in paths) for plan in drawn}
+    assert found == {"2444", "2244", "2224", "4888", "4488", "4448"}
+
+
+def test_without_a_mix_there_is_none(llama: Path, text_file: Path, tmp_path: Path) -> None:
+    records: dict[float | None, list[Any]] = {None: [], 0.0: [], 1.0: []}
+    for mix, found in records.items():
+        options = {**RUN, **({} if mix is None else {"mix": mix})}
+        matquant.quantize(llama, tmp_path / str(mix), text=[text_file], **options, report=found.append)
+    shards = [(tmp_path / str(mix) / "model.safetensors").read_bytes() for mix in records]
+    assert shards[0] == shards[1]
+    assert shards[0] != shards[2]
+    assert [set(found[0]["loss"]) for found in records.values()] == [{"8", "4", "2"}] * 2 + [{"8", "4", "2", "mixed"}]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mix": -1.0}, r"^mix=-1\.0; give a number of at least 0$"),
+        (
+            {"mix": 1.0, "objective": "2"},
+            r"^mix=1 needs two widths and two linears, widths \[2\] and 6 linears are trained; leave mix out$",
+        ),
+    ],
+)
+def test_a_mix_of_nothing_is_refused(
+    options: dict[str, Any], message: str, llama: Path, text_file: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=message):
+        matquant.quantize(llama, tmp_path / "out", text=[text_file], **RUN, **options)
 
 
 @pytest.mark.parametrize("changes", [{"checkpoint_activations": True}, {"accumulate": 2, "batch_size": 1}])
@@ -253,7 +321,7 @@ def test_a_loss_that_is_not_finite_names_width_and_layer_and_keeps_the_saved_sta
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("variant", [("--affine", "refit"), ("--train-rest",)])
+@pytest.mark.parametrize("variant", [("--affine", "refit"), ("--train-rest",), ("--mix", "1")])
 def test_a_killed_run_resumes_to_the_same_bits(
     variant: tuple[str, ...], llama: Path, text_file: Path, tmp_path: Path
 ) -> None:

@@ -134,6 +134,9 @@ def quantize(
     freeze: Annotated[
         int | None, Option(metavar="BITS", help="qat: widths up to this one keep their codes.", show_default="0")
     ] = None,
+    mix: Annotated[
+        float | None, Option(help="qat: weight of the loss of a random mix of widths.", show_default="0")
+    ] = None,
     save_every: Annotated[int | None, Option(help="Steps between saved states.", show_default="100")] = None,
     device: Annotated[str | None, Option(help="cpu or cuda.", show_default="cuda if there is one")] = None,
     threads: Annotated[int | None, Option(help="CPU threads.", show_default="all")] = None,
@@ -530,7 +533,8 @@ def _progress() -> Iterator[Any]:
         if record.get("notice") not in (None, *told):
             told.append(record["notice"])
             progress.console.print(f"note: {record['notice']}", highlight=False, soft_wrap=True)
-        losses = "  ".join(f"int{bits} {loss:.3g}" for bits, loss in record["loss"].items())
+        names = (f"int{name}" if name.isdecimal() else name for name in record["loss"])
+        losses = "  ".join(f"{name} {loss:.3g}" for name, loss in zip(names, record["loss"].values(), strict=True))
         speed = f"{record['tok_s']:,.0f} tok/s" if "tok_s" in record else record.get("block", "")
         progress.update(task, completed=record["step"], total=record["steps"], description=f"{losses}  {speed}")
 

@@ -57,7 +57,7 @@ def search(
     def measure(choice: Choice) -> float:
         return losses.loss(plan(choice))
 
-    for simple in _simple_plans(losses.paths, budget, widths):
+    for simple in _simple_plans(groups, budget, widths):
         losses.loss(simple)
     measure(choose(loss_GW, cost_GW, limit=budget.limit))
     found = ((loss, _express(bits, groups, widths)) for loss, bits in losses.known())
@@ -78,21 +78,28 @@ def sensitivities(losses: Measured, groups: Groups, widths: Sequence[int]) -> np
 
 def strategy_plan(strategy: str, paths: Sequence[str], budget: Budget, *, widths: Sequence[int]) -> dict[str, int]:
     """The plan {path: bits} of one of the paper's strategies that uses most of ``budget``."""
-    layers = by_layer(paths)
-    mix = widest_mix(strategy, widths, costs=budget.table(layers, widths), limit=budget.limit)
-    return {path: bits for layer, bits in zip(layers, mix, strict=True) for path in layer}
+    return _widest(strategy, by_layer(paths), budget, widths)
 
 
-def _simple_plans(paths: Sequence[str], budget: Budget, widths: Sequence[int]) -> Iterator[dict[str, int]]:
-    """The uniform widths within ``budget``; the four strategies over the paper's widths and every two neighbours."""
+def _widest(strategy: str, parts: Groups, budget: Budget, widths: Sequence[int]) -> dict[str, int]:
+    mix = widest_mix(strategy, widths, costs=budget.table(parts, widths), limit=budget.limit)
+    return {path: bits for part, bits in zip(parts, mix, strict=True) for path in part}
+
+
+def _simple_plans(groups: Groups, budget: Budget, widths: Sequence[int]) -> Iterator[dict[str, int]]:
+    """The uniform widths within ``budget``; the four strategies over the paper's widths by layer, and over every two
+    neighbours by group, which uses more of the budget.
+    """
+    paths = [path for group in groups for path in group]
     for bits in widths:
         uniform = dict.fromkeys(paths, bits)
         if budget.cost(uniform) <= budget.limit:
             yield uniform
-    for mixed in ([bits for bits in PAPER_WIDTHS if bits in widths], *itertools.pairwise(widths)):
+    paper = [bits for bits in PAPER_WIDTHS if bits in widths]
+    for mixed, parts in ((paper, by_layer(paths)), *((pair, groups) for pair in itertools.pairwise(widths))):
         if mixed and budget.cost(dict.fromkeys(paths, mixed[0])) <= budget.limit:
             for strategy in STRATEGIES:
-                yield strategy_plan(strategy, paths, budget, widths=mixed)
+                yield _widest(strategy, parts, budget, mixed)
 
 
 def _express(bits: Mapping[str, int], groups: Groups, widths: Sequence[int]) -> Choice | None:

@@ -7,9 +7,13 @@ width's logits can teach a narrower one. The model's parameters hold the sliced 
 its backward pass*: activation checkpointing recomputes with the same numbers. Gradients pass straight through (fake.py)
 to float masters, which AdamW updates. By default only the quantised weights are trained, the paper's W_F.
 
-Cost: one forward and backward per width, plus one forward if the float model teaches. The state is saved every
-``save_every`` steps in safetensors, atomically; batches depend on seed and step only, so a resumed run ends with the
-same bits as one that was never stopped.
+Linears trained at one width are fitted to each other at that width. With ``mix`` one more loss is that of a plan: the
+linears up to one drawn at random have a width, those after it the next wider one (``draw_mix``), so that between two
+widths there are plans whose linears were trained together.
+
+Cost: one forward and backward per width and mix, plus one forward if the float model teaches. The state is saved every
+``save_every`` steps in safetensors, atomically; batches and mixes depend on seed and step only, so a resumed run ends
+with the same bits as one that was never stopped.
 """
 
 import contextlib
@@ -60,7 +64,8 @@ class Schedule:
     multiple of lr, and geometrically between for the widths between. stagger: share of the steps by which the schedule
     of the narrowest masters ends early, so that wider ones settle in bins that move no more. freeze: widths up to this
     one keep the codes they start with (0: none do), so that only their affines and the bits below are trained, none of
-    which any two of them share. save_every: steps between saved states.
+    which any two of them share. mix: weight of one more loss, of a plan drawn at random for each batch (``draw_mix``),
+    with the targets of the narrowest width. save_every: steps between saved states.
     """
 
     steps: int = 300
@@ -82,6 +87,7 @@ class Schedule:
     wide_lr: float = 1.0
     stagger: float = 0.0
     freeze: int = 0
+    mix: float = 0.0
     save_every: int = 100
 
 
@@ -95,6 +101,8 @@ def check_options(options: Mapping[str, Any]) -> None:
     for name in ("pull", "wide_lr", "stagger"):
         if not 0 <= getattr(schedule, name) <= 1:
             raise InputError(f"{name}={getattr(schedule, name)}; give a number from 0 to 1")
+    if not 0 <= schedule.mix < math.inf:
+        raise InputError(f"mix={schedule.mix}; give a number of at least 0")
     if schedule.masters not in MASTERS:
         raise InputError(f"masters={schedule.masters!r} is not known; use one of {', '.join(MASTERS)}")
     for name in ("seed", "freeze"):
@@ -169,6 +177,7 @@ def train(job: Job) -> Iterator[tuple[str, NestedTensor]]:
             f"masters='each' needs nested bins, rule {grid.rule!r} has none; use rule 'prefix' or masters 'one'"
         )
     _check_freeze(schedule, [width.bits for width in job.objective])
+    _check_mix(schedule, [width.bits for width in job.objective], list(views))
     windows = cut_windows(job.stream, schedule.seq_len)
     state = start(model, views, grid, schedule, trained=[width.bits for width in job.objective], first=job.first)
     optimizer = make_optimizer(state, schedule)
@@ -203,6 +212,14 @@ def _check_freeze(schedule: Schedule, trained: Sequence[int]) -> None:
         raise InputError(
             f"freeze={schedule.freeze} keeps codes on the grid they start with, without learned clips the grid follows "
             "the weights; use affine 'learned' and leave learn_clip out"
+        )
+
+
+def _check_mix(schedule: Schedule, trained: Sequence[int], paths: Sequence[str]) -> None:
+    if schedule.mix and min(len(trained), len(paths)) < 2:
+        raise InputError(
+            f"mix={schedule.mix:g} needs two widths and two linears, widths {trained} and {len(paths)} linears are "
+            "trained; leave mix out"
         )
 
 
@@ -290,33 +307,35 @@ def train_step(
     optimizer.zero_grad()
     for parameter in model.parameters():
         parameter.grad = None
-    losses = dict.fromkeys((str(width.bits) for width in objective), 0.0)
     nested = _nest(state, grid, objective)
+    losses: dict[str, float] = {}
     chained = any(state.coarse.values()) or next(state.named_learned(), None) is not None
     for part in range(schedule.accumulate):
-        rows = batch(windows, state.step * schedule.accumulate + part, size=schedule.batch_size, seed=schedule.seed)
+        index = state.step * schedule.accumulate + part
+        rows = batch(windows, index, size=schedule.batch_size, seed=schedule.seed)
         tokens = torch.from_numpy(rows).to(model.device)
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
         logits: dict[int, torch.Tensor] = {}
+        terms = _terms(tuple(nested), objective, schedule, index=index)
         with _autocast(model, schedule):
             if teacher is not None:
                 with torch.no_grad():
                     logits[FLOAT] = teacher(input_ids=inputs, use_cache=False).logits
-            for width in objective:
-                write_weights(model, views, ((path, tensor.read(width.bits)) for path, tensor in nested.items()))
+            for name, width, plan in terms:
+                write_weights(model, views, ((path, tensor.read(plan[path])) for path, tensor in nested.items()))
                 output = model(input_ids=inputs, use_cache=False).logits
                 loss = width_loss(output, targets, [logits[bits] for bits in width.teachers], truth=width.truth)
                 if not bool(torch.isfinite(loss)):
                     raise InputError(
-                        f"the loss at {width.bits} bits is not finite at step {state.step + 1}, first in "
+                        f"the loss at {name} bits is not finite at step {state.step + 1}, first in "
                         f"{_first_not_finite(model, inputs)}; use a smaller --lr and --overwrite"
                     )
                 torch.autograd.backward(loss * width.weight / schedule.accumulate)
-                losses[str(width.bits)] += loss.item() / schedule.accumulate
+                losses[name] = losses.get(name, 0.0) + loss.item() / schedule.accumulate
                 if any(width.bits in student.teachers for student in objective):
                     logits[width.bits] = output.detach()
                 if chained:
-                    _chain_gradients(model, views, state, nested, width.bits)
+                    _chain_gradients(model, views, state, nested, plan)
     _finish_gradients(model, views, state, nested, schedule.pull)
     _drop_frozen(state, schedule.freeze)
     norm = torch.nn.utils.clip_grad_norm_([t for _, t in state.named() if t.grad is not None], schedule.clip_norm)
@@ -336,6 +355,17 @@ def train_step(
     }
 
 
+def draw_mix(paths: Sequence[str], widths: Sequence[int], *, index: int, seed: int) -> dict[str, int]:
+    """The plan of a mixed loss: two neighbours of ``widths`` (descending), the wider one from a random linear on.
+
+    It depends on the seed and the index of the batch only. paths: at least two, in the order of the model.
+    """
+    draw = np.random.default_rng([seed, index, 1])  # not the stream of the batches
+    wider = int(draw.integers(len(widths) - 1))
+    edge = int(draw.integers(1, len(paths)))
+    return {path: widths[wider + (place < edge)] for place, path in enumerate(paths)}
+
+
 def finish(state: State, grid: Grid) -> Iterator[tuple[str, NestedTensor]]:
     """The nested tensors of the trained masters, one at a time."""
     for path, weight in state.masters.items():
@@ -343,6 +373,17 @@ def finish(state: State, grid: Grid) -> Iterator[tuple[str, NestedTensor]]:
 
 
 # ------------------------------------------------------------------------------------------------------ inside a step
+
+
+def _terms(
+    paths: Sequence[str], objective: Sequence[Width], schedule: Schedule, *, index: int
+) -> list[tuple[str, Width, dict[str, int]]]:
+    """The losses of a batch: their names, what they are and the plans {path: bits} that they are taken at."""
+    terms = [(str(width.bits), width, dict.fromkeys(paths, width.bits)) for width in objective]
+    if schedule.mix:
+        plan = draw_mix(paths, [width.bits for width in objective], index=index, seed=schedule.seed)
+        terms.append(("mixed", dataclasses.replace(objective[-1], weight=schedule.mix), plan))
+    return terms
 
 
 def _nest(state: State, grid: Grid, objective: tuple[Width, ...]) -> dict[str, NestedTensor]:
@@ -355,13 +396,17 @@ def _nest(state: State, grid: Grid, objective: tuple[Width, ...]) -> dict[str, N
 
 
 def _chain_gradients(
-    model: Model, views: Mapping[str, View], state: State, nested: Mapping[str, NestedTensor], bits: int
+    model: Model,
+    views: Mapping[str, View],
+    state: State,
+    nested: Mapping[str, NestedTensor],
+    plan: Mapping[str, int],
 ) -> None:
-    """Chain one width's gradients into masters, clips and affines, weight by weight."""
+    """Chain the gradients at one plan into masters, clips and affines, weight by weight."""
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for path, view in views.items():
-            parameter = parameters[view.parameter]
+            parameter, bits = parameters[view.parameter], plan[path]
             weight = state.coarse[path].get(bits, state.masters[path])
             chain(
                 view.of(parameter.grad).float(),
