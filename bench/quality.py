@@ -254,6 +254,16 @@ def _from_gptq() -> dict[str, Cell]:
             rates=(5e-5,),
             models=("reference",),
         ),
+        "qat+ all last 256 long": Cell(
+            what="the same with groups of 256, 128 steps",
+            options={
+                **every,
+                **{"tokens": CALIBRATION, "steps": 128, "freeze": 4, "wide_lr": 1.0, "affine_lr": 10.0},
+                **{"start": "gptq+ tuned all 256", "group_size": 256},
+            },
+            rates=(5e-5,),
+            models=("reference",),
+        ),
         "qat+ all": Cell(what="QAT from nested GPTQ, all linears", options=everything, rates=(2.5e-4, 5e-4)),
         "qat+ all long": Cell(
             what="QAT from nested GPTQ, 300 steps, all linears",
