@@ -1,19 +1,21 @@
 """Exports of a whole model: seconds, bytes per second and peak memory, beside the converters of the formats' own tools.
 
-    python bench/export.py setup      llama.cpp, as bench/decode.py has it
+    python bench/export.py setup      llama.cpp, as bench/decode.py has it, and mlx_lm
     python bench/export.py run        measure: bench/export.json
 
 The model is that of bench/decode.py: the shape of Llama-3.2-1B, random codes, all linears and the head quantised, the
-embedding bf16. The other tool starts from the 8-bit slice as a bf16 file of its own format, and keeps the embedding.
-Correctness first: the files must hold the same tensors in the same types. Then both take turns, each in a process of
-its own, so that a change of load meets both. Ours checks the checkpoint's hashes and syncs what it wrote, the other
-does neither. Memory is anonymous memory, sampled; mapped files come and go as the system likes.
+embedding bf16. The other tool starts from the 8-bit slice in bf16 in the form it reads, and keeps the embedding;
+scales of MLX are bf16, as its converter's. Correctness first: the files must hold the same tensors in the same types.
+Then both take turns, each in a process of its own, so that a change of load meets both. Ours checks the checkpoint's
+hashes and syncs what it wrote, the other does neither. Memory is anonymous memory, sampled; mapped files come and go
+as the system likes.
 """
 
 import dataclasses
 import json
 import os
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -26,22 +28,38 @@ import gguf
 import typer
 from rich.console import Console
 from rich.table import Table
+from safetensors import safe_open
 
 from decode import CACHE, SHAPES, VENV, write_random
 from decode import setup as setup_llamacpp
+from environments import make_environment
 from matquant.checkpoint import open_checkpoint
 from matquant.export import export, make_job
 from origin import ROOT, origin
 
 RECORDS = ROOT / "bench" / "export.json"
-WORKER = ROOT / "bench" / "peers" / "quantize_llamacpp.py"
-TYPES = {"Q8_0": 8, "Q4_K": 4}  # of GGUF, and the width whose slice has it
+PEERS = ROOT / "bench" / "peers"
+LLAMACPP, MLX = "llama.cpp", "mlx_lm"
+MLX_PACKAGES = (ROOT / "tests" / "engines" / "mlx.txt").read_text().split()
+BLOCK = 128  # of MLX
+CASES = {  # kind: the other tool, the width whose slice is of this kind
+    "Q8_0": (LLAMACPP, 8),
+    "Q4_K": (LLAMACPP, 4),
+    "MLX int8": (MLX, 8),
+    "MLX int4": (MLX, 4),
+}
 THREADS = 2  # as many as an export has
 SAMPLE_S = 0.005
 
 Record = dict[str, Any]
 app = typer.Typer(add_completion=False)
-app.command(name="setup")(setup_llamacpp)
+
+
+@app.command()
+def setup() -> Path:
+    """Make the environments of the other tools; returns the interpreter of mlx_lm's."""
+    setup_llamacpp()
+    return make_environment(CACHE / "mlx", MLX_PACKAGES)
 
 
 @app.command()
@@ -51,28 +69,44 @@ def run(
     keep: Annotated[bool, typer.Option(help="Write bench/export.json.")] = True,
 ) -> None:
     """Measure and print."""
+    python = setup()
     folder = CACHE / "decode" / shape
-    checkpoint, source, target = folder / "group-0", folder / "bf16.gguf", folder / "converted.gguf"
+    checkpoint, work = folder / "group-0", folder / "export"
     if not checkpoint.exists():
         folder.mkdir(parents=True, exist_ok=True)
         write_random(checkpoint, SHAPES[shape], None)
-    write_dense(checkpoint, source)
-    found: dict[str, dict[str, list[Record]]] = {kind: {"ours": [], "llama.cpp": []} for kind in TYPES}
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    found: dict[str, dict[str, list[Record]]] = {kind: {"ours": [], tool: []} for kind, (tool, _) in CASES.items()}
     versions: dict[str, str] = {}
     try:
+        write_dense(checkpoint, work / "bf16.gguf")
+        export(checkpoint, work / "bf16", to="dense", bits=8, dtype="bfloat16")
+        for name in ("tokenizer.json", "tokenizer_config.json"):  # mlx_lm wants one
+            shutil.copy(ROOT / "examples" / "reference" / "model" / name, work / "bf16")
         for _ in range(rounds):
-            for kind, bits in TYPES.items():
+            for kind, (tool, bits) in CASES.items():
+                target = work / ("made.gguf" if tool == LLAMACPP else "made.mlx")
                 ours: list[str | Path] = [sys.executable, __file__, "one", checkpoint, target, str(bits)]
+                theirs: list[str | Path] = [
+                    python,
+                    PEERS / "convert_mlx.py",
+                    work / "bf16",
+                    target,
+                    str(bits),
+                    str(BLOCK),
+                ]
+                if tool == LLAMACPP:
+                    worker = (VENV / "bin" / "python", PEERS / "quantize_llamacpp.py")
+                    theirs = [*worker, work / "bf16.gguf", target, kind, str(THREADS)]
                 found[kind]["ours"].append(measured(ours, target))
                 contents = types(target)
-                theirs: list[str | Path] = [VENV / "bin" / "python", WORKER, source, target, kind, str(THREADS)]
-                found[kind]["llama.cpp"].append(measured(theirs, target))
-                versions = found[kind]["llama.cpp"][-1].pop("versions")
+                found[kind][tool].append(measured(theirs, target))
+                versions |= found[kind][tool][-1].pop("versions")
                 if contents != types(target):
-                    raise SystemExit(f"the two files of {kind} differ in their tensors: these times mean nothing")
+                    raise SystemExit(f"the two of {kind} differ in their tensors: these times mean nothing")
     finally:
-        source.unlink(missing_ok=True)
-        target.unlink(missing_ok=True)
+        shutil.rmtree(work)
     kinds = {kind: {name: summary(records) for name, records in tools.items()} for kind, tools in found.items()}
     show(kinds)
     record = {"shape": shape, "rounds": rounds, "threads": THREADS, "kinds": kinds}
@@ -87,7 +121,8 @@ def run(
 def one(checkpoint: Path, target: Path, bits: int) -> None:
     """One export, in this process."""
     began = time.perf_counter()
-    export(checkpoint, target, to=target.suffix.removeprefix("."), bits=bits, overwrite=True)
+    to = target.suffix.removeprefix(".")
+    export(checkpoint, target, to=to, bits=bits, dtype="bfloat16" if to == "mlx" else None)
     seconds, used = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF)
     print(json.dumps({"seconds": seconds, "cpu_s": used.ru_utime + used.ru_stime}))
 
@@ -100,13 +135,22 @@ def write_dense(directory: Path, file: Path) -> None:
     job.exporter.write(dense, file, lambda count: None)
 
 
-def types(file: Path) -> dict[str, str]:
-    """Tensor -> type."""
-    return {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(file).tensors}
+def types(target: Path) -> dict[str, Any]:
+    """Tensor -> type, and shape in MLX, where a type does not say how many bits there are."""
+    if target.is_file():
+        return {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(target).tensors}
+    found: dict[str, Any] = {}
+    for file in target.glob("*.safetensors"):
+        with safe_open(file, "np") as tensors:
+            parts = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 (not a dict)
+            found |= {name: (part.get_dtype(), part.get_shape()) for name, part in parts.items()}
+    return found
 
 
 def measured(command: Sequence[str | Path], target: Path) -> Record:
     """What a process says of itself in its last line, its peak of anonymous memory, and what it wrote."""
+    if target.is_dir():
+        shutil.rmtree(target)
     target.unlink(missing_ok=True)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     quiet = subprocess.DEVNULL
@@ -120,7 +164,12 @@ def measured(command: Sequence[str | Path], target: Path) -> Record:
     if process.returncode != 0:
         raise SystemExit(f"{' '.join(map(str, command))} failed")
     said: Record = json.loads(output.splitlines()[-1])
-    return {**said, "peak_mb": peak / 1e6, "written_mb": target.stat().st_size / 1e6}
+    return {**said, "peak_mb": peak / 1e6, "written_mb": written_bytes(target) / 1e6}
+
+
+def written_bytes(target: Path) -> int:
+    """Of a file, or of all files of a directory."""
+    return sum(file.stat().st_size for file in ([target] if target.is_file() else target.iterdir()))
 
 
 def anonymous_bytes(process: int) -> int:

@@ -1,15 +1,16 @@
-"""Worker: mlx_lm.convert in its own environment. ``python convert_mlx.py FOLDER`` reads FOLDER/job.json,
+"""Worker: mlx_lm.convert in its own environment. ``python convert_mlx.py MODEL OUT BITS GROUP_SIZE`` prints
 
-    {"model": float Hugging Face directory, "out": directory to write, "bits": 4, "group_size": 64}
+    {"seconds": of the conversion without imports, "cpu_s": of the process, "versions": {...}}
 
-and writes FOLDER/result.json, {"seconds": of the conversion without imports, "bytes": of the tensors written}. Linears
-are quantised, the embedding is copied, as in the checkpoints of bench/decode.py.
+MODEL is a float Hugging Face directory. Linears are quantised, the embedding is copied, as in the checkpoints of
+bench/decode.py.
 """
 
 import json
+import resource
 import sys
 import time
-from pathlib import Path
+from importlib.metadata import version
 from typing import Any
 
 import mlx.nn as nn  # type: ignore[import-not-found]
@@ -21,22 +22,14 @@ def is_linear(path: str, module: Any, config: Any = None) -> bool:
     return isinstance(module, nn.Linear)
 
 
-def main(folder: Path) -> None:
+def main(model: str, out: str, bits: str, group_size: str) -> None:
     """Convert once."""
-    job = json.loads((folder / "job.json").read_text())
     began = time.perf_counter()
-    convert(
-        job["model"],
-        job["out"],
-        quantize=True,
-        q_bits=job["bits"],
-        q_group_size=job["group_size"],
-        quant_predicate=is_linear,
-    )
-    seconds = time.perf_counter() - began
-    written = sum(file.stat().st_size for file in Path(job["out"]).glob("*.safetensors"))
-    (folder / "result.json").write_text(json.dumps({"seconds": seconds, "bytes": written}))
+    convert(model, out, quantize=True, q_bits=int(bits), q_group_size=int(group_size), quant_predicate=is_linear)
+    seconds, used = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF)
+    versions = {name: version(name) for name in ("mlx", "mlx-lm")}
+    print(json.dumps({"seconds": seconds, "cpu_s": used.ru_utime + used.ru_stime, "versions": versions}))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(*sys.argv[1:])
