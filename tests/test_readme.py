@@ -46,12 +46,14 @@ def test_the_commands_run(
         "heldout.txt": text_file,
         "SLICE": tmp_path / "SLICE",
         "CT": tmp_path / "CT",
+        "APPLE": tmp_path / "APPLE",
+        "model.gguf": tmp_path / "model.gguf",
         "SMALL": tmp_path / "SMALL",
         "plan.json": tmp_path / "plan.json",
         "report.html": tmp_path / "report.html",
     }
     commands = [line for block in blocks("") for line in block.splitlines() if line.startswith("matquant ")]
-    assert len(commands) == 14
+    assert len(commands) == 16
     for line in commands:
         words = [str(names.get(word, word)) for word in shlex.split(line, comments=True)]
         if words[1] == "quantize":
