@@ -361,7 +361,15 @@ def _memory(kept: Record) -> list[str]:
 
 OURS_ALL = (
     *("gptq+ all", "gptq+ all 128", "gptq+ tuned all", "gptq+ tuned all long"),
-    *("qat+ all last", "qat+ all calibration", "qat+ all", "qat+ all tuned", "qat+ all long"),
+    *(
+        "qat+ all last",
+        "qat+ all last 256",
+        "qat+ all last 256 long",
+        "qat+ all calibration",
+        "qat+ all",
+        "qat+ all tuned",
+        "qat+ all long",
+    ),
 )
 
 
