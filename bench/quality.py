@@ -245,7 +245,7 @@ def _from_gptq() -> dict[str, Cell]:
             models=("reference",),
         ),
         "qat+ all last 256": Cell(
-            what="nested GPTQ, tuned, then low bits and affines alone, peers' calibration text, groups of 256, all linears",
+            what="nested GPTQ, tuned, then low bits and affines alone, groups of 256, all linears",
             options={
                 **every,
                 **{"tokens": CALIBRATION, "steps": 64, "freeze": 4, "wide_lr": 1.0, "affine_lr": 10.0},
@@ -255,7 +255,7 @@ def _from_gptq() -> dict[str, Cell]:
             models=("reference",),
         ),
         "qat+ all last 256 long": Cell(
-            what="... groups of 256, 128 steps",
+            what="the row above with 128 steps instead of 64",
             options={
                 **every,
                 **{"tokens": CALIBRATION, "steps": 128, "freeze": 4, "wide_lr": 1.0, "affine_lr": 10.0},
