@@ -153,13 +153,20 @@ def _with_scales(exporter: Exporter, dtype: str) -> Exporter:
 
 
 def alternatives(checkpoint: Checkpoint, to: str, path: str, bits: int) -> str:
-    """What would hold the slice of a weight exactly, in words: this format at other widths, and other formats."""
+    """What would do instead, in words: this format at other widths or with other zeros, formats that hold the slice."""
+
+    def takes(exporter: Exporter, width: int, zeros: str = EXACT) -> bool:
+        return not isinstance(exporter.container(checkpoint, path, width, zeros), list)
+
+    def holds(exporter: Exporter) -> bool:  # not only because the weight's size makes it dense
+        found = exporter.container(checkpoint, path, bits, EXACT)
+        return isinstance(found, Container) or (found is None and not exporter.containers(checkpoint, path))
+
     exporter, sliced = EXPORTERS[to], [width for width in range(MASTER_BITS, 1, -1) if width != bits]
     nearest = sorted(sliced, key=lambda width: (abs(width - bits), -width))
-    widths = [width for width in nearest if _holds(checkpoint, exporter, path, width)]
-    formats = [name for name, found in EXPORTERS.items() if _reads(found, checkpoint)]
-    formats = [name for name in formats if _holds(checkpoint, EXPORTERS[name], path, bits)]
-    centre = checkpoint.spec.symmetric and _holds(checkpoint, exporter, path, bits, zeros=CENTRE)
+    widths = [width for width in nearest if takes(exporter, width)]
+    formats = [name for name, found in EXPORTERS.items() if _reads(found, checkpoint) and holds(found)]
+    centre = checkpoint.spec.symmetric and takes(exporter, bits, CENTRE)
     return "give " + ", or ".join(
         [
             *([f"--to {' or '.join(formats)}"] if formats else []),
@@ -167,12 +174,6 @@ def alternatives(checkpoint: Checkpoint, to: str, path: str, bits: int) -> str:
             *(["--zeros centre, which moves the zeros of the slice"] if centre else []),
         ]
     )
-
-
-def _holds(checkpoint: Checkpoint, exporter: Exporter, path: str, bits: int, *, zeros: str = EXACT) -> bool:
-    """Whether a format holds a slice in a container, or in floats because it has nothing else."""
-    found = exporter.container(checkpoint, path, bits, zeros)
-    return isinstance(found, Container) or (found is None and not exporter.containers(checkpoint, path))
 
 
 def _exporter(to: str, checkpoint: Checkpoint) -> Exporter:
