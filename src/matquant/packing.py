@@ -9,10 +9,20 @@ import numpy as np
 WORD = 32
 BYTE = 8  # bits of an unpacked code
 LANES = (8, 16, 32)
+CACHED = 2**17  # codes packed at once: with what is made on the way they stay in a second-level cache
 
 
 def pack(codes_NK: np.ndarray, bits: int) -> np.ndarray:
     """uint8 codes [N, K] below 2^bits as uint32 words [N, ceil(K * bits / 32)]."""
+    rows, columns = codes_NK.shape
+    packed = np.empty((rows, words(columns, bits)), dtype="<u4")
+    step = max(1, CACHED // columns)
+    for start in range(0, rows, step):
+        packed[start : start + step] = _pack(codes_NK[start : start + step], bits)
+    return packed
+
+
+def _pack(codes_NK: np.ndarray, bits: int) -> np.ndarray:
     rows, columns = codes_NK.shape
     padding = -columns % WORD
     padded = np.ascontiguousarray(np.pad(codes_NK, ((0, 0), (0, padding))) if padding else codes_NK)
@@ -23,7 +33,7 @@ def pack(codes_NK: np.ndarray, bits: int) -> np.ndarray:
         low, high = _masks(lane, lane * bits // BYTE, upper=lane)
         x = (x & low) | ((x & high) >> np.uint64(lane - lane * bits // BYTE))
     packed = np.ascontiguousarray(x[..., None].view(np.uint8)[..., :bits]).reshape(rows, -1)
-    return np.ascontiguousarray(packed.view("<u4")[:, : words(columns, bits)])
+    return packed.view("<u4")[:, : words(columns, bits)]
 
 
 def unpack(words_NW: np.ndarray, bits: int, columns: int) -> np.ndarray:
