@@ -228,6 +228,8 @@ def _from_gptq() -> dict[str, Cell]:
     }
     everything = {**BEST, "method": "qat", "affine": "learned", "scope": "all", "start": "gptq+ all"}
     every = {**everything, "objective": "8,6,4,3,2,fp->8;6;4;3;2", "weights": (1.0,) * 5, "start": "gptq+ tuned all"}
+    last = {**every, "tokens": CALIBRATION, "steps": 64, "freeze": 4, "wide_lr": 1.0, "affine_lr": 10.0}
+    grouped = {**last, "start": "gptq+ tuned all 256", "group_size": 256}
     return cells | {
         "qat+ all tuned": Cell(
             what="QAT from tuned nested GPTQ, all linears", options=every, rates=(2.5e-4,), models=("reference",)
@@ -240,27 +242,19 @@ def _from_gptq() -> dict[str, Cell]:
         ),
         "qat+ all last": Cell(
             what="nested GPTQ, tuned, then low bits and affines alone, all on the peers' calibration text, all linears",
-            options={**every, "tokens": CALIBRATION, "steps": 64, "freeze": 4, "wide_lr": 1.0, "affine_lr": 10.0},
+            options=last,
             rates=(5e-5,),
             models=("reference",),
         ),
         "qat+ all last 256": Cell(
             what="nested GPTQ, tuned, then low bits and affines alone, groups of 256, all linears",
-            options={
-                **every,
-                **{"tokens": CALIBRATION, "steps": 64, "freeze": 4, "wide_lr": 1.0, "affine_lr": 10.0},
-                **{"start": "gptq+ tuned all 256", "group_size": 256},
-            },
+            options=grouped,
             rates=(5e-5,),
             models=("reference",),
         ),
         "qat+ all last 256 long": Cell(
             what="the row above with 128 steps instead of 64",
-            options={
-                **every,
-                **{"tokens": CALIBRATION, "steps": 128, "freeze": 4, "wide_lr": 1.0, "affine_lr": 10.0},
-                **{"start": "gptq+ tuned all 256", "group_size": 256},
-            },
+            options={**grouped, "steps": 128},
             rates=(5e-5,),
             models=("reference",),
         ),

@@ -5,6 +5,7 @@ One exporter a file; EXPORTERS names them. Nothing here needs torch.
 
 import dataclasses
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -82,13 +83,12 @@ def export(
 
     with (replace_when_done if exporter.suffix else replace_directory_when_done)(target) as partial:
         exporter.write(job, partial, written)
-    kinds = [container.name if container else "dense" for container in job.chosen.values()]
     return {
         "out": str(target),
         "bytes": total,
         "seconds": time.perf_counter() - began,
         "bits_per_weight": job.bits_per_weight(),
-        "containers": {kind: kinds.count(kind) for kind in sorted(set(kinds))},
+        "containers": dict(sorted(Counter(job.kinds().values()).items())),
     }
 
 

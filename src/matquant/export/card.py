@@ -10,7 +10,6 @@ from matquant.checkpoint import manifest_sha256
 from matquant.export.job import Job
 
 RECORD = "matquant_export.json"
-DENSE = "dense"
 
 
 def record(job: Job) -> dict[str, Any]:
@@ -21,7 +20,7 @@ def record(job: Job) -> dict[str, Any]:
         "rule": job.checkpoint.spec.rule,
         "zeros": job.zeros,
         "bits": dict(job.plan),
-        "containers": {path: kind.name if kind else DENSE for path, kind in job.chosen.items()},
+        "containers": job.kinds(),
         "bits_per_weight": job.bits_per_weight(),
     }
 
@@ -32,7 +31,7 @@ def model_card(job: Job) -> str:
     return environment.get_template("card.md.jinja").render(
         spec=job.checkpoint.spec,
         widths=sorted(Counter(job.plan.values()).items(), reverse=True),
-        containers=Counter(kind.name if kind else DENSE for kind in job.chosen.values()).most_common(),
+        containers=Counter(job.kinds().values()).most_common(),
         bits_per_weight=job.bits_per_weight(),
         zeros=job.zeros,
         measured=_measured(job.about.get("measured")),

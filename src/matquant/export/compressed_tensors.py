@@ -11,7 +11,7 @@ import numpy as np
 
 from matquant.checkpoint import Checkpoint, pack_zeros, stock_config
 from matquant.errors import InputError
-from matquant.export.containers import DTYPES, FIXED, INTEGER, Container, Encoded
+from matquant.export.containers import FIXED, FLOATS, INTEGER, Container, Encoded
 from matquant.export.directory import write_directory
 from matquant.export.job import Exporter, Job
 from matquant.export.stream import Slot
@@ -42,7 +42,7 @@ def tensors(container: Container, encoded: Encoded) -> Sequence[np.ndarray]:
     """The arrays of ``slots``."""
     found = [
         pack(encoded.codes, container.bits).view(np.int32),
-        encoded.fit.scale.astype(DTYPES[container.scale]),
+        encoded.fit.scale.astype(FLOATS[container.scale]),
         np.array(encoded.codes.shape, dtype=np.int64),
     ]
     if container.zero == INTEGER:
@@ -52,7 +52,7 @@ def tensors(container: Container, encoded: Encoded) -> Sequence[np.ndarray]:
 
 def check(job: Job) -> None:
     """InputError for containers that transformers does not read together."""
-    kinds = {path: kind for path, kind in job.chosen.items() if kind is not None}
+    kinds = job.held()
     names = ", ".join(kind.name for kind in _by_width(kinds.values()))
     if _asymmetric(job) and len(set(kinds.values())) > 1:
         raise InputError(
@@ -69,7 +69,7 @@ def check(job: Job) -> None:
 
 def config(job: Job) -> dict[str, Any]:
     """config.json with one config group for every container in use."""
-    checkpoint, chosen = job.checkpoint, {path: kind for path, kind in job.chosen.items() if kind is not None}
+    checkpoint, chosen = job.checkpoint, job.held()
     groups = {
         (kind.bits, kind.zero == FIXED): [path for path, container in chosen.items() if container == kind]
         for kind in _by_width(chosen.values())

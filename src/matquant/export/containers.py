@@ -22,12 +22,12 @@ import numpy as np
 
 from matquant.grid import storable_scale
 from matquant.nest import MASTER_BITS, slice_codes
-from matquant.tensor import NestedTensor
+from matquant.tensor import Affine, NestedTensor
 
 FIXED, INTEGER, MINIMUM = "fixed", "integer", "minimum"
 EXACT, CENTRE = "exact", "centre"
 ZEROS = (EXACT, CENTRE)
-DTYPES: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+FLOATS: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 STEPS = {"F32": 2.0**-24, "F16": 2.0**-11, "BF16": 2.0**-8}  # relative error of rounding to nearest
 
 
@@ -101,8 +101,13 @@ def levels(bits: int, rule: str) -> int:
 
 def fit(container: Container, tensor: NestedTensor, bits: int, *, zeros: str = EXACT) -> Fit | Misfit:
     """How ``container`` holds the ``bits``-bit slice of ``tensor``. Codes are looked at only if zeros are moved."""
+    return _fit(container, tensor, bits, read_affine(tensor, bits, zeros=zeros))
+
+
+def _fit(container: Container, tensor: NestedTensor, bits: int, affine: Affine) -> Fit | Misfit:
+    """``fit`` with the scale and zero that the slice is to have."""
     rows, columns = tensor.codes.shape
-    scale, zero = read_affine(tensor, bits, zeros=zeros)
+    scale, zero = affine
     found = _fit_numbers(container, scale, zero, levels(bits, tensor.rule))
     group = columns // scale.shape[1]
     if isinstance(found, Misfit):
@@ -164,8 +169,9 @@ def choose(
     Give them by size, smallest first.
     """
     misfits = []
+    affine = read_affine(tensor, bits, zeros=zeros)  # once: moved zeros look at all codes
     for container in containers:
-        found = fit(container, tensor, bits, zeros=zeros)
+        found = _fit(container, tensor, bits, affine)
         if isinstance(found, Fit):
             return container
         misfits.append(found)
@@ -210,7 +216,7 @@ def decode(container: Container, encoded: Encoded) -> np.ndarray:
 
 def _rounded(values: np.ndarray, dtype: str) -> np.ndarray:
     with np.errstate(over="ignore"):
-        return values.astype(DTYPES[dtype]).astype(np.float32)
+        return values.astype(FLOATS[dtype]).astype(np.float32)
 
 
 def _storable(container: Container, found: Fit, minimum: np.ndarray) -> Fit | Misfit:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from matquant.export.containers import DTYPES
+from matquant.export.containers import FLOATS
 from matquant.export.directory import write_directory
 from matquant.export.job import Exporter, Job
 from matquant.export.stream import Part, Slot
@@ -14,9 +14,9 @@ def plain(job: Job, name: str) -> Part:
     """A tensor that is not quantised, floats in the dtype of the export."""
     checkpoint = job.checkpoint
     stored, shape = checkpoint.stored_dtype(name), checkpoint.stored_shape(name)
-    if stored not in DTYPES:
+    if stored not in FLOATS:
         return Part((Slot(name, stored, shape),), lambda: [checkpoint.array(name)])
-    return Part((Slot(name, job.dtype, shape),), lambda: [checkpoint.array(name).astype(DTYPES[job.dtype])])
+    return Part((Slot(name, job.dtype, shape),), lambda: [checkpoint.array(name).astype(FLOATS[job.dtype])])
 
 
 def config(job: Job) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def _outcome(checkpoint: Checkpoint, to: str, plan: Mapping[str, int], zeros: st
         job = make_job(checkpoint, to, plan, zeros=zeros)
     except InputError as error:
         return {"refused": str(error)}
-    containers = Counter(container.name if container else "dense" for container in job.chosen.values())
+    containers = Counter(job.kinds().values())
     return {"containers": dict(containers.most_common()), "bits_per_weight": job.bits_per_weight()}
 
 

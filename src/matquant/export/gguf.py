@@ -25,7 +25,7 @@ from matquant.checkpoint import Checkpoint
 from matquant.errors import InputError
 from matquant.export.blocks import CONTAINERS, pack_blocks, row_bytes
 from matquant.export.card import model_card, record
-from matquant.export.containers import DTYPES, Container
+from matquant.export.containers import FLOATS, Container
 from matquant.export.job import Exporter, Job
 from matquant.export.stream import Part, Report, Slot, made
 from matquant.export.tokens import INSTEAD, Tokens, read_tokens
@@ -63,7 +63,7 @@ def write(job: Job, file: Path, report: Report) -> None:
     architecture = _architecture(checkpoint)
     names = _names(gguf, checkpoint, architecture)
     parts = [*job.parts(), *_rope_factors(checkpoint, architecture)]
-    kinds = {f"{path}.weight": kind.name for path, kind in job.chosen.items() if kind is not None}
+    kinds = {f"{path}.weight": kind.name for path, kind in job.held().items()}
     with contextlib.closing(gguf.GGUFWriter(file, ARCHITECTURES[checkpoint.config["model_type"]])) as writer:
         _add_general(gguf, writer, job)
         _add_architecture(gguf, writer, checkpoint, architecture)
@@ -109,8 +109,8 @@ def plain(job: Job, name: str) -> Part:
     """A tensor that is not quantised: vectors and norms in float32, matrices as stored or in the dtype asked for."""
     checkpoint = job.checkpoint
     stored, shape = checkpoint.stored_dtype(name), checkpoint.stored_shape(name)
-    if stored not in DTYPES:
-        raise InputError(f"--to gguf asked of {name} of dtype {stored}, it takes {', '.join(DTYPES)}; {INSTEAD}")
+    if stored not in FLOATS:
+        raise InputError(f"--to gguf asked of {name} of dtype {stored}, it takes {', '.join(FLOATS)}; {INSTEAD}")
     dtype = "F32" if len(shape) == 1 else job.asked or stored
     offset = _read(checkpoint).family.norm_offset if name.endswith("norm.weight") else 0.0
     order = rows(checkpoint, name.rpartition(".")[0])
@@ -119,7 +119,7 @@ def plain(job: Job, name: str) -> Part:
         array = checkpoint.array(name)
         if offset:
             array = array.astype(np.float32) + np.float32(offset)
-        return [(array if order is None else array[order]).astype(DTYPES[dtype], copy=False)]
+        return [(array if order is None else array[order]).astype(FLOATS[dtype], copy=False)]
 
     return Part((Slot(name, dtype, shape),), make)
 
@@ -214,7 +214,7 @@ def _rope_factors(checkpoint: Checkpoint, architecture: Architecture) -> list[Pa
 def _add_general(gguf: ModuleType, writer: Any, job: Job) -> None:
     """What the file is, where it comes from, and the model card."""
     base = job.about.get("base_model")
-    kinds = Counter(kind.name for kind in job.chosen.values() if kind is not None).most_common(1)
+    kinds = Counter(kind.name for kind in job.held().values()).most_common(1)
     common = kinds[0][0] if kinds else "F32"
     kind = "ALL_F32" if common == "F32" else FILE_TYPES.get(common, f"MOSTLY_{common}")
     writer.add_type("model")

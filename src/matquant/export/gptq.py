@@ -78,7 +78,7 @@ def tensors(container: Container, encoded: Encoded) -> Sequence[np.ndarray]:
 def quantization_config(job: Job) -> dict[str, Any]:
     """What config.json and quantize_config.json say: the width in most use, and by ``dynamic`` which paths differ."""
     checkpoint = job.checkpoint
-    kinds = {path: kind for path, kind in job.chosen.items() if kind is not None}
+    kinds = job.held()
     usual = Counter(kind.bits for kind in kinds.values()).most_common(1)[0][0]
     dynamic: dict[str, dict[str, int]] = {}
     for bits in sorted({kind.bits for kind in kinds.values()} - {usual}):

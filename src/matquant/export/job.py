@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 
 from matquant.checkpoint import Checkpoint
-from matquant.export.containers import DTYPES, Container, Encoded, Misfit, choose, encode, read_affine
+from matquant.export.containers import FLOATS, Container, Encoded, Misfit, choose, encode, read_affine
 from matquant.export.stream import Part, Report, Slot
 from matquant.grid import decode
 from matquant.nest import slice_codes
 from matquant.tensor import NestedTensor
+
+DENSE = "dense"  # what a path is stored in that has no container
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +74,14 @@ class Job:
     asked: str | None = None
     about: Mapping[str, Any] = field(default_factory=dict)
 
+    def held(self) -> dict[str, Container]:
+        """The containers of the paths that have one."""
+        return {path: container for path, container in self.chosen.items() if container is not None}
+
+    def kinds(self) -> dict[str, str]:
+        """The name of what every path is stored in."""
+        return {path: container.name if container else DENSE for path, container in self.chosen.items()}
+
     def parts(self) -> list[Part]:
         """All tensors of the export: the quantised weights, then the others."""
         return [*map(self.weight, self.plan), *(self.exporter.plain(self, n) for n in self.checkpoint.plain_names())]
@@ -102,7 +112,7 @@ class Job:
 def _dense(job: Job, path: str, rows: np.ndarray | None) -> np.ndarray:
     tensor, bits = job.checkpoint.nested(path, mapped=True), job.plan[path]
     codes = slice_codes(tensor.codes, bits, rule=tensor.rule)
-    weight: np.ndarray = decode(codes, *read_affine(tensor, bits, zeros=job.zeros)).astype(DTYPES[job.dtype])
+    weight: np.ndarray = decode(codes, *read_affine(tensor, bits, zeros=job.zeros)).astype(FLOATS[job.dtype])
     return weight if rows is None else weight[rows]
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from matquant.checkpoint import Checkpoint
 from matquant.export import dense
-from matquant.export.containers import DTYPES, MINIMUM, Container, Encoded, largest_block
+from matquant.export.containers import FLOATS, MINIMUM, Container, Encoded, largest_block
 from matquant.export.directory import write_directory
 from matquant.export.job import Exporter, Job
 from matquant.export.stream import Slot
@@ -61,7 +61,7 @@ def tensors(container: Container, encoded: Encoded) -> Sequence[np.ndarray]:
     """The arrays of ``slots``."""
     blocks = encoded.codes.shape[1] // container.block
     affine = [
-        np.repeat(values.astype(DTYPES[container.scale]), blocks // values.shape[1], axis=1)
+        np.repeat(values.astype(FLOATS[container.scale]), blocks // values.shape[1], axis=1)
         for values in (encoded.fit.scale, encoded.fit.minimum())
     ]
     return [pack(encoded.codes, container.bits), *affine]
@@ -69,7 +69,7 @@ def tensors(container: Container, encoded: Encoded) -> Sequence[np.ndarray]:
 
 def config(job: Job) -> dict[str, Any]:
     """config.json with the container in most use as "quantization", and the paths that have others."""
-    kinds = {path: kind for path, kind in job.chosen.items() if kind is not None}
+    kinds = job.held()
     model = {**positions(job.checkpoint.config), **dense.config(job)}
     if not kinds:
         return model

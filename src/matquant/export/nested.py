@@ -47,7 +47,7 @@ def encode(tensor: NestedTensor, bits: int, container: Container, zeros: str) ->
 def write(job: Job, folder: Path, report: Report) -> None:
     """Write the nested checkpoint: shards, config.json, the affines of the widths that are left, the manifest."""
     checkpoint, widest = job.checkpoint, max(job.plan.values())
-    kept = {path: container.bits for path, container in job.chosen.items() if container is not None}
+    kept = {path: container.bits for path, container in job.held().items()}
     stored: int | dict[str, int] = kept if len(set(kept.values())) > 1 else min(kept.values())
     left = tuple(bits for bits in checkpoint.spec.slices if bits <= widest)
     spec = replace(checkpoint.spec, format=1 if stored == MASTER_BITS else 2, slices=left, stored_bits=stored)

@@ -4,6 +4,7 @@ Tensors are made by a few threads a little ahead of the writer, so peak memory i
 """
 
 import json
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,18 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
+from matquant.export.containers import FLOATS
 from matquant.files import json_bytes
 
 AHEAD = 2  # threads, and parts in memory beside the one that is written
 SHARD_BYTES = 5 * 10**9
-ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U32": 4, "U8": 1}
-NAMES: dict[Any, str] = {
-    **{np.dtype(np.float32): "F32", np.dtype(np.float16): "F16", np.dtype(ml_dtypes.bfloat16): "BF16"},
-    **{np.dtype(np.int64): "I64", np.dtype(np.int32): "I32", np.dtype(np.uint32): "U32", np.dtype(np.uint8): "U8"},
-}
+DTYPES: dict[str, Any] = {**FLOATS, "I64": np.int64, "I32": np.int32, "U32": np.uint32, "U8": np.uint8}
 PYTORCH = {"format": "pt"}  # what transformers wants to find in a header
 Report = Callable[[int], None]  # told the bytes written since the last call
 
@@ -37,7 +34,7 @@ class Slot:
 
     @property
     def bytes(self) -> int:
-        return ITEM_BYTES[self.dtype] * int(np.prod(self.shape, dtype=np.int64))
+        return int(np.dtype(DTYPES[self.dtype]).itemsize) * math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -102,6 +99,6 @@ def write_safetensors(
         stream.write(len(text).to_bytes(8, "little") + text)
         for part, arrays in made(parts):
             for slot, array in zip(part.slots, arrays, strict=True):
-                assert (NAMES[array.dtype], array.shape) == (slot.dtype, slot.shape), (slot, array.dtype, array.shape)
+                assert (array.dtype, array.shape) == (DTYPES[slot.dtype], slot.shape), (slot, array.dtype, array.shape)
                 stream.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
             report(part.bytes)
