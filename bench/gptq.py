@@ -178,7 +178,11 @@ def refitted(
     """The same codes with our affines for the widths below 8."""
     slices = {
         bits: refit_affine(
-            weight_NK, slice_codes(tensor.codes, bits, rule=tensor.rule), hessian_KK, fallback=tensor.affine(bits)
+            weight_NK,
+            slice_codes(tensor.codes, bits, rule=tensor.rule),
+            hessian_KK,
+            bits=bits,
+            fallback=tensor.affine(bits),
         )
         for bits in widths
         if bits < MASTER_BITS

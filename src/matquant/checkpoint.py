@@ -26,7 +26,8 @@ from safetensors.numpy import save_file
 
 from matquant.errors import InputError
 from matquant.files import check_replaceable, json_bytes, replace_directory_when_done, sha256
-from matquant.nest import MASTER_BITS, slice_codes
+from matquant.grid import middle
+from matquant.nest import CENTRE, MASTER_BITS, slice_codes
 from matquant.overflow import packed_bytes
 from matquant.packing import pack, unpack, words
 from matquant.spec import DAMAGED, Spec, check_format
@@ -139,6 +140,12 @@ def _stored_tensors(path: str, tensor: NestedTensor, spec: Spec) -> Iterator[tup
         yield f"{path}.weight_zero_point", pack_zeros(tensor.zero, MASTER_BITS)
 
 
+def slice_tensors(path: str, bits: int, spec: Spec) -> dict[str, Any]:
+    """Tensor name -> dtype of what a width has of its own: its scale and, unless it is in the centre, its zero."""
+    names: dict[str, Any] = {f"{path}.{bits}.scale": ml_dtypes.bfloat16}
+    return names if spec.zeros == CENTRE else {**names, f"{path}.{bits}.zero": np.float16}
+
+
 def pack_zeros(zero_NG: np.ndarray, bits: int) -> np.ndarray:
     """Integer zeros [N, G] as compressed-tensors has them: int32 words [ceil(N * bits / 32), G], packed along rows."""
     return np.ascontiguousarray(pack(zero_NG.T.astype(np.uint8), bits).view("<i4").T)
@@ -170,9 +177,9 @@ def _write_tensors(directory: Path, items: Iterable[Item], *, spec: Spec, shard_
         shard.update((key, np.ascontiguousarray(array).reshape(array.shape)) for key, array in entries)
         total += size
         if isinstance(value, NestedTensor):
-            for bits, (scale, zero) in value.slices.items():
-                slices[f"{name}.{bits}.scale"] = scale.astype(ml_dtypes.bfloat16)
-                slices[f"{name}.{bits}.zero"] = zero.astype(np.float16)
+            for bits, affine in value.slices.items():
+                for (key, dtype), part in zip(slice_tensors(name, bits, spec).items(), affine, strict=False):
+                    slices[key] = part.astype(dtype)
     flush()
     if slices:
         save_file(slices, directory / SLICES)
@@ -271,13 +278,10 @@ class Checkpoint:
         if f"{path}.weight_zero_point" in self.files:
             zero = unpack(self.array(f"{path}.weight_zero_point").T, MASTER_BITS, rows).T.astype(np.float32)
             zero = np.ascontiguousarray(zero)
-        slices = {
-            bits: (
-                self.array(f"{path}.{bits}.scale").astype(np.float32),
-                self.array(f"{path}.{bits}.zero").astype(np.float32),
-            )
-            for bits in self.spec.slices
-        }
+        slices = {}
+        for bits in self.spec.slices:
+            own = [self.array(name).astype(np.float32) for name in slice_tensors(path, bits, self.spec)]
+            slices[bits] = own[0], own[1] if len(own) > 1 else np.full_like(own[0], middle(bits))
         packed = f"{path}.weight_packed"
         codes = unpack(self.mapped(packed, "<u4") if mapped else self.array(packed).view("<u4"), stored, columns)
         codes = codes << (MASTER_BITS - stored) if stored < MASTER_BITS else codes
@@ -469,9 +473,10 @@ def _expected_tensors(path: str, rows: int, columns: int, spec: Spec) -> dict[st
     }
     if not spec.symmetric:
         expected[f"{path}.weight_zero_point"] = ([words(rows, MASTER_BITS), groups], "I32")
+    dtypes = {ml_dtypes.bfloat16: "BF16", np.float16: "F16"}
     for bits in spec.slices:
-        expected[f"{path}.{bits}.scale"] = ([rows, groups], "BF16")
-        expected[f"{path}.{bits}.zero"] = ([rows, groups], "F16")
+        for name, dtype in slice_tensors(path, bits, spec).items():
+            expected[name] = ([rows, groups], dtypes[dtype])
     return expected
 
 
@@ -479,15 +484,18 @@ def _expected_tensors(path: str, rows: int, columns: int, spec: Spec) -> dict[st
 
 
 def size_bytes(checkpoint: Checkpoint, path: str, bits: int) -> float:
-    """Honest bytes of one weight served at ``bits`` bits: packed codes, the scale and zero of that width, its shape.
+    """Honest bytes of one weight served at ``bits`` bits: packed codes, its scale, its zero if stored, its shape.
 
     Under rule ``extra`` the codes take what matquant.overflow really stores, counted once for each width (the paper's
     own count, r + overflow fraction bits, leaves out which weights overflow).
     """
     rows, columns = checkpoint.shapes[path]
     groups = columns // (checkpoint.spec.group_size or columns)
-    own = bits in checkpoint.spec.slices
-    per_group = 4 if own else np.dtype(_scale_dtype(path, checkpoint.spec)).itemsize + (not checkpoint.spec.symmetric)
+    if bits in checkpoint.spec.slices:
+        dtypes = list(slice_tensors(path, bits, checkpoint.spec).values())
+    else:
+        dtypes = [_scale_dtype(path, checkpoint.spec), *([] if checkpoint.spec.symmetric else [np.uint8])]
+    per_group = sum(int(np.dtype(dtype).itemsize) for dtype in dtypes)
     shape_entry = 16
     packed = rows * columns * min(bits, checkpoint.spec.stored(path)) / 8
     if checkpoint.spec.rule == "extra" and bits < MASTER_BITS:

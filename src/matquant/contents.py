@@ -7,7 +7,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from matquant.checkpoint import Checkpoint, bits_per_weight, plain_bytes, plan_bytes
-from matquant.nest import MASTER_BITS, slice_codes
+from matquant.nest import MASTER_BITS, OWN, slice_codes
 
 BARS = " ▁▂▃▄▅▆▇█"
 WIDEST_HISTOGRAM = 32  # columns
@@ -59,6 +59,7 @@ def render(checkpoint: Checkpoint, summary: dict[str, Any]) -> RenderableType:
     spec = checkpoint.spec
     facts = Table.grid(padding=(0, 2))
     own = ", ".join(map(str, spec.slices)) or "none"
+    kind = "affines" if spec.zeros == OWN else "scales"
     group = "one per output channel" if spec.group_size is None else f"{spec.group_size} weights"
     for name, value in (
         ("checkpoint", str(checkpoint.directory)),
@@ -68,7 +69,7 @@ def render(checkpoint: Checkpoint, summary: dict[str, Any]) -> RenderableType:
         ),
         ("trained widths", ", ".join(map(str, spec.widths)) or "none"),
         ("rule", spec.rule),
-        ("grid", f"{'symmetric' if spec.symmetric else 'asymmetric'}, groups: {group}; own affines at widths: {own}"),
+        ("grid", f"{'symmetric' if spec.symmetric else 'asymmetric'}, groups: {group}; own {kind} at widths: {own}"),
         ("quantised", f"{summary['weights']:,} weights in {len(checkpoint.shapes)} linears ({spec.scope})"),
         ("not quantised", f"{summary['plain_bytes']:,} bytes"),
         ("on disk", f"{summary['file_bytes']:,} bytes of tensors for all widths"),

@@ -12,7 +12,8 @@ fp16 and fp32 and a slice is bit-exact in every engine.
 
 An r-bit slice may carry a scale and zero of its own, w = scale_r * (code_r - zero_r), fitted to the float weights by
 least squares (``fit_slice``). It costs 4 bytes per group, nothing in a kernel, and takes 20 % off the int2 error of
-untrained Gaussian rows.
+untrained Gaussian rows. With zeros "centre" the zero is the middle of the codes, (2^r - 1)/2, and is not stored: 2
+bytes per group, and integers of r + 1 bits hold the slice exactly.
 
 The lines run on numpy arrays and torch tensors. Shapes: N out features, K in features, G groups of K/G features.
 """
@@ -23,7 +24,7 @@ from typing import Any
 from array_api_compat import array_namespace
 
 from matquant.errors import InputError
-from matquant.nest import check_bits, slice_affine, slice_codes
+from matquant.nest import CENTRE, OWN, check_bits, slice_affine, slice_codes
 
 SMALLEST_SCALE = 2.0**-24  # the smallest positive fp16 number
 LARGEST_SCALE = 65280.0  # the largest fp16 number with 8 significant bits
@@ -131,20 +132,24 @@ def fit_slice(
     rule: str,
     scale: Any,
     zero: Any,
+    zeros: str = OWN,
     storable: bool = True,
 ) -> tuple[Any, Any]:
     """Least-squares scale and zero of one width: min over each group of sum (w - scale_r*(code_r - zero_r))^2.
 
     weight_NK: the float weights the codes stand for; codes_NK: their 8-bit codes; scale, zero: the 8-bit grid [N, G].
-    storable: scale_r rounded to 8 significant bits in the range of fp16, zero_r then refitted and rounded to float16.
+    zeros: OWN, or CENTRE for the zero (2^r - 1)/2 and the scale that is best with it. storable: scale_r rounded to 8
+    significant bits in the range of fp16, an own zero_r then refitted and rounded to float16.
     A group whose sliced codes are all equal, or whose best slope is not positive, keeps the default scale of
     ``slice_affine`` and gets the zero that puts its mean right. Returns (scale_r, zero_r), float32 [N, G].
     """
     xp = array_namespace(weight_NK)
     weight = _grouped(xp.astype(weight_NK, xp.float32), scale)
     code = _grouped(xp.astype(slice_codes(codes_NK, bits, rule=rule), xp.float32), scale)
-    mean_weight = xp.mean(weight, axis=-1)
-    mean_code = xp.mean(code, axis=-1)
+    if zeros == CENTRE:  # the means that a zero of its own would have been fitted to
+        mean_weight, mean_code = xp.zeros_like(scale), xp.full_like(scale, middle(bits))
+    else:
+        mean_weight, mean_code = xp.mean(weight, axis=-1), xp.mean(code, axis=-1)
     centred_code = code - mean_code[..., None]
     variance = xp.sum(centred_code * centred_code, axis=-1)
     covariance = xp.sum(centred_code * (weight - mean_weight[..., None]), axis=-1)
@@ -155,11 +160,18 @@ def fit_slice(
     if not storable:
         return fitted, mean_code - mean_weight / fitted
     fitted = storable_scale(fitted)
+    if zeros == CENTRE:
+        return fitted, mean_code
     # A nearly constant group far from 0 can ask for a zero beyond float16.
     holds = xp.abs(mean_code - mean_weight / fitted) < LARGEST_ZERO
     fitted = xp.where(holds, fitted, storable_scale(default))
     zero_r = mean_code - mean_weight / fitted
     return fitted, xp.astype(xp.astype(zero_r, xp.float16), xp.float32)
+
+
+def middle(bits: int) -> float:
+    """The middle of the ``bits``-bit codes, (2^bits - 1) / 2."""
+    return float(2**bits - 1) / 2
 
 
 def storable_scale(scale: Any, *, up: bool = False) -> Any:

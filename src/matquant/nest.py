@@ -23,6 +23,8 @@ from matquant.errors import InputError
 
 RULES = ("prefix", "round", "extra")
 MASTER_BITS = 8
+OWN, CENTRE = "own", "centre"
+ZEROS = (OWN, CENTRE)  # of slices with a scale of their own: a zero of their own, or the middle of their codes
 
 
 def check_bits(bits: int) -> None:

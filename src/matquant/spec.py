@@ -5,23 +5,24 @@ Both are frozen, keyword-only, and read from JSON strictly: an unknown key raise
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 from matquant.errors import InputError
 from matquant.files import read_json
-from matquant.nest import MASTER_BITS, check_bits, check_rule
+from matquant.nest import MASTER_BITS, OWN, ZEROS, check_bits, check_rule
 
-FORMAT_VERSION = 2  # the newest read; 2 only where fewer than 8 bits are stored
+FORMAT_VERSION = 3  # the newest read
+SINCE = {"stored_bits": 2, "zeros": 3}  # the format a key came with; a record is written in the oldest that does
 DAMAGED = "the checkpoint is damaged: write it again"
 SCALE_DTYPES = ("bfloat16", "float32")
 ABOUT = ("strategy", "budget", "bits_per_weight", "bytes", "loss", "log_perplexity")  # of a plan
 
 
-def _known_only(record: type, values: Mapping[str, Any], *, where: str) -> dict[str, Any]:
-    known = [f.name for f in dataclasses.fields(record)]
+def _known_only(record: type, values: Mapping[str, Any], *, where: str, also: Sequence[str] = ()) -> dict[str, Any]:
+    known = [*also, *(f.name for f in dataclasses.fields(record))]
     for key in values:
         if key not in known:
             nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
@@ -61,6 +62,7 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "seed": (lambda v: type(v) is int, "an integer"),
     "data_sha256": (lambda v: isinstance(v, str), "a string"),
     "stored_bits": (lambda v: _is_stored(v), "an integer 2..8, or an object with one for every path"),
+    "zeros": (lambda v: v in ZEROS, " or ".join(ZEROS)),
 }
 
 
@@ -76,15 +78,15 @@ def check_format(version: Any, *, where: object) -> None:
 class Spec:
     """How the codes of a checkpoint are read and how they were made: the "matquant" object of config.json.
 
-    format: version of the file format. rule: slicing rule. widths: the widths trained (any of 1..8 can be read).
+    rule: slicing rule. widths: the widths trained (any of 1..8 can be read).
     slices: widths with affines of their own in matquant_slices.safetensors. group_size: None for one group per row.
     symmetric: the 8-bit zero is 128. scale_dtype: how exactly 8-bit scales are kept (bfloat16: exact in every engine;
     float32: the formulas to the letter). scope: which linears. method, objective, weights, baseline_bits, steps, seed,
     data_sha256: how it was made (data_sha256 is over the tokens trained on; empty without data). stored_bits: top bits
-    of a code that are stored, the others are 0: of all paths, or of each (format 2; formats before store all 8).
+    of a code that are stored, the others are 0: of all paths, or of each. zeros: of the widths in ``slices``: "own", or
+    "centre" for (2^r - 1)/2, which is not stored.
     """
 
-    format: int = 1
     rule: str
     widths: tuple[int, ...]
     slices: tuple[int, ...] = ()
@@ -100,27 +102,36 @@ class Spec:
     seed: int = 0
     data_sha256: str = ""
     stored_bits: int | Mapping[str, int] = MASTER_BITS
+    zeros: str = OWN
 
     def __post_init__(self) -> None:
         check_rule(self.rule)
         for bits in (*self.widths, *self.slices):
             check_bits(bits)
 
+    @property
+    def format(self) -> int:
+        """The version of the file format that this record needs."""
+        given = {"stored_bits": self.stored_bits != MASTER_BITS, "zeros": self.zeros != OWN}
+        return max([1, *(SINCE[key] for key, is_given in given.items() if is_given)])
+
     def stored(self, path: str) -> int:
         """How many top bits of the codes at ``path`` are stored."""
         return self.stored_bits if isinstance(self.stored_bits, int) else self.stored_bits[path]
 
     def to_json(self) -> dict[str, Any]:
-        values = dataclasses.asdict(self)
-        return values if self.format > 1 else {key: value for key, value in values.items() if key != "stored_bits"}
+        values = {"format": self.format, **dataclasses.asdict(self)}
+        return {key: value for key, value in values.items() if SINCE.get(key, 1) <= self.format}
 
     @classmethod
     def from_json(cls, values: dict[str, Any], *, where: str) -> Self:
         """Parse the "matquant" object of ``where``; InputError for a future format, unknown or missing keys."""
         check_format(values.get("format"), where=where)
-        known = _known_only(cls, values, where=where)
-        if "stored_bits" in known and known["format"] == 1:
-            raise InputError(f"{where} has the key 'stored_bits', which format 1 does not; {DAMAGED}")
+        known = _known_only(cls, values, where=where, also=["format"])
+        version = known.pop("format")
+        for key, since in SINCE.items():
+            if key in known and version < since:
+                raise InputError(f"{where} has the key {key!r}, which format {version} does not; {DAMAGED}")
         for name in ("rule", "widths"):
             if name not in known:
                 raise InputError(f"{where} lacks {name!r}; {DAMAGED}")

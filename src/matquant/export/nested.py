@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from matquant.checkpoint import SLICES, Checkpoint, quantization_config, write_manifest
+from matquant.checkpoint import SLICES, Checkpoint, quantization_config, slice_tensors, write_manifest
 from matquant.export import compressed_tensors
 from matquant.export.containers import FIXED, Container, Encoded, Fit, Misfit
 from matquant.export.directory import write_directory
@@ -18,8 +18,6 @@ from matquant.export.job import Exporter, Job, as_stored
 from matquant.export.stream import Report, write_safetensors
 from matquant.nest import MASTER_BITS
 from matquant.tensor import NestedTensor
-
-AFFINE = ("scale", "zero")
 
 
 def choose(checkpoint: Checkpoint, path: str, bits: int, zeros: str) -> Container | list[Misfit]:
@@ -50,11 +48,12 @@ def write(job: Job, folder: Path, report: Report) -> None:
     kept = {path: container.bits for path, container in job.held().items()}
     stored: int | dict[str, int] = kept if len(set(kept.values())) > 1 else min(kept.values())
     left = tuple(bits for bits in checkpoint.spec.slices if bits <= widest)
-    spec = replace(checkpoint.spec, format=1 if stored == MASTER_BITS else 2, slices=left, stored_bits=stored)
+    spec = replace(checkpoint.spec, slices=left, stored_bits=stored)
     config = {**checkpoint.config, "quantization_config": quantization_config(spec, checkpoint.ignore)}
     write_directory(job, folder, config, report, index=bool(left))
     if left:
-        parts = [as_stored(checkpoint, f"{path}.{bits}.{what}") for path in kept for bits in left for what in AFFINE]
+        names = [name for path in kept for bits in left for name in slice_tensors(path, bits, spec)]
+        parts = [as_stored(checkpoint, name) for name in names]
         write_safetensors(folder / SLICES, parts, report=report, metadata=None)
     write_manifest(folder, spec)
 

@@ -32,7 +32,7 @@ from matquant.models import (
     plain_items,
     unquantised_linears,
 )
-from matquant.nest import MASTER_BITS, check_bits, check_rule
+from matquant.nest import MASTER_BITS, OWN, ZEROS, check_bits, check_rule
 from matquant.spec import SCALE_DTYPES, Spec
 from matquant.tensor import NestedTensor
 from matquant.text import data_sha256, read_documents, token_stream
@@ -109,6 +109,7 @@ def quantize(
     group_size: int | None = None,
     symmetric: bool = True,
     affine: str | None = None,
+    zeros: str = OWN,
     scale_dtype: str = "bfloat16",
     baseline_bits: int | None = None,
     start: Path | str | None = None,
@@ -126,8 +127,9 @@ def quantize(
     which ``resume`` continues. objective, weights: see ``objective.parse_objective``; None: the method's own (METHODS).
     exclude: regular expressions of paths to leave out. baseline_bits: train the dedicated model of that width instead,
     on its own grid (on the method's own target, or ``objective`` if it names that width alone). affine None: the
-    method's. start: a nested checkpoint of the same model whose codes qat starts from (one made by gptq is a better
-    start than rounding). device None: cuda if there is one. options: the method's own: the fields of ``qat.Schedule``,
+    method's. zeros: of the widths with an affine of their own: "own", or "centre" for the middle of their codes, which
+    is not stored. start: a nested checkpoint of the same model whose codes qat starts from (one made by gptq is better
+    than rounding). device None: cuda if there is one. options: the method's own: the fields of ``qat.Schedule``,
     ``gptq.Settings`` or ``omniquant.Settings``.
     Raises InputError before any work for whatever can be known before it, and never leaves a half-written checkpoint.
     """
@@ -145,7 +147,8 @@ def quantize(
     if weights is None and chosen.lambdas is not None:
         widths = tuple(dataclasses.replace(width, weight=chosen.lambdas(width.bits)) for width in widths)
     affine = affine or chosen.affine
-    _check_choices(affine=affine, scale_dtype=scale_dtype, rule=rule)
+    _check_choices(affine=affine, scale_dtype=scale_dtype, rule=rule, zeros=zeros)
+    _check_zeros(zeros, affine=affine, rule=rule, symmetric=symmetric)
     if chosen.settings:
         _check_options(method, options)
         if not text:
@@ -180,6 +183,7 @@ def quantize(
         group_size=group_size,
         symmetric=symmetric,
         affine=affine,
+        zeros=zeros,
         storable=scale_dtype == "bfloat16",
         sliced=_own_affines(affine, baseline_bits),
     )
@@ -190,6 +194,7 @@ def quantize(
         slices=grid.sliced or ((baseline_bits,) if baseline_bits and baseline_bits < MASTER_BITS else ()),
         group_size=group_size,
         symmetric=symmetric,
+        zeros=zeros,
         scale_dtype=scale_dtype,
         scope=scope,
         method=method,
@@ -239,6 +244,7 @@ def _first(start: Path | str | None, method: str, grid: Grid, views: Mapping[str
         ("group_size", checkpoint.spec.group_size, grid.group_size),
         ("symmetric", checkpoint.spec.symmetric, True),
         ("symmetric", grid.symmetric, True),
+        ("zeros", checkpoint.spec.zeros, grid.zeros),
         ("baseline_bits", checkpoint.spec.baseline_bits or MASTER_BITS, grid.bits),
     ):
         if found != wanted:
@@ -323,14 +329,28 @@ def _widths(objective: str, weights: Sequence[float] | None, baseline_bits: int 
     return (Width(bits=baseline_bits, truth=True, teachers=(), weight=1.0),)
 
 
-def _check_choices(*, affine: str, scale_dtype: str, rule: str) -> None:
+def _check_choices(*, affine: str, scale_dtype: str, rule: str, zeros: str) -> None:
     check_rule(rule)
     for name, value, known in (
         ("affine", affine, AFFINES),
         ("scale_dtype", scale_dtype, SCALE_DTYPES),
+        ("zeros", zeros, ZEROS),
     ):
         if value not in known:
             raise InputError(f"{name}={value!r} is not known; use one of {', '.join(known)}")
+
+
+def _check_zeros(zeros: str, *, affine: str, rule: str, symmetric: bool) -> None:
+    if zeros == OWN:
+        return
+    for name, found, wanted in (("rule", rule, "prefix"), ("symmetric", symmetric, True)):
+        if found != wanted:
+            raise InputError(
+                f"zeros={zeros!r} asked with {name}={found!r}, whose codes do not lie evenly about 0; "
+                f"use zeros {OWN!r}, or {name}={wanted!r}"
+            )
+    if affine == "none":
+        raise InputError(f"zeros={zeros!r} asked with affine='none', by which no width has a zero; use affine 'refit'")
 
 
 def _check_work(work: Path, *, resume: bool, overwrite: bool) -> None:

@@ -19,7 +19,8 @@ scale, and W through the codes *and* through its own maxima. The affine of a wid
               grid: taken as a constant, it would not know that a smaller step makes a smaller error (int2 perplexity
               of stories260K after 300 steps of clipping: 31.1 for the constant, 19.7 for the ratio, 20.2 for the
               gradient of the least squares themselves)
-    learned   that, with scale_r times exp(stretch) and zero_r plus offset, both learned and both 0 at the start
+    learned   that, with scale_r times exp(stretch) and zero_r plus offset, both learned and both 0 at the start; a zero
+              in the centre has no offset
 
 Shapes: N out features, K in features, G groups.
 """
@@ -29,10 +30,10 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
-from matquant.grid import fit_slice, storable_scale
-from matquant.nest import MASTER_BITS, slice_codes
+from matquant.grid import storable_scale
+from matquant.nest import CENTRE, MASTER_BITS, slice_codes
 from matquant.tensor import Affine, NestedTensor
-from matquant.train.fake import Grid, encode_clipped
+from matquant.train.fake import Grid, encode_clipped, refit_slice
 
 SMALLEST_FACTOR = 0.01
 
@@ -41,17 +42,17 @@ SMALLEST_FACTOR = 0.01
 class Clip:
     """What is learned of one weight, [N, G] each. gamma None: not clipped; beta None: the grid is symmetric.
 
-    nudges: width -> (stretch, offset) of its learned affine.
+    nudges: width -> (stretch, offset) of its learned affine; no offset where the zero is in the centre.
     """
 
     gamma: torch.Tensor | None = None
     beta: torch.Tensor | None = None
-    nudges: Mapping[int, Affine] = dataclasses.field(default_factory=dict)
+    nudges: Mapping[int, tuple[torch.Tensor, torch.Tensor | None]] = dataclasses.field(default_factory=dict)
 
     def tensors(self) -> Iterator[torch.Tensor]:
         """All that is learned."""
         yield from (tensor for tensor in (self.gamma, self.beta) if tensor is not None)
-        yield from (tensor for pair in self.nudges.values() for tensor in pair)
+        yield from (tensor for pair in self.nudges.values() for tensor in pair if tensor is not None)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,7 +74,13 @@ def start(weight_NK: torch.Tensor, grid: Grid, *, trained: Sequence[int], clip: 
     return Clip(
         gamma=torch.ones(shape, device=device) if clip else None,
         beta=torch.ones(shape, device=device) if clip and not grid.symmetric else None,
-        nudges={bits: (torch.zeros(shape, device=device), torch.zeros(shape, device=device)) for bits in learned},
+        nudges={
+            bits: (
+                torch.zeros(shape, device=device),
+                None if grid.zeros == CENTRE else torch.zeros(shape, device=device),
+            )
+            for bits in learned
+        },
     )
 
 
@@ -92,11 +99,12 @@ def nest(weight_NK: torch.Tensor, grid: Grid, clip: Clip, *, name: str = "weight
         tensor = _encode(weight_NK, grid, clip, name)
         slices = dict(tensor.slices)
         for bits in grid.sliced if grid.affine != "none" else ():
-            affine = fit_slice(weight_NK, tensor.codes, bits, rule=grid.rule, scale=tensor.scale, zero=tensor.zero)
+            scale, zero = refit_slice(weight_NK, tensor, bits, zeros=grid.zeros)
             if bits in clip.nudges:
                 stretch, offset = clip.nudges[bits]
-                affine = storable_scale(affine[0] * stretch.exp()), (affine[1] + offset).half().float()
-            slices[bits] = affine
+                scale = storable_scale(scale * stretch.exp())
+                zero = zero if offset is None else (zero + offset).half().float()
+            slices[bits] = scale, zero
         return dataclasses.replace(tensor, slices=slices)
 
 
@@ -127,7 +135,8 @@ def read(simulated: Simulated, bits: int, grid: Grid, clip: Clip) -> torch.Tenso
     scale_r, zero_r = scale_r / scale.detach() * scale, straight_through(zero_r, zero / step)
     if bits in clip.nudges:
         stretch, offset = clip.nudges[bits]
-        scale_r, zero_r = scale_r * (stretch - stretch.detach()).exp(), straight_through(zero_r, zero_r + offset)
+        scale_r = scale_r * (stretch - stretch.detach()).exp()
+        zero_r = zero_r if offset is None else straight_through(zero_r, zero_r + offset)
     codes = slice_codes(tensor.codes, bits, rule=tensor.rule).float()
     code = straight_through(codes, simulated.position / step).view(*scale.shape, -1)
     surrogate = (scale_r[..., None] * (code - zero_r[..., None])).view_as(codes)

@@ -26,11 +26,12 @@ from typing import Any
 
 import torch
 
-from matquant.grid import encode, fit_grid, fit_slice, storable_scale
-from matquant.nest import MASTER_BITS
+from matquant.grid import encode, fit_grid, fit_slice, middle, storable_scale
+from matquant.nest import CENTRE, MASTER_BITS, OWN
 from matquant.tensor import Affine, NestedTensor
 
 AFFINES = ("none", "refit", "learned")
+LearnedAffine = tuple[torch.Tensor, torch.Tensor | None]  # reach_r and centre_r [N, G]; None: 0, and not learned
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,7 +39,8 @@ class Grid:
     """What all weights of a run have in common. bits: 8, or the width of a dedicated baseline.
 
     affine: where the own scale and zero of the widths ``sliced`` come from: "none" (there are none), "refit" (least
-    squares to the master at every step) or "learned". storable: 8-bit scales of 8 significant bits; False is Eq. 1 to
+    squares to the master at every step) or "learned". zeros: whether those widths have an own zero, or that of the
+    middle of their codes (grid.CENTRE). storable: 8-bit scales of 8 significant bits; False is Eq. 1 to
     the letter, stored in float32.
     """
 
@@ -47,6 +49,7 @@ class Grid:
     group_size: int | None = None
     symmetric: bool = True
     affine: str = "refit"
+    zeros: str = OWN
     storable: bool = True
     sliced: tuple[int, ...] = ()
 
@@ -58,7 +61,7 @@ class Learned:
 
     clip: torch.Tensor | None = None
     limit: float = 1.0
-    affines: Mapping[int, Affine] = dataclasses.field(default_factory=dict)
+    affines: Mapping[int, LearnedAffine] = dataclasses.field(default_factory=dict)
 
 
 def nest(
@@ -85,12 +88,18 @@ def nest(
         slices = dict(tensor.slices)
         for bits in grid.sliced if grid.affine != "none" else ():
             if bits in learned.affines:
-                slices[bits] = stored_affine(*learned.affines[bits], bits)
+                slices[bits] = stored_affine(learned.affines[bits], bits)
             else:
-                slices[bits] = fit_slice(
-                    weight_NK, tensor.codes, bits, rule=grid.rule, scale=tensor.scale, zero=tensor.zero
-                )
+                slices[bits] = refit_slice(weight_NK, tensor, bits, zeros=grid.zeros)
         return dataclasses.replace(tensor, slices=slices)
+
+
+def refit_slice(weight_NK: torch.Tensor, tensor: NestedTensor, bits: int, *, zeros: str) -> Affine:
+    """The least-squares scale and zero of one width of a nested weight; see ``grid.fit_slice``."""
+    found: Affine = fit_slice(
+        weight_NK, tensor.codes, bits, rule=tensor.rule, scale=tensor.scale, zero=tensor.zero, zeros=zeros
+    )
+    return found
 
 
 def confine(encoded: Mapping[int, torch.Tensor]) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
@@ -131,8 +140,10 @@ def start_learning(
     """
     tensor = nested or nest(weight_NK, grid, name=name)
     widths = [bits for bits in grid.sliced if bits in trained] if grid.affine == "learned" else []
-    own = {bits: tensor.affine(bits) for bits in widths}
-    affines = {bits: (scale * middle(bits), scale * (middle(bits) - zero)) for bits, (scale, zero) in own.items()}
+    affines: dict[int, LearnedAffine] = {}
+    for bits in widths:
+        scale, zero = tensor.affine(bits)
+        affines[bits] = (scale * middle(bits), None if grid.zeros == CENTRE else scale * (middle(bits) - zero))
     if nested is None:
         return Learned(clip=_largest(weight_NK, tensor.scale.shape[1]) if clip else None, affines=affines)
     # A hair less, so that the scale it gives is not rounded up to the next one that can be stored. Not every row of
@@ -154,9 +165,12 @@ def backward(
     product = torch.linalg.vecdot(gradient, read_NK.reshape(rows, groups, -1))
     if bits in learned.affines:
         reach, centre = learned.affines[bits]
-        total = gradient.sum(-1)
-        _add_gradient(reach, (product - centre.detach() * total) / reach.detach())
-        _add_gradient(centre, total)
+        if centre is None:
+            _add_gradient(reach, product / reach.detach())
+        else:
+            total = gradient.sum(-1)
+            _add_gradient(reach, (product - centre.detach() * total) / reach.detach())
+            _add_gradient(centre, total)
     elif learned.clip is not None and bits not in tensor.slices:
         _add_gradient(learned.clip, product / learned.clip.detach())
     ratio = scale / (tensor.scale * 2 ** (MASTER_BITS - bits))
@@ -179,14 +193,12 @@ def finish_backward(
     return stopped
 
 
-def middle(bits: int) -> float:
-    """The middle of the ``bits``-bit codes, (2^bits - 1) / 2."""
-    return float(2**bits - 1) / 2
-
-
-def stored_affine(reach: torch.Tensor, centre: torch.Tensor, bits: int) -> Affine:
+def stored_affine(learned: LearnedAffine, bits: int) -> Affine:
     """(scale_r, zero_r) as they are stored, of a learned affine."""
+    reach, centre = learned
     scale = storable_scale(reach / middle(bits))
+    if centre is None:
+        return scale, torch.full_like(scale, middle(bits))
     return scale, (middle(bits) - centre / scale).half().float()
 
 

@@ -31,8 +31,8 @@ from typing import Any
 import torch
 
 from matquant.errors import InputError, check_positive
-from matquant.grid import SMALLEST_SCALE, storable_scale
-from matquant.nest import MASTER_BITS, slice_codes
+from matquant.grid import SMALLEST_SCALE, middle, storable_scale
+from matquant.nest import CENTRE, MASTER_BITS, OWN, slice_codes
 from matquant.tensor import Affine, NestedTensor
 from matquant.train.blocks import Block, Solved, calibration, run_blocks
 from matquant.train.fake import Grid, Learned, nest
@@ -333,7 +333,8 @@ def nested_gptq(
 
     def refit(bits: int) -> Affine:
         sliced = codes if dedicated else slice_codes(codes, bits, rule=grid.rule)
-        return refit_affine(weight_NK, sliced, hessian_KK, fallback=affines.get(bits) or start.affine(bits))
+        fallback = affines.get(bits) or start.affine(bits)
+        return refit_affine(weight_NK, sliced, hessian_KK, bits=bits, fallback=fallback, zeros=grid.zeros)
 
     damped = hessian_KK + factor.damp * hessian_KK.diagonal().mean() * torch.eye(len(hessian_KK)) if sweeps else None
     for _ in range(sweeps):
@@ -379,40 +380,53 @@ def _start(
 
 
 def refit_affine(
-    weight_NK: torch.Tensor, codes_NK: torch.Tensor, hessian_KK: torch.Tensor, *, fallback: Affine
+    weight_NK: torch.Tensor,
+    codes_NK: torch.Tensor,
+    hessian_KK: torch.Tensor,
+    *,
+    bits: int,
+    fallback: Affine,
+    zeros: str = OWN,
 ) -> Affine:
     """Scale and zero of r-bit codes, [N, G] each, that minimise (w - scale*(code - zero)) H (w - scale*(code - zero))^T
-    over all groups of a row together, as they are stored. Rows they do not improve keep ``fallback``.
+    over all groups of a row together, as they are stored; the zero in the middle of the codes with ``zeros`` CENTRE.
+    Rows they do not improve keep ``fallback``.
     """
     rows, columns = weight_NK.shape
     groups = fallback[0].shape[1]
     size = columns // groups
     hessian = hessian_KK.to(weight_NK.dtype)
-    code_NGK = codes_NK.to(weight_NK.dtype).reshape(rows, groups, size)
-    # The features of a row are its codes and its ones, group by group; w = sum_g scale_g code_g - offset_g one_g.
-    ones_GK = torch.eye(groups, dtype=weight_NK.dtype).repeat_interleave(size, dim=1)
-    ones_H = ones_GK @ hessian
-    gram = torch.empty(rows, 2 * groups, 2 * groups, dtype=weight_NK.dtype)
-    right = torch.empty(rows, 2 * groups, dtype=weight_NK.dtype)
+    base = middle(bits) if zeros == CENTRE else 0.0
+    code_NGK = (codes_NK.to(weight_NK.dtype) - base).reshape(rows, groups, size)
+    # The features of a row are its codes and, for own zeros, its ones, group by group:
+    # w = sum_g scale_g code_g - offset_g one_g.
+    features = groups if zeros == CENTRE else 2 * groups
+    gram = torch.empty(rows, features, features, dtype=weight_NK.dtype)
+    right = torch.empty(rows, features, dtype=weight_NK.dtype)
     for group in range(groups):
         inside = slice(group * size, (group + 1) * size)
         code_H = (code_NGK[:, group] @ hessian[inside]).reshape(rows, groups, size)
         gram[:, group, :groups] = (code_H * code_NGK).sum(-1)
-        gram[:, group, groups:] = code_H.sum(-1)
+        gram[:, group, groups:] = code_H.sum(-1)[:, : features - groups]
         right[:, group] = (code_H * weight_NK.reshape(rows, groups, size)).sum(-1).sum(-1)
-    gram[:, groups:, :groups] = gram[:, :groups, groups:].transpose(1, 2)
-    gram[:, groups:, groups:] = ones_H @ ones_GK.T
-    right[:, groups:] = weight_NK @ ones_H.T
+    if zeros == OWN:
+        ones_GK = torch.eye(groups, dtype=weight_NK.dtype).repeat_interleave(size, dim=1)
+        ones_H = ones_GK @ hessian
+        gram[:, groups:, :groups] = gram[:, :groups, groups:].transpose(1, 2)
+        gram[:, groups:, groups:] = ones_H @ ones_GK.T
+        right[:, groups:] = weight_NK @ ones_H.T
     gram.diagonal(dim1=1, dim2=2).mul_(1 + 1e-6)
     solution, failed = torch.linalg.solve_ex(gram, right)
-    scale, offset = solution[:, :groups], -solution[:, groups:]
-    mean = code_NGK.mean(-1)
+    scale = solution[:, :groups]
     stored = storable_scale(scale.clamp(min=SMALLEST_SCALE)).to(weight_NK.dtype)
-    zero = (mean - (mean * scale - offset) / stored).half().to(weight_NK.dtype)
+    zero = torch.full_like(scale, base)
+    if zeros == OWN:
+        mean, offset = code_NGK.mean(-1), -solution[:, groups:]
+        zero = (mean - (mean * scale - offset) / stored).half().to(weight_NK.dtype)
     usable = (failed == 0)[:, None] & (scale >= SMALLEST_SCALE) & zero.isfinite()
     scale, zero = torch.where(usable, stored, fallback[0]), torch.where(usable, zero, fallback[1])
     # d H d^T is quadratic in (scale, -scale*zero), and the gram matrix is all it takes to compare two of them.
-    fitted, kept = (torch.cat([s, -s * z], dim=1).to(gram.dtype) for s, z in ((scale, zero), fallback))
+    fitted, kept = (torch.cat([s, -s * z], dim=1)[:, :features].to(gram.dtype) for s, z in ((scale, zero), fallback))
     errors = [((gram @ x[:, :, None])[:, :, 0] * x - 2 * right * x).sum(1) for x in (fitted, kept)]
     better = (errors[0] < errors[1])[:, None]
     return torch.where(better, scale, fallback[0]).float(), torch.where(better, zero, fallback[1]).float()

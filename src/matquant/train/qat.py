@@ -161,7 +161,8 @@ class State:
                 yield f"{path}/clip", learned.clip
             for bits, (reach, centre) in learned.affines.items():
                 yield f"{path}/{bits}/reach", reach
-                yield f"{path}/{bits}/centre", centre
+                if centre is not None:
+                    yield f"{path}/{bits}/centre", centre
 
 
 def train(job: Job) -> Iterator[tuple[str, NestedTensor]]:

@@ -27,11 +27,11 @@ from typing import Any
 
 import torch
 
-from matquant.grid import decode, encode, fit_slice
+from matquant.grid import decode, encode
 from matquant.nest import MASTER_BITS
 from matquant.tensor import NestedTensor
 from matquant.train.blocks import Block
-from matquant.train.fake import Grid, Learned, confine, keep_in_range, start_learning, stored_affine
+from matquant.train.fake import Grid, Learned, confine, keep_in_range, refit_slice, start_learning, stored_affine
 from matquant.train.job import Job
 from matquant.train.layer import Layer, check_losses
 from matquant.train.masters import chain, encode_masters, release_blocked
@@ -53,7 +53,7 @@ class _Weight:
     def nested(self) -> NestedTensor:
         """What the masters stand for now."""
         codes, _ = encode_masters(self.masters, self.start)
-        own = {bits: stored_affine(*affine, bits) for bits, affine in self.learned.affines.items()}
+        own = {bits: stored_affine(affine, bits) for bits, affine in self.learned.affines.items()}
         return dataclasses.replace(self.start, codes=codes, slices={**self.start.slices, **own})
 
     def moved(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -61,7 +61,8 @@ class _Weight:
         step_NG = {bits: self.start.affine(bits)[0] for bits in self.masters}
         for bits, master in self.masters.items():
             yield master, (step_NG[bits] * step_NG[min(step_NG)]).sqrt()
-            yield from ((tensor, AFFINE_RATE * step_NG[bits]) for tensor in self.learned.affines.get(bits, ()))
+            affine = self.learned.affines.get(bits, ())
+            yield from ((tensor, AFFINE_RATE * step_NG[bits]) for tensor in affine if tensor is not None)
 
 
 def tune_block(
@@ -155,7 +156,7 @@ def _finish(weight: _Weight, grid: Grid) -> NestedTensor:
         return dataclasses.replace(tensor, codes=tensor.codes // step * step + step // 2)
     master_NK = weight.masters[max(weight.masters)]
     others = {
-        bits: fit_slice(master_NK, tensor.codes, bits, rule=tensor.rule, scale=tensor.scale, zero=tensor.zero)
+        bits: refit_slice(master_NK, tensor, bits, zeros=grid.zeros)
         for bits in tensor.slices
         if bits not in weight.learned.affines
     }
