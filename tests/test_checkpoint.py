@@ -584,8 +584,8 @@ def test_the_configuration_of_the_document_is_what_is_written(tmp_path: Path) ->
 
 def test_the_document_explains_every_key_of_the_record_with_its_default() -> None:
     table = {row["key of `matquant"].strip("`"): row["if absent"] for row in keys_table()}
-    defaults = {
-        field.name: "refuse" if field.default is dataclasses.MISSING or field.name == "format" else field.default
+    defaults = {"format": "refuse"} | {
+        field.name: "refuse" if field.default is dataclasses.MISSING else field.default
         for field in dataclasses.fields(Spec)
     }
     assert list(table) == list(defaults)
@@ -1113,17 +1113,23 @@ def assert_verify_finds_number(sample: Path, name: str, value: float) -> None:
     assert str(caught.value) == f"{UP} has a scale or zero that is not a positive number; write the checkpoint again"
 
 
-@pytest.mark.parametrize("version", [3, 4, 1000, "1", "2", None, 1.5, True, 0, -1, [1]])
+@pytest.mark.parametrize("version", [4, 5, 1000, "1", "3", None, 1.5, True, 0, -1, [1]])
 def test_a_format_that_is_not_known_is_refused(version: Any, sample: Path) -> None:
-    reads = "this matquant reads formats up to 2: upgrade matquant"
+    reads = "this matquant reads formats up to 3: upgrade matquant"
     edit_record(sample, lambda record: record.update(format=version))
     assert_rejected(sample, f"{sample / 'config.json'} is in format {version!r}; {reads}")
     edit_json(sample / MANIFEST, lambda manifest: manifest.update(format=version))
     assert_rejected(sample, f"{sample} is in format {version!r}; {reads}")
 
 
+def test_a_manifest_and_a_record_of_different_formats_are_damage(sample: Path) -> None:
+    edit_json(sample / MANIFEST, lambda manifest: manifest.update(format=2))
+    by = f"{sample} is in format 2 by {MANIFEST} and in 1 by config.json"
+    assert_rejected(sample, f"{by}; copy it again or write the checkpoint again")
+
+
 def test_a_record_without_format_is_refused(sample: Path) -> None:
-    reads = "this matquant reads formats up to 2: upgrade matquant"
+    reads = "this matquant reads formats up to 3: upgrade matquant"
     edit_record(sample, lambda record: record.pop("format"))
     assert_rejected(sample, f"{sample / 'config.json'} is in format None; {reads}")
 

@@ -435,10 +435,31 @@ def test_weights_that_are_no_numbers_are_refused(weights: str, refuse: Refuse, s
     ("--method", "method='nope' is not known; use one of rtn, gptq, omniquant, qat"),
     ("--affine", "affine='nope' is not known; use one of none, refit, learned"),
     ("--scale-dtype", "scale_dtype='nope' is not known; use one of bfloat16, float32"),
+    ("--zeros", "zeros='nope' is not known; use one of own, centre"),
     ("--group-size", "--group-size 'nope' is neither 'channel' nor a number; give one of them, such as 128"),
 ])  # fmt: skip
 def test_a_choice_that_is_not_known_is_refused(flag: str, message: str, refuse: Refuse, start: Arguments) -> None:
     refuse(*start(flag, "nope"), message=message)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ("--rule", "round"),
+            "asked with rule='round', whose codes do not lie evenly about 0; use zeros 'own', or rule='prefix'",
+        ),
+        (
+            ("--asymmetric",),
+            "asked with symmetric=False, whose codes do not lie evenly about 0; use zeros 'own', or symmetric=True",
+        ),
+        (("--affine", "none"), "asked with affine='none', by which no width has a zero; use affine 'refit'"),
+    ],
+)
+def test_zeros_in_the_centre_need_codes_that_lie_about_it(
+    options: tuple[str, ...], message: str, refuse: Refuse, start: Arguments
+) -> None:
+    refuse(*start("--zeros", "centre", *options), message=f"zeros='centre' {message}")
 
 
 def test_rounding_learns_nothing(refuse: Refuse, start: Arguments) -> None:
@@ -822,8 +843,8 @@ def test_quantising_takes_every_option_of_the_record(run: Run, llama: Path, tmp_
     more = ("--scale-dtype", "float32", "--seed", "7")
     assert run("quantize", llama, "-o", out, "--method", "rtn", *options, *more).code == 0
     spec = verify_checkpoint(out).spec
+    assert spec.format == 1
     assert dataclasses.asdict(spec) == {
-        "format": 1,
         "rule": "extra",
         "widths": (),
         "slices": (),
@@ -839,6 +860,7 @@ def test_quantising_takes_every_option_of_the_record(run: Run, llama: Path, tmp_
         "seed": 7,
         "data_sha256": "",
         "stored_bits": 8,
+        "zeros": "own",
     }
 
 
@@ -1230,7 +1252,8 @@ FLAGS: dict[str, list[str]] = {
     "quantize": [
         "--out", "--method", "--objective", "--weights", "--rule", "--scope", "--exclude", "--group-size",
         "--symmetric",
-        "--affine", "--scale-dtype", "--baseline-bits", "--start", "--text", "--steps", "--batch-size", "--seq-len",
+        "--affine", "--zeros", "--scale-dtype", "--baseline-bits", "--start", "--text", "--steps", "--batch-size",
+        "--seq-len",
         "--samples", "--lr", "--clip-lr", "--transform-lr", "--transform", "--codes", "--damp", "--sweeps", "--tune",
         "--seed",
         "--accumulate", "--bf16",
@@ -1278,6 +1301,7 @@ DEFAULTS: dict[str, dict[str, str]] = {
         "--group-size": "channel",
         "--symmetric": "symmetric",
         "--affine": "(by method)",
+        "--zeros": "own",
         "--scale-dtype": "bfloat16",
         "--steps": "(qat 300, omniquant 1220 a block)",
         "--batch-size": "(qat 8, others 4)",

@@ -167,6 +167,7 @@ def test_centred_zeros_are_the_least_squares_fit_of_the_slice(rule: str, bits: i
 OPTIONS: dict[str, dict[str, Any]] = {
     "prefix": {},
     "prefix plain": {"affine": "none"},
+    "centre": {"zeros": "centre"},
     "round": {"rule": "round", "affine": "none"},
     "extra": {"rule": "extra", "affine": "none"},
     "asymmetric": {"symmetric": False},
@@ -235,6 +236,7 @@ def test_compressed_tensors_is_the_slice_exactly_or_refused(
     assert all("; give --to " in message for message in refused)
     expected = {
         "round": list(WIDTHS), "extra": list(WIDTHS), "groups": list(WIDTHS), "exact scales": list(WIDTHS),
+        "centre": [2, 3, 4, 8],
     }  # fmt: skip
     assert held == expected.get(name, [8])
 
@@ -288,7 +290,8 @@ def test_a_smaller_nested_checkpoint_slices_as_the_whole_one(
     whole, out = open_checkpoint(checkpoints[name]), tmp_path / "out"
     made = export(checkpoints[name], out, to="matquant", bits=bits)
     part = verify_checkpoint(out)
-    assert (part.spec.format, part.spec.stored_bits) == (2, bits + 1)
+    assert (part.spec.format, part.spec.stored_bits) == (3 if name == "centre" else 2, bits + 1)
+    assert part.spec.zeros == whole.spec.zeros
     assert made["bits_per_weight"] < bits_per_weight(whole, dict.fromkeys(whole.shapes, 8)) - (6.8 - bits)
     for path in whole.shapes:
         for width in range(1, bits + 1):

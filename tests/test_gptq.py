@@ -16,7 +16,7 @@ from matquant.errors import InputError
 from matquant.eval.likelihood import log_perplexity
 from matquant.grid import fit_grid
 from matquant.models import decoder_layers, load_float, load_tokenizer
-from matquant.nest import slice_affine
+from matquant.nest import CENTRE, slice_affine
 from matquant.text import read_documents, token_stream
 from matquant.train.fake import Grid
 from matquant.train.gptq import inverse_factor, nested_codes, nested_gptq, refit_affine, sweep
@@ -88,7 +88,7 @@ def test_refitted_affines_are_the_normal_equations_solution(group_size: int | No
     noise = torch.from_numpy(np.random.default_rng(0).normal(size=(N, K)))
     codes = (2 * weight + noise + 3.5).round().clamp(0, 7)
     fallback = tuple(part.double() for part in fit_grid(weight.float(), bits=3, group_size=group_size, symmetric=False))
-    scale, zero = refit_affine(weight, codes, hessian, fallback=fallback)
+    scale, zero = refit_affine(weight, codes, hessian, bits=3, fallback=fallback)
     expected_scale, expected_zero = oracle.refit_affine(weight.numpy(), codes.numpy(), hessian.numpy(), group_size or K)
     usable = (expected_scale > 2**-20).all(1)
     assert usable.any()
@@ -96,6 +96,32 @@ def test_refitted_affines_are_the_normal_equations_solution(group_size: int | No
     np.testing.assert_allclose(
         (scale * zero).numpy()[usable], (expected_scale * expected_zero)[usable], rtol=0.02, atol=0.02
     )
+
+
+@pytest.mark.parametrize("group_size", [None, 8])
+def test_refitted_scales_about_the_centre_are_the_normal_equations_solution(group_size: int | None) -> None:
+    weight, hessian = correlated(1)
+    noise = torch.from_numpy(np.random.default_rng(0).normal(size=(N, K)))
+    codes = (2 * weight + noise + 3.5).round().clamp(0, 7)
+    fallback = (
+        torch.full((N, K // (group_size or K)), 9.0).double(),
+        torch.full((N, K // (group_size or K)), 3.5).double(),
+    )
+    scale, zero = refit_affine(weight, codes, hessian, bits=3, fallback=fallback, zeros=CENTRE)
+    assert bool((zero == 3.5).all())
+    expected = np.zeros(scale.shape)
+    for row in range(N):  # d = w - D s with one column of D a group, D^T H D s = D^T H w
+        design = np.zeros((K, scale.shape[1]))
+        for column in range(K):
+            design[column, column // (group_size or K)] = float(codes[row, column]) - 3.5
+        left = design.T @ hessian.numpy() @ design
+        expected[row] = np.linalg.solve(left, design.T @ hessian.numpy() @ weight[row].numpy())
+    usable = (expected > 2**-20).all(1)
+    assert usable.any()
+    np.testing.assert_allclose(scale.numpy()[usable], expected[usable], rtol=2**-8)  # stored with 8 bits
+    own, _ = refit_affine(weight, codes, hessian, bits=3, fallback=fallback)
+    with pytest.raises(AssertionError):
+        np.testing.assert_allclose(own.numpy()[usable], expected[usable], rtol=2**-8)
 
 
 @pytest.mark.parametrize("rule", ["prefix", "round", "extra"])

@@ -724,6 +724,40 @@ def test_refit_of_one_bit_less_does_not_beat_the_default_affine(bits: int, rule:
         assert_refit_beats_default(weight_NK, codes_NK, (*narrower, bits - 1), default, rule=rule)
 
 
+def centred(case: str, bits: int) -> np.ndarray:
+    """Oracle: the slope of w ~ slope * (slice - (2^r - 1)/2), prefix; the grid's own where it is not positive."""
+    weight_NK, _ = CASES[case]
+    codes_NK, scale_NG, _ = grid_of(case, True)
+    found = np.zeros(scale_NG.shape)
+    size = weight_NK.shape[1] // scale_NG.shape[1]
+    for row, group in np.ndindex(*scale_NG.shape):
+        span = slice(group * size, (group + 1) * size)
+        about = sliced(codes_NK, bits, "prefix")[row, span] - (2**bits - 1) / 2
+        slope = np.linalg.lstsq(about[:, None], weight_NK[row, span].astype(np.float64), rcond=None)[0][0]
+        found[row, group] = slope if slope > 0 else scale_NG[row, group] * 2.0 ** (8 - bits)
+    return found
+
+
+@each_kind
+@each_case
+def test_a_refit_about_the_centre_is_least_squares_of_the_scale_alone(case: str, kind: str) -> None:
+    weight_NK, _ = CASES[case]
+    parts = [of_kind(part, kind) for part in (weight_NK, *grid_of(case, True))]
+    options: dict[str, Any] = {"rule": "prefix", "scale": parts[2], "zero": parts[3], "zeros": "centre"}
+    for bits in range(1, 9):
+        expected = centred(case, bits)
+        scale, zero = grid.fit_slice(*parts[:2], bits, storable=False, **options)
+        assert_same_kind(scale, parts[1], expected.shape, "float32")
+        assert_same_kind(zero, parts[1], expected.shape, "float32")
+        assert_identical(zero, np.full(expected.shape, (2**bits - 1) / 2, dtype=np.float32))
+        assert_within(scale, expected, 2.0**-16 * expected)
+        stored, zero = grid.fit_slice(*parts[:2], bits, **options)
+        assert_storable(stored)
+        assert_identical(zero, np.full(expected.shape, (2**bits - 1) / 2, dtype=np.float32))
+        spacing = np.maximum(2.0 ** (np.floor(np.log2(np.maximum(expected, SMALLEST_SCALE))) - 7), SMALLEST_SCALE)
+        assert_within(stored, np.maximum(expected, SMALLEST_SCALE), spacing / 2 + 2.0**-16 * expected)
+
+
 @each_kind
 @each_rule
 @each_case

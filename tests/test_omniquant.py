@@ -15,7 +15,7 @@ import oracle
 from conftest import FAMILIES
 from matquant.errors import InputError
 from matquant.models import decoder_layers, embed, load_float, write_weights
-from matquant.nest import slice_codes
+from matquant.nest import CENTRE, slice_codes
 from matquant.train import clip, fake, omniquant
 from matquant.train.blocks import Block, Solved
 from matquant.train.fake import Grid
@@ -30,6 +30,10 @@ GRIDS = [
     for group_size in (None, 16)
     for symmetric in (True, False)
     for affine in ("none", "refit", "learned")
+] + [
+    Grid(rule="prefix", group_size=group_size, affine=affine, zeros=CENTRE, sliced=(2, 3, 4))
+    for group_size in (None, 16)
+    for affine in ("refit", "learned")
 ]
 BASELINES = [
     Grid(rule="prefix", bits=bits, symmetric=symmetric, affine="none")
@@ -39,7 +43,8 @@ BASELINES = [
 
 
 def name_of(grid: Grid) -> str:
-    parts = (grid.rule, grid.bits, grid.group_size, "symmetric" if grid.symmetric else "asymmetric", grid.affine)
+    symmetry = "symmetric" if grid.symmetric else "asymmetric"
+    parts = (grid.rule, grid.bits, grid.group_size, symmetry, grid.affine, grid.zeros)
     return "-".join(map(str, parts))
 
 
@@ -51,7 +56,8 @@ def clipped(weight: torch.Tensor, grid: Grid, trained: tuple[int, ...] = (8, 4, 
             tensor.copy_(0.5 + 0.5 * torch.rand_like(tensor))
     for stretch, offset in begun.nudges.values():
         stretch.normal_(0, 0.1)
-        offset.normal_(0, 0.1)
+        if offset is not None:
+            offset.normal_(0, 0.1)
     for tensor in begun.tensors():
         tensor.requires_grad_()
     return begun
@@ -121,7 +127,7 @@ def surrogate(grid: Grid, bits: int, leaves: dict[str, torch.Tensor], frozen: di
     code = position / step + frozen["code off"]
     scale_r, zero_r = frozen["ratio"] * scale, zero / step + frozen["zero_r off"]
     if "stretch" in leaves:
-        scale_r, zero_r = scale_r * torch.exp(leaves["stretch"]), zero_r + leaves["offset"]
+        scale_r, zero_r = scale_r * torch.exp(leaves["stretch"]), zero_r + leaves.get("offset", 0.0)
     return scale_r[..., None] * (code - zero_r[..., None])
 
 
@@ -146,7 +152,7 @@ def freeze(grid: Grid, bits: int, leaves: dict[str, torch.Tensor], nested: Any) 
         "zero off": zero - raw_zero,
         "code off": code - position / step,
         "ratio": scale_r / scale / (torch.exp(leaves["stretch"]) if own else 1.0),
-        "zero_r off": zero_r - zero / step - (leaves["offset"] if own else 0.0),
+        "zero_r off": zero_r - zero / step - leaves.get("offset", 0.0),
     }
 
 
@@ -255,6 +261,7 @@ def variants() -> Iterator[Any]:
         yield pytest.param("8,4,2", Grid(rule=rule, affine="none"), id=f"{rule}-none")
         yield pytest.param("8,4,2", Grid(rule=rule, sliced=(2, 3, 4)), id=f"{rule}-refit")
     grid = Grid(rule="prefix", affine="learned", sliced=(2, 3, 4))
+    yield pytest.param("8,4,2", Grid(rule="prefix", affine="learned", zeros=CENTRE, sliced=(2, 3, 4)), id="centre")
     yield pytest.param("8,4,2", dataclasses.replace(grid, group_size=16), id="groups")
     yield pytest.param("8,4,2", dataclasses.replace(grid, symmetric=False), id="asymmetric")
     yield pytest.param("8,4,2", dataclasses.replace(grid, storable=False), id="float32-scales")

@@ -192,7 +192,7 @@ def test_fused_experts_get_gradients_per_expert(family_model: Callable[[str], Pa
 
 
 def read_by_autograd(
-    weight: torch.Tensor, bits: int, clip: torch.Tensor, affine: tuple[torch.Tensor, torch.Tensor] | None
+    weight: torch.Tensor, bits: int, clip: torch.Tensor, affine: tuple[torch.Tensor, torch.Tensor | None] | None
 ) -> torch.Tensor:
     """Oracle: the prefix read of a symmetric 8-bit grid with straight-through round and slice, all else autograd's."""
     scale = 2 * clip / 255
@@ -200,22 +200,21 @@ def read_by_autograd(
     step = 2 ** (8 - bits)
     code = position / step + ((position + 0.5).floor().clamp(0, 255).div(step).floor() - position / step).detach()
     if affine is not None:
-        return affine[0] * (2 * code / (2**bits - 1) - 1) + affine[1]
+        return affine[0] * (2 * code / (2**bits - 1) - 1) + (0.0 if affine[1] is None else affine[1])
     return scale * step * (code - (128 - (step - 1) / 2) / step)
 
 
-@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("own", ["own", "centre", None])
 @pytest.mark.parametrize("bits", [2, 4, 8])
-def test_learned_gradients_are_those_of_autograd(bits: int, own: bool) -> None:
+def test_learned_gradients_are_those_of_autograd(bits: int, own: str | None) -> None:
     torch.manual_seed(0)
     weight = torch.randn(5, 32, requires_grad=True)
     clip = (0.6 * weight.detach().abs().amax(1, keepdim=True)).requires_grad_()
-    affine = (torch.rand(5, 1) + 0.1, torch.rand(5, 1)) if own else None
-    for tensor in affine or ():
-        tensor.requires_grad_()
+    affine = (torch.rand(5, 1) + 0.1, torch.rand(5, 1) if own == "own" else None) if own else None
+    trained = [tensor.requires_grad_() for tensor in affine or () if tensor is not None]
     gradient = torch.randn(5, 32)
     read_by_autograd(weight, bits, clip, affine).backward(gradient)
-    leaves = [weight, clip, *(affine or ())]
+    leaves = [weight, clip, *trained]
     expected = [tensor.grad for tensor in leaves]
     for tensor in leaves:
         tensor.grad = None
@@ -224,7 +223,7 @@ def test_learned_gradients_are_those_of_autograd(bits: int, own: bool) -> None:
     learned = Learned(clip=clip, affines={bits: affine} if affine is not None else {})
     nested = nest(weight.detach(), grid, learned=learned)
     if affine is not None:  # unrounded, as in the oracle
-        reach, centre = (tensor.detach() for tensor in affine)
+        reach, centre = (torch.zeros(5, 1) if tensor is None else tensor.detach() for tensor in affine)
         half = (2**bits - 1) / 2
         nested = dataclasses.replace(nested, slices={bits: (reach / half, half - half * centre / reach)})
     with torch.no_grad():

@@ -13,7 +13,7 @@ from matquant.checkpoint import open_checkpoint
 from matquant.errors import InputError
 from matquant.grid import encode
 from matquant.models import load_float, load_tokenizer
-from matquant.nest import slice_codes
+from matquant.nest import CENTRE, slice_codes
 from matquant.tensor import NestedTensor
 from matquant.text import read_documents, token_stream
 from matquant.train import tune
@@ -90,10 +90,10 @@ GRIDS = [
     for group_size in (None, 16)
     for symmetric in (True, False)
     for affine in ("none", "refit")
-]
+] + [Grid(rule="prefix", group_size=16, zeros=CENTRE, sliced=(2, 3, 4))]
 
 
-@pytest.mark.parametrize("grid", GRIDS, ids=lambda g: f"{g.group_size}-{g.symmetric}-{g.affine}")
+@pytest.mark.parametrize("grid", GRIDS, ids=lambda g: f"{g.group_size}-{g.symmetric}-{g.affine}-{g.zeros}")
 def test_tuning_starts_from_the_codes_and_affines_it_was_given(grid: Grid) -> None:
     weight = begun(grid if grid.affine != "none" else Grid(**{**vars(grid), "sliced": ()}), WIDTHS)
     nested = weight.nested()

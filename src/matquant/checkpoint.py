@@ -298,13 +298,17 @@ def open_checkpoint(directory: Path | str, *, check_hashes: bool = True) -> Chec
         raise InputError(f"{where}: no such directory; {MADE_BY}")
     if not (where / MANIFEST).is_file():
         raise InputError(f"{where} has no {MANIFEST}; {MADE_BY}")
-    listed = _check_manifest(where, check_hashes=check_hashes)
+    manifest = _check_manifest(where, check_hashes=check_hashes)
+    listed = set(manifest["files"])
     config = _read_json(where / "config.json")
     quantised = config.pop("quantization_config", None)
     record = quantised.get("matquant") if isinstance(quantised, dict) else None
     if not isinstance(quantised, dict) or not isinstance(record, dict):
         raise InputError(f'{where / "config.json"} has no "matquant" object; {MADE_BY}')
     spec = Spec.from_json(record, where=str(where / "config.json"))
+    if record["format"] != manifest["format"]:
+        found = f"{where} is in format {manifest['format']} by {MANIFEST} and in {record['format']} by config.json"
+        raise InputError(f"{found}; {AGAIN}")
     with contextlib.ExitStack() as stack:
         handles = {file: stack.enter_context(_open_tensors(where / file)) for file in _tensor_files(where, listed)}
         files = _tensor_names(where, handles)
@@ -350,8 +354,8 @@ def _read_json(file: Path) -> dict[str, Any]:
     return values
 
 
-def _check_manifest(where: Path, *, check_hashes: bool) -> set[str]:
-    """The names of the files the manifest lists, after checking their sizes and (if told to) their hashes."""
+def _check_manifest(where: Path, *, check_hashes: bool) -> dict[str, Any]:
+    """The manifest, after checking the sizes and (if told to) the hashes of the files it lists."""
     manifest = _read_json(where / MANIFEST)
     check_format(manifest.get("format"), where=where)
     entries = manifest.get("files")
@@ -380,7 +384,7 @@ def _check_manifest(where: Path, *, check_hashes: bool) -> set[str]:
                     f"{where / name} is damaged: sha256 {found[:12]}…, "
                     f"the manifest says {entry['sha256'][:12]}…; {AGAIN}"
                 )
-    return set(entries)
+    return manifest
 
 
 def _tensor_files(where: Path, listed: set[str]) -> list[str]:

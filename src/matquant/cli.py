@@ -73,9 +73,7 @@ def quantize(
         str | None,
         Option(help="Own affines of widths 2-4: none, refit, learned.", show_default="by method"),
     ] = None,
-    zeros: Annotated[
-        str, Option(help="Of these: own, or centre (the middle of their codes; not stored, half the bytes).")
-    ] = "own",
+    zeros: Annotated[str, Option(help="Their zeros: own, or centre (not stored).")] = "own",
     scale_dtype: Annotated[str, Option(help="Stored scales: bfloat16, or float32 (exact).")] = "bfloat16",
     baseline_bits: Annotated[int | None, Option(help="Train the dedicated model of this width instead.")] = None,
     start: Annotated[
