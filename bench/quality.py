@@ -173,6 +173,11 @@ def _one_pass() -> dict[str, Cell]:
         "gptq+ joint": Cell(what="nested, prefix", options=gptq),
         "gptq+ joint even": Cell(what="nested, prefix, lambda 1", options={**gptq, "weights": (1.0,) * 5}),
         "gptq+ joint round": Cell(what="nested, Eq. 6", options={**gptq, "rule": "round"}),
+        "gptq+ joint even centre": Cell(
+            what="nested, prefix, lambda 1, zeros in the centre",
+            options={**gptq, "weights": (1.0,) * 5, "zeros": "centre"},
+        ),
+        "gptq+ joint centre": Cell(what="nested, prefix, zeros in the centre", options={**gptq, "zeros": "centre"}),
         "gptq+ all": Cell(what="nested GPTQ, all linears", options={**gptq, "scope": "all"}),
         "gptq+ all 128": Cell(
             what="nested GPTQ, all linears, groups of 128",
@@ -208,6 +213,7 @@ BEST: Options = {
     "wide_lr": 0.5,
     "start": "gptq+ joint",
 }
+PLANS: Options = {"zeros": "centre", "mix": 2.0, "hidden": 1.0}
 
 
 def _from_gptq() -> dict[str, Cell]:
@@ -307,6 +313,29 @@ CELLS: dict[str, Cell] = {
     ),
     "qat+ joint mix": Cell(
         what="... with mixes", options={"method": "qat", "affine": "learned", **BEST, "mix": 2.0}, rates=(5e-4,)
+    ),
+    "qat+ joint even centre": Cell(
+        what="... from nested GPTQ with lambda 1, zeros in the centre",
+        options={"method": "qat", "affine": "learned", **BEST, "start": "gptq+ joint even centre", "zeros": "centre"},
+        rates=(5e-4,),
+    ),
+    "qat+ joint even plans": Cell(
+        what="... from nested GPTQ with lambda 1, zeros in the centre, with mixes and hidden states, 900 steps",
+        options={
+            "method": "qat",
+            "affine": "learned",
+            **BEST,
+            **PLANS,
+            "start": "gptq+ joint even centre",
+            "mix": 3.0,
+            "steps": 900,
+        },
+        rates=(5e-4,),
+    ),
+    "qat+ joint plans": Cell(
+        what="... zeros in the centre, with mixes and hidden states",
+        options={"method": "qat", "affine": "learned", **BEST, **PLANS, "start": "gptq+ joint centre"},
+        rates=(5e-4,),
     ),
     "qat+ joint even 0.65": Cell(
         what="... from nested GPTQ with lambda 1, pull 0.65",

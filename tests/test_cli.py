@@ -1258,7 +1258,8 @@ FLAGS: dict[str, list[str]] = {
         "--seed",
         "--accumulate", "--bf16",
         "--checkpoint-activations", "--train-rest", "--learn-clip", "--masters", "--pull", "--wide-lr", "--affine-lr",
-        "--stagger", "--freeze", "--mix", "--save-every", "--device", "--threads", "--resume", "--overwrite", "--help",
+        "--stagger", "--freeze", "--mix", "--hidden", "--save-every", "--device", "--threads", "--resume",
+        "--overwrite", "--help",
     ],
     "eval": [
         "--bits", "--text", "--plan", "--reference", "--seq-len", "--stride", "--max-tokens", "--skip-documents",
@@ -1326,6 +1327,7 @@ DEFAULTS: dict[str, dict[str, str]] = {
         "--stagger": "(0)",
         "--freeze": "(0)",
         "--mix": "(0)",
+        "--hidden": "(0)",
         "--save-every": "(100)",
         "--device": "(cuda if there is one)",
         "--threads": "(all)",

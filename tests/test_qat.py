@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import signal
 import subprocess
@@ -42,7 +43,7 @@ def masters_gradients(
     plan = schedule(lr=0.0, clip_norm=1e9, **changes)
     state = qat.start(model, views, grid, plan, trained=[width.bits for width in parse_objective(objective)])
     optimizer = qat.make_optimizer(state, plan)
-    teacher = load_float(directory, dtype=torch.float32) if "fp" in objective else None
+    teacher = load_float(directory, dtype=torch.float32) if "fp" in objective or plan.hidden else None
     qat.prepare(model, views, plan)
     windows = np.random.default_rng(0).integers(0, 256, size=(4, 17))
     record = qat.train_step(model, views, grid, state, optimizer, parse_objective(objective), windows, plan, teacher)
@@ -50,11 +51,19 @@ def masters_gradients(
 
 
 def oracle_gradients(
-    directory: Path, objective: str, grid: Grid, size: int, *, mix: float = 0.0, plan: Mapping[str, int] | None = None
+    directory: Path,
+    objective: str,
+    grid: Grid,
+    size: int,
+    *,
+    mix: float = 0.0,
+    plan: Mapping[str, int] | None = None,
+    hidden: float = 0.0,
 ) -> dict[str, torch.Tensor]:
     """Eq. 7 by one autograd graph over all widths: w + (sliced(w) - w).detach() inside functional_call.
 
-    mix: weight of one more loss, that of ``plan`` with the targets of the narrowest width.
+    mix: weight of one more loss, that of ``plan`` with the targets of the narrowest width. hidden: weight of the
+    decoder layers' relative squared distance to the float model's.
     """
     model = load_float(directory, dtype=torch.float32)
     windows = np.random.default_rng(0).integers(0, 256, size=(4, 17))
@@ -62,8 +71,10 @@ def oracle_gradients(
     names = [f"{path}.weight" for path in select_linears(model, "ffn")]
     leaves = {name: model.get_parameter(name).detach().clone().requires_grad_() for name in names}
     logits: dict[int, torch.Tensor] = {}
-    if "fp" in objective:
-        logits[0] = model(tokens[:, :-1]).logits.detach()
+    last: list[torch.Tensor] = []  # what comes before the final norm, which is none of output_hidden_states
+    model.model.norm.register_forward_pre_hook(lambda _, inputs: last.append(inputs[0]))
+    output = model(tokens[:, :-1], output_hidden_states=True)
+    logits[0], aims = output.logits.detach(), [tensor.detach() for tensor in (*output.hidden_states[1:-1], last.pop())]
     total = torch.zeros(())
     widths = parse_objective(objective)
     plans = [dict.fromkeys(leaves, width.bits) for width in widths]
@@ -74,7 +85,8 @@ def oracle_gradients(
         sliced = {
             name: leaf + (nest(leaf.detach(), grid).read(bits[name]) - leaf).detach() for name, leaf in leaves.items()
         }
-        logits[width.bits] = torch.func.functional_call(model, sliced, (tokens[:, :-1],)).logits
+        output = torch.func.functional_call(model, sliced, (tokens[:, :-1],), {"output_hidden_states": True})
+        logits[width.bits] = output.logits
         terms = []
         if width.truth:
             terms.append(functional.cross_entropy(logits[width.bits].flatten(0, 1), tokens[:, 1:].flatten()))
@@ -82,7 +94,9 @@ def oracle_gradients(
             target = logits[teacher].detach().flatten(0, 1).softmax(-1)
             difference = target.log() - logits[width.bits].flatten(0, 1).log_softmax(-1)
             terms.append((target * difference).sum(-1).mean())
-        total = total + width.weight * sum(terms) / len(terms)
+        states = (*output.hidden_states[1:-1], last.pop())
+        distance = sum((h - aim).norm() ** 2 / aim.norm() ** 2 for h, aim in zip(states, aims, strict=True))
+        total = total + width.weight * (sum(terms) / len(terms) + hidden * distance / len(states))
     total.backward()
     return {
         f"{name.removesuffix('.weight')}/weight": leaf.grad for name, leaf in leaves.items() if leaf.grad is not None
@@ -130,6 +144,25 @@ def test_a_mix_adds_the_loss_of_its_plan(objective: str, masters: str, llama: Pa
             assert_same_gradients(found, wrong)
 
 
+@pytest.mark.parametrize("checkpoint_activations", [False, True])
+@pytest.mark.parametrize("objective", ["8,4,2", "8,4,2,fp->2", "2"])
+def test_hidden_states_add_their_distance_to_every_loss(
+    objective: str, checkpoint_activations: bool, llama: Path
+) -> None:
+    grid = Grid(rule="prefix", sliced=(2, 4))
+    changes: dict[str, Any] = {"checkpoint_activations": checkpoint_activations}
+    if objective != "2":
+        paths = list(select_linears(load_float(llama), "ffn"))
+        changes["mix"] = 0.5
+        plan = qat.draw_mix(paths, (8, 4, 2), index=0, seed=3)
+    else:
+        plan = None
+    found, _ = masters_gradients(llama, objective, grid=grid, hidden=3.0, **changes)
+    assert_same_gradients(found, oracle_gradients(llama, objective, grid, 2, mix=0.5, plan=plan, hidden=3.0))
+    with pytest.raises(AssertionError, match="differs"):
+        assert_same_gradients(found, oracle_gradients(llama, objective, grid, 2, mix=0.5, plan=plan))
+
+
 def test_a_mix_is_two_neighbouring_widths_the_wider_after_the_narrower() -> None:
     paths = [f"linear {number}" for number in range(4)]
     drawn = [qat.draw_mix(paths, (8, 4, 2), index=index, seed=0) for index in range(200)]
@@ -154,13 +187,14 @@ def test_without_a_mix_there_is_none(llama: Path, text_file: Path, tmp_path: Pat
     ("options", "message"),
     [
         ({"mix": -1.0}, r"^mix=-1\.0; give a number of at least 0$"),
+        ({"hidden": math.inf}, r"^hidden=inf; give a number of at least 0$"),
         (
             {"mix": 1.0, "objective": "2"},
             r"^mix=1 needs two widths and two linears, widths \[2\] and 6 linears are trained; leave mix out$",
         ),
     ],
 )
-def test_a_mix_of_nothing_is_refused(
+def test_a_mix_of_nothing_and_a_weight_that_is_none_are_refused(
     options: dict[str, Any], message: str, llama: Path, text_file: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(InputError, match=message):
@@ -320,7 +354,7 @@ def test_a_loss_that_is_not_finite_names_width_and_layer_and_keeps_the_saved_sta
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("variant", [("--affine", "refit"), ("--train-rest",), ("--mix", "1")])
+@pytest.mark.parametrize("variant", [("--affine", "refit"), ("--train-rest",), ("--mix", "1", "--hidden", "1")])
 def test_a_killed_run_resumes_to_the_same_bits(
     variant: tuple[str, ...], llama: Path, text_file: Path, tmp_path: Path
 ) -> None:

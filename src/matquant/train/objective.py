@@ -121,3 +121,15 @@ def width_loss(
         target = functional.log_softmax(teacher.detach().float().flatten(0, -2), dim=-1)
         losses.append(functional.kl_div(log_probability, target, reduction="batchmean", log_target=True))
     return torch.stack(losses).mean()
+
+
+def hidden_loss(outputs: Sequence[torch.Tensor], aims: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Mean over layers of ||h - h_float||^2 / ||h_float||^2, both norms over all tokens (hidden-state distillation).
+
+    outputs, aims: what each decoder layer puts out, [batch, tokens, hidden], of the student and of the float model.
+    """
+    losses = []
+    for output, aim in zip(outputs, aims, strict=True):
+        target = aim.detach().float()
+        losses.append((output.float() - target).square().sum() / target.square().sum())
+    return torch.stack(losses).mean()

@@ -9,7 +9,8 @@ to float masters, which AdamW updates. By default only the quantised weights are
 
 Linears trained at one width are fitted to each other at that width. With ``mix`` one more loss is that of a plan: the
 linears up to one drawn at random have a width, those after it the next wider one (``draw_mix``), so that between two
-widths there are plans whose linears were trained together.
+widths there are plans whose linears were trained together. With ``hidden`` every loss also has the distance of each
+decoder layer's output to the float model's (``objective.hidden_loss``).
 
 Cost: one forward and backward per width and mix, plus one forward if the float model teaches. The state is saved every
 ``save_every`` steps in safetensors, atomically; batches and mixes depend on seed and step only, so a resumed run ends
@@ -44,7 +45,7 @@ from matquant.text import batch, cut_windows
 from matquant.train.fake import Grid, Learned, finish_backward, keep_in_range, nest, start_learning
 from matquant.train.job import LOG, Job, check_same_run, fingerprint
 from matquant.train.masters import chain, release_blocked
-from matquant.train.objective import FLOAT, Width, width_loss
+from matquant.train.objective import FLOAT, Width, hidden_loss, width_loss
 
 STATE = "state.safetensors"
 MASTERS = ("one", "each")
@@ -65,7 +66,8 @@ class Schedule:
     of the narrowest masters ends early, so that wider ones settle in bins that move no more. freeze: widths up to this
     one keep the codes they start with (0: none do), so that only their affines and the bits below are trained, none of
     which any two of them share. mix: weight of one more loss, of a plan drawn at random for each batch (``draw_mix``),
-    with the targets of the narrowest width. save_every: steps between saved states.
+    with the targets of the narrowest width. hidden: weight, within each loss, of the relative squared distance of the
+    decoder layers' outputs to the float model's. save_every: steps between saved states.
     """
 
     steps: int = 300
@@ -88,6 +90,7 @@ class Schedule:
     stagger: float = 0.0
     freeze: int = 0
     mix: float = 0.0
+    hidden: float = 0.0
     save_every: int = 100
 
 
@@ -101,8 +104,9 @@ def check_options(options: Mapping[str, Any]) -> None:
     for name in ("pull", "wide_lr", "stagger"):
         if not 0 <= getattr(schedule, name) <= 1:
             raise InputError(f"{name}={getattr(schedule, name)}; give a number from 0 to 1")
-    if not 0 <= schedule.mix < math.inf:
-        raise InputError(f"mix={schedule.mix}; give a number of at least 0")
+    for name in ("mix", "hidden"):
+        if not 0 <= getattr(schedule, name) < math.inf:
+            raise InputError(f"{name}={getattr(schedule, name)}; give a number of at least 0")
     if schedule.masters not in MASTERS:
         raise InputError(f"masters={schedule.masters!r} is not known; use one of {', '.join(MASTERS)}")
     for name in ("seed", "freeze"):
@@ -186,7 +190,8 @@ def train(job: Job) -> Iterator[tuple[str, NestedTensor]]:
     if not job.resume:
         shutil.rmtree(work, ignore_errors=True)  # only now: a refused start must not cost an interrupted run
     # Before a state is restored: that changes the model's other parameters if they are trained too.
-    teacher = copy.deepcopy(model) if any(FLOAT in width.teachers for width in job.objective) else None
+    taught = schedule.hidden > 0 or any(FLOAT in width.teachers for width in job.objective)
+    teacher = copy.deepcopy(model) if taught else None
     if (work / STATE).is_file():
         restore(state, optimizer, work, mark)
     _trim_log(work / LOG, state.step)
@@ -317,15 +322,19 @@ def train_step(
         tokens = torch.from_numpy(rows).to(model.device)
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
         logits: dict[int, torch.Tensor] = {}
+        aims: list[torch.Tensor] = []
         terms = _terms(tuple(nested), objective, schedule, index=index)
         with _autocast(model, schedule):
             if teacher is not None:
-                with torch.no_grad():
+                with torch.no_grad(), _keep_hidden(teacher, schedule) as aims:
                     logits[FLOAT] = teacher(input_ids=inputs, use_cache=False).logits
             for name, width, plan in terms:
                 write_weights(model, views, ((path, tensor.read(plan[path])) for path, tensor in nested.items()))
-                output = model(input_ids=inputs, use_cache=False).logits
+                with _keep_hidden(model, schedule) as hidden:
+                    output = model(input_ids=inputs, use_cache=False).logits
                 loss = width_loss(output, targets, [logits[bits] for bits in width.teachers], truth=width.truth)
+                if schedule.hidden:
+                    loss = loss + schedule.hidden * hidden_loss(hidden, aims)
                 if not bool(torch.isfinite(loss)):
                     raise InputError(
                         f"the loss at {name} bits is not finite at step {state.step + 1}, first in "
@@ -450,6 +459,23 @@ def _drop_frozen(state: State, freeze: int) -> None:
         clip = state.learned[path].clip
         assert clip is not None  # _check_freeze
         clip.grad = None
+
+
+@contextlib.contextmanager
+def _keep_hidden(model: Model, schedule: Schedule) -> Iterator[list[torch.Tensor]]:
+    """The list that the decoder layers' outputs of a forward are put in, empty if they are not needed."""
+    kept: list[torch.Tensor] = []
+    layers = [layer for _, layer in decoder_layers(model)] if schedule.hidden else []
+
+    def keep(_: torch.nn.Module, __: Any, output: Any) -> None:
+        kept.append(output[0] if isinstance(output, tuple) else output)
+
+    hooks = [layer.register_forward_hook(keep) for layer in layers]
+    try:
+        yield kept
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @torch.no_grad()
