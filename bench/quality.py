@@ -25,7 +25,7 @@ import typer
 import matquant
 from matquant.checkpoint import bits_per_weight, open_checkpoint
 from matquant.eval.likelihood import evaluate, log_perplexity
-from matquant.models import load_float, load_tokenizer
+from matquant.models import bf16_is_fast, load_float, load_tokenizer
 from matquant.text import read_documents, token_stream
 from origin import ROOT, origin
 
@@ -68,9 +68,9 @@ SETTINGS = {
         held_out=ROOT / "examples" / "reference" / "text" / "valid.txt",
         skip=0,
         training={
-            "qat": {"steps": 150, "batch_size": 8, "seq_len": 256, "autocast": True},
+            "qat": {"steps": 150, "batch_size": 8, "seq_len": 256, "autocast": bf16_is_fast()},
             "gptq": {"seq_len": 512},
-            "omniquant": {**OMNIQUANT, "steps": 100, "autocast": True},
+            "omniquant": {**OMNIQUANT, "steps": 100, "autocast": bf16_is_fast()},
         },
     ),
 }
@@ -159,7 +159,7 @@ def _ours(
     return {f"{method}+ {name}": cell for name, cell in cells.items()}
 
 
-TUNED: Options = {"tune": 60, "autocast": True}
+TUNED: Options = {"tune": 60, "autocast": bf16_is_fast()}
 
 
 def _one_pass() -> dict[str, Cell]:

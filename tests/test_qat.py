@@ -201,6 +201,19 @@ def test_a_mix_of_nothing_and_a_weight_that_is_none_are_refused(
         matquant.quantize(llama, tmp_path / "out", text=[text_file], **RUN, **options)
 
 
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("autocast", [True, False])
+def test_emulated_bf16_is_told(
+    fast: bool, autocast: bool, llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(matquant.train, "bf16_is_fast", lambda: fast)
+    records: list[dict[str, Any]] = []
+    options = {**RUN, "autocast": autocast, "device": "cpu"}
+    matquant.quantize(llama, tmp_path / "out", text=[text_file], **options, report=records.append)
+    told = ["emulates it" in record.get("notice", "") for record in records]
+    assert told == [autocast and not fast] * RUN["steps"]
+
+
 @pytest.mark.parametrize("changes", [{"checkpoint_activations": True}, {"accumulate": 2, "batch_size": 1}])
 def test_memory_savers_do_not_change_gradients(changes: dict[str, Any], llama: Path) -> None:
     grid = Grid(rule="prefix", sliced=(2, 4))

@@ -22,7 +22,7 @@ from matquant.errors import InputError
 from matquant.eval.likelihood import evaluate, log_perplexity
 from matquant.eval.report import plot_histograms, plot_widths, write_json
 from matquant.integrations.transformers import load
-from matquant.models import load_float, load_tokenizer
+from matquant.models import bf16_is_fast, load_float, load_tokenizer
 from matquant.text import read_documents, token_stream
 from matquant.train import quantize
 
@@ -60,7 +60,7 @@ def run(out: Path, console: Console) -> None:
                 directories[name],
                 text=[text / "train.txt"],
                 steps=STEPS,
-                autocast=_bf16_is_fast(),
+                autocast=bf16_is_fast(),
                 overwrite=True,
                 report=_reporter(progress, task),
                 **options,
@@ -76,12 +76,6 @@ def run(out: Path, console: Console) -> None:
     console.print(
         f"pictures: {out / 'log_perplexity.png'}, {out / 'histograms.png'}; checkpoints and demo.json beside them"
     )
-
-
-def _bf16_is_fast() -> bool:
-    """Whether this processor multiplies bf16 in hardware; elsewhere torch emulates it, slower than fp32."""
-    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(getattr(torch.cpu, check, bool)() for check in checks)
 
 
 def _reporter(progress: Progress, task: TaskID) -> Callable[[dict[str, Any]], None]:

@@ -23,6 +23,7 @@ from matquant.models import (
     Model,
     Shards,
     View,
+    bf16_is_fast,
     check_model_path,
     load_float,
     load_tokenizer,
@@ -45,6 +46,7 @@ from matquant.train.rtn import round_to_nearest
 from matquant.train.select import select_linears
 
 Nested = Iterator[tuple[str, NestedTensor]]
+SLOW_BF16 = "this processor has no bf16 arithmetic and emulates it, many times slower than fp32; better without --bf16"
 STREAMED_SHARD_BYTES = 25 * 10**7  # a shard is put together in memory, twice while it is written
 
 
@@ -188,6 +190,7 @@ def quantize(
         sliced=_own_affines(affine, baseline_bits),
     )
     settings = chosen.settings(**options) if chosen.settings else None
+    slow = getattr(settings, "autocast", False) and place.type == "cpu" and not bf16_is_fast()
     spec = Spec(
         rule=grid.rule,
         widths=tuple(width.bits for width in widths),
@@ -219,7 +222,7 @@ def quantize(
         resume=resume,
         stream=stream,
         options=options if chosen.settings else {},
-        report=report,
+        report=_with_notice(report, SLOW_BF16) if slow else report,
         first=_first(start, method, grid, views),
     )
     if chosen.streamed and not resume:
@@ -230,6 +233,10 @@ def quantize(
     _write(target, job, nested, streamed=chosen.streamed, files=files, overwrite=overwrite)
     shutil.rmtree(work, ignore_errors=True)
     return target
+
+
+def _with_notice(report: Report, notice: str) -> Report:
+    return lambda record: report({"notice": notice, **record})
 
 
 def _first(start: Path | str | None, method: str, grid: Grid, views: Mapping[str, View]) -> dict[str, NestedTensor]:
