@@ -38,6 +38,7 @@ RECORD = ROOT / "bench" / "plan.json"
 CACHE = Path(os.environ.get("MATQUANT_CACHE", Path.home() / ".cache" / "matquant"))
 BEST = {"stories260K": "qat+ joint even", "reference": "qat+ joint mix"}
 BUDGETS = (2.5, 3.0, 3.5, 4.0, 5.0)
+FREE = "search, not fused"
 EVOLUTION = 250 * 64  # evaluations of an evolutionary search
 DEPTHS = (2, 4, 8, 16)
 WIDTH_SETS = ((2, 4, 8), SEARCHED_WIDTHS, (2, 3, 4, 5, 6, 7, 8))
@@ -76,7 +77,7 @@ def run(model: str, cell: str = "", samples: int = 16) -> None:
             for fused in (True, False):
                 plan, facts = make_plan(checkpoint, budget, widths=SEARCHED_WIDTHS, losses=losses, fused=fused)
                 kept = {key: facts[key] for key in ("loss", "evaluations", "seconds")}
-                budgets[str(bits)][SEARCH if fused else "search, not fused"] = {**measure(plan), **kept}
+                budgets[str(bits)][SEARCH if fused else FREE] = {**measure(plan), **kept}
             for strategy in STRATEGIES:
                 plan, facts = make_plan(checkpoint, budget, strategy=strategy, widths=PAPER_WIDTHS, losses=losses)
                 budgets[str(bits)][strategy] = {**measure(plan), "loss": facts["loss"]}
