@@ -193,6 +193,11 @@ def _one_pass() -> dict[str, Cell]:
             options={**gptq, **TUNED, "scope": "all", "group_size": 256},
             models=("reference",),
         ),
+        "gptq+ tuned all 128 centre": Cell(
+            what="nested GPTQ, tuned, all linears, groups of 128, zeros in the centre",
+            options={**gptq, **TUNED, "scope": "all", "group_size": 128, "zeros": "centre"},
+            models=("reference",),
+        ),
         "gptq+ tuned all long": Cell(
             what="nested GPTQ, tuned 180 steps, all linears",
             options={**gptq, **TUNED, "tune": 180, "scope": "all"},
@@ -235,6 +240,7 @@ def _from_gptq() -> dict[str, Cell]:
     everything = {**BEST, "method": "qat", "affine": "learned", "scope": "all", "start": "gptq+ all"}
     every = {**everything, "objective": "8,6,4,3,2,fp->8;6;4;3;2", "weights": (1.0,) * 5, "start": "gptq+ tuned all"}
     last = {**every, "tokens": CALIBRATION, "steps": 64, "freeze": 4, "wide_lr": 1.0, "affine_lr": 10.0}
+    centred = {**last, "start": "gptq+ tuned all 128 centre", "group_size": 128, "zeros": "centre"}
     grouped = {**last, "start": "gptq+ tuned all 256", "group_size": 256}
     return cells | {
         "qat+ all tuned": Cell(
@@ -255,6 +261,12 @@ def _from_gptq() -> dict[str, Cell]:
         "qat+ all last 256": Cell(
             what="nested GPTQ, tuned, then low bits and affines alone, groups of 256, all linears",
             options=grouped,
+            rates=(5e-5,),
+            models=("reference",),
+        ),
+        "qat+ all last 128 centre": Cell(
+            what="nested GPTQ, tuned, then low bits and affines alone, groups of 128, zeros in the centre, all linears",
+            options=centred,
             rates=(5e-5,),
             models=("reference",),
         ),

@@ -392,6 +392,7 @@ OURS_ALL = (
         "qat+ all last",
         "qat+ all last 256",
         "qat+ all last 256 long",
+        "qat+ all last 128 centre",
         "qat+ all calibration",
         "qat+ all",
         "qat+ all tuned",
