@@ -36,7 +36,7 @@ from quality import CELLS, CONTEXT, SETTINGS, float_log_perplexity, held_out, ma
 
 RECORD = ROOT / "bench" / "plan.json"
 CACHE = Path(os.environ.get("MATQUANT_CACHE", Path.home() / ".cache" / "matquant"))
-BEST = {"stories260K": "qat+ joint even", "reference": "qat+ joint mix"}
+BEST = {"stories260K": "qat+ joint even plans", "reference": "qat+ joint plans"}
 BUDGETS = (2.5, 3.0, 3.5, 4.0, 5.0)
 FREE = "search, not fused"
 EVOLUTION = 250 * 64  # evaluations of an evolutionary search
@@ -47,9 +47,10 @@ app = typer.Typer(add_completion=False)
 
 
 @app.command()
-def run(model: str, cell: str = "", samples: int = 16) -> None:
+def run(model: str, cell: str = "", samples: int = 16, widths: str = ",".join(map(str, SEARCHED_WIDTHS))) -> None:
     """All budgets of one model, from a fresh file of losses; ``cell`` of bench/quality.py instead of the best."""
     torch.set_num_threads(1)
+    searched = tuple(map(int, widths.split(",")))
     name = cell or BEST[model]
     directory = CACHE / model / name.replace(" ", "-")
     if not directory.is_dir():
@@ -72,10 +73,10 @@ def run(model: str, cell: str = "", samples: int = 16) -> None:
         uniform = {str(bits): measure(dict.fromkeys(checkpoint.shapes, bits)) for bits in SEARCHED_WIDTHS}
         budgets: dict[str, Any] = {}
         for bits in BUDGETS:
-            budget = bits_budget(checkpoint, bits, widths=SEARCHED_WIDTHS)
+            budget = bits_budget(checkpoint, bits, widths=searched)
             budgets[str(bits)] = {"interpolated": interpolate(bits, uniform)}
             for fused in (True, False):
-                plan, facts = make_plan(checkpoint, budget, widths=SEARCHED_WIDTHS, losses=losses, fused=fused)
+                plan, facts = make_plan(checkpoint, budget, widths=searched, losses=losses, fused=fused)
                 kept = {key: facts[key] for key in ("loss", "evaluations", "seconds")}
                 budgets[str(bits)][SEARCH if fused else FREE] = {**measure(plan), **kept}
             for strategy in STRATEGIES:
