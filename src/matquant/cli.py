@@ -139,7 +139,7 @@ def quantize(
         float | None, Option(help="qat: weight of the loss of a random mix of widths.", show_default="0")
     ] = None,
     hidden: Annotated[
-        float | None, Option(help="qat: weight of the distance to the float layers' outputs.", show_default="0")
+        float | None, Option(help="qat: weight of the layers' distance to float ones.", show_default="0")
     ] = None,
     save_every: Annotated[int | None, Option(help="Steps between saved states.", show_default="100")] = None,
     device: Annotated[str | None, Option(help="cpu or cuda.", show_default="cuda if there is one")] = None,
