@@ -59,6 +59,12 @@ def test_the_forms_are_the_papers() -> None:
     assert form("decreasing") == [8, 4, 4, 4, 4, 4, 2]
 
 
+def test_of_equal_mixes_of_a_form_the_one_with_the_fewest_narrow_layers_is_taken_and_no_single_width() -> None:
+    costs = [[2, 4, 8]] * 5
+    assert widest_mix("increasing", (2, 4, 8), costs=costs, limit=24) == (4, 4, 4, 4, 8)  # not 2 2 4 8 8
+    assert widest_mix("increasing", (2, 4, 8), costs=costs, limit=20) == (2, 2, 4, 4, 8)  # not 4 4 4 4 4
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_strategy_is_the_widest_assignment_within_the_budget(strategy: str) -> None:
     rng = np.random.default_rng(0)

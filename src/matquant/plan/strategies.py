@@ -3,7 +3,7 @@
 Each is an order of the layers in which widths do not fall: ``increasing`` along the depth, ``decreasing`` against it,
 ``pyramid`` from both ends towards the middle (2 2 4 8 8 4 2), ``reverse-pyramid`` the other way round. A plan of a form
 is thus the counts of layers at each width, and there are C(L + W - 1, W - 1) of them for L layers and W widths. All are
-tried: the best costs most within the budget; of equals it has the most different widths, then the fewest narrow layers.
+tried: the best costs most within the budget; of equals a mix comes before one width for all, then fewest narrow layers.
 """
 
 import itertools
@@ -36,11 +36,11 @@ def widest_mix(strategy: str, widths: Sequence[int], *, costs: Sequence[Sequence
     edges = _edges(len(costs), len(widths))
     before = np.vstack([np.zeros(len(widths), dtype=np.int64), np.cumsum(np.asarray(costs)[order], axis=0)])
     total = sum(before[edges[:, w + 1], w] - before[edges[:, w], w] for w in range(len(widths)))
-    different = (np.diff(edges, axis=1) > 0).sum(1)
+    mixed = (np.diff(edges, axis=1) > 0).sum(1) > 1
     fitting = np.flatnonzero(total <= limit)
     if not len(fitting):
         raise InputError(f"a budget of {limit} asked, the smallest {strategy} takes {total.min()}; give at least that")
-    best = fitting[np.lexsort((-fitting, different[fitting], total[fitting]))[-1]]
+    best = fitting[np.lexsort((-fitting, mixed[fitting], total[fitting]))[-1]]
     return tuple(_assign(strategy, widths, edges[best][None])[0].tolist())
 
 
