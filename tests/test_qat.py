@@ -372,7 +372,7 @@ def test_a_killed_run_resumes_to_the_same_bits(
     variant: tuple[str, ...], llama: Path, text_file: Path, tmp_path: Path
 ) -> None:
     options = [*("--text", str(text_file)), *("--batch-size", "2"), *("--seq-len", "16"), *("--lr", "1e-3")]
-    options += ["--steps", "400", *variant, "--save-every", "7", "--threads", "1"]
+    options += ["--steps", "120", *variant, "--save-every", "7", "--threads", "1"]
 
     def command(name: str, *extra: str) -> list[str]:
         return [sys.executable, "-m", "matquant", "quantize", str(llama), "-o", str(tmp_path / name), *options, *extra]
@@ -393,4 +393,4 @@ def test_a_killed_run_resumes_to_the_same_bits(
             f"killed at {kills}"
         )
     steps = [json.loads(line)["step"] for line in (tmp_path / "killed" / "training.jsonl").read_text().splitlines()]
-    assert steps == list(range(1, 401))
+    assert steps == list(range(1, 121))
