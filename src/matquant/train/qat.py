@@ -20,7 +20,6 @@ with the same bits as one that was never stopped.
 import contextlib
 import copy
 import dataclasses
-import functools
 import itertools
 import json
 import math
@@ -326,11 +325,11 @@ def train_step(
         terms = _terms(tuple(nested), objective, schedule, index=index)
         with _autocast(model, schedule):
             if teacher is not None:
-                with torch.no_grad(), _keep_hidden(teacher, schedule) as aims:
+                with torch.no_grad(), _layer_outputs(teacher, kept=schedule.hidden > 0) as aims:
                     logits[FLOAT] = teacher(input_ids=inputs, use_cache=False).logits
             for name, width, plan in terms:
                 write_weights(model, views, ((path, tensor.read(plan[path])) for path, tensor in nested.items()))
-                with _keep_hidden(model, schedule) as hidden:
+                with _layer_outputs(model, kept=schedule.hidden > 0) as hidden:
                     output = model(input_ids=inputs, use_cache=False).logits
                 loss = width_loss(output, targets, [logits[bits] for bits in width.teachers], truth=width.truth)
                 if schedule.hidden:
@@ -462,17 +461,16 @@ def _drop_frozen(state: State, freeze: int) -> None:
 
 
 @contextlib.contextmanager
-def _keep_hidden(model: Model, schedule: Schedule) -> Iterator[list[torch.Tensor]]:
-    """The list that the decoder layers' outputs of a forward are put in, empty if they are not needed."""
-    kept: list[torch.Tensor] = []
-    layers = [layer for _, layer in decoder_layers(model)] if schedule.hidden else []
+def _layer_outputs(model: Model, *, kept: bool = True) -> Iterator[list[torch.Tensor]]:
+    """The list that the decoder layers' outputs of a forward are put in, in their order; empty unless ``kept``."""
+    outputs: list[torch.Tensor] = []
 
     def keep(_: torch.nn.Module, __: Any, output: Any) -> None:
-        kept.append(output[0] if isinstance(output, tuple) else output)
+        outputs.append(output[0] if isinstance(output, tuple) else output)
 
-    hooks = [layer.register_forward_hook(keep) for layer in layers]
+    hooks = [layer.register_forward_hook(keep) for _, layer in decoder_layers(model)] if kept else []
     try:
-        yield kept
+        yield outputs
     finally:
         for hook in hooks:
             hook.remove()
@@ -481,18 +479,11 @@ def _keep_hidden(model: Model, schedule: Schedule) -> Iterator[list[torch.Tensor
 @torch.no_grad()
 def _first_not_finite(model: Model, inputs: torch.Tensor) -> str:
     """The first decoder layer that puts out numbers that are not finite."""
-    found: list[str] = []
-
-    def look(_: torch.nn.Module, __: Any, output: Any, name: str) -> None:
-        if not bool(torch.isfinite(output[0] if isinstance(output, tuple) else output).all()):
-            found.append(name)
-
-    layers = decoder_layers(model)
-    hooks = [layer.register_forward_hook(functools.partial(look, name=name)) for name, layer in layers]
-    model(input_ids=inputs, use_cache=False)
-    for hook in hooks:
-        hook.remove()
-    return found[0] if found else "the head"
+    with _layer_outputs(model) as outputs:
+        model(input_ids=inputs, use_cache=False)
+    names = [name for name, _ in decoder_layers(model)]
+    broken = (name for name, output in zip(names, outputs, strict=True) if not bool(torch.isfinite(output).all()))
+    return next(broken, "the head")
 
 
 def prepare(model: Model, views: Mapping[str, View], schedule: Schedule) -> None:
