@@ -90,7 +90,7 @@ def run(model: str, cell: str = "", samples: int = 16, widths: str = ",".join(ma
                 "budgets": budgets,
             }
             record |= {"float": reference, "samples": samples}
-            _write(f"{model}, {cell}" if cell else model, record)
+            _write(f"{model}, {name}", record)
     print(json.dumps(record, sort_keys=True))
 
 

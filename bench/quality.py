@@ -211,6 +211,8 @@ def _one_pass() -> dict[str, Cell]:
 FOUR = (1.0, 1.0, 1.0, 1.0)
 STEADY = (1e-3, 3e-3, 1e-2)
 BEST: Options = {
+    "method": "qat",
+    "affine": "learned",
     "objective": "8,4,3,2,fp->8;4;3;2",
     "weights": FOUR,
     "masters": "each",
@@ -237,7 +239,7 @@ def _from_gptq() -> dict[str, Cell]:
         )
         for bits in (4, 3, 2)
     }
-    everything = {**BEST, "method": "qat", "affine": "learned", "scope": "all", "start": "gptq+ all"}
+    everything = {**BEST, "scope": "all", "start": "gptq+ all"}
     every = {**everything, "objective": "8,6,4,3,2,fp->8;6;4;3;2", "weights": (1.0,) * 5, "start": "gptq+ tuned all"}
     last = {**every, "tokens": CALIBRATION, "steps": 64, "freeze": 4, "wide_lr": 1.0, "affine_lr": 10.0}
     centred = {**last, "start": "gptq+ tuned all 128 centre", "group_size": 128, "zeros": "centre"}
@@ -307,35 +309,27 @@ CELLS: dict[str, Cell] = {
     **_paper("qat", {}, RATES, WARM),
     **_attention(),
     **_ours("qat", BEST, (5e-4, 7e-4, 1e-3), WARM),
-    "qat+ joint 0.4": Cell(
-        what="... pull 0.4", options={"method": "qat", "affine": "learned", **BEST, "pull": 0.4}, rates=(6e-4,)
-    ),
-    "qat+ joint 0.45": Cell(
-        what="... pull 0.45", options={"method": "qat", "affine": "learned", **BEST, "pull": 0.45}, rates=(5e-4,)
-    ),
+    "qat+ joint 0.4": Cell(what="... pull 0.4", options={**BEST, "pull": 0.4}, rates=(6e-4,)),
+    "qat+ joint 0.45": Cell(what="... pull 0.45", options={**BEST, "pull": 0.45}, rates=(5e-4,)),
     "qat+ joint even": Cell(
         what="... from nested GPTQ with lambda 1",
-        options={"method": "qat", "affine": "learned", **BEST, "start": "gptq+ joint even"},
+        options={**BEST, "start": "gptq+ joint even"},
         rates=(5e-4,),
     ),
     "qat+ joint even mix": Cell(
         what="... from nested GPTQ with lambda 1, with mixes",
-        options={"method": "qat", "affine": "learned", **BEST, "start": "gptq+ joint even", "mix": 2.0},
+        options={**BEST, "start": "gptq+ joint even", "mix": 2.0},
         rates=(5e-4,),
     ),
-    "qat+ joint mix": Cell(
-        what="... with mixes", options={"method": "qat", "affine": "learned", **BEST, "mix": 2.0}, rates=(5e-4,)
-    ),
+    "qat+ joint mix": Cell(what="... with mixes", options={**BEST, "mix": 2.0}, rates=(5e-4,)),
     "qat+ joint even centre": Cell(
         what="... from nested GPTQ with lambda 1, zeros in the centre",
-        options={"method": "qat", "affine": "learned", **BEST, "start": "gptq+ joint even centre", "zeros": "centre"},
+        options={**BEST, "start": "gptq+ joint even centre", "zeros": "centre"},
         rates=(5e-4,),
     ),
     "qat+ joint even plans": Cell(
         what="... from nested GPTQ with lambda 1, zeros in the centre, with mixes and hidden states, 900 steps",
         options={
-            "method": "qat",
-            "affine": "learned",
             **BEST,
             **PLANS,
             "start": "gptq+ joint even centre",
@@ -346,17 +340,15 @@ CELLS: dict[str, Cell] = {
     ),
     "qat+ joint plans": Cell(
         what="... zeros in the centre, with mixes and hidden states",
-        options={"method": "qat", "affine": "learned", **BEST, **PLANS, "start": "gptq+ joint centre"},
+        options={**BEST, **PLANS, "start": "gptq+ joint centre"},
         rates=(5e-4,),
     ),
     "qat+ joint even 0.65": Cell(
         what="... from nested GPTQ with lambda 1, pull 0.65",
-        options={"method": "qat", "affine": "learned", **BEST, "start": "gptq+ joint even", "pull": 0.65},
+        options={**BEST, "start": "gptq+ joint even", "pull": 0.65},
         rates=(5e-4,),
     ),
-    "qat+ joint 0.6": Cell(
-        what="... pull 0.6", options={"method": "qat", "affine": "learned", **BEST, "pull": 0.6}, rates=(7e-4,)
-    ),
+    "qat+ joint 0.6": Cell(what="... pull 0.6", options={**BEST, "pull": 0.6}, rates=(7e-4,)),
     **_from_gptq(),
 }
 
