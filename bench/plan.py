@@ -10,7 +10,6 @@ write bench/plan.json, from which bench/results.py makes docs/results.md and its
 
 import json
 import math
-import os
 import shutil
 import tempfile
 import time
@@ -32,10 +31,9 @@ from matquant.plan.search import PAPER_WIDTHS
 from matquant.plan.sensitivity import SIDECAR, Losses, open_losses
 from matquant.plan.strategies import STRATEGIES
 from origin import ROOT, origin
-from quality import CELLS, CONTEXT, SETTINGS, float_log_perplexity, held_out, make
+from quality import CELLS, CONTEXT, SETTINGS, float_log_perplexity, held_out, kept_at, make
 
 RECORD = ROOT / "bench" / "plan.json"
-CACHE = Path(os.environ.get("MATQUANT_CACHE", Path.home() / ".cache" / "matquant"))
 BEST = {"stories260K": "qat+ joint even plans", "reference": "qat+ joint plans"}
 BUDGETS = (2.5, 3.0, 3.5, 4.0, 5.0)
 FREE = "search, not fused"
@@ -52,7 +50,7 @@ def run(model: str, cell: str = "", samples: int = 16, widths: str = ",".join(ma
     torch.set_num_threads(1)
     searched = tuple(map(int, widths.split(",")))
     name = cell or BEST[model]
-    directory = CACHE / model / name.replace(" ", "-")
+    directory = kept_at(model, name)
     if not directory.is_dir():
         directory.parent.mkdir(parents=True, exist_ok=True)
         make(model, name, CELLS[name].rates[0], 0, directory)

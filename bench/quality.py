@@ -12,6 +12,7 @@ TEST tokens. bench/results.py makes docs/results.md of the records.
 import json
 import os
 import resource
+import shutil
 import tempfile
 import time
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from origin import ROOT, origin
 
 RECORDS = ROOT / "bench" / "quality.jsonl"
 DATA = Path(os.environ.get("MATQUANT_DATA", ROOT.parent / "shared" / "data"))
+CACHE = Path(os.environ.get("MATQUANT_CACHE", Path.home() / ".cache" / "matquant"))
 WIDTHS = (8, 6, 4, 3, 2)
 CONTEXT = 512
 
@@ -180,6 +182,11 @@ def _one_pass() -> dict[str, Cell]:
         ),
         "gptq+ joint centre": Cell(what="nested, prefix, zeros in the centre", options={**gptq, "zeros": "centre"}),
         "gptq+ all": Cell(what="nested GPTQ, all linears", options={**gptq, "scope": "all"}),
+        "gptq+ all even centre": Cell(
+            what="nested GPTQ, lambda 1, zeros in the centre, all linears",
+            options={**gptq, "scope": "all", "weights": (1.0,) * 5, "zeros": "centre"},
+            models=STORIES,
+        ),
         "gptq+ all 128": Cell(
             what="nested GPTQ, all linears, groups of 128",
             options={**gptq, "scope": "all", "group_size": 128, "affine": "none"},
@@ -246,6 +253,12 @@ def _from_gptq() -> dict[str, Cell]:
     centred = {**last, "start": "gptq+ tuned all 128 centre", "group_size": 128, "zeros": "centre"}
     grouped = {**last, "start": "gptq+ tuned all 256", "group_size": 256}
     return cells | {
+        "qat+ all even plans": Cell(
+            what="QAT from nested GPTQ, zeros in the centre, mixes, hidden states, 900 steps, all linears",
+            options={**everything, **PLANS, "start": "gptq+ all even centre", "mix": 3.0, "steps": 900},
+            rates=(5e-4,),
+            models=STORIES,
+        ),
         "qat+ all tuned": Cell(
             what="QAT from tuned nested GPTQ, all linears", options=every, rates=(2.5e-4,), models=("reference",)
         ),
@@ -369,6 +382,9 @@ def run(
     names: Annotated[list[str] | None, typer.Argument(metavar="CELL...", help="Cells to run; default all.")] = None,
     seed: Annotated[int, typer.Option(help="Order of the data.")] = 0,
     threads: Annotated[int, typer.Option(help="CPU threads; part of what makes runs repeat bit for bit.")] = 1,
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Leave the checkpoint where bench/plan.py looks for it.")
+    ] = False,
 ) -> None:
     """Run the cells that have no record yet."""
     torch.set_num_threads(threads)
@@ -376,7 +392,7 @@ def run(
     for name in names or [name for name, cell in CELLS.items() if model in cell.models]:
         for lr in CELLS[name].rates:
             if not any((r["model"], r["cell"], r["lr"], r["seed"]) == (model, name, lr, seed) for r in records()):
-                record = _measure(model, name, lr, seed, streams)
+                record = _measure(model, name, lr, seed, streams, keep=keep)
                 with RECORDS.open("a") as file:
                     file.write(json.dumps(record, sort_keys=True) + "\n")
                 print(json.dumps(record, sort_keys=True), flush=True)
@@ -424,7 +440,14 @@ def _training(model: str, name: str, lr: float | None, seed: int) -> Options:
     return {key: value for key, value in training.items() if key not in options}
 
 
-def _measure(model: str, name: str, lr: float | None, seed: int, streams: Streams) -> dict[str, Any]:
+def kept_at(model: str, name: str) -> Path:
+    """Where the checkpoint of a cell is kept."""
+    return CACHE / model / name.replace(" ", "-")
+
+
+def _measure(
+    model: str, name: str, lr: float | None, seed: int, streams: Streams, *, keep: bool = False
+) -> dict[str, Any]:
     options = CELLS[name].options
     began, cpu_s = time.perf_counter(), time.process_time()
     with tempfile.TemporaryDirectory() as folder:
@@ -435,6 +458,8 @@ def _measure(model: str, name: str, lr: float | None, seed: int, streams: Stream
         baseline = options.get("baseline_bits", 8)
         widths = (baseline,) if baseline < 8 else WIDTHS
         sizes = {str(b): bits_per_weight(checkpoint, dict.fromkeys(checkpoint.shapes, b)) for b in widths}
+        if keep:
+            shutil.copytree(out, kept_at(model, name), dirs_exist_ok=True)
     test = evaluate(served, streams[0], bits=widths, context=CONTEXT)
     spec = checkpoint.spec
     select = evaluate(served, streams[1], bits=spec.widths, context=CONTEXT) if lr is not None else {}

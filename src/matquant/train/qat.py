@@ -8,9 +8,10 @@ its backward pass*: activation checkpointing recomputes with the same numbers. G
 to float masters, which AdamW updates. By default only the quantised weights are trained, the paper's W_F.
 
 Linears trained at one width are fitted to each other at that width. With ``mix`` one more loss is that of a plan: the
-linears up to one drawn at random have a width, those after it the next wider one (``draw_mix``), so that between two
-widths there are plans whose linears were trained together. With ``hidden`` every loss also has the distance of each
-decoder layer's output to the float model's (``objective.hidden_loss``).
+linears up to one drawn at random have a width, those after it the next wider one (``draw_mix``; all of attention is
+before or after all of the FFN), so that between two widths there are plans whose linears were trained together. With
+``hidden`` every loss also has the distance of each decoder layer's output to the float model's
+(``objective.hidden_loss``).
 
 Cost: one forward and backward per width and mix, plus one forward if the float model teaches. The state is saved every
 ``save_every`` steps in safetensors, atomically; batches and mixes depend on seed and step only, so a resumed run ends
@@ -367,12 +368,21 @@ def train_step(
 def draw_mix(paths: Sequence[str], widths: Sequence[int], *, index: int, seed: int) -> dict[str, int]:
     """The plan of a mixed loss: two neighbours of ``widths`` (descending), the wider one from a random linear on.
 
-    It depends on the seed and the index of the batch only. paths: at least two, in the order of the model.
+    Linears are cut in the order of the model, but where attention and FFN are both quantised all of one before all of
+    the other, which is drawn too. The plan depends on the seed and the index of the batch only. paths: at least two.
     """
     draw = np.random.default_rng([seed, index, 1])  # not the stream of the batches
     wider = int(draw.integers(len(widths) - 1))
     edge = int(draw.integers(1, len(paths)))
-    return {path: widths[wider + (place < edge)] for place, path in enumerate(paths)}
+    blocks = list(dict.fromkeys(_block(path) for path in paths))
+    first = int(draw.integers(len(blocks)))
+    order = sorted(paths, key=lambda path: (blocks.index(_block(path)) - first) % len(blocks))
+    return {path: widths[wider + (order.index(path) < edge)] for path in paths}
+
+
+def _block(path: str) -> str:
+    """The name of the module that a linear is in, which its layers share: self_attn, mlp."""
+    return path.rpartition(".")[0].rpartition(".")[-1]
 
 
 def finish(state: State, grid: Grid) -> Iterator[tuple[str, NestedTensor]]:
