@@ -8,6 +8,7 @@ checkpoint conversion, so every family that transformers can save is covered and
 
 import contextlib
 import dataclasses
+import platform
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -255,6 +256,8 @@ def bf16_is_fast() -> bool:
 
     Elsewhere torch emulates it: a training step of the embedded model took 17 times as long as in fp32 (AVX2).
     """
+    if platform.machine() in ("aarch64", "arm64"):
+        return bool(getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", bool)())
     checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, check, bool)() for check in checks)
 
