@@ -135,7 +135,7 @@ def _attention() -> dict[str, Cell]:
     """Table 6: attention quantised too, QAT."""
     paper = {**PAPER, "method": "qat", "scope": "all"}
     cells = {
-        f"int{b}": Cell(what=f"dedicated int{b}", options={**paper, "baseline_bits": b}, rates=WARM[b][1:2])
+        f"int{b}": Cell(what=f"dedicated int{b}", options={**paper, "baseline_bits": b}, rates=WARM[b])
         for b in (8, 4, 3, 2)
     }
     cells["joint"] = Cell(what="MatQuant 8,4,2", options=paper, rates=RATES[:2])
