@@ -569,7 +569,8 @@ def _plans(best: Best) -> list[str]:
             for way, point in values.items():
                 if isinstance(point, dict):
                     _add(curves, way, point)
-        for cell, width in ((best[model].get(f"qat+ int{width}"), str(width)) for width in WIDTHS):
+        dedicated = "qat all" if CELLS[found["cell"]].options.get("scope") == "all" else "qat+"
+        for cell, width in ((best[model].get(f"{dedicated} int{width}"), str(width)) for width in WIDTHS):
             if cell:
                 bits, value = cell["bits_per_weight"][width], cell["log_perplexity"][width]
                 _add(curves, "dedicated", {"bits_per_weight": bits, "held_out": value})
