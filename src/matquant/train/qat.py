@@ -46,6 +46,7 @@ from matquant.train.fake import Grid, Learned, finish_backward, keep_in_range, n
 from matquant.train.job import LOG, Job, check_same_run, fingerprint
 from matquant.train.masters import chain, release_blocked
 from matquant.train.objective import FLOAT, Width, hidden_loss, width_loss
+from matquant.train.select import is_attention
 
 STATE = "state.safetensors"
 MASTERS = ("one", "each")
@@ -368,21 +369,15 @@ def train_step(
 def draw_mix(paths: Sequence[str], widths: Sequence[int], *, index: int, seed: int) -> dict[str, int]:
     """The plan of a mixed loss: two neighbours of ``widths`` (descending), the wider one from a random linear on.
 
-    Linears are cut in the order of the model, but where attention and FFN are both quantised all of one before all of
-    the other, which is drawn too. The plan depends on the seed and the index of the batch only. paths: at least two.
+    Linears are cut in the order of the model, but all of attention before or after all of the FFN, which is drawn too.
+    The plan depends on the seed and the index of the batch only. paths: at least two, in the order of the model.
     """
     draw = np.random.default_rng([seed, index, 1])  # not the stream of the batches
     wider = int(draw.integers(len(widths) - 1))
     edge = int(draw.integers(1, len(paths)))
-    blocks = list(dict.fromkeys(_block(path) for path in paths))
-    first = int(draw.integers(len(blocks)))
-    order = sorted(paths, key=lambda path: (blocks.index(_block(path)) - first) % len(blocks))
-    return {path: widths[wider + (order.index(path) < edge)] for path in paths}
-
-
-def _block(path: str) -> str:
-    """The name of the module that a linear is in, which its layers share: self_attn, mlp."""
-    return path.rpartition(".")[0].rpartition(".")[-1]
+    attention_first = draw.integers(2) == 0
+    narrow = set(sorted(paths, key=lambda path: is_attention(path) != attention_first)[:edge])
+    return {path: widths[wider + (path in narrow)] for path in paths}
 
 
 def finish(state: State, grid: Grid) -> Iterator[tuple[str, NestedTensor]]:
