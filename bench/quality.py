@@ -106,8 +106,8 @@ def _paper(
     """The rows of the paper's tables for a method: its baselines, and everything it calls MatQuant."""
     paper = {**PAPER, **more, "method": method}
     extra = {**paper, "rule": "extra", **EVEN}
-    steady = joint if method == "omniquant" else joint[:2]  # 4e-3 was the worst rate of "qat joint" on both models
-    chosen = (joint[1],) if method == "omniquant" else (joint[0],)  # by "joint" on both models, for its variants
+    # 4e-3 was the worst rate of "qat joint" on both models; the variants of "joint" have the rate it chose on both
+    steady, chosen = (joint, joint[1:2]) if method == "omniquant" else (joint[:2], joint[:1])
     cells = {
         f"int{bits}": Cell(what=f"dedicated int{bits}", options={**paper, "baseline_bits": bits}, rates=rates)
         for bits, rates in dedicated.items()
@@ -383,7 +383,7 @@ def run(
     seed: Annotated[int, typer.Option(help="Order of the data.")] = 0,
     threads: Annotated[int, typer.Option(help="CPU threads; part of what makes runs repeat bit for bit.")] = 1,
     keep: Annotated[
-        bool, typer.Option("--keep", help="Leave the checkpoint where bench/plan.py looks for it.")
+        bool, typer.Option("--keep", help="Leave the checkpoint that bench/plan.py makes where it looks for it.")
     ] = False,
 ) -> None:
     """Run the cells that have no record yet."""
@@ -392,7 +392,7 @@ def run(
     for name in names or [name for name, cell in CELLS.items() if model in cell.models]:
         for lr in CELLS[name].rates:
             if not any((r["model"], r["cell"], r["lr"], r["seed"]) == (model, name, lr, seed) for r in records()):
-                record = _measure(model, name, lr, seed, streams, keep=keep)
+                record = _measure(model, name, lr, seed, streams, keep=keep and (lr, seed) == (CELLS[name].rates[0], 0))
                 with RECORDS.open("a") as file:
                     file.write(json.dumps(record, sort_keys=True) + "\n")
                 print(json.dumps(record, sort_keys=True), flush=True)

@@ -320,15 +320,18 @@ def _seeds(best: Best) -> list[str]:
     """What the order of the data changes, where a second seed was run."""
     rows = []
     for model, cells in best.items():
-        for name, second in _best(model, seed=1).items():
-            widths = second["log_perplexity"]
-            changes = [
-                f"{widths[str(w)] / cells[name]['log_perplexity'][str(w)] - 1:+.2%}" if str(w) in widths else ""
-                for w in WIDTHS
-            ]
-            rows.append([model, name.split()[0], CELLS[name].what, *changes])
+        second = _best(model, seed=1)
+        for name in second:
+            values = [_beside(_value(second, name, width), _value(cells, name, width)) for width in WIDTHS]
+            rows.append([model, name.split()[0], CELLS[name].what, *values])
     header = ["model", "method", "", *(f"int{width}" for width in WIDTHS)]
-    return ["## A second seed", "", "Against the first, each at its best learning rate.", "", *_table(header, rows)]
+    return [
+        "## A second seed",
+        "",
+        "In brackets: against the first, each at its best learning rate.",
+        "",
+        *_table(header, rows),
+    ]
 
 
 def _gptq(best: Best) -> list[str]:
@@ -408,9 +411,19 @@ STANDING = {  # the last of each that a model has
     "trained": ("qat+ all tuned", "qat+ all even plans"),
 }
 OURS_ALL = (
-    *("gptq+ all", "gptq+ all 128", "gptq+ tuned all", "gptq+ tuned all long", "qat+ all last", "qat+ all last 256"),
-    *("qat+ all last 256 long", "qat+ all last 128 centre", "qat+ all calibration"),
-    *("qat+ all", "qat+ all tuned", "qat+ all long", "qat+ all even plans"),
+    "gptq+ all",
+    "gptq+ all 128",
+    "gptq+ tuned all",
+    "gptq+ tuned all long",
+    "qat+ all last",
+    "qat+ all last 256",
+    "qat+ all last 256 long",
+    "qat+ all last 128 centre",
+    "qat+ all calibration",
+    "qat+ all",
+    "qat+ all tuned",
+    "qat+ all long",
+    "qat+ all even plans",
 )
 
 
