@@ -5,8 +5,8 @@
 
 A cell is a method with its options (CELLS), on a model (SETTINGS); its records in bench/quality.jsonl are one for each
 learning rate and seed. Every cell of a model and method sees the same text in the same order for the same number of
-steps. A learning rate is chosen on SELECT tokens by the cell's own objective; the figures are those of the disjoint
-TEST tokens. bench/results.py makes docs/results.md of the records.
+steps. A learning rate is chosen on SELECT tokens by the cell's own objective, with seed 0; the
+figures are those of the disjoint TEST tokens. bench/results.py makes docs/results.md of the records.
 """
 
 import json
@@ -15,6 +15,7 @@ import resource
 import shutil
 import tempfile
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -380,7 +381,7 @@ def cells() -> None:
 def run(
     model: Annotated[str, typer.Argument(help="stories260K or reference.")],
     names: Annotated[list[str] | None, typer.Argument(metavar="CELL...", help="Cells to run; default all.")] = None,
-    seed: Annotated[int, typer.Option(help="Order of the data.")] = 0,
+    seed: Annotated[int, typer.Option(help="Order of the data; after 0, at the rate that 0 chose.")] = 0,
     threads: Annotated[int, typer.Option(help="CPU threads; part of what makes runs repeat bit for bit.")] = 1,
     keep: Annotated[
         bool, typer.Option("--keep", help="Leave the checkpoint that bench/plan.py makes where it looks for it.")
@@ -390,8 +391,11 @@ def run(
     torch.set_num_threads(threads)
     streams = held_out(model)
     for name in names or [name for name, cell in CELLS.items() if model in cell.models]:
-        for lr in CELLS[name].rates:
-            if not any((r["model"], r["cell"], r["lr"], r["seed"]) == (model, name, lr, seed) for r in records()):
+        made = [record for record in records() if (record["model"], record["cell"]) == (model, name)]
+        if seed and not any(record["seed"] == 0 for record in made):
+            raise typer.BadParameter(f"{name!r} has no record of {model} with seed 0, whose rate it would take")
+        for lr in CELLS[name].rates if seed == 0 else (chosen_rate(made),):
+            if not any((record["lr"], record["seed"]) == (lr, seed) for record in made):
                 record = _measure(model, name, lr, seed, streams, keep=keep and (lr, seed) == (CELLS[name].rates[0], 0))
                 with RECORDS.open("a") as file:
                     file.write(json.dumps(record, sort_keys=True) + "\n")
@@ -401,6 +405,12 @@ def run(
 def records() -> list[dict[str, Any]]:
     """All records, in the order they were made."""
     return [json.loads(line) for line in RECORDS.read_text().splitlines()] if RECORDS.is_file() else []
+
+
+def chosen_rate(made: Iterable[dict[str, Any]]) -> float | None:
+    """The learning rate of the record of seed 0, among those of one cell, that is best on the SELECT tokens."""
+    rate: float | None = min((r for r in made if r["seed"] == 0), key=lambda record: record["select"] or 0)["lr"]
+    return rate
 
 
 def held_out(model: str) -> Streams:
