@@ -150,18 +150,20 @@ def _build_llamacpp(folder: Path) -> None:
 def run(
     only: Annotated[list[str] | None, typer.Option(help="Tools to run.")] = None,
     model: Annotated[list[str] | None, typer.Option(help="Models to run.")] = None,
+    setting: Annotated[list[str] | None, typer.Option(help="Settings to run, by name.")] = None,
     threads: Annotated[int, typer.Option(help="CPU threads of a tool and of the evaluation.")] = 1,
 ) -> None:
     """Run what has no record yet."""
     torch.set_num_threads(threads)
     for name in model or MODELS:
         rows = [
-            (peer, setting, options, bits)
+            (peer, row, options, bits)
             for peer in only or SETTINGS
-            for setting, options, widths in SETTINGS[peer]
+            for row, options, widths in SETTINGS[peer]
+            if row in (setting or [row])
             for bits in widths
             if not any(
-                (record["model"], record["peer"], record["setting"], record["bits"]) == (name, peer, setting, bits)
+                (record["model"], record["peer"], record["setting"], record["bits"]) == (name, peer, row, bits)
                 for record in _records()
             )
         ]
@@ -171,13 +173,13 @@ def run(
         paths = decoder_linears(float_model)
         original = {path: float_model.get_submodule(path).weight.detach().clone() for path in paths}
         reference = log_perplexity(float_model, stream, context=CONTEXT)
-        for peer, setting, options, bits in rows:
-            weights, outcome = _quantise(name, peer, setting, options, bits, original, threads)
+        for peer, row, options, bits in rows:
+            weights, outcome = _quantise(name, peer, row, options, bits, original, threads)
             if weights is not None:
                 _install(float_model, weights)
                 outcome = {**outcome, **_measure(float_model, stream, original, outcome["bytes_by_part"])}
-                _check_read_back(outcome["log_perplexity"], reference, bits, f"{peer}, {setting}")
-            _append({"model": name, "peer": peer, "setting": setting, "bits": bits, **outcome, **_origin(peer)})
+                _check_read_back(outcome["log_perplexity"], reference, bits, f"{peer}, {row}")
+            _append({"model": name, "peer": peer, "setting": row, "bits": bits, **outcome, **_origin(peer)})
 
 
 def decoder_linears(model: Any) -> list[str]:

@@ -25,7 +25,7 @@ import typer
 import matquant
 from matquant.checkpoint import bits_per_weight, open_checkpoint
 from matquant.eval.likelihood import log_perplexity
-from matquant.plan.budget import bits_budget
+from matquant.plan.budget import Budget, bits_budget
 from matquant.plan.run import SEARCH, SEARCHED_WIDTHS, make_plan
 from matquant.plan.search import PAPER_WIDTHS
 from matquant.plan.sensitivity import SIDECAR, Losses, open_losses
@@ -37,6 +37,7 @@ RECORD = ROOT / "bench" / "plan.json"
 BEST = {"stories260K": "qat+ joint even plans", "reference": "qat+ joint plans"}
 BUDGETS = (2.5, 3.0, 3.5, 4.0, 5.0)
 FREE = "search, not fused"
+LESS = 1e-3  # bits per weight: a plan of that much less is smaller
 EVOLUTION = 250 * 64  # evaluations of an evolutionary search
 DEPTHS = (2, 4, 8, 16)
 WIDTH_SETS = ((2, 4, 8), SEARCHED_WIDTHS, (2, 3, 4, 5, 6, 7, 8))
@@ -69,14 +70,19 @@ def run(model: str, cell: str = "", samples: int = 16, widths: str = ",".join(ma
             }
 
         uniform = {str(bits): measure(dict.fromkeys(checkpoint.shapes, bits)) for bits in SEARCHED_WIDTHS}
+
+        def search(budget: Budget) -> dict[str, Any]:
+            found = {}
+            for name, fused in ((SEARCH, True), (FREE, False)):
+                plan, facts = make_plan(checkpoint, budget, widths=searched, losses=losses, fused=fused)
+                found[name] = {**measure(plan), **{key: facts[key] for key in ("loss", "evaluations", "seconds")}}
+            return found
+
         budgets: dict[str, Any] = {}
+        smaller = bits_budget(checkpoint, uniform["4"]["bits_per_weight"] - LESS, widths=searched)
         for bits in BUDGETS:
             budget = bits_budget(checkpoint, bits, widths=searched)
-            budgets[str(bits)] = {"interpolated": interpolate(bits, uniform)}
-            for fused in (True, False):
-                plan, facts = make_plan(checkpoint, budget, widths=searched, losses=losses, fused=fused)
-                kept = {key: facts[key] for key in ("loss", "evaluations", "seconds")}
-                budgets[str(bits)][SEARCH if fused else FREE] = {**measure(plan), **kept}
+            budgets[str(bits)] = {"interpolated": interpolate(bits, uniform), **search(budget)}
             for strategy in STRATEGIES:
                 plan, facts = make_plan(checkpoint, budget, strategy=strategy, widths=PAPER_WIDTHS, losses=losses)
                 budgets[str(bits)][strategy] = {**measure(plan), "loss": facts["loss"]}
@@ -89,6 +95,7 @@ def run(model: str, cell: str = "", samples: int = 16, widths: str = ",".join(ma
             }
             record |= {"float": reference, "samples": samples}
             _write(f"{model}, {name}", record)
+        _write(f"{model}, {name}", record := {**record, "smaller_than_int4": search(smaller)})
     print(json.dumps(record, sort_keys=True))
 
 

@@ -650,12 +650,24 @@ def _plan_claims(found: Record) -> list[str]:
     ]
     value, bits, name = min(below)
     winners = [min(STRATEGIES, key=lambda form: values[form]["held_out"]) for values in found["budgets"].values()]
-    verdict = "at least as good as" if value <= four["held_out"] else "worse than"
-    return [
-        f"The best plan under 4 bits ({name} at {bits}: {value:.4f}) is {verdict} uniform int4 "
-        f"({four['held_out']:.4f} at {four['bits_per_weight']:.3f} bits). Of the paper's strategies pyramid is the "
-        f"best at {winners.count('pyramid')} of {len(winners)} budgets ({', '.join(winners)}).",
-    ]
+    claims = (
+        f"The best plan under 4 bits ({name} at {bits}: {value:.4f}) is {_against(value, four)} uniform int4 "
+        f"({four['held_out']:.4f} at {four['bits_per_weight']:.3f} bits). "
+    )
+    for way, plan in found.get("smaller_than_int4", {}).items():
+        claims += (
+            f"Told to be smaller than int4, {way} takes {plan['bits_per_weight']:.3f} bits: "
+            f"{plan['held_out']:.4f}, {_against(plan['held_out'], four)} int4. "
+        )
+    claims += (
+        f"Of the paper's strategies pyramid is the best at {winners.count('pyramid')} of {len(winners)} budgets "
+        f"({', '.join(winners)})."
+    )
+    return [claims]
+
+
+def _against(value: float, other: Record) -> str:
+    return "at least as good as" if value <= other["held_out"] else "worse than"
 
 
 if __name__ == "__main__":
