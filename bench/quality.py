@@ -257,7 +257,7 @@ def _from_gptq() -> dict[str, Cell]:
     return cells | {
         "qat+ all even plans": Cell(
             what="QAT from nested GPTQ, zeros in the centre, mixes, hidden states, 900 steps, all linears",
-            options={**everything, **PLANS, "start": "gptq+ all even centre", "mix": 6.0, "steps": 900},
+            options={**everything, **PLANS, "start": "gptq+ all even centre", "mix": 3.0, "steps": 900},
             rates=(5e-4,),
             models=STORIES,
         ),
