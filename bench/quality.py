@@ -219,6 +219,7 @@ def _one_pass() -> dict[str, Cell]:
 
 FOUR = (1.0, 1.0, 1.0, 1.0)
 STEADY = (1e-3, 3e-3, 1e-2)
+CLIPPED: dict[int, tuple[float, ...]] = {**dict.fromkeys((8, 6, 4), STEADY), **dict.fromkeys((3, 2), (*STEADY, 3e-2))}
 BEST: Options = {
     "method": "qat",
     "affine": "learned",
@@ -308,8 +309,8 @@ CELLS: dict[str, Cell] = {
     "rtn round": Cell(what="round to nearest, sliced (Eq. 6)", options={"method": "rtn", **PLAIN, "rule": "round"}),
     "rtn refit": Cell(what="round to nearest, affines refitted", options={"method": "rtn"}),
     **_one_pass(),
-    **_paper("omniquant", {}, STEADY, dict.fromkeys((8, 6, 4, 3, 2), STEADY)),
-    **_ours("omniquant", {"objective": "8,4,3,2", "weights": FOUR}, STEADY, dict.fromkeys((8, 6, 4, 3, 2), STEADY)),
+    **_paper("omniquant", {}, STEADY, CLIPPED),
+    **_ours("omniquant", {"objective": "8,4,3,2", "weights": FOUR}, STEADY, CLIPPED),
     "omniquant+ joint gptq": Cell(
         what="one nested checkpoint, 8,6,4,3,2, codes by nested GPTQ",
         options={
