@@ -66,7 +66,7 @@ INTRODUCTION = (
     "Written by `python bench/results.py` from the records in bench/*.jsonl, which have the command, commit, date",
     "and versions of every figure. Log-perplexity in nats per token, token-weighted, on held-out text, context 512;",
     "smaller is better. Every method of a table saw the same text for the same number of steps; baselines have the",
-    "best of three learning rates, chosen on other held-out tokens.",
+    "best of at least three learning rates, chosen on other held-out tokens.",
     "",
 )
 
