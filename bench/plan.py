@@ -79,7 +79,6 @@ def run(model: str, cell: str = "", samples: int = 16, widths: str = ",".join(ma
             return found
 
         budgets: dict[str, Any] = {}
-        smaller = bits_budget(checkpoint, uniform["4"]["bits_per_weight"] - LESS, widths=searched)
         for bits in BUDGETS:
             budget = bits_budget(checkpoint, bits, widths=searched)
             budgets[str(bits)] = {"interpolated": interpolate(bits, uniform), **search(budget)}
@@ -95,7 +94,9 @@ def run(model: str, cell: str = "", samples: int = 16, widths: str = ",".join(ma
             }
             record |= {"float": reference, "samples": samples}
             _write(f"{model}, {name}", record)
-        _write(f"{model}, {name}", record := {**record, "smaller_than_int4": search(smaller)})
+        smaller = bits_budget(checkpoint, uniform["4"]["bits_per_weight"] - LESS, widths=searched)
+        record["smaller_than_int4"] = search(smaller)
+        _write(f"{model}, {name}", record)
     print(json.dumps(record, sort_keys=True))
 
 

@@ -5,8 +5,8 @@
 
 A cell is a method with its options (CELLS), on a model (SETTINGS); its records in bench/quality.jsonl are one for each
 learning rate and seed. Every cell of a model and method sees the same text in the same order for the same number of
-steps. A learning rate is chosen on SELECT tokens by the cell's own objective, with seed 0; the
-figures are those of the disjoint TEST tokens. bench/results.py makes docs/results.md of the records.
+steps. A learning rate is chosen on SELECT tokens by the cell's own objective, with seed 0; the figures are
+those of the disjoint TEST tokens. bench/results.py makes docs/results.md of the records.
 """
 
 import json

@@ -66,7 +66,7 @@ INTRODUCTION = (
     "Written by `python bench/results.py` from the records in bench/*.jsonl, which have the command, commit, date",
     "and versions of every figure. Log-perplexity in nats per token, token-weighted, on held-out text, context 512;",
     "smaller is better. Every method of a table saw the same text for the same number of steps; baselines have the",
-    "best of at least three learning rates, chosen on other held-out tokens.",
+    "best of at least three learning rates, chosen on other held-out tokens, where a table does not say fewer.",
     "",
 )
 
@@ -468,7 +468,7 @@ def _peers(best: Best) -> list[str]:
         "A peer's figures are one checkpoint each, ours are slices of one. Settings: bench/peers.py. The rows of",
         "stories260K are 64 and 172 long: AutoRound keeps a linear in float unless 32 divides both its sides, so",
         "all of that FFN; llama.cpp, whose K-quants take 256 weights at a time, was not run there. AutoRound's own",
-        "recipe for two bits (1000 iterations, alg_ext) was not run on either: about half an hour of a core.",
+        "recipe for two bits (1000 iterations, alg_ext) was not run on either model.",
         "",
     ]
     for model, cells in best.items():

@@ -386,7 +386,7 @@ def test_a_killed_run_resumes_to_the_same_bits(
 
     subprocess.run(command("whole"), check=True, capture_output=True)
     log = tmp_path / ".killed.work" / "training.jsonl"
-    kills = int.from_bytes(os.urandom(1)) % 30 + 5
+    kills = int.from_bytes(os.urandom(1)) % 15 + 5
     process = subprocess.Popen(command("killed"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and (not log.is_file() or log.read_bytes().count(b"\n") < kills):
