@@ -6,7 +6,8 @@
 A cell is a method with its options (CELLS), on a model (SETTINGS); its records in bench/quality.jsonl are one for each
 learning rate and seed. Every cell of a model and method sees the same text in the same order for the same number of
 steps. A learning rate is chosen on SELECT tokens by the cell's own objective, with seed 0; the figures are
-those of the disjoint TEST tokens. bench/results.py makes docs/results.md of the records.
+those of the disjoint TEST tokens. Other seeds run at that rate and in the first one's precision. bench/results.py makes
+docs/results.md of the records.
 """
 
 import json
@@ -36,6 +37,7 @@ DATA = Path(os.environ.get("MATQUANT_DATA", ROOT.parent / "shared" / "data"))
 CACHE = Path(os.environ.get("MATQUANT_CACHE", Path.home() / ".cache" / "matquant"))
 WIDTHS = (8, 6, 4, 3, 2)
 CONTEXT = 512
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 Options = dict[str, Any]
 Streams = tuple[np.ndarray, np.ndarray]  # TEST and SELECT tokens
@@ -84,7 +86,7 @@ PLAIN: Options = {"affine": "none"}
 PAPER: Options = {**PLAIN, "rule": "round", "objective": "8,4,2"}
 EVEN: Options = {"weights": (1.0, 1.0, 1.0)}
 RATES = (1e-3, 2e-3, 4e-3)
-LOW = (2.5e-4, 5e-4, 1e-3)
+LOW = (1.25e-4, 2.5e-4, 5e-4, 1e-3)
 WARM: dict[int, tuple[float, ...]] = {8: LOW, 6: LOW, 4: LOW, 3: (2.5e-4, 5e-4, *RATES), 2: (5e-4, *RATES)}
 CALIBRATION = 128 * CONTEXT  # tokens, what peers calibrate with (bench/peers.py)
 CODISTILLATION = ("8,4,8->2", "8,4,2,8->2", "8,4,2,8->4;2")
@@ -114,7 +116,7 @@ def _paper(
         for bits, rates in dedicated.items()
     }
     cells |= {
-        "joint": Cell(what="MatQuant 8,4,2", options=paper, rates=joint),
+        "joint": Cell(what="MatQuant 8,4,2", options=paper, rates=joint if method == "omniquant" else (5e-4, *joint)),
         "single": Cell(what="S.P. MatQuant 2", options={**paper, "objective": "2"}, rates=steady),
         "extra": Cell(what="E.P. MatQuant 8,4,2", options=extra, rates=steady),
         "single extra": Cell(
@@ -219,7 +221,10 @@ def _one_pass() -> dict[str, Cell]:
 
 FOUR = (1.0, 1.0, 1.0, 1.0)
 STEADY = (1e-3, 3e-3, 1e-2)
-CLIPPED: dict[int, tuple[float, ...]] = {**dict.fromkeys((8, 6, 4), STEADY), **dict.fromkeys((3, 2), (*STEADY, 3e-2))}
+CLIPPED: dict[int, tuple[float, ...]] = {
+    **dict.fromkeys((8, 6, 4), STEADY),
+    **dict.fromkeys((3, 2), (*STEADY, 3e-2, 1e-1)),
+}
 BEST: Options = {
     "method": "qat",
     "affine": "learned",
@@ -245,7 +250,7 @@ def _from_gptq() -> dict[str, Cell]:
                 "objective": f"{bits},fp->{bits}",
                 "start": f"gptq+ int{bits}",
             },
-            rates=(5e-4, 1e-3, 2e-3),
+            rates=(2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3),
         )
         for bits in (4, 3, 2)
     }
@@ -395,9 +400,12 @@ def run(
         made = [record for record in records() if (record["model"], record["cell"]) == (model, name)]
         if seed and not any(record["seed"] == 0 for record in made):
             raise typer.BadParameter(f"{name!r} has no record of {model} with seed 0, whose rate it would take")
-        for lr in CELLS[name].rates if seed == 0 else (chosen_rate(made),):
+        first = chosen(made) if seed else {}
+        more = {key: value for key, value in first.get("options", {}).items() if key == "autocast"}
+        for lr in CELLS[name].rates if seed == 0 else (first["lr"],):
             if not any((record["lr"], record["seed"]) == (lr, seed) for record in made):
-                record = _measure(model, name, lr, seed, streams, keep=keep and (lr, seed) == (CELLS[name].rates[0], 0))
+                kept = keep and (lr, seed) == (CELLS[name].rates[0], 0)
+                record = _measure(model, name, lr, seed, streams, more=more, keep=kept)
                 with RECORDS.open("a") as file:
                     file.write(json.dumps(record, sort_keys=True) + "\n")
                 print(json.dumps(record, sort_keys=True), flush=True)
@@ -408,10 +416,9 @@ def records() -> list[dict[str, Any]]:
     return [json.loads(line) for line in RECORDS.read_text().splitlines()] if RECORDS.is_file() else []
 
 
-def chosen_rate(made: Iterable[dict[str, Any]]) -> float | None:
-    """The learning rate of the record of seed 0, among those of one cell, that is best on the SELECT tokens."""
-    rate: float | None = min((r for r in made if r["seed"] == 0), key=lambda record: record["select"] or 0)["lr"]
-    return rate
+def chosen(made: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """The record of seed 0, among those of one cell, whose learning rate is best on the SELECT tokens."""
+    return min((record for record in made if record["seed"] == 0), key=lambda record: record["select"] or 0)
 
 
 def held_out(model: str) -> Streams:
@@ -428,10 +435,10 @@ def float_log_perplexity(model: str) -> float:
     return log_perplexity(load_float(SETTINGS[model].path, dtype=torch.float32), held_out(model)[0], context=CONTEXT)
 
 
-def make(model: str, name: str, lr: float | None, seed: int, out: Path) -> Path:
-    """Write the checkpoint of a cell to ``out``; beside it may lie what it starts from."""
+def make(model: str, name: str, lr: float | None, seed: int, out: Path, *, more: Options | None = None) -> Path:
+    """Write the checkpoint of a cell to ``out``; beside it may lie what it starts from. more: options over its own."""
     setting, text = SETTINGS[model], [SETTINGS[model].text]
-    training, options = _training(model, name, lr, seed), dict(CELLS[name].options)
+    options = {**_training(model, name, lr, seed), **CELLS[name].options, **(more or {})}
     text = text if options.get("method", "qat") != "rtn" else []
     if "tokens" in options:  # of the text, whole documents
         text = [_beginning(setting, options.pop("tokens"), out.parent / "text.txt")]
@@ -439,16 +446,14 @@ def make(model: str, name: str, lr: float | None, seed: int, out: Path) -> Path:
         first = {**setting.training["gptq"], **CELLS[options["start"]].options}
         start = out.parent / "first"
         options["start"] = matquant.quantize(setting.path, start, text=text, overwrite=True, **first)
-    return matquant.quantize(setting.path, out, text=text, **training, **options)
+    return matquant.quantize(setting.path, out, text=text, **options)
 
 
 def _training(model: str, name: str, lr: float | None, seed: int) -> Options:
-    """The settings of a cell that its own options do not have."""
-    options = CELLS[name].options
-    method = options.get("method", "qat")
+    """The settings of a cell, over which its own options go."""
+    method = CELLS[name].options.get("method", "qat")
     training = {**SETTINGS[model].training.get(method, {}), **({"seed": seed} if method != "rtn" else {})}
-    training |= {"lr": lr} if lr is not None else {}
-    return {key: value for key, value in training.items() if key not in options}
+    return training | ({"lr": lr} if lr is not None else {})
 
 
 def kept_at(model: str, name: str) -> Path:
@@ -457,15 +462,16 @@ def kept_at(model: str, name: str) -> Path:
 
 
 def _measure(
-    model: str, name: str, lr: float | None, seed: int, streams: Streams, *, keep: bool = False
+    model: str, name: str, lr: float | None, seed: int, streams: Streams, *, more: Options, keep: bool = False
 ) -> dict[str, Any]:
     options = CELLS[name].options
     began, cpu_s = time.perf_counter(), time.process_time()
     with tempfile.TemporaryDirectory() as folder:
-        out = make(model, name, lr, seed, Path(folder) / "out")
+        out = make(model, name, lr, seed, Path(folder) / "out", more=more)
         seconds, cpu_s = time.perf_counter() - began, time.process_time() - cpu_s
         peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        checkpoint, served = open_checkpoint(out), matquant.load(out, dtype=torch.float32, kernels="none")
+        checkpoint = open_checkpoint(out)
+        served = matquant.load(out, dtype=torch.float32, kernels="none", device=DEVICE)
         baseline = options.get("baseline_bits", 8)
         widths = (baseline,) if baseline < 8 else WIDTHS
         sizes = {str(b): bits_per_weight(checkpoint, dict.fromkeys(checkpoint.shapes, b)) for b in widths}
@@ -479,7 +485,7 @@ def _measure(
         "cell": name,
         "lr": lr,
         "seed": seed,
-        "options": {**_training(model, name, lr, seed), **options},
+        "options": {**_training(model, name, lr, seed), **options, **more},
         "log_perplexity": test,
         "select": sum(w * select[str(b)] for b, w in zip(spec.widths, spec.weights, strict=True)) if select else None,
         "bits_per_weight": sizes,
@@ -487,6 +493,7 @@ def _measure(
         "cpu_seconds": round(cpu_s, 1),
         "peak_bytes": peak_bytes,  # resident, of this process so far: of the cell if it ran alone
         **origin("torch", "transformers", "numpy"),
+        **({"device": torch.cuda.get_device_name()} if DEVICE == "cuda" else {}),
     }
 
 

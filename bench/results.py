@@ -19,7 +19,7 @@ from matquant.plan.run import SEARCH
 from matquant.plan.strategies import STRATEGIES
 from origin import ROOT
 from plan import FREE, interpolate
-from quality import CELLS, CODISTILLATION, SETTINGS, TEST, WIDTHS, chosen_rate, float_log_perplexity, records
+from quality import CELLS, CODISTILLATION, SETTINGS, TEST, WIDTHS, chosen, float_log_perplexity, records
 
 RESULTS = ROOT / "docs" / "results.md"
 Record = dict[str, Any]
@@ -79,7 +79,7 @@ def _best(model: str, seed: int = 0) -> dict[str, Record]:
             made.setdefault(record["cell"], []).append(record)
     best: dict[str, Record] = {}
     for name, found in made.items():
-        rate, of_seed = chosen_rate(found), [record for record in found if record["seed"] == seed]
+        rate, of_seed = chosen(found)["lr"], [record for record in found if record["seed"] == seed]
         for record in of_seed:
             if record["lr"] == rate:
                 best[name] = {**record, "tried": len(of_seed)}

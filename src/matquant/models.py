@@ -409,9 +409,9 @@ def nested_to_numpy(tensor: NestedTensor) -> NestedTensor:
     return tensor if isinstance(tensor.codes, np.ndarray) else _convert(tensor, to_numpy)
 
 
-def nested_to_torch(tensor: NestedTensor) -> NestedTensor:
-    """The same nested tensor with torch tensors."""
-    return _convert(tensor, to_torch)
+def nested_to_torch(tensor: NestedTensor, *, device: torch.device | str = "cpu") -> NestedTensor:
+    """The same nested tensor with torch tensors on ``device``."""
+    return _convert(tensor, lambda array: to_torch(array).to(device))
 
 
 def _convert(tensor: NestedTensor, convert: Callable[[Any], Any]) -> NestedTensor:

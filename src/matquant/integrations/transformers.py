@@ -77,8 +77,8 @@ def load(
         serve = _use_kernels(model, views, tensors, KERNELS[kernels])
         model.kernels = describe(len(views), KERNELS[kernels])
     elif kernels in ("auto", NONE):
-        tensors = {name: nested_to_torch(checkpoint.nested(name)) for name in checkpoint.shapes}
-        model, views = _build(checkpoint, lambda name: tensors[name].read(bits), dtype, device)
+        tensors = {name: nested_to_torch(checkpoint.nested(name), device=device) for name in checkpoint.shapes}
+        model, views = _build(checkpoint, lambda name: torch.zeros(checkpoint.shapes[name]), dtype, device)
         serve = functools.partial(_write_dense, model, views, tensors)
         model.kernels = f"no kernels: {obstacle}"
     else:

@@ -223,7 +223,7 @@ def quantize(
         stream=stream,
         options=options if chosen.settings else {},
         report=_with_notice(report, SLOW_BF16) if slow else report,
-        first=_first(start, method, grid, views),
+        first=_first(start, method, grid, views, place),
     )
     if chosen.streamed and not resume:
         shutil.rmtree(work, ignore_errors=True)
@@ -239,8 +239,10 @@ def _with_notice(report: Report, notice: str) -> Report:
     return lambda record: report({"notice": notice, **record})
 
 
-def _first(start: Path | str | None, method: str, grid: Grid, views: Mapping[str, View]) -> dict[str, NestedTensor]:
-    """The nested tensors of ``start``, torch; InputError unless qat can go on from them."""
+def _first(
+    start: Path | str | None, method: str, grid: Grid, views: Mapping[str, View], device: torch.device
+) -> dict[str, NestedTensor]:
+    """The nested tensors of ``start``, torch, on ``device``; InputError unless qat can go on from them."""
     if start is None:
         return {}
     if method != "qat":
@@ -262,7 +264,7 @@ def _first(start: Path | str | None, method: str, grid: Grid, views: Mapping[str
         raise InputError(
             f"--start {start} and this run do not quantise the same weights: {other}; use the same --scope"
         )
-    return {path: nested_to_torch(checkpoint.nested(path)) for path in checkpoint.shapes}
+    return {path: nested_to_torch(checkpoint.nested(path), device=device) for path in checkpoint.shapes}
 
 
 def _in_memory(model: Path | str, device: torch.device) -> Shards:

@@ -155,6 +155,9 @@ def _embed(job: Job, tokens: torch.Tensor, batch_size: int) -> tuple[list[torch.
     outside = [name for name, _ in decoder.named_parameters() if not f"{prefix}{name}".startswith(inside)]
     for name in outside:
         _set_parameter(decoder, name, _read(job, f"{prefix}{name}").float().to(job.device))
+    for name, buffer in decoder.named_buffers():
+        owner, _, leaf = name.rpartition(".")
+        setattr(decoder.get_submodule(owner), leaf, buffer.to(job.device))
     parts = (tokens[start : start + batch_size] for start in range(0, len(tokens), batch_size))
     result = embed(job.model, (part.to(job.device) for part in parts))
     for name in outside:

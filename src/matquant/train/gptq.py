@@ -24,7 +24,7 @@ Shapes: N out features, K in features, G groups, R widths, J codes that can win,
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,7 +131,11 @@ def inverse_factor(hessian_KK: torch.Tensor, *, damp: float, name: str = "weight
     mean = diagonal.mean()
     if not torch.isfinite(mean) or mean <= 0:
         raise InputError(f"the Hessian of {name} is {float(mean)} on average; its inputs are broken: use other text")
-    order = diagonal.argsort(descending=True, stable=True) if reorder else torch.arange(len(diagonal))
+    order = (
+        diagonal.argsort(descending=True, stable=True)
+        if reorder
+        else torch.arange(len(diagonal), device=diagonal.device)
+    )
     ordered = hessian_KK[order][:, order]
     dead = torch.where(ordered.diagonal() == 0, mean, torch.zeros_like(mean))
     while damp <= DAMP_LIMIT:
@@ -163,10 +167,10 @@ def nested_codes(
         for part in (0, 1)
     )
     lambdas_R = weight_NK.new_tensor([weights.get(bits, 0.0) for bits in widths])
-    choose = _cells(rule, tuple(widths)).choose if len(widths) > 1 else functools.partial(_nearest, bits=widths[0])
+    choose = _chooser(rule, widths, weight_NK.device)
     target_RNK = weight_NK[:, factor.order_K].expand(len(widths), -1, -1).clone()
     upper = factor.upper_KK.to(weight_NK.dtype)
-    codes_NK = torch.empty(weight_NK.shape, dtype=torch.uint8)
+    codes_NK = torch.empty(weight_NK.shape, dtype=torch.uint8, device=weight_NK.device)
     for start in range(0, weight_NK.shape[1], COLUMNS):
         stop = min(start + COLUMNS, weight_NK.shape[1])
         # columns first, so that one column of all rows is contiguous
@@ -221,7 +225,7 @@ class Cells:
             below_N = torch.minimum(below_N, self.last[width - 1][own_N])
             above_N = torch.maximum(above_N, self.first[width - 1][own_N])
         span = int((above_N - below_N).max())
-        cell_JN = torch.minimum(below_N + torch.arange(span + 1)[:, None], above_N)
+        cell_JN = torch.minimum(below_N + torch.arange(span + 1, device=below_N.device)[:, None], above_N)
         code_JN = torch.minimum(torch.maximum(master_N, self.low_C[cell_JN]), self.high_C[cell_JN])
         read_RJN = scale_RN[:, None] * (self.slices_RQ[:, code_JN] - zero_RN[:, None])
         if span == 0:
@@ -232,8 +236,17 @@ class Cells:
         return code_JN.gather(0, best_N[None])[0], read_RN
 
 
+def _chooser(
+    rule: str, widths: Sequence[int], device: torch.device
+) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    """What gives a column of codes its best values at ``widths``, descending: ``Cells.choose``, or ``_nearest``."""
+    return (
+        _cells(rule, tuple(widths), device).choose if len(widths) > 1 else functools.partial(_nearest, bits=widths[0])
+    )
+
+
 @functools.cache
-def _cells(rule: str, widths: tuple[int, ...]) -> Cells:
+def _cells(rule: str, widths: tuple[int, ...], device: torch.device) -> Cells:
     every = torch.arange(2**MASTER_BITS)
     slices = torch.stack([slice_codes(every, bits, rule=rule) for bits in widths])
     changes = (slices[1:, 1:] != slices[1:, :-1]).any(0)
@@ -248,12 +261,12 @@ def _cells(rule: str, widths: tuple[int, ...]) -> Cells:
         last.append(cell[torch.stack([codes[-1] for codes in members])])
     return Cells(
         widths=widths,
-        low_C=low,
-        high_C=high,
-        of_Q=cell,
-        first=tuple(first),
-        last=tuple(last),
-        slices_RQ=slices.float(),
+        low_C=low.to(device),
+        high_C=high.to(device),
+        of_Q=cell.to(device),
+        first=tuple(codes.to(device) for codes in first),
+        last=tuple(codes.to(device) for codes in last),
+        slices_RQ=slices.float().to(device),
     )
 
 
@@ -273,14 +286,13 @@ def sweep(
     """
     widths = sorted(affines, reverse=True)
     columns = weight_NK.shape[1]
-    natural = torch.arange(columns)
+    natural = torch.arange(columns, device=weight_NK.device)
     scale_RNK, zero_RNK = (
         torch.stack([_spread(affines[bits][part], columns, natural) for bits in widths]) for part in (0, 1)
     )
     lambdas_R = weight_NK.new_tensor([weights.get(bits, 0.0) for bits in widths])
-    single = len(widths) == 1
-    choose = functools.partial(_nearest, bits=widths[0]) if single else _cells(rule, tuple(widths)).choose
-    slices = [codes_NK if single else slice_codes(codes_NK, bits, rule=rule) for bits in widths]
+    choose = _chooser(rule, widths, weight_NK.device)
+    slices = [codes_NK if len(widths) == 1 else slice_codes(codes_NK, bits, rule=rule) for bits in widths]
     read_RNK = scale_RNK * (torch.stack(slices).to(weight_NK.dtype) - zero_RNK)
     hessian = hessian_KK.to(weight_NK.dtype)
     gradient_RNK = (weight_NK - read_RNK) @ hessian
@@ -336,10 +348,10 @@ def nested_gptq(
         fallback = affines.get(bits) or start.affine(bits)
         return refit_affine(weight_NK, sliced, hessian_KK, bits=bits, fallback=fallback, zeros=grid.zeros)
 
-    damped = hessian_KK + factor.damp * hessian_KK.diagonal().mean() * torch.eye(len(hessian_KK)) if sweeps else None
+    damped = hessian_KK.clone()
+    damped.diagonal().add_(factor.damp * hessian_KK.diagonal().mean())
     for _ in range(sweeps):
         affines |= {bits: refit(bits) for bits in own if bits in affines}
-        assert damped is not None
         codes = sweep(weight_NK, codes, damped, affines, weights, rule=grid.rule)
     slices = dict(start.slices) | {bits: refit(bits) for bits in own}
     if dedicated:
@@ -359,7 +371,8 @@ def _start(
     groups = 1 if grid.group_size is None else weight_NK.shape[1] // grid.group_size
     size = weight_NK.shape[1] // groups
     largest_NG = weight_NK.reshape(len(weight_NK), groups, -1).abs().amax(-1).clamp(min=torch.finfo(torch.float32).tiny)
-    seen_K = torch.arange(weight_NK.shape[1]).reshape(groups, size)[:, :: max(1, size // SEEN)].flatten()
+    seen_K = torch.arange(weight_NK.shape[1], device=weight_NK.device)
+    seen_K = seen_K.reshape(groups, size)[:, :: max(1, size // SEEN)].flatten()
     part_NK, part_K = weight_NK[:, seen_K].contiguous(), importance_K[seen_K]
     part_grid = dataclasses.replace(
         grid,
@@ -401,8 +414,8 @@ def refit_affine(
     # The features of a row are its codes and, for own zeros, its ones, group by group:
     # w = sum_g scale_g code_g - offset_g one_g.
     features = groups if zeros == CENTRE else 2 * groups
-    gram = torch.empty(rows, features, features, dtype=weight_NK.dtype)
-    right = torch.empty(rows, features, dtype=weight_NK.dtype)
+    gram = weight_NK.new_empty(rows, features, features)
+    right = weight_NK.new_empty(rows, features)
     for group in range(groups):
         inside = slice(group * size, (group + 1) * size)
         code_H = (code_NGK[:, group] @ hessian[inside]).reshape(rows, groups, size)
@@ -410,7 +423,7 @@ def refit_affine(
         gram[:, group, groups:] = code_H.sum(-1)[:, : features - groups]
         right[:, group] = (code_H * weight_NK.reshape(rows, groups, size)).sum(-1).sum(-1)
     if zeros == OWN:
-        ones_GK = torch.eye(groups, dtype=weight_NK.dtype).repeat_interleave(size, dim=1)
+        ones_GK = torch.eye(groups, dtype=weight_NK.dtype, device=weight_NK.device).repeat_interleave(size, dim=1)
         ones_H = ones_GK @ hessian
         gram[:, groups:, :groups] = gram[:, :groups, groups:].transpose(1, 2)
         gram[:, groups:, groups:] = ones_H @ ones_GK.T
@@ -484,7 +497,7 @@ def nest_block(
 
 
 def collect_hessians(block: Block) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """X^T X of the inputs of every linear, and path -> the path whose Hessian it shares. [K, K] float32, on the CPU.
+    """X^T X of the inputs of every linear, and path -> the path whose Hessian it shares. [K, K] float32, on its device.
 
     Linears that are given the same tensor share one. Fused experts see the tokens routed to them.
     """

@@ -244,7 +244,7 @@ def start(
     taken = {view.parameter for view in views.values()}
     first = first or {}
     masters = {path: view.of(parameters[view.parameter].detach()).float().clone() for path, view in views.items()}
-    masters |= {path: nested.read(grid.bits).to(masters[path].device) for path, nested in first.items()}
+    masters |= {path: nested.read(grid.bits) for path, nested in first.items()}
     several = schedule.masters == "each" and MASTER_BITS in trained
     own = [bits for bits in trained if bits < MASTER_BITS] if several else []
     learned = {
@@ -540,7 +540,9 @@ def restore(state: State, optimizer: torch.optim.Optimizer, work: Path, mark: Ma
             with torch.no_grad():
                 tensor.copy_(file.get_tensor(name))
             moments = [key for key in names if key.startswith(f"{name}//")]
-            optimizer.state[tensor] = {key.rpartition("//")[2]: file.get_tensor(key) for key in moments}
+            optimizer.state[tensor] = {
+                key.rpartition("//")[2]: file.get_tensor(key).to(tensor.device) for key in moments
+            }
 
 
 def _trim_log(log: Path, step: int) -> None:

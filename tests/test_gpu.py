@@ -1,0 +1,134 @@
+"""What runs on a GPU gives what runs on the CPU. Skipped where there is none."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import matquant
+from conftest import FAMILIES
+from matquant.checkpoint import open_checkpoint
+from matquant.models import load_tokenizer
+from matquant.plan.sensitivity import open_losses
+from matquant.text import read_documents, token_stream
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+
+BLOCKS: dict[str, Any] = {"samples": 8, "seq_len": 32, "batch_size": 4}
+QAT: dict[str, Any] = {"method": "qat", "steps": 6, "batch_size": 4, "seq_len": 32, "lr": 1e-3}
+EVERYTHING: dict[str, Any] = {
+    **QAT,
+    "objective": "8,4,2,fp->8;4;2",
+    "affine": "learned",
+    "masters": "each",
+    "mix": 1.0,
+    "hidden": 1.0,
+}
+GPTQ: dict[str, Any] = {"method": "gptq", **BLOCKS}
+RUNS: dict[str, dict[str, Any]] = {
+    "rtn": {"method": "rtn"},
+    "gptq": GPTQ,
+    "gptq, no sweep": {**GPTQ, "sweeps": 0},
+    "gptq, groups": {**GPTQ, "group_size": 16, "scope": "all"},
+    "gptq, centre": {**GPTQ, "zeros": "centre"},
+    "gptq, dedicated": {**GPTQ, "baseline_bits": 3},
+    "gptq, tuned": {**GPTQ, "tune": 4},
+    "omniquant": {"method": "omniquant", "steps": 4, **BLOCKS},
+    "omniquant, codes": {"method": "omniquant", "steps": 4, **BLOCKS, "codes": "gptq", "affine": "learned"},
+    "qat": {**QAT, "rule": "round", "affine": "none"},
+    "qat, extra": {**QAT, "rule": "extra", "affine": "refit"},
+    "qat, all": {**QAT, "train_rest": True, "accumulate": 2},
+    "qat, everything": EVERYTHING,
+    "qat, dedicated": {**QAT, "baseline_bits": 2, "affine": "learned"},
+}
+
+
+def equal_codes(a: Path, b: Path) -> float:
+    """The share of codes that two checkpoints have in common."""
+    first, second = open_checkpoint(a), open_checkpoint(b)
+    same = [(first.nested(path).codes == second.nested(path).codes).ravel() for path in first.shapes]
+    return float(sum(part.sum() for part in same) / sum(part.size for part in same))
+
+
+def losses(directory: Path) -> list[float]:
+    """Every loss of a training log, in order."""
+    records = [json.loads(line) for line in (directory / "training.jsonl").read_text().splitlines()]
+    return [loss for record in records for loss in record["loss"].values()]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_method_makes_the_same_checkpoint(name: str, llama: Path, text_file: Path, tmp_path: Path) -> None:
+    text = [] if RUNS[name]["method"] == "rtn" else [text_file]
+    on = {
+        device: matquant.quantize(llama, tmp_path / device, text=text, device=device, **RUNS[name])
+        for device in ("cpu", "cuda")
+    }
+    assert equal_codes(on["cpu"], on["cuda"]) > (1 - 1e-9 if not text else 0.97)
+    if text:
+        torch.testing.assert_close(losses(on["cuda"]), losses(on["cpu"]), rtol=2e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["gptq", "omniquant", "qat"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_runs(
+    family: str, method: str, family_model: Callable[[str], Path], text_file: Path, tmp_path: Path
+) -> None:
+    options = {"gptq": GPTQ, "omniquant": RUNS["omniquant"], "qat": EVERYTHING}[method]
+    source = family_model(family)
+    on = {
+        device: matquant.quantize(source, tmp_path / device, text=[text_file], device=device, **options)
+        for device in ("cpu", "cuda")
+    }
+    torch.testing.assert_close(losses(on["cuda"]), losses(on["cpu"]), rtol=5e-2, atol=1e-4)
+
+
+def test_qat_from_a_start_resumes_to_the_same_bits(llama: Path, text_file: Path, tmp_path: Path) -> None:
+    first = matquant.quantize(llama, tmp_path / "first", text=[text_file], device="cuda", **GPTQ)
+    options = {**EVERYTHING, "start": first, "text": [text_file], "device": "cuda", "save_every": 2}
+    whole = matquant.quantize(llama, tmp_path / "whole", **options)
+
+    def stop(record: dict[str, Any]) -> None:
+        if record["step"] == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        matquant.quantize(llama, tmp_path / "killed", report=stop, **options)
+    killed = matquant.quantize(llama, tmp_path / "killed", resume=True, **options)
+    assert equal_codes(whole, killed) == 1.0
+    assert losses(whole) == losses(killed)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_a_loaded_model_answers_as_on_the_cpu(
+    family: str, family_model: Callable[[str], Path], text_file: Path, tmp_path: Path
+) -> None:
+    source = family_model(family)
+    made = matquant.quantize(source, tmp_path / "made", text=[text_file], device="cuda", **GPTQ)
+    tokens = torch.from_numpy(token_stream(read_documents([text_file]), load_tokenizer(source))[:64].copy())[None]
+    here = matquant.load(made, dtype=torch.float32, kernels="none")
+    there = matquant.load(made, dtype=torch.float32, device="cuda")
+    assert there.kernels.startswith("no kernels")
+    paths = list(open_checkpoint(made).shapes)
+    for bits in (8, 6, 4, 3, 2, {path: (2, 8)[index % 2] for index, path in enumerate(paths)}):
+        for model in (here, there):
+            model.set_bits(**({"bits": bits} if isinstance(bits, int) else {"plan": bits}))
+        with torch.no_grad():
+            expected, found = here(input_ids=tokens).logits, there(input_ids=tokens.cuda()).logits.cpu()
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    there.save_pretrained(tmp_path / "again")
+    assert equal_codes(made, tmp_path / "again") == 1.0
+
+
+def test_bf16_reads_the_weights_of_each_width(llama: Path, text_file: Path, tmp_path: Path) -> None:
+    for name, autocast in (("exact", False), ("rounded", True)):
+        matquant.quantize(llama, tmp_path / name, text=[text_file], device="cuda", **EVERYTHING, autocast=autocast)
+    torch.testing.assert_close(losses(tmp_path / "rounded"), losses(tmp_path / "exact"), rtol=5e-2, atol=5e-2)
+
+
+def test_plans_are_measured(llama: Path, text_file: Path, tmp_path: Path) -> None:
+    made = matquant.quantize(llama, tmp_path / "made", text=[text_file], device="cuda", **GPTQ)
+    with open_losses(made, [text_file], samples=4, seq_len=32) as kept:
+        assert kept.measure(dict.fromkeys(kept.paths, 2)) > kept.measure(dict.fromkeys(kept.paths, 8))
