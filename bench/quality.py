@@ -10,13 +10,15 @@ those of the disjoint TEST tokens. Other seeds run at that rate and in the first
 docs/results.md of the records.
 """
 
+import dataclasses
 import json
 import os
+import re
 import resource
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -95,19 +97,26 @@ STORIES = ("stories260K",)
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """What is made of a model: how it is called in the tables, the options of quantize, the learning rates tried."""
+    """What is made of a model: how it is called in the tables, the options of quantize, the learning rates tried.
+    default: whether it is run without being named."""
 
     what: str
     options: Options
     rates: tuple[float | None, ...] = (None,)
     models: tuple[str, ...] = tuple(SETTINGS)
+    default: bool = True
 
 
 def _paper(
-    method: str, more: Options, joint: tuple[float, ...], dedicated: dict[int, tuple[float, ...]]
+    method: str,
+    joint: tuple[float | None, ...],
+    dedicated: Mapping[int, tuple[float | None, ...]],
+    *,
+    scope: str = "ffn",
+    rule: str = "round",
 ) -> dict[str, Cell]:
     """The rows of the paper's tables for a method: its baselines, and everything it calls MatQuant."""
-    paper = {**PAPER, **more, "method": method}
+    paper: Options = {**PAPER, "method": method, "rule": rule, **({"scope": scope} if scope != "ffn" else {})}
     extra = {**paper, "rule": "extra", **EVEN}
     # 4e-3 was the worst rate of "qat joint" on both models; the variants of "joint" have the rate it chose on both
     steady, chosen = (joint, joint[1:2]) if method == "omniquant" else (joint[:2], joint[:1])
@@ -116,8 +125,9 @@ def _paper(
         for bits, rates in dedicated.items()
     }
     cells |= {
-        "joint": Cell(what="MatQuant 8,4,2", options=paper, rates=joint if method == "omniquant" else (5e-4, *joint)),
+        "joint": Cell(what="MatQuant 8,4,2", options=paper, rates=(5e-4, *joint) if method == "qat" else joint),
         "single": Cell(what="S.P. MatQuant 2", options={**paper, "objective": "2"}, rates=steady),
+        "single 3": Cell(what="S.P. MatQuant 3", options={**paper, "objective": "3"}, rates=steady),
         "extra": Cell(what="E.P. MatQuant 8,4,2", options=extra, rates=steady),
         "single extra": Cell(
             what="S.P. E.P. MatQuant 2", options={**paper, "rule": "extra", "objective": "2"}, rates=steady
@@ -126,25 +136,37 @@ def _paper(
     for weight in (0.2, 0.3, 0.4, 0.5):
         options = {**paper, "weights": (weight, weight, 1.0)}
         cells[f"joint {weight}"] = Cell(what=f"lambda {weight}, {weight}, 1", options=options, rates=chosen)
-    for objective in CODISTILLATION:
+    for objective in CODISTILLATION if method != "gptq" else ():
         for name, options in (("joint", paper), ("extra", extra)):
             cells[f"{name} {objective}"] = Cell(
                 what=objective, options={**options, "objective": objective}, rates=chosen
             )
-    return {f"{method} {name}": cell for name, cell in cells.items()}
+    return {f"{method}{' all' if scope == 'all' else ''} {name}": cell for name, cell in cells.items()}
 
 
-def _attention() -> dict[str, Cell]:
-    """Table 6: attention quantised too, QAT."""
-    paper = {**PAPER, "method": "qat", "scope": "all"}
-    cells = {
-        f"int{b}": Cell(what=f"dedicated int{b}", options={**paper, "baseline_bits": b}, rates=WARM[b])
-        for b in (8, 4, 3, 2)
-    }
-    cells["joint"] = Cell(what="MatQuant 8,4,2", options=paper, rates=RATES[:2])
-    cells["single"] = Cell(what="S.P. MatQuant 2", options={**paper, "objective": "2"}, rates=RATES[:2])
-    cells["single 3"] = Cell(what="S.P. MatQuant 3", options={**paper, "objective": "3"}, rates=RATES[:2])
-    return {f"qat all {name}": cell for name, cell in cells.items()}
+def _matrix() -> dict[str, Cell]:
+    """The paper's rows with every method, scope and rule; those that no table of results.py has run when named."""
+    cells: dict[str, Cell] = {}
+    alone: dict[int, tuple[float | None, ...]] = dict.fromkeys(WIDTHS, (None,))
+    for scope in ("ffn", "all"):
+        for method, joint, dedicated in (
+            ("omniquant", STEADY, CLIPPED),
+            ("qat", RATES, WARM),
+            ("gptq", (None,), alone),
+        ):
+            cells |= _paper(method, joint, dedicated, scope=scope)
+            for name, cell in _paper(method, joint, dedicated, scope=scope, rule="prefix").items():
+                if "extra" not in name and "baseline_bits" not in cell.options:  # theirs is no other rule's
+                    cells[f"{name} prefix"] = cell
+        rtn: Options = {**PLAIN, "method": "rtn", "scope": scope}
+        where = " all" if scope == "all" else ""
+        cells |= {
+            f"rtn{where} int{bits}": Cell(what=f"dedicated int{bits}", options={**rtn, "baseline_bits": bits})
+            for bits in WIDTHS
+        }
+        cells[f"rtn{where} extra"] = Cell(what="round to nearest, sliced (Eq. 8)", options={**rtn, "rule": "extra"})
+    shown = re.compile(r"(qat|omniquant) (?!all |single 3|.* prefix$)|qat all (int[8432]|joint|single|single 3)$")
+    return {name: dataclasses.replace(cell, default=bool(shown.match(name))) for name, cell in cells.items()}
 
 
 def _ours(
@@ -314,7 +336,7 @@ CELLS: dict[str, Cell] = {
     "rtn round": Cell(what="round to nearest, sliced (Eq. 6)", options={"method": "rtn", **PLAIN, "rule": "round"}),
     "rtn refit": Cell(what="round to nearest, affines refitted", options={"method": "rtn"}),
     **_one_pass(),
-    **_paper("omniquant", {}, STEADY, CLIPPED),
+    **_matrix(),
     **_ours("omniquant", {"objective": "8,4,3,2", "weights": FOUR}, STEADY, CLIPPED),
     "omniquant+ joint gptq": Cell(
         what="one nested checkpoint, 8,6,4,3,2, codes by nested GPTQ",
@@ -327,8 +349,6 @@ CELLS: dict[str, Cell] = {
         },
         rates=STEADY,
     ),
-    **_paper("qat", {}, RATES, WARM),
-    **_attention(),
     **_ours("qat", BEST, (5e-4, 7e-4, 1e-3), WARM),
     "qat+ joint 0.4": Cell(what="... pull 0.4", options={**BEST, "pull": 0.4}, rates=(6e-4,)),
     "qat+ joint 0.45": Cell(what="... pull 0.45", options={**BEST, "pull": 0.45}, rates=(5e-4,)),
@@ -386,7 +406,9 @@ def cells() -> None:
 @app.command()
 def run(
     model: Annotated[str, typer.Argument(help="stories260K or reference.")],
-    names: Annotated[list[str] | None, typer.Argument(metavar="CELL...", help="Cells to run; default all.")] = None,
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="CELL...", help="Cells to run; default those of the results.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Order of the data; after 0, at the rate that 0 chose.")] = 0,
     threads: Annotated[int, typer.Option(help="CPU threads; part of what makes runs repeat bit for bit.")] = 1,
     keep: Annotated[
@@ -396,7 +418,7 @@ def run(
     """Run the cells that have no record yet."""
     torch.set_num_threads(threads)
     streams = held_out(model)
-    for name in names or [name for name, cell in CELLS.items() if model in cell.models]:
+    for name in names or [name for name, cell in CELLS.items() if cell.default and model in cell.models]:
         made = [record for record in records() if (record["model"], record["cell"]) == (model, name)]
         if seed and not any(record["seed"] == 0 for record in made):
             raise typer.BadParameter(f"{name!r} has no record of {model} with seed 0, whose rate it would take")
