@@ -172,13 +172,6 @@ def test_a_mix_is_two_neighbouring_widths_the_wider_after_the_narrower() -> None
     assert found == {"2444", "2244", "2224", "4888", "4488", "4448"}
 
 
-def test_a_mix_cuts_all_of_attention_before_or_after_all_of_the_ffn() -> None:
-    paths = [f"model.layers.{layer}.{linear}" for layer in range(2) for linear in ("self_attn.q_proj", "mlp.up_proj")]
-    drawn = [qat.draw_mix(paths, (4, 2), index=index, seed=0) for index in range(200)]
-    found = {"".join(str(plan[path]) for path in paths) for plan in drawn}
-    assert found == {"2444", "2424", "2224", "4244", "4242", "2242"}
-
-
 def test_without_a_mix_there_is_none(llama: Path, text_file: Path, tmp_path: Path) -> None:
     records: dict[float | None, list[Any]] = {None: [], 0.0: [], 1.0: []}
     for mix, found in records.items():

@@ -8,10 +8,9 @@ its backward pass*: activation checkpointing recomputes with the same numbers. G
 to float masters, which AdamW updates. By default only the quantised weights are trained, the paper's W_F.
 
 Linears trained at one width are fitted to each other at that width. With ``mix`` one more loss is that of a plan: the
-linears up to one drawn at random have a width, those after it the next wider one (``draw_mix``; all of attention is
-before or after all of the FFN), so that between two widths there are plans whose linears were trained together. With
-``hidden`` every loss also has the distance of each decoder layer's output to the float model's
-(``objective.hidden_loss``).
+linears up to one drawn at random have a width, those after it the next wider one (``draw_mix``), so that between two
+widths there are plans whose linears were trained together. With ``hidden`` every loss also has the distance of each
+decoder layer's output to the float model's (``objective.hidden_loss``).
 
 Cost: one forward and backward per width and mix, plus one forward if the float model teaches. The state is saved every
 ``save_every`` steps in safetensors, atomically; batches and mixes depend on seed and step only, so a resumed run ends
@@ -46,7 +45,6 @@ from matquant.train.fake import Grid, Learned, finish_backward, keep_in_range, n
 from matquant.train.job import LOG, Job, check_same_run, fingerprint
 from matquant.train.masters import chain, release_blocked
 from matquant.train.objective import FLOAT, Width, hidden_loss, width_loss
-from matquant.train.select import is_attention
 
 STATE = "state.safetensors"
 MASTERS = ("one", "each")
@@ -369,14 +367,11 @@ def train_step(
 def draw_mix(paths: Sequence[str], widths: Sequence[int], *, index: int, seed: int) -> dict[str, int]:
     """The plan of a mixed loss: two neighbours of ``widths`` (descending), the wider one from a random linear on.
 
-    Linears are cut in the order of the model, but all of attention before or after all of the FFN, which is drawn too.
     The plan depends on the seed and the index of the batch only. paths: at least two, in the order of the model.
     """
     draw = np.random.default_rng([seed, index, 1])  # not the stream of the batches
     wider = int(draw.integers(len(widths) - 1))
-    edge = int(draw.integers(1, len(paths)))
-    attention_first = draw.integers(2) == 0
-    narrow = set(sorted(paths, key=lambda path: is_attention(path) != attention_first)[:edge])
+    narrow = set(paths[: int(draw.integers(1, len(paths)))])
     return {path: widths[wider + (path in narrow)] for path in paths}
 
 
