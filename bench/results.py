@@ -485,8 +485,8 @@ def _peers(best: Best) -> list[str]:
         "Each figure is log-perplexity @ bits per weight of the quantised linears, everything that is stored counted.",
         "A peer's figures are one checkpoint each, ours are slices of one. Settings: bench/peers.py. The rows of",
         "stories260K are 64 and 172 long: AutoRound keeps a linear in float unless 32 divides both its sides, so",
-        "all of that FFN; llama.cpp, whose K-quants take 256 weights at a time, was not run there. AutoRound's own",
-        "recipe for two bits (1000 iterations, alg_ext) was not run on either model.",
+        "all of that FFN; llama.cpp, whose K-quants take 256 weights at a time, falls back to blocks of 32 with more",
+        "bits, and to float16 for the rows of 172.",
         "",
     ]
     for model, cells in best.items():

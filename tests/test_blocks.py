@@ -100,13 +100,14 @@ def test_a_run_resumed_at_a_block_ends_with_the_same_bits(
 
 
 def test_a_run_killed_from_outside_ends_with_the_same_bits(llama: Path, text_file: Path, tmp_path: Path) -> None:
-    def command(out: str, *more: str) -> list[str]:
+    def command(*more: str) -> list[str]:
         options = ["--method", "gptq", "--samples", "8", "--seq-len", "32", "--scope", "all", "--threads", "1"]
-        return [sys.executable, "-m", "matquant", "quantize", str(llama), "-o", str(tmp_path / out), *options, *more]
+        where = [str(llama), "-o", str(tmp_path / "killed"), "--text", str(text_file)]
+        return [sys.executable, "-m", "matquant", "quantize", *where, *options, *more]
 
-    text = ["--text", str(text_file)]
-    subprocess.run(command("whole", *text), check=True, capture_output=True)
-    process = subprocess.Popen(command("killed", *text), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    options: dict[str, Any] = {"method": "gptq", "samples": 8, "seq_len": 32, "scope": "all", "threads": 1}
+    matquant.quantize(str(llama), tmp_path / "whole", text=[text_file], **options)
+    process = subprocess.Popen(command(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     block = tmp_path / ".killed.work" / "blocks" / "00000.safetensors"
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not block.is_file():
@@ -114,7 +115,7 @@ def test_a_run_killed_from_outside_ends_with_the_same_bits(llama: Path, text_fil
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     if not (tmp_path / "killed").exists():
-        subprocess.run(command("killed", "--resume", *text), check=True, capture_output=True)
+        subprocess.run(command("--resume"), check=True, capture_output=True)
     files = [(tmp_path / out / "model.safetensors").read_bytes() for out in ("whole", "killed")]
     assert files[0] == files[1]
 

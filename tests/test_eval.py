@@ -92,6 +92,7 @@ def stories(data: Path) -> tuple[Path, np.ndarray]:
     return model, token_stream(documents, load_tokenizer(model))
 
 
+@pytest.mark.slow
 def test_stories260k_has_its_known_perplexity(stories: tuple[Path, np.ndarray]) -> None:
     model, stream = stories
     found = math.exp(log_perplexity(load_float(model), stream[: FLOAT_TOKENS + 1], context=512))

@@ -367,27 +367,29 @@ def test_a_loss_that_is_not_finite_names_width_and_layer_and_keeps_the_saved_sta
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("variant", [("--affine", "refit"), ("--train-rest", "--mix", "1", "--hidden", "1")])
+@pytest.mark.parametrize("variant", [{"affine": "refit"}, {"train_rest": True, "mix": 1.0, "hidden": 1.0}])
 def test_a_killed_run_resumes_to_the_same_bits(
-    variant: tuple[str, ...], llama: Path, text_file: Path, tmp_path: Path
+    variant: dict[str, Any], llama: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    options = [*("--text", str(text_file)), *("--batch-size", "2"), *("--seq-len", "16"), *("--lr", "1e-3")]
-    options += ["--steps", "40", *variant, "--save-every", "7", "--threads", "1"]
+    options = {"batch_size": 2, "seq_len": 16, "lr": 1e-3, "steps": 40, "save_every": 7, "threads": 1, **variant}
+    flags = [part for key, value in options.items() for part in (f"--{key.replace('_', '-')}", str(value))]
+    flags = [part for part in flags if part != "True"]
 
-    def command(name: str, *extra: str) -> list[str]:
-        return [sys.executable, "-m", "matquant", "quantize", str(llama), "-o", str(tmp_path / name), *options, *extra]
+    def command(*extra: str) -> list[str]:
+        out = str(tmp_path / "killed")
+        return [sys.executable, "-m", "matquant", "quantize", str(llama), "-o", out, "--text", str(text_file), *extra]
 
-    subprocess.run(command("whole"), check=True, capture_output=True)
+    matquant.quantize(str(llama), tmp_path / "whole", text=[text_file], **options)
     log = tmp_path / ".killed.work" / "training.jsonl"
     kills = int.from_bytes(os.urandom(1)) % 15 + 5
-    process = subprocess.Popen(command("killed"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command(*flags), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and (not log.is_file() or log.read_bytes().count(b"\n") < kills):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "killed").exists()
-    subprocess.run(command("killed", "--resume"), check=True, capture_output=True)
+    subprocess.run(command(*flags, "--resume"), check=True, capture_output=True)
     for file in ("model.safetensors", "matquant_slices.safetensors"):
         assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "killed" / file).read_bytes(), (
             f"killed at {kills}"
