@@ -13,7 +13,6 @@ docs/results.md of the records.
 import dataclasses
 import json
 import os
-import re
 import resource
 import shutil
 import tempfile
@@ -92,6 +91,9 @@ LOW = (1.25e-4, 2.5e-4, 5e-4, 1e-3)
 WARM: dict[int, tuple[float, ...]] = {8: LOW, 6: LOW, 4: LOW, 3: (2.5e-4, 5e-4, *RATES), 2: (5e-4, *RATES)}
 CALIBRATION = 128 * CONTEXT  # tokens, what peers calibrate with (bench/peers.py)
 CODISTILLATION = ("8,4,8->2", "8,4,2,8->2", "8,4,2,8->4;2")
+ATTENTION = tuple(
+    f"qat all {row}" for row in ("int8", "int4", "int3", "int2", "joint", "single", "single 3")
+)  # Table 6
 STORIES = ("stories260K",)
 
 
@@ -165,8 +167,9 @@ def _matrix() -> dict[str, Cell]:
             for bits in WIDTHS
         }
         cells[f"rtn{where} extra"] = Cell(what="round to nearest, sliced (Eq. 8)", options={**rtn, "rule": "extra"})
-    shown = re.compile(r"(qat|omniquant) (?!all |single 3|.* prefix$)|qat all (int[8432]|joint|single|single 3)$")
-    return {name: dataclasses.replace(cell, default=bool(shown.match(name))) for name, cell in cells.items()}
+    shown = {*_paper("omniquant", STEADY, CLIPPED), *_paper("qat", RATES, WARM), *ATTENTION}
+    shown -= {"omniquant single 3", "qat single 3"}
+    return {name: dataclasses.replace(cell, default=name in shown) for name, cell in cells.items()}
 
 
 def _ours(
@@ -460,7 +463,7 @@ def float_log_perplexity(model: str) -> float:
 def make(model: str, name: str, lr: float | None, seed: int, out: Path, *, more: Options | None = None) -> Path:
     """Write the checkpoint of a cell to ``out``; beside it may lie what it starts from. more: options over its own."""
     setting, text = SETTINGS[model], [SETTINGS[model].text]
-    options = {**_training(model, name, lr, seed), **CELLS[name].options, **(more or {})}
+    options = _options(model, name, lr, seed, more or {})
     text = text if options.get("method", "qat") != "rtn" else []
     if "tokens" in options:  # of the text, whole documents
         text = [_beginning(setting, options.pop("tokens"), out.parent / "text.txt")]
@@ -471,11 +474,12 @@ def make(model: str, name: str, lr: float | None, seed: int, out: Path, *, more:
     return matquant.quantize(setting.path, out, text=text, **options)
 
 
-def _training(model: str, name: str, lr: float | None, seed: int) -> Options:
-    """The settings of a cell, over which its own options go."""
-    method = CELLS[name].options.get("method", "qat")
-    training = {**SETTINGS[model].training.get(method, {}), **({"seed": seed} if method != "rtn" else {})}
-    return training | ({"lr": lr} if lr is not None else {})
+def _options(model: str, name: str, lr: float | None, seed: int, more: Options) -> Options:
+    """Those of a model's text, over them a cell's own, over them ``more``."""
+    own = CELLS[name].options
+    method = own.get("method", "qat")
+    options = {**SETTINGS[model].training.get(method, {}), **({"seed": seed} if method != "rtn" else {})}
+    return {**options, **({"lr": lr} if lr is not None else {}), **own, **more}
 
 
 def kept_at(model: str, name: str) -> Path:
@@ -486,7 +490,7 @@ def kept_at(model: str, name: str) -> Path:
 def _measure(
     model: str, name: str, lr: float | None, seed: int, streams: Streams, *, more: Options, keep: bool = False
 ) -> dict[str, Any]:
-    options = CELLS[name].options
+    options = _options(model, name, lr, seed, more)
     began, cpu_s = time.perf_counter(), time.process_time()
     with tempfile.TemporaryDirectory() as folder:
         out = make(model, name, lr, seed, Path(folder) / "out", more=more)
@@ -507,7 +511,7 @@ def _measure(
         "cell": name,
         "lr": lr,
         "seed": seed,
-        "options": {**_training(model, name, lr, seed), **options, **more},
+        "options": options,
         "log_perplexity": test,
         "select": sum(w * select[str(b)] for b, w in zip(spec.widths, spec.weights, strict=True)) if select else None,
         "bits_per_weight": sizes,

@@ -19,7 +19,7 @@ from matquant.plan.run import SEARCH
 from matquant.plan.strategies import STRATEGIES
 from origin import ROOT
 from plan import FREE, interpolate
-from quality import CELLS, CODISTILLATION, SETTINGS, TEST, WIDTHS, chosen, float_log_perplexity, records
+from quality import ATTENTION, CELLS, CODISTILLATION, SETTINGS, TEST, WIDTHS, chosen, float_log_perplexity, records
 
 RESULTS = ROOT / "docs" / "results.md"
 Record = dict[str, Any]
@@ -243,8 +243,7 @@ def _tables(best: Best) -> list[str]:
         )
     names = [f"{m} {k}" for m in ("omniquant", "qat") for k in ("int2", "single", "joint", "single extra", "extra")]
     lines += _widths_table("## Table 5: int2 and what is sliced from the same model", best, names)
-    names = [f"qat all {name}" for name in ("int8", "int4", "int3", "int2", "joint", "single", "single 3")]
-    lines += _widths_table("## Table 6: FFN + attention, QAT", best, names)
+    lines += _widths_table("## Table 6: FFN + attention, QAT", best, ATTENTION)
     names = [f"{m} {k}" for m in ("omniquant", "qat") for k in ("joint", "extra")]
     lines += _widths_table("## Table 7: extra precision", best, names, bits=True)
     names = [f"{m} extra{o}" for m in ("omniquant", "qat") for o in ("", *(f" {o}" for o in CODISTILLATION))]

@@ -156,8 +156,7 @@ def _embed(job: Job, tokens: torch.Tensor, batch_size: int) -> tuple[list[torch.
     for name in outside:
         _set_parameter(decoder, name, _read(job, f"{prefix}{name}").float().to(job.device))
     for name, buffer in decoder.named_buffers():
-        owner, _, leaf = name.rpartition(".")
-        setattr(decoder.get_submodule(owner), leaf, buffer.to(job.device))
+        _set(decoder, name, buffer.to(job.device))
     parts = (tokens[start : start + batch_size] for start in range(0, len(tokens), batch_size))
     result = embed(job.model, (part.to(job.device) for part in parts))
     for name in outside:
@@ -210,8 +209,12 @@ def _memory_returner() -> Callable[[], Any]:
 
 
 def _set_parameter(module: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
+    _set(module, name, torch.nn.Parameter(tensor, requires_grad=False))
+
+
+def _set(module: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
     owner, _, leaf = name.rpartition(".")
-    setattr(module.get_submodule(owner), leaf, torch.nn.Parameter(tensor, requires_grad=False))
+    setattr(module.get_submodule(owner), leaf, tensor)
 
 
 def _read(job: Job, name: str) -> torch.Tensor:

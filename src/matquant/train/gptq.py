@@ -497,7 +497,7 @@ def nest_block(
 
 
 def collect_hessians(block: Block) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """X^T X of the inputs of every linear, and path -> the path whose Hessian it shares. [K, K] float32, on its device.
+    """X^T X [K, K] of every linear's inputs, float32, on the block's device, and path -> the path whose Hessian it has.
 
     Linears that are given the same tensor share one. Fused experts see the tokens routed to them.
     """
