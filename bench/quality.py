@@ -234,6 +234,11 @@ def _one_pass() -> dict[str, Cell]:
             options={**gptq, **TUNED, "scope": "all", "group_size": 128, "zeros": "centre"},
             models=("reference",),
         ),
+        "gptq+ tuned all centre": Cell(
+            what="nested GPTQ, tuned, all linears, zeros in the centre",
+            options={**gptq, "tune": 60, "scope": "all", "zeros": "centre"},
+            models=STORIES,
+        ),
         "gptq+ tuned all long": Cell(
             what="nested GPTQ, tuned 180 steps, all linears",
             options={**gptq, **TUNED, "tune": 180, "scope": "all"},
@@ -284,7 +289,34 @@ def _from_gptq() -> dict[str, Cell]:
     last = {**every, "tokens": CALIBRATION, "steps": 64, "freeze": 4, "wide_lr": 1.0, "affine_lr": 10.0}
     centred = {**last, "start": "gptq+ tuned all 128 centre", "group_size": 128, "zeros": "centre"}
     grouped = {**last, "start": "gptq+ tuned all 256", "group_size": 256}
+    distilled = {**everything, "objective": "fp->8;4;3;2", "hidden": 1.0, "tokens": CALIBRATION, "steps": 96}
+    distilled |= {"zeros": "centre"}
     return cells | {
+        "qat+ all distilled": Cell(
+            what="nested GPTQ, tuned, distilled on the peers' calibration text, zeros in the centre, all linears",
+            options={**distilled, "start": "gptq+ tuned all centre"},
+            rates=(5e-4,),
+            models=STORIES,
+        ),
+        "qat+ all distilled 128": Cell(
+            what="... in groups of 128",
+            options={**distilled, "start": "gptq+ tuned all 128 centre", "group_size": 128},
+            rates=(5e-4,),
+            models=("reference",),
+        ),
+        "qat+ all one-shot": Cell(
+            what="nested GPTQ, tuned, distilled, then low bits and affines alone, zeros in the centre, all linears",
+            options={**last, "start": "qat+ all distilled", "zeros": "centre"},
+            rates=(5e-5,),
+            models=STORIES,
+        ),
+        "qat+ all one-shot 128": Cell(
+            what="nested GPTQ, tuned, distilled, then low bits and affines alone, groups of 128, zeros in the centre, "
+            "all linears",
+            options={**centred, "start": "qat+ all distilled 128"},
+            rates=(5e-5,),
+            models=("reference",),
+        ),
         "qat+ all even plans": Cell(
             what="QAT from nested GPTQ, zeros in the centre, mixes, hidden states, 900 steps, all linears",
             options={**everything, **PLANS, "start": "gptq+ all even centre", "mix": 3.0, "steps": 900},
@@ -467,11 +499,16 @@ def make(model: str, name: str, lr: float | None, seed: int, out: Path, *, more:
     text = text if options.get("method", "qat") != "rtn" else []
     if "tokens" in options:  # of the text, whole documents
         text = [_beginning(setting, options.pop("tokens"), out.parent / "text.txt")]
-    if "start" in options:  # the cell whose checkpoint this one goes on from
-        first = {**setting.training["gptq"], **CELLS[options["start"]].options}
-        start = out.parent / "first"
-        options["start"] = matquant.quantize(setting.path, start, text=text, overwrite=True, **first)
-    return matquant.quantize(setting.path, out, text=text, **options)
+    return _quantize(model, options, seed, text, out)
+
+
+def _quantize(model: str, options: Options, seed: int, text: list[Path], out: Path) -> Path:
+    """Write ``out``, and first what it starts from: another cell, at its first rate and of the same text and seed."""
+    if "start" in options:
+        first = _options(model, options["start"], CELLS[options["start"]].rates[0], seed, {})
+        first.pop("tokens", None)
+        options = {**options, "start": _quantize(model, first, seed, text, out.parent / f"{out.name}-first")}
+    return matquant.quantize(SETTINGS[model].path, out, text=text, overwrite=True, **options)
 
 
 def _options(model: str, name: str, lr: float | None, seed: int, more: Options) -> Options:
