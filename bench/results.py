@@ -454,7 +454,7 @@ def _memory(kept: Record) -> list[str]:
 
 
 STANDING = {  # the last of each that a model has
-    "one-shot": ("gptq+ all", "qat+ all last 128 centre"),
+    "one-shot": ("gptq+ all", "qat+ all one-shot", "qat+ all one-shot 128"),
     "trained": ("qat+ all tuned", "qat+ all even plans"),
 }
 OURS_ALL = (
@@ -466,6 +466,8 @@ OURS_ALL = (
     "qat+ all last 256",
     "qat+ all last 256 long",
     "qat+ all last 128 centre",
+    "qat+ all one-shot",
+    "qat+ all one-shot 128",
     "qat+ all calibration",
     "qat+ all",
     "qat+ all tuned",
