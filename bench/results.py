@@ -359,7 +359,8 @@ def _seeds(best: Best) -> list[str]:
     return [
         "## A second seed",
         "",
-        "The order of the data changed, at the learning rate that the first seed chose and in its precision. Many ran",
+        "The order of the data changed, at the learning rate that the first seed chose and in its precision (for the",
+        "one-shot cells also the calibration windows of nested GPTQ and the order of each phase). Many ran",
         "on a GPU where the first had not, which alone changes at most 0.06 % of the embedded model and 0.18 %",
         "of stories260K (docs/log.md). Differences of the two from each other, median and largest:",
         "",
