@@ -65,7 +65,7 @@ def main(
             if len(set(by_layer)) > 1:
                 measure(name, by_layer)
     reference = log_perplexity(load_float(setting.path, dtype=torch.float32), stream, context=CONTEXT)
-    plot_widths(ROOT / "docs" / f"mix-{model}.png", _frontiers(curves), reference=reference)
+    plot_widths(ROOT / "docs" / f"mix-{model}.png", frontiers(curves), reference=reference)
     record = {
         **origin(),
         "cell": cell,
@@ -76,8 +76,8 @@ def main(
     print(json.dumps(record, sort_keys=True))
 
 
-def _frontiers(curves: dict[str, tuple[list[float], list[float]]]) -> dict[str, tuple[list[float], list[float]]]:
-    """Of each strategy the mixes that no other of its own beats at fewer bits."""
+def frontiers(curves: dict[str, tuple[list[float], list[float]]]) -> dict[str, tuple[list[float], list[float]]]:
+    """Of each curve the points that no other of its own beats at fewer bits."""
     result = {}
     for name, (bits, values) in curves.items():
         best: list[tuple[float, float]] = []

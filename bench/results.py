@@ -17,6 +17,7 @@ from typing import Any
 from matquant.eval.report import plot_widths
 from matquant.plan.run import SEARCH
 from matquant.plan.strategies import STRATEGIES
+from mix import frontiers
 from origin import ROOT
 from plan import FREE, interpolate
 from quality import ATTENTION, CELLS, CODISTILLATION, SETTINGS, TEST, WIDTHS, chosen, float_log_perplexity, records
@@ -497,28 +498,28 @@ def _peers(best: Best) -> list[str]:
         for record in peers:
             if record["model"] != model or record["peer"] == "float":
                 continue
-            name = f"{record['peer']}, {record['setting']}"
             failed = "error" in record
             text = "fails" if failed else f"{record['log_perplexity']:.4f} @ {record['bits_per_weight']:.3f}"
-            rows.setdefault(name, {})[record["bits"]] = text
-            if not failed and record["log_perplexity"] < 1.3 * _worst_shown(cells):
-                curve = curves.setdefault(record["peer"] if record["peer"] == "llamacpp" else name, ([], []))
-                curve[0].append(record["bits_per_weight"])
-                curve[1].append(record["log_perplexity"])
+            rows.setdefault(f"{record['peer']}, {record['setting']}", {})[record["bits"]] = text
+            if not failed and record["log_perplexity"] < 1.1 * _worst_shown(cells):
+                _add(curves, f"{record['peer']}, its best settings", {**record, "held_out": record["log_perplexity"]})
         for cell in OURS_ALL:
             if cell in cells:
                 values, bits = cells[cell]["log_perplexity"], cells[cell]["bits_per_weight"]
                 rows[f"**{CELLS[cell].what}** (one checkpoint)"] = {
                     width: f"{values[str(width)]:.4f} @ {bits[str(width)]:.3f}" for width in WIDTHS
                 }
-                curves[f"ours: {CELLS[cell].what}"] = _curve([(cells[cell], width) for width in WIDTHS])
         table = [[name, *(found.get(width, "") for width in (2, 3, 4, 6, 8))] for name, found in rows.items()]
         lines += [f"{model}:", "", *_table(["", "2", "3", "4", "6", "8"], table), ""]
         lines += _standing(cells, [r for r in peers if r["model"] == model and "error" not in r])
         if model == "reference":
-            ordered = {name: _sorted(*curve) for name, curve in curves.items()}
-            plot_widths(ROOT / "docs" / "peers.png", ordered, reference=float_log_perplexity(model))
+            curves = frontiers(curves)
+            for what, names in (("nested GPTQ", ("gptq+ all",)), *STANDING.items()):
+                name = next(name for name in reversed(names) if name in cells)
+                curves[f"ours, {what}: one checkpoint"] = _curve([(cells[name], width) for width in WIDTHS])
+            plot_widths(ROOT / "docs" / "peers.png", curves, reference=float_log_perplexity(model))
             lines += ["![log-perplexity against bits per weight, peers and ours](peers.png)", ""]
+            lines += ["Of a peer the settings that no other of its own beats at fewer bits; what is far off is left out.", ""]
     return lines[:-1]
 
 
@@ -559,11 +560,6 @@ def _standing(cells: dict[str, Record], peers: list[Record]) -> list[str]:
 def _worst_shown(cells: dict[str, Record]) -> float:
     """The int2 figure of our one-pass checkpoint; what is far above it would flatten the picture."""
     return _value(cells, "gptq+ all", 2) or math.inf
-
-
-def _sorted(bits: list[float], values: list[float]) -> tuple[list[float], list[float]]:
-    order = sorted(range(len(bits)), key=bits.__getitem__)
-    return [bits[i] for i in order], [values[i] for i in order]
 
 
 def _steps(best: Best) -> list[str]:
