@@ -519,7 +519,10 @@ def _peers(best: Best) -> list[str]:
                 curves[f"ours, {what}: one checkpoint"] = _curve([(cells[name], width) for width in WIDTHS])
             plot_widths(ROOT / "docs" / "peers.png", curves, reference=float_log_perplexity(model))
             lines += ["![log-perplexity against bits per weight, peers and ours](peers.png)", ""]
-            lines += ["Of a peer the settings that no other of its own beats at fewer bits; what is far off is left out.", ""]
+            lines += [
+                "Of a peer the settings that no other of its own beats at fewer bits; what is far off is left out.",
+                "",
+            ]
     return lines[:-1]
 
 
