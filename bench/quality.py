@@ -236,7 +236,7 @@ def _one_pass() -> dict[str, Cell]:
         ),
         "gptq+ tuned all centre": Cell(
             what="nested GPTQ, tuned, all linears, zeros in the centre",
-            options={**gptq, "tune": 60, "scope": "all", "zeros": "centre"},
+            options={**gptq, "tune": TUNED["tune"], "scope": "all", "zeros": "centre"},
             models=STORIES,
         ),
         "gptq+ tuned all long": Cell(

@@ -502,7 +502,8 @@ def _peers(best: Best) -> list[str]:
             text = "fails" if failed else f"{record['log_perplexity']:.4f} @ {record['bits_per_weight']:.3f}"
             rows.setdefault(f"{record['peer']}, {record['setting']}", {})[record["bits"]] = text
             if not failed and record["log_perplexity"] < 1.1 * _worst_shown(cells):
-                _add(curves, f"{record['peer']}, its best settings", {**record, "held_out": record["log_perplexity"]})
+                name = f"{record['peer']}, its best settings"
+                _add(curves, name, record["bits_per_weight"], record["log_perplexity"])
         for cell in OURS_ALL:
             if cell in cells:
                 values, bits = cells[cell]["log_perplexity"], cells[cell]["bits_per_weight"]
@@ -514,8 +515,7 @@ def _peers(best: Best) -> list[str]:
         lines += _standing(cells, [r for r in peers if r["model"] == model and "error" not in r])
         if model == "reference":
             curves = frontiers(curves)
-            for what, names in (("nested GPTQ", ("gptq+ all",)), *STANDING.items()):
-                name = next(name for name in reversed(names) if name in cells)
+            for what, name in {"nested GPTQ": "gptq+ all", **_ours(cells)}.items():
                 curves[f"ours, {what}: one checkpoint"] = _curve([(cells[name], width) for width in WIDTHS])
             plot_widths(ROOT / "docs" / "peers.png", curves, reference=float_log_perplexity(model))
             lines += ["![log-perplexity against bits per weight, peers and ours](peers.png)", ""]
@@ -526,17 +526,21 @@ def _peers(best: Best) -> list[str]:
     return lines[:-1]
 
 
+def _ours(cells: dict[str, Record]) -> dict[str, str]:
+    """STANDING's cell of each kind that a model has."""
+    return {kind: name for kind, names in STANDING.items() for name in names if name in cells}
+
+
 SLACK = 0.1  # bits per weight that a peer may take more than ours and still count as equal
 
 
 def _standing(cells: dict[str, Record], peers: list[Record]) -> list[str]:
     """Our best one-shot and trained checkpoints against the best peer that takes no more bits, whatever it calls its
     width; then against those of the nominal width, at SLACK more bits and at any."""
-    ours = {kind: name for kind, names in STANDING.items() for name in names if name in cells}
     rows = []
     for width in (2, 3, 4, 6, 8):
         same = [peer for peer in peers if peer["bits"] == width]
-        for kind, name in ours.items():
+        for kind, name in _ours(cells).items():
             value, bits = cells[name]["log_perplexity"][str(width)], cells[name]["bits_per_weight"][str(width)]
             rivals = (
                 [peer for peer in peers if peer["bits_per_weight"] <= bits],
@@ -627,16 +631,16 @@ def _plans(best: Best) -> list[str]:
         curves: dict[str, tuple[list[float], list[float]]] = {}
         for width, point in found["uniform"].items():
             kind = "trained" if int(width) in found["trained"] else "interpolated"
-            _add(curves, f"uniform, {kind}", point)
+            _add(curves, f"uniform, {kind}", point["bits_per_weight"], point["held_out"])
         for values in found["budgets"].values():
             for way, point in values.items():
                 if isinstance(point, dict):
-                    _add(curves, way, point)
+                    _add(curves, way, point["bits_per_weight"], point["held_out"])
         dedicated = "qat all" if CELLS[found["cell"]].options.get("scope") == "all" else "qat+"
         for cell, width in ((best[model].get(f"{dedicated} int{width}"), str(width)) for width in WIDTHS):
             if cell:
                 bits, value = cell["bits_per_weight"][width], cell["log_perplexity"][width]
-                _add(curves, "dedicated", {"bits_per_weight": bits, "held_out": value})
+                _add(curves, "dedicated", bits, value)
         plot_widths(ROOT / "docs" / file, curves, reference=found["float"])
     if "growth" in record:
         growth = record["growth"]
@@ -653,10 +657,10 @@ def _plans(best: Best) -> list[str]:
     ]
 
 
-def _add(curves: dict[str, tuple[list[float], list[float]]], name: str, point: Record) -> None:
-    bits, values = curves.setdefault(name, ([], []))
-    bits.append(point["bits_per_weight"])
-    values.append(point["held_out"])
+def _add(curves: dict[str, tuple[list[float], list[float]]], name: str, bits: float, value: float) -> None:
+    sizes, values = curves.setdefault(name, ([], []))
+    sizes.append(bits)
+    values.append(value)
 
 
 def _plan_claims(found: Record) -> list[str]:
