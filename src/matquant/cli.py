@@ -55,7 +55,7 @@ def quantize(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Hugging Face directory or hub id of a float model.")],
     out: Annotated[Path, Option("--out", "-o", metavar="OUT", help="Directory to write.")],
     more_text: MoreFiles = None,
-    method: Annotated[str, Option(help="rtn, gptq (one pass), omniquant or qat (joint training).")] = "qat",
+    method: Annotated[str, Option(help="rtn, gptq (one pass), distill, omniquant or qat.")] = "qat",
     objective: Annotated[
         str | None, Option(help="Widths and targets, such as 8,4,2 (the paper).", show_default="by method")
     ] = None,
@@ -81,12 +81,14 @@ def quantize(
     ] = None,
     text: Files = None,
     steps: Annotated[
-        int | None, Option(help="Optimiser steps.", show_default="qat 300, omniquant 1220 a block")
+        int | None, Option(help="Optimiser steps.", show_default="qat 300, distill 96, omniquant 1220")
     ] = None,
     batch_size: Annotated[
         int | None, Option(help="Sequences per forward pass.", show_default="qat 8, others 4")
     ] = None,
-    seq_len: Annotated[int | None, Option(help="Tokens per sequence.", show_default="qat 256, others 2048")] = None,
+    seq_len: Annotated[
+        int | None, Option(help="Tokens of each.", show_default="qat 256, distill 512, 256, others 2048")
+    ] = None,
     samples: Annotated[
         int | None, Option(help="Calibration sequences of gptq and omniquant.", show_default="128")
     ] = None,
@@ -104,7 +106,8 @@ def quantize(
         int | None, Option(help="gptq: rounds of coordinate descent after the pass.", show_default="1")
     ] = None,
     tune: Annotated[
-        int | None, Option(metavar="STEPS", help="gptq: then tune every block for so many steps.", show_default="0")
+        int | None,
+        Option(metavar="STEPS", help="gptq: then tune every block.", show_default="0, distill 60"),
     ] = None,
     seed: Annotated[int | None, Option(help="Order of the data.", show_default="0")] = None,
     accumulate: Annotated[int | None, Option(help="Forward passes per optimiser step.", show_default="1")] = None,
@@ -540,7 +543,8 @@ def _progress() -> Iterator[Any]:
         names = (f"int{name}" if name.isdecimal() else name for name in record["loss"])
         losses = "  ".join(f"{name} {loss:.3g}" for name, loss in zip(names, record["loss"].values(), strict=True))
         speed = f"{record['tok_s']:,.0f} tok/s" if "tok_s" in record else record.get("block", "")
-        progress.update(task, completed=record["step"], total=record["steps"], description=f"{losses}  {speed}")
+        text = "  ".join(part for part in (record.get("stage", ""), losses, speed) if part)
+        progress.update(task, completed=record["step"], total=record["steps"], description=text)
 
     try:
         yield report

@@ -85,14 +85,13 @@ def replace_directory_when_done(target: Path) -> Iterator[Path]:
             yield partial
             for file in [*partial.iterdir(), partial]:
                 sync(file)
-        _move_into_place(partial, target)
-        sync(target.absolute().parent)
+        move_into_place(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _move_into_place(partial: Path, target: Path) -> None:
-    """Rename ``partial`` to ``target``; an old checkpoint is there until the new one is."""
+def move_into_place(partial: Path, target: Path) -> None:
+    """Rename the directory ``partial`` to ``target``; an old one is there until the new one is."""
     if not target.exists():
         partial.rename(target)
     elif not _exchange(partial, target):
@@ -106,6 +105,7 @@ def _move_into_place(partial: Path, target: Path) -> None:
                 old.rename(target)
             raise
         shutil.rmtree(old, ignore_errors=True)
+    sync(target.absolute().parent)
 
 
 def _exchange(first: Path, second: Path) -> bool:

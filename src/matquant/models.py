@@ -98,6 +98,12 @@ def _float_config(source: Path | str) -> Any:
     return config
 
 
+def hidden_size(source: Path | str) -> int:
+    """How wide the hidden states of a model are, from its configuration alone."""
+    with _loading(source):
+        return int(_float_config(source).get_text_config().hidden_size)
+
+
 def _check_loaded(info: Mapping[str, Any], source: object, problems: Iterable[str], remedy: str) -> None:
     """InputError if transformers met one of ``problems`` while loading: a weight invented, misfitting or left over."""
     for problem in problems:

@@ -82,9 +82,10 @@ class Spec:
     slices: widths with affines of their own in matquant_slices.safetensors. group_size: None for one group per row.
     symmetric: the 8-bit zero is 128. scale_dtype: how exactly 8-bit scales are kept (bfloat16: exact in every engine;
     float32: the formulas to the letter). scope: which linears. method, objective, weights, baseline_bits, steps, seed,
-    data_sha256: how it was made (data_sha256 is over the tokens trained on; empty without data). stored_bits: top bits
-    of a code that are stored, the others are 0: of all paths, or of each. zeros: of the widths in ``slices``: "own", or
-    "centre" for (2^r - 1)/2, which is not stored.
+    data_sha256: how it was made. method: after those of what it started from ("gptq, qat"); the others are the last
+    one's. data_sha256: over the tokens trained on; empty without data. stored_bits: top bits of a code that are stored,
+    the others are 0: of all paths, or of each. zeros: of the widths in ``slices``: "own", or "centre" for (2^r - 1)/2,
+    which is not stored.
     """
 
     rule: str

@@ -37,7 +37,7 @@ from matquant.nest import MASTER_BITS, OWN, ZEROS, check_bits, check_rule
 from matquant.spec import SCALE_DTYPES, Spec
 from matquant.tensor import NestedTensor
 from matquant.text import data_sha256, read_documents, token_stream
-from matquant.train import gptq, omniquant, qat
+from matquant.train import distill, gptq, omniquant, qat
 from matquant.train.blocks import read_tensor
 from matquant.train.fake import AFFINES, Grid
 from matquant.train.job import LOG, Job, Report
@@ -126,21 +126,43 @@ def quantize(
     """Quantise a float model into one nested checkpoint and return its directory.
 
     model: Hugging Face directory or hub id. out: directory to write; an interrupted run leaves ``.OUT.work`` beside it,
-    which ``resume`` continues. objective, weights: see ``objective.parse_objective``; None: the method's own (METHODS).
+    which ``resume`` continues. method: one of METHODS, or "distill", three of them in a row (distill.py). objective,
+    weights: see ``objective.parse_objective``; None: the method's own (METHODS).
     exclude: regular expressions of paths to leave out. baseline_bits: train the dedicated model of that width instead,
     on its own grid (on the method's own target, or ``objective`` if it names that width alone). affine None: the
     method's. zeros: of the widths with an affine of their own: "own", or "centre" for the middle of their codes, which
     is not stored. start: a nested checkpoint of the same model whose codes qat starts from (one made by gptq is better
     than rounding). device None: cuda if there is one. options: the method's own: the fields of ``qat.Schedule``,
-    ``gptq.Settings`` or ``omniquant.Settings``.
+    ``gptq.Settings`` or ``omniquant.Settings``, or those of ``distill.stages``.
     Raises InputError before any work for whatever can be known before it, and never leaves a half-written checkpoint.
     """
     target = Path(out).resolve()
     if threads is not None:
         check_positive(threads=threads)
         torch.set_num_threads(threads)
+    work = target.with_name(f".{target.name}.work")
+    if method == distill.NAME:
+        fixed = {"objective": objective, "weights": weights, "affine": affine}
+        _check_unset({**fixed, "baseline_bits": baseline_bits, "start": start}, None)
+        _check_unset({"rule": rule}, "prefix")
+        _check_unset({"symmetric": symmetric}, True)
+        _check_work(work, resume=resume, overwrite=overwrite)
+        common = {"scope": scope, "exclude": exclude, "group_size": group_size, "zeros": zeros}
+        common |= {"scale_dtype": scale_dtype, "device": device}
+        return distill.run(
+            quantize,
+            model,
+            target,
+            text=text,
+            common=common,
+            options=options,
+            work=work,
+            resume=resume,
+            overwrite=overwrite,
+            report=report,
+        )
     if method not in METHODS:
-        raise InputError(f"method={method!r} is not known; use one of {', '.join(METHODS)}")
+        raise InputError(f"method={method!r} is not known; use one of {', '.join((*METHODS, distill.NAME))}")
     chosen = METHODS[method]
     objective = chosen.objective if objective is None else objective
     if baseline_bits is not None:
@@ -157,7 +179,6 @@ def quantize(
             raise InputError(f"method {method!r} needs text to work with; give --text FILE, or --method rtn")
     check_writable(target, overwrite=overwrite)
     check_model_path(model)
-    work = target.with_name(f".{target.name}.work")
     _check_work(work, resume=resume, overwrite=overwrite)
     documents = read_documents(text) if chosen.settings else []
 
@@ -191,6 +212,8 @@ def quantize(
     )
     settings = chosen.settings(**options) if chosen.settings else None
     slow = getattr(settings, "autocast", False) and place.type == "cpu" and not bf16_is_fast()
+    first = _first(start, method, grid, views, place)
+    before = [open_checkpoint(start, check_hashes=False).spec.method] if start is not None else []
     spec = Spec(
         rule=grid.rule,
         widths=tuple(width.bits for width in widths),
@@ -200,7 +223,7 @@ def quantize(
         zeros=zeros,
         scale_dtype=scale_dtype,
         scope=scope,
-        method=method,
+        method=", ".join([*before, method]),
         objective=_objective(objective, baseline_bits, widths) if widths else "",
         weights=tuple(width.weight for width in widths),
         baseline_bits=baseline_bits,
@@ -223,7 +246,7 @@ def quantize(
         stream=stream,
         options=options if chosen.settings else {},
         report=_with_notice(report, SLOW_BF16) if slow else report,
-        first=_first(start, method, grid, views, place),
+        first=first,
     )
     if chosen.streamed and not resume:
         shutil.rmtree(work, ignore_errors=True)
@@ -233,6 +256,15 @@ def quantize(
     _write(target, job, nested, streamed=chosen.streamed, files=files, overwrite=overwrite)
     shutil.rmtree(work, ignore_errors=True)
     return target
+
+
+def _check_unset(values: Mapping[str, Any], default: Any) -> None:
+    for name, value in values.items():
+        if value != default:
+            raise InputError(
+                f"{name}={value!r} asked of method {distill.NAME!r}, whose stages have their own; "
+                "leave it out, or use --method qat"
+            )
 
 
 def _with_notice(report: Report, notice: str) -> Report:

@@ -1,0 +1,113 @@
+"""Distillation in three stages, each of which starts from the checkpoint of the one before.
+
+1. nested GPTQ, tuned block by block (gptq.py, tune.py);
+2. every width learns from the float model alone, its logits and hidden states, with a master of its own (qat.py):
+   without cross-entropy, which overfits what little text calibration takes;
+3. a last phase: the codes up to 4 bits stay as they are, the bits below and the affines are trained, with cross-entropy
+   too. No two widths share what is trained, so that none loses by what another gains.
+
+It is the best one-shot way measured (docs/methods.md). Costs: gptq's, then ``steps`` of QAT over four widths and two
+thirds of them over five. The stages' checkpoints lie in the work directory until all is done, so that a run that was
+stopped goes on in the stage it was in.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matquant.checkpoint import check_writable
+from matquant.errors import InputError
+from matquant.files import move_into_place
+from matquant.models import hidden_size
+from matquant.text import read_documents
+from matquant.train import gptq, qat
+from matquant.train.job import Report
+
+Options = dict[str, Any]
+NAME = "distill"
+STEPS, TUNE = 96, 60
+LR = 5e-4  # at most: best on the embedded model, no worse than others on stories260K
+SLOWER = 10.0  # the weights' rate in the last phase, whose affines keep that of the distillation
+SHARED = ("accumulate", "autocast", "batch_size", "checkpoint_activations", "save_every", "seed", "seq_len")
+TUNING = ("autocast", "batch_size", "seed", "seq_len")  # those of them that gptq has
+OWN = ("lr", "samples", "steps", "tune")
+
+
+def stages(model: Path | str, options: Mapping[str, Any]) -> list[Options]:
+    """What ``quantize`` is asked for, stage by stage; InputError for options that a stage would refuse.
+
+    options: any of OWN, and of SHARED, which go to every stage that has them. lr: the peak of the distillation, by
+    default half of qat's own for the model's width, at most LR. steps: of the distillation. tune, samples: of gptq.
+    """
+    lr = options["lr"] if "lr" in options else min(LR, qat.default_lr(hidden_size(model)) / 2)
+    steps = options.get("steps", STEPS)
+    given = {name: options[name] for name in SHARED if name in options}
+    tuned: Options = {"tune": TUNE, "seq_len": 512}
+    tuned |= {name: options[name] for name in (*TUNING, "samples", "tune") if name in options}
+    if not tuned["tune"]:
+        tuned.pop("autocast", None)
+    trained: Options = {"masters": "each", "pull": 0.5, "seq_len": 256, **given}
+    distilled = {**trained, "wide_lr": 0.5, "hidden": 1.0, "lr": lr, "steps": steps}
+    last = {**trained, "freeze": 4, "affine_lr": SLOWER, "lr": lr / SLOWER, "steps": max(1, steps * 2 // 3)}
+    gptq.check_options(tuned)
+    qat.check_options(distilled)
+    return [
+        {"method": "gptq", **tuned},
+        {"method": "qat", "objective": "fp->8;4;3;2", "weights": (1.0,) * 4, **distilled},
+        {"method": "qat", "objective": "8,6,4,3,2,fp->8;6;4;3;2", "weights": (1.0,) * 5, **last},
+    ]
+
+
+def run(
+    quantize: Callable[..., Path],
+    model: Path | str,
+    target: Path,
+    *,
+    text: Sequence[Path | str],
+    common: Mapping[str, Any],
+    options: Mapping[str, Any],
+    work: Path,
+    resume: bool,
+    overwrite: bool,
+    report: Report,
+) -> Path:
+    """Make ``target`` stage by stage in ``work`` by ``quantize``. common: what it is asked for in every stage."""
+    for name in options:
+        if name not in (*OWN, *SHARED):
+            raise InputError(f"method {NAME!r} has no option {name!r}; it has {', '.join(sorted((*OWN, *SHARED)))}")
+    check_writable(target, overwrite=overwrite)
+    folder = work / _mark(model, text, {**common, **options})  # another run's stages are never taken for this one's
+    if resume and not folder.is_dir():
+        raise InputError(
+            f"--resume with other settings or text than those of the interrupted run in {work}; "
+            "use the same, or --overwrite to start again"
+        )
+    asked = stages(model, options)
+    done, start = folder, None
+    for number, stage in enumerate(asked, 1):
+        done, name = folder / str(number), f"{number}/{len(asked)}"
+        if not (resume and done.is_dir()):
+            quantize(
+                model,
+                done,
+                text=text,
+                start=start,
+                resume=resume and done.with_name(f".{number}.work").is_dir(),
+                overwrite=True,
+                report=lambda record, name=name: report({**record, "stage": name}),
+                **common,
+                **stage,
+            )
+        start = done
+    move_into_place(done, target)
+    shutil.rmtree(work, ignore_errors=True)
+    return target
+
+
+def _mark(model: Path | str, text: Sequence[Path | str], settings: Mapping[str, Any]) -> str:
+    """A name that tells this run's stages from those of other runs."""
+    asked = json.dumps([str(model), settings, read_documents(text)], sort_keys=True, default=str)
+    return hashlib.sha256(asked.encode()).hexdigest()[:16]
