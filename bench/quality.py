@@ -317,6 +317,16 @@ def _from_gptq() -> dict[str, Cell]:
             rates=(5e-5,),
             models=("reference",),
         ),
+        "distill trained": Cell(
+            what="--method distill, 300 steps and 200, zeros in the centre, all linears",
+            options={"method": "distill", "scope": "all", "zeros": "centre", "steps": 300},
+            models=STORIES,
+        ),
+        "distill trained 128": Cell(
+            what="--method distill, 150 steps and 100, groups of 128, zeros in the centre, all linears",
+            options={"method": "distill", "scope": "all", "group_size": 128, "zeros": "centre", "steps": 150},
+            models=("reference",),
+        ),
         "qat+ all even plans": Cell(
             what="QAT from nested GPTQ, zeros in the centre, mixes, hidden states, 900 steps, all linears",
             options={**everything, **PLANS, "start": "gptq+ all even centre", "mix": 3.0, "steps": 900},
