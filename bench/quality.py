@@ -32,6 +32,7 @@ from matquant.eval.likelihood import evaluate, log_perplexity
 from matquant.models import bf16_is_fast, load_float, load_tokenizer
 from matquant.text import read_documents, token_stream
 from origin import ROOT, origin
+from trials import Trial, norm_gains, sampled, scheduled, surgery, unchanged
 
 RECORDS = ROOT / "bench" / "quality.jsonl"
 DATA = Path(os.environ.get("MATQUANT_DATA", ROOT.parent / "shared" / "data"))
@@ -100,13 +101,14 @@ STORIES = ("stories260K",)
 @dataclass(frozen=True, kw_only=True)
 class Cell:
     """What is made of a model: how it is called in the tables, the options of quantize, the learning rates tried.
-    default: whether it is run without being named."""
+    default: whether it is run without being named. trial: what changes the library while it is made."""
 
     what: str
     options: Options
     rates: tuple[float | None, ...] = (None,)
     models: tuple[str, ...] = tuple(SETTINGS)
     default: bool = True
+    trial: Trial = unchanged
 
 
 def _paper(
@@ -224,11 +226,6 @@ def _one_pass() -> dict[str, Cell]:
         "gptq+ tuned all": Cell(
             what="nested GPTQ, tuned, all linears", options={**gptq, **TUNED, "scope": "all"}, models=("reference",)
         ),
-        "gptq+ tuned all 256": Cell(
-            what="nested GPTQ, tuned, all linears, groups of 256",
-            options={**gptq, **TUNED, "scope": "all", "group_size": 256},
-            models=("reference",),
-        ),
         "gptq+ tuned all 128 centre": Cell(
             what="nested GPTQ, tuned, all linears, groups of 128, zeros in the centre",
             options={**gptq, **TUNED, "scope": "all", "group_size": 128, "zeros": "centre"},
@@ -238,11 +235,6 @@ def _one_pass() -> dict[str, Cell]:
             what="nested GPTQ, tuned, all linears, zeros in the centre",
             options={**gptq, "tune": TUNED["tune"], "scope": "all", "zeros": "centre"},
             models=STORIES,
-        ),
-        "gptq+ tuned all long": Cell(
-            what="nested GPTQ, tuned 180 steps, all linears",
-            options={**gptq, **TUNED, "tune": 180, "scope": "all"},
-            models=("reference",),
         ),
         "gptq+ joint no sweep": Cell(what="nested, prefix, without the sweep", options={**gptq, "sweeps": 0}),
     }
@@ -268,6 +260,36 @@ BEST: Options = {
 PLANS: Options = {"zeros": "centre", "mix": 2.0, "hidden": 1.0}
 
 
+EVENLY: Options = {**BEST, "start": "gptq+ joint even"}
+
+
+def _candidates() -> dict[str, Cell]:
+    """Changes to "qat+ joint even", one at a time and at as many steps: what was thought to help all widths at once."""
+    last = {"objective": "8,6,4,3,2,fp->8;6;4;3;2", "weights": (1.0,) * 5, "freeze": 4, "wide_lr": 1.0}
+    last |= {"affine_lr": 10.0, "steps": 60, "lr": 5e-5, "start": "qat+ try 240 steps"}
+    changes: dict[str, tuple[str, Options, Trial]] = {
+        "truth alone": ("no teacher: 8,4,3,2", {"objective": "8,4,3,2"}, unchanged),
+        "teacher alone": ("the float model alone: fp->8;4;3;2", {"objective": "fp->8;4;3;2"}, unchanged),
+        "between widths": ("int8 as teacher: 8,4,3,2,8->4;3;2", {"objective": "8,4,3,2,8->4;3;2"}, unchanged),
+        "one master": ("one master for all widths", {"masters": "one"}, unchanged),
+        "no pull": ("low bits free, no pull on the narrow masters", {"pull": 0.0}, unchanged),
+        "refitted": ("affines refitted at every step, not learned", {"affine": "refit"}, unchanged),
+        "stagger": ("coarse to fine: narrow masters done at 70 % of the steps", {"stagger": 0.3}, unchanged),
+        "sampled": ("widths sampled: 8, 2 and one between in a step", {}, sampled),
+        "scheduled": ("lambda schedule: wide widths from 0.1 to 1", {}, scheduled),
+        "surgery": ("gradient surgery: a pull only where signs agree", {}, surgery),
+        "norm gains": ("norm gains of their own for each width (not stored)", {}, norm_gains),
+        "240 steps": ("240 steps instead of 300", {"steps": 240}, unchanged),
+        "last phase": ("the same 240, then 60 of low bits and affines alone", last, unchanged),
+    }
+    return {
+        f"qat+ try {name}": Cell(
+            what=what, options={**EVENLY, **more}, rates=(more.get("lr", 5e-4),), models=STORIES, trial=trial
+        )
+        for name, (what, more, trial) in changes.items()
+    }
+
+
 def _from_gptq() -> dict[str, Cell]:
     """Dedicated models that start from a dedicated GPTQ pass, and ours on all linears."""
     cells = {
@@ -288,7 +310,6 @@ def _from_gptq() -> dict[str, Cell]:
     every = {**everything, "objective": "8,6,4,3,2,fp->8;6;4;3;2", "weights": (1.0,) * 5, "start": "gptq+ tuned all"}
     last = {**every, "tokens": CALIBRATION, "steps": 64, "freeze": 4, "wide_lr": 1.0, "affine_lr": 10.0}
     centred = {**last, "start": "gptq+ tuned all 128 centre", "group_size": 128, "zeros": "centre"}
-    grouped = {**last, "start": "gptq+ tuned all 256", "group_size": 256}
     distilled = {**everything, "objective": "fp->8;4;3;2", "hidden": 1.0, "tokens": CALIBRATION, "steps": 96}
     distilled |= {"zeros": "centre"}
     return cells | {
@@ -336,41 +357,10 @@ def _from_gptq() -> dict[str, Cell]:
         "qat+ all tuned": Cell(
             what="QAT from tuned nested GPTQ, all linears", options=every, rates=(2.5e-4,), models=("reference",)
         ),
-        "qat+ all calibration": Cell(
-            what="nested GPTQ, tuned, 128 steps of QAT, all on the peers' calibration text, all linears",
-            options={**every, "tokens": CALIBRATION, "steps": 128},
-            rates=(2.5e-4,),
-            models=("reference",),
-        ),
-        "qat+ all last": Cell(
-            what="nested GPTQ, tuned, then low bits and affines alone, all on the peers' calibration text, all linears",
-            options=last,
-            rates=(5e-5,),
-            models=("reference",),
-        ),
-        "qat+ all last 256": Cell(
-            what="nested GPTQ, tuned, then low bits and affines alone, groups of 256, all linears",
-            options=grouped,
-            rates=(5e-5,),
-            models=("reference",),
-        ),
         "qat+ all last 128 centre": Cell(
             what="nested GPTQ, tuned, then low bits and affines alone, groups of 128, zeros in the centre, all linears",
             options=centred,
             rates=(5e-5,),
-            models=("reference",),
-        ),
-        "qat+ all last 256 long": Cell(
-            what="the row above with 128 steps instead of 64",
-            options={**grouped, "steps": 128},
-            rates=(5e-5,),
-            models=("reference",),
-        ),
-        "qat+ all": Cell(what="QAT from nested GPTQ, all linears", options=everything, rates=(2.5e-4, 5e-4)),
-        "qat+ all long": Cell(
-            what="QAT from nested GPTQ, 300 steps, all linears",
-            options={**everything, "steps": 300},
-            rates=(5e-4,),
             models=("reference",),
         ),
     }
@@ -395,11 +385,9 @@ CELLS: dict[str, Cell] = {
         rates=STEADY,
     ),
     **_ours("qat", BEST, (5e-4, 7e-4, 1e-3), WARM),
-    "qat+ joint 0.4": Cell(what="... pull 0.4", options={**BEST, "pull": 0.4}, rates=(6e-4,)),
-    "qat+ joint 0.45": Cell(what="... pull 0.45", options={**BEST, "pull": 0.45}, rates=(5e-4,)),
     "qat+ joint even": Cell(
         what="... from nested GPTQ with lambda 1",
-        options={**BEST, "start": "gptq+ joint even"},
+        options=EVENLY,
         rates=(5e-4,),
     ),
     "qat+ joint even mix": Cell(
@@ -429,12 +417,7 @@ CELLS: dict[str, Cell] = {
         options={**BEST, **PLANS, "start": "gptq+ joint centre"},
         rates=(5e-4,),
     ),
-    "qat+ joint even 0.65": Cell(
-        what="... from nested GPTQ with lambda 1, pull 0.65",
-        options={**BEST, "start": "gptq+ joint even", "pull": 0.65},
-        rates=(5e-4,),
-    ),
-    "qat+ joint 0.6": Cell(what="... pull 0.6", options={**BEST, "pull": 0.6}, rates=(7e-4,)),
+    **_candidates(),
     **_from_gptq(),
 }
 
@@ -539,12 +522,13 @@ def _measure(
 ) -> dict[str, Any]:
     options = _options(model, name, lr, seed, more)
     began, cpu_s = time.perf_counter(), time.process_time()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, CELLS[name].trial() as ready:
         out = make(model, name, lr, seed, Path(folder) / "out", more=more)
         seconds, cpu_s = time.perf_counter() - began, time.process_time() - cpu_s
         peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         checkpoint = open_checkpoint(out)
         served = matquant.load(out, dtype=torch.float32, kernels="none", device=DEVICE)
+        ready(served)
         baseline = options.get("baseline_bits", 8)
         widths = (baseline,) if baseline < 8 else WIDTHS
         sizes = {str(b): bits_per_weight(checkpoint, dict.fromkeys(checkpoint.shapes, b)) for b in widths}

@@ -55,7 +55,19 @@ def main() -> None:
             f"- **{model}**: {TEST[model]:,} held-out tokens, float model {reference:.4f} nats/token; "
             f"QAT {training['steps']} steps of {training['batch_size']} x {training['seq_len']} tokens"
         )
-    for part in (_verdicts, _tables, _figure_1b, _beyond, _seeds, _gptq, _peers, _steps, _histograms, _plans):
+    for part in (
+        _verdicts,
+        _tables,
+        _figure_1b,
+        _beyond,
+        _candidates,
+        _seeds,
+        _gptq,
+        _peers,
+        _steps,
+        _histograms,
+        _plans,
+    ):
         lines += ["", *part(best)]
     RESULTS.write_text("\n".join(lines) + "\n")
     print(f"wrote {RESULTS.relative_to(ROOT)}")
@@ -327,6 +339,26 @@ def _beyond(best: Best) -> list[str]:
     return lines[:-1]
 
 
+def _candidates(best: Best) -> list[str]:
+    """What was tried for all widths at once, each against the joint run that it changes."""
+    rows = []
+    for model, cells in best.items():
+        base = [_value(cells, EVEN, width) for width in WIDTHS]
+        for name in (EVEN, *(name for name in cells if name.startswith("qat+ try"))):
+            if name in cells:
+                what = "as it is" if name == EVEN else CELLS[name].what
+                values = [_value(cells, name, width) for width in WIDTHS]
+                rows.append([model, what, *(map(_number, values) if name == EVEN else map(_beside, values, base))])
+    head = [
+        "### Candidates",
+        "",
+        f"QAT of all widths at equal steps and data, one thing changed at a time; in brackets against `{EVEN}` as it is,",
+        "whose second seed differs by up to 0.5 % (int3). Where the library has no option, bench/trials.py changes it.",
+        "",
+    ]
+    return [*head, *_table(["model", "", *(f"int{width}" for width in WIDTHS)], rows)] if len(rows) > 1 else []
+
+
 def _beside(value: float | None, *others: float | None) -> str:
     shown = ", ".join(f"{value / other - 1:+.2%}" for other in others if value and other)
     return f"{_number(value)} ({shown})" if shown else _number(value)
@@ -455,6 +487,7 @@ def _memory(kept: Record) -> list[str]:
     return [*head, *_table(["layers", "model", "peak"], rows), ""]
 
 
+EVEN = "qat+ joint even"
 STANDING = {  # the last of each that a model has
     "one-shot": ("gptq+ all", "qat+ all one-shot", "qat+ all one-shot 128"),
     "trained": ("qat+ all tuned", "qat+ all even plans"),
@@ -463,17 +496,12 @@ OURS_ALL = (
     "gptq+ all",
     "gptq+ all 128",
     "gptq+ tuned all",
-    "gptq+ tuned all long",
-    "qat+ all last",
-    "qat+ all last 256",
-    "qat+ all last 256 long",
     "qat+ all last 128 centre",
     "qat+ all one-shot",
     "qat+ all one-shot 128",
-    "qat+ all calibration",
-    "qat+ all",
     "qat+ all tuned",
-    "qat+ all long",
+    "distill trained",
+    "distill trained 128",
     "qat+ all even plans",
 )
 
