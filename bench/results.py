@@ -352,7 +352,7 @@ def _candidates(best: Best) -> list[str]:
     head = [
         "### Candidates",
         "",
-        f"QAT of all widths at equal steps and data, one thing changed at a time; in brackets against `{EVEN}` as it is,",
+        "QAT of all widths at equal steps and data, one thing changed at a time. In brackets against the first row,",
         "whose second seed differs by up to 0.5 % (int3). Where the library has no option, bench/trials.py changes it.",
         "",
     ]
