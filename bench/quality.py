@@ -339,13 +339,20 @@ def _from_gptq() -> dict[str, Cell]:
             models=("reference",),
         ),
         "distill trained": Cell(
-            what="--method distill, 300 steps and 200, zeros in the centre, all linears",
-            options={"method": "distill", "scope": "all", "zeros": "centre", "steps": 300},
+            what="--method distill --freeze 2, 300 steps and 200, zeros in the centre, all linears",
+            options={"method": "distill", "scope": "all", "zeros": "centre", "steps": 300, "freeze": 2},
             models=STORIES,
         ),
         "distill trained 128": Cell(
-            what="--method distill, 150 steps and 100, groups of 128, zeros in the centre, all linears",
-            options={"method": "distill", "scope": "all", "group_size": 128, "zeros": "centre", "steps": 150},
+            what="--method distill --freeze 2, 150 steps and 100, groups of 128, zeros in the centre, all linears",
+            options={
+                "method": "distill",
+                "scope": "all",
+                "group_size": 128,
+                "zeros": "centre",
+                "steps": 150,
+                "freeze": 2,
+            },
             models=("reference",),
         ),
         "qat+ all even plans": Cell(

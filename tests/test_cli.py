@@ -1325,7 +1325,7 @@ DEFAULTS: dict[str, dict[str, str]] = {
         "--wide-lr": "(1)",
         "--affine-lr": "(1)",
         "--stagger": "(0)",
-        "--freeze": "(0)",
+        "--freeze": "(qat 0, distill 4)",
         "--mix": "(0)",
         "--hidden": "(0)",
         "--save-every": "(100)",

@@ -76,6 +76,12 @@ def test_what_is_left_to_itself_has_the_measured_settings(llama: Path) -> None:
     assert (first["tune"], first["seq_len"]) == (60, 512)
     assert (second["steps"], second["lr"], second["hidden"]) == (96, 5e-4, 1.0)
     assert (last["steps"], last["lr"], last["affine_lr"], last["freeze"]) == (64, 5e-5, 10.0, 4)
+    assert last["wide_lr"] == 1.0
+
+
+def test_with_a_corpus_the_last_phase_frees_more_at_a_higher_rate(llama: Path) -> None:
+    last = distill.stages(llama, {"freeze": 2})[2]
+    assert (last["freeze"], last["lr"], last["wide_lr"], last["affine_lr"]) == (2, 2e-4, 0.25, 2.5)
 
 
 def test_wider_models_have_smaller_rates(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,6 +148,7 @@ def test_stages_of_other_settings_are_not_taken(
         ({"pull": 0.3}, "method 'distill' has no option 'pull'; it has accumulate, autocast, batch_size"),
         ({"steps": 0}, "steps=0"),
         ({"lr": 0.0}, "lr=0"),
+        ({"freeze": 6}, "freeze=6 is not known to method 'distill'; use one of 4 (little text), 3, 2 (a corpus)"),
         ({"tune": -1}, "tune=-1; give a number of at least 0"),
         ({"text": []}, "needs text to work with; give --text FILE"),
         ({"samples": 10**6}, "windows of 16 tokens need"),

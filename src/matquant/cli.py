@@ -136,7 +136,8 @@ def quantize(
         float | None, Option(help="Share of steps by which narrow masters end early.", show_default="0")
     ] = None,
     freeze: Annotated[
-        int | None, Option(metavar="BITS", help="qat: widths up to this one keep their codes.", show_default="0")
+        int | None,
+        Option(metavar="BITS", help="Widths up to this one keep their codes.", show_default="qat 0, distill 4"),
     ] = None,
     mix: Annotated[
         float | None, Option(help="qat: weight of the loss of a random mix of widths.", show_default="0")

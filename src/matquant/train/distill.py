@@ -4,7 +4,8 @@
 2. every width learns from the float model alone, its logits and hidden states, with a master of its own (qat.py):
    without cross-entropy, which overfits what little text calibration takes;
 3. a last phase: the codes up to 4 bits stay as they are, the bits below and the affines are trained, with cross-entropy
-   too. No two widths share what is trained, so that none loses by what another gains.
+   too. No two widths share what is trained, so that none loses by what another gains. With a corpus only those of 2
+   bits stay: then int3 and int4 gain more than they lose to each other (docs/methods.md).
 
 It is the best one-shot way measured (docs/methods.md). Costs: gptq's, then ``steps`` of QAT over four widths and two
 thirds of them over five. The stages' checkpoints lie in the work directory until all is done, so that a run that was
@@ -30,10 +31,10 @@ Options = dict[str, Any]
 NAME = "distill"
 STEPS, TUNE = 96, 60
 LR = 5e-4  # at most: best on the embedded model, no worse than others on stories260K
-SLOWER = 10.0  # the weights' rate in the last phase, whose affines keep that of the distillation
+SLOWER = {4: 10.0, 3: 2.5, 2: 2.5}  # freeze -> by how much the last phase's rate is below that of the distillation
 SHARED = ("accumulate", "autocast", "batch_size", "checkpoint_activations", "save_every", "seed", "seq_len")
 TUNING = ("autocast", "batch_size", "seed", "seq_len")  # those of them that gptq has
-OWN = ("lr", "samples", "steps", "tune")
+OWN = ("freeze", "lr", "samples", "steps", "tune")
 
 
 def stages(model: Path | str, options: Mapping[str, Any]) -> list[Options]:
@@ -42,6 +43,11 @@ def stages(model: Path | str, options: Mapping[str, Any]) -> list[Options]:
     options: any of OWN, and of SHARED, which go to every stage that has them. lr: the peak of the distillation, by
     default half of qat's own for the model's width, at most LR. steps: of the distillation. tune, samples: of gptq.
     """
+    freeze = options.get("freeze", 4)
+    if freeze not in SLOWER:
+        raise InputError(
+            f"freeze={freeze} is not known to method {NAME!r}; use one of 4 (little text), 3, 2 (a corpus)"
+        )
     lr = options["lr"] if "lr" in options else min(LR, qat.default_lr(hidden_size(model)) / 2)
     steps = options.get("steps", STEPS)
     given = {name: options[name] for name in SHARED if name in options}
@@ -51,7 +57,9 @@ def stages(model: Path | str, options: Mapping[str, Any]) -> list[Options]:
         tuned.pop("autocast", None)
     trained: Options = {"masters": "each", "pull": 0.5, "seq_len": 256, **given}
     distilled = {**trained, "wide_lr": 0.5, "hidden": 1.0, "lr": lr, "steps": steps}
-    last = {**trained, "freeze": 4, "affine_lr": SLOWER, "lr": lr / SLOWER, "steps": max(1, steps * 2 // 3)}
+    slower = SLOWER[freeze]  # of the narrowest master; that of 8 bits is a tenth, that of affines the whole
+    last = {**trained, "freeze": freeze, "lr": lr / slower, "wide_lr": slower / 10, "affine_lr": slower}
+    last |= {"steps": max(1, steps * 2 // 3)}
     gptq.check_options(tuned)
     qat.check_options(distilled)
     return [
