@@ -87,7 +87,8 @@ def run(
         if name not in (*OWN, *SHARED):
             raise InputError(f"method {NAME!r} has no option {name!r}; it has {', '.join(sorted((*OWN, *SHARED)))}")
     check_writable(target, overwrite=overwrite)
-    folder = work / _mark(model, text, {**common, **options})  # another run's stages are never taken for this one's
+    settings = {name: value for name, value in {**common, **options}.items() if name != "device"}
+    folder = work / _mark(model, text, settings)  # another run's stages are never taken for this one's
     if resume and not folder.is_dir():
         raise InputError(
             f"--resume with other settings or text than those of the interrupted run in {work}; "
