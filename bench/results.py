@@ -490,7 +490,7 @@ def _memory(kept: Record) -> list[str]:
 EVEN = "qat+ joint even"
 STANDING = {  # the last of each that a model has
     "one-shot": ("gptq+ all", "qat+ all one-shot", "qat+ all one-shot 128"),
-    "trained": ("qat+ all tuned", "qat+ all even plans"),
+    "trained": ("distill trained 128", "qat+ all even plans"),
 }
 OURS_ALL = (
     "gptq+ all",
