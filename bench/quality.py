@@ -280,7 +280,7 @@ def _candidates() -> dict[str, Cell]:
         "surgery": ("gradient surgery: a pull only where signs agree", {}, surgery),
         "norm gains": ("norm gains of their own for each width (not stored)", {}, norm_gains),
         "240 steps": ("240 steps instead of 300", {"steps": 240}, unchanged),
-        "last phase": ("the same 240, then 60 of low bits and affines alone", last, unchanged),
+        "last phase": ("240 steps, then 60 of low bits and affines alone", last, unchanged),
     }
     return {
         f"qat+ try {name}": Cell(
