@@ -42,6 +42,7 @@ def stages(model: Path | str, options: Mapping[str, Any]) -> list[Options]:
 
     options: any of OWN, and of SHARED, which go to every stage that has them. lr: the peak of the distillation, by
     default half of qat's own for the model's width, at most LR. steps: of the distillation. tune, samples: of gptq.
+    freeze: of the last phase: 4, or 2 for a corpus that is not read again and again.
     """
     freeze = options.get("freeze", 4)
     if freeze not in SLOWER:
