@@ -261,12 +261,13 @@ PLANS: Options = {"zeros": "centre", "mix": 2.0, "hidden": 1.0}
 
 
 EVENLY: Options = {**BEST, "start": "gptq+ joint even"}
+EVERY: Options = {"objective": "8,6,4,3,2,fp->8;6;4;3;2", "weights": (1.0,) * 5}
+LAST: Options = {**EVERY, "freeze": 4, "wide_lr": 1.0, "affine_lr": 10.0}  # the last phase, whatever it starts from
 
 
 def _candidates() -> dict[str, Cell]:
     """Changes to "qat+ joint even", one at a time and at as many steps: what was thought to help all widths at once."""
-    last = {"objective": "8,6,4,3,2,fp->8;6;4;3;2", "weights": (1.0,) * 5, "freeze": 4, "wide_lr": 1.0}
-    last |= {"affine_lr": 10.0, "steps": 60, "lr": 5e-5, "start": "qat+ try 240 steps"}
+    last = {**LAST, "steps": 60, "lr": 5e-5, "start": "qat+ try 240 steps"}
     changes: dict[str, tuple[str, Options, Trial]] = {
         "truth alone": ("no teacher: 8,4,3,2", {"objective": "8,4,3,2"}, unchanged),
         "teacher alone": ("the float model alone: fp->8;4;3;2", {"objective": "fp->8;4;3;2"}, unchanged),
@@ -307,11 +308,12 @@ def _from_gptq() -> dict[str, Cell]:
         for bits in (4, 3, 2)
     }
     everything = {**BEST, "scope": "all", "start": "gptq+ all"}
-    every = {**everything, "objective": "8,6,4,3,2,fp->8;6;4;3;2", "weights": (1.0,) * 5, "start": "gptq+ tuned all"}
-    last = {**every, "tokens": CALIBRATION, "steps": 64, "freeze": 4, "wide_lr": 1.0, "affine_lr": 10.0}
+    every = {**everything, **EVERY, "start": "gptq+ tuned all"}
+    last = {**every, **LAST, "tokens": CALIBRATION, "steps": 64}
     centred = {**last, "start": "gptq+ tuned all 128 centre", "group_size": 128, "zeros": "centre"}
     distilled = {**everything, "objective": "fp->8;4;3;2", "hidden": 1.0, "tokens": CALIBRATION, "steps": 96}
     distilled |= {"zeros": "centre"}
+    corpus: Options = {"method": "distill", "scope": "all", "zeros": "centre", "freeze": 2}
     return cells | {
         "qat+ all distilled": Cell(
             what="nested GPTQ, tuned, distilled on the peers' calibration text, zeros in the centre, all linears",
@@ -340,19 +342,12 @@ def _from_gptq() -> dict[str, Cell]:
         ),
         "distill trained": Cell(
             what="--method distill --freeze 2, 300 steps and 200, zeros in the centre, all linears",
-            options={"method": "distill", "scope": "all", "zeros": "centre", "steps": 300, "freeze": 2},
+            options={**corpus, "steps": 300},
             models=STORIES,
         ),
         "distill trained 128": Cell(
             what="--method distill --freeze 2, 150 steps and 100, groups of 128, zeros in the centre, all linears",
-            options={
-                "method": "distill",
-                "scope": "all",
-                "group_size": 128,
-                "zeros": "centre",
-                "steps": 150,
-                "freeze": 2,
-            },
+            options={**corpus, "group_size": 128, "steps": 150},
             models=("reference",),
         ),
         "qat+ all even plans": Cell(

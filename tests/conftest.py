@@ -114,3 +114,16 @@ def largest_file(limit: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+class Interrupt:
+    """Stand in for a function, and be Ctrl-C the n-th time it is called."""
+
+    def __init__(self, function: Callable[..., Any], number: int) -> None:
+        self.function, self.number, self.calls = function, number, 0
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        self.calls += 1
+        if self.calls == self.number:
+            raise KeyboardInterrupt
+        return self.function(*arguments, **options)

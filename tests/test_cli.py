@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import matquant
+from conftest import Interrupt
 from matquant import cli
 from matquant.checkpoint import bits_per_weight, open_checkpoint, verify_checkpoint
 from matquant.contents import summarise
@@ -681,19 +682,6 @@ def test_a_disk_that_fills_up_in_training_keeps_the_state_there_was(
 # Interrupted runs -----------------------------------------------------------------------------------------------------
 
 
-class Interrupt:
-    """Stand in for a function of qat, and be Ctrl-C the n-th time it is called."""
-
-    def __init__(self, function: Callable[..., Any], number: int) -> None:
-        self.function, self.number, self.calls = function, number, 0
-
-    def __call__(self, *arguments: Any, **options: Any) -> Any:
-        self.calls += 1
-        if self.calls == self.number:
-            raise KeyboardInterrupt
-        return self.function(*arguments, **options)
-
-
 @pytest.fixture
 def interrupted(run: Run, start: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The work directory of a run that was interrupted in its third step."""
@@ -1304,7 +1292,7 @@ DEFAULTS: dict[str, dict[str, str]] = {
         "--affine": "(by method)",
         "--zeros": "own",
         "--scale-dtype": "bfloat16",
-        "--steps": "(qat 300, distill 96, omniquant 1220)",
+        "--steps": "(qat 300, distill 96, omniquant 1220 a block)",
         "--batch-size": "(qat 8, others 4)",
         "--seq-len": "(qat 256, distill 512, 256, others 2048)",
         "--samples": "(128)",

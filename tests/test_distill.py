@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import matquant
+from conftest import Interrupt
 from matquant.checkpoint import verify_checkpoint
 from matquant.errors import InputError
 from matquant.train import distill, gptq, qat
@@ -168,19 +169,6 @@ def stop(stage: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Start or continue a run and interrupt it in a stage."""
     module, name, calls = STOPS[stage]
     with monkeypatch.context() as patch:
-        patch.setattr(module, name, Stop(getattr(module, name), calls))
+        patch.setattr(module, name, Interrupt(getattr(module, name), calls))
         with pytest.raises(KeyboardInterrupt):
             run()
-
-
-class Stop:
-    """A function that is interrupted at its call number ``calls``."""
-
-    def __init__(self, function: Any, calls: int) -> None:
-        self.function, self.left = function, calls
-
-    def __call__(self, *arguments: Any, **options: Any) -> Any:
-        self.left -= 1
-        if not self.left:
-            raise KeyboardInterrupt
-        return self.function(*arguments, **options)

@@ -81,13 +81,13 @@ def quantize(
     ] = None,
     text: Files = None,
     steps: Annotated[
-        int | None, Option(help="Optimiser steps.", show_default="qat 300, distill 96, omniquant 1220")
+        int | None, Option(help="Of training.", show_default="qat 300, distill 96, omniquant 1220 a block")
     ] = None,
     batch_size: Annotated[
         int | None, Option(help="Sequences per forward pass.", show_default="qat 8, others 4")
     ] = None,
     seq_len: Annotated[
-        int | None, Option(help="Tokens of each.", show_default="qat 256, distill 512, 256, others 2048")
+        int | None, Option(help="Tokens per window.", show_default="qat 256, distill 512, 256, others 2048")
     ] = None,
     samples: Annotated[
         int | None, Option(help="Calibration sequences of gptq and omniquant.", show_default="128")

@@ -146,6 +146,7 @@ def quantize(
         _check_unset({**fixed, "baseline_bits": baseline_bits, "start": start}, None)
         _check_unset({"rule": rule}, "prefix")
         _check_unset({"symmetric": symmetric}, True)
+        check_writable(target, overwrite=overwrite)
         _check_work(work, resume=resume, overwrite=overwrite)
         common = {"scope": scope, "exclude": exclude, "group_size": group_size, "zeros": zeros}
         common |= {"scale_dtype": scale_dtype, "device": device}
@@ -158,7 +159,6 @@ def quantize(
             options=options,
             work=work,
             resume=resume,
-            overwrite=overwrite,
             report=report,
         )
     if method not in METHODS:
@@ -212,8 +212,7 @@ def quantize(
     )
     settings = chosen.settings(**options) if chosen.settings else None
     slow = getattr(settings, "autocast", False) and place.type == "cpu" and not bf16_is_fast()
-    first = _first(start, method, grid, views, place)
-    before = [open_checkpoint(start, check_hashes=False).spec.method] if start is not None else []
+    before, first = _first(start, method, grid, views, place)
     spec = Spec(
         rule=grid.rule,
         widths=tuple(width.bits for width in widths),
@@ -273,10 +272,10 @@ def _with_notice(report: Report, notice: str) -> Report:
 
 def _first(
     start: Path | str | None, method: str, grid: Grid, views: Mapping[str, View], device: torch.device
-) -> dict[str, NestedTensor]:
-    """The nested tensors of ``start``, torch, on ``device``; InputError unless qat can go on from them."""
+) -> tuple[list[str], dict[str, NestedTensor]]:
+    """The method of ``start`` and its nested tensors, torch, on ``device``; InputError unless qat can go on from it."""
     if start is None:
-        return {}
+        return [], {}
     if method != "qat":
         raise InputError(f"--start asked of method {method!r}, which starts from the float model; use --method qat")
     checkpoint = open_checkpoint(start)
@@ -296,7 +295,8 @@ def _first(
         raise InputError(
             f"--start {start} and this run do not quantise the same weights: {other}; use the same --scope"
         )
-    return {path: nested_to_torch(checkpoint.nested(path), device=device) for path in checkpoint.shapes}
+    first = {path: nested_to_torch(checkpoint.nested(path), device=device) for path in checkpoint.shapes}
+    return [checkpoint.spec.method], first
 
 
 def _in_memory(model: Path | str, device: torch.device) -> Shards:

@@ -19,7 +19,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matquant.checkpoint import check_writable
 from matquant.errors import InputError
 from matquant.files import move_into_place
 from matquant.models import hidden_size
@@ -80,14 +79,12 @@ def run(
     options: Mapping[str, Any],
     work: Path,
     resume: bool,
-    overwrite: bool,
     report: Report,
 ) -> Path:
     """Make ``target`` stage by stage in ``work`` by ``quantize``. common: what it is asked for in every stage."""
     for name in options:
         if name not in (*OWN, *SHARED):
             raise InputError(f"method {NAME!r} has no option {name!r}; it has {', '.join(sorted((*OWN, *SHARED)))}")
-    check_writable(target, overwrite=overwrite)
     settings = {name: value for name, value in {**common, **options}.items() if name != "device"}
     folder = work / _mark(model, text, settings)  # another run's stages are never taken for this one's
     if resume and not folder.is_dir():
