@@ -61,10 +61,27 @@ def oracle_weight(path: str, directory: Path, bits: int) -> np.ndarray:
     return scale * (codes // step * step + (step - 1) / 2 - 128)
 
 
+GRIDS: dict[str, dict[str, Any]] = {
+    "groups": {"group_size": 16},
+    "zero points": {"symmetric": False},
+    "groups with zero points": {"symmetric": False, "group_size": 16},
+}
+STORIES = "stories260K"
+
+
 @pytest.fixture(scope="module")
-def checkpoints(family_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def checkpoints(
+    family_model: Callable[[str], Path], data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """Every family, a model of another's making, and llama on other grids."""
     root = tmp_path_factory.mktemp("checkpoints")
-    return {name: matquant.quantize(family_model(name), root / name, method="rtn", scope="all") for name in FAMILIES}
+    models = {name: family_model(name) for name in FAMILIES} | {STORIES: data / "models" / STORIES}
+    asked = {name: (model, {}) for name, model in models.items()}
+    asked |= {name: (models["llama"], options) for name, options in GRIDS.items()}
+    return {
+        name: matquant.quantize(model, root / name, method="rtn", scope="all", **options)
+        for name, (model, options) in asked.items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -77,15 +94,15 @@ def stock_logits(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPath
     return {name: found[str(directory)] for name, directory in checkpoints.items()}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", [*FAMILIES, STORIES, *GRIDS])
 def test_stock_transformers_reads_the_int8_model(
-    family: str, checkpoints: dict[str, Path], stock_logits: dict[str, torch.Tensor]
+    name: str, checkpoints: dict[str, Path], stock_logits: dict[str, torch.Tensor]
 ) -> None:
-    model = matquant.load(checkpoints[family], dtype=torch.float32, kernels="none")
-    assert_same_logits(stock_logits[family], logits(model))
+    model = matquant.load(checkpoints[name], dtype=torch.float32, kernels="none")
+    assert_same_logits(stock_logits[name], logits(model))
     model.set_bits(7)
     with pytest.raises(AssertionError, match="logits differ"):
-        assert_same_logits(stock_logits[family], logits(model))
+        assert_same_logits(stock_logits[name], logits(model))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -168,20 +185,6 @@ def test_scopes_split_the_linears_in_two(family: str, family_model: Callable[[st
     assert len(ffn) == {"phi3": 4, "opt": 4, "gpt_neox": 4, "qwen3_moe": 24}.get(family, 6)
 
 
-def test_groups_and_zero_points_load_in_stock_transformers(llama: Path, tmp_path: Path) -> None:
-    made = [
-        matquant.quantize(llama, tmp_path / str(index), method="rtn", scope="all", **options)
-        for index, options in enumerate(
-            ({"group_size": 16}, {"symmetric": False}, {"symmetric": False, "group_size": 16})
-        )
-    ]
-    command = [sys.executable, "-c", STOCK, str(tmp_path / "logits"), *map(str, made)]
-    subprocess.run(command, check=True, capture_output=True)
-    found = load_file(tmp_path / "logits")
-    for out in made:
-        assert_same_logits(found[str(out)], logits(matquant.load(out, dtype=torch.float32, kernels="none")))
-
-
 def test_asymmetric_fused_experts_are_refused(family_model: Callable[[str], Path], tmp_path: Path) -> None:
     model = family_model("qwen3_moe")
     with pytest.raises(matquant.InputError) as caught:
@@ -204,9 +207,3 @@ def test_a_stored_scale_of_float32_is_eq_1_to_the_letter(llama: Path, tmp_path: 
     expected = np.float32(2) * np.abs(weight).max(axis=1, keepdims=True) / np.float32(255)
     np.testing.assert_allclose(checkpoint.nested(path).scale, expected, rtol=1e-7)
     assert dataclasses.asdict(checkpoint.spec)["scale_dtype"] == "float32"
-
-
-def test_stories260k_is_a_stock_int8_model(data: Path, tmp_path: Path) -> None:
-    out = matquant.quantize(data / "models" / "stories260K", tmp_path / "out", method="rtn", scope="all")
-    subprocess.run([sys.executable, "-c", STOCK, str(tmp_path / "logits"), str(out)], check=True, capture_output=True)
-    assert_same_logits(load_file(tmp_path / "logits")[str(out)], logits(matquant.load(out, kernels="none")))

@@ -129,19 +129,6 @@ def test_what_masters_cannot_do_is_refused(
         matquant.quantize(llama, tmp_path / "out", text=[text_file], **{**RUN, **changes})
 
 
-def test_masters_resume_to_the_same_bits(llama: Path, text_file: Path, tmp_path: Path) -> None:
-    def kill(record: dict[str, Any]) -> None:
-        if record["step"] == 4:
-            raise InterruptedError
-
-    options: dict[str, Any] = {**RUN, "masters": "each", "save_every": 2, "text": [text_file]}
-    whole = matquant.quantize(llama, tmp_path / "whole", **options)
-    with pytest.raises(InterruptedError):
-        matquant.quantize(llama, tmp_path / "killed", report=kill, **options)
-    resumed = matquant.quantize(llama, tmp_path / "killed", resume=True, **options)
-    assert (whole / "model.safetensors").read_bytes() == (resumed / "model.safetensors").read_bytes()
-
-
 # Starting from a nested checkpoint ------------------------------------------------------------------------------------
 
 

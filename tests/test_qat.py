@@ -367,11 +367,9 @@ def test_a_loss_that_is_not_finite_names_width_and_layer_and_keeps_the_saved_sta
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("variant", [{"affine": "refit"}, {"train_rest": True, "mix": 1.0, "hidden": 1.0}])
-def test_a_killed_run_resumes_to_the_same_bits(
-    variant: dict[str, Any], llama: Path, text_file: Path, tmp_path: Path
-) -> None:
-    options = {"batch_size": 2, "seq_len": 16, "lr": 1e-3, "steps": 40, "save_every": 7, "threads": 1, **variant}
+def test_a_killed_run_resumes_to_the_same_bits(llama: Path, text_file: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"batch_size": 2, "seq_len": 16, "lr": 1e-3, "steps": 40, "save_every": 7, "threads": 1}
+    options |= {"train_rest": True, "mix": 1.0, "hidden": 1.0}
     flags = [part for key, value in options.items() for part in (f"--{key.replace('_', '-')}", str(value))]
     flags = [part for part in flags if part != "True"]
 
@@ -396,3 +394,20 @@ def test_a_killed_run_resumes_to_the_same_bits(
         )
     steps = [json.loads(line)["step"] for line in (tmp_path / "killed" / "training.jsonl").read_text().splitlines()]
     assert steps == list(range(1, 41))
+
+
+@pytest.mark.parametrize("variant", [{"affine": "refit"}, {"masters": "each", "objective": "8,4,3,2"}])
+def test_an_interrupted_run_resumes_to_the_same_bits(
+    variant: dict[str, Any], llama: Path, text_file: Path, tmp_path: Path
+) -> None:
+    def kill(record: dict[str, Any]) -> None:
+        if record["step"] == 4:
+            raise InterruptedError
+
+    options: dict[str, Any] = {**RUN, **variant, "save_every": 3, "text": [text_file]}
+    whole = matquant.quantize(llama, tmp_path / "whole", **options)
+    with pytest.raises(InterruptedError):
+        matquant.quantize(llama, tmp_path / "killed", report=kill, **options)
+    resumed = matquant.quantize(llama, tmp_path / "killed", resume=True, **options)
+    for file in ("model.safetensors", "matquant_slices.safetensors"):
+        assert (whole / file).read_bytes() == (resumed / file).read_bytes()
