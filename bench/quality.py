@@ -262,6 +262,7 @@ PLANS: Options = {"zeros": "centre", "mix": 2.0, "hidden": 1.0}
 
 EVENLY: Options = {**BEST, "start": "gptq+ joint even"}
 EVERY: Options = {"objective": "8,6,4,3,2,fp->8;6;4;3;2", "weights": (1.0,) * 5}
+FREED: Options = {**EVERY, "freeze": 2, "wide_lr": 0.25}  # the bits below int2's and all affines
 LAST: Options = {**EVERY, "freeze": 4, "wide_lr": 1.0, "affine_lr": 10.0}  # the last phase, whatever it starts from
 
 
@@ -291,6 +292,27 @@ def _candidates() -> dict[str, Cell]:
     }
 
 
+def _coarse_to_fine() -> dict[str, Cell]:
+    """As many steps as "qat+ joint even", a third of them after int2's codes are done."""
+    cells = {}
+    for name, more in (("", {}), (" centre", {"start": "gptq+ joint even centre", "zeros": "centre", "hidden": 1.0})):
+        own = ", zeros in the centre, hidden states" if more else ""
+        first = {**EVENLY, **more, "affine_lr": 0.5, "share": 2 / 3}
+        last = {**EVENLY, **more, **FREED, "affine_lr": 0.625, "share": 1 / 3, "start": f"qat+ joint first{name}"}
+        cells[f"qat+ joint first{name}"] = Cell(
+            what=f"... from nested GPTQ with lambda 1, two thirds of the steps, at twice the rate{own}",
+            options=first,
+            rates=(1e-3,),
+            default=False,
+        )
+        cells[f"qat+ joint last{name}"] = Cell(
+            what=f"... from nested GPTQ with lambda 1, a third of the steps after int2's codes are done{own}",
+            options=last,
+            rates=(8e-4,),
+        )
+    return cells
+
+
 def _from_gptq() -> dict[str, Cell]:
     """Dedicated models that start from a dedicated GPTQ pass, and ours on all linears."""
     cells = {
@@ -313,6 +335,7 @@ def _from_gptq() -> dict[str, Cell]:
     centred = {**last, "start": "gptq+ tuned all 128 centre", "group_size": 128, "zeros": "centre"}
     distilled = {**everything, "objective": "fp->8;4;3;2", "hidden": 1.0, "tokens": CALIBRATION, "steps": 96}
     distilled |= {"zeros": "centre"}
+    plans = {**everything, **PLANS, "mix": 3.0}
     corpus: Options = {"method": "distill", "scope": "all", "zeros": "centre", "freeze": 2}
     return cells | {
         "qat+ all distilled": Cell(
@@ -350,10 +373,18 @@ def _from_gptq() -> dict[str, Cell]:
             options={**corpus, "group_size": 128, "steps": 150},
             models=("reference",),
         ),
-        "qat+ all even plans": Cell(
-            what="QAT from nested GPTQ, zeros in the centre, mixes, hidden states, 900 steps, all linears",
-            options={**everything, **PLANS, "start": "gptq+ all even centre", "mix": 3.0, "steps": 900},
-            rates=(5e-4,),
+        "qat+ all plans first": Cell(
+            what="QAT from nested GPTQ, zeros in the centre, mixes, hidden states, 600 steps, all linears",
+            options={**plans, "start": "gptq+ all even centre", "affine_lr": 0.5, "steps": 600},
+            rates=(1e-3,),
+            models=STORIES,
+            default=False,
+        ),
+        "qat+ all plans": Cell(
+            what="QAT from nested GPTQ, zeros in the centre, mixes, hidden states, 600 steps, then 300 in which int2 "
+            "keeps its codes, all linears",
+            options={**plans, **FREED, "start": "qat+ all plans first", "affine_lr": 0.625, "steps": 300},
+            rates=(8e-4,),
             models=STORIES,
         ),
         "qat+ all tuned": Cell(
@@ -414,6 +445,7 @@ CELLS: dict[str, Cell] = {
         },
         rates=(5e-4,),
     ),
+    **_coarse_to_fine(),
     "qat+ joint plans": Cell(
         what="... zeros in the centre, with mixes and hidden states",
         options={**BEST, **PLANS, "start": "gptq+ joint centre"},
@@ -507,10 +539,12 @@ def _quantize(model: str, options: Options, seed: int, text: list[Path], out: Pa
 
 
 def _options(model: str, name: str, lr: float | None, seed: int, more: Options) -> Options:
-    """Those of a model's text, over them a cell's own, over them ``more``."""
-    own = CELLS[name].options
+    """Those of a model's text, over them a cell's own, over them ``more``. A cell's "share" is of its text's steps."""
+    own = dict(CELLS[name].options)
     method = own.get("method", "qat")
     options = {**SETTINGS[model].training.get(method, {}), **({"seed": seed} if method != "rtn" else {})}
+    if "share" in own:
+        own["steps"] = round(options["steps"] * own.pop("share"))
     return {**options, **({"lr": lr} if lr is not None else {}), **own, **more}
 
 
