@@ -293,42 +293,56 @@ def _candidates() -> dict[str, Cell]:
 
 
 def _coarse_to_fine() -> dict[str, Cell]:
-    """As many steps as "qat+ joint even", a third of them after int2's codes are done."""
-    cells = {}
-    for name, more in (("", {}), (" centre", {"start": "gptq+ joint even centre", "zeros": "centre", "hidden": 1.0})):
-        own = ", zeros in the centre, hidden states" if more else ""
-        first = {**EVENLY, **more, "affine_lr": 0.5, "share": 2 / 3}
-        last = {**EVENLY, **more, **FREED, "affine_lr": 0.625, "share": 1 / 3, "start": f"qat+ joint first{name}"}
-        cells[f"qat+ joint first{name}"] = Cell(
-            what=f"... from nested GPTQ with lambda 1, two thirds of the steps, at twice the rate{own}",
-            options=first,
-            rates=(1e-3,),
-            default=False,
-        )
-        cells[f"qat+ joint last{name}"] = Cell(
-            what=f"... from nested GPTQ with lambda 1, a third of the steps after int2's codes are done{own}",
-            options=last,
+    """As many steps as "qat+ joint even", a third of them after int2's codes are done. The embedded model's text is its
+    own: it learns from its logits alone first, and wants smaller rates."""
+    first = {**EVENLY, "affine_lr": 0.5, "share": 2 / 3}
+    last = {**EVENLY, **FREED, "share": 1 / 3}
+    centre: Options = {"zeros": "centre", "hidden": 1.0}
+    alone = {**first, **centre, "start": "gptq+ joint even centre", "objective": "fp->8;4;3;2", "wide_lr": 0.25}
+    what = "... from nested GPTQ with lambda 1, the last third of the steps without int2's codes"
+    return {
+        "qat+ joint first": Cell(
+            what="... the first two thirds of them", options=first, rates=(1e-3,), models=STORIES, default=False
+        ),
+        "qat+ joint last": Cell(
+            what=what,
+            options={**last, "affine_lr": 0.625, "start": "qat+ joint first"},
             rates=(8e-4,),
-        )
-    return cells
+            models=STORIES,
+        ),
+        "qat+ joint first distilled": Cell(
+            what="... the first two thirds of them, distilled",
+            options=alone,
+            rates=(1e-3,),
+            models=("reference",),
+            default=False,
+        ),
+        "qat+ joint last distilled": Cell(
+            what=f"{what}, the others by distillation alone, zeros in the centre",
+            options={**last, **centre, "affine_lr": 2.5, "start": "qat+ joint first distilled"},
+            rates=(2e-4,),
+            models=("reference",),
+        ),
+    }
 
 
 def _from_gptq() -> dict[str, Cell]:
     """Dedicated models that start from a dedicated GPTQ pass, and ours on all linears."""
-    cells = {
-        f"qat+start int{bits}": Cell(
+    own: Options = {"method": "qat", "affine": "learned"}
+    cells = {}
+    for bits in (4, 3, 2):
+        start = {**own, "baseline_bits": bits, "start": f"gptq+ int{bits}"}
+        cells[f"qat+start int{bits}"] = Cell(
             what=f"dedicated int{bits} from GPTQ, {bits},fp->{bits}",
-            options={
-                "method": "qat",
-                "affine": "learned",
-                "baseline_bits": bits,
-                "objective": f"{bits},fp->{bits}",
-                "start": f"gptq+ int{bits}",
-            },
+            options={**start, "objective": f"{bits},fp->{bits}"},
             rates=(2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3),
         )
-        for bits in (4, 3, 2)
-    }
+        cells[f"qat+distilled int{bits}"] = Cell(
+            what=f"dedicated int{bits} from GPTQ, fp->{bits}, hidden states",
+            options={**start, "objective": f"fp->{bits}", "hidden": 1.0},
+            rates=(5e-4, 1e-3, 2e-3),
+            models=("reference",),
+        )
     everything = {**BEST, "scope": "all", "start": "gptq+ all"}
     every = {**everything, **EVERY, "start": "gptq+ tuned all"}
     last = {**every, **LAST, "tokens": CALIBRATION, "steps": 64}

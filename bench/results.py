@@ -371,7 +371,7 @@ def _met(cells: dict[str, Record], name: str, dedicated: Sequence[float | None])
 
 
 def _dedicated(
-    cells: dict[str, Record], method: str, width: int, *, kinds: Sequence[str] = ("", "+", "+start")
+    cells: dict[str, Record], method: str, width: int, *, kinds: Sequence[str] = ("", "+", "+start", "+distilled")
 ) -> float | None:
     """The best of the paper's baseline and the improved ones, on SELECT tokens being alike, by what it reached."""
     found = [_value(cells, f"{method}{kind} int{width}", width) for kind in kinds]
@@ -490,7 +490,7 @@ def _memory(kept: Record) -> list[str]:
 EVEN = "qat+ joint even"
 STANDING = {  # the last of each that a model has
     "one-shot": ("gptq+ all", "qat+ all one-shot", "qat+ all one-shot 128"),
-    "trained": ("distill trained 128", "qat+ all even plans"),
+    "trained": ("distill trained 128", "qat+ all plans"),
 }
 OURS_ALL = (
     "gptq+ all",
@@ -502,7 +502,7 @@ OURS_ALL = (
     "qat+ all tuned",
     "distill trained",
     "distill trained 128",
-    "qat+ all even plans",
+    "qat+ all plans",
 )
 
 
