@@ -295,8 +295,8 @@ def _candidates() -> dict[str, Cell]:
 def _coarse_to_fine() -> dict[str, Cell]:
     """As many steps as "qat+ joint even", a third of them after int2's codes are done. The embedded model's text is its
     own: it learns from its logits alone first, and wants smaller rates."""
-    first = {**EVENLY, "affine_lr": 0.5, "share": 2 / 3}
-    last = {**EVENLY, **FREED, "share": 1 / 3}
+    first = {**EVENLY, "affine_lr": 0.5, "share": (0, 2 / 3)}
+    last = {**EVENLY, **FREED, "share": (2 / 3, 1)}
     centre: Options = {"zeros": "centre", "hidden": 1.0}
     alone = {**first, **centre, "start": "gptq+ joint even centre", "objective": "fp->8;4;3;2", "wide_lr": 0.25}
     what = "... from nested GPTQ with lambda 1, the last third of the steps without int2's codes"
@@ -553,12 +553,13 @@ def _quantize(model: str, options: Options, seed: int, text: list[Path], out: Pa
 
 
 def _options(model: str, name: str, lr: float | None, seed: int, more: Options) -> Options:
-    """Those of a model's text, over them a cell's own, over them ``more``. A cell's "share" is of its text's steps."""
+    """Those of a model's text, over them a cell's own, over them ``more``. share: the part of the steps, from and to."""
     own = dict(CELLS[name].options)
     method = own.get("method", "qat")
     options = {**SETTINGS[model].training.get(method, {}), **({"seed": seed} if method != "rtn" else {})}
     if "share" in own:
-        own["steps"] = round(options["steps"] * own.pop("share"))
+        first, last = (round(options["steps"] * part) for part in own.pop("share"))
+        own |= {"steps": last - first, **({"skip_batches": first} if first else {})}
     return {**options, **({"lr": lr} if lr is not None else {}), **own, **more}
 
 

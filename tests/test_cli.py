@@ -1246,8 +1246,8 @@ FLAGS: dict[str, list[str]] = {
         "--seed",
         "--accumulate", "--bf16",
         "--checkpoint-activations", "--train-rest", "--learn-clip", "--masters", "--pull", "--wide-lr", "--affine-lr",
-        "--stagger", "--freeze", "--mix", "--hidden", "--save-every", "--device", "--threads", "--resume",
-        "--overwrite", "--help",
+        "--stagger", "--freeze", "--mix", "--hidden", "--skip-batches", "--save-every", "--device", "--threads",
+        "--resume", "--overwrite", "--help",
     ],
     "eval": [
         "--bits", "--text", "--plan", "--reference", "--seq-len", "--stride", "--max-tokens", "--skip-documents",
@@ -1316,6 +1316,7 @@ DEFAULTS: dict[str, dict[str, str]] = {
         "--freeze": "(qat 0, distill 4)",
         "--mix": "(0)",
         "--hidden": "(0)",
+        "--skip-batches": "(0)",
         "--save-every": "(100)",
         "--device": "(cuda if there is one)",
         "--threads": "(all)",

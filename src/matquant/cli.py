@@ -145,6 +145,7 @@ def quantize(
     hidden: Annotated[
         float | None, Option(help="qat: weight of the layers' distance to float ones.", show_default="0")
     ] = None,
+    skip_batches: Annotated[int | None, Option(help="qat: batches left out at the start.", show_default="0")] = None,
     save_every: Annotated[int | None, Option(help="Steps between saved states.", show_default="100")] = None,
     device: Annotated[str | None, Option(help="cpu or cuda.", show_default="cuda if there is one")] = None,
     threads: Annotated[int | None, Option(help="CPU threads.", show_default="all")] = None,

@@ -66,7 +66,8 @@ class Schedule:
     one keep the codes they start with (0: none do), so that only their affines and the bits below are trained, none of
     which any two of them share. mix: weight of one more loss, of a plan drawn at random for each batch (``draw_mix``),
     with the targets of the narrowest width. hidden: weight, within each loss, of the relative squared distance of the
-    decoder layers' outputs to the float model's. save_every: steps between saved states.
+    decoder layers' outputs to the float model's. skip_batches: so many batches at the start of the data's order are
+    left out, such as those that an earlier phase with the same seed has seen. save_every: steps between saved states.
     """
 
     steps: int = 300
@@ -90,6 +91,7 @@ class Schedule:
     freeze: int = 0
     mix: float = 0.0
     hidden: float = 0.0
+    skip_batches: int = 0
     save_every: int = 100
 
 
@@ -108,7 +110,7 @@ def check_options(options: Mapping[str, Any]) -> None:
             raise InputError(f"{name}={getattr(schedule, name)}; give a number of at least 0")
     if schedule.masters not in MASTERS:
         raise InputError(f"masters={schedule.masters!r} is not known; use one of {', '.join(MASTERS)}")
-    for name in ("seed", "freeze"):
+    for name in ("seed", "freeze", "skip_batches"):
         if getattr(schedule, name) < 0:
             raise InputError(f"{name}={getattr(schedule, name)}; give a number of at least 0")
     if schedule.freeze and schedule.masters != "each":
@@ -316,7 +318,7 @@ def train_step(
     losses: dict[str, float] = {}
     chained = any(state.coarse.values()) or next(state.named_learned(), None) is not None
     for part in range(schedule.accumulate):
-        index = state.step * schedule.accumulate + part
+        index = schedule.skip_batches + state.step * schedule.accumulate + part
         rows = batch(windows, index, size=schedule.batch_size, seed=schedule.seed)
         tokens = torch.from_numpy(rows).to(model.device)
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
