@@ -553,7 +553,7 @@ def _quantize(model: str, options: Options, seed: int, text: list[Path], out: Pa
 
 
 def _options(model: str, name: str, lr: float | None, seed: int, more: Options) -> Options:
-    """Those of a model's text, over them a cell's own, over them ``more``. share: the part of the steps, from and to."""
+    """Those of a model's text, over them a cell's own, over them ``more``. share: of the steps, from and to."""
     own = dict(CELLS[name].options)
     method = own.get("method", "qat")
     options = {**SETTINGS[model].training.get(method, {}), **({"seed": seed} if method != "rtn" else {})}
