@@ -344,7 +344,7 @@ def _candidates(best: Best) -> list[str]:
     rows = []
     for model, cells in best.items():
         base = [_value(cells, EVEN, width) for width in WIDTHS]
-        for name in (EVEN, *(name for name in cells if name.startswith("qat+ try"))):
+        for name in (EVEN, "qat+ joint last", *(name for name in cells if name.startswith("qat+ try"))):
             if name in cells:
                 what = "as it is" if name == EVEN else CELLS[name].what
                 values = [_value(cells, name, width) for width in WIDTHS]
@@ -352,8 +352,9 @@ def _candidates(best: Best) -> list[str]:
     head = [
         "### Candidates",
         "",
-        "QAT of all widths at equal steps and data, one thing changed at a time. In brackets against the first row,",
-        "whose second seed differs by up to 0.5 % (int3). Where the library has no option, bench/trials.py changes it.",
+        "QAT of all widths at equal steps and data; but for the second row, which is also at other rates, one thing",
+        "changed at a time. In brackets against the first row, whose second seed differs by up to 0.5 % (int3). Where",
+        "the library has no option, bench/trials.py changes it.",
         "",
     ]
     return [*head, *_table(["model", "", *(f"int{width}" for width in WIDTHS)], rows)] if len(rows) > 1 else []
