@@ -340,7 +340,7 @@ def _from_gptq() -> dict[str, Cell]:
         cells[f"qat+distilled int{bits}"] = Cell(
             what=f"dedicated int{bits} from GPTQ, fp->{bits}, hidden states",
             options={**start, "objective": f"fp->{bits}", "hidden": 1.0},
-            rates=(5e-4, 1e-3, 2e-3),
+            rates=(2e-3, 1e-3, 5e-4),
             models=("reference",),
         )
     everything = {**BEST, "scope": "all", "start": "gptq+ all"}
