@@ -559,7 +559,7 @@ def _options(model: str, name: str, lr: float | None, seed: int, more: Options) 
     options = {**SETTINGS[model].training.get(method, {}), **({"seed": seed} if method != "rtn" else {})}
     if "share" in own:
         first, last = (round(options["steps"] * part) for part in own.pop("share"))
-        own |= {"steps": last - first, **({"skip_batches": first} if first else {})}
+        own |= {"steps": last - first, "skip_batches": first}
     return {**options, **({"lr": lr} if lr is not None else {}), **own, **more}
 
 
