@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import matquant
-from conftest import FAMILIES
+from conftest import FAMILIES, Interrupt
 from matquant.errors import InputError
 from matquant.models import decoder_layers, embed, load_float, open_shards
 
@@ -75,22 +75,14 @@ def test_layers_called_one_after_the_other_are_the_model(family: str, family_mod
             torch.testing.assert_close(states, seen[0][2 * number : 2 * number + 2], rtol=1e-4, atol=1e-4)
 
 
-def kill_after(blocks: int) -> Callable[[dict[str, Any]], None]:
-    def report(record: dict[str, Any]) -> None:
-        if record["step"] == blocks:
-            raise InterruptedError
-
-    return report
-
-
 @pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3_moe"])
 def test_a_run_resumed_at_a_block_ends_with_the_same_bits(
     family: str, family_model: Callable[[str], Path], text_file: Path, tmp_path: Path
 ) -> None:
     model = family_model(family)
     whole = matquant.quantize(model, tmp_path / "whole", text=[text_file], **RUN)
-    with pytest.raises(InterruptedError):
-        matquant.quantize(model, tmp_path / "killed", text=[text_file], report=kill_after(1), **RUN)
+    with pytest.raises(KeyboardInterrupt):
+        matquant.quantize(model, tmp_path / "killed", text=[text_file], report=Interrupt(print, 1), **RUN)
     assert not (tmp_path / "killed").exists()
     assert len(list((tmp_path / ".killed.work" / "blocks").iterdir())) == 1
     resumed = matquant.quantize(model, tmp_path / "killed", text=[text_file], resume=True, **RUN)
@@ -121,8 +113,8 @@ def test_a_run_killed_from_outside_ends_with_the_same_bits(llama: Path, text_fil
 
 
 def test_blocks_of_another_run_or_damaged_ones_are_refused(llama: Path, text_file: Path, tmp_path: Path) -> None:
-    with pytest.raises(InterruptedError):
-        matquant.quantize(llama, tmp_path / "out", text=[text_file], report=kill_after(1), **RUN)
+    with pytest.raises(KeyboardInterrupt):
+        matquant.quantize(llama, tmp_path / "out", text=[text_file], report=Interrupt(print, 1), **RUN)
     with pytest.raises(InputError, match=r"--resume with seed=1, the interrupted run had 0; use the same settings, or"):
         matquant.quantize(llama, tmp_path / "out", text=[text_file], resume=True, seed=1, **RUN)
     block = tmp_path / ".out.work" / "blocks" / "00000.safetensors"

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import matquant
-from conftest import FAMILIES
+from conftest import FAMILIES, Interrupt
 from matquant.checkpoint import open_checkpoint
 from matquant.models import load_tokenizer
 from matquant.plan.sensitivity import open_losses
@@ -91,12 +91,8 @@ def test_qat_from_a_start_resumes_to_the_same_bits(llama: Path, text_file: Path,
     options = {**EVERYTHING, "start": first, "text": [text_file], "device": "cuda", "save_every": 2}
     whole = matquant.quantize(llama, tmp_path / "whole", **options)
 
-    def stop(record: dict[str, Any]) -> None:
-        if record["step"] == 5:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        matquant.quantize(llama, tmp_path / "killed", report=stop, **options)
+        matquant.quantize(llama, tmp_path / "killed", report=Interrupt(print, 5), **options)
     killed = matquant.quantize(llama, tmp_path / "killed", resume=True, **options)
     assert equal_codes(whole, killed) == 1.0
     assert losses(whole) == losses(killed)

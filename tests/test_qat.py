@@ -18,6 +18,7 @@ import torch
 from torch.nn import functional
 
 import matquant
+from conftest import Interrupt
 from matquant.checkpoint import open_checkpoint
 from matquant.errors import InputError
 from matquant.grid import fit_slice
@@ -414,14 +415,10 @@ def test_a_killed_run_resumes_to_the_same_bits(llama: Path, text_file: Path, tmp
 def test_an_interrupted_run_resumes_to_the_same_bits(
     variant: dict[str, Any], llama: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    def kill(record: dict[str, Any]) -> None:
-        if record["step"] == 4:
-            raise InterruptedError
-
     options: dict[str, Any] = {**RUN, **variant, "save_every": 3, "text": [text_file]}
     whole = matquant.quantize(llama, tmp_path / "whole", **options)
-    with pytest.raises(InterruptedError):
-        matquant.quantize(llama, tmp_path / "killed", report=kill, **options)
+    with pytest.raises(KeyboardInterrupt):
+        matquant.quantize(llama, tmp_path / "killed", report=Interrupt(print, 4), **options)
     resumed = matquant.quantize(llama, tmp_path / "killed", resume=True, **options)
     for file in ("model.safetensors", "matquant_slices.safetensors"):
         assert (whole / file).read_bytes() == (resumed / file).read_bytes()

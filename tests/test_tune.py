@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import matquant
+from conftest import Interrupt
 from matquant.checkpoint import open_checkpoint
 from matquant.errors import InputError
 from matquant.grid import encode
@@ -173,14 +174,10 @@ def test_a_dedicated_width_is_tuned_alone(bits: int, llama: Path, text_file: Pat
 
 
 def test_a_tuned_run_resumed_at_a_block_ends_with_the_same_bits(llama: Path, text_file: Path, tmp_path: Path) -> None:
-    def kill(record: dict[str, Any]) -> None:
-        if record["step"] == 1:
-            raise InterruptedError
-
     options = {**RUN, "tune": 4, "text": [text_file]}
     whole = matquant.quantize(llama, tmp_path / "whole", **options)
-    with pytest.raises(InterruptedError):
-        matquant.quantize(llama, tmp_path / "killed", report=kill, **options)
+    with pytest.raises(KeyboardInterrupt):
+        matquant.quantize(llama, tmp_path / "killed", report=Interrupt(print, 1), **options)
     with pytest.raises(InputError, match="--resume with tune=5, the interrupted run had 4"):
         matquant.quantize(llama, tmp_path / "killed", resume=True, **{**options, "tune": 5})
     resumed = matquant.quantize(llama, tmp_path / "killed", resume=True, **options)
