@@ -223,9 +223,6 @@ def _one_pass() -> dict[str, Cell]:
             models=("reference",),
         ),
         "gptq+ tuned": Cell(what="nested GPTQ, tuned", options={**gptq, **TUNED}, models=("reference",)),
-        "gptq+ tuned all": Cell(
-            what="nested GPTQ, tuned, all linears", options={**gptq, **TUNED, "scope": "all"}, models=("reference",)
-        ),
         "gptq+ tuned all 128 centre": Cell(
             what="nested GPTQ, tuned, all linears, groups of 128, zeros in the centre",
             options={**gptq, **TUNED, "scope": "all", "group_size": 128, "zeros": "centre"},
@@ -323,6 +320,19 @@ def _coarse_to_fine() -> dict[str, Cell]:
             rates=(2e-4,),
             models=("reference",),
         ),
+        "qat+ joint first distilled free": Cell(
+            what="... the first two thirds of them, distilled, no pull on the narrow masters",
+            options={**alone, "pull": 0.0},
+            rates=(1e-3,),
+            models=("reference",),
+            default=False,
+        ),
+        "qat+ joint last distilled free": Cell(
+            what=f"{what}, the others by distillation alone, zeros in the centre, no pull on the narrow masters",
+            options={**last, **centre, "affine_lr": 2.5, "pull": 0.0, "start": "qat+ joint first distilled free"},
+            rates=(2e-4,),
+            models=("reference",),
+        ),
     }
 
 
@@ -344,8 +354,7 @@ def _from_gptq() -> dict[str, Cell]:
             models=("reference",),
         )
     everything = {**BEST, "scope": "all", "start": "gptq+ all"}
-    every = {**everything, **EVERY, "start": "gptq+ tuned all"}
-    last = {**every, **LAST, "tokens": CALIBRATION, "steps": 64}
+    last = {**everything, **LAST, "tokens": CALIBRATION, "steps": 64}
     centred = {**last, "start": "gptq+ tuned all 128 centre", "group_size": 128, "zeros": "centre"}
     distilled = {**everything, "objective": "fp->8;4;3;2", "hidden": 1.0, "tokens": CALIBRATION, "steps": 96}
     distilled |= {"zeros": "centre"}
@@ -400,9 +409,6 @@ def _from_gptq() -> dict[str, Cell]:
             options={**plans, **FREED, "start": "qat+ all plans first", "affine_lr": 0.625, "steps": 300},
             rates=(8e-4,),
             models=STORIES,
-        ),
-        "qat+ all tuned": Cell(
-            what="QAT from tuned nested GPTQ, all linears", options=every, rates=(2.5e-4,), models=("reference",)
         ),
         "qat+ all last 128 centre": Cell(
             what="nested GPTQ, tuned, then low bits and affines alone, groups of 128, zeros in the centre, all linears",

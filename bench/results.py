@@ -496,11 +496,9 @@ STANDING = {  # the last of each that a model has
 OURS_ALL = (
     "gptq+ all",
     "gptq+ all 128",
-    "gptq+ tuned all",
     "qat+ all last 128 centre",
     "qat+ all one-shot",
     "qat+ all one-shot 128",
-    "qat+ all tuned",
     "distill trained",
     "distill trained 128",
     "qat+ all plans",
