@@ -320,6 +320,20 @@ def _coarse_to_fine() -> dict[str, Cell]:
             rates=(2e-4,),
             models=("reference",),
         ),
+        "qat+ joint first free": Cell(
+            what="... the first half of them, no pull on the narrow masters",
+            options={**first, "pull": 0.0, "share": (0, 1 / 2)},
+            rates=(1e-3,),
+            models=STORIES,
+            default=False,
+        ),
+        "qat+ joint last free": Cell(
+            what="... from nested GPTQ with lambda 1, the last half of the steps without int2's codes, no pull on the "
+            "narrow masters",
+            options={**last, "affine_lr": 0.83, "pull": 0.0, "share": (1 / 2, 1), "start": "qat+ joint first free"},
+            rates=(6e-4,),
+            models=STORIES,
+        ),
         "qat+ joint first distilled free": Cell(
             what="... the first two thirds of them, distilled, no pull on the narrow masters",
             options={**alone, "pull": 0.0},
