@@ -317,6 +317,7 @@ def _beyond(best: Best) -> list[str]:
     for method in ("qat", "omniquant", "gptq"):
         for model, cells in best.items():
             names = [name for name in cells if name.startswith(f"{method}+ joint")]
+            names = [name for name in names if "steps" not in CELLS[name].options]  # not as many as theirs
             if not names:
                 continue
             rows = []
