@@ -290,8 +290,8 @@ def _candidates() -> dict[str, Cell]:
 
 
 def _coarse_to_fine() -> dict[str, Cell]:
-    """As many steps as "qat+ joint even", a third of them after int2's codes are done. The embedded model's text is its
-    own: it learns from its logits alone first, and wants smaller rates."""
+    """As many steps as "qat+ joint even", the last of them after int2's codes are done. The embedded model's text is
+    its own: it learns from its logits alone first, and wants smaller rates."""
     first = {**EVENLY, "affine_lr": 0.5, "share": (0, 2 / 3)}
     last = {**EVENLY, **FREED, "share": (2 / 3, 1)}
     centre: Options = {"zeros": "centre", "hidden": 1.0}
@@ -333,19 +333,6 @@ def _coarse_to_fine() -> dict[str, Cell]:
             options={**last, "affine_lr": 0.83, "pull": 0.0, "share": (1 / 2, 1), "start": "qat+ joint first free"},
             rates=(6e-4,),
             models=STORIES,
-        ),
-        "qat+ joint first distilled free": Cell(
-            what="... the first two thirds of them, distilled, no pull on the narrow masters",
-            options={**alone, "pull": 0.0},
-            rates=(1e-3,),
-            models=("reference",),
-            default=False,
-        ),
-        "qat+ joint last distilled free": Cell(
-            what=f"{what}, the others by distillation alone, zeros in the centre, no pull on the narrow masters",
-            options={**last, **centre, "affine_lr": 2.5, "pull": 0.0, "start": "qat+ joint first distilled free"},
-            rates=(2e-4,),
-            models=("reference",),
         ),
     }
 
