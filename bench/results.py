@@ -353,9 +353,9 @@ def _candidates(best: Best) -> list[str]:
     head = [
         "### Candidates",
         "",
-        "QAT of all widths at equal steps and data; one thing changed at a time, but in the second and third row, which are",
-        "at other rates too. In brackets against the first row, whose second seed differs by up to 0.5 % (int3).",
-        "Where the library has no option, bench/trials.py changes it.",
+        "QAT of all widths at equal steps and data; one thing changed at a time, but in the second and third row,",
+        "which are at other rates too. In brackets against the first row, whose second seed differs by up to 0.5 %",
+        "(int3). Where the library has no option, bench/trials.py changes it.",
         "",
     ]
     return [*head, *_table(["model", "", *(f"int{width}" for width in WIDTHS)], rows)] if len(rows) > 1 else []
