@@ -351,7 +351,7 @@ def _from_gptq() -> dict[str, Cell]:
         cells[f"qat+distilled int{bits}"] = Cell(
             what=f"dedicated int{bits} from GPTQ, fp->{bits}, hidden states",
             options={**start, "objective": f"fp->{bits}", "hidden": 1.0},
-            rates=(2e-3, 1e-3, 5e-4),
+            rates=(2e-3, 1e-3, 4e-3),
             models=("reference",),
         )
     everything = {**BEST, "scope": "all", "start": "gptq+ all"}
