@@ -316,8 +316,9 @@ def _beyond(best: Best) -> list[str]:
     ]
     for method in ("qat", "omniquant", "gptq"):
         for model, cells in best.items():
-            names = [name for name in cells if name.startswith(f"{method}+ joint")]
-            names = [name for name in names if "steps" not in CELLS[name].options]  # not as many as theirs
+            names = [  # of as many steps as the dedicated models
+                name for name in cells if name.startswith(f"{method}+ joint") and "steps" not in CELLS[name].options
+            ]
             if not names:
                 continue
             rows = []
