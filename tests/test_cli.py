@@ -501,6 +501,26 @@ def test_a_device_that_is_not_there_is_refused(device: str, refuse: Refuse, star
     refuse(*start("--device", device), naming=("device", repr(device), "cpu"))
 
 
+@pytest.mark.parametrize("verb", ["eval", "plan", "report"])
+def test_measuring_on_a_device_that_is_not_there_is_refused(
+    verb: str, refuse: Refuse, checkpoint: Path, text_file: Path, tmp_path: Path
+) -> None:
+    more = {"eval": (), "plan": ("-o", tmp_path / "p", "--bits-per-weight", 4), "report": ("-o", tmp_path / "r.html")}
+    arguments = (verb, checkpoint, *more[verb], "--text", text_file, "--device", "cuda:99")
+    refuse(*arguments, naming=("device='cuda:99' is not there", "use one of cpu"))
+
+
+def test_a_device_whose_memory_is_full_is_named(
+    refuse: Refuse, checkpoint: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 8.00 GiB. See ...")
+
+    monkeypatch.setattr("matquant.eval.run.load", load)
+    message = "CUDA out of memory. Tried to allocate 2.00 GiB; give fewer or shorter sequences at once, or --device cpu"
+    refuse("eval", checkpoint, "--text", text_file, message=message)
+
+
 def test_a_seed_is_at_least_0(refuse: Refuse, start: Arguments) -> None:
     refuse(*start("--seed", "-1"), naming=("seed=-1; give a number", "0"))
 
@@ -1251,15 +1271,15 @@ FLAGS: dict[str, list[str]] = {
     ],
     "eval": [
         "--bits", "--text", "--plan", "--reference", "--seq-len", "--stride", "--max-tokens", "--skip-documents",
-        "--tasks", "--tasks-data", "--limit", "--batch-size", "--json", "--plot", "--help",
+        "--tasks", "--tasks-data", "--limit", "--batch-size", "--device", "--json", "--plot", "--help",
     ],
     "report": [
-        "--out", "--eval", "--plan", "--pareto", "--sensitivity", "--text", "--max-tokens", "--help",
+        "--out", "--eval", "--plan", "--pareto", "--sensitivity", "--text", "--max-tokens", "--device", "--help",
     ],
     "plan": [
         "--out", "--strategy", "--bits-per-weight", "--size", "--tokens-per-second", "--text", "--reference",
-        "--widths", "--fused", "--samples", "--seq-len", "--seed", "--evaluations", "--pareto", "--baselines", "--plot",
-        "--help",
+        "--widths", "--fused", "--samples", "--seq-len", "--seed", "--device", "--evaluations", "--pareto",
+        "--baselines", "--plot", "--help",
     ],
     "inspect": ["--json", "--help"],
     "verify": ["--help"],
@@ -1328,6 +1348,7 @@ DEFAULTS: dict[str, dict[str, str]] = {
         "--skip-documents": "0",
         "--tasks-data": "(the hub)",
         "--batch-size": "8",
+        "--device": "(cuda if there is one)",
     },
     "plan": {
         "--strategy": "search",
@@ -1337,10 +1358,11 @@ DEFAULTS: dict[str, dict[str, str]] = {
         "--samples": "8",
         "--seq-len": "(the model's context, 512 at most)",
         "--seed": "0",
+        "--device": "(cuda if there is one)",
         "--evaluations": "100",
         "--plot": "(-o with .png)",
     },
-    "report": {},
+    "report": {"--device": "(cuda if there is one)"},
     "inspect": {},
     "verify": {},
     "generate": {

@@ -11,6 +11,7 @@ import torch
 import matquant
 from conftest import FAMILIES, Interrupt
 from matquant.checkpoint import open_checkpoint
+from matquant.eval.run import evaluate_checkpoint
 from matquant.models import load_tokenizer
 from matquant.plan.sensitivity import open_losses
 from matquant.text import read_documents, token_stream
@@ -125,7 +126,22 @@ def test_bf16_reads_the_weights_of_each_width(llama: Path, text_file: Path, tmp_
     torch.testing.assert_close(losses(tmp_path / "rounded"), losses(tmp_path / "exact"), rtol=5e-2, atol=5e-2)
 
 
-def test_plans_are_measured(llama: Path, text_file: Path, tmp_path: Path) -> None:
-    made = matquant.quantize(llama, tmp_path / "made", text=[text_file], device="cuda", **GPTQ)
-    with open_losses(made, [text_file], samples=4, seq_len=32) as kept:
-        assert kept.measure(dict.fromkeys(kept.paths, 2)) > kept.measure(dict.fromkeys(kept.paths, 8))
+def test_plans_are_measured_as_on_the_cpu(llama: Path, text_file: Path, tmp_path: Path) -> None:
+    found = {}
+    for device in ("cpu", "cuda"):  # each its own checkpoint: losses are kept beside it
+        made = matquant.quantize(llama, tmp_path / device, text=[text_file], device="cpu", **GPTQ)
+        with open_losses(made, [text_file], reference=llama, samples=4, seq_len=32, device=device) as kept:
+            mixed = {path: (2, 8)[index % 2] for index, path in enumerate(kept.paths)}
+            found[device] = [kept.measure(plan) for plan in (dict.fromkeys(kept.paths, 2), mixed)]
+            assert kept.model.device.type == device
+    torch.testing.assert_close(found["cuda"], found["cpu"], rtol=1e-3, atol=1e-5)
+
+
+def test_a_checkpoint_is_evaluated_as_on_the_cpu(llama: Path, text_file: Path, tmp_path: Path) -> None:
+    made = matquant.quantize(llama, tmp_path / "made", text=[text_file], device="cpu", **GPTQ)
+    found = {
+        device: evaluate_checkpoint(made, bits=(8, 2), text=[text_file], reference=llama, device=device)
+        for device in ("cpu", "cuda")
+    }
+    for name in ("log_perplexity", "reference"):
+        torch.testing.assert_close(found["cuda"][name], found["cpu"][name], rtol=1e-3, atol=1e-3)

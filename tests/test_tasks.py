@@ -255,7 +255,7 @@ def test_results_equal_the_harness_on_the_dense_slice(
     """Exactly, on a real model: every metric at two widths; and the other width's results differ."""
     model, tasks = data / "models" / "stories260K", ["arc_easy", "winogrande"]
     out = matquant.quantize(model, tmp_path / "out", method="rtn", scope="all")
-    found = evaluate_checkpoint(out, bits=(4, 2), tasks=tasks, tasks_data=data / "zeroshot", limit=20)
+    found = evaluate_checkpoint(out, bits=(4, 2), tasks=tasks, tasks_data=data / "zeroshot", limit=20, device="cpu")
     for bits in (4, 2):
         dense = tmp_path / f"dense{bits}"
         export(out, dense, to="dense", bits=bits)

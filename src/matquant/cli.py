@@ -1,5 +1,6 @@
 """The command line: verbs only. What they do is in the packages they call."""
 
+import functools
 import importlib
 import json
 import sys
@@ -38,6 +39,7 @@ Files = Annotated[
     list[Path] | None, Option("--text", metavar="FILE...", help="UTF-8 text, documents cut at <|endoftext|>.")
 ]
 MoreFiles = Annotated[list[Path] | None, typer.Argument(metavar="[FILE]...", hidden=True)]
+Device = Annotated[str | None, Option(help="cpu or cuda.", show_default="cuda if there is one")]
 Directory = Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint made by matquant quantize.")]
 
 
@@ -47,6 +49,12 @@ def main() -> None:
         app()
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported for this
+            raise
+        reason = ". ".join(str(error).split(". ")[:2])  # what was asked for; then come pages of advice
+        print(f"error: {reason}; give fewer or shorter sequences at once, or --device cpu", file=sys.stderr)
         sys.exit(2)
 
 
@@ -147,7 +155,7 @@ def quantize(
     ] = None,
     skip_batches: Annotated[int | None, Option(help="qat: batches left out at the start.", show_default="0")] = None,
     save_every: Annotated[int | None, Option(help="Steps between saved states.", show_default="100")] = None,
-    device: Annotated[str | None, Option(help="cpu or cuda.", show_default="cuda if there is one")] = None,
+    device: Device = None,
     threads: Annotated[int | None, Option(help="CPU threads.", show_default="all")] = None,
     resume: Annotated[bool, Option("--resume", help="Continue an interrupted run.")] = False,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace OUT, and any interrupted run.")] = False,
@@ -182,6 +190,7 @@ def evaluate(
     ] = None,
     limit: Annotated[int | None, Option(help="Only the first so many questions of a task.")] = None,
     batch_size: Annotated[int, Option(help="Answers of a task per forward pass.")] = 8,
+    device: Device = None,
     json_file: Annotated[
         Path | None, Option("--json", metavar="FILE", help="Write the record here too; finished tasks are kept.")
     ] = None,
@@ -202,6 +211,7 @@ def evaluate(
         tasks_data=tasks_data,
         limit=limit,
         batch_size=batch_size,
+        device=device,
         json_file=json_file,
         plot_file=plot,
         show=Console().print,
@@ -234,6 +244,7 @@ def plan(
         int | None, Option(help="Tokens per sequence.", show_default="the model's context, 512 at most")
     ] = None,
     seed: Annotated[int, Option(help="Choice of the sequences.")] = 0,
+    device: Device = None,
     evaluations: Annotated[int, Option(metavar="N", help="Swaps the search measures at most.")] = 100,
     pareto: Annotated[bool, Option("--pareto", help="Instead of one plan, the whole curve and a picture.")] = False,
     baselines: Annotated[Path | None, Option(metavar="FILE", help="Points to add to the picture.")] = None,
@@ -254,7 +265,7 @@ def plan(
     else:
         if not files:
             raise InputError("--pareto measures losses and no text is given; give --text FILE")
-        chosen = {"reference": reference, "samples": samples, "seq_len": seq_len, "seed": seed}
+        chosen = {"reference": reference, "samples": samples, "seq_len": seq_len, "seed": seed, "device": device}
         sensitivity = _needs_torch("matquant.plan.sensitivity")
         with _status() as report, sensitivity.open_losses(directory, files, report=report, **chosen) as losses:
             if pareto:
@@ -277,16 +288,20 @@ def report(
     sensitivity: Annotated[Path | None, Option(metavar="FILE", help="KL per path and width.")] = None,
     text: Files = None,
     max_tokens: Annotated[int | None, Option(help="Only the first so many tokens of the text.")] = None,
+    device: Device = None,
 ) -> None:
     """One HTML page: what a checkpoint is, what it costs and how good it is."""
     page = importlib.import_module("matquant.eval.html")
     records = {name: page.read_record(file) for name, file in page.by_name(evals or [], "--eval").items()}
     files = _files(text, more_text)
     if files:
-        measure = _needs_torch("matquant.eval.run").evaluate_checkpoint
-        records["held-out text"] = measure(directory, bits=page.WIDTHS, text=files, max_tokens=max_tokens)
+        run = _needs_torch("matquant.eval.run")
+        measure = functools.partial(
+            run.evaluate_checkpoint, directory, text=files, max_tokens=max_tokens, device=device
+        )
+        records["held-out text"] = measure(bits=page.WIDTHS)
         for plan in plans or []:
-            records[plan.stem] = measure(directory, bits=(), text=files, max_tokens=max_tokens, plan_file=plan)
+            records[plan.stem] = measure(bits=(), plan_file=plan)
     page.write_report(directory, out, records=records, plans=plans or [], pareto=pareto, sensitivity=sensitivity)
     print(f"wrote {out}")
 

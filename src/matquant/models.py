@@ -268,6 +268,18 @@ def bf16_is_fast() -> bool:
     return any(getattr(torch.cpu, check, bool)() for check in checks)
 
 
+def choose_device(name: str | None) -> torch.device:
+    """The device of this name; None: cuda if there is one, else cpu. InputError if it is not there."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        found = "cpu, cuda" if torch.cuda.is_available() else "cpu"
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(f"device={name!r} is not there ({reason}); use one of {found}") from None
+
+
 def check_model_path(source: Path | str) -> None:
     """InputError if ``source`` is no local model and cannot be a hub id either."""
     where = Path(source)

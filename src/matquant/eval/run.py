@@ -20,7 +20,7 @@ from matquant.eval.tasks import (
     task_average,
 )
 from matquant.integrations.transformers import load
-from matquant.models import check_context, check_model_path, load_float, load_tokenizer
+from matquant.models import check_context, check_model_path, choose_device, load_float, load_tokenizer
 from matquant.spec import Plan
 from matquant.text import read_documents, token_stream
 
@@ -42,6 +42,7 @@ def evaluate_checkpoint(
     tasks_data: Path | None = None,
     limit: int | None = None,
     batch_size: int = 8,
+    device: str | None = None,
     json_file: Path | None = None,
     plot_file: Path | None = None,
     show: Show = lambda table: None,
@@ -51,7 +52,8 @@ def evaluate_checkpoint(
 
     The record is {"checkpoint": sha256 of its manifest, "log_perplexity": {width: nats per token}, "bits_per_weight":
     {width: bits}, "reference": nats or None, "tokens": predicted tokens, "context": window}, and with a plan "plan":
-    {"name": of the file, "bits": {path: bits}}. max_tokens: evaluate on the first so many tokens.
+    {"name": of the file, "bits": {path: bits}}. max_tokens: evaluate on the first so many tokens. device None: cuda if
+    there is one.
 
     tasks: names of eval.tasks.TASKS, on the first ``limit`` questions each; adds "tasks": {width: {task: {"metric":
     what counts, "metrics": {name: fraction of 1}, "questions": count, "fingerprint": sha256}}} and "task_average":
@@ -74,6 +76,7 @@ def evaluate_checkpoint(
         raise InputError(f"--json {json_file} is a directory; give a file")
     if reference is not None:
         check_model_path(reference)
+    place = choose_device(device)
     data = check_tasks(tasks, tasks_data) if tasks is not None else {}
     if tasks is not None:
         find_harness()  # or say what to install before any work
@@ -93,7 +96,7 @@ def evaluate_checkpoint(
             raise InputError(f"skip_documents={skip_documents} of {len(documents)} documents; leave at least one")
         stream = token_stream(documents[skip_documents:], load_tokenizer(directory))
         stream = stream if max_tokens is None else stream[: max_tokens + 1]
-    model = load(directory, check_hashes=False, kernels="none")  # open_checkpoint has just checked them
+    model = load(directory, device=place, check_hashes=False, kernels="none")  # open_checkpoint has just checked them
     if stream is not None:
         context = seq_len or context_length(model)
         check_context(model, context)
@@ -103,7 +106,7 @@ def evaluate_checkpoint(
         shown = dict(results)
         if reference is not None:
             dtype = next(model.parameters()).dtype
-            floating = load_float(reference, dtype=dtype)
+            floating = load_float(reference, dtype=dtype).to(place)
             record["reference"] = log_perplexity(floating, stream, context=context, stride=stride)
             shown = {"float": record["reference"], **results}
         show(width_table(f"{directory}, {tokens:,} tokens, windows of {context}", shown, sizes))

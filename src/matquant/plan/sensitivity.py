@@ -31,6 +31,7 @@ from matquant.integrations.transformers import load
 from matquant.models import (
     check_context,
     check_model_path,
+    choose_device,
     decoder_layers,
     embed,
     finish,
@@ -55,7 +56,8 @@ class Losses:
     """The losses of plans of one checkpoint on one text; a context manager that saves them at its end.
 
     tokens: calibration text, int64 [samples, T + 1], the last token of each only predicted. reference: a float model,
-    or None for the checkpoint at 8 bits. evaluations: how many plans were measured, not looked up.
+    or None for the checkpoint at 8 bits. device None: cuda if there is one. evaluations: how many plans were measured,
+    not looked up.
     """
 
     def __init__(
@@ -64,12 +66,14 @@ class Losses:
         tokens: np.ndarray,
         *,
         reference: Path | str | None = None,
+        device: str | None = None,
         report: Callable[[int], None] = lambda evaluations: None,
     ) -> None:
         self.checkpoint = checkpoint
         self.paths = tuple(self.checkpoint.shapes)
         self.tokens = tokens
         self.reference = reference
+        self.device = choose_device(device)
         self.evaluations = 0
         self._report = report
         self._saved_s = time.monotonic()
@@ -125,13 +129,15 @@ class Losses:
     @functools.cached_property
     def model(self) -> Any:
         """The model that is measured, float32, loaded when first needed."""
-        model = load(self.checkpoint.directory, dtype=torch.float32, kernels="none", check_hashes=False)
+        model = load(
+            self.checkpoint.directory, dtype=torch.float32, device=self.device, kernels="none", check_hashes=False
+        )
         check_context(model, self.tokens.shape[1] - 1)
         return model
 
     @functools.cached_property
     def _forward(self) -> "Forward":
-        teacher = None if self.reference is None else load_float(self.reference, dtype=torch.float32)
+        teacher = None if self.reference is None else load_float(self.reference, dtype=torch.float32).to(self.device)
         return Forward(self.model, self.tokens, teacher=teacher)
 
 
@@ -206,6 +212,7 @@ def open_losses(
     samples: int = 8,
     seq_len: int | None = None,
     seed: int = 0,
+    device: str | None = None,
     report: Callable[[int], None] = lambda evaluations: None,
 ) -> Losses:
     """The losses of a checkpoint on at most ``samples`` windows of ``text``, chosen by the seed.
@@ -220,7 +227,7 @@ def open_losses(
     stream = token_stream(read_documents(text), load_tokenizer(directory))
     windows = cut_windows(stream, seq_len or min(SEQ_LEN, context))
     chosen = windows[np.sort(np.random.default_rng(seed).permutation(len(windows))[:samples])]
-    return Losses(checkpoint, chosen, reference=reference, report=report)
+    return Losses(checkpoint, chosen, reference=reference, device=device, report=report)
 
 
 def _read_sidecar(file: Path, checkpoint_sha256: str) -> list[dict[str, Any]]:

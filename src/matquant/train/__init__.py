@@ -25,6 +25,7 @@ from matquant.models import (
     View,
     bf16_is_fast,
     check_model_path,
+    choose_device,
     load_float,
     load_tokenizer,
     nested_to_numpy,
@@ -182,7 +183,7 @@ def quantize(
     _check_work(work, resume=resume, overwrite=overwrite)
     documents = read_documents(text) if chosen.settings else []
 
-    place = _device(device)
+    place = choose_device(device)
     source = open_shards(model) if chosen.streamed else _in_memory(model, place)
     views = select_linears(source.model, scope, exclude=exclude)
     for path, view in views.items():
@@ -319,17 +320,6 @@ def _check_options(method: str, options: Mapping[str, Any]) -> None:
 def _objective(objective: str, baseline_bits: int | None, widths: tuple[Width, ...]) -> str:
     """What was really trained: ``objective`` unless a baseline put its own width in its place."""
     return str(baseline_bits) if baseline_bits is not None and not widths[0].teachers else objective
-
-
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        found = "cpu, cuda" if torch.cuda.is_available() else "cpu"
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise InputError(f"device={name!r} is not there ({reason}); use one of {found}") from None
 
 
 def _own_affines(affine: str, baseline_bits: int | None) -> tuple[int, ...]:
