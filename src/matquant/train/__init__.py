@@ -133,8 +133,9 @@ def quantize(
     on its own grid (on the method's own target, or ``objective`` if it names that width alone). affine None: the
     method's. zeros: of the widths with an affine of their own: "own", or "centre" for the middle of their codes, which
     is not stored. start: a nested checkpoint of the same model whose codes qat starts from (one made by gptq is better
-    than rounding). device None: cuda if there is one. options: the method's own: the fields of ``qat.Schedule``,
-    ``gptq.Settings`` or ``omniquant.Settings``, or those of ``distill.stages``.
+    than rounding); its training log comes before this run's. device None: cuda if there is one.
+    options: the method's own: the fields of ``qat.Schedule``, ``gptq.Settings`` or ``omniquant.Settings``, or those of
+    ``distill.stages``.
     Raises InputError before any work for whatever can be known before it, and never leaves a half-written checkpoint.
     """
     target = Path(out).resolve()
@@ -251,8 +252,9 @@ def quantize(
     if chosen.streamed and not resume:
         shutil.rmtree(work, ignore_errors=True)
     nested = chosen.run(job)
-    log = work / LOG
-    files = side_files(model) | ({log.name: log.read_bytes()} if log.is_file() else {})
+    logs = [folder / LOG for folder in (*([Path(start)] if start is not None else []), work)]  # its own after start's
+    history = b"".join(log.read_bytes() for log in logs if log.is_file())
+    files = side_files(model) | ({LOG: history} if history else {})
     _write(target, job, nested, streamed=chosen.streamed, files=files, overwrite=overwrite)
     shutil.rmtree(work, ignore_errors=True)
     return target
