@@ -331,6 +331,18 @@ def test_a_window_longer_than_the_context_is_refused(
     refuse("eval", tmp_path / "opt", "--bits", "8", *text, naming=("seq_len=65", "64"))
 
 
+@pytest.mark.parametrize(("method", "more"), [("qat", {"steps": 1}), ("gptq", {}), ("omniquant", {"steps": 1})])
+def test_a_window_is_by_default_no_longer_than_the_context(
+    method: str, more: dict[str, int], family_model: Callable[[str], Path], text_file: Path, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = more if method == "qat" else {"samples": 2, **more}
+    settings = {"model": family_model("opt"), "method": method, "text": [text_file], **options}
+    for name, length in (("default", {}), ("context", {"seq_len": 64})):
+        matquant.quantize(out=tmp_path / name, **settings, **length)
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("default", "context")]
+    assert files[0] == files[1]
+
+
 def test_text_is_needed(refuse: Refuse, llama: Path, checkpoint: Path, tmp_path: Path) -> None:
     message = "method 'qat' needs text to work with; give --text FILE, or --method rtn"
     refuse("quantize", llama, "-o", tmp_path / "out", message=message)

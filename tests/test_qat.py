@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -221,6 +222,26 @@ def test_memory_savers_do_not_change_gradients(changes: dict[str, Any], llama: P
     plain, _ = masters_gradients(llama, "8,4,2", grid=grid)
     saved, _ = masters_gradients(llama, "8,4,2", grid=grid, **changes)
     assert_same_gradients(saved, plain)
+
+
+def test_nothing_is_dropped_at_random(family_model: Callable[[str], Path], tmp_path: Path) -> None:
+    """OPT drops a tenth of what its layers put out, in functions of its own, unless it is told not to."""
+    grid, calls = Grid(rule="prefix", sliced=(2, 4)), [0]
+    plain = Path(shutil.copytree(family_model("opt"), tmp_path / "plain"))
+    config = json.loads((plain / "config.json").read_text())
+    assert config["dropout"] > 0
+    (plain / "config.json").write_text(json.dumps({**config, "dropout": 0.0, "attention_dropout": 0.0}))
+    expected, _ = masters_gradients(plain, "8,4,2", grid=grid)
+
+    def count(module: torch.nn.Module, *_: Any) -> None:
+        calls[-1] += isinstance(module, torch.nn.Linear)
+
+    with torch.nn.modules.module.register_module_forward_hook(count):
+        for again in (False, True):
+            calls.append(0)
+            found, _ = masters_gradients(family_model("opt"), "8,4,2", grid=grid, checkpoint_activations=again)
+            assert_same_gradients(found, expected)
+    assert calls[2] > 1.5 * calls[1], "no layer was computed again"
 
 
 def test_bf16_reads_the_weights_of_each_width(llama: Path) -> None:

@@ -290,9 +290,14 @@ def check_model_path(source: Path | str) -> None:
         raise InputError(f"{source}: no such model directory; give a Hugging Face model directory or a hub id")
 
 
+def context_length(model: Model) -> int:
+    """The context the model was made for, in tokens."""
+    return int(model.config.get_text_config().max_position_embeddings)
+
+
 def check_context(model: Model, seq_len: int) -> None:
     """InputError if ``seq_len`` is more than a model with learned positions can read (rotary ones have no end)."""
-    context = model.config.get_text_config().max_position_embeddings
+    context = context_length(model)
     learned = any(re.search(r"embed_positions|wpe|position_embeddings", name) for name, _ in model.named_parameters())
     if learned and seq_len > context:
         raise InputError(f"seq_len={seq_len} is longer than the model's context, {context}; give at most {context}")

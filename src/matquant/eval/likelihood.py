@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from matquant.errors import InputError
+from matquant.models import context_length
 from matquant.spec import Plan
 
 BATCH_TOKENS = 8192
@@ -63,11 +64,6 @@ def evaluate(
         model.set_bits(plan=plan)
         results["plan"] = log_perplexity(model, stream, context=length, stride=stride)
     return results
-
-
-def context_length(model: Any) -> int:
-    """The context the model was made for, in tokens."""
-    return int(model.config.get_text_config().max_position_embeddings)
 
 
 def predicted_tokens(stream: np.ndarray, *, context: int, stride: int | None = None) -> int:

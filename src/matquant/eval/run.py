@@ -8,7 +8,7 @@ from rich.console import RenderableType
 
 from matquant.checkpoint import bits_per_weight, manifest_sha256, open_checkpoint
 from matquant.errors import InputError, check_positive
-from matquant.eval.likelihood import context_length, evaluate, log_perplexity, predicted_tokens
+from matquant.eval.likelihood import evaluate, log_perplexity, predicted_tokens
 from matquant.eval.report import check_picture, plot_widths, task_table, width_table, write_json
 from matquant.eval.tasks import (
     check_tasks,
@@ -20,7 +20,14 @@ from matquant.eval.tasks import (
     task_average,
 )
 from matquant.integrations.transformers import load
-from matquant.models import check_context, check_model_path, choose_device, load_float, load_tokenizer
+from matquant.models import (
+    check_context,
+    check_model_path,
+    choose_device,
+    context_length,
+    load_float,
+    load_tokenizer,
+)
 from matquant.spec import Plan
 from matquant.text import read_documents, token_stream
 

@@ -26,6 +26,7 @@ from matquant.models import (
     bf16_is_fast,
     check_model_path,
     choose_device,
+    context_length,
     load_float,
     load_tokenizer,
     nested_to_numpy,
@@ -135,7 +136,7 @@ def quantize(
     is not stored. start: a nested checkpoint of the same model whose codes qat starts from (one made by gptq is better
     than rounding); its training log comes before this run's. device None: cuda if there is one.
     options: the method's own: the fields of ``qat.Schedule``, ``gptq.Settings`` or ``omniquant.Settings``, or those of
-    ``distill.stages``.
+    ``distill.stages``; seq_len is by default at most the model's context.
     Raises InputError before any work for whatever can be known before it, and never leaves a half-written checkpoint.
     """
     target = Path(out).resolve()
@@ -212,6 +213,8 @@ def quantize(
         storable=scale_dtype == "bfloat16",
         sliced=_own_affines(affine, baseline_bits),
     )
+    if chosen.settings:  # windows no longer than what the model was made for, unless told otherwise
+        options = {"seq_len": min(chosen.settings.seq_len, context_length(source.model)), **options}
     settings = chosen.settings(**options) if chosen.settings else None
     slow = getattr(settings, "autocast", False) and place.type == "cpu" and not bf16_is_fast()
     before, first = _first(start, method, grid, views, place)

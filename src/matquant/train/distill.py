@@ -55,7 +55,7 @@ def stages(model: Path | str, options: Mapping[str, Any]) -> list[Options]:
     tuned |= {name: options[name] for name in (*TUNING, "samples", "tune") if name in options}
     if not tuned["tune"]:
         tuned.pop("autocast", None)
-    trained: Options = {"masters": "each", "pull": 0.5, "seq_len": 256, **given}
+    trained: Options = {"masters": "each", "pull": 0.5, **given}
     distilled = {**trained, "wide_lr": 0.5, "hidden": 1.0, "lr": lr, "steps": steps}
     slower = SLOWER[freeze]  # of the narrowest master; that of 8 bits is a tenth, that of affines the whole
     last = {**trained, "freeze": freeze, "lr": lr / slower, "wide_lr": slower / 10, "affine_lr": slower}

@@ -489,16 +489,17 @@ def _first_not_finite(model: Model, inputs: torch.Tensor) -> str:
 
 
 def prepare(model: Model, views: Mapping[str, View], schedule: Schedule) -> None:
-    """Training mode without dropout; only what is trained asks for gradients."""
-    model.train()
+    """Evaluation mode: nothing is dropped or drawn at random. Only what is trained asks for gradients."""
+    model.eval()
     taken = {view.parameter for view in views.values()}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in taken or schedule.train_rest)
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
     if schedule.checkpoint_activations:
         model.activation_checkpointing_enable({"use_reentrant": False})
+        for _, layer in decoder_layers(model):
+            layer.training = True  # of itself alone: transformers checkpoints no other layer
+            rates = [name for name, value in vars(layer).items() if "dropout" in name and isinstance(value, float)]
+            vars(layer).update(dict.fromkeys(rates, 0.0))
 
 
 def _autocast(model: Model, schedule: Schedule) -> contextlib.AbstractContextManager[Any]:
