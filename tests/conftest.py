@@ -43,12 +43,19 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "gpt_neox": lambda: transformers.GPTNeoXConfig(**OLD, intermediate_size=48),
     "qwen3_moe": lambda: transformers.Qwen3MoeConfig(**SMALL, **HEADS, **MOE, mlp_only_layers=[]),
 }
+TUPLES: dict[str, Callable[[], Any]] = {  # families whose layers return their output in a tuple
+    "falcon": lambda: transformers.FalconConfig(**OLD),
+    "gptj": lambda: transformers.GPTJConfig(
+        n_embd=32, n_layer=2, n_head=4, vocab_size=300, n_positions=64, rotary_dim=4, bos_token_id=256, eos_token_id=256
+    ),
+}
+BLOOM: dict[str, Callable[[], Any]] = {"bloom": lambda: transformers.BloomConfig(**OLD)}
 
 
 def make_model(family: str, directory: Path) -> Path:
     """A tiny random model of ``family`` with a byte-level tokenizer, saved as a Hugging Face directory."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(FAMILIES[family]())
+    model = AutoModelForCausalLM.from_config({**FAMILIES, **TUPLES, **BLOOM}[family]())
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:

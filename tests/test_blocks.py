@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import matquant
-from conftest import FAMILIES, Interrupt
+from conftest import FAMILIES, TUPLES, Interrupt
 from matquant.errors import InputError
-from matquant.models import decoder_layers, embed, load_float, open_shards
+from matquant.models import decoder_layers, embed, layer_output, load_float, open_shards
 
 RUN: dict[str, Any] = {"method": "gptq", "samples": 8, "seq_len": 32, "batch_size": 4, "scope": "all"}
 
@@ -58,7 +58,7 @@ def test_a_shard_that_does_not_fit_is_an_error(llama: Path, tmp_path: Path) -> N
         open_shards(tmp_path)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *TUPLES])
 def test_layers_called_one_after_the_other_are_the_model(family: str, family_model: Callable[[str], Path]) -> None:
     model = load_float(family_model(family), dtype=torch.float32)
     tokens = torch.randint(0, 250, (5, 40), generator=torch.Generator().manual_seed(0))  # longer than a sliding window
@@ -66,13 +66,23 @@ def test_layers_called_one_after_the_other_are_the_model(family: str, family_mod
     seen: list[torch.Tensor] = []
     _, last = decoder_layers(model)[-1]
     with torch.no_grad():
-        handle = last.register_forward_hook(lambda module, args, output: seen.append(output))
+        handle = last.register_forward_hook(lambda module, args, output: seen.append(layer_output(output)))
         model(tokens)
         handle.remove()
         for number, states in enumerate(batches):
             for (_, layer), call in zip(decoder_layers(model), calls, strict=True):
                 states = call(layer, states)
             torch.testing.assert_close(states, seen[0][2 * number : 2 * number + 2], rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_that_does_not_run_layer_by_layer_is_refused(
+    family_model: Callable[[str], Path], text_file: Path, tmp_path: Path
+) -> None:
+    """BLOOM gives its layers a bias for every sequence and head, and its configuration names no context."""
+    bloom = family_model("bloom")
+    with pytest.raises(InputError, match=r"^BloomForCausalLM asked to run layer by layer, .*; use --method qat or rtn"):
+        matquant.quantize(bloom, tmp_path / "out", text=[text_file], **RUN)
+    matquant.quantize(bloom, tmp_path / "out", text=[text_file], steps=1, batch_size=2, seq_len=32)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3_moe"])

@@ -172,7 +172,7 @@ def quantize(model: Path, out: Path, text: Path, **changes: Any) -> Path:
 
 @pytest.mark.parametrize(
     "family",
-    ["llama", "mistral", "gemma2", "gemma3", "qwen2", "qwen3", "phi3", "opt", "gpt_neox", "qwen3_moe"],
+    ["llama", "mistral", "gemma2", "gemma3", "qwen2", "qwen3", "phi3", "opt", "gpt_neox", "qwen3_moe", "falcon"],
 )
 def test_every_family_is_solved_block_by_block(
     family: str, family_model: Callable[[str], Path], text_file: Path, tmp_path: Path

@@ -31,6 +31,8 @@ from matquant.tensor import NestedTensor
 
 Model = Any  # a transformers PreTrainedModel
 Call = Callable[[torch.nn.Module, torch.Tensor], torch.Tensor]  # runs a decoder layer on hidden states
+CONTEXT = 2048  # tokens
+PER_SEQUENCE = ("bloom",)  # model types whose layers take arguments of the size of the batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,43 +212,65 @@ def embed(model: Model, batches: Iterable[torch.Tensor]) -> tuple[list[torch.Ten
     The layers themselves are not run and may be empty; the rest of the decoder must have its numbers. All batches must
     be of one length: positions and masks are those of the first sequence.
     """
-    layers = [layer for _, layer in decoder_layers(model)]
+    if model.config.model_type in PER_SEQUENCE:
+        raise InputError(
+            f"{type(model).__name__} asked to run layer by layer, but it gives layers an argument for each sequence; "
+            "use --method qat or rtn, and --strategy pyramid for plans"
+        )
+    layers, batches = [layer for _, layer in decoder_layers(model)], list(batches)
+    hand_on = _hand_on(model, batches[0][:1, :1])
     hidden: list[torch.Tensor] = []
     arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
-    def first(states: torch.Tensor, *rest: Any, **named: Any) -> torch.Tensor:
+    def first(states: torch.Tensor, *rest: Any, **named: Any) -> Any:
         hidden.append(states.detach())
-        return states
+        return hand_on(states)
 
-    def later(states: torch.Tensor, *rest: Any, **named: Any) -> torch.Tensor:
+    def later(states: torch.Tensor, *rest: Any, **named: Any) -> Any:
         arguments.append((rest, named))
-        return states
+        return hand_on(states)
 
     decoder = model.get_decoder()
     with torch.no_grad():
-        for number, tokens in enumerate(batches):
-            if number == 0:
-                with _replaced(layers, [later] * len(layers)):
-                    decoder(input_ids=tokens[:1], use_cache=False)
-            with _replaced(layers, [first] + [lambda states, *_, **__: states] * (len(layers) - 1)):
+        with _replaced(layers, [later] * len(layers)):
+            decoder(input_ids=batches[0][:1], use_cache=False)
+        with _replaced(layers, [first] + [lambda states, *_, **__: hand_on(states)] * (len(layers) - 1)):
+            for tokens in batches:
                 decoder(input_ids=tokens, use_cache=False)
 
     def call(rest: tuple[Any, ...], named: dict[str, Any]) -> Call:
-        return lambda layer, states: layer(states, *rest, **named)
+        return lambda layer, states: layer_output(layer(states, *rest, **named))
 
     return hidden, [call(rest, named) for rest, named in arguments]
 
 
+def layer_output(output: Any) -> torch.Tensor:
+    """The hidden states [B, T, H] in what a decoder layer returns: these, or a tuple that begins with them."""
+    states: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return states
+
+
+def _hand_on(model: Model, token: torch.Tensor) -> Callable[[torch.Tensor], Any]:
+    """How a layer must return hidden states for the decoder to read them: as they are, or in a tuple (Falcon)."""
+    layers = [layer for _, layer in decoder_layers(model)]
+    with torch.no_grad(), _replaced(layers, [lambda states, *_, **__: (states,)] * len(layers)):
+        try:
+            read = model.get_decoder()(input_ids=token, use_cache=False)[0]
+        except (AttributeError, TypeError):  # the norm after the layers was given the tuple
+            read = None
+    return (lambda states: (states,)) if isinstance(read, torch.Tensor) else (lambda states: states)
+
+
 def finish(model: Model, tokens: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
     """Logits [B, T, vocab] of what flows out of the last decoder layer, [B, T, H], for token ids [B, T]."""
-    layers = [layer for _, layer in decoder_layers(model)]
-    with torch.no_grad(), _replaced(layers, [lambda *_, **__: states] * len(layers)):
+    layers, hand_on = [layer for _, layer in decoder_layers(model)], _hand_on(model, tokens[:1, :1])
+    with torch.no_grad(), _replaced(layers, [lambda *_, **__: hand_on(states)] * len(layers)):
         logits: torch.Tensor = model(input_ids=tokens, use_cache=False).logits
     return logits
 
 
 @contextlib.contextmanager
-def _replaced(modules: Sequence[torch.nn.Module], forwards: Sequence[Callable[..., torch.Tensor]]) -> Iterator[None]:
+def _replaced(modules: Sequence[torch.nn.Module], forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
     """Modules with other forward functions."""
     for module, forward in zip(modules, forwards, strict=True):
         module.forward = forward
@@ -291,8 +315,9 @@ def check_model_path(source: Path | str) -> None:
 
 
 def context_length(model: Model) -> int:
-    """The context the model was made for, in tokens."""
-    return int(model.config.get_text_config().max_position_embeddings)
+    """The context the model was made for, in tokens; CONTEXT if its configuration names none (BLOOM, Mamba)."""
+    config = model.config.get_text_config()
+    return int(getattr(config, "max_position_embeddings", getattr(config, "max_seq_len", CONTEXT)))
 
 
 def check_context(model: Model, seq_len: int) -> None:

@@ -84,10 +84,10 @@ def run_blocks(
     layers = decoder_layers(job.model)
     give_memory_back = _memory_returner()
     folder = job.work / BLOCKS
-    folder.mkdir(parents=True, exist_ok=True)
     for file in folder.glob("*.safetensors"):
         _record(file, mark)  # before any work: another run's blocks, or damaged ones
     hidden, calls = _embed(job, tokens, batch_size)
+    folder.mkdir(parents=True, exist_ok=True)
     flowing = {stream: list(hidden) for stream in streams}
     del hidden
     for index, (name, module) in enumerate(layers):

@@ -37,7 +37,7 @@ from safetensors.torch import save_file
 
 from matquant.errors import InputError, check_positive
 from matquant.files import check_space, replace_when_done
-from matquant.models import Model, View, check_context, decoder_layers, write_weights
+from matquant.models import Model, View, check_context, decoder_layers, layer_output, write_weights
 from matquant.nest import MASTER_BITS
 from matquant.tensor import NestedTensor
 from matquant.text import batch, cut_windows
@@ -468,7 +468,7 @@ def _layer_outputs(model: Model, *, kept: bool = True) -> Iterator[list[torch.Te
     outputs: list[torch.Tensor] = []
 
     def keep(_: torch.nn.Module, __: Any, output: Any) -> None:
-        outputs.append(output[0] if isinstance(output, tuple) else output)
+        outputs.append(layer_output(output))
 
     hooks = [layer.register_forward_hook(keep) for _, layer in decoder_layers(model)] if kept else []
     try:
