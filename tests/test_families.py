@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import Gemma3ForCausalLM
 
 import matquant
-from conftest import FAMILIES
+from conftest import FAMILIES, make_tokenizer
 from matquant.checkpoint import open_checkpoint
 from matquant.models import linear_views, load_float
 from matquant.train.select import select_linears
@@ -67,6 +68,7 @@ GRIDS: dict[str, dict[str, Any]] = {
     "groups with zero points": {"symmetric": False, "group_size": 16},
 }
 STORIES = "stories260K"
+SEEING = "gemma3_vision"  # a vision tower of as many layers as the decoder, and other names in the file
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +77,7 @@ def checkpoints(
 ) -> dict[str, Path]:
     """Every family, a model of another's making, and llama on other grids."""
     root = tmp_path_factory.mktemp("checkpoints")
-    models = {name: family_model(name) for name in FAMILIES} | {STORIES: data / "models" / STORIES}
+    models = {name: family_model(name) for name in [*FAMILIES, SEEING]} | {STORIES: data / "models" / STORIES}
     asked = {name: (model, {}) for name, model in models.items()}
     asked |= {name: (models["llama"], options) for name, options in GRIDS.items()}
     return {
@@ -94,7 +96,7 @@ def stock_logits(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPath
     return {name: found[str(directory)] for name, directory in checkpoints.items()}
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, STORIES, *GRIDS])
+@pytest.mark.parametrize("name", [*FAMILIES, SEEING, STORIES, *GRIDS])
 def test_stock_transformers_reads_the_int8_model(
     name: str, checkpoints: dict[str, Path], stock_logits: dict[str, torch.Tensor]
 ) -> None:
@@ -105,7 +107,7 @@ def test_stock_transformers_reads_the_int8_model(
         assert_same_logits(stock_logits[name], logits(model))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, SEEING])
 def test_every_width_is_the_slice_of_the_file(family: str, checkpoints: dict[str, Path]) -> None:
     model = matquant.load(checkpoints[family], bits=2, kernels="none")
     parameters, views = dict(model.named_parameters()), linear_views(model)
@@ -173,6 +175,29 @@ def test_a_plan_with_an_unknown_path_names_the_nearest(checkpoints: dict[str, Pa
     )
     with pytest.raises(matquant.InputError, match=message):
         matquant.load(checkpoints["llama"], plan={"model.layers.1.mlp.down": 2}, kernels="none")
+
+
+def test_of_a_model_that_sees_the_decoder_is_quantised_as_it_is_alone(
+    family_model: Callable[[str], Path], text_file: Path, tmp_path: Path
+) -> None:
+    seeing, alone = load_float(family_model(SEEING)), tmp_path / "alone"
+    decoder = Gemma3ForCausalLM(seeing.config.text_config)
+    state = {name.replace("language_model.", ""): tensor for name, tensor in seeing.state_dict().items()}
+    decoder.load_state_dict({name: state[name] for name in decoder.state_dict()})
+    decoder.save_pretrained(alone)
+    make_tokenizer().save_pretrained(alone)
+    codes = []
+    for model in (family_model(SEEING), alone):
+        made = matquant.quantize(
+            model, tmp_path / f"{model.name} out", method="gptq", samples=8, seq_len=32, scope="all", text=[text_file]
+        )
+        checkpoint = open_checkpoint(made)
+        codes.append(
+            {path.removeprefix("language_model."): checkpoint.nested(path).codes for path in checkpoint.shapes}
+        )
+    assert set(codes[0]) == set(codes[1])
+    for path, expected in codes[1].items():
+        np.testing.assert_array_equal(codes[0][path], expected)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

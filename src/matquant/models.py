@@ -139,19 +139,20 @@ def open_shards(source: Path | str) -> Shards:
         files = _shard_files(source)
         parameters = dict(model.named_parameters())
         tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-        keys = {name: _stored_keys(model, name, p) for name, p in parameters.items() if name not in tied}
-        if not all(key in files for shapes in keys.values() for key in shapes):
+        wholes = {name: parameter.detach() for name, parameter in parameters.items() if name not in tied}
+        parts = {name: revert_weight_conversion(model, {name: whole}) for name, whole in wholes.items()}
+        if not all(key in files for stored in parts.values() for key in stored):
             return _whole(load_float(source))
         dtypes: dict[str, torch.dtype] = {}
-        for name, shapes in keys.items():
-            for key, shape in shapes.items():
+        for name, stored in parts.items():
+            for key, part in stored.items():
                 found, dtype = files[key][1:]
-                if found != tuple(shape):
+                if found != tuple(part.shape):
                     raise InputError(f"{source} has mismatched keys: {key}; repair the model")
                 dtypes[name] = config.dtype or dtype
     buffers: dict[str, torch.Tensor] = dict(model.named_buffers())
 
-    def stored(key: str) -> torch.Tensor:
+    def read_key(key: str) -> torch.Tensor:
         with safe_open(files[key][0], "pt") as file:  # closed again: an open one keeps what was read in memory
             tensor: torch.Tensor = file.get_tensor(key).clone()
         return tensor
@@ -159,11 +160,11 @@ def open_shards(source: Path | str) -> Shards:
     def read(name: str) -> torch.Tensor:
         if name in buffers:
             return buffers[name]
-        if list(keys[name]) == [name]:
-            return stored(name).to(dtypes[name])
+        if _is_renamed(parts[name], wholes[name]):
+            return read_key(next(iter(parts[name]))).to(dtypes[name])
         tensor = torch.empty(parameters[name].shape, dtype=dtypes[name])
         for path, view in _checkpoint_views(model, name, parameters[name]).items():
-            view.of(tensor).copy_(stored(f"{path}.weight"))
+            view.of(tensor).copy_(read_key(f"{path}.weight"))
         return tensor
 
     return Shards(model=model, read=read, dtypes=dtypes)
@@ -189,9 +190,9 @@ def _shard_files(source: Path | str) -> dict[str, tuple[str, tuple[int, ...], to
     return found
 
 
-def _stored_keys(model: Model, name: str, parameter: torch.Tensor) -> dict[str, torch.Size]:
-    """Checkpoint names of a parameter and their shapes."""
-    return {key: part.shape for key, part in revert_weight_conversion(model, {name: parameter.detach()}).items()}
+def _is_renamed(parts: Mapping[str, torch.Tensor], whole: torch.Tensor) -> bool:
+    """Whether what transformers stores of a tensor is the tensor itself, under whatever name."""
+    return len(parts) == 1 and next(iter(parts.values())) is whole
 
 
 # ------------------------------------------------------------------------------------------------------------- layers
@@ -199,10 +200,10 @@ def _stored_keys(model: Model, name: str, parameter: torch.Tensor) -> dict[str, 
 
 def decoder_layers(model: Model) -> list[tuple[str, torch.nn.Module]]:
     """(module name, module) of each decoder layer, in order."""
-    depth = model.config.get_text_config().num_hidden_layers
-    prefix = next(iter(_layer_prefixes(model))).removesuffix(".")
-    layers = list(model.get_submodule(prefix))
-    assert len(layers) == depth
+    decoder, depth = model.get_decoder(), model.config.get_text_config().num_hidden_layers
+    found = (module for module in decoder.modules() if isinstance(module, torch.nn.ModuleList) and len(module) == depth)
+    layers = next(found)
+    (prefix,) = (name for name, module in model.named_modules() if module is layers)
     return [(f"{prefix}.{index}", layer) for index, layer in enumerate(layers)]
 
 
@@ -376,7 +377,7 @@ def linear_views(model: Model) -> dict[str, View]:
 
     Fused experts come out as one path per expert and projection. Routers, embeddings and the head are left out.
     """
-    layers = _layer_prefixes(model)
+    layers = tuple(f"{name}." for name, _ in decoder_layers(model))
     views: dict[str, View] = {}
     for module_name, module in model.named_modules():
         if not module_name.startswith(layers):
@@ -472,16 +473,12 @@ def _convert(tensor: NestedTensor, convert: Callable[[Any], Any]) -> NestedTenso
     )
 
 
-def _layer_prefixes(model: Model) -> tuple[str, ...]:
-    depth = model.config.get_text_config().num_hidden_layers
-    return tuple(
-        f"{name}."
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.ModuleList) and len(module) == depth and name.count(".") < 4
-    )
-
-
 def _checkpoint_views(model: Model, name: str, parameter: torch.Tensor) -> dict[str, View]:
+    whole = parameter.detach()
+    parts = revert_weight_conversion(model, {name: whole})
+    if _is_renamed(parts, whole) and whole.ndim == 2:
+        (key,), (rows, columns) = parts, whole.shape
+        return {key.removesuffix(".weight"): View(parameter=name, shape=(rows, columns), stride=(columns, 1), offset=0)}
     index = torch.arange(parameter.numel()).view(parameter.shape)
     views = {}
     for key, part in revert_weight_conversion(model, {name: index}).items():
