@@ -48,6 +48,13 @@ OTHERS: dict[str, Callable[[], Any]] = {  # what is peculiar about them: the tes
     "falcon": lambda: transformers.FalconConfig(**OLD),
     "gptj": lambda: transformers.GPTJConfig(**OLD, n_positions=64, rotary_dim=4),
     "bloom": lambda: transformers.BloomConfig(**OLD),
+    "granite_hybrid": lambda: transformers.GraniteMoeHybridConfig(
+        **SMALL,
+        num_local_experts=0,
+        shared_intermediate_size=48,
+        layer_types=["mamba", "attention"],
+        **{"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8},
+    ),
     "gemma3_vision": lambda: transformers.Gemma3Config(
         text_config=FAMILIES["gemma3"]().to_dict(),
         vision_config={**VISION, "image_size": 28, "patch_size": 14, "model_type": "siglip_vision_model"},

@@ -68,6 +68,7 @@ GRIDS: dict[str, dict[str, Any]] = {
     "groups with zero points": {"symmetric": False, "group_size": 16},
 }
 STORIES = "stories260K"
+HYBRID = "granite_hybrid"  # infinity in its configuration
 SEEING = "gemma3_vision"  # a vision tower of as many layers as the decoder, and other names in the file
 
 
@@ -77,7 +78,7 @@ def checkpoints(
 ) -> dict[str, Path]:
     """Every family, a model of another's making, and llama on other grids."""
     root = tmp_path_factory.mktemp("checkpoints")
-    models = {name: family_model(name) for name in [*FAMILIES, SEEING]} | {STORIES: data / "models" / STORIES}
+    models = {name: family_model(name) for name in [*FAMILIES, SEEING, HYBRID]} | {STORIES: data / "models" / STORIES}
     asked = {name: (model, {}) for name, model in models.items()}
     asked |= {name: (models["llama"], options) for name, options in GRIDS.items()}
     return {
@@ -96,7 +97,7 @@ def stock_logits(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPath
     return {name: found[str(directory)] for name, directory in checkpoints.items()}
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, SEEING, STORIES, *GRIDS])
+@pytest.mark.parametrize("name", [*FAMILIES, SEEING, HYBRID, STORIES, *GRIDS])
 def test_stock_transformers_reads_the_int8_model(
     name: str, checkpoints: dict[str, Path], stock_logits: dict[str, torch.Tensor]
 ) -> None:

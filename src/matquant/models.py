@@ -8,6 +8,7 @@ checkpoint conversion, so every family that transformers can save is covered and
 
 import contextlib
 import dataclasses
+import json
 import platform
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -32,7 +33,7 @@ from matquant.tensor import NestedTensor
 Model = Any  # a transformers PreTrainedModel
 Call = Callable[[torch.nn.Module, torch.Tensor], torch.Tensor]  # runs a decoder layer on hidden states
 CONTEXT = 2048  # tokens
-PER_SEQUENCE = ("bloom",)  # model types whose layers take arguments of the size of the batch
+PER_SEQUENCE = ("bloom", "xglm")  # model types whose layers take arguments of the size of the batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,12 +255,12 @@ def layer_output(output: Any) -> torch.Tensor:
 def _hand_on(model: Model, token: torch.Tensor) -> Callable[[torch.Tensor], Any]:
     """How a layer must return hidden states for the decoder to read them: as they are, or in a tuple (Falcon)."""
     layers = [layer for _, layer in decoder_layers(model)]
-    with torch.no_grad(), _replaced(layers, [lambda states, *_, **__: (states,)] * len(layers)):
+    with torch.no_grad(), _replaced(layers, [lambda states, *_, **__: (states, None)] * len(layers)):
         try:
             read = model.get_decoder()(input_ids=token, use_cache=False)[0]
-        except (AttributeError, TypeError):  # the norm after the layers was given the tuple
+        except (AttributeError, TypeError):  # of the norm after the layers, which was given the tuple
             read = None
-    return (lambda states: (states,)) if isinstance(read, torch.Tensor) else (lambda states: states)
+    return (lambda states: (states, None)) if isinstance(read, torch.Tensor) else (lambda states: states)
 
 
 def finish(model: Model, tokens: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
@@ -345,7 +346,7 @@ def build_model(
 ) -> Model:
     """A model of ``config`` with the weights ``state`` (checkpoint names); InputError if any is missing or misfits."""
     with _quiet():
-        parsed = transformers.AutoConfig.for_model(**dict(config))
+        parsed = _parse_config(config)
         cls = MODEL_FOR_CAUSAL_LM_MAPPING[type(parsed)]
         try:
             model, info = cls.from_pretrained(
@@ -363,9 +364,18 @@ def build_model(
     return model.eval()
 
 
+def _parse_config(config: Mapping[str, Any]) -> Any:
+    """The configuration that a config.json holds; transformers writes infinity as {"__float__": "Infinity"} in it."""
+
+    def decode(part: dict[str, Any]) -> Any:
+        return float(part["__float__"]) if "__float__" in part else part
+
+    return transformers.AutoConfig.for_model(**json.loads(json.dumps(dict(config)), object_hook=decode))
+
+
 def config_dtype(config: Mapping[str, Any]) -> torch.dtype:
     """The dtype that ``build_model`` gives a model of ``config`` unless told otherwise."""
-    dtype: torch.dtype | None = transformers.AutoConfig.for_model(**dict(config)).dtype
+    dtype: torch.dtype | None = _parse_config(config).dtype
     return dtype or torch.float32
 
 
