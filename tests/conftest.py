@@ -48,6 +48,7 @@ OTHERS: dict[str, Callable[[], Any]] = {  # what is peculiar about them: the tes
     "falcon": lambda: transformers.FalconConfig(**OLD),
     "gptj": lambda: transformers.GPTJConfig(**OLD, n_positions=64, rotary_dim=4),
     "bloom": lambda: transformers.BloomConfig(**OLD),
+    "gpt_oss": lambda: transformers.GptOssConfig(**SMALL, **HEADS, num_local_experts=4, num_experts_per_tok=2),
     "granite_hybrid": lambda: transformers.GraniteMoeHybridConfig(
         **SMALL,
         num_local_experts=0,

@@ -225,6 +225,22 @@ def test_asymmetric_fused_experts_are_refused(family_model: Callable[[str], Path
     assert not any("experts" in path for path in open_checkpoint(out).shapes)
 
 
+def test_experts_that_are_stored_whole_are_to_be_excluded(family_model: Callable[[str], Path], tmp_path: Path) -> None:
+    options = {"method": "rtn", "scope": "all"}
+    with pytest.raises(matquant.InputError) as caught:
+        matquant.quantize(family_model("gpt_oss"), tmp_path / "out", **options)
+    assert str(caught.value) == (
+        "model.layers.0.mlp.experts.gate_up_proj is one tensor for all experts in the checkpoint, "
+        "whose codes no engine reads; --exclude experts"
+    )
+    out = matquant.quantize(family_model("gpt_oss"), tmp_path / "out", exclude=["experts"], **options)
+    assert len(open_checkpoint(out).shapes) == 8  # q, k, v and o of two layers
+    expected = load_float(family_model("gpt_oss")).state_dict()
+    for name, tensor in matquant.load(out, kernels="none").state_dict().items():
+        gap, whole = (tensor - expected[name]).abs().max(), expected[name].abs().max()
+        assert 0 < gap < whole / 127 if "attn" in name and name.endswith("proj.weight") else gap == 0, name
+
+
 def test_a_stored_scale_of_float32_is_eq_1_to_the_letter(llama: Path, tmp_path: Path) -> None:
     out = matquant.quantize(llama, tmp_path / "out", method="rtn", scale_dtype="float32", affine="none")
     checkpoint = open_checkpoint(out)

@@ -385,20 +385,31 @@ def config_dtype(config: Mapping[str, Any]) -> torch.dtype:
 def linear_views(model: Model) -> dict[str, View]:
     """Every linear weight under the decoder layers, by its module path in the checkpoint.
 
-    Fused experts come out as one path per expert and projection. Routers, embeddings and the head are left out.
+    Fused experts come out as one path per expert and projection. Routers, embeddings, the head and ``whole_experts``
+    are left out.
     """
-    layers = tuple(f"{name}." for name, _ in decoder_layers(model))
     views: dict[str, View] = {}
-    for module_name, module in model.named_modules():
-        if not module_name.startswith(layers):
+    for name, parameter in _weights(model):
+        views.update(_checkpoint_views(model, name, parameter))
+    return {path: view for path, view in views.items() if path.rsplit(".", 1)[-1] not in ("gate", "router")}
+
+
+def whole_experts(model: Model) -> list[str]:
+    """Names of the fused experts that a checkpoint has in one tensor (gpt-oss, Llama 4): nobody reads their codes."""
+    parts = {name: revert_weight_conversion(model, {name: weight.detach()}) for name, weight in _weights(model)}
+    return [name for name, stored in parts.items() if any(part.ndim != 2 for part in stored.values())]
+
+
+def _weights(model: Model) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and parameter of every linear and of all fused experts under the decoder layers."""
+    layers = tuple(f"{name}." for name, _ in decoder_layers(model))
+    for name, module in model.named_modules():
+        if not name.startswith(layers):
             continue
         if isinstance(module, torch.nn.Linear):
-            views.update(_checkpoint_views(model, f"{module_name}.weight", module.weight))
-        elif module_name.rsplit(".", 1)[-1] == "experts":
-            for name, parameter in module.named_parameters(recurse=False):
-                if parameter.ndim == 3:
-                    views.update(_checkpoint_views(model, f"{module_name}.{name}", parameter))
-    return {path: view for path, view in views.items() if path.rsplit(".", 1)[-1] not in ("gate", "router")}
+            yield f"{name}.weight", module.weight
+        elif name.rsplit(".", 1)[-1] == "experts":
+            yield from ((f"{name}.{n}", p) for n, p in module.named_parameters(recurse=False) if p.ndim == 3)
 
 
 def unquantised_linears(model: Model, views: Mapping[str, View]) -> list[str]:
@@ -484,16 +495,17 @@ def _convert(tensor: NestedTensor, convert: Callable[[Any], Any]) -> NestedTenso
 
 
 def _checkpoint_views(model: Model, name: str, parameter: torch.Tensor) -> dict[str, View]:
+    """The matrices of the checkpoint in a parameter, by module path; empty if it is stored in another form."""
     whole = parameter.detach()
     parts = revert_weight_conversion(model, {name: whole})
-    if _is_renamed(parts, whole) and whole.ndim == 2:
+    if any(part.ndim != 2 for part in parts.values()):
+        return {}
+    if _is_renamed(parts, whole):
         (key,), (rows, columns) = parts, whole.shape
         return {key.removesuffix(".weight"): View(parameter=name, shape=(rows, columns), stride=(columns, 1), offset=0)}
     index = torch.arange(parameter.numel()).view(parameter.shape)
     views = {}
     for key, part in revert_weight_conversion(model, {name: index}).items():
-        if part.ndim != 2:
-            raise InputError(f"{name} is stored as {tuple(part.shape)}, not as matrices; exclude this path")
         rows, columns = part.shape
         offset = int(part[0, 0])
         stride = (int(part[1, 0]) - offset if rows > 1 else columns, int(part[0, 1]) - offset if columns > 1 else 1)

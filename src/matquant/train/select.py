@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from matquant.errors import InputError
-from matquant.models import Model, View, linear_views
+from matquant.models import Model, View, linear_views, whole_experts
 
 SCOPES = ("ffn", "attention", "all")
 
@@ -16,7 +16,8 @@ SCOPES = ("ffn", "attention", "all")
 def select_linears(model: Model, scope: str, *, exclude: Sequence[str] = ()) -> Mapping[str, View]:
     """Path -> View of the linears in ``scope`` whose path no pattern of ``exclude`` is found in.
 
-    InputError if there are none, a pattern is not a regular expression, or it would split a fused parameter.
+    InputError if there are none, a pattern is not a regular expression, it would split a fused parameter, or experts
+    that cannot be quantised are not excluded.
     """
     if scope not in SCOPES:
         raise InputError(f"scope={scope!r} is not known; use one of {', '.join(SCOPES)}")
@@ -29,6 +30,11 @@ def select_linears(model: Model, scope: str, *, exclude: Sequence[str] = ()) -> 
             chosen = {path: view for path, view in chosen.items() if not re.search(pattern, path)}
         except re.error as error:
             raise InputError(f"--exclude {pattern!r} is not a regular expression ({error}); escape it") from None
+    kept = [name for name in whole_experts(model) if not any(re.search(pattern, name) for pattern in exclude)]
+    if kept and scope != "attention":
+        raise InputError(
+            f"{kept[0]} is one tensor for all experts in the checkpoint, whose codes no engine reads; --exclude experts"
+        )
     split = {views[path].parameter for path in views.keys() - chosen} & {view.parameter for view in chosen.values()}
     if split:
         path = next(path for path in views if path not in chosen and views[path].parameter in split)
