@@ -216,6 +216,7 @@ def test_registering_twice_does_nothing(small: Path) -> None:
     for config in (before, matquant.MatQuantConfig(bits=3)):
         found = AutoModelForCausalLM.from_pretrained(small, quantization_config=config)
         assert_same_weights(found, matquant.load(small, 3, kernels="none"))
+    test_other_configurations_go_transformers_own_way(small)
 
 
 # The user's mistakes --------------------------------------------------------------------------------------------------

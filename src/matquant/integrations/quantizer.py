@@ -15,6 +15,7 @@ configuration will be used. So ``merge_quantization_configs``, the function that
 asks whether the configuration given is ours: the only thing here that transformers does not offer to others.
 """
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -162,8 +163,10 @@ class _Slice(ConversionOps):  # type: ignore[misc]
 
 
 _merge = AutoHfQuantizer.merge_quantization_configs
+_merge = getattr(_merge, "__wrapped__", _merge)  # importlib.reload: of ours, transformers' own
 
 
+@functools.wraps(_merge)
 def _merge_ours(stored: Any, given: Any) -> Any:
     """transformers' own, but a MatQuantConfig that the user gives takes the place of the stored configuration."""
     return given if getattr(given, "quant_method", None) == METHOD else _merge(stored, given)
