@@ -351,7 +351,7 @@ def _from_gptq() -> dict[str, Cell]:
         cells[f"qat+distilled int{bits}"] = Cell(
             what=f"dedicated int{bits} from GPTQ, fp->{bits}, hidden states",
             options={**start, "objective": f"fp->{bits}", "hidden": 1.0},
-            rates=(2e-3, 1e-3, 4e-3),
+            rates={4: (5e-4, 1e-3, 2.5e-4), 3: (2e-3, 1e-3, 4e-3, 5e-4), 2: (2e-3, 1e-3, 4e-3)}[bits],
             models=("reference",),
         )
     everything = {**BEST, "scope": "all", "start": "gptq+ all"}
@@ -360,7 +360,6 @@ def _from_gptq() -> dict[str, Cell]:
     distilled = {**everything, "objective": "fp->8;4;3;2", "hidden": 1.0, "tokens": CALIBRATION, "steps": 96}
     distilled |= {"zeros": "centre"}
     plans = {**everything, **PLANS, "mix": 3.0}
-    corpus: Options = {"method": "distill", "scope": "all", "zeros": "centre", "freeze": 2}
     return cells | {
         "qat+ all distilled": Cell(
             what="nested GPTQ, tuned, distilled on the peers' calibration text, zeros in the centre, all linears",
@@ -387,14 +386,16 @@ def _from_gptq() -> dict[str, Cell]:
             rates=(5e-5,),
             models=("reference",),
         ),
-        "distill trained": Cell(
-            what="--method distill --freeze 2, 300 steps and 200, zeros in the centre, all linears",
-            options={**corpus, "steps": 300},
-            models=STORIES,
-        ),
         "distill trained 128": Cell(
             what="--method distill --freeze 2, 150 steps and 100, groups of 128, zeros in the centre, all linears",
-            options={**corpus, "group_size": 128, "steps": 150},
+            options={
+                "method": "distill",
+                "scope": "all",
+                "group_size": 128,
+                "zeros": "centre",
+                "freeze": 2,
+                "steps": 150,
+            },
             models=("reference",),
         ),
         "qat+ all plans first": Cell(

@@ -502,7 +502,6 @@ OURS_ALL = (
     "qat+ all last 128 centre",
     "qat+ all one-shot",
     "qat+ all one-shot 128",
-    "distill trained",
     "distill trained 128",
     "qat+ all plans",
 )
