@@ -348,10 +348,12 @@ def _from_gptq() -> dict[str, Cell]:
             options={**start, "objective": f"{bits},fp->{bits}"},
             rates=(2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3),
         )
+    for bits, rates in {3: (2e-3, 1e-3, 4e-3, 5e-4), 2: (2e-3, 1e-3, 4e-3)}.items():
+        start = {**own, "baseline_bits": bits, "start": f"gptq+ int{bits}"}
         cells[f"qat+distilled int{bits}"] = Cell(
             what=f"dedicated int{bits} from GPTQ, fp->{bits}, hidden states",
             options={**start, "objective": f"fp->{bits}", "hidden": 1.0},
-            rates={4: (5e-4, 1e-3, 2.5e-4), 3: (2e-3, 1e-3, 4e-3, 5e-4), 2: (2e-3, 1e-3, 4e-3)}[bits],
+            rates=rates,
             models=("reference",),
         )
     everything = {**BEST, "scope": "all", "start": "gptq+ all"}
