@@ -140,13 +140,12 @@ def open_shards(source: Path | str) -> Shards:
         files = _shard_files(source)
         parameters = dict(model.named_parameters())
         tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-        wholes = {name: parameter.detach() for name, parameter in parameters.items() if name not in tied}
-        parts = {name: revert_weight_conversion(model, {name: whole}) for name, whole in wholes.items()}
-        if not all(key in files for stored in parts.values() for key in stored):
+        stored = {name: _stored(model, name, p) for name, p in parameters.items() if name not in tied}
+        if not all(key in files for parts, _ in stored.values() for key in parts):
             return _whole(load_float(source))
         dtypes: dict[str, torch.dtype] = {}
-        for name, stored in parts.items():
-            for key, part in stored.items():
+        for name, (parts, _) in stored.items():
+            for key, part in parts.items():
                 found, dtype = files[key][1:]
                 if found != tuple(part.shape):
                     raise InputError(f"{source} has mismatched keys: {key}; repair the model")
@@ -161,8 +160,9 @@ def open_shards(source: Path | str) -> Shards:
     def read(name: str) -> torch.Tensor:
         if name in buffers:
             return buffers[name]
-        if _is_renamed(parts[name], wholes[name]):
-            return read_key(next(iter(parts[name]))).to(dtypes[name])
+        parts, renamed = stored[name]
+        if renamed:
+            return read_key(next(iter(parts))).to(dtypes[name])
         tensor = torch.empty(parameters[name].shape, dtype=dtypes[name])
         for path, view in _checkpoint_views(model, name, parameters[name]).items():
             view.of(tensor).copy_(read_key(f"{path}.weight"))
@@ -191,9 +191,11 @@ def _shard_files(source: Path | str) -> dict[str, tuple[str, tuple[int, ...], to
     return found
 
 
-def _is_renamed(parts: Mapping[str, torch.Tensor], whole: torch.Tensor) -> bool:
-    """Whether what transformers stores of a tensor is the tensor itself, under whatever name."""
-    return len(parts) == 1 and next(iter(parts.values())) is whole
+def _stored(model: Model, name: str, parameter: torch.Tensor) -> tuple[dict[str, torch.Tensor], bool]:
+    """What a checkpoint has of a parameter, on meta, and whether that is the parameter itself, under whatever name."""
+    whole = parameter.detach().to("meta")
+    parts = revert_weight_conversion(model, {name: whole})
+    return parts, len(parts) == 1 and whole is next(iter(parts.values()))
 
 
 # ------------------------------------------------------------------------------------------------------------- layers
@@ -396,8 +398,8 @@ def linear_views(model: Model) -> dict[str, View]:
 
 def whole_experts(model: Model) -> list[str]:
     """Names of the fused experts that a checkpoint has in one tensor (gpt-oss, Llama 4): nobody reads their codes."""
-    parts = {name: revert_weight_conversion(model, {name: weight.detach()}) for name, weight in _weights(model)}
-    return [name for name, stored in parts.items() if any(part.ndim != 2 for part in stored.values())]
+    stored = {name: _stored(model, name, weight)[0] for name, weight in _weights(model)}
+    return [name for name, parts in stored.items() if any(part.ndim != 2 for part in parts.values())]
 
 
 def _weights(model: Model) -> Iterator[tuple[str, torch.Tensor]]:
@@ -496,12 +498,11 @@ def _convert(tensor: NestedTensor, convert: Callable[[Any], Any]) -> NestedTenso
 
 def _checkpoint_views(model: Model, name: str, parameter: torch.Tensor) -> dict[str, View]:
     """The matrices of the checkpoint in a parameter, by module path; empty if it is stored in another form."""
-    whole = parameter.detach()
-    parts = revert_weight_conversion(model, {name: whole})
+    parts, renamed = _stored(model, name, parameter)
     if any(part.ndim != 2 for part in parts.values()):
         return {}
-    if _is_renamed(parts, whole):
-        (key,), (rows, columns) = parts, whole.shape
+    if renamed:
+        (key,), (rows, columns) = parts, parameter.shape
         return {key.removesuffix(".weight"): View(parameter=name, shape=(rows, columns), stride=(columns, 1), offset=0)}
     index = torch.arange(parameter.numel()).view(parameter.shape)
     views = {}
