@@ -254,15 +254,21 @@ def layer_output(output: Any) -> torch.Tensor:
     return states
 
 
+_READS_TUPLES: dict[type, bool] = {}  # by class of decoder, which is asked once
+
+
 def _hand_on(model: Model, token: torch.Tensor) -> Callable[[torch.Tensor], Any]:
     """How a layer must return hidden states for the decoder to read them: as they are, or in a tuple (Falcon)."""
-    layers = [layer for _, layer in decoder_layers(model)]
-    with torch.no_grad(), _replaced(layers, [lambda states, *_, **__: (states, None)] * len(layers)):
-        try:
-            read = model.get_decoder()(input_ids=token, use_cache=False)[0]
-        except (AttributeError, TypeError):  # of the norm after the layers, which was given the tuple
-            read = None
-    return (lambda states: (states, None)) if isinstance(read, torch.Tensor) else (lambda states: states)
+    decoder = model.get_decoder()
+    if type(decoder) not in _READS_TUPLES:
+        layers = [layer for _, layer in decoder_layers(model)]
+        with torch.no_grad(), _replaced(layers, [lambda states, *_, **__: (states, None)] * len(layers)):
+            try:
+                read = decoder(input_ids=token, use_cache=False)[0]
+            except (AttributeError, TypeError):  # of the norm after the layers, which was given the tuple
+                read = None
+        _READS_TUPLES[type(decoder)] = isinstance(read, torch.Tensor)
+    return (lambda states: (states, None)) if _READS_TUPLES[type(decoder)] else (lambda states: states)
 
 
 def finish(model: Model, tokens: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
@@ -398,7 +404,7 @@ def linear_views(model: Model) -> dict[str, View]:
 
 def whole_experts(model: Model) -> list[str]:
     """Names of the fused experts that a checkpoint has in one tensor (gpt-oss, Llama 4): nobody reads their codes."""
-    stored = {name: _stored(model, name, weight)[0] for name, weight in _weights(model)}
+    stored = {name: _stored(model, name, weight)[0] for name, weight in _weights(model) if weight.ndim == 3}
     return [name for name, parts in stored.items() if any(part.ndim != 2 for part in parts.values())]
 
 

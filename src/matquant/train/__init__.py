@@ -255,7 +255,7 @@ def quantize(
     if chosen.streamed and not resume:
         shutil.rmtree(work, ignore_errors=True)
     nested = chosen.run(job)
-    logs = [folder / LOG for folder in (*([Path(start)] if start is not None else []), work)]  # its own after start's
+    logs = [Path(folder) / LOG for folder in (start, work) if folder is not None]  # its own after start's
     history = b"".join(log.read_bytes() for log in logs if log.is_file())
     files = side_files(model) | ({LOG: history} if history else {})
     _write(target, job, nested, streamed=chosen.streamed, files=files, overwrite=overwrite)
