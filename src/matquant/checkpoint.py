@@ -27,7 +27,7 @@ from safetensors.numpy import save_file
 from matquant.errors import InputError
 from matquant.files import check_replaceable, json_bytes, replace_directory_when_done, sha256
 from matquant.grid import middle
-from matquant.nest import CENTRE, MASTER_BITS, slice_codes
+from matquant.nest import CENTRE, MASTER_BITS, labels_of, slice_codes, stored_codes
 from matquant.overflow import packed_bytes
 from matquant.packing import pack, unpack, words
 from matquant.spec import DAMAGED, Spec, check_format
@@ -132,7 +132,7 @@ def stock_config(
 
 
 def _stored_tensors(path: str, tensor: NestedTensor, spec: Spec) -> Iterator[tuple[str, np.ndarray]]:
-    yield f"{path}.weight_packed", pack(tensor.codes, MASTER_BITS).view("<i4")
+    yield f"{path}.weight_packed", pack(stored_codes(tensor.codes, grid=tensor.grid), MASTER_BITS).view("<i4")
     yield f"{path}.weight_scale", tensor.scale.astype(_scale_dtype(path, spec))
     yield f"{path}.weight_shape", np.array(tensor.codes.shape, dtype=np.int64)
     if not spec.symmetric:
@@ -285,7 +285,10 @@ class Checkpoint:
         packed = f"{path}.weight_packed"
         codes = unpack(self.mapped(packed, "<u4") if mapped else self.array(packed).view("<u4"), stored, columns)
         codes = codes << (MASTER_BITS - stored) if stored < MASTER_BITS else codes
-        return NestedTensor(codes=codes, scale=scale, zero=zero, rule=self.spec.rule, slices=slices)
+        codes = labels_of(codes, grid=self.spec.grid)
+        return NestedTensor(
+            codes=codes, scale=scale, zero=zero, rule=self.spec.rule, slices=slices, grid=self.spec.grid
+        )
 
 
 def open_checkpoint(directory: Path | str, *, check_hashes: bool = True) -> Checkpoint:

@@ -24,7 +24,7 @@ from typing import Any
 from array_api_compat import array_namespace
 
 from matquant.errors import InputError
-from matquant.nest import CENTRE, OWN, check_bits, slice_affine, slice_codes
+from matquant.nest import CENTRE, OWN, UNIFORM, check_bits, nearest_codes, slice_affine, slice_positions
 
 SMALLEST_SCALE = 2.0**-24  # the smallest positive fp16 number
 LARGEST_SCALE = 65280.0  # the largest fp16 number with 8 significant bits
@@ -108,13 +108,13 @@ def fit_grid(
     return scale, zero
 
 
-def encode(weight_NK: Any, scale_NG: Any, zero_NG: Any, *, bits: int = 8) -> Any:
-    """Codes of weights on a grid: clamp(floor(w/scale + zero + 1/2), 0, 2^bits - 1) as uint8 [N, K] (Eq. 1)."""
+def encode(weight_NK: Any, scale_NG: Any, zero_NG: Any, *, bits: int = 8, grid: str = UNIFORM) -> Any:
+    """Codes of weights: clamp(floor(w/scale + zero + 1/2), 0, 2^bits - 1) as uint8 [N, K] (Eq. 1), or, on another grid
+    than the uniform one, the code whose position is nearest to w/scale + zero."""
     check_bits(bits)
     xp = array_namespace(weight_NK)
     position = _grouped(xp.astype(weight_NK, xp.float32), scale_NG) / scale_NG[..., None] + zero_NG[..., None]
-    codes = xp.clip(xp.floor(position + 0.5), min=0, max=2**bits - 1)
-    return xp.reshape(xp.astype(codes, xp.uint8), weight_NK.shape)
+    return xp.reshape(nearest_codes(position, bits, grid=grid), weight_NK.shape)
 
 
 def decode(positions_NK: Any, scale_NG: Any, zero_NG: Any) -> Any:
@@ -134,8 +134,9 @@ def fit_slice(
     zero: Any,
     zeros: str = OWN,
     storable: bool = True,
+    grid: str = UNIFORM,
 ) -> tuple[Any, Any]:
-    """Least-squares scale and zero of one width: min over each group of sum (w - scale_r*(code_r - zero_r))^2.
+    """Least-squares scale and zero of one width: min over each group of sum (w - scale_r*(position_r - zero_r))^2.
 
     weight_NK: the float weights the codes stand for; codes_NK: their 8-bit codes; scale, zero: the 8-bit grid [N, G].
     zeros: OWN, or CENTRE for the zero (2^r - 1)/2 and the scale that is best with it. storable: scale_r rounded to 8
@@ -145,7 +146,7 @@ def fit_slice(
     """
     xp = array_namespace(weight_NK)
     weight = _grouped(xp.astype(weight_NK, xp.float32), scale)
-    code = _grouped(xp.astype(slice_codes(codes_NK, bits, rule=rule), xp.float32), scale)
+    code = _grouped(slice_positions(codes_NK, bits, rule=rule, grid=grid), scale)
     if zeros == CENTRE:  # the means that a zero of its own would have been fitted to
         mean_weight, mean_code = xp.zeros_like(scale), xp.full_like(scale, middle(bits))
     else:

@@ -12,10 +12,14 @@ from typing import Any, Self
 
 from matquant.errors import InputError
 from matquant.files import read_json
-from matquant.nest import MASTER_BITS, OWN, ZEROS, check_bits, check_rule
+from matquant.nest import GRIDS, MASTER_BITS, OWN, UNIFORM, ZEROS, check_bits, check_grid, check_rule
 
-FORMAT_VERSION = 3  # the newest read
-SINCE = {"stored_bits": 2, "zeros": 3}  # the format a key came with; a record is written in the oldest that does
+FORMAT_VERSION = 4  # the newest read
+SINCE = {
+    "stored_bits": 2,
+    "zeros": 3,
+    "grid": 4,
+}  # the format a key came with; a record is written in the oldest that does
 DAMAGED = "the checkpoint is damaged: write it again"
 SCALE_DTYPES = ("bfloat16", "float32")
 ABOUT = ("strategy", "budget", "bits_per_weight", "bytes", "loss", "log_perplexity")  # of a plan
@@ -63,6 +67,7 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "data_sha256": (lambda v: isinstance(v, str), "a string"),
     "stored_bits": (lambda v: _is_stored(v), "an integer 2..8, or an object with one for every path"),
     "zeros": (lambda v: v in ZEROS, " or ".join(ZEROS)),
+    "grid": (lambda v: v in GRIDS, " or ".join(GRIDS)),
 }
 
 
@@ -85,7 +90,7 @@ class Spec:
     data_sha256: how it was made. method: after those of what it started from ("gptq, qat"); the others are the last
     one's. data_sha256: over the tokens trained on; empty without data. stored_bits: top bits of a code that are stored,
     the others are 0: of all paths, or of each. zeros: of the widths in ``slices``: "own", or "centre" for (2^r - 1)/2,
-    which is not stored.
+    which is not stored. grid: the positions that codes stand for (nest.GRIDS).
     """
 
     rule: str
@@ -104,9 +109,15 @@ class Spec:
     data_sha256: str = ""
     stored_bits: int | Mapping[str, int] = MASTER_BITS
     zeros: str = OWN
+    grid: str = UNIFORM
 
     def __post_init__(self) -> None:
         check_rule(self.rule)
+        check_grid(self.grid, rule=self.rule)
+        if self.grid != UNIFORM and not self.symmetric:
+            raise InputError(f"grid={self.grid!r} needs symmetric codes, found symmetric=False; use grid {UNIFORM!r}")
+        if self.grid != UNIFORM and self.stored_bits != MASTER_BITS:
+            raise InputError(f"grid={self.grid!r} needs all 8 bits stored, found stored_bits={self.stored_bits!r}")
         for bits in (*self.widths, *self.slices):
             check_bits(bits)
 
@@ -114,6 +125,7 @@ class Spec:
     def format(self) -> int:
         """The version of the file format that this record needs."""
         given = {"stored_bits": self.stored_bits != MASTER_BITS, "zeros": self.zeros != OWN}
+        given["grid"] = self.grid != UNIFORM
         return max([1, *(SINCE[key] for key, is_given in given.items() if is_given)])
 
     def stored(self, path: str) -> int:

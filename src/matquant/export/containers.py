@@ -6,9 +6,11 @@ A slice is w = scale * (c - zero) with codes c in 0..levels - 1. Foreign formats
     integer    w = d * (u - o), o an integer 0..2^n - 1 stored per group
     minimum    w = d * u + m, m a float stored per group
 
+Positions on a companded grid are first written as integers p in quarters of a code (nest.integer_positions), which take
+p for c, scale / 4 for scale and 4 zero - 1/2 for zero: int2 is then 0..11 and needs 4 bits, int3 5, int4 6, int6 8.
 ``minimum`` holds every slice of at most 2^n levels: u = c, d = scale, m = -scale * zero. The others hold it where zero
 is a multiple of 1/2: with f the 1 or 2 that makes f * zero an integer, u = f * c + shift and d = scale / f. Nothing is
-rounded but d and m, once, to the type the format stores them in. What does not fit is refused with the reason.
+rounded but d and m, once, to the type the format stores them in. What does not fit is rejected with the reason.
 
 N out features, K in features, G groups (K / G neighbouring in features of a row share a scale).
 """
@@ -20,8 +22,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from matquant.grid import storable_scale
-from matquant.nest import MASTER_BITS, slice_codes
+from matquant.grid import middle, storable_scale
+from matquant.nest import MASTER_BITS, UNIFORM, integer_positions, slice_codes
 from matquant.tensor import Affine, NestedTensor
 
 FIXED, INTEGER, MINIMUM = "fixed", "integer", "minimum"
@@ -94,8 +96,13 @@ def largest_block(sizes: Sequence[int], group: int) -> int:
     return next((size for size in sizes if group % size == 0), sizes[-1])
 
 
-def levels(bits: int, rule: str) -> int:
-    """How many codes a slice has: 2^r, or 2^r + 1 under rule ``extra`` below 8 bits."""
+def levels(bits: int, rule: str, grid: str = UNIFORM) -> int:
+    """How many integers the positions of a slice span.
+
+    2^r, or 2^r + 1 under rule ``extra`` below 8 bits, or more on a grid whose positions are not evenly spaced.
+    """
+    if grid != UNIFORM:
+        return int(integer_positions(bits, grid)[0].max()) + 1
     return int(2**bits) + (rule == "extra" and bits < MASTER_BITS)
 
 
@@ -108,7 +115,8 @@ def _fit(container: Container, tensor: NestedTensor, bits: int, affine: Affine) 
     """``fit`` with the scale and zero that the slice is to have."""
     rows, columns = tensor.codes.shape
     scale, zero = affine
-    found = _fit_numbers(container, scale, zero, levels(bits, tensor.rule))
+    _, unit, offset = integer_positions(bits, tensor.grid)
+    found = _fit_numbers(container, scale * unit, (zero - offset) / unit, levels(bits, tensor.rule, tensor.grid))
     group = columns // scale.shape[1]
     if isinstance(found, Misfit):
         return found
@@ -154,6 +162,8 @@ def encode(tensor: NestedTensor, bits: int, container: Container, zeros: str = E
     found = fit(container, tensor, bits, zeros=zeros)
     assert isinstance(found, Fit)  # it was when the container was chosen
     codes = slice_codes(tensor.codes, bits, rule=tensor.rule)
+    if tensor.grid != UNIFORM:
+        codes = integer_positions(bits, tensor.grid)[0][codes]
     if found.factor.max() > 1 or found.shift.max() > 0:
         rows, columns = codes.shape
         grouped = codes.reshape(rows, found.scale.shape[1], -1)
@@ -185,12 +195,12 @@ def read_affine(tensor: NestedTensor, bits: int, *, zeros: str = EXACT) -> tuple
     group; the scale keeps 8 significant bits, or stays as it is where that is nearer.
     """
     scale, zero = (np.asarray(part, dtype=np.float32) for part in tensor.affine(bits))
-    centre = 2 ** (bits - 1) - (0.5 if tensor.rule == "prefix" and bits < MASTER_BITS else 0.0)
+    centre = middle(bits) if tensor.rule == "prefix" and bits < MASTER_BITS else 2.0 ** (bits - 1)
     moved = zero != centre
     if zeros == EXACT or not moved.any():
         return scale, zero
     rows, groups = scale.shape
-    code = slice_codes(tensor.codes, bits, rule=tensor.rule).reshape(rows, groups, -1)
+    code = tensor.positions(bits).reshape(rows, groups, -1)
     mean = code.mean(axis=-1, dtype=np.float32)
     square = np.square(code, dtype=np.float32).mean(axis=-1)
     product = square - (zero + centre) * mean + zero * centre

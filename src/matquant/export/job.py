@@ -11,7 +11,6 @@ from matquant.checkpoint import Checkpoint
 from matquant.export.containers import FLOATS, Container, Encoded, Misfit, choose, encode, read_affine
 from matquant.export.stream import Part, Report, Slot
 from matquant.grid import decode
-from matquant.nest import slice_codes
 from matquant.tensor import NestedTensor
 
 DENSE = "dense"  # what a path is stored in that has no container
@@ -111,8 +110,8 @@ class Job:
 
 def _dense(job: Job, path: str, rows: np.ndarray | None) -> np.ndarray:
     tensor, bits = job.checkpoint.nested(path, mapped=True), job.plan[path]
-    codes = slice_codes(tensor.codes, bits, rule=tensor.rule)
-    weight: np.ndarray = decode(codes, *read_affine(tensor, bits, zeros=job.zeros)).astype(FLOATS[job.dtype])
+    scale, zero = read_affine(tensor, bits, zeros=job.zeros)
+    weight: np.ndarray = decode(tensor.positions(bits), scale, zero).astype(FLOATS[job.dtype])
     return weight if rows is None else weight[rows]
 
 

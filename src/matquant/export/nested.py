@@ -16,7 +16,7 @@ from matquant.export.containers import FIXED, Container, Encoded, Fit, Misfit
 from matquant.export.directory import write_directory
 from matquant.export.job import Exporter, Job, as_stored
 from matquant.export.stream import Report, write_safetensors
-from matquant.nest import MASTER_BITS
+from matquant.nest import MASTER_BITS, UNIFORM
 from matquant.tensor import NestedTensor
 
 
@@ -24,6 +24,8 @@ def choose(checkpoint: Checkpoint, path: str, bits: int, zeros: str) -> Containe
     """The container of the top ``bits`` + 1 bits of the codes at ``path``."""
     if not checkpoint.spec.symmetric:
         return [Misfit("the zeros of an asymmetric checkpoint need all 8 bits")]
+    if checkpoint.spec.grid != UNIFORM:
+        return [Misfit(f"the positions of grid {checkpoint.spec.grid!r} need all 8 bits")]
     kept = min(bits + 1, checkpoint.spec.stored(path))
     dtype = checkpoint.stored_dtype(f"{path}.weight_scale")
     return Container(name=f"top {kept} of 8 bits", bits=kept, zero=FIXED, scale=dtype)

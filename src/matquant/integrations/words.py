@@ -13,7 +13,7 @@ import torch
 from matquant.checkpoint import Checkpoint
 from matquant.errors import InputError
 from matquant.grid import decode
-from matquant.nest import MASTER_BITS, slice_codes
+from matquant.nest import MASTER_BITS, labels_of, slice_positions
 from matquant.spec import Plan
 
 # Weights sliced at once. In float32 they fit the second cache: 5 times as fast (4096 x 4096, one core).
@@ -32,7 +32,7 @@ def read_words(
     rows, columns = nested.codes.shape
     assert len(words) == rows, f"{path} has {rows} rows, given {len(words)}"
     if checkpoint.spec.stored(path) == MASTER_BITS:
-        codes = words.view(torch.uint8)[:, :columns]
+        codes = labels_of(words.view(torch.uint8)[:, :columns], grid=nested.grid)
     else:  # a smaller checkpoint, whose words hold fewer bits
         codes = torch.from_numpy(nested.codes).to(words.device)
     scale, zero = (torch.from_numpy(part).to(words.device) for part in nested.affine(bits))
@@ -40,7 +40,8 @@ def read_words(
     step = max(1, AT_ONCE // columns)
     for start in range(0, rows, step):
         part = slice(start, start + step)
-        weight[part] = decode(slice_codes(codes[part], bits, rule=nested.rule), scale[part], zero[part])
+        position = slice_positions(codes[part], bits, rule=nested.rule, grid=nested.grid)
+        weight[part] = decode(position, scale[part], zero[part])
     return weight
 
 

@@ -27,6 +27,7 @@ from matquant.errors import InputError
 from matquant.files import replace_when_done, write_atomically
 from matquant.grid import check_finite
 from matquant.models import Call, View, decoder_layers, embed, write_weights
+from matquant.nest import UNIFORM
 from matquant.tensor import NestedTensor
 from matquant.text import cut_windows
 from matquant.train.job import LOG, Job, check_same_run, fingerprint
@@ -263,7 +264,12 @@ def _load(file: Path, mark: Mapping[str, Any], *, device: torch.device) -> Solve
             bits: (tensors[f"{path}/{bits}/scale"], tensors[f"{path}/{bits}/zero"]) for bits in sorted(set(widths))
         }
         nested[path] = NestedTensor(
-            codes=tensors[name], scale=tensors[f"{path}/scale"], zero=tensors[f"{path}/zero"], rule=rule, slices=slices
+            codes=tensors[name],
+            scale=tensors[f"{path}/scale"],
+            zero=tensors[f"{path}/zero"],
+            rule=rule,
+            slices=slices,
+            grid=mark.get("grid", UNIFORM),
         )
     for name, tensor in tensors.items():
         if name.startswith("plain/"):

@@ -31,7 +31,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 
 from matquant.grid import storable_scale
-from matquant.nest import CENTRE, MASTER_BITS, slice_codes
+from matquant.nest import CENTRE, MASTER_BITS
 from matquant.tensor import Affine, NestedTensor
 from matquant.train.fake import Grid, encode_clipped, refit_slice
 
@@ -137,7 +137,7 @@ def read(simulated: Simulated, bits: int, grid: Grid, clip: Clip) -> torch.Tenso
         stretch, offset = clip.nudges[bits]
         scale_r = scale_r * (stretch - stretch.detach()).exp()
         zero_r = zero_r if offset is None else straight_through(zero_r, zero_r + offset)
-    codes = slice_codes(tensor.codes, bits, rule=tensor.rule).float()
+    codes = tensor.positions(bits)
     code = straight_through(codes, simulated.position / step).view(*scale.shape, -1)
     surrogate = (scale_r[..., None] * (code - zero_r[..., None])).view_as(codes)
     return straight_through(tensor.read(bits), surrogate)

@@ -2,7 +2,7 @@
 
 Forward at width r, from codes that all widths of a step share:
 
-    codes = clamp(round(w/scale + zero)),   read = scale_r * (slice_codes(codes, r) - zero_r)
+    codes = clamp(round(w/scale + zero)),   read = scale_r * (slice_positions(codes, r) - zero_r)
 
 A learned affine is kept as reach_r and centre_r, read = reach_r * (2 code_r/(2^r - 1) - 1) + centre_r.
 
@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from matquant.grid import encode, fit_grid, fit_slice, middle, storable_scale
-from matquant.nest import CENTRE, MASTER_BITS, OWN
+from matquant.nest import CENTRE, MASTER_BITS, OWN, UNIFORM
 from matquant.tensor import Affine, NestedTensor
 
 AFFINES = ("none", "refit", "learned")
@@ -41,7 +41,7 @@ class Grid:
     affine: where the own scale and zero of the widths ``sliced`` come from: "none" (there are none), "refit" (least
     squares to the master at every step) or "learned". zeros: whether those widths have an own zero, or that of the
     middle of their codes (grid.CENTRE). storable: 8-bit scales of 8 significant bits; False is Eq. 1 to
-    the letter, stored in float32.
+    the letter, stored in float32. kind: the positions that codes stand for (nest.GRIDS).
     """
 
     rule: str
@@ -52,6 +52,7 @@ class Grid:
     zeros: str = OWN
     storable: bool = True
     sliced: tuple[int, ...] = ()
+    kind: str = UNIFORM
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,7 +83,9 @@ def nest(
         gamma = 1.0 if learned.clip is None else learned.clip / _largest(weight_NK, groups)
         tensor = encode_clipped(weight_NK, grid, gamma=gamma, beta=gamma, name=name)
         if coarse:
-            encoded = {bits: encode(master, tensor.scale, tensor.zero) for bits, master in coarse.items()}
+            encoded = {
+                bits: encode(master, tensor.scale, tensor.zero, grid=grid.kind) for bits, master in coarse.items()
+            }
             codes, _ = confine(encoded | {MASTER_BITS: tensor.codes})
             tensor = dataclasses.replace(tensor, codes=codes)
         slices = dict(tensor.slices)
@@ -97,7 +100,14 @@ def nest(
 def refit_slice(weight_NK: torch.Tensor, tensor: NestedTensor, bits: int, *, zeros: str) -> Affine:
     """The least-squares scale and zero of one width of a nested weight; see ``grid.fit_slice``."""
     found: Affine = fit_slice(
-        weight_NK, tensor.codes, bits, rule=tensor.rule, scale=tensor.scale, zero=tensor.zero, zeros=zeros
+        weight_NK,
+        tensor.codes,
+        bits,
+        rule=tensor.rule,
+        scale=tensor.scale,
+        zero=tensor.zero,
+        zeros=zeros,
+        grid=tensor.grid,
     )
     return found
 
@@ -230,13 +240,14 @@ def encode_clipped(weight_NK: torch.Tensor, grid: Grid, *, gamma: Any, beta: Any
         name=name,
     )
     if grid.bits == MASTER_BITS:
-        return NestedTensor(codes=encode(weight_NK, scale, zero), scale=scale, zero=zero, rule=grid.rule)
+        codes = encode(weight_NK, scale, zero, grid=grid.kind)
+        return NestedTensor(codes=codes, scale=scale, zero=zero, rule=grid.rule, grid=grid.kind)
     if grid.symmetric:
         zero = zero - 0.5
     step = 2 ** (MASTER_BITS - grid.bits)
-    codes = encode(weight_NK, scale, zero, bits=grid.bits) * step + step // 2
-    own = {grid.bits: (scale, zero)}
-    return NestedTensor(codes=codes, scale=scale / step, zero=zero * step + step / 2, rule=grid.rule, slices=own)
+    codes = encode(weight_NK, scale, zero, bits=grid.bits, grid=grid.kind) * step + step // 2
+    own, master = {grid.bits: (scale, zero)}, (scale / step, zero * step + step / 2)
+    return NestedTensor(codes=codes, scale=master[0], zero=master[1], rule=grid.rule, slices=own, grid=grid.kind)
 
 
 def _largest(weight_NK: torch.Tensor, groups: int) -> torch.Tensor:

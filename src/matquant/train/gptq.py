@@ -32,7 +32,18 @@ import torch
 
 from matquant.errors import InputError, check_positive
 from matquant.grid import SMALLEST_SCALE, middle, storable_scale
-from matquant.nest import CENTRE, MASTER_BITS, OWN, slice_codes
+from matquant.nest import (
+    CENTRE,
+    MASTER_BITS,
+    OWN,
+    UNIFORM,
+    labels_of,
+    nearest_codes,
+    positions,
+    slice_codes,
+    slice_positions,
+    stored_codes,
+)
 from matquant.tensor import Affine, NestedTensor
 from matquant.train.blocks import Block, Solved, calibration, run_blocks
 from matquant.train.fake import Grid, Learned, nest
@@ -156,6 +167,7 @@ def nested_codes(
     weights: Mapping[int, float],
     *,
     rule: str,
+    grid: str = UNIFORM,
 ) -> torch.Tensor:
     """8-bit codes, uint8 [N, K], of a weight on fixed affines, width -> (scale, zero) [N, G].
 
@@ -167,7 +179,7 @@ def nested_codes(
         for part in (0, 1)
     )
     lambdas_R = weight_NK.new_tensor([weights.get(bits, 0.0) for bits in widths])
-    choose = _chooser(rule, widths, weight_NK.device)
+    choose = _chooser(rule, grid, widths, weight_NK.device)
     target_RNK = weight_NK[:, factor.order_K].expand(len(widths), -1, -1).clone()
     upper = factor.upper_KK.to(weight_NK.dtype)
     codes_NK = torch.empty(weight_NK.shape, dtype=torch.uint8, device=weight_NK.device)
@@ -193,31 +205,46 @@ def nested_codes(
 
 
 def _nearest(
-    target_RN: torch.Tensor, scale_RN: torch.Tensor, zero_RN: torch.Tensor, lambdas_R: torch.Tensor, *, bits: int
+    target_RN: torch.Tensor,
+    scale_RN: torch.Tensor,
+    zero_RN: torch.Tensor,
+    lambdas_R: torch.Tensor,
+    *,
+    bits: int,
+    grid: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    code_RN = torch.floor(target_RN / scale_RN + zero_RN + 0.5).clamp_(0, 2**bits - 1)
-    return code_RN[0], scale_RN * (code_RN - zero_RN)
+    code_RN = nearest_codes(target_RN / scale_RN + zero_RN, bits, grid=grid)
+    return code_RN[0], scale_RN * (positions(code_RN, bits, grid=grid) - zero_RN)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cells:
     """The runs of 8-bit codes in which no slice changes. low, high: first and last code of each cell [C]; of: the cell
-    of each code [256]; first, last: the cells of each slice code [R - 1, 2^r (+ 1)]; slices: [R, 256]; rows as widths.
+    of each code [256]; first, last: the cells of each slice code [R - 1, 2^r (+ 1)]; positions of the slices: [R, 256];
+    rows as widths.
     """
 
     widths: tuple[int, ...]
+    grid: str
     low_C: torch.Tensor
     high_C: torch.Tensor
     of_Q: torch.Tensor
     first: tuple[torch.Tensor, ...]
     last: tuple[torch.Tensor, ...]
-    slices_RQ: torch.Tensor
+    positions_RQ: torch.Tensor
 
     def choose(
         self, target_RN: torch.Tensor, scale_RN: torch.Tensor, zero_RN: torch.Tensor, lambdas_R: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The best code of each row, int64 [N], and what each width reads from it [R, N]."""
-        nearest_RN = torch.floor(target_RN / scale_RN + zero_RN + 0.5).long()
+        position_RN = target_RN / scale_RN + zero_RN
+        if self.grid == UNIFORM:
+            nearest_RN = torch.floor(position_RN + 0.5).long().unbind()
+        else:
+            nearest_RN = tuple(
+                nearest_codes(row, bits, grid=self.grid).long()
+                for row, bits in zip(position_RN, self.widths, strict=True)
+            )
         master_N = nearest_RN[0].clamp_(0, 2**MASTER_BITS - 1)
         below_N = above_N = self.of_Q[master_N]
         for width in range(1, len(self.widths)):
@@ -227,7 +254,7 @@ class Cells:
         span = int((above_N - below_N).max())
         cell_JN = torch.minimum(below_N + torch.arange(span + 1, device=below_N.device)[:, None], above_N)
         code_JN = torch.minimum(torch.maximum(master_N, self.low_C[cell_JN]), self.high_C[cell_JN])
-        read_RJN = scale_RN[:, None] * (self.slices_RQ[:, code_JN] - zero_RN[:, None])
+        read_RJN = scale_RN[:, None] * (self.positions_RQ[:, code_JN] - zero_RN[:, None])
         if span == 0:
             return code_JN[0], read_RJN[:, 0]
         cost_JN = torch.tensordot(lambdas_R, (target_RN[:, None] - read_RJN).square_(), dims=1)
@@ -237,16 +264,16 @@ class Cells:
 
 
 def _chooser(
-    rule: str, widths: Sequence[int], device: torch.device
+    rule: str, grid: str, widths: Sequence[int], device: torch.device
 ) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
     """What gives a column of codes its best values at ``widths``, descending: ``Cells.choose``, or ``_nearest``."""
-    return (
-        _cells(rule, tuple(widths), device).choose if len(widths) > 1 else functools.partial(_nearest, bits=widths[0])
-    )
+    if len(widths) > 1:
+        return _cells(rule, grid, tuple(widths), device).choose
+    return functools.partial(_nearest, bits=widths[0], grid=grid)
 
 
 @functools.cache
-def _cells(rule: str, widths: tuple[int, ...], device: torch.device) -> Cells:
+def _cells(rule: str, grid: str, widths: tuple[int, ...], device: torch.device) -> Cells:
     every = torch.arange(2**MASTER_BITS)
     slices = torch.stack([slice_codes(every, bits, rule=rule) for bits in widths])
     changes = (slices[1:, 1:] != slices[1:, :-1]).any(0)
@@ -259,14 +286,16 @@ def _cells(rule: str, widths: tuple[int, ...], device: torch.device) -> Cells:
         members = [(row == code).nonzero().flatten() for code in range(int(row.max()) + 1)]
         first.append(cell[torch.stack([codes[0] for codes in members])])
         last.append(cell[torch.stack([codes[-1] for codes in members])])
+    reads = [slice_positions(every, bits, rule=rule, grid=grid) for bits in widths]
     return Cells(
         widths=widths,
+        grid=grid,
         low_C=low.to(device),
         high_C=high.to(device),
         of_Q=cell.to(device),
         first=tuple(codes.to(device) for codes in first),
         last=tuple(codes.to(device) for codes in last),
-        slices_RQ=slices.float().to(device),
+        positions_RQ=torch.stack(reads).to(device),
     )
 
 
@@ -278,6 +307,7 @@ def sweep(
     weights: Mapping[int, float],
     *,
     rule: str,
+    grid: str = UNIFORM,
 ) -> torch.Tensor:
     """One round of coordinate descent: each code again the best for all widths, all other codes being what they are.
 
@@ -291,9 +321,10 @@ def sweep(
         torch.stack([_spread(affines[bits][part], columns, natural) for bits in widths]) for part in (0, 1)
     )
     lambdas_R = weight_NK.new_tensor([weights.get(bits, 0.0) for bits in widths])
-    choose = _chooser(rule, widths, weight_NK.device)
+    choose = _chooser(rule, grid, widths, weight_NK.device)
     slices = [codes_NK if len(widths) == 1 else slice_codes(codes_NK, bits, rule=rule) for bits in widths]
-    read_RNK = scale_RNK * (torch.stack(slices).to(weight_NK.dtype) - zero_RNK)
+    reads = [positions(codes, bits, grid=grid) for codes, bits in zip(slices, widths, strict=True)]
+    read_RNK = scale_RNK * (torch.stack(reads).to(weight_NK.dtype) - zero_RNK)
     hessian = hessian_KK.to(weight_NK.dtype)
     gradient_RNK = (weight_NK - read_RNK) @ hessian
     result_NK = codes_NK.clone()
@@ -340,23 +371,25 @@ def nested_gptq(
     weights = {grid.bits: 1.0} if dedicated else weights
     start = _start(weight_NK, hessian_KK.diagonal(), grid, weights, name)
     affines = {bits: start.affine(bits) for bits in ({grid.bits} if dedicated else {MASTER_BITS, *weights})}
-    codes = nested_codes(weight_NK, factor, affines, weights, rule=grid.rule)
+    codes = nested_codes(weight_NK, factor, affines, weights, rule=grid.rule, grid=grid.kind)
     own = tuple(bits for bits in grid.sliced if grid.affine != "none")
 
     def refit(bits: int) -> Affine:
         sliced = codes if dedicated else slice_codes(codes, bits, rule=grid.rule)
         fallback = affines.get(bits) or start.affine(bits)
-        return refit_affine(weight_NK, sliced, hessian_KK, bits=bits, fallback=fallback, zeros=grid.zeros)
+        position = positions(sliced, bits, grid=grid.kind)
+        return refit_affine(weight_NK, position, hessian_KK, bits=bits, fallback=fallback, zeros=grid.zeros)
 
     damped = hessian_KK.clone()
     damped.diagonal().add_(factor.damp * hessian_KK.diagonal().mean())
     for _ in range(sweeps):
         affines |= {bits: refit(bits) for bits in own if bits in affines}
-        codes = sweep(weight_NK, codes, damped, affines, weights, rule=grid.rule)
+        codes = sweep(weight_NK, codes, damped, affines, weights, rule=grid.rule, grid=grid.kind)
     slices = dict(start.slices) | {bits: refit(bits) for bits in own}
     if dedicated:
         step = 2 ** (MASTER_BITS - grid.bits)
         codes = codes * step + step // 2  # the centre of its prefix bin, as fake.nest stores it
+    codes = labels_of(stored_codes(codes, grid=grid.kind), grid=grid.kind)  # of equal ones the one that is read back
     return dataclasses.replace(start, codes=codes, slices=slices)
 
 
@@ -394,14 +427,14 @@ def _start(
 
 def refit_affine(
     weight_NK: torch.Tensor,
-    codes_NK: torch.Tensor,
+    position_NK: torch.Tensor,
     hessian_KK: torch.Tensor,
     *,
     bits: int,
     fallback: Affine,
     zeros: str = OWN,
 ) -> Affine:
-    """Scale and zero of r-bit codes, [N, G] each, that minimise (w - scale*(code - zero)) H (w - scale*(code - zero))^T
+    """Scale and zero of r-bit positions, [N, G] each, that minimise d H d^T with d = w - scale*(position - zero)
     over all groups of a row together, as they are stored; the zero in the middle of the codes with ``zeros`` CENTRE.
     Rows they do not improve keep ``fallback``.
     """
@@ -410,7 +443,7 @@ def refit_affine(
     size = columns // groups
     hessian = hessian_KK.to(weight_NK.dtype)
     base = middle(bits) if zeros == CENTRE else 0.0
-    code_NGK = (codes_NK.to(weight_NK.dtype) - base).reshape(rows, groups, size)
+    code_NGK = (position_NK.to(weight_NK.dtype) - base).reshape(rows, groups, size)
     # The features of a row are its codes and, for own zeros, its ones, group by group:
     # w = sum_g scale_g code_g - offset_g one_g.
     features = groups if zeros == CENTRE else 2 * groups

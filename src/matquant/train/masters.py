@@ -20,7 +20,8 @@ Masters = Mapping[int, torch.Tensor]  # width -> float master [N, K]
 
 def encode_masters(masters: Masters, nested: NestedTensor) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
     """The nested codes of masters on the 8-bit grid of ``nested``, and where each was held back; see ``confine``."""
-    return confine({bits: encode(master.detach(), nested.scale, nested.zero) for bits, master in masters.items()})
+    scale, zero, grid = nested.scale, nested.zero, nested.grid
+    return confine({bits: encode(master.detach(), scale, zero, grid=grid) for bits, master in masters.items()})
 
 
 def chain(

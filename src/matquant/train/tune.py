@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from matquant.grid import decode, encode
+from matquant.grid import encode
 from matquant.nest import MASTER_BITS
 from matquant.tensor import NestedTensor
 from matquant.train.blocks import Block
@@ -113,8 +113,9 @@ def _start(weight_NK: torch.Tensor, nested: NestedTensor, grid: Grid, widths: Se
     grid = dataclasses.replace(grid, affine="none" if grid.affine == "none" else "learned")
     master_NK = nested.read(MASTER_BITS)
     if grid.bits < MASTER_BITS:  # the centres of bins are far from every edge; the float weight says which one is near
-        own = {grid.bits: nested.codes, MASTER_BITS: encode(weight_NK, nested.scale, nested.zero)}
-        master_NK = decode(confine(own)[0], nested.scale, nested.zero)
+        near = encode(weight_NK, nested.scale, nested.zero, grid=nested.grid)
+        confined = dataclasses.replace(nested, codes=confine({grid.bits: nested.codes, MASTER_BITS: near})[0])
+        master_NK = confined.read(MASTER_BITS)
     return _Weight(
         start=nested,
         masters={bits: master_NK.clone() for bits in widths},
