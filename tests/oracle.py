@@ -279,3 +279,39 @@ def pack_int32(codes_NK: NDArray[np.integer]) -> NDArray[np.int32]:
         fours = [bytes(unsigned[start : start + 4]) for start in range(0, len(unsigned), 4)]
         words.append([int.from_bytes(four, "little", signed=True) for four in fours])
     return np.array(words, dtype=np.int32).reshape(len(words), -1)
+
+
+# The companded grid ---------------------------------------------------------------------------------------------------
+
+INNER, OUTER, BEND = Fraction(3, 4), Fraction(5, 4), 64  # slopes in int8 steps a label; labels of each sign before it
+
+
+def companded_edge(label: Fraction) -> Fraction:
+    """Where label `label` (0..256, edges between labels are whole) lies on the int8 grid, 0 in its middle."""
+    distance = abs(label - 128)
+    reached = INNER * min(distance, Fraction(BEND)) + OUTER * max(distance - BEND, Fraction(0))
+    return reached if label >= 128 else -reached
+
+
+def companded_int8(label: int) -> int:
+    """The ordinary int8 code 0..255 of a label: the one whose unit interval holds the middle of the label's."""
+    return 128 + math.floor(companded_edge(label + HALF))
+
+
+def companded_position(code: int, bits: int) -> Fraction:
+    """Position of an r-bit code in units of the code: the grid in the middle of its labels, at 7 and 8 bits on int8."""
+    step = 2 ** (MASTER_BITS - bits)
+    labels = range(code * step, (code + 1) * step)
+    if bits >= 7:
+        on_int8 = Fraction(sum(companded_int8(label) for label in labels), step)
+    else:
+        on_int8 = companded_edge((labels[0] + labels[-1] + 1) * HALF) + 128 - HALF
+    return (on_int8 - Fraction(step - 1, 2)) / step
+
+
+def companded_nearest(position: Fraction, bits: int) -> int:
+    """The r-bit code nearest to a position: of two equally near the upper position, of one position the lowest code."""
+    places = [companded_position(code, bits) for code in range(2**bits)]
+    nearest = min(abs(place - position) for place in places)
+    best = max(place for place in places if abs(place - position) == nearest)
+    return places.index(best)

@@ -68,7 +68,7 @@ def render(checkpoint: Checkpoint, summary: dict[str, Any]) -> RenderableType:
             f"{spec.method} {spec.objective}" + (f" baseline int{spec.baseline_bits}" if spec.baseline_bits else ""),
         ),
         ("trained widths", ", ".join(map(str, spec.widths)) or "none"),
-        ("rule", spec.rule),
+        ("rule", f"{spec.rule}, grid {spec.grid}"),
         ("grid", f"{'symmetric' if spec.symmetric else 'asymmetric'}, groups: {group}; own {kind} at widths: {own}"),
         ("quantised", f"{summary['weights']:,} weights in {len(checkpoint.shapes)} linears ({spec.scope})"),
         ("not quantised", f"{summary['plain_bytes']:,} bytes"),

@@ -85,12 +85,13 @@ def slice_codes(codes: Any, bits: int, *, rule: str = "prefix") -> Any:
     return rounded - (rounded >> bits)  # the clamp: only 2^r has bit r set
 
 
-def check_grid(grid: str, *, rule: str = "prefix") -> None:
-    """Raise ValueError unless ``grid`` is one of GRIDS and slices by ``rule`` have positions on it."""
+def check_grid(grid: str, *, rule: str = "prefix", symmetric: bool = True) -> None:
+    """Raise ValueError unless ``grid`` is one of GRIDS and goes with ``rule`` and the zero in the middle."""
     if grid not in GRIDS:
         raise InputError(f"grid={grid!r} is not a grid; use one of {', '.join(GRIDS)}")
-    if grid != UNIFORM and rule != "prefix":
-        raise InputError(f"grid={grid!r} needs rule 'prefix', found rule {rule!r}; use grid {UNIFORM!r}")
+    for name, found, wanted in (("rule", rule, "prefix"), ("symmetric", symmetric, True)):
+        if grid != UNIFORM and found != wanted:
+            raise InputError(f"grid={grid!r} needs {name}={wanted!r}, found {found!r}; use grid {UNIFORM!r}")
 
 
 def slice_positions(codes: Any, bits: int, *, rule: str = "prefix", grid: str = UNIFORM) -> Any:

@@ -113,9 +113,7 @@ class Spec:
 
     def __post_init__(self) -> None:
         check_rule(self.rule)
-        check_grid(self.grid, rule=self.rule)
-        if self.grid != UNIFORM and not self.symmetric:
-            raise InputError(f"grid={self.grid!r} needs symmetric codes, found symmetric=False; use grid {UNIFORM!r}")
+        check_grid(self.grid, rule=self.rule, symmetric=self.symmetric)
         if self.grid != UNIFORM and self.stored_bits != MASTER_BITS:
             raise InputError(f"grid={self.grid!r} needs all 8 bits stored, found stored_bits={self.stored_bits!r}")
         for bits in (*self.widths, *self.slices):

@@ -35,7 +35,7 @@ from matquant.models import (
     plain_items,
     unquantised_linears,
 )
-from matquant.nest import MASTER_BITS, OWN, ZEROS, check_bits, check_rule
+from matquant.nest import MASTER_BITS, OWN, UNIFORM, ZEROS, check_bits, check_grid, check_rule
 from matquant.spec import SCALE_DTYPES, Spec
 from matquant.tensor import NestedTensor
 from matquant.text import data_sha256, read_documents, token_stream
@@ -114,6 +114,7 @@ def quantize(
     symmetric: bool = True,
     affine: str | None = None,
     zeros: str = OWN,
+    grid: str = UNIFORM,
     scale_dtype: str = "bfloat16",
     baseline_bits: int | None = None,
     start: Path | str | None = None,
@@ -151,7 +152,7 @@ def quantize(
         _check_unset({"symmetric": symmetric}, True)
         check_writable(target, overwrite=overwrite)
         _check_work(work, resume=resume, overwrite=overwrite)
-        common = {"scope": scope, "exclude": exclude, "group_size": group_size, "zeros": zeros}
+        common = {"scope": scope, "exclude": exclude, "group_size": group_size, "zeros": zeros, "grid": grid}
         common |= {"scale_dtype": scale_dtype, "device": device}
         return distill.run(
             quantize,
@@ -176,6 +177,7 @@ def quantize(
     affine = affine or chosen.affine
     _check_choices(affine=affine, scale_dtype=scale_dtype, rule=rule, zeros=zeros)
     _check_zeros(zeros, affine=affine, rule=rule, symmetric=symmetric)
+    check_grid(grid, rule=rule, symmetric=symmetric)
     if chosen.settings:
         _check_options(method, options)
         if not text:
@@ -203,7 +205,7 @@ def quantize(
         sum(source.dtypes[n].itemsize * t.numel() for n, t in source.model.state_dict().items() if n in source.dtypes),
     )
     stream = token_stream(documents, load_tokenizer(model)) if documents else np.zeros(0, dtype=np.int64)
-    grid = Grid(
+    shape = Grid(
         rule="prefix" if baseline_bits and baseline_bits < MASTER_BITS else rule,
         bits=baseline_bits or MASTER_BITS,
         group_size=group_size,
@@ -212,19 +214,21 @@ def quantize(
         zeros=zeros,
         storable=scale_dtype == "bfloat16",
         sliced=_own_affines(affine, baseline_bits),
+        kind=grid,
     )
     if chosen.settings:  # windows no longer than what the model was made for, unless told otherwise
         options = {"seq_len": min(chosen.settings.seq_len, context_length(source.model)), **options}
     settings = chosen.settings(**options) if chosen.settings else None
     slow = getattr(settings, "autocast", False) and place.type == "cpu" and not bf16_is_fast()
-    before, first = _first(start, method, grid, views, place)
+    before, first = _first(start, method, shape, views, place)
     spec = Spec(
-        rule=grid.rule,
+        rule=shape.rule,
         widths=tuple(width.bits for width in widths),
-        slices=grid.sliced or ((baseline_bits,) if baseline_bits and baseline_bits < MASTER_BITS else ()),
+        slices=shape.sliced or ((baseline_bits,) if baseline_bits and baseline_bits < MASTER_BITS else ()),
         group_size=group_size,
         symmetric=symmetric,
         zeros=zeros,
+        grid=grid,
         scale_dtype=scale_dtype,
         scope=scope,
         method=", ".join([*before, method]),
@@ -242,7 +246,7 @@ def quantize(
         dtypes=source.dtypes,
         device=place,
         views=views,
-        grid=grid,
+        grid=shape,
         spec=spec,
         objective=widths,
         work=work,
@@ -291,6 +295,7 @@ def _first(
         ("symmetric", checkpoint.spec.symmetric, True),
         ("symmetric", grid.symmetric, True),
         ("zeros", checkpoint.spec.zeros, grid.zeros),
+        ("grid", checkpoint.spec.grid, grid.kind),
         ("baseline_bits", checkpoint.spec.baseline_bits or MASTER_BITS, grid.bits),
     ):
         if found != wanted:
