@@ -53,9 +53,10 @@ MATQUANT_INLINE void each_pair(const Streams& streams, unsigned tile, Body&& bod
   unroll<4>([&](auto pair) MATQUANT_LAMBDA {
     constexpr int THIRD[4] = {0, -1, 1, 2}, FOURTH[4] = {0, 1, 2, 3};
     const Bytes two = shift<pair.value % 2 == 1 ? -2 : 0>(plane_vector<0>(streams, tile, pair / 2));
-    Bytes nibbles = select<0xCC>(two, shift<THIRD[pair]>(third));
-    if constexpr (READ >= 4) nibbles = select<0xEE>(nibbles, shift<FOURTH[pair]>(fourth));
-    body(pair, two, nibbles);
+    if constexpr (READ == 3)
+      body(pair, two, select<0xCC>(two, shift<THIRD[pair]>(third)));
+    else
+      body(pair, two, select<0xCC, 0x22>(two, shift<THIRD[pair]>(third), shift<FOURTH[pair]>(fourth)));
   });
 }
 

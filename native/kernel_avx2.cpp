@@ -43,6 +43,13 @@ MATQUANT_INLINE Bytes select(Bytes a, Bytes b) {
   return {_mm256_or_si256(_mm256_and_si256(a.low, all(MASK)), _mm256_andnot_si256(all(MASK), b.low)),
           _mm256_or_si256(_mm256_and_si256(a.high, all(MASK)), _mm256_andnot_si256(all(MASK), b.high))};
 }
+// The bits of FIRST from a, of SECOND from b, the others from c.
+template <int FIRST, int SECOND>
+MATQUANT_INLINE Bytes select(Bytes a, Bytes b, Bytes c) {
+  const Bytes first = keep<FIRST>(a), second = keep<SECOND>(b), rest = keep<(0xFF & ~(FIRST | SECOND))>(c);
+  return {_mm256_or_si256(_mm256_or_si256(first.low, second.low), rest.low),
+          _mm256_or_si256(_mm256_or_si256(first.high, second.high), rest.high)};
+}
 // Shifts move 16-bit lanes: bits cross bytes, and the caller masks them away.
 template <int COUNT>
 MATQUANT_INLINE Bytes right(Bytes a) {
@@ -168,12 +175,16 @@ struct Sum {
     __builtin_memcpy(&four, x, 4);
     const __m256i fours = _mm256_set1_epi32(four);
     const __m256i low = pairs<RANGE>(bytes.low, fours), high = pairs<RANGE>(bytes.high, fours);
-    if constexpr (QUAD % RUN == 0)
-      shorts = {low, high};
-    else
-      shorts = {_mm256_add_epi16(shorts.low, low), _mm256_add_epi16(shorts.high, high)};
-    if constexpr (QUAD % RUN == RUN - 1)
-      ints = {_mm256_add_epi32(ints.low, widen(shorts.low)), _mm256_add_epi32(ints.high, widen(shorts.high))};
+    if constexpr (RUN == 1) {
+      ints = {_mm256_add_epi32(ints.low, widen(low)), _mm256_add_epi32(ints.high, widen(high))};
+    } else {
+      if constexpr (QUAD % RUN == 0)
+        shorts = {low, high};
+      else
+        shorts = {_mm256_add_epi16(shorts.low, low), _mm256_add_epi16(shorts.high, high)};
+      if constexpr (QUAD % RUN == RUN - 1)
+        ints = {_mm256_add_epi32(ints.low, widen(shorts.low)), _mm256_add_epi32(ints.high, widen(shorts.high))};
+    }
   }
   MATQUANT_INLINE Ints total() const { return ints; }
 };

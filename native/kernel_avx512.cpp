@@ -28,6 +28,11 @@ template <int MASK>
 MATQUANT_INLINE Bytes select(Bytes a, Bytes b) {
   return _mm512_ternarylogic_epi32(_mm512_set1_epi8(static_cast<char>(MASK)), a, b, 0xCA);  // mask ? a : b
 }
+// The bits of FIRST from a, of SECOND from b, the others from c.
+template <int FIRST, int SECOND>
+MATQUANT_INLINE Bytes select(Bytes a, Bytes b, Bytes c) {
+  return select<FIRST>(a, select<SECOND>(b, c));
+}
 // Shifts move 16-bit lanes: bits cross bytes, and the caller masks them away.
 template <int COUNT>
 MATQUANT_INLINE Bytes right(Bytes a) {

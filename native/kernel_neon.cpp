@@ -40,6 +40,11 @@ template <int MASK>
 MATQUANT_INLINE Bytes select(Bytes a, Bytes b) {
   return MATQUANT_FOUR(vbslq_u8(vdupq_n_u8(MASK), a.at[i], b.at[i]));
 }
+// The bits of FIRST from a, of SECOND from b, the others from c.
+template <int FIRST, int SECOND>
+MATQUANT_INLINE Bytes select(Bytes a, Bytes b, Bytes c) {
+  return select<FIRST>(a, select<SECOND>(b, c));
+}
 template <int COUNT>
 MATQUANT_INLINE Bytes right(Bytes a) {
   return MATQUANT_FOUR(vshrq_n_u8(a.at[i], COUNT));

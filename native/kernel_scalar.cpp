@@ -40,6 +40,11 @@ inline Bytes select(Bytes a, const Bytes& b) {
   MATQUANT_EACH(64) a.at[i] = static_cast<std::uint8_t>((a.at[i] & MASK) | (b.at[i] & ~MASK));
   return a;
 }
+// The bits of FIRST from a, of SECOND from b, the others from c.
+template <int FIRST, int SECOND>
+inline Bytes select(const Bytes& a, const Bytes& b, const Bytes& c) {
+  return select<FIRST>(a, select<SECOND>(b, c));
+}
 template <int COUNT>
 inline Bytes right(Bytes a) {
   MATQUANT_EACH(64) a.at[i] = static_cast<std::uint8_t>(a.at[i] >> COUNT);
