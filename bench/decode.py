@@ -43,6 +43,7 @@ from environments import make_environment
 from linear import WIDTHS, check_products
 from matquant import _native
 from matquant.checkpoint import Item, open_checkpoint, write_checkpoint
+from matquant.nest import UNIFORM
 from matquant.runtime.bench import LINEARS, STREAM_BYTES, UNDISTURBED, Sample, median, timed
 from matquant.runtime.engine import Engine, Session
 from matquant.runtime.model import EMBEDDING, HEAD, NORM, PROJECTIONS
@@ -140,7 +141,7 @@ def run(
 # ------------------------------------------------------------------------------------------------------- the models
 
 
-def write_random(directory: Path, shape: Record, group_size: int | None) -> None:
+def write_random(directory: Path, shape: Record, group_size: int | None, *, grid: str = UNIFORM) -> None:
     """A nested checkpoint of ``shape`` with random codes, written a matrix at a time."""
     generator = np.random.default_rng(0)
     hidden, ffn = shape["hidden_size"], shape["intermediate_size"]
@@ -152,7 +153,7 @@ def write_random(directory: Path, shape: Record, group_size: int | None) -> None
         codes = np.frombuffer(generator.bytes(rows * columns), np.uint8).reshape(rows, columns)
         deviation = generator.uniform(0.5, 1.5, (rows, columns // (group_size or columns))) / columns**0.5
         scale = (deviation / 74).astype(ml_dtypes.bfloat16).astype(np.float32)  # 74: of uniform codes
-        return NestedTensor(codes=codes, scale=scale, zero=np.full_like(scale, 128), rule="prefix")
+        return NestedTensor(codes=codes, scale=scale, zero=np.full_like(scale, 128), rule="prefix", grid=grid)
 
     def items() -> Iterator[Item]:
         embedding = generator.standard_normal((shape["vocab_size"], hidden), np.float32)
@@ -166,7 +167,7 @@ def write_random(directory: Path, shape: Record, group_size: int | None) -> None
         yield f"{NORM}.weight", ones
         yield HEAD, nested(shape["vocab_size"], hidden)
 
-    spec = Spec(rule="prefix", widths=WIDTHS, group_size=group_size, scope="all")
+    spec = Spec(rule="prefix", widths=WIDTHS, group_size=group_size, scope="all", grid=grid)
     write_checkpoint(directory, items(), spec=spec, config=shape, ignore=(), files={})
 
 

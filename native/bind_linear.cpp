@@ -39,7 +39,7 @@ Result<T> new_matrix(std::size_t rows, std::size_t cols, std::unique_ptr<T[]> va
 // A Linear with what it points to.
 class Weight {
  public:
-  Weight(Matrix<std::uint8_t> codes, int resident_bits, int rule, int group)
+  Weight(Matrix<std::uint8_t> codes, int resident_bits, int rule, int group, int grid)
       : memory_(planes_bytes(size(codes.shape(0)), size(codes.shape(1)), resident_bits)) {
     if (codes.shape(1) > 0 && codes.stride(1) != 1 && codes.shape(1) != 1)
       throw std::invalid_argument("the codes of a row are not contiguous");
@@ -47,6 +47,7 @@ class Weight {
     linear_.cols = size(codes.shape(1));
     linear_.group = group;
     linear_.rule = static_cast<Rule>(rule);
+    linear_.grid = static_cast<Grid>(grid);
     linear_.resident_bits = resident_bits;
     place_planes(memory_.data(), linear_.rows, linear_.cols, resident_bits, linear_.plane);
     const nb::gil_scoped_release released;
@@ -168,8 +169,8 @@ void matmul_at(const Weight& weight, std::uintptr_t x, std::uintptr_t y, int tok
 
 void bind_linear(nb::module_& module) {
   nb::class_<Weight>(module, "Weight", "Planes and affines of one nested weight; the arguments are checked by planes.py.")
-      .def(nb::init<Matrix<std::uint8_t>, int, int, int>(), nb::arg("codes").noconvert(), nb::arg("resident_bits"),
-           nb::arg("rule"), nb::arg("group"))
+      .def(nb::init<Matrix<std::uint8_t>, int, int, int, int>(), nb::arg("codes").noconvert(),
+           nb::arg("resident_bits"), nb::arg("rule"), nb::arg("group"), nb::arg("grid") = 0)
       .def("add_values", &Weight::add_values<float>, nb::arg("scale").noconvert(), nb::arg("zero").noconvert())
       .def("add_values", &Weight::add_values<std::uint16_t>, nb::arg("scale").noconvert(), nb::arg("zero").noconvert())
       .def("set_affine", &Weight::set_affine, nb::arg("bits"), nb::arg("values"), nb::arg("step"), nb::arg("centre"))

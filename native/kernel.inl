@@ -39,141 +39,11 @@ MATQUANT_INLINE Bytes shift(const Bytes& a) {
     return a;
 }
 
-// ------------------------------------------------------------------------------------------------- planes to codes
-
-// The planes of one row block.
-struct Streams {
-  const std::uint8_t* plane[PLANE_COUNT];
-};
-
-MATQUANT_INLINE int tiles_of(int cols) { return ceil_div(cols, TILE_INPUTS); }
-
-MATQUANT_INLINE Streams streams_of(const Linear& weight, int block) {
-  const std::size_t tile = static_cast<std::size_t>(block) * tiles_of(weight.cols);
-  Streams streams{};
-  for (int plane = 0; plane < PLANE_COUNT; ++plane)
-    if (weight.plane[plane] != nullptr) streams.plane[plane] = weight.plane[plane] + tile * tile_bytes(plane);
-  return streams;
-}
-
-// Planes that hold the top READ bits.
-constexpr int planes_read(int read) { return read == 2 ? 1 : read == 3 ? 2 : read == 4 ? 3 : read == 6 ? 4 : 5; }
-
-// About 8 KiB ahead of all planes together: one thread then streams at 0.87-0.99 of what the memory gives, instead of
-// 0.57-0.85. It may run past the end of a plane, which a prefetch may.
-template <int READ>
-MATQUANT_INLINE void prefetch(const Streams& streams, unsigned tile) {
-  constexpr int AHEAD = 8192 / (VECTOR_BYTES * READ);
-  unroll<planes_read(READ)>([&](auto plane) MATQUANT_LAMBDA {
-    const auto at = reinterpret_cast<std::uintptr_t>(streams.plane[plane]) +
-                    static_cast<std::size_t>(tile + AHEAD) * tile_bytes(plane);
-    unroll<PLANE_BITS[plane]>([&](auto line) MATQUANT_LAMBDA {
-      __builtin_prefetch(reinterpret_cast<const void*>(at + VECTOR_BYTES * line), 0, 3);
-    });
-  });
-}
-
-// Where a decoded byte has its code. In place (IN_PLACE) no shift is spent on reaching bit 0, and bytes of different
-// places go to different sums; otherwise every code is at `base`.
-template <int READ, bool IN_PLACE>
-struct Places {
-  static constexpr int count = !IN_PLACE ? 1 : READ == 2 ? 4 : READ <= 4 ? 2 : 1;
-  // sum over places of (sum << lift) is the sum of codes << base
-  static constexpr int base = READ == 6 ? 2 : !IN_PLACE || READ == 8 ? 0 : READ == 2 ? 6 : READ == 3 ? 5 : 4;
-  static constexpr int lift[4] = {0, 4, 2, 6};
-};
-
-// Calls sink(quad, place, bytes) for the eight vectors of a tile.
-template <int READ, bool IN_PLACE, class Sink>
-MATQUANT_INLINE void decode(const Streams& streams, unsigned tile, Sink&& sink) {
-  const std::uint8_t* at0 = streams.plane[0] + static_cast<std::size_t>(tile) * tile_bytes(0);
-  if constexpr (READ == 2) {
-    unroll<2>([&](auto half) MATQUANT_LAMBDA {
-      const Bytes two = load(at0 + VECTOR_BYTES * half);
-      if constexpr (IN_PLACE) {
-        sink(Index<4 * half.value>{}, Index<0>{}, keep<0xC0>(two));
-        sink(Index<4 * half.value + 1>{}, Index<1>{}, keep<0x0C>(two));
-        sink(Index<4 * half.value + 2>{}, Index<2>{}, keep<0x30>(two));
-        sink(Index<4 * half.value + 3>{}, Index<3>{}, keep<0x03>(two));
-      } else {
-        sink(Index<4 * half.value>{}, Index<0>{}, keep<0x03>(right<6>(two)));
-        sink(Index<4 * half.value + 1>{}, Index<0>{}, keep<0x03>(right<2>(two)));
-        sink(Index<4 * half.value + 2>{}, Index<0>{}, keep<0x03>(right<4>(two)));
-        sink(Index<4 * half.value + 3>{}, Index<0>{}, keep<0x03>(two));
-      }
-    });
-  } else {
-    const std::uint8_t* at1 = streams.plane[1] + static_cast<std::size_t>(tile) * tile_bytes(1);
-    const Bytes third = load(at1);
-    Bytes fourth = third;
-    if constexpr (READ >= 4) fourth = load(streams.plane[2] + static_cast<std::size_t>(tile) * tile_bytes(2));
-    unroll<4>([&](auto pair) MATQUANT_LAMBDA {
-      constexpr int HALF = pair.value / 2;
-      constexpr bool ODD = pair.value % 2 == 1;
-      // Two vectors' codes, quad 2 * pair in the high nibbles and quad 2 * pair + 1 in the low ones.
-      constexpr int THIRD[4] = {0, -1, 1, 2}, FOURTH[4] = {0, 1, 2, 3};
-      Bytes nibbles = select<0xCC>(shift<ODD ? -2 : 0>(load(at0 + VECTOR_BYTES * HALF)), shift<THIRD[pair]>(third));
-      if constexpr (READ >= 4) nibbles = select<0xEE>(nibbles, shift<FOURTH[pair]>(fourth));
-      Bytes high{}, low{};
-      if constexpr (READ == 3) {
-        high = IN_PLACE ? keep<0xE0>(nibbles) : keep<0x07>(right<5>(nibbles));
-        low = IN_PLACE ? keep<0x0E>(nibbles) : keep<0x07>(right<1>(nibbles));
-      } else if constexpr (READ == 4) {
-        high = IN_PLACE ? keep<0xF0>(nibbles) : keep<0x0F>(right<4>(nibbles));
-        low = keep<0x0F>(nibbles);
-      } else {
-        const std::uint8_t* at3 = streams.plane[3] + static_cast<std::size_t>(tile) * tile_bytes(3);
-        const Bytes six = load(at3 + VECTOR_BYTES * HALF);
-        Bytes rest{};  // the low nibbles of both
-        if constexpr (READ == 6) {
-          rest = keep<0xCC>(shift<ODD ? -2 : 0>(six));
-        } else {
-          const std::uint8_t* at4 = streams.plane[4] + static_cast<std::size_t>(tile) * tile_bytes(4);
-          const Bytes eight = load(at4 + VECTOR_BYTES * HALF);
-          rest = ODD ? select<0xCC>(left<2>(six), eight) : select<0xCC>(six, right<2>(eight));
-        }
-        high = select<0xF0>(nibbles, right<4>(rest));
-        low = select<0xF0>(left<4>(nibbles), rest);
-      }
-      sink(Index<2 * pair.value>{}, Index<0>{}, high);
-      sink(Index<2 * pair.value + 1>{}, Index<Places<READ, IN_PLACE>::count == 2 ? 1 : 0>{}, low);
-    });
-  }
-}
-
-// Codes of the tiles first .. stop of a row block, [tile][quad][16 rows][4 inputs].
-template <int READ, bool SLICED>
-void decode_tiles(const Streams& streams, const Width& width, unsigned first, unsigned stop, std::uint8_t* out) {
-  const Slicer slicer(width);
-  constexpr int BASE = Places<READ, false>::base;
-  for (unsigned tile = first; tile < stop; ++tile) {
-    prefetch<READ>(streams, tile);
-    decode<READ, false>(streams, tile, [&](auto quad, auto, Bytes bytes) MATQUANT_LAMBDA {
-      if constexpr (SLICED)
-        bytes = slicer(bytes);
-      else if constexpr (BASE > 0)
-        bytes = keep<(0xFF >> BASE)>(right<BASE>(bytes));
-      store(out + quad * VECTOR_BYTES, bytes);
-    });
-    out += TILE_QUADS * VECTOR_BYTES;
-  }
-}
-
-using Decode = void (*)(const Streams&, const Width&, unsigned, unsigned, std::uint8_t*);
-
-Decode decode_of(const Width& width) {
-  switch (width.read) {
-    case 2: return width.sliced ? decode_tiles<2, true> : decode_tiles<2, false>;
-    case 3: return width.sliced ? decode_tiles<3, true> : decode_tiles<3, false>;
-    case 4: return width.sliced ? decode_tiles<4, true> : decode_tiles<4, false>;
-    case 6: return width.sliced ? decode_tiles<6, true> : decode_tiles<6, false>;
-    default: return width.sliced ? decode_tiles<8, true> : decode_tiles<8, false>;
-  }
-}
+#include "decode.inl"
 
 void codes(const Linear& weight, const Width& width, std::uint8_t* out) {
   alignas(64) std::uint8_t tile_codes[TILE_QUADS * VECTOR_BYTES];
-  const Decode decode_tile = decode_of(width);
+  const Decode decode_tile = code_decode_of(width);
   for (int block = 0; block < ceil_div(weight.rows, BLOCK_ROWS); ++block) {
     const Streams streams = streams_of(weight, block);
     const int rows = smaller(BLOCK_ROWS, weight.rows - block * BLOCK_ROWS);
@@ -192,7 +62,7 @@ void codes(const Linear& weight, const Width& width, std::uint8_t* out) {
 
 struct RowAffine {
   Floats scale;
-  Floats zero;  // of codes less c = 2^(bits - 1)
+  Floats zero;  // of codes less the width's centre
 };
 
 MATQUANT_INLINE RowAffine row_affine(const Linear& weight, const Width& width, int groups, int block, unsigned group) {
@@ -209,8 +79,7 @@ MATQUANT_INLINE RowAffine row_affine(const Linear& weight, const Width& width, i
     zero = load_floats(values + BLOCK_ROWS);
   }
   zero = multiply(subtract(zero, broadcast(affine.centre)), broadcast(1.0f / affine.step));  // a power of two: exact
-  return {multiply(scale, broadcast(affine.step)),
-          subtract(zero, broadcast(static_cast<float>(1 << (width.bits - 1))))};
+  return {multiply(scale, broadcast(affine.step)), subtract(zero, broadcast(static_cast<float>(width.centre)))};
 }
 
 // total + scale * (dot - zero * x_sum)
@@ -317,24 +186,17 @@ struct SegmentCodes {
 
 // -------------------------------------------------------------------------------- one row block, a panel of tokens
 
-// Codes of a width, at most 15, at most 128, or any byte: how much a sum may hold before it must be widened.
-template <int READ, bool SLICED>
-constexpr Range range_of() {
-  return READ <= 4 ? Range::nibble : SLICED ? Range::narrow : Range::wide;
-}
-
-template <int READ, bool SLICED, int M>
+template <class Reading, int M>
 void block_of_rows(const Linear& weight, const Width& width, const Input& input, int panel_index, int block, float* y,
                    std::ptrdiff_t y_stride) {
-  constexpr bool IN_PLACE = !SLICED && (READ >= 6 || (ANY_BYTE_IS_FREE && M * Places<READ, true>::count <= 16));
-  using P = Places<READ, IN_PLACE>;
-  constexpr int BASE = SLICED ? 0 : P::base;
-  using Sums = Sum<range_of<READ, SLICED>()>;
+  constexpr int PLACES = Reading::places, BASE = Reading::base;
   const bool whole_tiles = weight.group % TILE_INPUTS == 0 || weight.group == weight.cols;
   const int groups = weight.cols / weight.group;
-  const int offset = (1 << (width.bits - 1 + BASE)) - Sums::OFFSET;
+  constexpr int TAKEN = Sum::taken(Reading::template range<0>);
+  static_assert(TAKEN == 0 || PLACES == 1, "bytes of one place only may be taken less something");
+  const int offset = (width.centre << BASE) - TAKEN;
   const Streams streams = streams_of(weight, block);
-  const Slicer slicer(width);
+  const Reading reading(width);
   const Panel<M> panel(input, panel_index);
 
   Floats total[M], dot[M];
@@ -346,23 +208,23 @@ void block_of_rows(const Linear& weight, const Width& width, const Input& input,
   for (Segments segments(weight); segments.more();) {
     const Segment segment = segments.next();
     const SegmentCodes<M> x(panel, segment, whole_tiles);
-    Sums sums[P::count * M];
-    unroll<P::count * M>([&](auto sum) MATQUANT_LAMBDA { sums[sum].clear(); });
+    Sum sums[PLACES * M];
+    unroll<PLACES * M>([&](auto sum) MATQUANT_LAMBDA { sums[sum].clear(); });
     const std::int8_t* codes = x.codes;
     for (unsigned tile = segment.first_tile; tile < segment.stop_tile; ++tile, codes += TILE_INPUTS * M) {
-      prefetch<READ>(streams, tile);
-      decode<READ, IN_PLACE>(streams, tile, [&](auto quad, auto place, Bytes bytes) MATQUANT_LAMBDA {
-        if constexpr (SLICED) bytes = slicer(bytes);
+      prefetch<Reading::read>(streams, tile);
+      reading.decode(streams, tile, [&](auto quad, auto place, Bytes bytes) MATQUANT_LAMBDA {
+        constexpr Range RANGE = Reading::template range<place.value>;
         unroll<M>([&](auto token) MATQUANT_LAMBDA {
-          sums[place * M + token].add(bytes, codes + (quad * M + token) * 4);
+          sums[place * M + token].template add<RANGE, quad.value>(bytes, codes + (quad * M + token) * 4);
         });
       });
-      unroll<P::count * M>([&](auto sum) MATQUANT_LAMBDA { sums[sum].end_tile(); });
     }
     unroll<M>([&](auto token) MATQUANT_LAMBDA {
       Ints codes_sum = sums[token].total();
-      unroll<P::count - 1>([&](auto place) MATQUANT_LAMBDA {
-        codes_sum = add(codes_sum, left<P::lift[place + 1]>(sums[(place + 1) * M + token].total()));
+      unroll<PLACES - 1>([&](auto place) MATQUANT_LAMBDA {
+        constexpr int PLACE = place.value + 1;
+        codes_sum = add(codes_sum, reading.template lifted<PLACE>(sums[PLACE * M + token].total()));
       });
       codes_sum = right<BASE>(subtract(codes_sum, offset * x.sums[token]));
       dot[token] = add(dot[token], multiply(to_floats(codes_sum), broadcast(x.scales[token])));
@@ -386,27 +248,34 @@ void block_of_rows(const Linear& weight, const Width& width, const Input& input,
 
 using BlockOfRows = void (*)(const Linear&, const Width&, const Input&, int, int, float*, std::ptrdiff_t);
 
-template <int READ, bool SLICED>
+// READING<READ, M>: how M tokens at a time read the planes.
+template <template <int, int> class READING, int READ>
 BlockOfRows block_of_rows_of(int panel) {
   constexpr int MOST = fused_tokens(READ);
   if constexpr (MOST > 1) {
-    if (panel == 2) return block_of_rows<READ, SLICED, 2>;
-    if (panel == 4) return block_of_rows<READ, SLICED, 4>;
+    if (panel == 2) return block_of_rows<READING<READ, 2>, 2>;
+    if (panel == 4) return block_of_rows<READING<READ, 4>, 4>;
   }
   if constexpr (MOST > 4)
-    if (panel == 8) return block_of_rows<READ, SLICED, 8>;
+    if (panel == 8) return block_of_rows<READING<READ, 8>, 8>;
   static_cast<void>(panel);
-  return block_of_rows<READ, SLICED, 1>;
+  return block_of_rows<READING<READ, 1>, 1>;
+}
+
+template <template <int, int> class READING>
+BlockOfRows block_of_rows_of(const Width& width, int panel) {
+  switch (width.read) {
+    case 2: return block_of_rows_of<READING, 2>(panel);
+    case 3: return block_of_rows_of<READING, 3>(panel);
+    case 4: return block_of_rows_of<READING, 4>(panel);
+    case 6: return block_of_rows_of<READING, 6>(panel);
+    default: return block_of_rows_of<READING, 8>(panel);
+  }
 }
 
 BlockOfRows block_of_rows_of(const Width& width, int panel) {
-  switch (width.read) {
-    case 2: return width.sliced ? block_of_rows_of<2, true>(panel) : block_of_rows_of<2, false>(panel);
-    case 3: return width.sliced ? block_of_rows_of<3, true>(panel) : block_of_rows_of<3, false>(panel);
-    case 4: return width.sliced ? block_of_rows_of<4, true>(panel) : block_of_rows_of<4, false>(panel);
-    case 6: return width.sliced ? block_of_rows_of<6, true>(panel) : block_of_rows_of<6, false>(panel);
-    default: return width.sliced ? block_of_rows_of<8, true>(panel) : block_of_rows_of<8, false>(panel);
-  }
+  if (width.tables != nullptr) return block_of_rows_of<Companded>(width, panel);
+  return width.sliced ? block_of_rows_of<Sliced>(width, panel) : block_of_rows_of<Unsliced>(width, panel);
 }
 
 // ------------------------------------------------------------------------------------------------ many tokens, GEMM
@@ -418,8 +287,7 @@ constexpr int SEGMENT_BYTES = ACTIVATION_TILES * TILE_QUADS * VECTOR_BYTES;  // 
 template <Range RANGE, int BLOCKS, int M, int TOKEN, int TOKENS>
 MATQUANT_INLINE void multiply_panel(const std::uint8_t* codes, unsigned tiles, int centre, const SegmentCodes<M>& x,
                                     float* dots) {
-  using Sums = Sum<RANGE>;
-  Sums sums[BLOCKS * TOKENS];
+  Sum sums[BLOCKS * TOKENS];
   unroll<BLOCKS * TOKENS>([&](auto sum) MATQUANT_LAMBDA { sums[sum].clear(); });
   const std::int8_t* x_codes = x.codes + TOKEN * 4;
   for (unsigned tile = 0; tile < tiles; ++tile) {
@@ -427,18 +295,17 @@ MATQUANT_INLINE void multiply_panel(const std::uint8_t* codes, unsigned tiles, i
       unroll<BLOCKS>([&](auto block) MATQUANT_LAMBDA {
         const Bytes bytes = load(codes + block * SEGMENT_BYTES + quad * VECTOR_BYTES);
         unroll<TOKENS>([&](auto token) MATQUANT_LAMBDA {
-          sums[block * TOKENS + token].add(bytes, x_codes + (quad * M + token) * 4);
+          sums[block * TOKENS + token].template add<RANGE, quad.value>(bytes, x_codes + (quad * M + token) * 4);
         });
       });
     });
-    unroll<BLOCKS * TOKENS>([&](auto sum) MATQUANT_LAMBDA { sums[sum].end_tile(); });
     codes += TILE_QUADS * VECTOR_BYTES;
     x_codes += TILE_INPUTS * M;
   }
   unroll<BLOCKS * TOKENS>([&](auto sum) MATQUANT_LAMBDA {
     constexpr int BLOCK = sum.value / TOKENS, AT = TOKEN + sum.value % TOKENS;
     float* dot = dots + (BLOCK * M + AT) * BLOCK_ROWS;
-    const Ints centred = subtract(sums[sum].total(), (centre - Sums::OFFSET) * x.sums[AT]);
+    const Ints centred = subtract(sums[sum].total(), (centre - Sum::taken(RANGE)) * x.sums[AT]);
     store_floats(dot, add(load_floats(dot), multiply(to_floats(centred), broadcast(x.scales[AT]))));
   });
 }
@@ -470,7 +337,7 @@ void many_tokens(const Linear& weight, const Width& width, const Input& input, i
       constexpr int STEP = M < GEMM_STEP ? M : GEMM_STEP;
       unroll<M / STEP>([&](auto step) MATQUANT_LAMBDA {
         multiply_panel<RANGE, BLOCKS, M, step.value * STEP, STEP>(decoded, segment.stop_tile - segment.first_tile,
-                                                                  1 << (width.bits - 1), x,
+                                                                  width.centre, x,
                                                                   dots + panel * BLOCKS * M * BLOCK_ROWS);
       });
       for (int token = 0; token < M; ++token)
@@ -500,9 +367,13 @@ using ManyTokens = void (*)(const Linear&, const Width&, const Input&, int, int,
 
 template <int BLOCKS, int M>
 ManyTokens many_tokens_of(const Width& width) {
-  return width.read <= 4  ? many_tokens<Range::nibble, BLOCKS, M>
-         : width.bits < 8 ? many_tokens<Range::narrow, BLOCKS, M>
-                          : many_tokens<Range::wide, BLOCKS, M>;
+  switch (width.range) {
+    case Range::to_16: return many_tokens<Sum::alike(Range::to_16), BLOCKS, M>;
+    case Range::to_32: return many_tokens<Sum::alike(Range::to_32), BLOCKS, M>;
+    case Range::to_64: return many_tokens<Sum::alike(Range::to_64), BLOCKS, M>;
+    case Range::to_128: return many_tokens<Sum::alike(Range::to_128), BLOCKS, M>;
+    default: return many_tokens<Range::any, BLOCKS, M>;
+  }
 }
 
 // ------------------------------------------------------------------------------------------- float activations
@@ -519,7 +390,7 @@ void exact_block(const Linear& weight, const Width& width, const Input& input, i
   const int groups = weight.cols / weight.group;
   const Streams streams = streams_of(weight, block);
   const Decode decode_segment = decode_of(width);
-  const Floats centre = broadcast(static_cast<float>(1 << (width.bits - 1)));
+  const Floats centre = broadcast(static_cast<float>(width.centre));
 
   Floats total[M], dot[M];
   float x_sum[M];

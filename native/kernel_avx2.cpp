@@ -1,8 +1,6 @@
 // The kernels for AVX2. vpmaddubsw adds two products of an unsigned and a signed byte in 16 bits and saturates, so how
-// codes are summed depends on how large they are:
-//   nibble  codes <= 15: a whole tile is summed in 16 bits, 8 * 2 * 15 * 127 = 30480;
-//   narrow  codes <= 128: widened after every product, 2 * 128 * 127 = 32512;
-//   wide    any byte, taken less 128: |byte| * (sign of the byte applied to x), again 32512.
+// many are summed before they are widened depends on how large the bytes are: 8 up to 16, 4 up to 32, 2 up to 64, 1 up
+// to 128, for 2 * 128 * 127 = 32512. Any byte is taken less 128: |byte| * (sign of the byte applied to x).
 #include "kernels.hpp"
 
 #include <immintrin.h>
@@ -45,6 +43,13 @@ MATQUANT_INLINE Bytes select(Bytes a, Bytes b) {
   return {_mm256_or_si256(_mm256_and_si256(a.low, all(MASK)), _mm256_andnot_si256(all(MASK), b.low)),
           _mm256_or_si256(_mm256_and_si256(a.high, all(MASK)), _mm256_andnot_si256(all(MASK), b.high))};
 }
+// The bits of FIRST from a, of SECOND from b, the others from c.
+template <int FIRST, int SECOND>
+MATQUANT_INLINE Bytes select(Bytes a, Bytes b, Bytes c) {
+  const Bytes first = keep<FIRST>(a), second = keep<SECOND>(b), rest = keep<(0xFF & ~(FIRST | SECOND))>(c);
+  return {_mm256_or_si256(_mm256_or_si256(first.low, second.low), rest.low),
+          _mm256_or_si256(_mm256_or_si256(first.high, second.high), rest.high)};
+}
 // Shifts move 16-bit lanes: bits cross bytes, and the caller masks them away.
 template <int COUNT>
 MATQUANT_INLINE Bytes right(Bytes a) {
@@ -72,6 +77,24 @@ struct Slicer {
   MATQUANT_INLINE Bytes operator()(Bytes a) const { return {half(a.low), half(a.high)}; }
 };
 
+using Table = __m256i;
+MATQUANT_INLINE Table load_table(const std::uint8_t (&bytes)[16]) {
+  return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
+}
+MATQUANT_INLINE Bytes keep(Bytes a, Table mask) {
+  return {_mm256_and_si256(a.low, mask), _mm256_and_si256(a.high, mask)};
+}
+MATQUANT_INLINE Bytes high_nibbles(Bytes a) { return keep<0x0F>(right<4>(a)); }
+// Bytes of `at` are below 16.
+MATQUANT_INLINE Bytes look_up(Table table, Bytes at) {
+  return {_mm256_shuffle_epi8(table, at.low), _mm256_shuffle_epi8(table, at.high)};
+}
+MATQUANT_INLINE Bytes add(Bytes a, Bytes b) { return {_mm256_add_epi8(a.low, b.low), _mm256_add_epi8(a.high, b.high)}; }
+// a + b where sign is 1, a - b where it is -1
+MATQUANT_INLINE Bytes add_signed(Bytes a, Bytes b, Bytes sign) {
+  return add(a, Bytes{_mm256_sign_epi8(b.low, sign.low), _mm256_sign_epi8(b.high, sign.high)});
+}
+
 MATQUANT_INLINE Ints add(Ints a, Ints b) {
   return {_mm256_add_epi32(a.low, b.low), _mm256_add_epi32(a.high, b.high)};
 }
@@ -82,6 +105,10 @@ MATQUANT_INLINE Ints subtract(Ints a, std::int32_t b) {
 template <int COUNT>
 MATQUANT_INLINE Ints left(Ints a) {
   return {_mm256_slli_epi32(a.low, COUNT), _mm256_slli_epi32(a.high, COUNT)};
+}
+MATQUANT_INLINE Ints left(Ints a, int count) {
+  const __m128i by = _mm_cvtsi32_si128(count);
+  return {_mm256_sll_epi32(a.low, by), _mm256_sll_epi32(a.high, by)};
 }
 template <int COUNT>
 MATQUANT_INLINE Ints right(Ints a) {
@@ -119,35 +146,44 @@ MATQUANT_INLINE Floats widen_float16(const std::uint16_t* from) {
   return {_mm256_cvtph_ps(load_eight(from)), _mm256_cvtph_ps(load_eight(from + 8))};
 }
 
-template <Range RANGE>
 struct Sum {
-  static constexpr int OFFSET = RANGE == Range::wide ? 128 : 0;
   Ints ints, shorts;
+  // The range to use for another one: the fewer there are, the less is compiled.
+  static constexpr Range alike(Range range) { return range; }
+  // What the bytes are taken less.
+  static constexpr int taken(Range range) { return range == Range::any ? 128 : 0; }
+  // Quads whose products are summed in 16 bits.
+  static constexpr int run(Range range) {
+    return range == Range::to_16 ? 8 : range == Range::to_32 ? 4 : range == Range::to_64 ? 2 : 1;
+  }
   MATQUANT_INLINE void clear() {
     ints = shorts = {_mm256_setzero_si256(), _mm256_setzero_si256()};
   }
+  template <Range RANGE>
   MATQUANT_INLINE static __m256i pairs(__m256i bytes, __m256i x) {
-    if constexpr (RANGE == Range::wide) {
+    if constexpr (RANGE == Range::any) {
       const __m256i centred = _mm256_xor_si256(bytes, all(0x80));
       return _mm256_maddubs_epi16(_mm256_abs_epi8(centred), _mm256_sign_epi8(x, centred));
     }
     return _mm256_maddubs_epi16(bytes, x);
   }
   MATQUANT_INLINE static __m256i widen(__m256i pairs) { return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)); }
+  template <Range RANGE, int QUAD>
   MATQUANT_INLINE void add(Bytes bytes, const std::int8_t* x) {
+    constexpr int RUN = run(RANGE);
     std::int32_t four;
     __builtin_memcpy(&four, x, 4);
     const __m256i fours = _mm256_set1_epi32(four);
-    const __m256i low = pairs(bytes.low, fours), high = pairs(bytes.high, fours);
-    if constexpr (RANGE == Range::nibble)
-      shorts = {_mm256_add_epi16(shorts.low, low), _mm256_add_epi16(shorts.high, high)};
-    else
+    const __m256i low = pairs<RANGE>(bytes.low, fours), high = pairs<RANGE>(bytes.high, fours);
+    if constexpr (RUN == 1) {
       ints = {_mm256_add_epi32(ints.low, widen(low)), _mm256_add_epi32(ints.high, widen(high))};
-  }
-  MATQUANT_INLINE void end_tile() {
-    if constexpr (RANGE == Range::nibble) {
-      ints = {_mm256_add_epi32(ints.low, widen(shorts.low)), _mm256_add_epi32(ints.high, widen(shorts.high))};
-      shorts = {_mm256_setzero_si256(), _mm256_setzero_si256()};
+    } else {
+      if constexpr (QUAD % RUN == 0)
+        shorts = {low, high};
+      else
+        shorts = {_mm256_add_epi16(shorts.low, low), _mm256_add_epi16(shorts.high, high)};
+      if constexpr (QUAD % RUN == RUN - 1)
+        ints = {_mm256_add_epi32(ints.low, widen(shorts.low)), _mm256_add_epi32(ints.high, widen(shorts.high))};
     }
   }
   MATQUANT_INLINE Ints total() const { return ints; }

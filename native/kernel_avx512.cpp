@@ -28,6 +28,11 @@ template <int MASK>
 MATQUANT_INLINE Bytes select(Bytes a, Bytes b) {
   return _mm512_ternarylogic_epi32(_mm512_set1_epi8(static_cast<char>(MASK)), a, b, 0xCA);  // mask ? a : b
 }
+// The bits of FIRST from a, of SECOND from b, the others from c.
+template <int FIRST, int SECOND>
+MATQUANT_INLINE Bytes select(Bytes a, Bytes b, Bytes c) {
+  return select<FIRST>(a, select<SECOND>(b, c));
+}
 // Shifts move 16-bit lanes: bits cross bytes, and the caller masks them away.
 template <int COUNT>
 MATQUANT_INLINE Bytes right(Bytes a) {
@@ -54,11 +59,28 @@ struct Slicer {
   }
 };
 
+using Table = __m512i;
+MATQUANT_INLINE Table load_table(const std::uint8_t (&bytes)[16]) {
+  return _mm512_maskz_broadcast_i32x4(0xFFFF, _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
+}
+MATQUANT_INLINE Bytes keep(Bytes a, Table mask) { return _mm512_and_si512(a, mask); }
+MATQUANT_INLINE Bytes high_nibbles(Bytes a) { return keep<0x0F>(right<4>(a)); }
+// Bytes of `at` are below 16.
+MATQUANT_INLINE Bytes look_up(Table table, Bytes at) { return _mm512_shuffle_epi8(table, at); }
+MATQUANT_INLINE Bytes add(Bytes a, Bytes b) { return _mm512_add_epi8(a, b); }
+// a + b where sign is 1, a - b where it is -1
+MATQUANT_INLINE Bytes add_signed(Bytes a, Bytes b, Bytes sign) {
+  return _mm512_mask_sub_epi8(_mm512_add_epi8(a, b), _mm512_movepi8_mask(sign), a, b);
+}
+
 MATQUANT_INLINE Ints add(Ints a, Ints b) { return {_mm512_add_epi32(a.at, b.at)}; }
 MATQUANT_INLINE Ints subtract(Ints a, std::int32_t b) { return {_mm512_sub_epi32(a.at, _mm512_set1_epi32(b))}; }
 template <int COUNT>
 MATQUANT_INLINE Ints left(Ints a) {
   return {_mm512_slli_epi32(a.at, COUNT)};
+}
+MATQUANT_INLINE Ints left(Ints a, int count) {
+  return {_mm512_maskz_sll_epi32(0xFFFF, a.at, _mm_cvtsi32_si128(count))};
 }
 template <int COUNT>
 MATQUANT_INLINE Ints right(Ints a) {
@@ -84,17 +106,17 @@ MATQUANT_INLINE Floats widen_bfloat16(const std::uint16_t* from) {
 }
 MATQUANT_INLINE Floats widen_float16(const std::uint16_t* from) { return _mm512_cvtph_ps(load_half(from)); }
 
-template <Range RANGE>
 struct Sum {
-  static constexpr int OFFSET = 0;
+  static constexpr Range alike(Range) { return Range::any; }
+  static constexpr int taken(Range) { return 0; }
   __m512i ints;
   MATQUANT_INLINE void clear() { ints = _mm512_setzero_si512(); }
+  template <Range, int>
   MATQUANT_INLINE void add(Bytes bytes, const std::int8_t* x) {
     std::int32_t four;
     __builtin_memcpy(&four, x, 4);
     ints = _mm512_dpbusd_epi32(ints, bytes, _mm512_set1_epi32(four));
   }
-  MATQUANT_INLINE void end_tile() {}
   MATQUANT_INLINE Ints total() const { return {ints}; }
 };
 

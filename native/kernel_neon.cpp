@@ -40,6 +40,11 @@ template <int MASK>
 MATQUANT_INLINE Bytes select(Bytes a, Bytes b) {
   return MATQUANT_FOUR(vbslq_u8(vdupq_n_u8(MASK), a.at[i], b.at[i]));
 }
+// The bits of FIRST from a, of SECOND from b, the others from c.
+template <int FIRST, int SECOND>
+MATQUANT_INLINE Bytes select(Bytes a, Bytes b, Bytes c) {
+  return select<FIRST>(a, select<SECOND>(b, c));
+}
 template <int COUNT>
 MATQUANT_INLINE Bytes right(Bytes a) {
   return MATQUANT_FOUR(vshrq_n_u8(a.at[i], COUNT));
@@ -65,12 +70,25 @@ struct Slicer {
   MATQUANT_INLINE Bytes operator()(Bytes a) const { return MATQUANT_FOUR(quarter(a.at[i])); }
 };
 
+using Table = uint8x16_t;
+MATQUANT_INLINE Table load_table(const std::uint8_t (&bytes)[16]) { return vld1q_u8(bytes); }
+MATQUANT_INLINE Bytes keep(Bytes a, Table mask) { return MATQUANT_FOUR(vandq_u8(a.at[i], mask)); }
+MATQUANT_INLINE Bytes high_nibbles(Bytes a) { return right<4>(a); }
+// Bytes of `at` are below 16.
+MATQUANT_INLINE Bytes look_up(Table table, Bytes at) { return MATQUANT_FOUR(vqtbl1q_u8(table, at.at[i])); }
+MATQUANT_INLINE Bytes add(Bytes a, Bytes b) { return MATQUANT_FOUR(vaddq_u8(a.at[i], b.at[i])); }
+// a + b where sign is 1, a - b where it is -1
+MATQUANT_INLINE Bytes add_signed(Bytes a, Bytes b, Bytes sign) {
+  return MATQUANT_FOUR(vmlaq_u8(a.at[i], b.at[i], sign.at[i]));
+}
+
 MATQUANT_INLINE Ints add(Ints a, Ints b) { return MATQUANT_FOUR(vaddq_s32(a.at[i], b.at[i])); }
 MATQUANT_INLINE Ints subtract(Ints a, std::int32_t b) { return MATQUANT_FOUR(vsubq_s32(a.at[i], vdupq_n_s32(b))); }
 template <int COUNT>
 MATQUANT_INLINE Ints left(Ints a) {
   return MATQUANT_FOUR(vshlq_n_s32(a.at[i], COUNT));
 }
+MATQUANT_INLINE Ints left(Ints a, int count) { return MATQUANT_FOUR(vshlq_s32(a.at[i], vdupq_n_s32(count))); }
 template <int COUNT>
 MATQUANT_INLINE Ints right(Ints a) {
   if constexpr (COUNT == 0)
@@ -108,25 +126,26 @@ MATQUANT_INLINE Floats widen_float16(const std::uint16_t* from) {
   return MATQUANT_FOUR(vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from + 4 * i))));
 }
 
-template <Range RANGE>
 struct Sum {
-  static constexpr int OFFSET = RANGE == Range::nibble ? 0 : 128;
+  static constexpr Range alike(Range range) { return taken(range) == 0 ? Range::to_16 : Range::any; }
+  static constexpr int taken(Range range) { return range == Range::to_128 || range == Range::any ? 128 : 0; }
   Ints ints;
   MATQUANT_INLINE void clear() {
     const int32x4_t none = vdupq_n_s32(0);
     ints = {{none, none, none, none}};
   }
+  template <Range RANGE>
   MATQUANT_INLINE static int8x16_t centred(uint8x16_t bytes) {
-    if constexpr (RANGE == Range::nibble) return vreinterpretq_s8_u8(bytes);
+    if constexpr (taken(RANGE) == 0) return vreinterpretq_s8_u8(bytes);
     return vreinterpretq_s8_u8(veorq_u8(bytes, vdupq_n_u8(0x80)));
   }
+  template <Range RANGE, int>
   MATQUANT_INLINE void add(Bytes bytes, const std::int8_t* x) {
     std::int32_t four;
     __builtin_memcpy(&four, x, 4);
     const int8x16_t fours = vreinterpretq_s8_s32(vdupq_n_s32(four));
-    ints = MATQUANT_FOUR(vdotq_s32(ints.at[i], centred(bytes.at[i]), fours));
+    ints = MATQUANT_FOUR(vdotq_s32(ints.at[i], centred<RANGE>(bytes.at[i]), fours));
   }
-  MATQUANT_INLINE void end_tile() {}
   MATQUANT_INLINE Ints total() const { return ints; }
 };
 

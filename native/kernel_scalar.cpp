@@ -40,6 +40,11 @@ inline Bytes select(Bytes a, const Bytes& b) {
   MATQUANT_EACH(64) a.at[i] = static_cast<std::uint8_t>((a.at[i] & MASK) | (b.at[i] & ~MASK));
   return a;
 }
+// The bits of FIRST from a, of SECOND from b, the others from c.
+template <int FIRST, int SECOND>
+inline Bytes select(const Bytes& a, const Bytes& b, const Bytes& c) {
+  return select<FIRST>(a, select<SECOND>(b, c));
+}
 template <int COUNT>
 inline Bytes right(Bytes a) {
   MATQUANT_EACH(64) a.at[i] = static_cast<std::uint8_t>(a.at[i] >> COUNT);
@@ -63,6 +68,33 @@ struct Slicer {
   }
 };
 
+struct Table {
+  std::uint8_t at[16];
+};
+inline Table load_table(const std::uint8_t (&bytes)[16]) {
+  Table table;
+  std::memcpy(table.at, bytes, 16);
+  return table;
+}
+inline Bytes keep(Bytes a, const Table& mask) {
+  MATQUANT_EACH(64) a.at[i] &= mask.at[i % 16];
+  return a;
+}
+inline Bytes high_nibbles(const Bytes& a) { return right<4>(a); }
+inline Bytes look_up(const Table& table, Bytes at) {
+  MATQUANT_EACH(64) at.at[i] = table.at[at.at[i]];
+  return at;
+}
+inline Bytes add(Bytes a, const Bytes& b) {
+  MATQUANT_EACH(64) a.at[i] = static_cast<std::uint8_t>(a.at[i] + b.at[i]);
+  return a;
+}
+// a + b where sign is 1, a - b where it is -1
+inline Bytes add_signed(Bytes a, const Bytes& b, const Bytes& sign) {
+  MATQUANT_EACH(64) a.at[i] = static_cast<std::uint8_t>(sign.at[i] == 1 ? a.at[i] + b.at[i] : a.at[i] - b.at[i]);
+  return a;
+}
+
 inline Ints add(Ints a, const Ints& b) {
   MATQUANT_EACH(16) a.at[i] += b.at[i];
   return a;
@@ -74,6 +106,10 @@ inline Ints subtract(Ints a, std::int32_t b) {
 template <int COUNT>
 inline Ints left(Ints a) {
   MATQUANT_EACH(16) a.at[i] *= 1 << COUNT;
+  return a;
+}
+inline Ints left(Ints a, int count) {
+  MATQUANT_EACH(16) a.at[i] *= 1 << count;
   return a;
 }
 template <int COUNT>
@@ -140,17 +176,17 @@ inline Floats widen_float16(const std::uint16_t* from) {
   return out;
 }
 
-template <Range RANGE>
 struct Sum {
-  static constexpr int OFFSET = 0;  // what the bytes are taken less
+  static constexpr Range alike(Range) { return Range::any; }
+  static constexpr int taken(Range) { return 0; }  // what the bytes are taken less
   Ints ints;
   void clear() { ints = {}; }
+  template <Range, int>
   void add(const Bytes& bytes, const std::int8_t* x) {
     MATQUANT_EACH(16)
     ints.at[i] += bytes.at[4 * i] * x[0] + bytes.at[4 * i + 1] * x[1] + bytes.at[4 * i + 2] * x[2] +
                   bytes.at[4 * i + 3] * x[3];
   }
-  void end_tile() {}
   Ints total() const { return ints; }
 };
 

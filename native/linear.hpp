@@ -1,12 +1,13 @@
 // Matrix products with nested weights: y = x W_r^T, the weights read at r bits from bit planes, the width an argument.
 //
-// A weight is scale_r * (code_r - zero_r), code_r sliced from the stored code by a rule of nest.py. Activations are
-// int8 per token and group of 128 inputs (dynamic, symmetric), or float ("exact"). Per token, row and group of inputs
+// A weight is scale_r * (p_r - zero_r), p_r an integer: the code sliced from the stored one by a rule of nest.py, or what
+// the grid gives for it (nest.integer_positions). Activations are int8 per token and group of 128 inputs (dynamic,
+// symmetric), or float ("exact"). Per token, row and group of inputs
 //
-//     y += scale_r * (sum_segments x_scale * (sum (code_r - c) * x_code)  -  (zero_r - c) * sum_segments x_scale * sum x_code)
+//     y += scale_r * (sum_segments x_scale * (sum (p_r - c) * x_code)  -  (zero_r - c) * sum_segments x_scale * sum x_code)
 //
-// with c = 2^(r-1), the sums of codes in integers and everything outside them in float32, multiplied before it is
-// added, in one order. So a result depends neither on the instruction set nor on the number of threads nor on the other
+// with c the middle of the integers, 2^(r-1) of codes, their sums in integers and everything outside them in float32,
+// multiplied before it is added, in one order. So a result depends neither on the instruction set nor on the number of threads nor on the other
 // tokens of the batch. The exact mode has x instead of x_scale * x_code, in float32.
 //
 // Nothing here allocates, locks, or opens a parallel region. Every thread of a team calls prepare() and linear() with
@@ -20,12 +21,13 @@
 namespace matquant {
 
 enum class Rule : int { prefix, round, extra };
+enum class Grid : int { uniform, companded };
 enum class Activations : int { int8, exact };
 
 constexpr int PLANE_COUNT = 5;
 constexpr int PLANE_BITS[PLANE_COUNT] = {2, 1, 1, 2, 2};  // most significant first
 
-// Scales and zeros of one width: scale_r = scale * step, zero_r = (zero - centre) / step.
+// Scales and zeros of one width: scale_r = scale * step, zero_r = (zero - centre) / step. The step is a power of two.
 struct Affine {
   const void* values;  // [ceil(rows / 16)][groups][2][16]: 16 scales, then 16 zeros; null if the width is not served
   bool half;           // scales in bfloat16 and zeros in float16, otherwise both in float32
@@ -39,6 +41,7 @@ struct Linear {
   int cols;
   int group;          // inputs per scale: a divisor of cols, cols itself when per channel
   Rule rule;
+  Grid grid;          // other than uniform: of rule prefix
   int resident_bits;  // top bits held in planes: 2, 3, 4, 6 or 8
   const std::uint8_t* plane[PLANE_COUNT];  // most significant first, null beyond resident_bits (planes.hpp)
   Affine affine[9];   // by width 1..8

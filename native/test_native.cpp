@@ -1,5 +1,5 @@
 // The native tests, without Python: for sanitizers (make test-sanitize) and other machines (make test-neon).
-// Every instruction set of the machine, width, rule, mode and a table of shapes, batches, groups and shares of threads,
+// Every instruction set of the machine, width, rule, grid, mode and a table of shapes, batches, groups and shares of threads,
 // each against the definition of a nested weight in plain loops. Buffers are exactly as large as they must be.
 // And decode steps of a small model, which must not allocate once they have run.
 #include "kernels.hpp"
@@ -64,6 +64,16 @@ int slice(int code, int bits, Rule rule) {
   return rule == Rule::extra || rounded < 1 << bits ? rounded : (1 << bits) - 1;
 }
 
+// nest.position_table
+double position(int code, int bits, Grid grid) {
+  if (grid == Grid::uniform) return code;
+  if (bits == 7) return (position(2 * code, 8, grid) + position(2 * code + 1, 8, grid) - 1) / 4;
+  const double middle = ((1 << bits) - 1) / 2.0, distance = std::fabs(2 * (code - middle));
+  const double bent = (3 * distance + 2 * std::fmax(0.0, distance - (1 << (bits - 1)))) / 8;
+  const double exact = middle + (code < middle ? -bent : bent);
+  return bits == 8 ? std::floor(exact + 0.5) : exact;
+}
+
 struct Case {
   int rows, cols, group, tokens;
 };
@@ -76,7 +86,7 @@ struct Fixture {
   std::unique_ptr<Memory> memory;
   Linear linear{};
 
-  Fixture(Case of, Rule by) : shape(of), rule(by) {
+  Fixture(Case of, Rule by, Grid on = Grid::uniform) : shape(of), rule(by) {
     const int groups = shape.cols / shape.group, blocks = ceil_div(shape.rows, BLOCK_ROWS);
     codes.resize(static_cast<std::size_t>(shape.rows) * shape.cols);
     for (std::size_t i = 0; i < codes.size(); ++i) codes[i] = static_cast<std::uint8_t>(i < 256 ? i : draw());
@@ -98,6 +108,7 @@ struct Fixture {
     linear.cols = shape.cols;
     linear.group = shape.group;
     linear.rule = rule;
+    linear.grid = on;
   }
 
   void pack_for(int bits, int threads) {
@@ -108,8 +119,11 @@ struct Fixture {
       pack(codes.data(), shape.cols, shape.rows, shape.cols, linear.resident_bits, linear.plane, thread, threads);
     const float step = static_cast<float>(1 << (8 - bits));
     const float centre = rule == Rule::prefix ? (step - 1) / 2 : 0.0f;
+    // nest.integer_positions: position = unit * integer + offset
+    const bool codes = linear.grid == Grid::uniform || bits == 8;
+    const float unit = codes ? 1.0f : bits == 7 ? 0.5f : 0.25f, offset = codes || bits == 7 ? 0.0f : 0.125f;
     for (Affine& affine : linear.affine) affine = {};
-    linear.affine[bits] = {values.data(), false, step, centre};
+    linear.affine[bits] = {values.data(), false, step * unit, centre + step * offset};
   }
 };
 
@@ -117,8 +131,8 @@ int failures = 0;
 void expect(bool holds, const char* what, const Fixture& of, int bits, const char* isa) {
   if (holds) return;
   if (++failures < 20)
-    std::printf("FAILED %s: %s, %d bits, rule %d, [%d, %d], groups of %d, %d tokens\n", what, isa, bits,
-                static_cast<int>(of.rule), of.shape.rows, of.shape.cols, of.shape.group, of.shape.tokens);
+    std::printf("FAILED %s: %s, %d bits, rule %d, grid %d, [%d, %d], groups of %d, %d tokens\n", what, isa, bits,
+                static_cast<int>(of.rule), static_cast<int>(of.linear.grid), of.shape.rows, of.shape.cols, of.shape.group, of.shape.tokens);
 }
 
 std::vector<float> product(const Fixture& of, int bits, Activations activations, int threads) {
@@ -132,8 +146,8 @@ std::vector<float> product(const Fixture& of, int bits, Activations activations,
   return y;
 }
 
-// What a product must be, within 16 units of 2^-24 sum |x| |w|; the weights of another width must not pass.
-bool is_product(const std::vector<float>& y, const Fixture& of, int bits, Activations activations) {
+// What a product must be, within 16 units of 2^-24 sum |x| |w|; the weights of another width or grid must not pass.
+bool is_product(const std::vector<float>& y, const Fixture& of, int bits, Grid grid, Activations activations) {
   const Case& shape = of.shape;
   const double step = 1 << (8 - bits), centre = of.rule == Rule::prefix ? (step - 1) / 2 : 0.0;
   for (int token = 0; token < shape.tokens; ++token) {
@@ -153,7 +167,7 @@ bool is_product(const std::vector<float>& y, const Fixture& of, int bits, Activa
       for (int col = 0; col < shape.cols; ++col) {
         const std::size_t at = static_cast<std::size_t>(row) * (shape.cols / shape.group) + col / shape.group;
         const int code = slice(of.codes[static_cast<std::size_t>(row) * shape.cols + col], bits, of.rule);
-        const double weight = of.scale[at] * step * (code - (of.zero[at] - centre) / step);
+        const double weight = of.scale[at] * step * (position(code, bits, grid) - (of.zero[at] - centre) / step);
         sum += seen[col] * weight;
         // zeros far from the middle of the codes count with what is subtracted
         magnitude += std::fabs(seen[col]) * (std::fabs(weight) + of.scale[at] * 128);
@@ -174,9 +188,12 @@ void check(Fixture& of, int bits, const char* isa) {
   expect(same, "codes", of, bits, isa);
   for (const Activations activations : {Activations::int8, Activations::exact}) {
     const std::vector<float> y = product(of, bits, activations, 1);
-    expect(is_product(y, of, bits, activations), "product", of, bits, isa);
-    if (of.shape.cols >= 64)
-      expect(!is_product(y, of, bits == 8 ? 7 : bits + 1, activations), "neighbour", of, bits, isa);
+    const Grid grid = of.linear.grid, other = grid == Grid::uniform ? Grid::companded : Grid::uniform;
+    expect(is_product(y, of, bits, grid, activations), "product", of, bits, isa);
+    if (of.shape.cols >= 64) {
+      expect(!is_product(y, of, bits == 8 ? 7 : bits + 1, grid, activations), "neighbour", of, bits, isa);
+      if (of.rule == Rule::prefix) expect(!is_product(y, of, bits, other, activations), "other grid", of, bits, isa);
+    }
     expect(std::memcmp(y.data(), product(of, bits, activations, 3).data(), y.size() * sizeof(float)) == 0, "threads", of,
            bits, isa);
   }
@@ -282,6 +299,9 @@ int main() {
         for (int bits = 1; bits <= 8; ++bits) {
           Fixture of(shape, rule);
           check(of, bits, isa);
+          if (rule != Rule::prefix) continue;
+          Fixture bent(shape, rule, Grid::companded);
+          check(bent, bits, isa);
         }
     std::printf("%s: checked\n", isa);
   }

@@ -1,7 +1,7 @@
-"""The native products, held to the definition: all 256 codes, every width, rule and instruction set.
+"""The native products, held to the definition: all 256 codes, every width, rule, grid and instruction set.
 
 Integer parts must be equal. Floats are compared in units of 2^-24 * sum |x| |w|, with 16 allowed, and the neighbouring
-width must fail the same comparison. Instruction sets, batches and threads must give the same bits.
+width and the other grid must fail the same comparison. Instruction sets, batches and threads must give the same bits.
 N out features, K in features, G groups, T tokens.
 """
 
@@ -18,12 +18,14 @@ from numpy.typing import NDArray
 
 import oracle
 from matquant import _native
+from matquant.nest import COMPANDED, GRIDS, UNIFORM, integer_positions, position_table
 from matquant.planes import Weight, isa, load_weight, matmul
 from matquant.tensor import NestedTensor
 
 WIDTHS = range(1, 9)
 UNITS = 16
 GROUP = 128  # inputs that share a scale of activations
+READINGS = [*((rule, UNIFORM) for rule in oracle.RULES), ("prefix", COMPANDED)]
 TOKENS = (1, 2, 3, 4, 5, 8, 9, 24, 131)  # every kernel: single, panels of 2, 4 and 8, one and two rounds of many tokens
 SHAPES = [(1, 1), (16, 32), (17, 31), (33, 300), (130, 128), (5, 515)]
 
@@ -44,7 +46,8 @@ def available() -> list[str]:
 
 ISAS = available()
 each_isa = pytest.mark.parametrize("isa_name", ISAS)
-each_rule = pytest.mark.parametrize("rule", oracle.RULES)
+each_grid = pytest.mark.parametrize("grid", GRIDS)
+each_reading = pytest.mark.parametrize(("rule", "grid"), READINGS)
 each_width = pytest.mark.parametrize("bits", WIDTHS)
 
 
@@ -55,7 +58,13 @@ def _own_isa() -> Iterator[None]:
 
 
 def random_tensor(
-    shape: tuple[int, int], *, rule: str = "prefix", group: int | None = None, seed: int = 0, slices: bool = False
+    shape: tuple[int, int],
+    *,
+    rule: str = "prefix",
+    grid: str = UNIFORM,
+    group: int | None = None,
+    seed: int = 0,
+    slices: bool = False,
 ) -> NestedTensor:
     """A weight with storable scales and, with ``slices``, an affine of its own at widths 2 and 3."""
     generator = np.random.default_rng([seed, *shape])
@@ -67,16 +76,30 @@ def random_tensor(
     own = {bits: (values(0.5, 2), values(0, 2**bits - 1)) for bits in (2, 3)} if slices else {}
     codes = generator.integers(0, 256, shape, dtype=np.uint8)
     scale, zero = values(0.5, 1.5), np.full((shape[0], groups), 128, np.float32)
-    return NestedTensor(codes=codes, scale=scale, zero=zero, rule=rule, slices=own)
+    return NestedTensor(codes=codes, scale=scale, zero=zero, rule=rule, grid=grid, slices=own)
+
+
+def integer_table(bits: int, rule: str, grid: str) -> NDArray[np.int64]:
+    """The integer that each of the 256 codes is at ``bits`` bits."""
+    codes = np.array(oracle.slice_code_table(bits, rule), dtype=np.int64)
+    return codes if grid == UNIFORM else integer_positions(bits, grid)[0].astype(np.int64)[codes]
+
+
+def other_readings(bits: int, rule: str, grid: str) -> list[tuple[int, str]]:
+    """The widths and grids that a product must not be mistaken for."""
+    widths = [(other, grid) for other in {max(bits - 1, 1), min(bits + 1, 8)} - {bits}]
+    return [*widths, *((bits, other) for other in GRIDS if other != grid and rule == "prefix")]
 
 
 def random_x(tokens: int, columns: int, *, seed: int = 1) -> Floats:
     return np.random.default_rng([seed, tokens, columns]).standard_normal((tokens, columns)).astype(np.float32)
 
 
-def oracle_weight(tensor: NestedTensor, bits: int) -> NDArray[np.float64]:
-    """scale_r * (code_r - zero_r), from the slicing oracle, in float64."""
+def oracle_weight(tensor: NestedTensor, bits: int, *, grid: str | None = None) -> NDArray[np.float64]:
+    """scale_r * (position_r - zero_r), from the slicing oracle, in float64; ``grid``: of another one than its own."""
     codes = np.array(oracle.slice_code_table(bits, tensor.rule), dtype=np.float64)[tensor.codes]
+    if (grid or tensor.grid) != UNIFORM:
+        codes = position_table(bits, grid or tensor.grid).astype(np.float64)[codes.astype(int)]
     scale, zero = (np.asarray(part, np.float64) for part in tensor.affine(bits))
     group = codes.shape[1] // scale.shape[1]
     return np.repeat(scale, group, axis=1) * (codes - np.repeat(zero, group, axis=1))
@@ -124,66 +147,69 @@ def test_the_comparisons_can_fail() -> None:
 
 
 @each_isa
-@each_rule
+@each_reading
 @each_width
-def test_codes_are_sliced_by_the_rule(isa_name: str, rule: str, bits: int) -> None:
+def test_codes_are_sliced_by_the_rule(isa_name: str, rule: str, grid: str, bits: int) -> None:
     """Every code in every byte of a tile, against the table written from the paper."""
     _native.use_isa(isa_name)
     codes = (np.arange(256)[:, None] + np.arange(40)[None, :] * 7).astype(np.uint8)
-    weight = _native.Weight(codes, 8, oracle.RULES.index(rule), 40)
+    weight = _native.Weight(codes, 8, oracle.RULES.index(rule), 40, GRIDS.index(grid))
     table = np.array(oracle.slice_code_table(bits, rule), dtype=np.uint8)
     np.testing.assert_array_equal(weight.codes(bits, oracle.RULES.index(rule)), table[codes])
 
 
 @each_isa
-@each_rule
+@each_reading
 @each_width
-def test_integer_products_are_exact(isa_name: str, rule: str, bits: int) -> None:
+def test_integer_products_are_exact(isa_name: str, rule: str, grid: str, bits: int) -> None:
     """With 127 among each group of integer activations the scale is 1, and every product is an exact integer."""
     _native.use_isa(isa_name)
     generator = np.random.default_rng(bits)
     codes = (np.arange(256)[:, None] + np.arange(128)[None, :] * 7).astype(np.uint8)
     codes[:, :64] = np.arange(256, dtype=np.uint8)[:, None]  # rows of one code: the extremes of every sum
-    native = _native.Weight(codes, 8, oracle.RULES.index(rule), 128)
+    native = _native.Weight(codes, 8, oracle.RULES.index(rule), 128, GRIDS.index(grid))
     ones = np.ones((256, 1), np.float32)
     native.set_affine(bits, native.add_values(ones, np.zeros_like(ones)), 1.0, 0.0)
-    table = np.array(oracle.slice_code_table(bits, rule), dtype=np.int64)
+    table = integer_table(bits, rule, grid)
     for tokens in TOKENS:
         x = generator.integers(-127, 128, (tokens, 128))
         x[:, 0] = 127
         x[0] = 127 if tokens % 2 else -127
         y = native.matmul(x.astype(np.float32), bits, 0, 1)
         np.testing.assert_array_equal(y.astype(np.int64), x @ table[codes].T)
-        for other in {max(bits - 1, 1), min(bits + 1, 8)} - {bits}:
-            wrong = np.array(oracle.slice_code_table(other, rule), dtype=np.int64)
+        for other, other_grid in other_readings(bits, rule, grid):
+            wrong = integer_table(other, rule, other_grid)
             assert (y.astype(np.int64) != x @ wrong[codes].T).any()
 
 
 # Products -------------------------------------------------------------------------------------------------------------
 
 
-@each_rule
+@each_reading
 @each_width
 @pytest.mark.parametrize("activations", ["int8", "float"])
-def test_products_are_those_of_the_definition_and_not_of_the_neighbour(activations: str, bits: int, rule: str) -> None:
+def test_products_are_those_of_the_definition_and_not_of_the_neighbour(
+    activations: str, bits: int, rule: str, grid: str
+) -> None:
     for number, (shape, group) in enumerate([((33, 512), None), ((40, 256), 128), ((16, 96), 32), ((7, 300), 4)]):
-        tensor = random_tensor(shape, rule=rule, group=group, slices=number % 2 == 0)
+        tensor = random_tensor(shape, rule=rule, grid=grid, group=group, slices=number % 2 == 0)
         weight = load_weight(tensor)
         for tokens in (1, 3, 12):
             x = random_x(tokens, shape[1])
             seen = oracle_int8(x) if activations == "int8" else x.astype(np.float64)
             y = matmul(weight, x, bits=bits, activations=activations, threads=1)
             assert_product(y, seen, oracle_weight(tensor, bits))
-            for other in {max(bits - 1, 1), min(bits + 1, 8)} - {bits}:
+            for other, other_grid in other_readings(bits, rule, grid):
                 with pytest.raises(AssertionError, match="units"):
-                    assert_product(y, seen, oracle_weight(tensor, other))
+                    assert_product(y, seen, oracle_weight(tensor, other, grid=other_grid))
 
 
 @each_width
 @pytest.mark.parametrize("activations", ["int8", "float"])
 def test_instruction_sets_batches_and_threads_give_the_same_bits(activations: str, bits: int) -> None:
     for number, shape in enumerate(SHAPES):
-        tensor = random_tensor(shape, rule=oracle.RULES[(number + bits) % 3], slices=True)
+        rule, grid = READINGS[(number + bits) % len(READINGS)]
+        tensor = random_tensor(shape, rule=rule, grid=grid, slices=True)
         weight = load_weight(tensor)
         x = random_x(max(TOKENS), shape[1])
 
@@ -203,13 +229,14 @@ def test_instruction_sets_batches_and_threads_give_the_same_bits(activations: st
 
 
 @each_isa
+@each_grid
 @pytest.mark.parametrize(("columns", "group"), [
     (10, 5), (48, 16), (96, 48), (256, 64), (384, 128), (512, 256), (768, 384), (130, 1), (390, 130), (99, 33),
 ])  # fmt: skip
 @pytest.mark.parametrize("activations", ["int8", "float"])
-def test_groups_of_any_length(isa_name: str, activations: str, columns: int, group: int) -> None:
+def test_groups_of_any_length(isa_name: str, grid: str, activations: str, columns: int, group: int) -> None:
     _native.use_isa(isa_name)
-    tensor = random_tensor((21, columns), group=group, slices=True)
+    tensor = random_tensor((21, columns), group=group, grid=grid, slices=True)
     weight = load_weight(tensor)
     for bits in (2, 3, 4, 6, 8):
         for tokens in (1, 2, 9):
@@ -222,10 +249,12 @@ def test_groups_of_any_length(isa_name: str, activations: str, columns: int, gro
 @settings(max_examples=40, deadline=None)
 @given(
     rows=st.integers(1, 50), columns=st.integers(1, 400), tokens=st.integers(1, 30), bits=st.integers(1, 8),
-    rule=st.sampled_from(oracle.RULES), seed=st.integers(0, 99), activations=st.sampled_from(["int8", "float"]),
+    reading=st.sampled_from(READINGS), seed=st.integers(0, 99), activations=st.sampled_from(["int8", "float"]),
 )  # fmt: skip
-def test_any_shape(rows: int, columns: int, tokens: int, bits: int, rule: str, seed: int, activations: str) -> None:
-    tensor = random_tensor((rows, columns), rule=rule, seed=seed)
+def test_any_shape(
+    rows: int, columns: int, tokens: int, bits: int, reading: tuple[str, str], seed: int, activations: str
+) -> None:
+    tensor = random_tensor((rows, columns), rule=reading[0], grid=reading[1], seed=seed)
     x = random_x(tokens, columns, seed=seed)
     seen = oracle_int8(x) if activations == "int8" else x.astype(np.float64)
     y = matmul(load_weight(tensor, max_bits=bits), x, bits=bits, activations=activations, threads=1)

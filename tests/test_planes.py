@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from matquant.checkpoint import open_checkpoint, write_checkpoint
 from matquant.errors import InputError
-from matquant.nest import slice_codes
+from matquant.nest import COMPANDED, labels_of, slice_codes, stored_codes
 from matquant.planes import RESIDENT_BITS, bits_read, load_weight, matmul, pack, unpack
 from matquant.spec import Spec
 from matquant.tensor import NestedTensor
@@ -139,15 +139,16 @@ def test_affines_that_fit_take_four_bytes_per_group_and_are_shared() -> None:
     assert weight.planes.bytes == codes.size + 8 * scale.size
 
 
-def write_one(directory: Path, codes: Codes) -> None:
+def write_one(directory: Path, codes: Codes, *, grid: str = "uniform") -> None:
     rows = codes.shape[0]
     tensor = NestedTensor(
         codes=codes,
         scale=np.full((rows, 1), 0.5, np.float32),
         zero=np.full((rows, 1), 128.0, np.float32),
         rule="prefix",
+        grid=grid,
     )
-    spec = Spec(rule="prefix", widths=(8,))
+    spec = Spec(rule="prefix", widths=(8,), grid=grid)
     write_checkpoint(directory, [("linear", tensor)], spec=spec, config={"model_type": "llama"}, ignore=[], files={})
 
 
@@ -159,6 +160,17 @@ def test_a_view_of_the_file_packs_like_its_copy(shape: tuple[int, int], tmp_path
     assert not tensor.codes.flags.writeable
     np.testing.assert_array_equal(tensor.codes, codes)
     np.testing.assert_array_equal(unpack(load_weight(tensor).planes), codes)
+
+
+def test_planes_of_a_companded_file_hold_labels_and_multiply_by_its_positions(tmp_path: Path) -> None:
+    codes = labels_of(stored_codes(random_codes((20, 96)), grid=COMPANDED), grid=COMPANDED)
+    write_one(tmp_path / "checkpoint", codes, grid=COMPANDED)
+    tensor = open_checkpoint(tmp_path / "checkpoint").nested("linear", mapped=True)
+    weight = load_weight(tensor)
+    np.testing.assert_array_equal(unpack(weight.planes), codes)
+    x = np.eye(96, dtype=np.float32)[:7] * 127  # a scale of 1
+    for bits in WIDTHS:
+        np.testing.assert_array_equal(matmul(weight, x, bits=bits, threads=1), 127 * tensor.read(bits)[:, :7].T)
 
 
 def test_loading_keeps_no_second_copy(tmp_path: Path) -> None:

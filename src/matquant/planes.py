@@ -7,6 +7,8 @@ switching costs nothing:
     width              1, 2    3    4    5, 6    7, 8        (``round`` and ``extra`` read one bit more than they serve)
     bits per weight    2       3    4    6       8
 
+Planes hold labels whatever the grid; kernels look up what a label stands for (``nest.integer_positions``).
+
 docs/kernels.md describes the layout. The affine of a width, scale_r and zero_r, is applied after the sum over inputs.
 Shapes: N out features, K in features, G groups, T tokens.
 """
@@ -20,7 +22,7 @@ from numpy.typing import NDArray
 
 from matquant import _native
 from matquant.errors import InputError
-from matquant.nest import MASTER_BITS, RULES, check_bits, check_rule
+from matquant.nest import GRIDS, MASTER_BITS, RULES, UNIFORM, check_bits, check_rule, integer_positions
 from matquant.tensor import NestedTensor
 
 ACTIVATIONS = ("int8", "float")
@@ -65,7 +67,7 @@ def pack(codes_NK: Codes, *, max_bits: int = MASTER_BITS) -> Planes:
     codes_NK: uint8 [N, K]; rows may be apart (a view of a file), columns may not. Read once, straight into planes.
     Raises InputError for other dtypes, shapes and widths.
     """
-    return _pack(codes_NK, bits_read(max_bits, rule="prefix"), rule="prefix", group=None)
+    return _pack(codes_NK, bits_read(max_bits, rule="prefix"), rule="prefix", group=None, grid=UNIFORM)
 
 
 def unpack(planes: Planes, *, bits: int = MASTER_BITS) -> Codes:
@@ -94,7 +96,8 @@ def load_weight(tensor: NestedTensor, *, max_bits: int = MASTER_BITS) -> Weight:
     """
     check_bits(max_bits)
     columns, groups = tensor.codes.shape[-1], tensor.scale.shape[-1]
-    planes = _pack(tensor.codes, bits_read(max_bits, rule=tensor.rule), rule=tensor.rule, group=columns // groups)
+    resident = bits_read(max_bits, rule=tensor.rule)
+    planes = _pack(tensor.codes, resident, rule=tensor.rule, group=columns // groups, grid=tensor.grid)
     own = {bits: affine for bits, affine in tensor.slices.items() if bits <= max_bits}
     derived = set(range(1, max_bits + 1)) - set(own)
     if derived:
@@ -102,9 +105,9 @@ def load_weight(tensor: NestedTensor, *, max_bits: int = MASTER_BITS) -> Weight:
         for bits in derived:
             step = 2 ** (MASTER_BITS - bits)
             centre = (step - 1) / 2 if tensor.rule == "prefix" else 0.0  # nest.slice_affine, left to the kernel
-            planes.native.set_affine(bits, values, step, centre)
+            _set_affine(planes.native, bits, values, step, centre, grid=tensor.grid)
     for bits, (scale, zero) in own.items():
-        planes.native.set_affine(bits, _add_values(planes.native, scale, zero), 1.0, 0.0)
+        _set_affine(planes.native, bits, _add_values(planes.native, scale, zero), 1, 0.0, grid=tensor.grid)
     return Weight(planes=planes, rule=tensor.rule, max_bits=max_bits)
 
 
@@ -148,14 +151,14 @@ def isa() -> str:
         raise InputError(str(error)) from None
 
 
-def _pack(codes_NK: Codes, resident_bits: int, *, rule: str, group: int | None) -> Planes:
+def _pack(codes_NK: Codes, resident_bits: int, *, rule: str, group: int | None, grid: str) -> Planes:
     isa()
     if codes_NK.ndim != 2 or codes_NK.dtype != np.uint8 or 0 in codes_NK.shape:
         raise InputError(f"planes asked of {codes_NK.dtype} {list(codes_NK.shape)}; give uint8 codes [N, K]")
     rows, columns = codes_NK.shape
     if columns > 1 and codes_NK.strides[1] != 1:
         codes_NK = np.ascontiguousarray(codes_NK)
-    native = _native.Weight(codes_NK, resident_bits, RULES.index(rule), group or columns)
+    native = _native.Weight(codes_NK, resident_bits, RULES.index(rule), group or columns, GRIDS.index(grid))
     return Planes(native, rows, columns, resident_bits)
 
 
@@ -164,6 +167,12 @@ def _check_resident(planes: Planes, bits: int, rule: str) -> None:
         raise InputError(
             f"bits={bits} asked of planes that hold {planes.resident_bits} bits; pack with a larger max_bits"
         )
+
+
+def _set_affine(native: _native.Weight, bits: int, values: int, step: int, centre: float, *, grid: str) -> None:
+    """Scales times ``step`` and zeros less ``centre``, in units of the integers that the kernels multiply by."""
+    _, unit, offset = integer_positions(bits, grid)
+    native.set_affine(bits, values, step * unit, centre + step * offset)
 
 
 def _add_values(native: _native.Weight, scale_NG: Any, zero_NG: Any) -> int:

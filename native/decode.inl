@@ -1,0 +1,258 @@
+// Planes to the integers that products are made of. Included by kernel.inl.
+//
+// A Reading is how M tokens at a time read the planes of a width; M = 0 is for many tokens: whole integers, to memory.
+//   read                  bits of the code that it reads
+//   places                sums that its bytes go to; the integer is (sum over places of lifted(bytes)) >> base
+//   range<place>          how large the bytes are
+//   decode(..., sink)     calls sink(quad, place, bytes) for the eight vectors of a tile, once or twice each
+
+// The planes of one row block.
+struct Streams {
+  const std::uint8_t* plane[PLANE_COUNT];
+};
+
+MATQUANT_INLINE int tiles_of(int cols) { return ceil_div(cols, TILE_INPUTS); }
+
+MATQUANT_INLINE Streams streams_of(const Linear& weight, int block) {
+  const std::size_t tile = static_cast<std::size_t>(block) * tiles_of(weight.cols);
+  Streams streams{};
+  for (int plane = 0; plane < PLANE_COUNT; ++plane)
+    if (weight.plane[plane] != nullptr) streams.plane[plane] = weight.plane[plane] + tile * tile_bytes(plane);
+  return streams;
+}
+
+// Planes that hold the top READ bits.
+constexpr int planes_read(int read) { return read == 2 ? 1 : read == 3 ? 2 : read == 4 ? 3 : read == 6 ? 4 : 5; }
+
+// About 8 KiB ahead of all planes together: one thread then streams at 0.87-0.99 of what the memory gives, instead of
+// 0.57-0.85. It may run past the end of a plane, which a prefetch may.
+template <int READ>
+MATQUANT_INLINE void prefetch(const Streams& streams, unsigned tile) {
+  constexpr int AHEAD = 8192 / (VECTOR_BYTES * READ);
+  unroll<planes_read(READ)>([&](auto plane) MATQUANT_LAMBDA {
+    const auto at = reinterpret_cast<std::uintptr_t>(streams.plane[plane]) +
+                    static_cast<std::size_t>(tile + AHEAD) * tile_bytes(plane);
+    unroll<PLANE_BITS[plane]>([&](auto line) MATQUANT_LAMBDA {
+      __builtin_prefetch(reinterpret_cast<const void*>(at + VECTOR_BYTES * line), 0, 3);
+    });
+  });
+}
+
+template <int PLANE>
+MATQUANT_INLINE Bytes plane_vector(const Streams& streams, unsigned tile, int half = 0) {
+  return load(streams.plane[PLANE] + static_cast<std::size_t>(tile) * tile_bytes(PLANE) + VECTOR_BYTES * half);
+}
+
+// Calls body(pair, two, nibbles) for the four pairs of quads, 2 * pair in the high nibbles and 2 * pair + 1 in the low
+// ones. nibbles: the top four bits of the codes; of READ = 3 the last one is anything. two: in their places the top two.
+template <int READ, class Body>
+MATQUANT_INLINE void each_pair(const Streams& streams, unsigned tile, Body&& body) {
+  const Bytes third = plane_vector<1>(streams, tile);
+  Bytes fourth = third;
+  if constexpr (READ >= 4) fourth = plane_vector<2>(streams, tile);
+  unroll<4>([&](auto pair) MATQUANT_LAMBDA {
+    constexpr int THIRD[4] = {0, -1, 1, 2}, FOURTH[4] = {0, 1, 2, 3};
+    const Bytes two = shift<pair.value % 2 == 1 ? -2 : 0>(plane_vector<0>(streams, tile, pair / 2));
+    if constexpr (READ == 3)
+      body(pair, two, select<0xCC>(two, shift<THIRD[pair]>(third)));
+    else
+      body(pair, two, select<0xCC, 0x22>(two, shift<THIRD[pair]>(third), shift<FOURTH[pair]>(fourth)));
+  });
+}
+
+// The last four bits of the codes of a pair, as its nibbles; of READ = 6 the last two are 0.
+template <int READ, int PAIR>
+MATQUANT_INLINE Bytes low_bits(const Streams& streams, unsigned tile) {
+  constexpr bool ODD = PAIR % 2 == 1;
+  const Bytes six = plane_vector<3>(streams, tile, PAIR / 2);
+  if constexpr (READ == 6) return keep<0xCC>(shift<ODD ? -2 : 0>(six));
+  const Bytes eight = plane_vector<READ == 6 ? 3 : 4>(streams, tile, PAIR / 2);
+  return ODD ? select<0xCC>(left<2>(six), eight) : select<0xCC>(six, right<2>(eight));
+}
+
+// ------------------------------------------------------------------------------------------------ the uniform grid
+
+// A decoded byte may have its code in place: no shift is spent on reaching bit 0, and bytes of different places go to
+// different sums. SLICED codes are cut from what is read by a Slicer.
+template <int READ, bool SLICED, int M>
+struct Uniform {
+  static constexpr bool IN_PLACE = !SLICED && READ <= 4 && ANY_BYTE_IS_FREE && M > 0 && M * (READ == 2 ? 4 : 2) <= 16;
+  static constexpr int read = READ;
+  static constexpr int places = !IN_PLACE ? 1 : READ == 2 ? 4 : 2;
+  static constexpr int base = READ == 6 && !SLICED && M > 0 ? 2 : IN_PLACE ? 8 - READ : 0;
+  template <int PLACE>
+  static constexpr Range range = READ <= 4 ? Range::to_16 : SLICED ? Range::to_128 : Range::any;
+
+  const Slicer slicer;
+  MATQUANT_INLINE explicit Uniform(const Width& width) : slicer(width) {}
+
+  template <int PLACE>
+  MATQUANT_INLINE Ints lifted(Ints sum) const {
+    constexpr int LIFT[4] = {0, 4, 2, 6};
+    return left<LIFT[PLACE]>(sum);
+  }
+
+  template <class Sink>
+  MATQUANT_INLINE void decode(const Streams& streams, unsigned tile, Sink&& sink) const {
+    const auto give = [&](auto quad, auto place, Bytes bytes) MATQUANT_LAMBDA {
+      if constexpr (SLICED)
+        bytes = slicer(bytes);
+      else if constexpr (READ == 6 && M == 0)
+        bytes = keep<0x3F>(right<2>(bytes));
+      sink(quad, Index<place.value % places>{}, bytes);
+    };
+    if constexpr (READ == 2) {
+      unroll<2>([&](auto half) MATQUANT_LAMBDA {
+        const Bytes two = plane_vector<0>(streams, tile, half);
+        give(Index<4 * half.value>{}, Index<0>{}, IN_PLACE ? keep<0xC0>(two) : keep<0x03>(right<6>(two)));
+        give(Index<4 * half.value + 1>{}, Index<1>{}, IN_PLACE ? keep<0x0C>(two) : keep<0x03>(right<2>(two)));
+        give(Index<4 * half.value + 2>{}, Index<2>{}, IN_PLACE ? keep<0x30>(two) : keep<0x03>(right<4>(two)));
+        give(Index<4 * half.value + 3>{}, Index<3>{}, keep<0x03>(two));
+      });
+    } else {
+      each_pair<READ>(streams, tile, [&](auto pair, const Bytes&, const Bytes& nibbles) MATQUANT_LAMBDA {
+        Bytes high{}, low{};
+        if constexpr (READ == 3) {
+          high = IN_PLACE ? keep<0xE0>(nibbles) : keep<0x07>(right<5>(nibbles));
+          low = IN_PLACE ? keep<0x0E>(nibbles) : keep<0x07>(right<1>(nibbles));
+        } else if constexpr (READ == 4) {
+          high = IN_PLACE ? keep<0xF0>(nibbles) : keep<0x0F>(right<4>(nibbles));
+          low = keep<0x0F>(nibbles);
+        } else {
+          const Bytes rest = low_bits<READ, pair.value>(streams, tile);
+          high = select<0xF0>(nibbles, right<4>(rest));
+          low = select<0xF0>(left<4>(nibbles), rest);
+        }
+        give(Index<2 * pair.value>{}, Index<0>{}, high);
+        give(Index<2 * pair.value + 1>{}, Index<1>{}, low);
+      });
+    }
+  }
+};
+
+template <int READ, int M>
+using Unsliced = Uniform<READ, false, M>;
+template <int READ, int M>
+using Sliced = Uniform<READ, true, M>;
+
+// ---------------------------------------------------------------------------------------------- the companded grid
+
+// Codes are looked up sixteen to a table (Tables in kernels.hpp), every width in those of its own. Up to four bits that
+// is all. Above, an integer has two parts, which products of bytes in 16 bits take one by one: both are small.
+template <int READ, int M>
+struct Companded {
+  static constexpr bool SPLIT = READ >= 6 && !ANY_BYTE_IS_FREE && M > 0;
+  // Sums that do not wait for each other, as many as the uniform grid has.
+  static constexpr bool APART = ANY_BYTE_IS_FREE && M > 0 && READ <= 4 && M * (READ == 2 ? 4 : 2) <= 16;
+  static constexpr int read = READ;
+  static constexpr int places = SPLIT ? 2 : !APART ? 1 : READ == 2 ? 4 : 2;
+  static constexpr int base = 0;
+  template <int PLACE>
+  static constexpr Range range = READ == 2   ? Range::to_16
+                                 : READ == 3 ? Range::to_32
+                                 : READ == 4 ? Range::to_64
+                                 : !SPLIT    ? Range::any
+                                 : PLACE > 0 ? Range::to_64
+                                 : READ == 6 ? Range::to_16
+                                             : Range::to_32;
+
+  const Table top, rest, sign, rest_mask;
+  const int lift;
+  MATQUANT_INLINE explicit Companded(const Width& width)
+      : top(load_table(SPLIT ? width.tables->top : width.tables->top_lifted)),
+        rest(load_table(width.tables->rest)),
+        sign(load_table(width.tables->sign)),
+        rest_mask(load_table(width.tables->rest_mask)),
+        lift(width.tables->lift) {}
+
+  template <int PLACE>
+  MATQUANT_INLINE Ints lifted(Ints sum) const {
+    return SPLIT ? left(sum, lift) : sum;
+  }
+
+  template <class Sink>
+  MATQUANT_INLINE void decode(const Streams& streams, unsigned tile, Sink&& sink) const {
+    if constexpr (READ == 2) {
+      unroll<2>([&](auto half) MATQUANT_LAMBDA {
+        const Bytes two = plane_vector<0>(streams, tile, half);
+        const Bytes high = high_nibbles(two), low = keep<0x0F>(two);
+        give<4 * half.value>(look_up(top, high), sink);
+        give<4 * half.value + 1>(look_up(top, low), sink);
+        give<4 * half.value + 2>(look_up(rest, high), sink);
+        give<4 * half.value + 3>(look_up(rest, low), sink);
+      });
+    } else {
+      each_pair<READ>(streams, tile, [&](auto pair, const Bytes& two, const Bytes& nibbles) MATQUANT_LAMBDA {
+        const Bytes high = high_nibbles(nibbles), low = keep<0x0F>(nibbles);
+        if constexpr (READ <= 4) {
+          give<2 * pair.value>(look_up(top, high), sink);
+          give<2 * pair.value + 1>(look_up(top, low), sink);
+        } else if constexpr (READ == 6) {
+          // The top two bits, then the last two: all that the rest depends on.
+          const Bytes six = plane_vector<3>(streams, tile, pair / 2);
+          const Bytes ends = select<0xCC>(two, shift<pair.value % 2 == 1 ? 0 : 2>(six));
+          give<2 * pair.value>(look_up(top, high), look_up(rest, high_nibbles(ends)), sink);
+          give<2 * pair.value + 1>(look_up(top, low), look_up(rest, keep<0x0F>(ends)), sink);
+        } else {
+          const Bytes four = low_bits<READ, pair.value>(streams, tile);
+          give<2 * pair.value>(look_up(top, high), slope(high, keep(right<4>(four), rest_mask)), sink);
+          give<2 * pair.value + 1>(look_up(top, low), slope(low, keep(four, rest_mask)), sink);
+        }
+      });
+    }
+  }
+
+  // The last four bits plus a quarter of them, or less it, by the slope of the top four.
+  MATQUANT_INLINE Bytes slope(const Bytes& nibbles, const Bytes& four) const {
+    return add_signed(four, look_up(rest, four), look_up(sign, nibbles));
+  }
+  template <int QUAD, class Sink>
+  MATQUANT_INLINE static void give(const Bytes& bytes, Sink&& sink) {
+    sink(Index<QUAD>{}, Index<QUAD % places>{}, bytes);
+  }
+  template <int QUAD, class Sink>
+  MATQUANT_INLINE static void give(const Bytes& above, const Bytes& below, Sink&& sink) {
+    if constexpr (SPLIT) {
+      sink(Index<QUAD>{}, Index<0>{}, below);
+      sink(Index<QUAD>{}, Index<1>{}, above);
+    } else {
+      give<QUAD>(add(above, below), sink);
+    }
+  }
+};
+
+// ------------------------------------------------------------------------------------------------------- to memory
+
+// Integers of the tiles first .. stop of a row block, [tile][quad][16 rows][4 inputs].
+template <class Reading>
+void decode_tiles(const Streams& streams, const Width& width, unsigned first, unsigned stop, std::uint8_t* out) {
+  const Reading reading(width);
+  for (unsigned tile = first; tile < stop; ++tile) {
+    prefetch<Reading::read>(streams, tile);
+    reading.decode(streams, tile,
+                   [&](auto quad, auto, const Bytes& bytes) MATQUANT_LAMBDA { store(out + quad * VECTOR_BYTES, bytes); });
+    out += TILE_QUADS * VECTOR_BYTES;
+  }
+}
+
+using Decode = void (*)(const Streams&, const Width&, unsigned, unsigned, std::uint8_t*);
+
+template <template <int, int> class READING>
+Decode decode_of(int read) {
+  switch (read) {
+    case 2: return decode_tiles<READING<2, 0>>;
+    case 3: return decode_tiles<READING<3, 0>>;
+    case 4: return decode_tiles<READING<4, 0>>;
+    case 6: return decode_tiles<READING<6, 0>>;
+    default: return decode_tiles<READING<8, 0>>;
+  }
+}
+
+// Of the codes themselves, whatever the grid.
+Decode code_decode_of(const Width& width) {
+  return width.sliced ? decode_of<Sliced>(width.read) : decode_of<Unsliced>(width.read);
+}
+
+Decode decode_of(const Width& width) {
+  return width.tables != nullptr ? decode_of<Companded>(width.read) : code_decode_of(width);
+}
