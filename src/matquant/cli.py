@@ -26,6 +26,7 @@ from matquant.contents import render, summarise
 from matquant.errors import InputError
 from matquant.nest import check_bits
 from matquant.spec import Plan
+from matquant.streams import accept_any_text
 
 app = typer.Typer(
     help="One int8 checkpoint that is a good int4 and int2 model too (Matryoshka Quantization).",
@@ -45,6 +46,7 @@ Directory = Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint mad
 
 def main() -> None:
     """Run the command line; the user's mistakes end with one message and exit code 2."""
+    accept_any_text()
     try:
         app()
     except (InputError, OSError) as error:

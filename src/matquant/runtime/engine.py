@@ -12,6 +12,7 @@ Activations: "int8" (dynamic, per token and group of 128 inputs, fp16 cache) or 
 model that the codes stand for, much slower).
 """
 
+import functools
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -65,7 +66,7 @@ class Engine:
         self.threads = threads or _default_threads()
         self.exact = activations == "float"
         self.generation_config = read_json(self.path / "generation_config.json")
-        self.ends = end_ids(checkpoint.config, self.generation_config)
+        self._config = checkpoint.config
         self._start = checkpoint.config.get("bos_token_id")
         self._vocabulary: Vocabulary | None = None
         self.model = load_model(checkpoint, max_bits=max_bits)
@@ -77,6 +78,11 @@ class Engine:
         if self._vocabulary is None:
             self._vocabulary = read_vocabulary(self.path)
         return self._vocabulary
+
+    @functools.cached_property
+    def ends(self) -> frozenset[int]:
+        """The ids at which a reply ends."""
+        return end_ids(self._config, self.generation_config, self.vocabulary)
 
     # ----------------------------------------------------------------------------------------------------- widths
 

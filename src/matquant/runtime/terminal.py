@@ -7,6 +7,7 @@ from typing import Any
 
 from matquant.errors import InputError
 from matquant.nest import check_bits
+from matquant.runtime import renderer
 from matquant.runtime.chat import Conversation
 from matquant.runtime.engine import Completion, Engine
 from matquant.spec import Plan
@@ -36,6 +37,7 @@ def chat(
     **options: Any,
 ) -> int:
     """Talk to the model until /quit or the end of the input; returns the exit code."""
+    renderer.warm()
     served = _open(directory, bits, plan, engine)
     talk = Conversation(served, bits=bits, plan=_read_plan(plan, bits), system=system, **options)
     _note(f"{directory}, {_width(served, bits, plan)}; {COMMANDS}")
@@ -47,6 +49,8 @@ def chat(
         except KeyboardInterrupt:
             print()
             return INTERRUPTED
+        except UnicodeDecodeError as error:
+            raise InputError(f"the input is not UTF-8 ({error.reason} at byte {error.start}); convert it") from None
         if text == "/quit":
             return 0
         try:
@@ -59,6 +63,8 @@ def chat(
                 talk.answered(said)
         except InputError as error:
             _note(str(error))
+        except KeyboardInterrupt:  # before the first token
+            _note("interrupted")
 
 
 def _open(directory: Path, bits: int | None, plan: Path | None, engine: dict[str, Any]) -> Engine:
