@@ -41,6 +41,7 @@ AGAIN = "copy it again or write the checkpoint again"
 SIDE_FILES = (
     *("added_tokens.json", "merges.txt", "special_tokens_map.json", "tokenizer.json", "tokenizer.model"),
     *("tokenizer_config.json", "vocab.json", "vocab.txt", "chat_template.jinja", "generation_config.json"),
+    "chat_template.json",
 )
 
 Item = tuple[str, "np.ndarray | NestedTensor"]
