@@ -11,7 +11,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "matquant"
 # A module may import from layers before its own, or from its own package.
 LAYERS = [
     {"errors", "streams"},
-    {"nest", "files", "packing"},
+    {"nest", "files", "packing", "panics"},
     {"spec", "grid", "overflow"},
     {"tensor", "text"},
     {"checkpoint", "planes"},
@@ -30,6 +30,7 @@ NO_TORCH = {
     "files",
     "nest",
     "packing",
+    "panics",
     "spec",
     "grid",
     "overflow",

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 import matquant
 from chat_templates import CONVERSATIONS, DOCUMENTS, SYSTEM, TEMPLATES, TOOLS, USER
 from conftest import make_tokenizer
+from matquant.models import load_tokenizer
 from matquant.runtime import renderer
 from matquant.runtime.renderer import render_template
 from matquant.runtime.templates import render
@@ -307,6 +308,8 @@ def test_a_panic_of_tokenizers_is_one_line(panic: str, tmp_path: Path, capfd: py
     assert str(caught.value).startswith(str(file))
     assert str(caught.value).endswith("; copy it again")
     assert "\n" not in str(caught.value)
+    with pytest.raises(matquant.InputError, match=f"{tmp_path}.* (copy it again|put tokenizer.json beside the model)$"):
+        load_tokenizer(tmp_path)
     assert threading.active_count() > 1 or capfd.readouterr().err == "", "the panic's own report is not shown"
 
 

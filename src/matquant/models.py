@@ -28,6 +28,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from matquant.errors import InputError
+from matquant.panics import check_merges, one_line
 from matquant.tensor import NestedTensor
 
 Model = Any  # a transformers PreTrainedModel
@@ -340,13 +341,11 @@ def check_context(model: Model, seq_len: int) -> None:
 
 def load_tokenizer(source: Path | str) -> Any:
     """The tokenizer beside a model."""
-    try:
-        with _quiet():
-            return transformers.AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{source} has no usable tokenizer ({str(error).splitlines()[0]}); put tokenizer.json beside the model"
-        ) from None
+    check_merges(Path(source) / "tokenizer.json")
+    with _quiet(), one_line(f"{source} has no usable tokenizer", "put tokenizer.json beside the model"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+        tokenizer.decode(tokenizer.encode("a b"))  # some damage shows only now
+    return tokenizer
 
 
 def build_model(

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from matquant.errors import InputError
+from matquant.panics import one_line
 
 SEPARATOR = "<|endoftext|>"
 
@@ -39,7 +40,8 @@ def token_stream(documents: Sequence[str], tokenizer: Any) -> np.ndarray:
     """The documents as one int64 array of token ids, each document after a beginning-of-sequence token."""
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     # Many models refuse longer texts with a warning; we cut into windows ourselves.
-    encoded = tokenizer(list(documents), add_special_tokens=False, verbose=False)["input_ids"]
+    with one_line("the tokenizer cannot read the text", "change the text, or copy tokenizer.json again"):
+        encoded = tokenizer(list(documents), add_special_tokens=False, verbose=False)["input_ids"]
     return np.array([token for ids in encoded for token in (*start, *ids)], dtype=np.int64)
 
 

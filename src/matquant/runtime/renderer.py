@@ -133,13 +133,17 @@ class _Worker:
     def close(self) -> None:
         self._process.kill()
         self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            with contextlib.suppress(OSError):  # what was not written is lost
-                pipe.close()  # type: ignore[union-attr]
+        self._close_pipes()
 
     def disown(self) -> None:
         """In a forked child: the process is the parent's."""
         self._process.returncode = 0
+        self._close_pipes()
+
+    def _close_pipes(self) -> None:
+        for pipe in (self._process.stdin, self._process.stdout):
+            with contextlib.suppress(OSError):  # what was not written is lost
+                pipe.close()  # type: ignore[union-attr]
 
 
 class _Pool:

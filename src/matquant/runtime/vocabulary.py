@@ -15,7 +15,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from matquant.errors import InputError
-from matquant.runtime.panics import check_merges, one_line
+from matquant.panics import check_merges, one_line
 
 UNFINISHED = "\ufffd"  # what decoders write for bytes that are no character (yet)
 PATIENCE = 8  # tokens that may wait for one character: its four bytes, and as many that are no character
@@ -54,12 +54,12 @@ class Vocabulary:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, without special tokens."""
-        with one_line("the tokenizer cannot write these tokens ({error}); copy tokenizer.json again"):
+        with one_line("the tokenizer cannot write these tokens", "copy tokenizer.json again"):
             text: str = self.tokenizer.decode(ids)
         return text
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        with one_line("the tokenizer cannot read this text ({error}); change the text, or copy tokenizer.json again"):
+        with one_line("the tokenizer cannot read this text", "change the text, or copy tokenizer.json again"):
             ids: list[int] = self.tokenizer.encode(_whole(text), add_special_tokens=add_special_tokens).ids
         return ids
 
@@ -70,7 +70,7 @@ def read_vocabulary(directory: Path) -> Vocabulary:
     if not file.is_file():
         raise InputError(f"{directory} has no tokenizer.json, which text needs; put it there, or give token ids")
     check_merges(file)
-    with one_line(f"{file} cannot be read ({{error}}); copy it again"):
+    with one_line(f"{file} cannot be read", "copy it again"):
         tokenizer = Tokenizer.from_file(str(file))
         tokenizer.no_truncation()  # what a training run left there is not ours
         tokenizer.no_padding()

@@ -21,8 +21,8 @@ PREFIX = re.compile(rb'"continuing_subword_prefix"\s*:\s*"[^"]')
 
 
 @contextlib.contextmanager
-def one_line(message: str) -> Iterator[None]:
-    """InputError with ``message``, its {error} filled in, for whatever goes wrong in tokenizers."""
+def one_line(fault: str, advice: str) -> Iterator[None]:
+    """InputError "fault (what tokenizers says); advice" for whatever goes wrong in tokenizers."""
     with _without_report():
         try:
             yield
@@ -31,12 +31,13 @@ def one_line(message: str) -> Iterator[None]:
         except BaseException as error:  # tokenizers raises nothing more precise than Exception
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
-            raise InputError(message.format(error=" ".join(str(error).split()) or type(error).__name__)) from None
+            first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise InputError(f"{fault} ({first}); {advice}") from None
 
 
 def check_merges(file: Path) -> None:
     """InputError if a merge of tokenizer.json lacks the prefix that its second part must have."""
-    data = file.read_bytes()
+    data = file.read_bytes() if file.is_file() else b""
     if not PREFIX.search(data):
         return  # nearly always, and then nothing is parsed twice
     try:
