@@ -11,11 +11,11 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "matquant"
 # A module may import from layers before its own, or from its own package.
 LAYERS = [
     {"errors"},
-    {"nest", "files", "packing"},
-    {"spec", "grid", "overflow"},
+    {"nest", "files", "packing", "tensors", "hub", "ties"},
+    {"spec", "grid", "overflow", "source"},
     {"tensor", "text"},
     {"checkpoint", "planes"},
-    {"models", "contents", "runtime"},
+    {"models", "contents", "runtime", "options"},
     {"export"},
     {"train", "integrations"},
     {"eval"},
@@ -27,9 +27,13 @@ LAYERS = [
 NO_TORCH = {
     "errors",
     "files",
+    "hub",
     "nest",
+    "options",
     "packing",
+    "source",
     "spec",
+    "tensors",
     "grid",
     "overflow",
     "planes",
@@ -48,9 +52,10 @@ HEAVY = {  # package -> the one file that imports it; transformers has two: one 
     "matplotlib": ["eval/report.py"],
     "lm_eval": ["integrations/lm_eval.py"],
     "vllm": ["integrations/vllm.py"],
+    "huggingface_hub": ["hub.py"],
 }
 FILES = sorted(SOURCE.rglob("*.py"))
-WHOLE = [f"{p}.{file.stem}" for p in ("runtime", "export") for file in (SOURCE / p).glob("[!_]*.py")]
+WHOLE = [f"{p}.{file.stem}" for p in ("runtime", "export", "options") for file in (SOURCE / p).glob("[!_]*.py")]
 PLAN = ("budget", "strategies", "search", "speed", "run")  # losses are measured with torch, all else is not
 
 

@@ -35,6 +35,7 @@ from matquant.tensor import NestedTensor
 
 MANIFEST = "matquant_manifest.json"
 SLICES = "matquant_slices.safetensors"
+HEAD = "lm_head.weight"
 SHARD_BYTES = 5 * 10**9  # what transformers itself shards at
 MADE_BY = "give a checkpoint made by matquant quantize"
 AGAIN = "copy it again or write the checkpoint again"
@@ -313,6 +314,7 @@ def open_checkpoint(directory: Path | str, *, check_hashes: bool = True) -> Chec
         handles = {file: stack.enter_context(_open_tensors(where / file)) for file in _tensor_files(where, listed)}
         files = _tensor_names(where, handles)
         shapes = _check_structure(where, files, handles, spec)
+    _untie_stored_head(config, files)
     ignore = quantised.get("ignore")
     return Checkpoint(
         directory=where,
@@ -322,6 +324,14 @@ def open_checkpoint(directory: Path | str, *, check_hashes: bool = True) -> Chec
         files=files,
         shapes=shapes,
     )
+
+
+def _untie_stored_head(config: dict[str, Any], names: Mapping[str, str]) -> None:
+    """Make ``config`` say that a head which is stored is served: then none is tied, as transformers has it too."""
+    if HEAD in names:
+        for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+            if part.get("tie_word_embeddings"):
+                part["tie_word_embeddings"] = False
 
 
 def verify_checkpoint(directory: Path | str) -> Checkpoint:

@@ -25,6 +25,7 @@ from matquant.checkpoint import open_checkpoint, verify_checkpoint
 from matquant.contents import render, summarise
 from matquant.errors import InputError
 from matquant.nest import check_bits
+from matquant.options.request import check_request
 from matquant.spec import Plan
 
 app = typer.Typer(
@@ -167,6 +168,7 @@ def quantize(
     options |= {"weights": _numbers(weights, float, "--weights")} if weights is not None else {}
     options |= {"exclude": exclude or []}
     options |= {"group_size": _group_size(group_size), "text": _files(text, more_text)}
+    check_request(model, out, **options)  # before torch is imported
     with _progress() as report:
         written = _needs_torch("matquant.train").quantize(model, out, report=report, **options)
     print(f"wrote {written}; try: matquant eval {written} --text FILE")

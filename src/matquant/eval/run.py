@@ -22,12 +22,12 @@ from matquant.eval.tasks import (
 from matquant.integrations.transformers import load
 from matquant.models import (
     check_context,
-    check_model_path,
     choose_device,
     context_length,
     load_float,
     load_tokenizer,
 )
+from matquant.source import check_source
 from matquant.spec import Plan
 from matquant.text import read_documents, token_stream
 
@@ -82,7 +82,7 @@ def evaluate_checkpoint(
     if json_file is not None and json_file.is_dir():
         raise InputError(f"--json {json_file} is a directory; give a file")
     if reference is not None:
-        check_model_path(reference)
+        check_source(reference)
     place = choose_device(device)
     data = check_tasks(tasks, tasks_data) if tasks is not None else {}
     if tasks is not None:

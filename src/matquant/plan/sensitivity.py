@@ -30,7 +30,6 @@ from matquant.files import sha256, write_atomically
 from matquant.integrations.transformers import load
 from matquant.models import (
     check_context,
-    check_model_path,
     choose_device,
     decoder_layers,
     embed,
@@ -39,6 +38,7 @@ from matquant.models import (
     load_tokenizer,
 )
 from matquant.nest import MASTER_BITS
+from matquant.source import check_source
 from matquant.text import cut_windows, data_sha256, read_documents, token_stream
 
 SIDECAR = "matquant_plans.json"
@@ -251,7 +251,7 @@ def _read_sidecar(file: Path, checkpoint_sha256: str) -> list[dict[str, Any]]:
 
 def _fingerprint(model: Path | str) -> str:
     """A hub id as it is; of a directory the sha256 of its configuration and weights."""
-    check_model_path(model)
+    check_source(model)
     where = Path(model)
     if not where.is_dir():
         return str(model)
