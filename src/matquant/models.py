@@ -37,7 +37,7 @@ from transformers.utils import (
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from matquant.errors import InputError
-from matquant.source import check_source
+from matquant.source import LOADABLE, check_source
 from matquant.tensor import NestedTensor
 from matquant.tensors import check_stored, check_unused, read_headers
 from matquant.ties import Files, Parts, head_name, read_key, record_ties, resolve_ties, tied_weights
@@ -108,8 +108,7 @@ def _loading(source: Path | str) -> Iterator[None]:
         raise
     except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(
-            f"{source} cannot be loaded as a model ({(str(error) or type(error).__name__).splitlines()[0]}); "
-            "give a directory with config.json and safetensors, or a hub id that this machine can reach"
+            f"{source} cannot be loaded as a model ({(str(error) or type(error).__name__).splitlines()[0]}); {LOADABLE}"
         ) from None
 
 

@@ -6,17 +6,17 @@ is rejected here is what transformers would read as another model, or as none, a
 
 import difflib
 import importlib
-import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from matquant.errors import InputError
-from matquant.tensors import INDEX, MERGE, SINGLE, check_stored, read_headers
+from matquant.tensors import INDEX, MERGE, SINGLE, check_stored, read_headers, read_json_object, shards, some
 
 GIVE = "give a Hugging Face model directory or a hub id"
 GIVE_FLOAT = "give the float model it was made from"
+LOADABLE = "give a directory with config.json and safetensors, or a hub id that this machine can reach"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}")
 FILE_SUFFIXES = (".gguf", ".safetensors", ".bin", ".pt", ".pth", ".json", ".onnx", ".zip", ".gz", ".tar", ".txt")
 POINTERS = (b"version https://git-lfs", b"# xet version")
@@ -60,10 +60,20 @@ def check_directory(where: Path) -> None:
     if not (where / "config.json").is_file():
         raise InputError(_describe_other(where))
     _check_files(where, where)
-    if not any((where / name).is_file() for name in WEIGHTS):
+    _check_weights(where)
+
+
+def _check_weights(where: Path) -> None:
+    """InputError if the weights, or a part of them, are not there."""
+    present = [name for name in WEIGHTS if (where / name).is_file()]
+    if not present and not read_json_object(where / "config.json").get("transformers_weights"):
         others = sorted(where.glob("*.gguf"))
         if others:
             raise InputError(f"{where} has no weights but {others[0].name}, a GGUF file for llama.cpp; {GIVE_FLOAT}")
+        raise InputError(f"{where} cannot be loaded as a model (it has neither {' nor '.join(WEIGHTS)}); {LOADABLE}")
+    missing = [] if SINGLE in present else [file.name for file in shards(where) if not file.is_file()]
+    if missing:
+        raise InputError(f"{where} cannot be loaded as a model ({some(missing)} is missing); {LOADABLE}")
 
 
 def is_hub_id(source: Path | str) -> bool:
@@ -102,7 +112,7 @@ def _pointers(where: Path) -> Iterator[Path]:
 
 def quantiser(where: Path) -> str:
     """The tool that has quantised the model in a directory, by its files; empty if there is none."""
-    config = _read_config(where)
+    config = read_json_object(where / "config.json")
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         for key in QUANTISER_KEYS:
             if part.get(key):
@@ -125,15 +135,6 @@ def _tool(key: str, record: Any) -> str:
     return f"another tool ({key} in config.json)"
 
 
-def _read_config(where: Path) -> Mapping[str, Any]:
-    """config.json if it is an object; whoever loads the model says what is wrong with it otherwise."""
-    try:
-        values = json.loads((where / "config.json").read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return values if isinstance(values, dict) else {}
-
-
 def _describe_file(file: Path) -> str:
     """Why a file is no model."""
     with file.open("rb") as stream:
@@ -148,11 +149,7 @@ def _describe_file(file: Path) -> str:
 def _describe_other(where: Path) -> str:
     """Why a directory without config.json is no model."""
     if any((where / name).is_file() for name in ADAPTER_FILES):
-        try:
-            record = json.loads((where / ADAPTER_FILES[0]).read_text(encoding="utf-8-sig"))
-            base = record["base_model_name_or_path"]
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            base = None
+        base = read_json_object(where / ADAPTER_FILES[0]).get("base_model_name_or_path")
         model = f" for {base}" if base else ""
         return f"{where} is a LoRA adapter{model}, not a model; {MERGE}"
     for pattern, kind, remedy in OTHER_FORMATS:

@@ -113,12 +113,16 @@ def read_headers(where: Path) -> Stored:
 
     A file that cannot be read gives nothing: whoever loads the model says what is wrong with it.
     """
-    files = [where / SINGLE]
-    if not files[0].is_file():
-        weight_map = _json(where / INDEX).get("weight_map")
-        shards = weight_map.values() if isinstance(weight_map, dict) else ()
-        files = [where / shard for shard in sorted({shard for shard in shards if isinstance(shard, str)})]
+    single = where / SINGLE
+    files = [single] if single.is_file() else shards(where)
     return {name: dtype for file in files for name, dtype in _header(file).items()}
+
+
+def shards(where: Path) -> list[Path]:
+    """The safetensors files that a directory's index lists; none if it has no index."""
+    weight_map = read_json_object(where / INDEX).get("weight_map")
+    names = weight_map.values() if isinstance(weight_map, dict) else ()
+    return [where / name for name in sorted({name for name in names if isinstance(name, str)})]
 
 
 def _header(file: Path) -> Stored:
@@ -136,7 +140,8 @@ def _is_tensor(entry: Any) -> bool:
     return isinstance(entry, dict) and isinstance(entry.get("dtype"), str)
 
 
-def _json(file: Path) -> dict[str, Any]:
+def read_json_object(file: Path) -> dict[str, Any]:
+    """The object in a JSON file, empty if there is none: whoever loads the model says what is wrong with it."""
     try:
         values = json.loads(file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError):

@@ -63,7 +63,7 @@ def check_request(
 ) -> Request:
     """What ``quantize`` is to do; InputError for whatever can be known to be wrong before the model is loaded.
 
-    The arguments are those of ``quantize``. device: whether it is there only torch knows.
+    The arguments are those of ``quantize``. Only torch knows the device, only the model the group sizes that fit.
     """
     if threads is not None:
         check_positive(threads=threads)
@@ -91,8 +91,6 @@ def check_request(
     _check_choices(affine=affine, scale_dtype=scale_dtype, rule=rule, zeros=zeros, scope=scope)
     _check_zeros(zeros, affine=affine, rule=rule, symmetric=symmetric)
     _check_patterns(exclude)
-    if group_size is not None:
-        check_positive(group_size=group_size)
     if method in METHODS:
         _check_method(method, options, affine=affine, start=start)
     if needs_text and not text:
