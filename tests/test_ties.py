@@ -133,7 +133,7 @@ UNUSED = {
     "biases": ((f"{LAYER}.q_proj.bias",), "biases that config.json does not mention"),
     "scales": ((f"{LAYER}.q_proj.weight_scale",), "scales of weights that another tool has quantised"),
     "vision": (("vision_tower.patch.weight",), "parts that read images or sound"),
-    "several": (tuple(f"x.{i}.weight" for i in range(5)), "5 tensors that LlamaForCausalLM does not use"),
+    "several": (tuple(f"x.{i}.weight" for i in range(5)), "has tensors (5) that LlamaForCausalLM does not use"),
     "others": (tuple(f"x.{i}.weight" for i in range(5)), "x.0.weight, x.1.weight, x.2.weight and 2 more"),
 }
 

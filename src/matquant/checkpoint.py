@@ -331,7 +331,7 @@ def open_checkpoint(directory: Path | str, *, check_hashes: bool = True, check_s
 
 def _untie_stored_head(config: dict[str, Any], names: Mapping[str, str]) -> None:
     """Make ``config`` say that a head which is stored is served: then none is tied, as transformers has it too."""
-    if HEAD in names:
+    if any(name.endswith(HEAD) for name in names):
         for part in (config, *(value for value in config.values() if isinstance(value, dict))):
             if part.get("tie_word_embeddings"):
                 part["tie_word_embeddings"] = False

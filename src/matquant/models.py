@@ -40,7 +40,7 @@ from matquant.errors import InputError
 from matquant.source import LOADABLE, check_source
 from matquant.tensor import NestedTensor
 from matquant.tensors import check_stored, check_unused, read_headers
-from matquant.ties import Files, Parts, head_name, read_key, record_ties, resolve_ties, tied_weights
+from matquant.ties import Files, Parts, head_name, plain_names, read_key, record_ties, resolve_ties, tied_weights
 
 Model = Any  # a transformers PreTrainedModel
 Call = Callable[[torch.nn.Module, torch.Tensor], torch.Tensor]  # runs a decoder layer on hidden states
@@ -89,7 +89,7 @@ def load_float(source: Path | str, *, dtype: torch.dtype | None = None) -> Model
         _check_dtypes(source)
     head = head_name(model)
     remedy = "repair the model"
-    if head in info["missing_keys"]:
+    if info["missing_keys"] == {head}:
         remedy = f'add it, or "tie_word_embeddings": true to {CONFIG_NAME} if the head is the embedding'
     _check_loaded(info, source, ("missing_keys", "mismatched_keys"), remedy)
     _check_unused(model, source, info)
@@ -160,6 +160,7 @@ def open_shards(source: Path | str) -> Shards:
         files = _shard_files(source)
         parameters = {name: model.get_parameter(name) for name in (*_names(model), *tied_weights(model))}
         stored = {name: _stored(model, name, p) for name, p in parameters.items()}
+        stored |= plain_names(model, stored, files)
         known = {key for parts, _ in stored.values() for key in parts}
         stored = resolve_ties(model, stored, files, config.dtype)
         if not all(key in files for parts, _ in stored.values() for key in parts):

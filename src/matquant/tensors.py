@@ -97,7 +97,7 @@ def check_unused(source: object, names: Iterable[str], *, cls: str, layers: int,
     else:
         kind, remedy = next(((words, do) for pattern, words, do in KINDS if pattern.search(unused[0])), OTHER)
     raise InputError(
-        f"{source} has {len(unused)} tensors that {cls} does not use and that would be lost, {kind}: "
+        f"{source} has tensors ({len(unused)}) that {cls} does not use and that would be lost, {kind}: "
         f"{some(unused)}; {remedy}"
     )
 

@@ -50,6 +50,15 @@ def head_name(model: Model) -> str | None:
     return None if path is None else f"{path}.weight"
 
 
+def plain_names(model: Model, stored: Mapping[str, Parts], files: Files) -> dict[str, Parts]:
+    """Parts of the tied parameters that files store by the model's own names, where these differ from the usual."""
+    return {
+        name: ({name: torch.empty(files[name][1], dtype=files[name][2], device="meta")}, True)
+        for name in tied_weights(model)
+        if name in files and not stored[name][0].keys() <= files.keys()
+    }
+
+
 def resolve_ties(
     model: Model, stored: Mapping[str, Parts], files: Files, dtype: torch.dtype | None
 ) -> dict[str, Parts]:
