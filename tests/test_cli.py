@@ -185,7 +185,7 @@ def test_an_unknown_model_is_refused(model: str, refuse: Refuse, start: Argument
 
 
 def test_a_directory_or_file_that_is_no_model_is_refused(refuse: Refuse, start: Arguments, text_file: Path) -> None:
-    refuse(*start(model=text_file), message=f"{text_file}: no such model directory; {KIND}")
+    refuse(*start(model=text_file), message=f"{text_file} is a file, not a model directory; {KIND}")
     directory = text_file.parent
     refuse(*start(model=directory), message=f"{directory} has no config.json; {KIND}")
 
@@ -231,7 +231,7 @@ def test_a_model_without_tokenizer_is_refused_when_text_is_needed(
 
 
 def test_a_quantised_model_is_refused(refuse: Refuse, start: Arguments, checkpoint: Path) -> None:
-    message = f"{checkpoint} is quantised already; give the float model it was made from"
+    message = f"{checkpoint} is quantised already, by matquant; give the float model it was made from"
     refuse(*start(model=checkpoint), message=message)
 
 
@@ -1456,9 +1456,11 @@ def test_inspect_verify_and_help_work_without_torch(run: Run, checkpoint: Path) 
 
 
 @pytest.mark.parametrize("verb", ["quantize", "eval", "plan", "demo"])
-def test_what_needs_torch_says_what_to_install(verb: str, checkpoint: Path, text_file: Path, tmp_path: Path) -> None:
+def test_what_needs_torch_says_what_to_install(
+    verb: str, llama: Path, checkpoint: Path, text_file: Path, tmp_path: Path
+) -> None:
     arguments: dict[str, tuple[object, ...]] = {
-        "quantize": (checkpoint, "-o", tmp_path / "out", "--method", "rtn"),
+        "quantize": (llama, "-o", tmp_path / "out", "--method", "rtn"),
         "eval": (checkpoint, "--text", text_file),
         "plan": (checkpoint, "--text", text_file, "--bits-per-weight", "4", "-o", tmp_path / "plan.json"),
         "demo": ("-o", tmp_path / "out"),

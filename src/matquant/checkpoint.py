@@ -35,6 +35,7 @@ from matquant.tensor import NestedTensor
 
 MANIFEST = "matquant_manifest.json"
 SLICES = "matquant_slices.safetensors"
+HEAD = "lm_head.weight"
 SHARD_BYTES = 5 * 10**9  # what transformers itself shards at
 MADE_BY = "give a checkpoint made by matquant quantize"
 AGAIN = "copy it again or write the checkpoint again"
@@ -289,8 +290,10 @@ class Checkpoint:
         return NestedTensor(codes=codes, scale=scale, zero=zero, rule=self.spec.rule, slices=slices)
 
 
-def open_checkpoint(directory: Path | str, *, check_hashes: bool = True) -> Checkpoint:
+def open_checkpoint(directory: Path | str, *, check_hashes: bool = True, check_sizes: bool | None = None) -> Checkpoint:
     """Open a nested checkpoint after checking its manifest (unless told not to) and its structure.
+
+    check_sizes: of the files, which takes no time; None: with the hashes.
 
     Raises InputError naming the file or tensor at fault and what would do.
     """
@@ -299,7 +302,8 @@ def open_checkpoint(directory: Path | str, *, check_hashes: bool = True) -> Chec
         raise InputError(f"{where}: no such directory; {MADE_BY}")
     if not (where / MANIFEST).is_file():
         raise InputError(f"{where} has no {MANIFEST}; {MADE_BY}")
-    manifest = _check_manifest(where, check_hashes=check_hashes)
+    check_sizes = check_hashes if check_sizes is None else check_sizes
+    manifest = _check_manifest(where, check_hashes=check_hashes, check_sizes=check_sizes)
     listed = set(manifest["files"])
     config = _read_json(where / "config.json")
     quantised = config.pop("quantization_config", None)
@@ -314,6 +318,7 @@ def open_checkpoint(directory: Path | str, *, check_hashes: bool = True) -> Chec
         handles = {file: stack.enter_context(_open_tensors(where / file)) for file in _tensor_files(where, listed)}
         files = _tensor_names(where, handles)
         shapes = _check_structure(where, files, handles, spec)
+    _untie_stored_head(config, files)
     ignore = quantised.get("ignore")
     return Checkpoint(
         directory=where,
@@ -323,6 +328,14 @@ def open_checkpoint(directory: Path | str, *, check_hashes: bool = True) -> Chec
         files=files,
         shapes=shapes,
     )
+
+
+def _untie_stored_head(config: dict[str, Any], names: Mapping[str, str]) -> None:
+    """Make ``config`` say that a head which is stored is served: then none is tied, as transformers has it too."""
+    if any(name.endswith(HEAD) for name in names):
+        for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+            if part.get("tie_word_embeddings"):
+                part["tie_word_embeddings"] = False
 
 
 def verify_checkpoint(directory: Path | str) -> Checkpoint:
@@ -355,8 +368,8 @@ def _read_json(file: Path) -> dict[str, Any]:
     return values
 
 
-def _check_manifest(where: Path, *, check_hashes: bool) -> dict[str, Any]:
-    """The manifest, after checking the sizes and (if told to) the hashes of the files it lists."""
+def _check_manifest(where: Path, *, check_hashes: bool, check_sizes: bool) -> dict[str, Any]:
+    """The manifest, after checking the sizes and the hashes (if told to) of the files it lists."""
     manifest = _read_json(where / MANIFEST)
     check_format(manifest.get("format"), where=where)
     entries = manifest.get("files")
@@ -374,7 +387,7 @@ def _check_manifest(where: Path, *, check_hashes: bool) -> dict[str, Any]:
             raise InputError(f"{where / MANIFEST} has no size and sha256 of {name}; {AGAIN}")
         if not file.is_file():
             raise InputError(f"{file} is missing; {AGAIN}")
-        if check_hashes and file.stat().st_size != entry["bytes"]:
+        if check_sizes and file.stat().st_size != entry["bytes"]:
             raise InputError(f"{file} has {file.stat().st_size} bytes, the manifest says {entry['bytes']}; {AGAIN}")
     if check_hashes:
         with ThreadPoolExecutor() as pool:

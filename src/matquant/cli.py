@@ -24,7 +24,10 @@ from rich.progress import (
 from matquant.checkpoint import open_checkpoint, verify_checkpoint
 from matquant.contents import render, summarise
 from matquant.errors import InputError
+from matquant.eval.request import check_evaluation
 from matquant.nest import check_bits
+from matquant.options.request import check_request
+from matquant.plan.request import check_losses
 from matquant.spec import Plan
 from matquant.streams import accept_any_text
 
@@ -169,6 +172,7 @@ def quantize(
     options |= {"weights": _numbers(weights, float, "--weights")} if weights is not None else {}
     options |= {"exclude": exclude or []}
     options |= {"group_size": _group_size(group_size), "text": _files(text, more_text)}
+    check_request(model, out, **options)  # before torch is imported
     with _progress() as report:
         written = _needs_torch("matquant.train").quantize(model, out, report=report, **options)
     print(f"wrote {written}; try: matquant eval {written} --text FILE")
@@ -199,23 +203,28 @@ def evaluate(
     plot: Annotated[Path | None, Option(metavar="FILE", help="Draw log-perplexity against bits.")] = None,
 ) -> None:
     """Log-perplexity and zero-shot tasks at every width; the last line is JSON."""
+    options: dict[str, Any] = {
+        "text": _files(text, more_text),
+        "plan_file": plan,
+        "reference": reference,
+        "seq_len": seq_len,
+        "stride": stride,
+        "max_tokens": max_tokens,
+        "skip_documents": skip_documents,
+        "tasks": None if tasks is None else [name.strip() for name in tasks.split(",") if name.strip()],
+        "tasks_data": tasks_data,
+        "limit": limit,
+        "batch_size": batch_size,
+        "json_file": json_file,
+    }
+    measured = _widths(bits)
+    check_evaluation(directory, needs_picture=plot is not None, **options)  # before torch is imported
     record = _needs_torch("matquant.eval.run").evaluate_checkpoint(
         directory,
-        bits=_widths(bits),
-        text=_files(text, more_text),
-        plan_file=plan,
-        reference=reference,
-        seq_len=seq_len,
-        stride=stride,
-        max_tokens=max_tokens,
-        skip_documents=skip_documents,
-        tasks=None if tasks is None else [name.strip() for name in tasks.split(",") if name.strip()],
-        tasks_data=tasks_data,
-        limit=limit,
-        batch_size=batch_size,
+        bits=measured,
         device=device,
-        json_file=json_file,
         plot_file=plot,
+        **options,
         show=Console().print,
         progress=lambda line: print(line, file=sys.stderr, flush=True),
     )
@@ -267,9 +276,17 @@ def plan(
     else:
         if not files:
             raise InputError("--pareto measures losses and no text is given; give --text FILE")
-        chosen = {"reference": reference, "samples": samples, "seq_len": seq_len, "seed": seed, "device": device}
+        chosen: dict[str, Any] = {"reference": reference, "samples": samples, "seq_len": seq_len, "seed": seed}
+        check_losses(directory, files, **chosen)  # before torch is imported
+        if not pareto:
+            importlib.import_module("matquant.plan.run").check_plan(
+                directory, out, **one, widths=options["widths"], evaluations=evaluations
+            )
         sensitivity = _needs_torch("matquant.plan.sensitivity")
-        with _status() as report, sensitivity.open_losses(directory, files, report=report, **chosen) as losses:
+        with (
+            _status() as report,
+            sensitivity.open_losses(directory, files, report=report, device=device, **chosen) as losses,
+        ):
             if pareto:
                 module = importlib.import_module("matquant.plan.pareto")
                 record = module.run(directory, out, losses=losses, baselines=baselines, plot=plot, **options)
@@ -297,6 +314,7 @@ def report(
     records = {name: page.read_record(file) for name, file in page.by_name(evals or [], "--eval").items()}
     files = _files(text, more_text)
     if files:
+        check_evaluation(directory, text=files, max_tokens=max_tokens)  # before torch is imported
         run = _needs_torch("matquant.eval.run")
         measure = functools.partial(
             run.evaluate_checkpoint, directory, text=files, max_tokens=max_tokens, device=device

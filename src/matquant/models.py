@@ -7,6 +7,7 @@ checkpoint conversion, so every family that transformers can save is covered and
 """
 
 import contextlib
+import copy
 import dataclasses
 import json
 import platform
@@ -23,17 +24,30 @@ import transformers
 from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.modeling_utils import load_state_dict
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import (
+    CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+    cached_file,
+)
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from matquant.errors import InputError
 from matquant.panics import check_merges, one_line
+from matquant.source import LOADABLE, check_source
 from matquant.tensor import NestedTensor
+from matquant.tensors import check_stored, check_unused, read_headers
+from matquant.ties import Files, Parts, head_name, plain_names, read_key, record_ties, resolve_ties, tied_weights
 
 Model = Any  # a transformers PreTrainedModel
 Call = Callable[[torch.nn.Module, torch.Tensor], torch.Tensor]  # runs a decoder layer on hidden states
 CONTEXT = 2048  # tokens
+PREDICTING = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")  # of config.json
+FLOATS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.bool: "BOOL"}
 PER_SEQUENCE = ("bloom", "xglm")  # model types whose layers take arguments of the size of the batch
 
 
@@ -73,14 +87,21 @@ def load_float(source: Path | str, *, dtype: torch.dtype | None = None) -> Model
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             source, config=config, dtype=dtype or "auto", output_loading_info=True, ignore_mismatched_sizes=True
         )
-    _check_loaded(info, source, ("missing_keys", "mismatched_keys"), "repair the model")
+        _check_dtypes(source)
+    head = head_name(model)
+    remedy = "repair the model"
+    if info["missing_keys"] == {head}:
+        remedy = f'add it, or "tie_word_embeddings": true to {CONFIG_NAME} if the head is the embedding'
+    _check_loaded(info, source, ("missing_keys", "mismatched_keys"), remedy)
+    _check_unused(model, source, info)
+    record_ties(model)
     return model.eval()
 
 
 @contextlib.contextmanager
 def _loading(source: Path | str) -> Iterator[None]:
     """Loading from ``source`` without transformers' noise; its errors in our words."""
-    check_model_path(source)
+    check_source(source)
     try:
         with _quiet():
             yield
@@ -88,8 +109,7 @@ def _loading(source: Path | str) -> Iterator[None]:
         raise
     except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(
-            f"{source} cannot be loaded as a model ({(str(error) or type(error).__name__).splitlines()[0]}); "
-            "give a directory with config.json and safetensors, or a hub id that this machine can reach"
+            f"{source} cannot be loaded as a model ({(str(error) or type(error).__name__).splitlines()[0]}); {LOADABLE}"
         ) from None
 
 
@@ -139,11 +159,17 @@ def open_shards(source: Path | str) -> Shards:
             model = transformers.AutoModelForCausalLM.from_config(config).eval()
         model.config.name_or_path = str(source)
         files = _shard_files(source)
-        parameters = dict(model.named_parameters())
-        tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-        stored = {name: _stored(model, name, p) for name, p in parameters.items() if name not in tied}
+        parameters = {name: model.get_parameter(name) for name in (*_names(model), *tied_weights(model))}
+        stored = {name: _stored(model, name, p) for name, p in parameters.items()}
+        stored |= plain_names(model, stored, files)
+        known = {key for parts, _ in stored.values() for key in parts}
+        stored = resolve_ties(model, stored, files, config.dtype)
         if not all(key in files for parts, _ in stored.values() for key in parts):
             return _whole(load_float(source))
+        _check_dtypes(source)
+        if not files.keys() <= known:
+            _check_unused(model, source, _read_info(model, files))
+        record_ties(model)
         dtypes: dict[str, torch.dtype] = {}
         for name, (parts, _) in stored.items():
             for key, part in parts.items():
@@ -153,20 +179,15 @@ def open_shards(source: Path | str) -> Shards:
                 dtypes[name] = config.dtype or dtype
     buffers: dict[str, torch.Tensor] = dict(model.named_buffers())
 
-    def read_key(key: str) -> torch.Tensor:
-        with safe_open(files[key][0], "pt") as file:  # closed again: an open one keeps what was read in memory
-            tensor: torch.Tensor = file.get_tensor(key).clone()
-        return tensor
-
     def read(name: str) -> torch.Tensor:
         if name in buffers:
             return buffers[name]
         parts, renamed = stored[name]
         if renamed:
-            return read_key(next(iter(parts))).to(dtypes[name])
+            return read_key(files, next(iter(parts))).to(dtypes[name])
         tensor = torch.empty(parameters[name].shape, dtype=dtypes[name])
         for path, view in _checkpoint_views(model, name, parameters[name]).items():
-            view.of(tensor).copy_(read_key(f"{path}.weight"))
+            view.of(tensor).copy_(read_key(files, f"{path}.weight"))
         return tensor
 
     return Shards(model=model, read=read, dtypes=dtypes)
@@ -177,7 +198,44 @@ def _whole(model: Model) -> Shards:
     return Shards(model=model, read=state.__getitem__, dtypes={name: tensor.dtype for name, tensor in state.items()})
 
 
-def _shard_files(source: Path | str) -> dict[str, tuple[str, tuple[int, ...], torch.dtype]]:
+def _names(model: Model) -> list[str]:
+    return [name for name, _ in model.named_parameters()]
+
+
+def _read_info(model: Model, files: Files) -> Mapping[str, Any]:
+    """What transformers would say of tensors with these names and shapes: it loads them without numbers."""
+    state = {key: torch.empty(shape, dtype=dtype, device="meta") for key, (_, shape, dtype) in files.items()}
+    options = {"dtype": model.config.dtype, "ignore_mismatched_sizes": True, "device_map": "meta"}
+    _, info = type(model).from_pretrained(
+        None, config=copy.deepcopy(model.config), state_dict=state, output_loading_info=True, **options
+    )
+    return info  # type: ignore[no-any-return]
+
+
+def _check_unused(model: Model, source: object, info: Mapping[str, Any]) -> None:
+    """InputError if the files hold tensors that the model does not use."""
+    config = model.config.get_text_config()
+    extra = next((n for key in PREDICTING if isinstance(n := getattr(config, key, None), int)), 0)
+    names = [str(key) for key in info["unexpected_keys"]]
+    check_unused(source, names, cls=type(model).__name__, layers=config.num_hidden_layers, extra=extra)
+
+
+def _check_dtypes(source: Path | str) -> None:
+    """InputError for weights that are no floats; of a local directory's safetensors files this is known already."""
+    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    found = {name: cached_file(str(source), name, **quiet) for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)}
+    for path in found.values():
+        if path:
+            check_stored(source, read_headers(Path(path).parent))
+            return
+    single = cached_file(str(source), WEIGHTS_NAME, **quiet)
+    index = None if single else cached_file(str(source), WEIGHTS_INDEX_NAME, **quiet)
+    for path in [single] if single else get_checkpoint_shard_files(str(source), index)[0] if index else []:
+        tensors = load_state_dict(path, map_location="meta")
+        check_stored(source, {name: FLOATS.get(tensor.dtype, str(tensor.dtype)) for name, tensor in tensors.items()})
+
+
+def _shard_files(source: Path | str) -> Files:
     """Tensor name -> (its safetensors file, shape, dtype); empty if the model is stored in another way."""
     missing = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     single = cached_file(str(source), SAFE_WEIGHTS_NAME, **missing)
@@ -192,7 +250,7 @@ def _shard_files(source: Path | str) -> dict[str, tuple[str, tuple[int, ...], to
     return found
 
 
-def _stored(model: Model, name: str, parameter: torch.Tensor) -> tuple[dict[str, torch.Tensor], bool]:
+def _stored(model: Model, name: str, parameter: torch.Tensor) -> Parts:
     """What a checkpoint has of a parameter, on meta, and whether that is the parameter itself, under whatever name."""
     whole = parameter.detach().to("meta")
     parts = revert_weight_conversion(model, {name: whole})
@@ -313,16 +371,6 @@ def choose_device(name: str | None) -> torch.device:
         found = "cpu, cuda" if torch.cuda.is_available() else "cpu"
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f"device={name!r} is not there ({reason}); use one of {found}") from None
-
-
-def check_model_path(source: Path | str) -> None:
-    """InputError if ``source`` is no local model and cannot be a hub id either."""
-    where = Path(source)
-    if where.is_dir():
-        if not (where / "config.json").is_file():
-            raise InputError(f"{where} has no config.json; give a Hugging Face model directory or a hub id")
-    elif where.is_absolute() or str(source).count("/") != 1 or str(source).startswith("."):
-        raise InputError(f"{source}: no such model directory; give a Hugging Face model directory or a hub id")
 
 
 def context_length(model: Model) -> int:

@@ -7,9 +7,9 @@ from typing import Any
 from rich.console import RenderableType
 
 from matquant.checkpoint import bits_per_weight, manifest_sha256, open_checkpoint
-from matquant.errors import InputError, check_positive
 from matquant.eval.likelihood import evaluate, log_perplexity, predicted_tokens
 from matquant.eval.report import check_picture, plot_widths, task_table, width_table, write_json
+from matquant.eval.request import check_evaluation
 from matquant.eval.tasks import (
     check_tasks,
     find_harness,
@@ -22,14 +22,13 @@ from matquant.eval.tasks import (
 from matquant.integrations.transformers import load
 from matquant.models import (
     check_context,
-    check_model_path,
     choose_device,
     context_length,
     load_float,
     load_tokenizer,
 )
 from matquant.spec import Plan
-from matquant.text import read_documents, token_stream
+from matquant.text import token_stream
 
 Show = Callable[[RenderableType], None]
 
@@ -67,22 +66,24 @@ def evaluate_checkpoint(
     {width: fraction of 1}. The record is written after every task, and results in ``json_file`` that have the same
     fingerprint are taken from there: a run that was killed continues.
     """
-    counts = {"seq_len": seq_len, "stride": stride, "max_tokens": max_tokens, "limit": limit, "batch_size": batch_size}
-    check_positive(**{name: value for name, value in counts.items() if value is not None})
-    if not text and tasks is None:
-        raise InputError("eval needs text or tasks; give --text FILE or --tasks arc_easy,boolq")
-    if tasks is None and (tasks_data is not None or limit is not None):
-        raise InputError(
-            "--tasks-data and --limit are of zero-shot tasks, none was asked for; give --tasks arc_easy,boolq"
-        )
-    if not text and (reference is not None or plot_file is not None):
-        raise InputError("--reference and --plot need log-perplexity; give --text FILE too")
+    documents = check_evaluation(
+        directory,
+        text=text,
+        plan_file=plan_file,
+        reference=reference,
+        seq_len=seq_len,
+        stride=stride,
+        max_tokens=max_tokens,
+        skip_documents=skip_documents,
+        tasks=tasks,
+        tasks_data=tasks_data,
+        limit=limit,
+        batch_size=batch_size,
+        json_file=json_file,
+        needs_picture=plot_file is not None,
+    )
     if plot_file is not None:
         check_picture(plot_file)
-    if json_file is not None and json_file.is_dir():
-        raise InputError(f"--json {json_file} is a directory; give a file")
-    if reference is not None:
-        check_model_path(reference)
     place = choose_device(device)
     data = check_tasks(tasks, tasks_data) if tasks is not None else {}
     if tasks is not None:
@@ -98,9 +99,6 @@ def evaluate_checkpoint(
     record |= {"log_perplexity": {}, "bits_per_weight": sizes, "reference": None, "context": None, "tokens": 0}
     stream = None
     if text:
-        documents = read_documents(text)
-        if not 0 <= skip_documents < len(documents):
-            raise InputError(f"skip_documents={skip_documents} of {len(documents)} documents; leave at least one")
         stream = token_stream(documents[skip_documents:], load_tokenizer(directory))
         stream = stream if max_tokens is None else stream[: max_tokens + 1]
     model = load(directory, device=place, check_hashes=False, kernels="none")  # open_checkpoint has just checked them

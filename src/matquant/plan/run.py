@@ -61,6 +61,25 @@ def run(
     return facts
 
 
+def check_plan(
+    directory: Path,
+    out: Path,
+    *,
+    strategy: str,
+    widths: Sequence[int] | None,
+    evaluations: int,
+    tokens_per_second: float | None = None,
+    **budget: Any,
+) -> None:
+    """InputError for a plan that cannot be made, before any loss is measured; a speed is left to ``run``."""
+    check_output(out, "-o")
+    mixed = default_widths(strategy) if widths is None else tuple(widths)
+    if evaluations < 0:
+        raise InputError(f"--evaluations {evaluations}; give a number of at least 0")
+    if tokens_per_second is None:
+        read_budget(open_checkpoint(directory, check_hashes=False), widths=mixed, **budget)
+
+
 def default_widths(strategy: str) -> tuple[int, ...]:
     """The widths a strategy mixes unless told otherwise; InputError for an unknown one."""
     if strategy == SEARCH:

@@ -25,12 +25,11 @@ import numpy as np
 import torch
 
 from matquant.checkpoint import Checkpoint, manifest_sha256, open_checkpoint
-from matquant.errors import InputError, check_positive
+from matquant.errors import InputError
 from matquant.files import sha256, write_atomically
 from matquant.integrations.transformers import load
 from matquant.models import (
     check_context,
-    check_model_path,
     choose_device,
     decoder_layers,
     embed,
@@ -39,7 +38,9 @@ from matquant.models import (
     load_tokenizer,
 )
 from matquant.nest import MASTER_BITS
-from matquant.text import cut_windows, data_sha256, read_documents, token_stream
+from matquant.plan.request import check_losses
+from matquant.source import check_source
+from matquant.text import cut_windows, data_sha256, token_stream
 
 SIDECAR = "matquant_plans.json"
 SIDECAR_FORMAT = 1
@@ -219,12 +220,10 @@ def open_losses(
 
     seq_len None: the model's context, 512 at most. InputError for text, reference or checkpoint that cannot be read.
     """
-    check_positive(samples=samples, seq_len=1 if seq_len is None else seq_len)
-    if seed < 0:
-        raise InputError(f"seed={seed}; give a number of at least 0")
+    documents = check_losses(directory, text, reference=reference, samples=samples, seq_len=seq_len, seed=seed)
     checkpoint = open_checkpoint(directory)
     context = int(checkpoint.config.get("max_position_embeddings", SEQ_LEN))
-    stream = token_stream(read_documents(text), load_tokenizer(directory))
+    stream = token_stream(documents, load_tokenizer(directory))
     windows = cut_windows(stream, seq_len or min(SEQ_LEN, context))
     chosen = windows[np.sort(np.random.default_rng(seed).permutation(len(windows))[:samples])]
     return Losses(checkpoint, chosen, reference=reference, device=device, report=report)
@@ -251,7 +250,7 @@ def _read_sidecar(file: Path, checkpoint_sha256: str) -> list[dict[str, Any]]:
 
 def _fingerprint(model: Path | str) -> str:
     """A hub id as it is; of a directory the sha256 of its configuration and weights."""
-    check_model_path(model)
+    check_source(model)
     where = Path(model)
     if not where.is_dir():
         return str(model)

@@ -22,51 +22,16 @@ from typing import Any
 from matquant.errors import InputError
 from matquant.files import move_into_place
 from matquant.models import hidden_size
+from matquant.options import distill
+from matquant.options.distill import Options
+from matquant.options.qat import default_lr
 from matquant.text import read_documents
-from matquant.train import gptq, qat
 from matquant.train.job import Report
-
-Options = dict[str, Any]
-NAME = "distill"
-STEPS, TUNE = 96, 60
-LR = 5e-4  # at most: best on the embedded model, no worse than others on stories260K
-SLOWER = {4: 10.0, 3: 2.5, 2: 2.5}  # freeze -> by how much the last phase's rate is below that of the distillation
-SHARED = ("accumulate", "autocast", "batch_size", "checkpoint_activations", "save_every", "seed", "seq_len")
-TUNING = ("autocast", "batch_size", "seed", "seq_len")  # those of them that gptq has
-OWN = ("freeze", "lr", "samples", "steps", "tune")
 
 
 def stages(model: Path | str, options: Mapping[str, Any]) -> list[Options]:
-    """What ``quantize`` is asked for, stage by stage; InputError for options that a stage would refuse.
-
-    options: any of OWN, and of SHARED, which go to every stage that has them. lr: the peak of the distillation, by
-    default half of qat's own for the model's width, at most LR. steps: of the distillation. tune, samples: of gptq.
-    freeze: of the last phase: 4, or 2 for a corpus that is not read again and again.
-    """
-    freeze = options.get("freeze", 4)
-    if freeze not in SLOWER:
-        raise InputError(
-            f"freeze={freeze} is not known to method {NAME!r}; use one of 4 (little text), 3, 2 (a corpus)"
-        )
-    lr = options["lr"] if "lr" in options else min(LR, qat.default_lr(hidden_size(model)) / 2)
-    steps = options.get("steps", STEPS)
-    given = {name: options[name] for name in SHARED if name in options}
-    tuned: Options = {"tune": TUNE, "seq_len": 512}
-    tuned |= {name: options[name] for name in (*TUNING, "samples", "tune") if name in options}
-    if not tuned["tune"]:
-        tuned.pop("autocast", None)
-    trained: Options = {"masters": "each", "pull": 0.5, **given}
-    distilled = {**trained, "wide_lr": 0.5, "hidden": 1.0, "lr": lr, "steps": steps}
-    slower = SLOWER[freeze]  # of the narrowest master; that of 8 bits is a tenth, that of affines the whole
-    last = {**trained, "freeze": freeze, "lr": lr / slower, "wide_lr": slower / 10, "affine_lr": slower}
-    last |= {"steps": max(1, steps * 2 // 3)}
-    gptq.check_options(tuned)
-    qat.check_options(distilled)
-    return [
-        {"method": "gptq", **tuned},
-        {"method": "qat", "objective": "fp->8;4;3;2", "weights": (1.0,) * 4, **distilled},
-        {"method": "qat", "objective": "8,6,4,3,2,fp->8;6;4;3;2", "weights": (1.0,) * 5, **last},
-    ]
+    """What ``quantize`` is asked for, stage by stage, for this model; see matquant.options.distill."""
+    return distill.stages(options, default_lr=default_lr(hidden_size(model)))
 
 
 def run(
@@ -82,9 +47,6 @@ def run(
     report: Report,
 ) -> Path:
     """Make ``target`` stage by stage in ``work`` by ``quantize``. common: what it is asked for in every stage."""
-    for name in options:
-        if name not in (*OWN, *SHARED):
-            raise InputError(f"method {NAME!r} has no option {name!r}; it has {', '.join(sorted((*OWN, *SHARED)))}")
     settings = {name: value for name, value in {**common, **options}.items() if name != "device"}
     folder = work / _mark(model, text, settings)  # another run's stages are never taken for this one's
     if resume and not folder.is_dir():
