@@ -12,8 +12,8 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "matquant"
 LAYERS = [
     {"errors"},
     {"nest", "files", "packing"},
-    {"spec", "grid", "overflow"},
-    {"tensor", "text"},
+    {"spec", "grid", "overflow", "facts"},
+    {"tensor", "text", "intact"},
     {"checkpoint", "planes"},
     {"models", "contents", "runtime"},
     {"export"},
@@ -26,7 +26,9 @@ LAYERS = [
 ]
 NO_TORCH = {
     "errors",
+    "facts",
     "files",
+    "intact",
     "nest",
     "packing",
     "spec",

@@ -9,6 +9,7 @@ checkpoint conversion, so every family that transformers can save is covered and
 import contextlib
 import dataclasses
 import json
+import math
 import platform
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,18 +22,23 @@ import numpy as np
 import torch
 import transformers
 from accelerate import init_empty_weights
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.initialization import meta_device_safe_creation_ops
+from transformers.modeling_utils import load_state_dict
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from matquant.errors import InputError
+from matquant.facts import REPAIR
+from matquant.intact import Shapes, bin_files, check_readable, check_sensible, read_shapes
 from matquant.tensor import NestedTensor
 
 Model = Any  # a transformers PreTrainedModel
 Call = Callable[[torch.nn.Module, torch.Tensor], torch.Tensor]  # runs a decoder layer on hidden states
 CONTEXT = 2048  # tokens
+LARGER, SMALL = 3, 2**26  # a model may have so many times the numbers in its files, and so many more (masks, tables)
 PER_SEQUENCE = ("bloom", "xglm")  # model types whose layers take arguments of the size of the batch
 
 
@@ -69,6 +75,7 @@ def load_float(source: Path | str, *, dtype: torch.dtype | None = None) -> Model
     """The float model of a local directory or a hub id, in evaluation mode; ``dtype`` None keeps the file's."""
     with _loading(source):
         config = _float_config(source)
+        _check_fits(source, config)
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             source, config=config, dtype=dtype or "auto", output_loading_info=True, ignore_mismatched_sizes=True
         )
@@ -85,14 +92,66 @@ def _loading(source: Path | str) -> Iterator[None]:
             yield
     except InputError:
         raise
-    except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # of every kind: transformers and torch read files that anyone may have written
         raise InputError(
-            f"{source} cannot be loaded as a model ({(str(error) or type(error).__name__).splitlines()[0]}); "
+            f"{source} cannot be loaded as a model ({_reason(error)}); "
             "give a directory with config.json and safetensors, or a hub id that this machine can reach"
         ) from None
 
 
+def _reason(error: Exception) -> str:
+    """What went wrong, on one line: the first one, or of transformers' checks of a configuration the second."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if type(error).__name__.startswith("StrictDataclass") and len(lines) > 1:
+        return lines[1].partition(": ")[2] or lines[1]  # after "Class validation error for validator"
+    return lines[0] if lines else type(error).__name__
+
+
+def _check_files(source: Path | str) -> Shapes:
+    """The shapes of what a model stores, after looking for damage and for values that make no sense."""
+    directory = Path(cached_file(str(source), CONFIG_NAME)).parent
+    try:
+        check_readable(directory)
+    except InputError as error:
+        raise ValueError(str(error).removesuffix(f"; {REPAIR}")) from None
+    shapes = read_shapes(directory)
+    for file in bin_files(directory) if not shapes else []:
+        state = load_state_dict(file, map_location="meta")
+        shapes |= {name: tuple(tensor.shape) for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
+    check_sensible(directory, tensors=len(shapes))
+    return shapes
+
+
+def _check_fits(source: Path | str, config: Any) -> None:
+    """InputError if a model of ``config`` is larger than the tensors in its files: found out without any memory.
+
+    transformers gives memory to every tensor that is missing or misfits, before it says so.
+    """
+    shapes = _check_files(source)
+    if not shapes:  # not downloaded yet
+        return
+    with torch.device("meta"), meta_device_safe_creation_ops():
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    wanted = {name: parameter for name, parameter in model.named_parameters() if name not in tied}
+    for name, parameter in wanted.items():
+        if name in shapes and shapes[name] != tuple(parameter.shape) and parameter.numel() > math.prod(shapes[name]):
+            found, size = (" x ".join(map(str, shape)) for shape in (shapes[name], parameter.shape))
+            raise InputError(
+                f"{source} has mismatched keys: {name}; repair the model ({found} in its files, {size} by config.json)"
+            )
+    stored = sum(math.prod(shape) for shape in shapes.values())
+    for what, tensors in (("weights", wanted.values()), ("buffers", model.buffers())):
+        count = sum(tensor.numel() for tensor in tensors)
+        if count > LARGER * stored + SMALL:
+            raise InputError(
+                f"{source} has {stored:,} numbers in its files, the {what} by its config.json are {count:,}; "
+                "repair the sizes in config.json"
+            )
+
+
 def _float_config(source: Path | str) -> Any:
+    _check_files(source)
     config = transformers.AutoConfig.from_pretrained(source)
     if getattr(config, "quantization_config", None):
         raise InputError(f"{source} is quantised already; give the float model it was made from")
@@ -134,6 +193,7 @@ def open_shards(source: Path | str) -> Shards:
     """
     with _loading(source):
         config = _float_config(source)
+        _check_fits(source, config)
         with init_empty_weights(include_buffers=False):
             model = transformers.AutoModelForCausalLM.from_config(config).eval()
         model.config.name_or_path = str(source)
@@ -343,9 +403,9 @@ def load_tokenizer(source: Path | str) -> Any:
     try:
         with _quiet():
             return transformers.AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of every kind, as in _loading
         raise InputError(
-            f"{source} has no usable tokenizer ({str(error).splitlines()[0]}); put tokenizer.json beside the model"
+            f"{source} has no usable tokenizer ({_reason(error)}); put tokenizer.json beside the model"
         ) from None
 
 

@@ -29,8 +29,8 @@ from matquant.export.containers import FLOATS, Container
 from matquant.export.job import Exporter, Job
 from matquant.export.stream import Part, Report, Slot, made
 from matquant.export.tokens import INSTEAD, Tokens, read_tokens
-from matquant.runtime.families import Architecture, read_architecture
-from matquant.runtime.vocabulary import read_json
+from matquant.facts import GENERATION, read_facts
+from matquant.runtime.families import Architecture, check_sizes, read_architecture
 
 ALIGNMENT = 32  # bytes, GGUF's default
 INTERLEAVED = ("llama", "mistral")  # rotary pairs side by side, rotary frequencies as a tensor, biases everywhere
@@ -142,6 +142,7 @@ def _read(checkpoint: Checkpoint) -> Architecture:
 
 def _architecture(checkpoint: Checkpoint) -> Architecture:
     """What config.json means; InputError if llama.cpp takes it to mean something else."""
+    check_sizes(checkpoint.config, checkpoint.weight_shapes(), where=checkpoint.directory)
     found, config = _read(checkpoint), checkpoint.config
     family = config["model_type"]
     gemma = family == WINDOWED
@@ -227,7 +228,7 @@ def _add_general(gguf: ModuleType, writer: Any, job: Job) -> None:
         writer.add_base_model_repo_url(0, f"https://huggingface.co/{base}")
     writer.add_string("matquant.record", json.dumps(record(job), sort_keys=True))
     writer.add_string("matquant.card", model_card(job))
-    generation = read_json(job.checkpoint.directory / "generation_config.json")
+    generation = read_facts(job.checkpoint.directory / "generation_config.json", GENERATION)
     if generation.get("do_sample"):
         for key, name in SAMPLING.items():
             if generation.get(key) is not None:

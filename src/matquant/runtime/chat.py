@@ -17,6 +17,8 @@ from matquant.errors import InputError
 from matquant.runtime.engine import Completion, Engine, PlanLike
 from matquant.runtime.vocabulary import Vocabulary
 
+ROOM = 2**15  # tokens; memory for them is taken as the conversation grows
+
 Message = Mapping[str, str]  # {"role": "system", "user" or "assistant", "content": text}
 
 
@@ -48,17 +50,32 @@ def render(vocabulary: Vocabulary, messages: Sequence[Message]) -> str:
 
 
 class Conversation:
-    """Messages so far and the sequence that has read them. bits, plan and options may change between replies."""
+    """Messages so far and the sequence that has read them. bits, plan and options may change between replies.
+
+    context: tokens that the whole conversation may have; None: the model's context, ROOM at most.
+    """
 
     def __init__(
-        self, engine: Engine, *, bits: int | None = None, plan: PlanLike = None, system: str = "", **options: Any
+        self,
+        engine: Engine,
+        *,
+        bits: int | None = None,
+        plan: PlanLike = None,
+        system: str = "",
+        context: int | None = None,
+        **options: Any,
     ) -> None:
+        room = min(engine.context, ROOM) if context is None else context
+        if type(room) is not int or not 0 < room <= engine.context:
+            raise InputError(
+                f"context={room!r}; give a number of tokens from 1 to {engine.context}, the model's context"
+            )
         self.engine = engine
         self.bits = bits
         self.plan = plan
         self.options = options
         self.messages: list[Message] = [{"role": "system", "content": system}] if system else []
-        self._session = engine.session()
+        self._session = engine.session(room)
         # What the template refuses, it should refuse now.
         render(engine.vocabulary, [*self.messages, {"role": "user", "content": "Hello"}])
 
@@ -66,6 +83,12 @@ class Conversation:
         """The reply to ``text``, to be iterated over; then give what was shown of it to ``answered``."""
         messages = [*self.messages, {"role": "user", "content": text}]
         ids = self.engine.vocabulary.plain(render(self.engine.vocabulary, messages))
+        room = self._session.capacity
+        if len(ids) > room:
+            raise InputError(
+                f"the conversation has {len(ids)} tokens and there is room for {room}; start a new one, "
+                f"or give a larger --context (at most {self.engine.context})"
+            )
         reply = self.engine.stream(ids, bits=self.bits, plan=self.plan, session=self._session, **self.options)
         self.messages = messages
         return reply

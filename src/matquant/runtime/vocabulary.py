@@ -5,7 +5,6 @@ Beginning of sequence: what tokenizer.json's own post-processor adds, or tokeniz
 evaluation. Ends of sequence are those of generation_config.json, else of config.json.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from matquant.errors import InputError
+from matquant.facts import TOKENIZER, read_facts
 
 UNFINISHED = "\ufffd"  # what decoders write for bytes that are no character (yet)
 PATIENCE = 8  # tokens that may wait for one character: its four bytes, and as many that are no character
@@ -60,7 +60,7 @@ def read_vocabulary(directory: Path) -> Vocabulary:
         raise InputError(f"{file} cannot be read ({error}); copy it again") from None
     tokenizer.no_truncation()  # what a training run left there is not ours
     tokenizer.no_padding()
-    config = read_json(directory / "tokenizer_config.json")
+    config = read_facts(directory / "tokenizer_config.json", TOKENIZER)
     special = {key: text for key, value in config.items() if key.endswith("_token") and (text := _content(value))}
     return Vocabulary(
         tokenizer=tokenizer,
@@ -69,19 +69,6 @@ def read_vocabulary(directory: Path) -> Vocabulary:
         special=special,
         chat_template=_chat_template(directory, config),
     )
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file, {} if there is no such file; InputError if it is something else."""
-    if not file.is_file():
-        return {}
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{file} is not JSON ({error}); copy it again") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{file} is not a JSON object; copy it again")
-    return values
 
 
 def end_ids(config: Mapping[str, Any], generation: Mapping[str, Any]) -> frozenset[int]:
