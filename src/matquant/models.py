@@ -27,11 +27,17 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.initialization import meta_device_safe_creation_ops
 from transformers.modeling_utils import load_state_dict
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import (
+    CONFIG_NAME,
+    GENERATION_CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    cached_file,
+)
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from matquant.errors import InputError
-from matquant.facts import REPAIR
+from matquant.facts import GENERATION, REPAIR, read_facts
 from matquant.intact import Shapes, bin_files, check_readable, check_sensible, read_shapes
 from matquant.tensor import NestedTensor
 
@@ -128,8 +134,12 @@ def _check_fits(source: Path | str, config: Any) -> None:
     transformers gives memory to every tensor that is missing or misfits, before it says so.
     """
     shapes = _check_files(source)
-    if not shapes:  # not downloaded yet
-        return
+    if shapes:  # none: not downloaded yet
+        _compare_sizes(source, config, shapes)
+
+
+def _compare_sizes(source: object, config: Any, shapes: Shapes) -> None:
+    """InputError if a model of ``config`` is larger than tensors of these shapes."""
     with torch.device("meta"), meta_device_safe_creation_ops():
         model = transformers.AutoModelForCausalLM.from_config(config)
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
@@ -387,7 +397,8 @@ def check_model_path(source: Path | str) -> None:
 def context_length(model: Model) -> int:
     """The context the model was made for, in tokens; CONTEXT if its configuration names none (BLOOM, Mamba)."""
     config = model.config.get_text_config()
-    return int(getattr(config, "max_position_embeddings", getattr(config, "max_seq_len", CONTEXT)))
+    found = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
+    return int(found or CONTEXT)
 
 
 def check_context(model: Model, seq_len: int) -> None:
@@ -415,19 +426,21 @@ def build_model(
     """A model of ``config`` with the weights ``state`` (checkpoint names); InputError if any is missing or misfits."""
     with _quiet():
         parsed = _parse_config(config)
-        cls = MODEL_FOR_CAUSAL_LM_MAPPING[type(parsed)]
         try:
+            cls = MODEL_FOR_CAUSAL_LM_MAPPING[type(parsed)]
+            _compare_sizes(directory, parsed, {name: tuple(tensor.shape) for name, tensor in state.items()})
             model, info = cls.from_pretrained(
                 None, config=parsed, state_dict=dict(state), dtype=dtype or parsed.dtype, output_loading_info=True
             )
-        except RuntimeError as error:
+        except InputError:
+            raise
+        except Exception as error:  # of every kind, as in _loading
             raise InputError(
-                f"{directory} does not fit its config.json ({str(error).splitlines()[0]}); write the checkpoint again"
+                f"{directory} does not fit its config.json ({_reason(error)}); write the checkpoint again"
             ) from None
         problems = ("missing_keys", "mismatched_keys", "unexpected_keys")
         _check_loaded(info, directory, problems, "write the checkpoint again")
-        with contextlib.suppress(OSError):
-            model.generation_config = transformers.GenerationConfig.from_pretrained(directory)
+        model.generation_config = _generation_config(directory) or model.generation_config
     model.config.name_or_path = str(directory)
     return model.eval()
 
@@ -438,7 +451,22 @@ def _parse_config(config: Mapping[str, Any]) -> Any:
     def decode(part: dict[str, Any]) -> Any:
         return float(part["__float__"]) if "__float__" in part else part
 
-    return transformers.AutoConfig.for_model(**json.loads(json.dumps(dict(config)), object_hook=decode))
+    try:
+        return transformers.AutoConfig.for_model(**json.loads(json.dumps(dict(config)), object_hook=decode))
+    except Exception as error:  # of every kind, as in _loading
+        raise InputError(f"config.json describes no model ({_reason(error)}); repair it") from None
+
+
+def _generation_config(directory: Path) -> Any:
+    """transformers' generation settings beside a checkpoint, None if there are none; InputError for wrong ones."""
+    file = directory / GENERATION_CONFIG_NAME
+    if not file.is_file():
+        return None
+    read_facts(file, GENERATION)
+    try:
+        return transformers.GenerationConfig.from_pretrained(directory)
+    except Exception as error:  # of every kind, as in _loading
+        raise InputError(f"{file} cannot be read ({_reason(error)}); {REPAIR}") from None
 
 
 def config_dtype(config: Mapping[str, Any]) -> torch.dtype:

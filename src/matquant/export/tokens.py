@@ -143,7 +143,7 @@ def _special(vocabulary: Vocabulary, config: Mapping[str, Any], generation: Mapp
         ends = sorted(end_ids(config, generation)) if kind == "eos" else []
         if isinstance(index, list) or (index is None and ends):
             index = ends[0] if ends else None
-        if isinstance(index, int) and index >= 0:
+        if type(index) is int and 0 <= index < config["vocab_size"]:
             found[kind] = index
     return found
 

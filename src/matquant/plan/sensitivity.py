@@ -223,7 +223,7 @@ def open_losses(
     if seed < 0:
         raise InputError(f"seed={seed}; give a number of at least 0")
     checkpoint = open_checkpoint(directory)
-    context = int(checkpoint.config.get("max_position_embeddings", SEQ_LEN))
+    context = int(checkpoint.config.get("max_position_embeddings") or SEQ_LEN)
     stream = token_stream(read_documents(text), load_tokenizer(directory))
     windows = cut_windows(stream, seq_len or min(SEQ_LEN, context))
     chosen = windows[np.sort(np.random.default_rng(seed).permutation(len(windows))[:samples])]

@@ -84,7 +84,7 @@ class Conversation:
         messages = [*self.messages, {"role": "user", "content": text}]
         ids = self.engine.vocabulary.plain(render(self.engine.vocabulary, messages))
         room = self._session.capacity
-        if len(ids) > room:
+        if room < len(ids) <= self.engine.context:
             raise InputError(
                 f"the conversation has {len(ids)} tokens and there is room for {room}; start a new one, "
                 f"or give a larger --context (at most {self.engine.context})"
