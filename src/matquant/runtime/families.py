@@ -188,8 +188,8 @@ def check_sizes(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
             raise InputError(f"{where} lacks the tensor {path}.weight; write the checkpoint again")
         if tuple(found) != size:
             raise InputError(
-                f"{where} does not fit its config.json: {path}.weight is {' x '.join(map(str, found))}, "
-                f"by config.json {' x '.join(map(str, size))}; repair config.json or write the checkpoint again"
+                f"{where} does not fit its config.json ({path}.weight is {' x '.join(map(str, found))}, "
+                f"by config.json {' x '.join(map(str, size))}); write the checkpoint again"
             )
 
 
