@@ -203,7 +203,7 @@ def test_damaged_pytorch_weights_are_one_line(content: bytes, source: Path, tmp_
     (directory / "model.safetensors").unlink()
     (directory / "pytorch_model.bin").write_bytes(content)
     message = assert_one_line(lambda: matquant.quantize(directory, tmp_path / "out", method="rtn"), content)
-    assert message.startswith(f"{directory} cannot be loaded as a model (")
+    assert message.startswith(f"{directory} cannot be loaded as a model ({directory / 'pytorch_model.bin'} is ")
 
 
 @pytest.mark.parametrize("index", ["{}", "[]", '{"weight_map": 1}', '{"weight_map": {"a": 1}}', '{"weight_map": {}}'])
@@ -236,12 +236,12 @@ def test_every_damaged_file_of_a_checkpoint_is_one_line_in_every_reader(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"torch_dtype": "auto"}, "config.json has torch_dtype='auto', which must be null or float32, bfloat16, "),
-        ({"num_hidden_layers": "2"}, "config.json has num_hidden_layers='2', which must be null or an integer above 0"),
-        ({"hidden_size": -32}, "config.json has hidden_size=-32, which must be null or an integer above 0"),
+        ({"torch_dtype": "auto"}, "config.json has torch_dtype='auto', which must be float32, bfloat16, "),
+        ({"num_hidden_layers": "2"}, "config.json has num_hidden_layers='2', which must be an integer above 0 or null"),
+        ({"hidden_size": -32}, "config.json has hidden_size=-32, which must be an integer above 0 or null"),
         ({"num_attention_heads": 5}, "(ValueError: The hidden size (32) is not a multiple of the number of attention "),
         ({"rope_parameters": {"rope_theta": "x"}}, "config.json has rope_parameters.rope_theta='x', which must be "),
-        ({"eos_token_id": [1, "2"]}, "config.json has eos_token_id=[1, '2'], which must be null or an integer of at "),
+        ({"eos_token_id": [1, "2"]}, "config.json has eos_token_id=[1, '2'], which must be an integer of at "),
     ],
     ids=str,
 )
@@ -262,9 +262,9 @@ def test_a_checkpoint_with_sampling_of_a_wrong_kind_is_named(checkpoint: Path, t
     directory = shutil.copytree(checkpoint, tmp_path / "checkpoint")
     file = directory / "generation_config.json"
     for key, value, words in (
-        ("temperature", "0.7", "null or a number of at least 0"),
-        ("top_k", -3, "null or an integer of at least 0"),
-        ("do_sample", 1, "null or true or false"),
+        ("temperature", "0.7", "a number of at least 0 or null"),
+        ("top_k", -3, "an integer of at least 0 or null"),
+        ("do_sample", 1, "true, false or null"),
     ):
         file.write_text(json.dumps(SAMPLED | {key: value}))
         with pytest.raises(InputError) as caught:

@@ -30,7 +30,7 @@ class Kind:
 
     def or_null(self) -> "Kind":
         """The same, or null."""
-        return Kind(f"null or {self.words}", lambda value: value is None or self.holds(value), self.inside)
+        return Kind(f"{self.words} or null", lambda value: value is None or self.holds(value), self.inside)
 
     def or_list(self) -> "Kind":
         """The same, or a list of such values."""
@@ -82,7 +82,7 @@ NUMBER = number("")
 POSITIVE = number(" above 0", lambda value: value > 0)
 FROM_0 = number(" of at least 0", lambda value: value >= 0)
 SHARE = number(" from 0 to 1", lambda value: 0 <= value <= 1)
-FLAG = Kind("true or false", lambda value: isinstance(value, bool))
+FLAG = Kind("true, false", lambda value: isinstance(value, bool))
 TEXT = Kind("a string", lambda value: isinstance(value, str))
 OBJECT = object_of({})
 SPECIAL_TOKEN = Kind('a string or an object with a string "content"', _is_special_token)

@@ -12,6 +12,7 @@ import json
 import math
 import platform
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,7 +123,11 @@ def _check_files(source: Path | str) -> Shapes:
         raise ValueError(str(error).removesuffix(f"; {REPAIR}")) from None
     shapes = read_shapes(directory)
     for file in bin_files(directory) if not shapes else []:
-        state = load_state_dict(file, map_location="meta")
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                state = load_state_dict(file, map_location="meta")
+        except Exception:  # of every kind; torch's own words advise to run what the file says
+            raise ValueError(f"{file} is damaged, or no file of tensors that torch.save wrote") from None
         shapes |= {name: tuple(tensor.shape) for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
     check_sensible(directory, tensors=len(shapes))
     return shapes
