@@ -1300,8 +1300,8 @@ FLAGS: dict[str, list[str]] = {
         "--stop", "--max-bits", "--threads", "--activations", "--check-hashes", "--help",
     ],
     "chat": [
-        "--bits", "--plan", "--system", "--context", "--max-tokens", "--temperature", "--top-k", "--top-p", "--min-p", "--seed",
-        "--max-bits", "--threads", "--activations", "--check-hashes", "--help",
+        "--bits", "--plan", "--system", "--context", "--max-tokens", "--temperature", "--top-k", "--top-p", "--min-p",
+        "--seed", "--max-bits", "--threads", "--activations", "--check-hashes", "--help",
     ],
     "bench": [
         "--bits", "--tokens", "--rounds", "--context", "--threads", "--activations", "--check-hashes", "--help",
