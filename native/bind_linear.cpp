@@ -45,6 +45,7 @@ class Weight {
       throw std::invalid_argument("the codes of a row are not contiguous");
     linear_.rows = size(codes.shape(0));
     linear_.cols = size(codes.shape(1));
+    if (group < 1) throw std::invalid_argument("a group has at least one input");
     linear_.group = group;
     linear_.rule = static_cast<Rule>(rule);
     linear_.resident_bits = resident_bits;
@@ -59,7 +60,8 @@ class Weight {
   // several widths may share them.
   template <class T>
   std::size_t add_values(const Contiguous<T>& scale, const Contiguous<T>& zero) {
-    const int groups = linear_.cols / linear_.group, blocks = ceil_div(linear_.rows, BLOCK_ROWS);
+    const int groups = linear_.cols / linear_.group;
+    const auto blocks = static_cast<std::size_t>(ceil_div(linear_.rows, BLOCK_ROWS));
     for (const auto* values : {&scale, &zero})
       if (size(values->shape(0)) != linear_.rows || size(values->shape(1)) != groups)
         throw std::invalid_argument("scale and zero are not [rows, groups]");
@@ -143,8 +145,9 @@ void multiply(const Linear& weight, const float* x, int tokens, float* y, int bi
 Result<float> matmul(const Weight& weight, Contiguous<float> x, int bits, int activations, int threads) {
   const Linear& linear_weight = weight.linear();
   if (!serves(linear_weight, bits)) throw std::invalid_argument("that width is not resident");
-  if (static_cast<int>(x.shape(1)) != linear_weight.cols) throw std::invalid_argument("x is not [tokens, cols]");
+  if (x.shape(1) != static_cast<std::size_t>(linear_weight.cols)) throw std::invalid_argument("x is not [tokens, cols]");
   const auto rows = static_cast<std::size_t>(linear_weight.rows);
+  if (x.shape(0) > 0x7FFFFF00) throw std::invalid_argument("a product has at most 2^31 tokens");
   auto y = std::make_unique<float[]>(x.shape(0) * rows);
   if (x.shape(0) > 0) {
     const nb::gil_scoped_release released;

@@ -12,8 +12,8 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "matquant"
 LAYERS = [
     {"errors", "streams"},
     {"nest", "files", "packing", "panics", "tensors", "hub", "ties"},
-    {"spec", "grid", "overflow", "source"},
-    {"tensor", "text"},
+    {"spec", "grid", "overflow", "source", "facts"},
+    {"tensor", "text", "intact"},
     {"checkpoint", "planes"},
     {"models", "contents", "runtime", "options"},
     {"export"},
@@ -27,8 +27,10 @@ LAYERS = [
 NO_TORCH = {
     "errors",
     "streams",
+    "facts",
     "files",
     "hub",
+    "intact",
     "nest",
     "options",
     "packing",

@@ -1300,8 +1300,8 @@ FLAGS: dict[str, list[str]] = {
         "--stop", "--max-bits", "--threads", "--activations", "--check-hashes", "--help",
     ],
     "chat": [
-        "--bits", "--plan", "--system", "--max-tokens", "--temperature", "--top-k", "--top-p", "--min-p", "--seed",
-        "--max-bits", "--threads", "--activations", "--check-hashes", "--help",
+        "--bits", "--plan", "--system", "--context", "--max-tokens", "--temperature", "--top-k", "--top-p", "--min-p",
+        "--seed", "--max-bits", "--threads", "--activations", "--check-hashes", "--help",
     ],
     "bench": [
         "--bits", "--tokens", "--rounds", "--context", "--threads", "--activations", "--check-hashes", "--help",
@@ -1392,6 +1392,7 @@ DEFAULTS: dict[str, dict[str, str]] = {
     },
     "chat": {
         "--bits": "(--max-bits)",
+        "--context": "(the model's context, 32768 at most)",
         "--max-tokens": "1024",
         "--temperature": "(generation_config.json, else greedy)",
         "--top-k": "(as temperature)",

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import ml_dtypes
@@ -25,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from matquant.errors import InputError
+from matquant.facts import CONFIG, Table, check_depth, read_facts
 from matquant.files import check_replaceable, json_bytes, replace_directory_when_done, sha256
 from matquant.grid import middle
 from matquant.nest import CENTRE, MASTER_BITS, slice_codes
@@ -237,8 +239,11 @@ class Checkpoint:
         """A stored tensor by its full name, as it lies in the file."""
         file = self.files[name]
         if file not in self.handles:
-            self.handles[file] = safe_open(self.directory / file, "np")
-        array: np.ndarray = self.handles[file].get_tensor(name)
+            self.handles[file] = _open_tensors(self.directory / file)
+        try:
+            array: np.ndarray = self.handles[file].get_tensor(name)
+        except (SafetensorError, AttributeError, TypeError, ValueError) as error:  # a dtype that numpy does not have
+            raise InputError(f"{name} in {self.directory / file} cannot be read ({error}); {AGAIN}") from None
         return array
 
     def stored_dtype(self, name: str) -> str:
@@ -265,6 +270,11 @@ class Checkpoint:
                 length = int.from_bytes(stream.read(8), "little")
                 self.headers[file] = 8 + length, json.loads(stream.read(length))
         return self.headers[file]
+
+    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Tensor name -> shape, of all that is not quantised and, as ``path.weight`` [N, K], of all that is."""
+        quantised = {f"{path}.weight": shape for path, shape in self.shapes.items()}
+        return quantised | {name: self.stored_shape(name) for name in self.plain_names()}
 
     def plain_names(self) -> list[str]:
         """Names of the tensors that are not part of a quantised weight."""
@@ -305,7 +315,7 @@ def open_checkpoint(directory: Path | str, *, check_hashes: bool = True, check_s
     check_sizes = check_hashes if check_sizes is None else check_sizes
     manifest = _check_manifest(where, check_hashes=check_hashes, check_sizes=check_sizes)
     listed = set(manifest["files"])
-    config = _read_json(where / "config.json")
+    config = _read_json(where / "config.json", CONFIG)
     quantised = config.pop("quantization_config", None)
     record = quantised.get("matquant") if isinstance(quantised, dict) else None
     if not isinstance(quantised, dict) or not isinstance(record, dict):
@@ -317,6 +327,7 @@ def open_checkpoint(directory: Path | str, *, check_hashes: bool = True, check_s
     with contextlib.ExitStack() as stack:
         handles = {file: stack.enter_context(_open_tensors(where / file)) for file in _tensor_files(where, listed)}
         files = _tensor_names(where, handles)
+        check_depth(config, len(files), where=where / "config.json")
         shapes = _check_structure(where, files, handles, spec)
     _untie_stored_head(config, files)
     ignore = quantised.get("ignore")
@@ -356,16 +367,10 @@ def manifest_sha256(directory: Path | str) -> str:
     return sha256(Path(directory) / MANIFEST)
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{file} is missing; {AGAIN}") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{file} is not JSON ({error}); {AGAIN}") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{file} is not a JSON object; {AGAIN}")
-    return values
+def _read_json(file: Path, table: Table = MappingProxyType({})) -> dict[str, Any]:
+    if not file.is_file():
+        raise InputError(f"{file} is missing; {AGAIN}")
+    return read_facts(file, table, remedy=AGAIN)
 
 
 def _check_manifest(where: Path, *, check_hashes: bool, check_sizes: bool) -> dict[str, Any]:

@@ -392,6 +392,14 @@ def chat(
     bits: Bits = None,
     plan: PlanFile = None,
     system: Annotated[str, Option(metavar="TEXT", help="System message.")] = "",
+    context: Annotated[
+        int | None,
+        Option(
+            metavar="N",
+            help="Tokens that the conversation may have.",
+            show_default="the model's context, 32768 at most",
+        ),
+    ] = None,
     max_tokens: MaxTokens = 1024,
     temperature: Temperature = None,
     top_k: TopK = None,

@@ -10,8 +10,10 @@ import contextlib
 import copy
 import dataclasses
 import json
+import math
 import platform
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +24,14 @@ import numpy as np
 import torch
 import transformers
 from accelerate import init_empty_weights
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.initialization import meta_device_safe_creation_ops
 from transformers.modeling_utils import load_state_dict
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import (
     CONFIG_NAME,
+    GENERATION_CONFIG_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
     WEIGHTS_INDEX_NAME,
@@ -37,6 +41,8 @@ from transformers.utils import (
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from matquant.errors import InputError
+from matquant.facts import GENERATION, REPAIR, read_facts
+from matquant.intact import Shapes, bin_files, check_readable, check_sensible, read_shapes
 from matquant.panics import check_merges, one_line
 from matquant.source import LOADABLE, check_source
 from matquant.tensor import NestedTensor
@@ -48,6 +54,7 @@ Call = Callable[[torch.nn.Module, torch.Tensor], torch.Tensor]  # runs a decoder
 CONTEXT = 2048  # tokens
 PREDICTING = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")  # of config.json
 FLOATS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.bool: "BOOL"}
+LARGER, SMALL = 3, 2**26  # a model may have so many times the numbers in its files, and so many more (masks, tables)
 PER_SEQUENCE = ("bloom", "xglm")  # model types whose layers take arguments of the size of the batch
 
 
@@ -84,6 +91,7 @@ def load_float(source: Path | str, *, dtype: torch.dtype | None = None) -> Model
     """The float model of a local directory or a hub id, in evaluation mode; ``dtype`` None keeps the file's."""
     with _loading(source):
         config = _float_config(source)
+        _check_fits(source, config)
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             source, config=config, dtype=dtype or "auto", output_loading_info=True, ignore_mismatched_sizes=True
         )
@@ -107,13 +115,71 @@ def _loading(source: Path | str) -> Iterator[None]:
             yield
     except InputError:
         raise
-    except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-        raise InputError(
-            f"{source} cannot be loaded as a model ({(str(error) or type(error).__name__).splitlines()[0]}); {LOADABLE}"
-        ) from None
+    except Exception as error:  # of every kind: transformers and torch read files that anyone may have written
+        raise InputError(f"{source} cannot be loaded as a model ({_reason(error)}); {LOADABLE}") from None
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong, on one line: the first one, or of transformers' checks of a configuration the second."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if type(error).__name__.startswith("StrictDataclass") and len(lines) > 1:
+        return lines[1].partition(": ")[2] or lines[1]  # after "Class validation error for validator"
+    return lines[0] if lines else type(error).__name__
+
+
+def _check_files(source: Path | str) -> Shapes:
+    """The shapes of what a model stores, after looking for damage and for values that make no sense."""
+    directory = Path(cached_file(str(source), CONFIG_NAME)).parent
+    try:
+        check_readable(directory)
+    except InputError as error:
+        raise ValueError(str(error).removesuffix(f"; {REPAIR}")) from None
+    shapes = read_shapes(directory)
+    for file in bin_files(directory) if not shapes else []:
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                state = load_state_dict(file, map_location="meta")
+        except Exception:  # of every kind; torch's own words advise to run what the file says
+            raise ValueError(f"{file} is damaged, or no file of tensors that torch.save wrote") from None
+        shapes |= {name: tuple(tensor.shape) for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
+    check_sensible(directory, tensors=len(shapes))
+    return shapes
+
+
+def _check_fits(source: Path | str, config: Any) -> None:
+    """InputError if a model of ``config`` is larger than the tensors in its files: found out without any memory.
+
+    transformers gives memory to every tensor that is missing or misfits, before it says so.
+    """
+    shapes = _check_files(source)
+    if shapes:  # none: not downloaded yet
+        _compare_sizes(source, config, shapes)
+
+
+def _compare_sizes(source: object, config: Any, shapes: Shapes) -> None:
+    """InputError if a model of ``config`` is larger than tensors of these shapes."""
+    with torch.device("meta"), meta_device_safe_creation_ops():
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    wanted = {name: parameter for name, parameter in model.named_parameters() if name not in tied}
+    for name, parameter in wanted.items():
+        if name in shapes and shapes[name] != tuple(parameter.shape) and parameter.numel() > math.prod(shapes[name]):
+            found, size = (" x ".join(map(str, shape)) for shape in (shapes[name], parameter.shape))
+            raise InputError(
+                f"{source} has mismatched keys: {name}; repair the model ({found} in its files, {size} by config.json)"
+            )
+    stored = sum(math.prod(shape) for shape in shapes.values())
+    for what, tensors in (("weights", wanted.values()), ("buffers", model.buffers())):
+        count = sum(tensor.numel() for tensor in tensors)
+        if count > LARGER * stored + SMALL:
+            raise InputError(
+                f"{source} has {stored:,} numbers in its files, the {what} by its config.json are {count:,}; "
+                "repair the sizes in config.json"
+            )
 
 
 def _float_config(source: Path | str) -> Any:
+    _check_files(source)
     config = transformers.AutoConfig.from_pretrained(source)
     if getattr(config, "quantization_config", None):
         raise InputError(f"{source} is quantised already; give the float model it was made from")
@@ -155,6 +221,7 @@ def open_shards(source: Path | str) -> Shards:
     """
     with _loading(source):
         config = _float_config(source)
+        _check_fits(source, config)
         with init_empty_weights(include_buffers=False):
             model = transformers.AutoModelForCausalLM.from_config(config).eval()
         model.config.name_or_path = str(source)
@@ -376,7 +443,8 @@ def choose_device(name: str | None) -> torch.device:
 def context_length(model: Model) -> int:
     """The context the model was made for, in tokens; CONTEXT if its configuration names none (BLOOM, Mamba)."""
     config = model.config.get_text_config()
-    return int(getattr(config, "max_position_embeddings", getattr(config, "max_seq_len", CONTEXT)))
+    found = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
+    return int(found or CONTEXT)
 
 
 def check_context(model: Model, seq_len: int) -> None:
@@ -402,19 +470,21 @@ def build_model(
     """A model of ``config`` with the weights ``state`` (checkpoint names); InputError if any is missing or misfits."""
     with _quiet():
         parsed = _parse_config(config)
-        cls = MODEL_FOR_CAUSAL_LM_MAPPING[type(parsed)]
         try:
+            cls = MODEL_FOR_CAUSAL_LM_MAPPING[type(parsed)]
+            _compare_sizes(directory, parsed, {name: tuple(tensor.shape) for name, tensor in state.items()})
             model, info = cls.from_pretrained(
                 None, config=parsed, state_dict=dict(state), dtype=dtype or parsed.dtype, output_loading_info=True
             )
-        except RuntimeError as error:
+        except InputError:
+            raise
+        except Exception as error:  # of every kind, as in _loading
             raise InputError(
-                f"{directory} does not fit its config.json ({str(error).splitlines()[0]}); write the checkpoint again"
+                f"{directory} does not fit its config.json ({_reason(error)}); write the checkpoint again"
             ) from None
         problems = ("missing_keys", "mismatched_keys", "unexpected_keys")
         _check_loaded(info, directory, problems, "write the checkpoint again")
-        with contextlib.suppress(OSError):
-            model.generation_config = transformers.GenerationConfig.from_pretrained(directory)
+        model.generation_config = _generation_config(directory) or model.generation_config
     model.config.name_or_path = str(directory)
     return model.eval()
 
@@ -425,7 +495,22 @@ def _parse_config(config: Mapping[str, Any]) -> Any:
     def decode(part: dict[str, Any]) -> Any:
         return float(part["__float__"]) if "__float__" in part else part
 
-    return transformers.AutoConfig.for_model(**json.loads(json.dumps(dict(config)), object_hook=decode))
+    try:
+        return transformers.AutoConfig.for_model(**json.loads(json.dumps(dict(config)), object_hook=decode))
+    except Exception as error:  # of every kind, as in _loading
+        raise InputError(f"config.json describes no model ({_reason(error)}); repair it") from None
+
+
+def _generation_config(directory: Path) -> Any:
+    """transformers' generation settings beside a checkpoint, None if there are none; InputError for wrong ones."""
+    file = directory / GENERATION_CONFIG_NAME
+    if not file.is_file():
+        return None
+    read_facts(file, GENERATION)
+    try:
+        return transformers.GenerationConfig.from_pretrained(directory)
+    except Exception as error:  # of every kind, as in _loading
+        raise InputError(f"{file} cannot be read ({_reason(error)}); {REPAIR}") from None
 
 
 def config_dtype(config: Mapping[str, Any]) -> torch.dtype:

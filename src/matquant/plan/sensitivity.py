@@ -222,7 +222,7 @@ def open_losses(
     """
     documents = check_losses(directory, text, reference=reference, samples=samples, seq_len=seq_len, seed=seed)
     checkpoint = open_checkpoint(directory)
-    context = int(checkpoint.config.get("max_position_embeddings", SEQ_LEN))
+    context = int(checkpoint.config.get("max_position_embeddings") or SEQ_LEN)
     stream = token_stream(documents, load_tokenizer(directory))
     windows = cut_windows(stream, seq_len or min(SEQ_LEN, context))
     chosen = windows[np.sort(np.random.default_rng(seed).permutation(len(windows))[:samples])]

@@ -8,10 +8,13 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from matquant.errors import InputError
 from matquant.runtime.engine import Completion, Engine, PlanLike
 from matquant.runtime.templates import Message, render
 
 __all__ = ["Conversation", "Message", "render"]
+
+ROOM = 2**15  # tokens; memory for them is taken as the conversation grows
 
 
 class Conversation:
@@ -19,6 +22,7 @@ class Conversation:
 
     template: what the chat template is given beside the messages, such as {"tools": [...], "enable_thinking": False}.
     options: of ``Engine.stream``.
+    context: tokens that the whole conversation may have; None: the model's context, ROOM at most.
     """
 
     def __init__(
@@ -29,15 +33,21 @@ class Conversation:
         plan: PlanLike = None,
         system: str = "",
         template: Mapping[str, Any] = MappingProxyType({}),
+        context: int | None = None,
         **options: Any,
     ) -> None:
+        room = min(engine.context, ROOM) if context is None else context
+        if type(room) is not int or not 0 < room <= engine.context:
+            raise InputError(
+                f"context={room!r}; give a number of tokens from 1 to {engine.context}, the model's context"
+            )
         self.engine = engine
         self.bits = bits
         self.plan = plan
         self.template = template
         self.options = options
         self.messages: list[Message] = [{"role": "system", "content": system}] if system else []
-        self._session = engine.session()
+        self._session = engine.session(room)
         # What the template refuses, it should refuse now.
         self._render([*self.messages, {"role": "user", "content": "Hello"}])
 
@@ -45,6 +55,12 @@ class Conversation:
         """The reply to ``text``, to be iterated over; then give what was shown of it to ``answered``."""
         messages = [*self.messages, {"role": "user", "content": text}]
         ids = self.engine.vocabulary.plain(self._render(messages))
+        room = self._session.capacity
+        if room < len(ids) <= self.engine.context:
+            raise InputError(
+                f"the conversation has {len(ids)} tokens and there is room for {room}; start a new one, "
+                f"or give a larger --context (at most {self.engine.context})"
+            )
         reply = self.engine.stream(ids, bits=self.bits, plan=self.plan, session=self._session, **self.options)
         self.messages = messages
         return reply

@@ -24,15 +24,17 @@ import numpy as np
 from matquant import _native
 from matquant.checkpoint import open_checkpoint
 from matquant.errors import InputError, check_positive
+from matquant.facts import GENERATION, read_facts
 from matquant.nest import MASTER_BITS, check_bits
 from matquant.planes import ACTIVATIONS
 from matquant.runtime.model import load_model
 from matquant.runtime.sampling import Sampling, choose
-from matquant.runtime.vocabulary import TextStream, Vocabulary, end_ids, read_json, read_vocabulary
+from matquant.runtime.vocabulary import TextStream, Vocabulary, end_ids, read_vocabulary
 from matquant.spec import Plan
 
 CHUNK = 128  # tokens of a prompt per step
 SCORE_VALUES = 2**24  # logits held at once while scoring
+MOST_TOKENS = 2**31 - 2**10  # of a sequence: positions are 32-bit numbers
 CONTEXT_TAIL = 8  # tokens of the prompt that the text of the first new token may depend on
 
 PlanLike = Plan | Mapping[str, int] | None
@@ -65,7 +67,7 @@ class Engine:
         self.max_bits = max_bits
         self.threads = threads or _default_threads()
         self.exact = activations == "float"
-        self.generation_config = read_json(self.path / "generation_config.json")
+        self.generation_config = read_facts(self.path / "generation_config.json", GENERATION)
         self._config = checkpoint.config
         self._start = checkpoint.config.get("bos_token_id")
         self._vocabulary: Vocabulary | None = None
@@ -203,6 +205,8 @@ class Session:
         self.ids: list[int] = []
         native = engine.model.native
         try:
+            if capacity > MOST_TOKENS:
+                raise MemoryError
             self._cache = _native.Cache(native, capacity, engine.exact)
             self.workspace = _native.Workspace(native, CHUNK, capacity, engine.threads)
         except MemoryError:

@@ -43,12 +43,17 @@ class Sampling:
     @classmethod
     def of_model(cls, generation: Mapping[str, Any], **given: float | None) -> Self:
         """What generation_config.json says, greedy unless it has do_sample; then what is ``given`` (None: not)."""
-        names = [entry.name for entry in dataclasses.fields(cls)]
+        asked: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+        names = [entry.name for entry in dataclasses.fields(cls) if entry.name not in asked]
         values: dict[str, Any] = {}
         if generation.get("do_sample"):
             values = {"temperature": 1.0}
             values |= {key: generation[key] for key in names if generation.get(key) is not None}
-        return cls(**values | {key: value for key, value in given.items() if value is not None})
+            try:
+                cls(**values)
+            except InputError as error:
+                raise InputError(f"generation_config.json has {error}") from None
+        return cls(**values | asked)
 
 
 def choose(logits: np.ndarray, sampling: Sampling, generator: np.random.Generator) -> int:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from matquant.errors import InputError
+from matquant.errors import InputError, check_positive
 from matquant.nest import check_bits
 from matquant.runtime import renderer
 from matquant.runtime.chat import Conversation
@@ -33,13 +33,16 @@ def chat(
     plan: Path | None,
     system: str,
     engine: dict[str, Any],
+    context: int | None = None,
     read: Callable[[str], str] = input,
     **options: Any,
 ) -> int:
     """Talk to the model until /quit or the end of the input; returns the exit code."""
+    if context is not None:
+        check_positive(context=context)
     renderer.warm()
     served = _open(directory, bits, plan, engine)
-    talk = Conversation(served, bits=bits, plan=_read_plan(plan, bits), system=system, **options)
+    talk = Conversation(served, bits=bits, plan=_read_plan(plan, bits), system=system, context=context, **options)
     _note(f"{directory}, {_width(served, bits, plan)}; {COMMANDS}")
     while True:
         try:

@@ -6,7 +6,6 @@ evaluation. A sequence ends at any token that generation_config.json, config.jso
 they often differ (base models with a chat template, fine-tuned ones with an old config.json).
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from matquant.errors import InputError
+from matquant.facts import TOKENIZER, read_facts
 from matquant.panics import check_merges, one_line
 
 UNFINISHED = "\ufffd"  # what decoders write for bytes that are no character (yet)
@@ -75,8 +75,8 @@ def read_vocabulary(directory: Path) -> Vocabulary:
         tokenizer.no_truncation()  # what a training run left there is not ours
         tokenizer.no_padding()
         tokenizer.decode(tokenizer.encode("a b").ids)  # some damage shows only now
-    config = read_json(directory / "tokenizer_config.json")
-    special = _special(config, read_json(directory / "special_tokens_map.json"))
+    config = read_facts(directory / "tokenizer_config.json", TOKENIZER)
+    special = _special(config, read_facts(directory / "special_tokens_map.json", {}))
     named = _chat_templates(directory, config)
     ids = {name: tokenizer.token_to_id(text) for name, text in special.items()}
     return Vocabulary(
@@ -88,19 +88,6 @@ def read_vocabulary(directory: Path) -> Vocabulary:
         chat_template=named.get("default"),
         named_templates=named,
     )
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file, {} if there is no such file; InputError if it is something else."""
-    if not file.is_file():
-        return {}
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{file} is not JSON ({error}); copy it again") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{file} is not a JSON object; copy it again")
-    return values
 
 
 def end_ids(
@@ -145,7 +132,7 @@ def _chat_templates(directory: Path, config: Mapping[str, Any]) -> dict[str, str
         files["default"] = directory / "chat_template.jinja"
     if files:
         return {name: _read_text(file) for name, file in files.items()}
-    given = config.get("chat_template") or read_json(directory / "chat_template.json").get("chat_template")
+    given = config.get("chat_template") or read_facts(directory / "chat_template.json", {}).get("chat_template")
     if isinstance(given, list):  # [{"name": ..., "template": ...}]
         given = {entry.get("name"): entry.get("template") for entry in given if isinstance(entry, dict)}
     if not isinstance(given, dict):
