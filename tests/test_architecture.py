@@ -15,6 +15,7 @@ LAYERS = [
     {"spec", "grid", "overflow"},
     {"tensor", "text"},
     {"checkpoint", "planes"},
+    {"sidefiles"},
     {"models", "contents", "runtime"},
     {"export"},
     {"train", "integrations"},

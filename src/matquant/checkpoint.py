@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from matquant.errors import InputError
-from matquant.files import check_replaceable, json_bytes, replace_directory_when_done, sha256
+from matquant.files import check_replaceable, json_bytes, read_text, replace_directory_when_done, sha256
 from matquant.grid import middle
 from matquant.nest import CENTRE, MASTER_BITS, slice_codes
 from matquant.overflow import packed_bytes
@@ -35,6 +35,7 @@ from matquant.tensor import NestedTensor
 
 MANIFEST = "matquant_manifest.json"
 SLICES = "matquant_slices.safetensors"
+TOKENS = "matquant_tokens.json"  # runtime/probe.py
 SHARD_BYTES = 5 * 10**9  # what transformers itself shards at
 MADE_BY = "give a checkpoint made by matquant quantize"
 AGAIN = "copy it again or write the checkpoint again"
@@ -84,8 +85,14 @@ def check_writable(target: Path, *, overwrite: bool) -> None:
 
 
 def side_files(source: Path | str) -> dict[str, bytes]:
-    """Tokenizer and generation files that belong to a model, by name; empty for a hub id."""
+    """Tokenizer and generation files in a model's directory, by name."""
     return {name: (Path(source) / name).read_bytes() for name in SIDE_FILES if (Path(source) / name).is_file()}
+
+
+def nested_side_files(directory: Path) -> dict[str, bytes]:
+    """The side files of a nested checkpoint that go into another one: those of its model, and the record of tokens."""
+    record = directory / TOKENS
+    return side_files(directory) | ({TOKENS: record.read_bytes()} if record.is_file() else {})
 
 
 def quantization_config(spec: Spec, ignore: Iterable[str]) -> dict[str, Any]:
@@ -344,7 +351,7 @@ def manifest_sha256(directory: Path | str) -> str:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = json.loads(read_text(file))
     except FileNotFoundError:
         raise InputError(f"{file} is missing; {AGAIN}") from None
     except (ValueError, RecursionError) as error:

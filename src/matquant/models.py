@@ -28,6 +28,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from matquant.errors import InputError
+from matquant.sidefiles import missing_packages, readable
 from matquant.tensor import NestedTensor
 
 Model = Any  # a transformers PreTrainedModel
@@ -67,10 +68,10 @@ def _quiet() -> Iterator[None]:
 
 def load_float(source: Path | str, *, dtype: torch.dtype | None = None) -> Model:
     """The float model of a local directory or a hub id, in evaluation mode; ``dtype`` None keeps the file's."""
-    with _loading(source):
+    with _loading(source), readable(source) as place:
         config = _float_config(source)
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype=dtype or "auto", output_loading_info=True, ignore_mismatched_sizes=True
+            place, config=config, dtype=dtype or "auto", output_loading_info=True, ignore_mismatched_sizes=True
         )
     _check_loaded(info, source, ("missing_keys", "mismatched_keys"), "repair the model")
     return model.eval()
@@ -93,7 +94,9 @@ def _loading(source: Path | str) -> Iterator[None]:
 
 
 def _float_config(source: Path | str) -> Any:
-    config = transformers.AutoConfig.from_pretrained(source)
+    with readable(source) as place:
+        config = transformers.AutoConfig.from_pretrained(place)
+    config.name_or_path = str(source)
     if getattr(config, "quantization_config", None):
         raise InputError(f"{source} is quantised already; give the float model it was made from")
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -179,10 +182,13 @@ def _whole(model: Model) -> Shards:
 def _shard_files(source: Path | str) -> dict[str, tuple[str, tuple[int, ...], torch.dtype]]:
     """Tensor name -> (its safetensors file, shape, dtype); empty if the model is stored in another way."""
     missing = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    single = cached_file(str(source), SAFE_WEIGHTS_NAME, **missing)
-    index = None if single else cached_file(str(source), SAFE_WEIGHTS_INDEX_NAME, **missing)
+    with readable(source) as place:
+        single = cached_file(str(place), SAFE_WEIGHTS_NAME, **missing)
+        index = None if single else cached_file(str(place), SAFE_WEIGHTS_INDEX_NAME, **missing)
+        paths = [single] if single else get_checkpoint_shard_files(str(place), index)[0] if index else []
+        paths = [str(Path(path).resolve()) for path in paths]  # of links that are gone later
     found = {}
-    for path in [single] if single else get_checkpoint_shard_files(str(source), index)[0] if index else []:
+    for path in paths:
         with safe_open(path, "pt") as file:
             for key in file.keys():  # noqa: SIM118 (a safetensors file is no mapping)
                 stored = file.get_slice(key)
@@ -339,14 +345,24 @@ def check_context(model: Model, seq_len: int) -> None:
 
 
 def load_tokenizer(source: Path | str) -> Any:
-    """The tokenizer beside a model."""
+    """The tokenizer beside a model; InputError if there is none, or a package that transformers needs for it."""
     try:
-        with _quiet():
-            return transformers.AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{source} has no usable tokenizer ({str(error).splitlines()[0]}); put tokenizer.json beside the model"
-        ) from None
+        with _quiet(), readable(source) as place:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+    except Exception as error:  # tokenizers raises nothing more precise
+        missing = missing_packages(source)
+        if missing:
+            raise InputError(
+                f"{source} has its tokenizer in {missing.file}, which transformers needs {missing.packages} to read; "
+                f"pip install {missing.packages}, or put tokenizer.json beside the model"
+            ) from None
+        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(": ")
+        there = (Path(source) / "tokenizer.json").is_file()
+        remedy = "repair its tokenizer files" if there else "put tokenizer.json beside the model"
+        raise InputError(f"{source} has no usable tokenizer ({reason}); {remedy}") from None
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # what transformers makes of no files at all
+        raise InputError(f"{source} has no usable tokenizer (no vocabulary); put tokenizer.json beside the model")
+    return tokenizer
 
 
 def build_model(
@@ -379,6 +395,11 @@ def _parse_config(config: Mapping[str, Any]) -> Any:
         return float(part["__float__"]) if "__float__" in part else part
 
     return transformers.AutoConfig.for_model(**json.loads(json.dumps(dict(config)), object_hook=decode))
+
+
+def vocabulary_size(config: Mapping[str, Any]) -> int:
+    """Rows of the embedding of a model of ``config``."""
+    return int(_parse_config(config).get_text_config().vocab_size)
 
 
 def config_dtype(config: Mapping[str, Any]) -> torch.dtype:

@@ -27,6 +27,7 @@ from matquant.models import (
     context_length,
     load_float,
     load_tokenizer,
+    vocabulary_size,
 )
 from matquant.spec import Plan
 from matquant.text import read_documents, token_stream
@@ -101,7 +102,8 @@ def evaluate_checkpoint(
         documents = read_documents(text)
         if not 0 <= skip_documents < len(documents):
             raise InputError(f"skip_documents={skip_documents} of {len(documents)} documents; leave at least one")
-        stream = token_stream(documents[skip_documents:], load_tokenizer(directory))
+        vocab_size = vocabulary_size(checkpoint.config)
+        stream = token_stream(documents[skip_documents:], load_tokenizer(directory), vocab_size=vocab_size)
         stream = stream if max_tokens is None else stream[: max_tokens + 1]
     model = load(directory, device=place, check_hashes=False, kernels="none")  # open_checkpoint has just checked them
     if stream is not None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from matquant.errors import InputError
+from matquant.files import read_text
 from matquant.runtime.vocabulary import Vocabulary, end_ids, read_json, read_vocabulary
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # llama.cpp's token types
@@ -82,7 +83,7 @@ def read_tokens(directory: Path, config: Mapping[str, Any]) -> Tokens:
     file = directory / "tokenizer.json"
     if not file.is_file():
         return Tokens(model="no_vocab", notices=("there is no tokenizer.json: the file takes token ids, not text",))
-    vocabulary, given = read_vocabulary(directory), json.loads(file.read_text(encoding="utf-8"))
+    vocabulary, given = read_vocabulary(directory), json.loads(read_text(file))
     model = given["model"]
     if model.get("type") != "BPE":
         raise InputError(f"{file} is a {model.get('type')} tokenizer, GGUF export knows BPE; {INSTEAD}")

@@ -37,6 +37,7 @@ from matquant.models import (
     finish,
     load_float,
     load_tokenizer,
+    vocabulary_size,
 )
 from matquant.nest import MASTER_BITS
 from matquant.text import cut_windows, data_sha256, read_documents, token_stream
@@ -224,7 +225,8 @@ def open_losses(
         raise InputError(f"seed={seed}; give a number of at least 0")
     checkpoint = open_checkpoint(directory)
     context = int(checkpoint.config.get("max_position_embeddings", SEQ_LEN))
-    stream = token_stream(read_documents(text), load_tokenizer(directory))
+    vocab_size = vocabulary_size(checkpoint.config)
+    stream = token_stream(read_documents(text), load_tokenizer(directory), vocab_size=vocab_size)
     windows = cut_windows(stream, seq_len or min(SEQ_LEN, context))
     chosen = windows[np.sort(np.random.default_rng(seed).permutation(len(windows))[:samples])]
     return Losses(checkpoint, chosen, reference=reference, device=device, report=report)

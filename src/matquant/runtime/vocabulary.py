@@ -14,6 +14,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from matquant.errors import InputError
+from matquant.files import read_text
 
 UNFINISHED = "\ufffd"  # what decoders write for bytes that are no character (yet)
 PATIENCE = 8  # tokens that may wait for one character: its four bytes, and as many that are no character
@@ -55,12 +56,13 @@ def read_vocabulary(directory: Path) -> Vocabulary:
     if not file.is_file():
         raise InputError(f"{directory} has no tokenizer.json, which text needs; put it there, or give token ids")
     try:
-        tokenizer = Tokenizer.from_file(str(file))
+        tokenizer = Tokenizer.from_str(read_text(file))
     except Exception as error:  # tokenizers raises nothing more precise
         raise InputError(f"{file} cannot be read ({error}); copy it again") from None
     tokenizer.no_truncation()  # what a training run left there is not ours
     tokenizer.no_padding()
     config = read_json(directory / "tokenizer_config.json")
+    tokenizer.encode_special_tokens = bool(config.get("split_special_tokens"))
     special = {key: text for key, value in config.items() if key.endswith("_token") and (text := _content(value))}
     return Vocabulary(
         tokenizer=tokenizer,
@@ -76,7 +78,7 @@ def read_json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = json.loads(read_text(file))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{file} is not JSON ({error}); copy it again") from None
     if not isinstance(values, dict):
@@ -108,7 +110,7 @@ def _content(value: Any) -> str | None:
 def _chat_template(directory: Path, config: Mapping[str, Any]) -> str | None:
     file = directory / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        return read_text(file)
     given = config.get("chat_template")
     if isinstance(given, list):  # named templates
         given = {entry.get("name"): entry.get("template") for entry in given}.get("default")
