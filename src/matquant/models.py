@@ -73,6 +73,7 @@ def load_float(source: Path | str, *, dtype: torch.dtype | None = None) -> Model
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             place, config=config, dtype=dtype or "auto", output_loading_info=True, ignore_mismatched_sizes=True
         )
+    model.config.name_or_path = str(source)
     _check_loaded(info, source, ("missing_keys", "mismatched_keys"), "repair the model")
     return model.eval()
 

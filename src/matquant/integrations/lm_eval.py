@@ -34,7 +34,7 @@ class CheckedLM(HFLM):  # type: ignore[misc]
 
     def tok_encode(self, *arguments: Any, **options: Any) -> Any:
         found = super().tok_encode(*arguments, **options)
-        for ids in found if found and isinstance(found[0], list) else [found]:
+        for ids in found if found and isinstance(found[0], list) else [found]:  # of one string, or of several
             self._check(ids)
         return found
 
