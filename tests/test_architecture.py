@@ -15,6 +15,7 @@ LAYERS = [
     {"spec", "grid", "overflow", "source", "facts"},
     {"tensor", "text", "intact"},
     {"checkpoint", "planes"},
+    {"sidefiles"},
     {"models", "contents", "runtime", "options"},
     {"export"},
     {"train", "integrations"},

@@ -38,6 +38,7 @@ from matquant.tensor import NestedTensor
 MANIFEST = "matquant_manifest.json"
 SLICES = "matquant_slices.safetensors"
 HEAD = "lm_head.weight"
+TOKENS = "matquant_tokens.json"  # runtime/probe.py
 SHARD_BYTES = 5 * 10**9  # what transformers itself shards at
 MADE_BY = "give a checkpoint made by matquant quantize"
 AGAIN = "copy it again or write the checkpoint again"
@@ -88,8 +89,14 @@ def check_writable(target: Path, *, overwrite: bool) -> None:
 
 
 def side_files(source: Path | str) -> dict[str, bytes]:
-    """Tokenizer and generation files that belong to a model, by name; empty for a hub id."""
+    """Tokenizer and generation files in a model's directory, by name."""
     return {name: (Path(source) / name).read_bytes() for name in SIDE_FILES if (Path(source) / name).is_file()}
+
+
+def nested_side_files(directory: Path) -> dict[str, bytes]:
+    """The side files of a nested checkpoint that go into another one: those of its model, and the record of tokens."""
+    record = directory / TOKENS
+    return side_files(directory) | ({TOKENS: record.read_bytes()} if record.is_file() else {})
 
 
 def quantization_config(spec: Spec, ignore: Iterable[str]) -> dict[str, Any]:

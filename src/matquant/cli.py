@@ -1,5 +1,6 @@
 """The command line: verbs only. What they do is in the packages they call."""
 
+import contextlib
 import functools
 import importlib
 import json
@@ -25,6 +26,7 @@ from matquant.checkpoint import open_checkpoint, verify_checkpoint
 from matquant.contents import render, summarise
 from matquant.errors import InputError
 from matquant.eval.request import check_evaluation
+from matquant.files import MARK
 from matquant.nest import check_bits
 from matquant.options.request import check_request
 from matquant.plan.request import check_losses
@@ -342,8 +344,10 @@ def inspect_checkpoint(
 
 @app.command()
 def verify(directory: Directory) -> None:
-    """Check every hash and every shape of a checkpoint."""
+    """Check every hash and shape of a checkpoint, and that text becomes the same tokens as when it was made."""
     checkpoint = verify_checkpoint(directory)
+    with contextlib.suppress(ModuleNotFoundError):  # without the package tokenizers, all but the tokens is checked
+        importlib.import_module("matquant.runtime.probe").check_tokens(directory)
     print(f"{directory} is whole: {len(checkpoint.shapes)} quantised weights, rule {checkpoint.spec.rule}")
 
 
@@ -516,7 +520,7 @@ def _serve(verb: str, options: dict[str, Any]) -> None:
 
 def _read_input() -> str:
     try:
-        return sys.stdin.read()
+        return sys.stdin.read().removeprefix(MARK)
     except UnicodeDecodeError as error:
         raise InputError(f"--prompt -: not UTF-8 ({error.reason} at byte {error.start}); convert it") from None
 
@@ -581,10 +585,12 @@ def _progress() -> Iterator[Any]:
     told: list[str] = []
 
     def report(record: dict[str, Any]) -> None:
-        progress.start()  # not before the first step: a refused run prints its message and nothing else
         if record.get("notice") not in (None, *told):
             told.append(record["notice"])
-            progress.console.print(f"note: {record['notice']}", highlight=False, soft_wrap=True)
+            progress.console.print(f"note: {record['notice']}", highlight=False, soft_wrap=True, markup=False)
+        if "loss" not in record:
+            return
+        progress.start()  # not before the first step: a refused run prints its message and nothing else
         names = (f"int{name}" if name.isdecimal() else name for name in record["loss"])
         losses = "  ".join(f"{name} {loss:.3g}" for name, loss in zip(names, record["loss"].values(), strict=True))
         speed = f"{record['tok_s']:,.0f} tok/s" if "tok_s" in record else record.get("block", "")

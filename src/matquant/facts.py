@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from matquant.errors import InputError
+from matquant.files import read_text
 
 LARGEST = 2**63 - 1  # of an integer
 LARGEST_NUMBER = 2.0**127  # float32 holds it
@@ -176,7 +177,7 @@ def read_json(file: Path, *, remedy: str = REPAIR) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        values = json.loads(file.read_text(encoding="utf-8-sig"))
+        values = json.loads(read_text(file))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{file} is not JSON ({error}); {remedy}") from None
     if not isinstance(values, dict):

@@ -16,6 +16,8 @@ from safetensors import SafetensorError
 
 from matquant.errors import InputError
 
+MARK = "\ufeff"  # byte-order mark; in UTF-8 it says nothing
+
 
 def sha256(file: Path) -> str:
     """Of what a file holds, in hexadecimal digits."""
@@ -28,12 +30,20 @@ def json_bytes(value: Any) -> bytes:
     return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
 
 
+def read_text(file: Path) -> str:
+    """The text of a UTF-8 file without the byte-order mark that some editors put first; or UnicodeDecodeError.
+
+    Every text and JSON file that a user may have edited is read by this.
+    """
+    return file.read_text(encoding="utf-8").removeprefix(MARK)
+
+
 def read_json(file: Path, flag: str, *, give: str, missing: str = "") -> Any:
     """What the JSON file given to ``flag`` holds; InputError that says what to give (missing: if there is no file)."""
     if not file.is_file():
         raise InputError(f"{flag} {file}: no such file; give {missing or give}")
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return json.loads(read_text(file))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{flag} {file} is not JSON ({error}); give {give}") from None
 

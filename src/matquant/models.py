@@ -44,6 +44,7 @@ from matquant.errors import InputError
 from matquant.facts import GENERATION, REPAIR, read_facts
 from matquant.intact import Shapes, bin_files, check_readable, check_sensible, read_shapes
 from matquant.panics import check_merges, one_line
+from matquant.sidefiles import missing_packages, readable
 from matquant.source import LOADABLE, check_source
 from matquant.tensor import NestedTensor
 from matquant.tensors import check_stored, check_unused, read_headers
@@ -89,13 +90,14 @@ def _quiet() -> Iterator[None]:
 
 def load_float(source: Path | str, *, dtype: torch.dtype | None = None) -> Model:
     """The float model of a local directory or a hub id, in evaluation mode; ``dtype`` None keeps the file's."""
-    with _loading(source):
+    with _loading(source), readable(source) as place:
         config = _float_config(source)
         _check_fits(source, config)
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype=dtype or "auto", output_loading_info=True, ignore_mismatched_sizes=True
+            place, config=config, dtype=dtype or "auto", output_loading_info=True, ignore_mismatched_sizes=True
         )
         _check_dtypes(source)
+    model.config.name_or_path = str(source)
     head = head_name(model)
     remedy = "repair the model"
     if info["missing_keys"] == {head}:
@@ -180,7 +182,9 @@ def _compare_sizes(source: object, config: Any, shapes: Shapes) -> None:
 
 def _float_config(source: Path | str) -> Any:
     _check_files(source)
-    config = transformers.AutoConfig.from_pretrained(source)
+    with readable(source) as place:
+        config = transformers.AutoConfig.from_pretrained(place)
+    config.name_or_path = str(source)
     if getattr(config, "quantization_config", None):
         raise InputError(f"{source} is quantised already; give the float model it was made from")
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -305,10 +309,13 @@ def _check_dtypes(source: Path | str) -> None:
 def _shard_files(source: Path | str) -> Files:
     """Tensor name -> (its safetensors file, shape, dtype); empty if the model is stored in another way."""
     missing = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    single = cached_file(str(source), SAFE_WEIGHTS_NAME, **missing)
-    index = None if single else cached_file(str(source), SAFE_WEIGHTS_INDEX_NAME, **missing)
+    with readable(source) as place:
+        single = cached_file(str(place), SAFE_WEIGHTS_NAME, **missing)
+        index = None if single else cached_file(str(place), SAFE_WEIGHTS_INDEX_NAME, **missing)
+        paths = [single] if single else get_checkpoint_shard_files(str(place), index)[0] if index else []
+        paths = [str(Path(path).resolve()) for path in paths]  # of links that are gone later
     found = {}
-    for path in [single] if single else get_checkpoint_shard_files(str(source), index)[0] if index else []:
+    for path in paths:
         with safe_open(path, "pt") as file:
             for key in file.keys():  # noqa: SIM118 (a safetensors file is no mapping)
                 stored = file.get_slice(key)
@@ -456,11 +463,24 @@ def check_context(model: Model, seq_len: int) -> None:
 
 
 def load_tokenizer(source: Path | str) -> Any:
-    """The tokenizer beside a model."""
+    """The tokenizer beside a model; InputError if there is none, or a package that transformers needs for it."""
     check_merges(Path(source) / "tokenizer.json")
-    with _quiet(), one_line(f"{source} has no usable tokenizer", "put tokenizer.json beside the model"):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-        tokenizer.decode(tokenizer.encode("a b"))  # some damage shows only now
+    there = (Path(source) / "tokenizer.json").is_file()
+    remedy = "repair its tokenizer files" if there else "put tokenizer.json beside the model"
+    try:
+        with _quiet(), readable(source) as place, one_line(f"{source} has no usable tokenizer", remedy):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+            tokenizer.decode(tokenizer.encode("a b"))  # some damage shows only now
+    except InputError:
+        missing = missing_packages(source)
+        if missing is None:
+            raise
+        raise InputError(
+            f"{source} has its tokenizer in {missing.file}, which transformers needs {missing.packages} to read; "
+            f"pip install {missing.packages}, or put tokenizer.json beside the model"
+        ) from None
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # what transformers makes of no files at all
+        raise InputError(f"{source} has no usable tokenizer (no vocabulary); put tokenizer.json beside the model")
     return tokenizer
 
 
@@ -511,6 +531,11 @@ def _generation_config(directory: Path) -> Any:
         return transformers.GenerationConfig.from_pretrained(directory)
     except Exception as error:  # of every kind, as in _loading
         raise InputError(f"{file} cannot be read ({_reason(error)}); {REPAIR}") from None
+
+
+def vocabulary_size(config: Mapping[str, Any]) -> int:
+    """Rows of the embedding of a model of ``config``."""
+    return int(_parse_config(config).get_text_config().vocab_size)
 
 
 def config_dtype(config: Mapping[str, Any]) -> torch.dtype:

@@ -26,6 +26,7 @@ from matquant.models import (
     context_length,
     load_float,
     load_tokenizer,
+    vocabulary_size,
 )
 from matquant.spec import Plan
 from matquant.text import token_stream
@@ -99,7 +100,8 @@ def evaluate_checkpoint(
     record |= {"log_perplexity": {}, "bits_per_weight": sizes, "reference": None, "context": None, "tokens": 0}
     stream = None
     if text:
-        stream = token_stream(documents[skip_documents:], load_tokenizer(directory))
+        vocab_size = vocabulary_size(checkpoint.config)
+        stream = token_stream(documents[skip_documents:], load_tokenizer(directory), vocab_size=vocab_size)
         stream = stream if max_tokens is None else stream[: max_tokens + 1]
     model = load(directory, device=place, check_hashes=False, kernels="none")  # open_checkpoint has just checked them
     if stream is not None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from matquant.checkpoint import Checkpoint, open_checkpoint, side_files, write_checkpoint
+from matquant.checkpoint import Checkpoint, nested_side_files, open_checkpoint, write_checkpoint
 from matquant.errors import InputError
 from matquant.integrations.linear import NestedLinear, describe, find_obstacle
 from matquant.models import (
@@ -170,6 +170,6 @@ def _save(
         spec=checkpoint.spec,
         config=checkpoint.config,
         ignore=checkpoint.ignore,
-        files=side_files(checkpoint.directory),
+        files=nested_side_files(checkpoint.directory),
         overwrite=overwrite,
     )

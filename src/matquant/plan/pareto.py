@@ -17,6 +17,7 @@ from rich.table import Table
 from matquant.checkpoint import Checkpoint, bits_per_weight
 from matquant.errors import InputError
 from matquant.eval.report import check_picture, plot_widths, write_json
+from matquant.files import read_text
 from matquant.plan.budget import bits_budget, check_widths
 from matquant.plan.run import SEARCH, SEARCHED_WIDTHS, check_output, describe, make_plan
 from matquant.plan.search import EVALUATIONS, PAPER_WIDTHS
@@ -111,7 +112,7 @@ def read_baselines(file: Path) -> dict[str, Curve]:
     """{"name": [[bits per weight, log-perplexity], ...]} from a JSON file."""
     give = 'give a JSON file {"name": [[bits per weight, log-perplexity], ...]}'
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = json.loads(read_text(file))
         return {
             str(name): ([float(bits) for bits, _ in points], [float(value) for _, value in points])
             for name, points in values.items()

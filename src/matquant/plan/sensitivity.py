@@ -36,6 +36,7 @@ from matquant.models import (
     finish,
     load_float,
     load_tokenizer,
+    vocabulary_size,
 )
 from matquant.nest import MASTER_BITS
 from matquant.plan.request import check_losses
@@ -223,7 +224,8 @@ def open_losses(
     documents = check_losses(directory, text, reference=reference, samples=samples, seq_len=seq_len, seed=seed)
     checkpoint = open_checkpoint(directory)
     context = int(checkpoint.config.get("max_position_embeddings") or SEQ_LEN)
-    stream = token_stream(documents, load_tokenizer(directory))
+    vocab_size = vocabulary_size(checkpoint.config)
+    stream = token_stream(documents, load_tokenizer(directory), vocab_size=vocab_size)
     windows = cut_windows(stream, seq_len or min(SEQ_LEN, context))
     chosen = windows[np.sort(np.random.default_rng(seed).permutation(len(windows))[:samples])]
     return Losses(checkpoint, chosen, reference=reference, device=device, report=report)

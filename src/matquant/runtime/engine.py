@@ -31,6 +31,7 @@ from matquant.runtime.model import load_model
 from matquant.runtime.sampling import Sampling, choose
 from matquant.runtime.vocabulary import TextStream, Vocabulary, end_ids, read_vocabulary
 from matquant.spec import Plan
+from matquant.text import check_ids
 
 CHUNK = 128  # tokens of a prompt per step
 SCORE_VALUES = 2**24  # logits held at once while scoring
@@ -126,10 +127,14 @@ class Engine:
         return ids
 
     def _check_ids(self, ids: Sequence[int]) -> None:
-        vocab = self.model.architecture.vocab
-        outside = next((token for token in ids if not 0 <= token < vocab), None)
-        if outside is not None:
-            raise InputError(f"token {outside} is outside the vocabulary of {vocab}; use the model's own tokenizer")
+        check_ids(ids, vocab_size=self.model.architecture.vocab, text_of=self._token_text)
+
+    def _token_text(self, token: int) -> str | None:
+        """The text of a token, None if there is no such token or no tokenizer."""
+        if not (self.path / "tokenizer.json").is_file():
+            return None
+        text: str | None = self.vocabulary.tokenizer.id_to_token(token)
+        return text
 
     def stream(
         self,

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from matquant.errors import InputError, check_positive
+from matquant.files import MARK
 from matquant.nest import check_bits
 from matquant.runtime import renderer
 from matquant.runtime.chat import Conversation
@@ -46,7 +47,7 @@ def chat(
     _note(f"{directory}, {_width(served, bits, plan)}; {COMMANDS}")
     while True:
         try:
-            text = read("> ").strip()
+            text = read("> ").removeprefix(MARK).strip()
         except EOFError:
             return 0
         except KeyboardInterrupt:

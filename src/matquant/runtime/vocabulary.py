@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 
 from matquant.errors import InputError
 from matquant.facts import TOKENIZER, read_facts
+from matquant.files import read_text
 from matquant.panics import check_merges, one_line
 
 UNFINISHED = "\ufffd"  # what decoders write for bytes that are no character (yet)
@@ -71,11 +72,12 @@ def read_vocabulary(directory: Path) -> Vocabulary:
         raise InputError(f"{directory} has no tokenizer.json, which text needs; put it there, or give token ids")
     check_merges(file)
     with one_line(f"{file} cannot be read", "copy it again"):
-        tokenizer = Tokenizer.from_file(str(file))
+        tokenizer = Tokenizer.from_str(read_text(file))
         tokenizer.no_truncation()  # what a training run left there is not ours
         tokenizer.no_padding()
         tokenizer.decode(tokenizer.encode("a b").ids)  # some damage shows only now
     config = read_facts(directory / "tokenizer_config.json", TOKENIZER)
+    tokenizer.encode_special_tokens = bool(config.get("split_special_tokens"))
     special = _special(config, read_facts(directory / "special_tokens_map.json", {}))
     named = _chat_templates(directory, config)
     ids = {name: tokenizer.token_to_id(text) for name, text in special.items()}
@@ -142,7 +144,7 @@ def _chat_templates(directory: Path, config: Mapping[str, Any]) -> dict[str, str
 
 def _read_text(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8-sig")
+        return read_text(file)
     except UnicodeDecodeError as error:
         raise InputError(f"{file} is not UTF-8 ({error.reason} at byte {error.start}); convert it") from None
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from matquant.checkpoint import SHARD_BYTES, open_checkpoint, side_files, write_checkpoint
+from matquant.checkpoint import SHARD_BYTES, open_checkpoint, write_checkpoint
 from matquant.errors import InputError
 from matquant.files import check_space
 from matquant.grid import check_finite, check_group_size
@@ -25,7 +25,6 @@ from matquant.models import (
     choose_device,
     context_length,
     load_float,
-    load_tokenizer,
     nested_to_numpy,
     nested_to_torch,
     open_shards,
@@ -46,6 +45,7 @@ from matquant.train.fake import Grid
 from matquant.train.job import LOG, Job, Report
 from matquant.train.rtn import round_to_nearest
 from matquant.train.select import select_linears
+from matquant.train.tokenizer import read_texts
 
 Nested = Iterator[tuple[str, NestedTensor]]
 SLOW_BF16 = "this processor has no bf16 arithmetic and emulates it, many times slower than fp32; better without --bf16"
@@ -160,7 +160,13 @@ def quantize(
         target,
         sum(source.dtypes[n].itemsize * t.numel() for n, t in source.model.state_dict().items() if n in source.dtypes),
     )
-    stream = token_stream(documents, load_tokenizer(model)) if documents else np.zeros(0, dtype=np.int64)
+    vocab_size = source.model.config.get_text_config().vocab_size
+    texts = read_texts(model, needed=bool(documents), vocab_size=vocab_size)
+    for notice in texts.notices:
+        report({"notice": notice})
+    stream = np.zeros(0, dtype=np.int64)
+    if documents:
+        stream = token_stream(documents, texts.tokenizer, vocab_size=vocab_size)
     grid = Grid(
         rule="prefix" if baseline_bits and baseline_bits < MASTER_BITS else rule,
         bits=baseline_bits or MASTER_BITS,
@@ -215,7 +221,7 @@ def quantize(
     nested = RUN[method](job)
     logs = [Path(folder) / LOG for folder in (start, work) if folder is not None]  # its own after start's
     history = b"".join(log.read_bytes() for log in logs if log.is_file())
-    files = side_files(model) | ({LOG: history} if history else {})
+    files = {**texts.files, **({LOG: history} if history else {})}
     _write(target, job, nested, streamed=chosen.streamed, files=files, overwrite=overwrite)
     shutil.rmtree(work, ignore_errors=True)
     return target

@@ -16,7 +16,7 @@ from matquant.tensor import NestedTensor
 from matquant.train.fake import Grid
 from matquant.train.objective import Width
 
-Report = Callable[[dict[str, Any]], None]
+Report = Callable[[dict[str, Any]], None]  # of log records, and of {"notice": text} for people
 LOG = "training.jsonl"
 
 
