@@ -14,7 +14,6 @@ import contextlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,21 +26,32 @@ from safetensors.numpy import save_file
 from matquant.errors import InputError
 from matquant.files import check_replaceable, json_bytes, replace_directory_when_done, sha256
 from matquant.grid import middle
+from matquant.manifest import (
+    AGAIN,
+    INDEX,
+    MADE_BY,
+    MANIFEST,
+    check_files,
+    read_manifest,
+    read_object,
+    regular_file,
+    side_file,
+    write_manifest,
+)
 from matquant.nest import CENTRE, MASTER_BITS, slice_codes
 from matquant.overflow import packed_bytes
 from matquant.packing import pack, unpack, words
-from matquant.spec import DAMAGED, Spec, check_format
+from matquant.spec import DAMAGED, Spec
 from matquant.tensor import NestedTensor
 
-MANIFEST = "matquant_manifest.json"
 SLICES = "matquant_slices.safetensors"
 SHARD_BYTES = 5 * 10**9  # what transformers itself shards at
-MADE_BY = "give a checkpoint made by matquant quantize"
-AGAIN = "copy it again or write the checkpoint again"
 SIDE_FILES = (
     *("added_tokens.json", "merges.txt", "special_tokens_map.json", "tokenizer.json", "tokenizer.model"),
     *("tokenizer_config.json", "vocab.json", "vocab.txt", "chat_template.jinja", "generation_config.json"),
 )
+
+FLOATS = ("F64", "F32", "F16", "BF16")
 
 Item = tuple[str, "np.ndarray | NestedTensor"]
 
@@ -84,8 +94,17 @@ def check_writable(target: Path, *, overwrite: bool) -> None:
 
 
 def side_files(source: Path | str) -> dict[str, bytes]:
-    """Tokenizer and generation files that belong to a model, by name; empty for a hub id."""
-    return {name: (Path(source) / name).read_bytes() for name in SIDE_FILES if (Path(source) / name).is_file()}
+    """Tokenizer and generation files that belong to a model, by name; empty for a hub id.
+
+    Of a checkpoint only those that its manifest lists. InputError for links that leave the directory, and for what is
+    no regular file.
+    """
+    where = Path(source)
+    if not where.is_dir():
+        return {}
+    regular_file(where, "config.json")  # what it says is copied too
+    found = {name: side_file(where, name) for name in SIDE_FILES}
+    return {name: file.read_bytes() for name, file in found.items() if file is not None}
 
 
 def quantization_config(spec: Spec, ignore: Iterable[str]) -> dict[str, Any]:
@@ -199,16 +218,7 @@ def _name_shards(directory: Path, shards: list[list[str]], total: int, *, index:
     if index or len(shards) > 1:
         weight_map = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
         content = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (directory / "model.safetensors.index.json").write_bytes(json_bytes(content))
-
-
-def write_manifest(directory: Path, spec: Spec) -> None:
-    """Write the manifest of all files that are in ``directory`` now."""
-    files = sorted(file for file in directory.iterdir() if file.name != MANIFEST)
-    with ThreadPoolExecutor() as pool:
-        sums = list(pool.map(sha256, files))
-    entries = {f.name: {"bytes": f.stat().st_size, "sha256": s} for f, s in zip(files, sums, strict=True)}
-    (directory / MANIFEST).write_bytes(json_bytes({"format": spec.format, "files": entries}))
+        (directory / INDEX).write_bytes(json_bytes(content))
 
 
 # ---------------------------------------------------------------------------------------------------------- reading
@@ -294,13 +304,14 @@ def open_checkpoint(directory: Path | str, *, check_hashes: bool = True) -> Chec
     Raises InputError naming the file or tensor at fault and what would do.
     """
     where = Path(directory)
-    if not where.is_dir():
-        raise InputError(f"{where}: no such directory; {MADE_BY}")
-    if not (where / MANIFEST).is_file():
-        raise InputError(f"{where} has no {MANIFEST}; {MADE_BY}")
-    manifest = _check_manifest(where, check_hashes=check_hashes)
-    listed = set(manifest["files"])
-    config = _read_json(where / "config.json")
+    manifest = read_manifest(where)
+    check_files(where, manifest["files"], hashes=check_hashes)
+    return open_listed(where, manifest)
+
+
+def open_listed(where: Path, manifest: Mapping[str, Any]) -> Checkpoint:
+    """Open a checkpoint whose files have been compared with ``manifest``; InputError unless its structure is right."""
+    config = read_object(where / "config.json")
     quantised = config.pop("quantization_config", None)
     record = quantised.get("matquant") if isinstance(quantised, dict) else None
     if not isinstance(quantised, dict) or not isinstance(record, dict):
@@ -309,6 +320,7 @@ def open_checkpoint(directory: Path | str, *, check_hashes: bool = True) -> Chec
     if record["format"] != manifest["format"]:
         found = f"{where} is in format {manifest['format']} by {MANIFEST} and in {record['format']} by config.json"
         raise InputError(f"{found}; {AGAIN}")
+    listed = set(manifest["files"])
     with contextlib.ExitStack() as stack:
         handles = {file: stack.enter_context(_open_tensors(where / file)) for file in _tensor_files(where, listed)}
         files = _tensor_names(where, handles)
@@ -327,6 +339,12 @@ def open_checkpoint(directory: Path | str, *, check_hashes: bool = True) -> Chec
 def verify_checkpoint(directory: Path | str) -> Checkpoint:
     """Check every hash, shape and scale; returns the checkpoint, or raises InputError."""
     checkpoint = open_checkpoint(directory)
+    check_scales(checkpoint)
+    return checkpoint
+
+
+def check_scales(checkpoint: Checkpoint) -> None:
+    """InputError naming the path of a scale or zero-point that is not a positive number."""
     for path in checkpoint.shapes:
         tensor = checkpoint.nested(path)
         for scale, zero in ((tensor.scale, tensor.zero), *tensor.slices.values()):
@@ -334,7 +352,15 @@ def verify_checkpoint(directory: Path | str) -> Checkpoint:
                 raise InputError(
                     f"{path} has a scale or zero that is not a positive number; write the checkpoint again"
                 )
-    return checkpoint
+
+
+def check_plain(checkpoint: Checkpoint) -> None:
+    """InputError naming an unquantised tensor that holds NaN or infinity: stored as it was, but of no use."""
+    for name in checkpoint.plain_names():
+        if checkpoint.stored_dtype(name) in FLOATS and not np.isfinite(checkpoint.array(name)).all():
+            raise InputError(
+                f"{name} of {checkpoint.directory} holds NaN or infinity; repair the float model and quantise it again"
+            )
 
 
 def manifest_sha256(directory: Path | str) -> str:
@@ -342,59 +368,14 @@ def manifest_sha256(directory: Path | str) -> str:
     return sha256(Path(directory) / MANIFEST)
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{file} is missing; {AGAIN}") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{file} is not JSON ({error}); {AGAIN}") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{file} is not a JSON object; {AGAIN}")
-    return values
-
-
-def _check_manifest(where: Path, *, check_hashes: bool) -> dict[str, Any]:
-    """The manifest, after checking the sizes and (if told to) the hashes of the files it lists."""
-    manifest = _read_json(where / MANIFEST)
-    check_format(manifest.get("format"), where=where)
-    entries = manifest.get("files")
-    if not isinstance(entries, dict) or "config.json" not in entries:
-        raise InputError(f"{where / MANIFEST} lists no files; {AGAIN}")
-    for name, entry in entries.items():
-        file = where / name
-        if file.name != name or name in (MANIFEST, ".", ".."):
-            raise InputError(f"{where / MANIFEST} lists {name!r}, which is not a file name; {AGAIN}")
-        if (
-            not isinstance(entry, dict)
-            or type(entry.get("bytes")) is not int
-            or not isinstance(entry.get("sha256"), str)
-        ):
-            raise InputError(f"{where / MANIFEST} has no size and sha256 of {name}; {AGAIN}")
-        if not file.is_file():
-            raise InputError(f"{file} is missing; {AGAIN}")
-        if check_hashes and file.stat().st_size != entry["bytes"]:
-            raise InputError(f"{file} has {file.stat().st_size} bytes, the manifest says {entry['bytes']}; {AGAIN}")
-    if check_hashes:
-        with ThreadPoolExecutor() as pool:
-            sums = list(pool.map(sha256, (where / name for name in entries)))
-        for (name, entry), found in zip(entries.items(), sums, strict=True):
-            if found != entry["sha256"]:
-                raise InputError(
-                    f"{where / name} is damaged: sha256 {found[:12]}…, "
-                    f"the manifest says {entry['sha256'][:12]}…; {AGAIN}"
-                )
-    return manifest
-
-
 def _tensor_files(where: Path, listed: set[str]) -> list[str]:
     """Names of the files that hold tensors: the model's shards and the slices. Only listed files are read."""
-    index = where / "model.safetensors.index.json"
+    index = where / INDEX
     shards: set[Any] = {"model.safetensors"}
-    if index.exists():
+    if regular_file(where, INDEX) is not None:
         if index.name not in listed:
             raise InputError(f"{index} is not listed in {MANIFEST}; {AGAIN}")
-        weight_map = _read_json(index).get("weight_map")
+        weight_map = read_object(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
             raise InputError(f"{index} has no weight_map; {AGAIN}")
         shards = set(weight_map.values())

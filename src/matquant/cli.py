@@ -21,10 +21,11 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from matquant.checkpoint import open_checkpoint, verify_checkpoint
+from matquant.checkpoint import check_plain, open_checkpoint, verify_checkpoint
 from matquant.contents import render, summarise
 from matquant.errors import InputError
 from matquant.nest import check_bits
+from matquant.seal import describe, ignored_files, seal_checkpoint
 from matquant.spec import Plan
 
 app = typer.Typer(
@@ -321,9 +322,22 @@ def inspect_checkpoint(
 
 
 @app.command()
-def verify(directory: Directory) -> None:
-    """Check every hash and every shape of a checkpoint."""
-    checkpoint = verify_checkpoint(directory)
+def verify(
+    directory: Directory,
+    seal: Annotated[
+        bool,
+        Option("--seal", help="Accept edited, added and removed small files (configuration, tokenizer, template)."),
+    ] = False,
+) -> None:
+    """Check every hash, shape and number of a checkpoint; files that are not part of it are named."""
+    if seal:
+        checkpoint, changes = seal_checkpoint(directory)
+        print(describe(changes))
+    else:
+        checkpoint = verify_checkpoint(directory)
+        check_plain(checkpoint)
+    for note in ignored_files(directory):
+        print(f"note: {note}", file=sys.stderr)
     print(f"{directory} is whole: {len(checkpoint.shapes)} quantised weights, rule {checkpoint.spec.rule}")
 
 

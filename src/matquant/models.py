@@ -28,6 +28,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from matquant.errors import InputError
+from matquant.manifest import listed_only, side_file
 from matquant.tensor import NestedTensor
 
 Model = Any  # a transformers PreTrainedModel
@@ -341,8 +342,12 @@ def check_context(model: Model, seq_len: int) -> None:
 def load_tokenizer(source: Path | str) -> Any:
     """The tokenizer beside a model."""
     try:
-        with _quiet():
-            return transformers.AutoTokenizer.from_pretrained(source)
+        with _quiet(), listed_only(Path(source)) as where:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source if where == Path(source) else where)
+            tokenizer.name_or_path = str(source)
+            return tokenizer
+    except InputError:
+        raise
     except (OSError, ValueError) as error:
         raise InputError(
             f"{source} has no usable tokenizer ({str(error).splitlines()[0]}); put tokenizer.json beside the model"
@@ -366,8 +371,9 @@ def build_model(
             ) from None
         problems = ("missing_keys", "mismatched_keys", "unexpected_keys")
         _check_loaded(info, directory, problems, "write the checkpoint again")
-        with contextlib.suppress(OSError):
-            model.generation_config = transformers.GenerationConfig.from_pretrained(directory)
+        if side_file(directory, "generation_config.json") is not None:
+            with contextlib.suppress(OSError):
+                model.generation_config = transformers.GenerationConfig.from_pretrained(directory)
     model.config.name_or_path = str(directory)
     return model.eval()
 

@@ -29,6 +29,7 @@ from matquant.export.containers import FLOATS, Container
 from matquant.export.job import Exporter, Job
 from matquant.export.stream import Part, Report, Slot, made
 from matquant.export.tokens import INSTEAD, Tokens, read_tokens
+from matquant.manifest import side_file
 from matquant.runtime.families import Architecture, read_architecture
 from matquant.runtime.vocabulary import read_json
 
@@ -227,7 +228,7 @@ def _add_general(gguf: ModuleType, writer: Any, job: Job) -> None:
         writer.add_base_model_repo_url(0, f"https://huggingface.co/{base}")
     writer.add_string("matquant.record", json.dumps(record(job), sort_keys=True))
     writer.add_string("matquant.card", model_card(job))
-    generation = read_json(job.checkpoint.directory / "generation_config.json")
+    generation = read_json(side_file(job.checkpoint.directory, "generation_config.json"))
     if generation.get("do_sample"):
         for key, name in SAMPLING.items():
             if generation.get(key) is not None:

@@ -28,6 +28,7 @@ from matquant.checkpoint import Checkpoint, manifest_sha256, open_checkpoint
 from matquant.errors import InputError, check_positive
 from matquant.files import sha256, write_atomically
 from matquant.integrations.transformers import load
+from matquant.manifest import PLAN_CACHE
 from matquant.models import (
     check_context,
     check_model_path,
@@ -41,7 +42,7 @@ from matquant.models import (
 from matquant.nest import MASTER_BITS
 from matquant.text import cut_windows, data_sha256, read_documents, token_stream
 
-SIDECAR = "matquant_plans.json"
+SIDECAR = PLAN_CACHE
 SIDECAR_FORMAT = 1
 BATCH_TOKENS = 4096
 CACHE_BYTES = 2**30

@@ -23,6 +23,7 @@ import numpy as np
 from matquant import _native
 from matquant.checkpoint import open_checkpoint
 from matquant.errors import InputError, check_positive
+from matquant.manifest import side_file
 from matquant.nest import MASTER_BITS, check_bits
 from matquant.planes import ACTIVATIONS
 from matquant.runtime.model import load_model
@@ -64,7 +65,7 @@ class Engine:
         self.max_bits = max_bits
         self.threads = threads or _default_threads()
         self.exact = activations == "float"
-        self.generation_config = read_json(self.path / "generation_config.json")
+        self.generation_config = read_json(side_file(self.path, "generation_config.json"))
         self.ends = end_ids(checkpoint.config, self.generation_config)
         self._start = checkpoint.config.get("bos_token_id")
         self._vocabulary: Vocabulary | None = None

@@ -14,6 +14,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from matquant.errors import InputError
+from matquant.manifest import seal_hint, side_file
 
 UNFINISHED = "\ufffd"  # what decoders write for bytes that are no character (yet)
 PATIENCE = 8  # tokens that may wait for one character: its four bytes, and as many that are no character
@@ -51,16 +52,19 @@ class Vocabulary:
 
 def read_vocabulary(directory: Path) -> Vocabulary:
     """The vocabulary of a checkpoint; InputError if it has no tokenizer.json or that cannot be read."""
-    file = directory / "tokenizer.json"
-    if not file.is_file():
-        raise InputError(f"{directory} has no tokenizer.json, which text needs; put it there, or give token ids")
+    file = side_file(directory, "tokenizer.json")
+    if file is None:
+        raise InputError(
+            f"{directory} has no tokenizer.json, which text needs; put it there, or give token ids"
+            + seal_hint(directory, "tokenizer.json")
+        )
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # tokenizers raises nothing more precise
         raise InputError(f"{file} cannot be read ({error}); copy it again") from None
     tokenizer.no_truncation()  # what a training run left there is not ours
     tokenizer.no_padding()
-    config = read_json(directory / "tokenizer_config.json")
+    config = read_json(side_file(directory, "tokenizer_config.json"))
     special = {key: text for key, value in config.items() if key.endswith("_token") and (text := _content(value))}
     return Vocabulary(
         tokenizer=tokenizer,
@@ -71,9 +75,9 @@ def read_vocabulary(directory: Path) -> Vocabulary:
     )
 
 
-def read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path | None) -> dict[str, Any]:
     """The object in a JSON file, {} if there is no such file; InputError if it is something else."""
-    if not file.is_file():
+    if file is None:
         return {}
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
@@ -106,8 +110,8 @@ def _content(value: Any) -> str | None:
 
 
 def _chat_template(directory: Path, config: Mapping[str, Any]) -> str | None:
-    file = directory / "chat_template.jinja"
-    if file.is_file():
+    file = side_file(directory, "chat_template.jinja")
+    if file is not None:
         return file.read_text(encoding="utf-8")
     given = config.get("chat_template")
     if isinstance(given, list):  # named templates

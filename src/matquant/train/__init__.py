@@ -182,6 +182,7 @@ def quantize(
             raise InputError(f"method {method!r} needs text to work with; give --text FILE, or --method rtn")
     check_writable(target, overwrite=overwrite)
     check_model_path(model)
+    side_files(model)  # rejects links that leave the directory, before any work
     _check_work(work, resume=resume, overwrite=overwrite)
     documents = read_documents(text) if chosen.settings else []
 
