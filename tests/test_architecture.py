@@ -15,7 +15,7 @@ LAYERS = [
     {"spec", "grid", "overflow"},
     {"tensor", "text", "manifest"},
     {"checkpoint", "planes"},
-    {"models", "contents", "runtime", "seal"},
+    {"models", "finite", "contents", "runtime", "seal"},
     {"export"},
     {"train", "integrations"},
     {"eval"},

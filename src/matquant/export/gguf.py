@@ -11,7 +11,6 @@ context of such a file ends where the window would begin to matter.
 
 import contextlib
 import importlib
-import json
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -29,6 +28,7 @@ from matquant.export.containers import FLOATS, Container
 from matquant.export.job import Exporter, Job
 from matquant.export.stream import Part, Report, Slot, made
 from matquant.export.tokens import INSTEAD, Tokens, read_tokens
+from matquant.files import json_text
 from matquant.manifest import side_file
 from matquant.runtime.families import Architecture, read_architecture
 from matquant.runtime.vocabulary import read_json
@@ -226,7 +226,7 @@ def _add_general(gguf: ModuleType, writer: Any, job: Job) -> None:
         writer.add_base_model_count(1)
         writer.add_base_model_name(0, base)
         writer.add_base_model_repo_url(0, f"https://huggingface.co/{base}")
-    writer.add_string("matquant.record", json.dumps(record(job), sort_keys=True))
+    writer.add_string("matquant.record", json_text(record(job)))
     writer.add_string("matquant.card", model_card(job))
     generation = read_json(side_file(job.checkpoint.directory, "generation_config.json"))
     if generation.get("do_sample"):

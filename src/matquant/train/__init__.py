@@ -181,8 +181,8 @@ def quantize(
         if not text:
             raise InputError(f"method {method!r} needs text to work with; give --text FILE, or --method rtn")
     check_writable(target, overwrite=overwrite)
-    check_model_path(model)
     side_files(model)  # rejects links that leave the directory, before any work
+    check_model_path(model)
     _check_work(work, resume=resume, overwrite=overwrite)
     documents = read_documents(text) if chosen.settings else []
 
