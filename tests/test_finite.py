@@ -15,12 +15,14 @@ from safetensors.torch import load_file, save_file
 import matquant
 from matquant.checkpoint import check_plain, open_checkpoint
 from matquant.errors import InputError
+from matquant.eval.html import read_record
 from matquant.eval.likelihood import log_perplexity
 from matquant.eval.run import evaluate_checkpoint
 from matquant.files import json_bytes, json_text
 from matquant.finite import checked_logits, describe
 from matquant.manifest import write_manifest
 from matquant.models import load_float
+from matquant.plan.pareto import read_baselines
 from matquant.plan.sensitivity import SIDECAR, open_losses
 from matquant.runtime.sampling import Sampling, choose
 from matquant.train.blocks import check_losses
@@ -171,3 +173,14 @@ def test_losses_that_are_no_numbers_are_not_taken_from_the_cache(made: Path, tex
     (copy / SIDECAR).write_text(json.dumps(cache))
     with pytest.raises(InputError, match="holds no losses of plans"):
         open_losses(copy, [text_file], seq_len=16, samples=1)
+
+
+def test_a_record_with_nan_is_rejected_by_the_name_of_its_width(tmp_path: Path) -> None:
+    (file := tmp_path / "record.json").write_text('{"log_perplexity": {"8": 3.5, "2": NaN}}')
+    with pytest.raises(
+        InputError, match=rf"^--eval {file} has log_perplexity\.2 = nan, not a finite number; measure it"
+    ):
+        read_record(file)
+    file.write_text('{"dedicated": [[4.5, 1e999]]}')
+    with pytest.raises(InputError, match=rf"^--baselines {file} has dedicated\.0\.1 = inf, not a finite number"):
+        read_baselines(file)

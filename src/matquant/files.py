@@ -52,13 +52,20 @@ def json_bytes(value: Any) -> bytes:
 
 
 def read_json(file: Path, flag: str, *, give: str, missing: str = "") -> Any:
-    """What the JSON file given to ``flag`` holds; InputError that says what to give (missing: if there is no file)."""
+    """What the JSON file given to ``flag`` holds; InputError that says what to give (missing: if there is no file).
+
+    Python's reader takes NaN and infinity; a file with them is rejected by the name of their key.
+    """
     if not file.is_file():
         raise InputError(f"{flag} {file}: no such file; give {missing or give}")
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        values = json.loads(file.read_text(encoding="utf-8"))
+        place, number = next(_not_finite(values, ""), ("", 0.0))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{flag} {file} is not JSON ({error}); give {give}") from None
+    if place:
+        raise InputError(f"{flag} {file} has {place.lstrip('.')} = {number}, not a finite number; measure it again")
+    return values
 
 
 def write_atomically(file: Path, content: bytes) -> None:
