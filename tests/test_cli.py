@@ -1294,7 +1294,7 @@ FLAGS: dict[str, list[str]] = {
         "--baselines", "--plot", "--help",
     ],
     "inspect": ["--json", "--help"],
-    "verify": ["--help"],
+    "verify": ["--seal", "--help"],
     "generate": [
         "--prompt", "--bits", "--plan", "--max-tokens", "--temperature", "--top-k", "--top-p", "--min-p", "--seed",
         "--stop", "--max-bits", "--threads", "--activations", "--check-hashes", "--help",

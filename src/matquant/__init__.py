@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from matquant.checkpoint import open_checkpoint, verify_checkpoint
 from matquant.errors import InputError
 from matquant.nest import slice_codes, slice_values
+from matquant.seal import seal_checkpoint
 from matquant.spec import Plan, Spec
 from matquant.tensor import NestedTensor
 
@@ -33,6 +34,7 @@ __all__ = [
     "load",
     "open_checkpoint",
     "quantize",
+    "seal_checkpoint",
     "slice_codes",
     "slice_values",
     "verify_checkpoint",

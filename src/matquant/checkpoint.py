@@ -14,10 +14,8 @@ import contextlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import ml_dtypes
@@ -26,27 +24,38 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from matquant.errors import InputError
-from matquant.facts import CONFIG, Table, check_depth, read_facts
+from matquant.facts import CONFIG, check_depth
 from matquant.files import check_replaceable, json_bytes, replace_directory_when_done, sha256
 from matquant.grid import middle
+from matquant.manifest import (
+    AGAIN,
+    INDEX,
+    MADE_BY,
+    MANIFEST,
+    check_files,
+    read_manifest,
+    read_object,
+    regular_file,
+    side_file,
+    write_manifest,
+)
 from matquant.nest import CENTRE, MASTER_BITS, slice_codes
 from matquant.overflow import packed_bytes
 from matquant.packing import pack, unpack, words
-from matquant.spec import DAMAGED, Spec, check_format
+from matquant.spec import DAMAGED, Spec
 from matquant.tensor import NestedTensor
 
-MANIFEST = "matquant_manifest.json"
 SLICES = "matquant_slices.safetensors"
 HEAD = "lm_head.weight"
 TOKENS = "matquant_tokens.json"  # runtime/probe.py
 SHARD_BYTES = 5 * 10**9  # what transformers itself shards at
-MADE_BY = "give a checkpoint made by matquant quantize"
-AGAIN = "copy it again or write the checkpoint again"
 SIDE_FILES = (
     *("added_tokens.json", "merges.txt", "special_tokens_map.json", "tokenizer.json", "tokenizer.model"),
     *("tokenizer_config.json", "vocab.json", "vocab.txt", "chat_template.jinja", "generation_config.json"),
     "chat_template.json",
 )
+
+FLOATS = ("F64", "F32", "F16", "BF16")
 
 Item = tuple[str, "np.ndarray | NestedTensor"]
 
@@ -89,14 +98,23 @@ def check_writable(target: Path, *, overwrite: bool) -> None:
 
 
 def side_files(source: Path | str) -> dict[str, bytes]:
-    """Tokenizer and generation files in a model's directory, by name."""
-    return {name: (Path(source) / name).read_bytes() for name in SIDE_FILES if (Path(source) / name).is_file()}
+    """Tokenizer and generation files in a model's directory, by name.
+
+    Of a checkpoint only those that its manifest lists. InputError for links that leave the directory, and for what is
+    no regular file.
+    """
+    where = Path(source)
+    if not where.is_dir():
+        return {}
+    regular_file(where, "config.json")  # what it says is copied too
+    found = {name: side_file(where, name) for name in SIDE_FILES}
+    return {name: file.read_bytes() for name, file in found.items() if file is not None}
 
 
 def nested_side_files(directory: Path) -> dict[str, bytes]:
     """The side files of a nested checkpoint that go into another one: those of its model, and the record of tokens."""
-    record = directory / TOKENS
-    return side_files(directory) | ({TOKENS: record.read_bytes()} if record.is_file() else {})
+    record = side_file(directory, TOKENS)
+    return side_files(directory) | ({} if record is None else {TOKENS: record.read_bytes()})
 
 
 def quantization_config(spec: Spec, ignore: Iterable[str]) -> dict[str, Any]:
@@ -210,16 +228,7 @@ def _name_shards(directory: Path, shards: list[list[str]], total: int, *, index:
     if index or len(shards) > 1:
         weight_map = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
         content = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (directory / "model.safetensors.index.json").write_bytes(json_bytes(content))
-
-
-def write_manifest(directory: Path, spec: Spec) -> None:
-    """Write the manifest of all files that are in ``directory`` now."""
-    files = sorted(file for file in directory.iterdir() if file.name != MANIFEST)
-    with ThreadPoolExecutor() as pool:
-        sums = list(pool.map(sha256, files))
-    entries = {f.name: {"bytes": f.stat().st_size, "sha256": s} for f, s in zip(files, sums, strict=True)}
-    (directory / MANIFEST).write_bytes(json_bytes({"format": spec.format, "files": entries}))
+        (directory / INDEX).write_bytes(json_bytes(content))
 
 
 # ---------------------------------------------------------------------------------------------------------- reading
@@ -315,14 +324,16 @@ def open_checkpoint(directory: Path | str, *, check_hashes: bool = True, check_s
     Raises InputError naming the file or tensor at fault and what would do.
     """
     where = Path(directory)
-    if not where.is_dir():
-        raise InputError(f"{where}: no such directory; {MADE_BY}")
-    if not (where / MANIFEST).is_file():
-        raise InputError(f"{where} has no {MANIFEST}; {MADE_BY}")
     check_sizes = check_hashes if check_sizes is None else check_sizes
-    manifest = _check_manifest(where, check_hashes=check_hashes, check_sizes=check_sizes)
+    manifest = read_manifest(where)
+    check_files(where, manifest["files"], sizes=check_sizes, hashes=check_hashes)
+    return open_listed(where, manifest)
+
+
+def open_listed(where: Path, manifest: Mapping[str, Any]) -> Checkpoint:
+    """Open a checkpoint whose files have been compared with ``manifest``; InputError unless its structure is right."""
     listed = set(manifest["files"])
-    config = _read_json(where / "config.json", CONFIG)
+    config = read_object(where / "config.json", CONFIG)
     quantised = config.pop("quantization_config", None)
     record = quantised.get("matquant") if isinstance(quantised, dict) else None
     if not isinstance(quantised, dict) or not isinstance(record, dict):
@@ -331,6 +342,7 @@ def open_checkpoint(directory: Path | str, *, check_hashes: bool = True, check_s
     if record["format"] != manifest["format"]:
         found = f"{where} is in format {manifest['format']} by {MANIFEST} and in {record['format']} by config.json"
         raise InputError(f"{found}; {AGAIN}")
+    listed = set(manifest["files"])
     with contextlib.ExitStack() as stack:
         handles = {file: stack.enter_context(_open_tensors(where / file)) for file in _tensor_files(where, listed)}
         files = _tensor_names(where, handles)
@@ -359,6 +371,12 @@ def _untie_stored_head(config: dict[str, Any], names: Mapping[str, str]) -> None
 def verify_checkpoint(directory: Path | str) -> Checkpoint:
     """Check every hash, shape and scale; returns the checkpoint, or raises InputError."""
     checkpoint = open_checkpoint(directory)
+    check_scales(checkpoint)
+    return checkpoint
+
+
+def check_scales(checkpoint: Checkpoint) -> None:
+    """InputError naming the path of a scale or zero-point that is not a positive number."""
     for path in checkpoint.shapes:
         tensor = checkpoint.nested(path)
         for scale, zero in ((tensor.scale, tensor.zero), *tensor.slices.values()):
@@ -366,7 +384,15 @@ def verify_checkpoint(directory: Path | str) -> Checkpoint:
                 raise InputError(
                     f"{path} has a scale or zero that is not a positive number; write the checkpoint again"
                 )
-    return checkpoint
+
+
+def check_plain(checkpoint: Checkpoint) -> None:
+    """InputError naming an unquantised tensor that holds NaN or infinity: stored as it was, but of no use."""
+    for name in checkpoint.plain_names():
+        if checkpoint.stored_dtype(name) in FLOATS and not np.isfinite(checkpoint.array(name)).all():
+            raise InputError(
+                f"{name} of {checkpoint.directory} holds NaN or infinity; repair the float model and quantise it again"
+            )
 
 
 def manifest_sha256(directory: Path | str) -> str:
@@ -374,53 +400,14 @@ def manifest_sha256(directory: Path | str) -> str:
     return sha256(Path(directory) / MANIFEST)
 
 
-def _read_json(file: Path, table: Table = MappingProxyType({})) -> dict[str, Any]:
-    if not file.is_file():
-        raise InputError(f"{file} is missing; {AGAIN}")
-    return read_facts(file, table, remedy=AGAIN)
-
-
-def _check_manifest(where: Path, *, check_hashes: bool, check_sizes: bool) -> dict[str, Any]:
-    """The manifest, after checking the sizes and the hashes (if told to) of the files it lists."""
-    manifest = _read_json(where / MANIFEST)
-    check_format(manifest.get("format"), where=where)
-    entries = manifest.get("files")
-    if not isinstance(entries, dict) or "config.json" not in entries:
-        raise InputError(f"{where / MANIFEST} lists no files; {AGAIN}")
-    for name, entry in entries.items():
-        file = where / name
-        if file.name != name or name in (MANIFEST, ".", ".."):
-            raise InputError(f"{where / MANIFEST} lists {name!r}, which is not a file name; {AGAIN}")
-        if (
-            not isinstance(entry, dict)
-            or type(entry.get("bytes")) is not int
-            or not isinstance(entry.get("sha256"), str)
-        ):
-            raise InputError(f"{where / MANIFEST} has no size and sha256 of {name}; {AGAIN}")
-        if not file.is_file():
-            raise InputError(f"{file} is missing; {AGAIN}")
-        if check_sizes and file.stat().st_size != entry["bytes"]:
-            raise InputError(f"{file} has {file.stat().st_size} bytes, the manifest says {entry['bytes']}; {AGAIN}")
-    if check_hashes:
-        with ThreadPoolExecutor() as pool:
-            sums = list(pool.map(sha256, (where / name for name in entries)))
-        for (name, entry), found in zip(entries.items(), sums, strict=True):
-            if found != entry["sha256"]:
-                raise InputError(
-                    f"{where / name} is damaged: sha256 {found[:12]}…, "
-                    f"the manifest says {entry['sha256'][:12]}…; {AGAIN}"
-                )
-    return manifest
-
-
 def _tensor_files(where: Path, listed: set[str]) -> list[str]:
     """Names of the files that hold tensors: the model's shards and the slices. Only listed files are read."""
-    index = where / "model.safetensors.index.json"
+    index = where / INDEX
     shards: set[Any] = {"model.safetensors"}
-    if index.exists():
+    if regular_file(where, INDEX) is not None:
         if index.name not in listed:
             raise InputError(f"{index} is not listed in {MANIFEST}; {AGAIN}")
-        weight_map = _read_json(index).get("weight_map")
+        weight_map = read_object(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
             raise InputError(f"{index} has no weight_map; {AGAIN}")
         shards = set(weight_map.values())

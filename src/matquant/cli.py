@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import importlib
-import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,24 +11,17 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 
-from matquant.checkpoint import open_checkpoint, verify_checkpoint
+from matquant import progress
+from matquant.checkpoint import check_plain, open_checkpoint, verify_checkpoint
 from matquant.contents import render, summarise
 from matquant.errors import InputError
 from matquant.eval.request import check_evaluation
-from matquant.files import MARK
+from matquant.files import MARK, json_text
 from matquant.nest import check_bits
 from matquant.options.request import check_request
 from matquant.plan.request import check_losses
+from matquant.seal import describe, ignored_files, seal_checkpoint
 from matquant.spec import Plan
 from matquant.streams import accept_any_text
 
@@ -175,7 +167,7 @@ def quantize(
     options |= {"exclude": exclude or []}
     options |= {"group_size": _group_size(group_size), "text": _files(text, more_text)}
     check_request(model, out, **options)  # before torch is imported
-    with _progress() as report:
+    with _resumable(), progress.quantising() as report:
         written = _needs_torch("matquant.train").quantize(model, out, report=report, **options)
     print(f"wrote {written}; try: matquant eval {written} --text FILE")
 
@@ -221,16 +213,18 @@ def evaluate(
     }
     measured = _widths(bits)
     check_evaluation(directory, needs_picture=plot is not None, **options)  # before torch is imported
-    record = _needs_torch("matquant.eval.run").evaluate_checkpoint(
-        directory,
-        bits=measured,
-        device=device,
-        plot_file=plot,
-        **options,
-        show=Console().print,
-        progress=lambda line: print(line, file=sys.stderr, flush=True),
-    )
-    print(json.dumps(record, sort_keys=True))
+    run = _needs_torch("matquant.eval.run")
+    with progress.counted("eval") as count:
+        record = run.evaluate_checkpoint(
+            directory,
+            bits=measured,
+            device=device,
+            plot_file=plot,
+            **options,
+            show=Console().print,
+            report=count,
+        )
+    print(json_text(record))
 
 
 @app.command()
@@ -286,16 +280,17 @@ def plan(
             )
         sensitivity = _needs_torch("matquant.plan.sensitivity")
         with (
-            _status() as report,
-            sensitivity.open_losses(directory, files, report=report, device=device, **chosen) as losses,
+            progress.counted("plan") as count,
+            sensitivity.open_losses(directory, files, device=device, **chosen) as losses,
         ):
+            losses.report = lambda done: count("plans measured", done, losses.expected)
             if pareto:
                 module = importlib.import_module("matquant.plan.pareto")
                 record = module.run(directory, out, losses=losses, baselines=baselines, plot=plot, **options)
             else:
                 module = importlib.import_module("matquant.plan.run")
                 record = module.run(directory, out, losses=losses, **one, **options)
-    print(json.dumps(record, sort_keys=True))
+    print(json_text(record))
 
 
 @app.command()
@@ -321,9 +316,10 @@ def report(
         measure = functools.partial(
             run.evaluate_checkpoint, directory, text=files, max_tokens=max_tokens, device=device
         )
-        records["held-out text"] = measure(bits=page.WIDTHS)
-        for plan in plans or []:
-            records[plan.stem] = measure(bits=(), plan_file=plan)
+        with progress.counted("report") as count:
+            records["held-out text"] = measure(bits=page.WIDTHS, report=count)
+            for plan in plans or []:
+                records[plan.stem] = measure(bits=(), plan_file=plan, report=count)
     page.write_report(directory, out, records=records, plans=plans or [], pareto=pareto, sensitivity=sensitivity)
     print(f"wrote {out}")
 
@@ -337,17 +333,33 @@ def inspect_checkpoint(
     checkpoint = open_checkpoint(directory)
     summary = summarise(checkpoint)
     if as_json:
-        print(json.dumps(summary, sort_keys=True))
+        print(json_text(summary))
     else:
         Console().print(render(checkpoint, summary))
 
 
 @app.command()
-def verify(directory: Directory) -> None:
-    """Check every hash and shape of a checkpoint, and that text becomes the same tokens as when it was made."""
-    checkpoint = verify_checkpoint(directory)
+def verify(
+    directory: Directory,
+    seal: Annotated[
+        bool,
+        Option("--seal", help="Accept edited, added and removed small files (configuration, tokenizer, template)."),
+    ] = False,
+) -> None:
+    """Check every hash, shape and number of a checkpoint, and that text becomes the same tokens as when it was made.
+
+    Files that are not part of it are named.
+    """
+    if seal:
+        checkpoint, changes = seal_checkpoint(directory)
+        print(describe(changes))
+    else:
+        checkpoint = verify_checkpoint(directory)
+        check_plain(checkpoint)
     with contextlib.suppress(ModuleNotFoundError):  # without the package tokenizers, all but the tokens is checked
         importlib.import_module("matquant.runtime.probe").check_tokens(directory)
+    for note in ignored_files(directory):
+        print(f"note: {note}", file=sys.stderr)
     print(f"{directory} is whole: {len(checkpoint.shapes)} quantised weights, rule {checkpoint.spec.rule}")
 
 
@@ -438,7 +450,7 @@ def bench(
     )
     record = runtime.bench(engine, bits=widths, tokens=tokens, rounds=rounds, context=context)
     Console().print(runtime.table(record, str(directory)))
-    print(json.dumps(record, sort_keys=True))
+    print(json_text(record))
 
 
 @app.command()
@@ -475,7 +487,7 @@ def export(
         return
     if to is None or out is None:
         raise InputError(f"export needs a format and a place; give --to {' or '.join(exporting.EXPORTERS)} and -o OUT")
-    with _bytes_bar() as report:
+    with progress.exporting() as report:
         made = exporting.export(
             directory, out, to=to, bits=bits, plan=wanted, zeros=zeros, dtype=dtype, base_model=base_model,
             measured=measured, overwrite=overwrite, report=report,
@@ -553,56 +565,10 @@ def _group_size(text: str) -> int | None:
 
 
 @contextmanager
-def _status() -> Iterator[Any]:
-    """A line on stderr that says how many plans are measured; yields the report function."""
-    status = Console(stderr=True).status("measuring")
-
-    def report(evaluations: int) -> None:
-        status.start()  # not before the first plan: a refused run prints its message and nothing else
-        status.update(f"{evaluations} plans measured")
-
+def _resumable() -> Iterator[None]:
+    """Ctrl-C ends a run of quantize with 130 and the way to continue it."""
     try:
-        yield report
-    finally:
-        status.stop()
-
-
-@contextmanager
-def _bytes_bar() -> Iterator[Any]:
-    """A bar of bytes written, with speed and time left, on stderr; yields the report function."""
-    columns = (TextColumn("exporting"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("exporting", total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
-
-
-@contextmanager
-def _progress() -> Iterator[Any]:
-    """A bar with loss per width, speed and time left, on stderr; yields the report function."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    progress = Progress(*columns, console=Console(stderr=True))
-    task = progress.add_task("quantising", total=None)
-    told: list[str] = []
-
-    def report(record: dict[str, Any]) -> None:
-        if record.get("notice") not in (None, *told):
-            told.append(record["notice"])
-            progress.console.print(f"note: {record['notice']}", highlight=False, soft_wrap=True, markup=False)
-        if "loss" not in record:
-            return
-        progress.start()  # not before the first step: a refused run prints its message and nothing else
-        names = (f"int{name}" if name.isdecimal() else name for name in record["loss"])
-        losses = "  ".join(f"{name} {loss:.3g}" for name, loss in zip(names, record["loss"].values(), strict=True))
-        speed = f"{record['tok_s']:,.0f} tok/s" if "tok_s" in record else record.get("block", "")
-        text = "  ".join(part for part in (record.get("stage", ""), losses, speed) if part)
-        progress.update(task, completed=record["step"], total=record["steps"], description=text)
-
-    try:
-        yield report
+        yield
     except KeyboardInterrupt:
-        progress.stop()
         print("interrupted; if it was training, the same command with --resume continues", file=sys.stderr)
         raise typer.Exit(130) from None
-    finally:
-        if progress.live.is_started:
-            progress.stop()

@@ -5,10 +5,11 @@ import ctypes
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,31 @@ def sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def json_text(value: Any, *, indent: int | None = None, sort_keys: bool = True) -> str:
+    """``value`` as JSON, which knows no NaN and no infinity: InputError naming the key of one."""
+    try:
+        return json.dumps(value, indent=indent, sort_keys=sort_keys, allow_nan=False)
+    except ValueError:
+        place, number = next(_not_finite(value, ""), ("", ""))
+        if not place:
+            raise
+        raise InputError(
+            f"{place.lstrip('.')} is {number}, which JSON cannot hold; it must be a finite number"
+        ) from None
+
+
+def _not_finite(value: Any, place: str) -> Iterator[tuple[str, float]]:
+    """Where in a JSON value numbers are NaN or infinite."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield place or "the value", value
+    inner = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list | tuple) else ()
+    for key, part in inner:
+        yield from _not_finite(part, f"{place}.{key}")
+
+
 def json_bytes(value: Any) -> bytes:
     """``value`` as the JSON we write into directories: sorted keys, two spaces, a final newline."""
-    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
+    return (json_text(value, indent=2) + "\n").encode()
 
 
 def read_text(file: Path) -> str:
@@ -39,13 +62,20 @@ def read_text(file: Path) -> str:
 
 
 def read_json(file: Path, flag: str, *, give: str, missing: str = "") -> Any:
-    """What the JSON file given to ``flag`` holds; InputError that says what to give (missing: if there is no file)."""
+    """What the JSON file given to ``flag`` holds; InputError that says what to give (missing: if there is no file).
+
+    Python's reader takes NaN and infinity; a file with them is rejected by the name of their key.
+    """
     if not file.is_file():
         raise InputError(f"{flag} {file}: no such file; give {missing or give}")
     try:
-        return json.loads(read_text(file))
+        values = json.loads(read_text(file))
+        place, number = next(_not_finite(values, ""), ("", 0.0))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{flag} {file} is not JSON ({error}); give {give}") from None
+    if place:
+        raise InputError(f"{flag} {file} has {place.lstrip('.')} = {number}, not a finite number; measure it again")
+    return values
 
 
 def write_atomically(file: Path, content: bytes) -> None:

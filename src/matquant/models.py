@@ -43,6 +43,7 @@ from transformers.utils.hub import get_checkpoint_shard_files
 from matquant.errors import InputError
 from matquant.facts import GENERATION, REPAIR, read_facts
 from matquant.intact import Shapes, bin_files, check_readable, check_sensible, read_shapes
+from matquant.manifest import listed_only, side_file
 from matquant.panics import check_merges, one_line
 from matquant.sidefiles import missing_packages, readable
 from matquant.source import LOADABLE, check_source
@@ -468,9 +469,15 @@ def load_tokenizer(source: Path | str) -> Any:
     there = (Path(source) / "tokenizer.json").is_file()
     remedy = "repair its tokenizer files" if there else "put tokenizer.json beside the model"
     try:
-        with _quiet(), readable(source) as place, one_line(f"{source} has no usable tokenizer", remedy):
+        with (
+            _quiet(),
+            listed_only(Path(source)) as where,
+            readable(source if where == Path(source) else where) as place,
+            one_line(f"{source} has no usable tokenizer", remedy),
+        ):
             tokenizer = transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=False)
             tokenizer.decode(tokenizer.encode("a b"))  # some damage shows only now
+            tokenizer.name_or_path = str(source)
     except InputError:
         missing = missing_packages(source)
         if missing is None:
@@ -523,8 +530,8 @@ def _parse_config(config: Mapping[str, Any]) -> Any:
 
 def _generation_config(directory: Path) -> Any:
     """transformers' generation settings beside a checkpoint, None if there are none; InputError for wrong ones."""
-    file = directory / GENERATION_CONFIG_NAME
-    if not file.is_file():
+    file = side_file(directory, GENERATION_CONFIG_NAME)
+    if file is None:
         return None
     read_facts(file, GENERATION)
     try:

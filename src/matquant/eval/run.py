@@ -1,5 +1,6 @@
 """The evaluation a user asks for: a checkpoint, text, tasks, widths; out come tables, a record and a picture."""
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from matquant.eval.tasks import (
     summarise,
     task_average,
 )
+from matquant.finite import checked_logits
 from matquant.integrations.transformers import load
 from matquant.models import (
     check_context,
@@ -28,6 +30,7 @@ from matquant.models import (
     load_tokenizer,
     vocabulary_size,
 )
+from matquant.progress import Count
 from matquant.spec import Plan
 from matquant.text import token_stream
 
@@ -54,6 +57,7 @@ def evaluate_checkpoint(
     plot_file: Path | None = None,
     show: Show = lambda table: None,
     progress: Callable[[str], None] = lambda line: None,
+    report: Count = lambda stage, done, total: None,
 ) -> dict[str, Any]:
     """Evaluate a checkpoint at ``bits``, at a plan and beside its float model; returns and writes the record.
 
@@ -65,7 +69,9 @@ def evaluate_checkpoint(
     tasks: names of eval.tasks.TASKS, on the first ``limit`` questions each; adds "tasks": {width: {task: {"metric":
     what counts, "metrics": {name: fraction of 1}, "questions": count, "fingerprint": sha256}}} and "task_average":
     {width: fraction of 1}. The record is written after every task, and results in ``json_file`` that have the same
-    fingerprint are taken from there: a run that was killed continues.
+    fingerprint are taken from there: a run that was killed continues. progress: told every task in words. report: told
+    the width or task at work, and how much is done of how much. InputError naming the width and the layer where NaN or
+    infinity begins.
     """
     documents = check_evaluation(
         directory,
@@ -103,18 +109,23 @@ def evaluate_checkpoint(
         vocab_size = vocabulary_size(checkpoint.config)
         stream = token_stream(documents[skip_documents:], load_tokenizer(directory), vocab_size=vocab_size)
         stream = stream if max_tokens is None else stream[: max_tokens + 1]
+    report("loading the model", 0, 0)
     model = load(directory, device=place, check_hashes=False, kernels="none")  # open_checkpoint has just checked them
     if stream is not None:
         context = seq_len or context_length(model)
         check_context(model, context)
-        results = evaluate(model, stream, bits=bits, plan=plans.get("plan"), context=context, stride=stride)
+        results = evaluate(
+            model, stream, bits=bits, plan=plans.get("plan"), context=context, stride=stride, report=report
+        )
         tokens = predicted_tokens(stream, context=context, stride=stride)
         record |= {"log_perplexity": results, "context": context, "tokens": tokens}
         shown = dict(results)
         if reference is not None:
             dtype = next(model.parameters()).dtype
+            report("loading the float model", 0, 0)
             floating = load_float(reference, dtype=dtype).to(place)
-            record["reference"] = log_perplexity(floating, stream, context=context, stride=stride)
+            told = functools.partial(report, "the float model")
+            record["reference"] = log_perplexity(floating, stream, context=context, stride=stride, report=told)
             shown = {"float": record["reference"], **results}
         show(width_table(f"{directory}, {tokens:,} tokens, windows of {context}", shown, sizes))
     if tasks is not None:
@@ -122,7 +133,7 @@ def evaluate_checkpoint(
         record["tasks"] = {}
         for name, task, result in _score_tasks(
             model, directory, widths, data, tasks_data=tasks_data, limit=limit, batch_size=batch_size, known=known,
-            checkpoint_sha256=record["checkpoint"], progress=progress,
+            checkpoint_sha256=record["checkpoint"], progress=progress, report=report,
         ):  # fmt: skip
             record["tasks"].setdefault(name, {})[task] = result
             if json_file is not None:
@@ -148,6 +159,7 @@ def _score_tasks(
     known: Mapping[str, Any],
     checkpoint_sha256: str,
     progress: Callable[[str], None],
+    report: Count,
 ) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Yield (width, task, result) of every task at every width, one width after the other on the one model.
 
@@ -165,13 +177,15 @@ def _score_tasks(
         served = harness.wrap(model, load_tokenizer(directory), batch_size=batch_size)
         for number, ((name, task), key) in enumerate(keys.items(), 1):
             place = f"{number} of {len(keys)}: {task} at {f'int{name}' if name.isdigit() else name}"
+            report(place, number - 1, len(keys))
             if key in known:
                 progress(f"{place}, known already")
                 yield name, task, known[key]
             else:
                 progress(place)
                 model.set_bits(plan=widths[name])
-                results = harness.score(served, opened[task], limit=limit)
+                with checked_logits(model):
+                    results = harness.score(served, opened[task], limit=limit)
                 yield name, task, summarise(task, results, key=key)
 
 

@@ -11,7 +11,6 @@ context of such a file ends where the window would begin to matter.
 
 import contextlib
 import importlib
-import json
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -29,7 +28,9 @@ from matquant.export.containers import FLOATS, Container
 from matquant.export.job import Exporter, Job
 from matquant.export.stream import Part, Report, Slot, made
 from matquant.export.tokens import INSTEAD, Tokens, read_tokens
-from matquant.facts import GENERATION, read_facts
+from matquant.facts import GENERATION
+from matquant.files import json_text
+from matquant.manifest import side_facts
 from matquant.runtime.families import Architecture, check_sizes, read_architecture
 
 ALIGNMENT = 32  # bytes, GGUF's default
@@ -228,9 +229,9 @@ def _add_general(gguf: ModuleType, writer: Any, job: Job) -> None:
         writer.add_base_model_count(1)
         writer.add_base_model_name(0, base)
         writer.add_base_model_repo_url(0, f"https://huggingface.co/{base}")
-    writer.add_string("matquant.record", json.dumps(record(job), sort_keys=True))
+    writer.add_string("matquant.record", json_text(record(job)))
     writer.add_string("matquant.card", model_card(job))
-    generation = read_facts(job.checkpoint.directory / "generation_config.json", GENERATION)
+    generation = side_facts(job.checkpoint.directory, "generation_config.json", GENERATION)
     if generation.get("do_sample"):
         for key, name in SAMPLING.items():
             if generation.get(key) is not None:

@@ -10,19 +10,13 @@ from pathlib import Path
 
 import numpy as np
 
-from matquant.checkpoint import (
-    SLICES,
-    Checkpoint,
-    nested_side_files,
-    quantization_config,
-    slice_tensors,
-    write_manifest,
-)
+from matquant.checkpoint import SLICES, Checkpoint, nested_side_files, quantization_config, slice_tensors
 from matquant.export import compressed_tensors
 from matquant.export.containers import FIXED, Container, Encoded, Fit, Misfit
 from matquant.export.directory import write_directory
 from matquant.export.job import Exporter, Job, as_stored
 from matquant.export.stream import Report, write_safetensors
+from matquant.manifest import write_manifest
 from matquant.nest import MASTER_BITS
 from matquant.tensor import NestedTensor
 

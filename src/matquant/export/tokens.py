@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from matquant.errors import InputError
-from matquant.facts import GENERATION, read_facts, read_json
+from matquant.facts import GENERATION, read_json
+from matquant.manifest import side_facts, side_file
 from matquant.runtime.vocabulary import Vocabulary, end_ids, read_vocabulary
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # llama.cpp's token types
@@ -80,8 +81,8 @@ class Tokens:
 
 def read_tokens(directory: Path, config: Mapping[str, Any]) -> Tokens:
     """The tokenizer of a checkpoint; InputError if llama.cpp has none that cuts text alike."""
-    file = directory / "tokenizer.json"
-    if not file.is_file():
+    file = side_file(directory, "tokenizer.json")
+    if file is None:
         return Tokens(model="no_vocab", notices=("there is no tokenizer.json: the file takes token ids, not text",))
     vocabulary, given = read_vocabulary(directory), read_json(file)
     model = given["model"]
@@ -89,7 +90,7 @@ def read_tokens(directory: Path, config: Mapping[str, Any]) -> Tokens:
         raise InputError(f"{file} is a {model.get('type')} tokenizer, GGUF export knows BPE; {INSTEAD}")
     merges = [tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
     texts, types = _texts(file, vocabulary, given, int(config["vocab_size"]))
-    special = _special(vocabulary, config, read_facts(directory / "generation_config.json", GENERATION))
+    special = _special(vocabulary, config, side_facts(directory, "generation_config.json", GENERATION))
     adds_bos, adds_eos = _added(file, vocabulary, special)
     common = Tokens(
         model="gpt2",

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from matquant.checkpoint import check_writable
+from matquant.checkpoint import check_writable, side_files
 from matquant.errors import InputError, check_positive
 from matquant.nest import OWN, ZEROS, check_bits, check_rule
 from matquant.options import AFFINES, METHODS, SCOPES, distill
@@ -96,6 +96,7 @@ def check_request(
     if needs_text and not text:
         raise InputError(f"method {method!r} needs text to work with; give --text FILE, or --method rtn")
     check_writable(target, overwrite=overwrite)
+    side_files(model)  # rejects pipes and links that leave the directory
     check_source(model)
     _check_work(request.work, resume=resume, overwrite=overwrite)
     return dataclasses.replace(request, documents=read_documents(text)) if needs_text else request

@@ -14,6 +14,7 @@ dense float32 model, its codes, and p, 4 bytes x tokens x vocabulary. B sequence
 import functools
 import hashlib
 import json
+import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -26,8 +27,10 @@ import torch
 
 from matquant.checkpoint import Checkpoint, manifest_sha256, open_checkpoint
 from matquant.errors import InputError
-from matquant.files import sha256, write_atomically
+from matquant.files import json_text, sha256, write_atomically
+from matquant.finite import check_result
 from matquant.integrations.transformers import load
+from matquant.manifest import PLAN_CACHE
 from matquant.models import (
     check_context,
     choose_device,
@@ -43,7 +46,7 @@ from matquant.plan.request import check_losses
 from matquant.source import check_source
 from matquant.text import cut_windows, data_sha256, token_stream
 
-SIDECAR = "matquant_plans.json"
+SIDECAR = PLAN_CACHE
 SIDECAR_FORMAT = 1
 BATCH_TOKENS = 4096
 CACHE_BYTES = 2**30
@@ -77,7 +80,8 @@ class Losses:
         self.reference = reference
         self.device = choose_device(device)
         self.evaluations = 0
-        self._report = report
+        self.expected = 0  # at most so many by the end of a search; 0: not known
+        self.report = report
         self._saved_s = time.monotonic()
         self._file = checkpoint.directory / SIDECAR
         self._key = {
@@ -105,7 +109,7 @@ class Losses:
         if key not in self._measured:
             self._measured[key] = list(self._forward.measure(bits))
             self.evaluations += 1
-            self._report(self.evaluations)
+            self.report(self.evaluations)
             if time.monotonic() > self._saved_s + SAVE_EVERY_S:
                 self.save()
         kl, log_perplexity = self._measured[key]
@@ -126,7 +130,7 @@ class Losses:
         self._saved_s = time.monotonic()
         if self.evaluations:
             record = {"format": SIDECAR_FORMAT, "paths": self.paths, "losses": self._sets}
-            write_atomically(self._file, (json.dumps(record, indent=1) + "\n").encode())
+            write_atomically(self._file, (json_text(record, indent=1, sort_keys=False) + "\n").encode())
 
     @functools.cached_property
     def model(self) -> Any:
@@ -165,6 +169,10 @@ class Forward:
             else:
                 logits = (teacher(input_ids=ids, use_cache=False).logits for ids in self._inputs)
             self._p = [batch.float().softmax(-1) for batch in logits]
+        for ids, p in zip(self._inputs, self._p, strict=True):
+            check_result(
+                float(p.sum()), model if teacher is None else teacher, ids, what="probabilities that add up to"
+            )
         vocabulary = model.config.get_text_config().vocab_size
         if teacher is not None and self._p[0].shape[-1] != vocabulary:
             raise InputError(
@@ -186,6 +194,7 @@ class Forward:
                 kl += float((total - expected - self._entropy[number]).sum(dtype=torch.float64))
                 nll += float((total - chosen).sum(dtype=torch.float64))
                 count += ids.numel()
+                check_result(kl + nll, self.model, ids, what="a loss of")
         return kl / count, nll / count
 
     def _outputs(self, bits: Plain) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -243,6 +252,7 @@ def _read_sidecar(file: Path, checkpoint_sha256: str) -> list[dict[str, Any]]:
             )
         sets = [known for known in record["losses"] if known["checkpoint_sha256"] == checkpoint_sha256]
         assert all(len(values) == 2 for known in sets for values in known["measured"].values())
+        assert all(math.isfinite(value) for known in sets for pair in known["measured"].values() for value in pair)
     except (ValueError, KeyError, TypeError, AttributeError, AssertionError, RecursionError) as error:
         if isinstance(error, InputError):
             raise

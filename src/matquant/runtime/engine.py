@@ -24,7 +24,8 @@ import numpy as np
 from matquant import _native
 from matquant.checkpoint import open_checkpoint
 from matquant.errors import InputError, check_positive
-from matquant.facts import GENERATION, read_facts
+from matquant.facts import GENERATION
+from matquant.manifest import side_facts
 from matquant.nest import MASTER_BITS, check_bits
 from matquant.planes import ACTIVATIONS
 from matquant.runtime.model import load_model
@@ -68,7 +69,7 @@ class Engine:
         self.max_bits = max_bits
         self.threads = threads or _default_threads()
         self.exact = activations == "float"
-        self.generation_config = read_facts(self.path / "generation_config.json", GENERATION)
+        self.generation_config = side_facts(self.path, "generation_config.json", GENERATION)
         self._config = checkpoint.config
         self._start = checkpoint.config.get("bos_token_id")
         self._vocabulary: Vocabulary | None = None

@@ -57,7 +57,13 @@ class Sampling:
 
 
 def choose(logits: np.ndarray, sampling: Sampling, generator: np.random.Generator) -> int:
-    """The next token id from logits [vocab], float32."""
+    """The next token id from logits [vocab], float32. InputError if they are not finite."""
+    largest = float(logits.max())
+    if not math.isfinite(largest):
+        raise InputError(
+            f"the model gives logits of {largest}, so no token can be chosen; "
+            "matquant eval --text FILE names the width and the layer"
+        )
     if sampling.temperature == 0:
         return int(logits.argmax())
     ids, probabilities = distribution(logits, sampling)

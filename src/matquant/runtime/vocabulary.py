@@ -14,8 +14,9 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from matquant.errors import InputError
-from matquant.facts import TOKENIZER, read_facts
+from matquant.facts import CHAT_TEMPLATE, TOKENIZER
 from matquant.files import read_text
+from matquant.manifest import MANIFEST, seal_hint, side_facts, side_file
 from matquant.panics import check_merges, one_line
 
 UNFINISHED = "\ufffd"  # what decoders write for bytes that are no character (yet)
@@ -67,18 +68,21 @@ class Vocabulary:
 
 def read_vocabulary(directory: Path) -> Vocabulary:
     """The vocabulary of a checkpoint; InputError if it has no tokenizer.json or that cannot be read."""
-    file = directory / "tokenizer.json"
-    if not file.is_file():
-        raise InputError(f"{directory} has no tokenizer.json, which text needs; put it there, or give token ids")
+    file = side_file(directory, "tokenizer.json")
+    if file is None:
+        raise InputError(
+            f"{directory} has no tokenizer.json, which text needs; put it there, or give token ids"
+            + seal_hint(directory, "tokenizer.json")
+        )
     check_merges(file)
     with one_line(f"{file} cannot be read", "copy it again"):
         tokenizer = Tokenizer.from_str(read_text(file))
         tokenizer.no_truncation()  # what a training run left there is not ours
         tokenizer.no_padding()
         tokenizer.decode(tokenizer.encode("a b").ids)  # some damage shows only now
-    config = read_facts(directory / "tokenizer_config.json", TOKENIZER)
+    config = side_facts(directory, "tokenizer_config.json", TOKENIZER)
     tokenizer.encode_special_tokens = bool(config.get("split_special_tokens"))
-    special = _special(config, read_facts(directory / "special_tokens_map.json", {}))
+    special = _special(config, side_facts(directory, "special_tokens_map.json", {}))
     named = _chat_templates(directory, config)
     ids = {name: tokenizer.token_to_id(text) for name, text in special.items()}
     return Vocabulary(
@@ -128,13 +132,20 @@ def _content(value: Any) -> str | None:
 
 
 def _chat_templates(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    """The chat templates by name: files before tokenizer_config.json, as in transformers, and a processor's last."""
-    files = {file.stem: file for file in sorted((directory / "additional_chat_templates").glob("*.jinja"))}
-    if (directory / "chat_template.jinja").is_file():
-        files["default"] = directory / "chat_template.jinja"
+    """The chat templates by name: files before tokenizer_config.json, as in transformers, and a processor's last.
+
+    The folder additional_chat_templates is read beside a float model only: a manifest lists no folders.
+    """
+    folder = directory / "additional_chat_templates"
+    inside = [] if (directory / MANIFEST).exists() else sorted(folder.glob("*.jinja"))
+    files = {file.stem: file for file in inside}
+    default = side_file(directory, "chat_template.jinja")
+    if default is not None:
+        files["default"] = default
     if files:
         return {name: _read_text(file) for name, file in files.items()}
-    given = config.get("chat_template") or read_facts(directory / "chat_template.json", {}).get("chat_template")
+    template = {"chat_template": CHAT_TEMPLATE.or_null()}
+    given = config.get("chat_template") or side_facts(directory, "chat_template.json", template).get("chat_template")
     if isinstance(given, list):  # [{"name": ..., "template": ...}]
         given = {entry.get("name"): entry.get("template") for entry in given if isinstance(entry, dict)}
     if not isinstance(given, dict):

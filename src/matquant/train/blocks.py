@@ -12,8 +12,9 @@ with the same bits as one that was never stopped.
 import contextlib
 import ctypes
 import json
+import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from matquant.errors import InputError
-from matquant.files import replace_when_done, write_atomically
+from matquant.files import json_text, replace_when_done, write_atomically
 from matquant.grid import check_finite
 from matquant.models import Call, View, decoder_layers, embed, write_weights
 from matquant.tensor import NestedTensor
@@ -87,6 +88,7 @@ def run_blocks(
     for file in folder.glob("*.safetensors"):
         _record(file, mark)  # before any work: another run's blocks, or damaged ones
     hidden, calls = _embed(job, tokens, batch_size)
+    _check_states(hidden, "the embedding", FLOAT)
     folder.mkdir(parents=True, exist_ok=True)
     flowing = {stream: list(hidden) for stream in streams}
     del hidden
@@ -107,6 +109,7 @@ def run_blocks(
                 config=job.model.config,
             )
             solved = solve(job, block)
+            check_losses({int(bits): loss for bits, loss in solved.record.get("loss", {}).items()}, name)
             record = {**solved.record, "step": index + 1, "steps": len(layers), "block": name}
             _save(file, solved, record | {"seconds": round(time.perf_counter() - began, 2)}, mark, job)
         solved = _load(file, mark, device=job.device)
@@ -114,11 +117,12 @@ def run_blocks(
         if index + 1 < len(layers):
             for stream in streams:
                 _advance(job, solved, module, calls[index], views, flowing[stream], stream)
+                _check_states(flowing[stream], name, stream)
         _release(module)
         del solved
         give_memory_back()
     records = [_record(file, mark) for file in sorted(folder.glob("*.safetensors"))]
-    write_atomically(job.work / LOG, "".join(json.dumps(record) + "\n" for record in records).encode())
+    write_atomically(job.work / LOG, "".join(json_text(record, sort_keys=False) + "\n" for record in records).encode())
     return _finished(job, len(layers), mark)
 
 
@@ -185,6 +189,26 @@ def _advance(
             hidden[number] = call(module, states)
 
 
+def check_losses(losses: Mapping[int, float], name: str) -> None:
+    """InputError naming the block and the width if a loss is not finite."""
+    for bits, loss in losses.items():
+        if not math.isfinite(loss):
+            raise InputError(
+                f"the loss of {name} at {bits} bits is {loss}: its weights or inputs are too large to square; "
+                "scale or repair the float model, or use --method rtn"
+            )
+
+
+def _check_states(hidden: Iterable[torch.Tensor], name: str, stream: int) -> None:
+    """InputError naming the block and the width if hidden states are not finite."""
+    if not all(bool(torch.isfinite(states).all()) for states in hidden):
+        width = "the float model" if stream == FLOAT else f"int{stream}"
+        raise InputError(
+            f"the output of {name} is not finite in {width}; check the float model with matquant eval --reference, "
+            "or leave this block out with --exclude"
+        )
+
+
 def _materialise(job: Job, name: str, module: torch.nn.Module) -> None:
     for local, _ in list(module.named_parameters()):
         _set_parameter(module, local, _read(job, f"{name}.{local}").float().to(job.device))
@@ -233,7 +257,7 @@ def _save(file: Path, solved: Solved, record: Mapping[str, Any], mark: Mapping[s
         for bits, (scale, zero) in nested.slices.items():
             tensors |= {f"{path}/{bits}/scale": scale, f"{path}/{bits}/zero": zero}
     tensors |= {f"plain/{name}": tensor.to(job.dtypes[name]) for name, tensor in solved.plain.items()}
-    metadata = {"fingerprint": json.dumps(mark, sort_keys=True), "record": json.dumps(record)}
+    metadata = {"fingerprint": json_text(mark), "record": json_text(record, sort_keys=False)}
     with replace_when_done(file) as partial:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata=metadata)
 

@@ -36,7 +36,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from matquant.errors import InputError
-from matquant.files import check_space, replace_when_done
+from matquant.files import check_space, json_text, replace_when_done
 from matquant.models import Model, View, check_context, decoder_layers, layer_output, write_weights
 from matquant.nest import MASTER_BITS
 from matquant.options.qat import Schedule, default_lr
@@ -123,7 +123,7 @@ def train(job: Job) -> Iterator[tuple[str, NestedTensor]]:
     with (work / LOG).open("a") as log:
         while state.step < schedule.steps:
             record = train_step(model, views, grid, state, optimizer, job.objective, windows, schedule, teacher)
-            log.write(json.dumps(record) + "\n")
+            log.write(json_text(record, sort_keys=False) + "\n")
             job.report(record)
             if state.step % schedule.save_every == 0 or state.step == schedule.steps:
                 log.flush()
@@ -440,7 +440,7 @@ def save(state: State, optimizer: torch.optim.Optimizer, work: Path, mark: Mappi
     for name, tensor in state.named():
         for key, value in optimizer.state[tensor].items():
             tensors[f"{name}//{key}"] = value
-    metadata = {"step": str(state.step), "fingerprint": json.dumps(mark, sort_keys=True)}
+    metadata = {"step": str(state.step), "fingerprint": json_text(mark)}
     with replace_when_done(work / STATE) as partial:
         save_file(tensors, partial, metadata=metadata)
 

@@ -14,7 +14,10 @@ from matquant.train.job import Job
 def round_to_nearest(job: Job) -> Iterator[tuple[str, NestedTensor]]:
     """Encode every weight on its min-max grid (MatQuant Eq. 1). No data, no training, one weight in memory."""
     parameters = dict(job.model.named_parameters())
-    return (
-        (path, nest(view.of(parameters[view.parameter].detach()).float(), job.grid, name=path))
-        for path, view in job.views.items()
-    )
+
+    def encoded() -> Iterator[tuple[str, NestedTensor]]:
+        for number, (path, view) in enumerate(job.views.items(), 1):
+            yield path, nest(view.of(parameters[view.parameter].detach()).float(), job.grid, name=path)
+            job.report({"step": number, "steps": len(job.views), "unit": "weight", "loss": {}})
+
+    return encoded()
