@@ -11,8 +11,9 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "matquant"
 # A module may import from layers before its own, or from its own package.
 LAYERS = [
     {"errors"},
+    {"locks"},
     {"nest", "files", "packing"},
-    {"spec", "grid", "overflow"},
+    {"spec", "grid", "overflow", "interrupted"},
     {"tensor", "text"},
     {"checkpoint", "planes"},
     {"models", "contents", "runtime"},
@@ -27,6 +28,8 @@ LAYERS = [
 NO_TORCH = {
     "errors",
     "files",
+    "interrupted",
+    "locks",
     "nest",
     "packing",
     "spec",

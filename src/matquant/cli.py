@@ -267,7 +267,10 @@ def plan(
             raise InputError("--pareto measures losses and no text is given; give --text FILE")
         chosen = {"reference": reference, "samples": samples, "seq_len": seq_len, "seed": seed, "device": device}
         sensitivity = _needs_torch("matquant.plan.sensitivity")
-        with _status() as report, sensitivity.open_losses(directory, files, report=report, **chosen) as losses:
+        with (
+            _status() as report,
+            sensitivity.open_losses(directory, files, report=report, notice=_notice, **chosen) as losses,
+        ):
             if pareto:
                 module = importlib.import_module("matquant.plan.pareto")
                 record = module.run(directory, out, losses=losses, baselines=baselines, plot=plot, **options)
@@ -447,7 +450,7 @@ def export(
         made = exporting.export(
             directory, out, to=to, bits=bits, plan=wanted, zeros=zeros, dtype=dtype, base_model=base_model,
             measured=measured, overwrite=overwrite, report=report,
-            notice=lambda text: print(f"note: {text}", file=sys.stderr),
+            notice=_notice,
         )  # fmt: skip
     speed = made["bytes"] / made["seconds"] / 1e6
     print(
@@ -464,6 +467,10 @@ def demo(
 ) -> None:
     """Quantise the embedded model jointly and against its baselines, in a few minutes."""
     _needs_torch("matquant.demo").run(out, Console())
+
+
+def _notice(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr)
 
 
 def _needs_torch(module: str) -> Any:

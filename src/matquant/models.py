@@ -324,6 +324,14 @@ def check_model_path(source: Path | str) -> None:
         raise InputError(f"{source}: no such model directory; give a Hugging Face model directory or a hub id")
 
 
+def local_files(source: Path | str) -> Path | None:
+    """The directory that a model is read from: itself, or a hub id's snapshot, whose name is its commit."""
+    if Path(source).is_dir():
+        return Path(source)
+    found = cached_file(str(source), "config.json", _raise_exceptions_for_missing_entries=False)
+    return Path(found).parent if found else None
+
+
 def context_length(model: Model) -> int:
     """The context the model was made for, in tokens; CONTEXT if its configuration names none (BLOOM, Mamba)."""
     config = model.config.get_text_config()

@@ -20,6 +20,7 @@ from matquant.eval.tasks import (
     task_average,
 )
 from matquant.integrations.transformers import load
+from matquant.locks import holding
 from matquant.models import (
     check_context,
     check_model_path,
@@ -34,6 +35,7 @@ from matquant.text import read_documents, token_stream
 Show = Callable[[RenderableType], None]
 
 
+@holding("json_file")
 def evaluate_checkpoint(
     directory: Path,
     *,

@@ -13,6 +13,7 @@ from rich.table import Table
 from matquant.checkpoint import Checkpoint, bits_per_weight, open_checkpoint, plain_bytes, plan_bytes
 from matquant.errors import InputError
 from matquant.files import write_atomically
+from matquant.locks import holding
 from matquant.plan.budget import Budget, bits_budget, by_layer, check_widths, size_budget
 from matquant.plan.search import EVALUATIONS, PAPER_WIDTHS, search, strategy_plan
 from matquant.plan.strategies import check_strategy
@@ -25,6 +26,7 @@ SEARCH = "search"
 SEARCHED_WIDTHS = (2, 3, 4, 6, 8)
 
 
+@holding("out")
 def run(
     directory: Path,
     out: Path,

@@ -15,10 +15,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from matquant.checkpoint import SHARD_BYTES, check_writable, open_checkpoint, side_files, write_checkpoint
+from matquant.checkpoint import (
+    SHARD_BYTES,
+    check_writable,
+    manifest_sha256,
+    open_checkpoint,
+    side_files,
+    write_checkpoint,
+)
 from matquant.errors import InputError, check_positive
 from matquant.files import check_space
 from matquant.grid import check_finite, check_group_size
+from matquant.interrupted import check_work, work_folder
+from matquant.locks import check_place, holding
 from matquant.models import (
     Model,
     Shards,
@@ -42,7 +51,7 @@ from matquant.text import data_sha256, read_documents, token_stream
 from matquant.train import distill, gptq, omniquant, qat
 from matquant.train.blocks import read_tensor
 from matquant.train.fake import AFFINES, Grid
-from matquant.train.job import LOG, Job, Report
+from matquant.train.job import LOG, Job, Report, source_files
 from matquant.train.objective import Width, parse_objective
 from matquant.train.rtn import round_to_nearest
 from matquant.train.select import select_linears
@@ -100,6 +109,7 @@ METHODS: dict[str, Method] = {
 AFFINE_WIDTHS = (2, 3, 4)
 
 
+@holding("out")
 def quantize(
     model: Path | str,
     out: Path | str,
@@ -139,18 +149,18 @@ def quantize(
     ``distill.stages``; seq_len is by default at most the model's context.
     Raises InputError before any work for whatever can be known before it, and never leaves a half-written checkpoint.
     """
-    target = Path(out).resolve()
+    target = check_place(out)
     if threads is not None:
         check_positive(threads=threads)
         torch.set_num_threads(threads)
-    work = target.with_name(f".{target.name}.work")
+    work = work_folder(target)
     if method == distill.NAME:
         fixed = {"objective": objective, "weights": weights, "affine": affine}
         _check_unset({**fixed, "baseline_bits": baseline_bits, "start": start}, None)
         _check_unset({"rule": rule}, "prefix")
         _check_unset({"symmetric": symmetric}, True)
         check_writable(target, overwrite=overwrite)
-        _check_work(work, resume=resume, overwrite=overwrite)
+        check_work(target, method=method, resume=resume, overwrite=overwrite)
         common = {"scope": scope, "exclude": exclude, "group_size": group_size, "zeros": zeros}
         common |= {"scale_dtype": scale_dtype, "device": device}
         return distill.run(
@@ -162,6 +172,7 @@ def quantize(
             options=options,
             work=work,
             resume=resume,
+            overwrite=overwrite,
             report=report,
         )
     if method not in METHODS:
@@ -182,7 +193,7 @@ def quantize(
             raise InputError(f"method {method!r} needs text to work with; give --text FILE, or --method rtn")
     check_writable(target, overwrite=overwrite)
     check_model_path(model)
-    _check_work(work, resume=resume, overwrite=overwrite)
+    check_work(target, method=method, resume=resume, overwrite=overwrite)
     documents = read_documents(text) if chosen.settings else []
 
     place = choose_device(device)
@@ -251,9 +262,9 @@ def quantize(
         options=options if chosen.settings else {},
         report=_with_notice(report, SLOW_BF16) if slow else report,
         first=first,
+        start_sha256="" if start is None else manifest_sha256(start),
+        files=source_files(model) if chosen.settings else {},
     )
-    if chosen.streamed and not resume:
-        shutil.rmtree(work, ignore_errors=True)
     nested = chosen.run(job)
     logs = [Path(folder) / LOG for folder in (start, work) if folder is not None]  # its own after start's
     history = b"".join(log.read_bytes() for log in logs if log.is_file())
@@ -387,13 +398,6 @@ def _check_zeros(zeros: str, *, affine: str, rule: str, symmetric: bool) -> None
             )
     if affine == "none":
         raise InputError(f"zeros={zeros!r} asked with affine='none', by which no width has a zero; use affine 'refit'")
-
-
-def _check_work(work: Path, *, resume: bool, overwrite: bool) -> None:
-    if resume and not work.is_dir():
-        raise InputError(f"--resume found no interrupted run in {work}; leave --resume out to start one")
-    if work.is_dir() and not resume and not overwrite:
-        raise InputError(f"{work} holds an interrupted run; --resume to continue it, or --overwrite to start again")
 
 
 def _check_finite(model: Model, views: Mapping[str, View]) -> None:
