@@ -98,7 +98,7 @@ def replace_directory_when_done(target: Path, check: Callable[[], None]) -> Iter
     A failure leaves ``target`` as it was, and nothing beside it. A full disk is an InputError. The files get the
     permissions of any new file (the umask), whoever writes them.
     """
-    with hold(target):
+    with hold(target, again=True):
         check()
         partial = partial_path(target)
         try:

@@ -40,7 +40,7 @@ def check_work(target: Path, *, method: str, resume: bool, overwrite: bool) -> N
     Another run at work, an interrupted one that is neither continued nor given up, one of another method.
     """
     work = work_folder(target)
-    with hold(target):
+    with hold(target, again=True):
         if resume and not work.is_dir():
             raise InputError(f"--resume found no interrupted run in {work}; leave --resume out to start one")
         if work.is_dir() and not resume and not overwrite:

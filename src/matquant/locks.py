@@ -45,14 +45,14 @@ _held: ContextVar[frozenset[Path]] = ContextVar("held", default=frozenset())  # 
 
 
 @contextlib.contextmanager
-def hold(out: Path | str) -> Iterator[Path]:
+def hold(out: Path | str, *, again: bool = False) -> Iterator[Path]:
     """Keep every other run from writing ``out``; yields the place to write, which is what a link points to.
 
-    Missing parent directories are made, and removed again if they are empty at the end. A thread that holds ``out``
-    may hold it again. Raises InputError at once if another run holds it, or nothing can be written there.
+    Missing parent directories are made, and removed again if they are empty at the end. again: part of a run, which
+    may hold ``out`` already. Raises InputError at once if another run holds it, or nothing can be written there.
     """
     target = check_place(out)
-    if target in _held.get():
+    if again and target in _held.get():
         yield target
         return
     made = _make_parents(target)

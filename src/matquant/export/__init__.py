@@ -61,7 +61,10 @@ def export(
     nothing written, where a slice does not fit.
     """
     began = time.perf_counter()
-    target, checkpoint = check_place(out), open_checkpoint(directory)
+    target = check_place(out)
+    if to in EXPORTERS:  # before a large checkpoint is read
+        _check_target(target, EXPORTERS[to], overwrite=overwrite)
+    checkpoint = open_checkpoint(directory)
     if bits is not None and plan is not None:
         raise InputError("both bits and a plan asked for; give one of them")
     wanted = (plan or Plan(default=bits or MASTER_BITS)).resolve(checkpoint.shapes)
