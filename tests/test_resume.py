@@ -136,6 +136,20 @@ def test_work_of_an_earlier_version_is_rejected_in_one_sentence(
     assert_rejected(functools.partial(resume, method="rtn"), tmp_path, expected)
 
 
+def test_what_a_killed_run_left_unfinished_is_deleted(tmp_path: Path) -> None:
+    work = tmp_path / ".out.work"
+    interrupted.claim(work, {"seed": 0}, resume=False)
+    (work / ".1.0badcafe-1-00000000.partial").mkdir()
+    (work / ".1.0badcafe-1-00000000.partial" / "config.json").write_text("{}")
+    (work / ".state.safetensors.partial").write_text("half")
+    interrupted.claim(work, {"seed": 0}, resume=True)
+    assert [file.name for file in work.iterdir()] == ["run.json"]
+    (work / "run.json").unlink()
+    (work / ".run.json.partial").write_text("half")  # killed before it had begun
+    interrupted.claim(work, {"seed": 1}, resume=True)
+    assert [file.name for file in work.iterdir()] == ["run.json"]
+
+
 def test_a_rejected_start_of_blocks_keeps_an_interrupted_run(stopped: Callable[[str], Resume], tmp_path: Path) -> None:
     stopped("gptq")
     run = functools.partial(matquant.quantize, tmp_path / "model", tmp_path / "out", method="gptq", overwrite=True)

@@ -67,7 +67,7 @@ def replace_when_done(file: Path, *, overwrite: bool = True) -> Iterator[Path]:
             partial.touch(exist_ok=False)
             permissions = partial.stat().st_mode & 0o777
             yield partial
-            partial.chmod(permissions)
+            _permit(partial, permissions)
             sync(partial)
         if overwrite:
             partial.replace(file)
@@ -107,7 +107,7 @@ def replace_directory_when_done(target: Path, check: Callable[[], None]) -> Iter
                 yield partial
                 permissions = partial.stat().st_mode & 0o666
                 for file in partial.iterdir():
-                    file.chmod(permissions)
+                    _permit(file, permissions)
                     sync(file)
                 sync(partial)
             check()
@@ -155,6 +155,13 @@ def _renameat2(source: Path, target: Path, flag: int) -> int:
         failed = library.renameat2(here, os.fsencode(source), here, os.fsencode(target), flag)
         return ctypes.get_errno() if failed else 0
     return errno.ENOSYS
+
+
+def _permit(file: Path, permissions: int) -> None:
+    """Set the permissions of a file, where the file system has any."""
+    if file.stat().st_mode & 0o777 != permissions:
+        with contextlib.suppress(PermissionError):
+            file.chmod(permissions)
 
 
 def _exists(target: Path) -> InputError:

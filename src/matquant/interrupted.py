@@ -14,7 +14,7 @@ from typing import Any
 
 from matquant.errors import InputError
 from matquant.files import json_bytes, sha256, write_atomically
-from matquant.locks import hold
+from matquant.locks import delete, hold
 
 RECORD = "run.json"
 FORMAT = 1
@@ -59,8 +59,8 @@ def claim(work: Path, mark: Mapping[str, Any], *, resume: bool) -> None:
     if resume and work.is_dir():
         for record in _records(work):
             check_same_run(record, mark)
-        for file in work.rglob("*.partial"):  # a killed run's, as OUT is held
-            file.unlink()
+        for unfinished in list(work.rglob("*.partial")):  # a killed run's, as OUT is held
+            delete(unfinished)
     else:
         shutil.rmtree(work, ignore_errors=True)
     if not (work / RECORD).is_file():

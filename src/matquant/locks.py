@@ -138,11 +138,16 @@ def remove_leftovers(file: Path, *, locked: bool = False) -> None:
     for found in beside:
         match = pattern.fullmatch(found.name)
         if match and (locked or (match["host"] == HOST_MARK and not _is_running(int(match["pid"])))):
-            if found.is_dir() and not found.is_symlink():
-                shutil.rmtree(found, ignore_errors=True)
-            else:
-                with contextlib.suppress(OSError):
-                    found.unlink()
+            delete(found)
+
+
+def delete(path: Path) -> None:
+    """Delete a file, a link or a directory, as far as that is possible."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def _stem(file: Path) -> str:

@@ -328,7 +328,8 @@ def local_files(source: Path | str) -> Path | None:
     """The directory that a model is read from: itself, or a hub id's snapshot, whose name is its commit."""
     if Path(source).is_dir():
         return Path(source)
-    found = cached_file(str(source), "config.json", _raise_exceptions_for_missing_entries=False)
+    missing = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    found = cached_file(str(source), "config.json", **missing)
     return Path(found).parent if found else None
 
 
