@@ -11,8 +11,9 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "matquant"
 # A module may import from layers before its own, or from its own package.
 LAYERS = [
     {"errors", "streams"},
+    {"locks"},
     {"nest", "files", "packing", "panics", "tensors", "hub", "ties", "progress"},
-    {"spec", "grid", "overflow", "source", "facts"},
+    {"spec", "grid", "overflow", "source", "facts", "interrupted"},
     {"tensor", "text", "intact", "manifest"},
     {"checkpoint", "planes"},
     {"sidefiles"},
@@ -32,6 +33,8 @@ NO_TORCH = {
     "files",
     "hub",
     "intact",
+    "interrupted",
+    "locks",
     "nest",
     "options",
     "packing",

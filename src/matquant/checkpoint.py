@@ -27,6 +27,7 @@ from matquant.errors import InputError
 from matquant.facts import CONFIG, check_depth
 from matquant.files import check_replaceable, json_bytes, replace_directory_when_done, sha256
 from matquant.grid import middle
+from matquant.locks import check_place
 from matquant.manifest import (
     AGAIN,
     INDEX,
@@ -81,9 +82,8 @@ def write_checkpoint(
     name (tokenizer, logs). Raises InputError if ``directory`` exists and ``overwrite`` is false, or the disk is full;
     nothing is left behind then.
     """
-    target = Path(directory).resolve()  # through a link, the checkpoint it points to is replaced
-    check_writable(target, overwrite=overwrite)
-    with replace_directory_when_done(target) as partial:
+    target = check_place(directory)  # through a link, the checkpoint it points to is replaced
+    with replace_directory_when_done(target, lambda: check_writable(target, overwrite=overwrite)) as partial:
         _write_tensors(partial, items, spec=spec, shard_bytes=shard_bytes)
         quantised = {**config, "quantization_config": quantization_config(spec, ignore)}
         (partial / "config.json").write_bytes(json_bytes(quantised))

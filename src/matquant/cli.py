@@ -281,7 +281,7 @@ def plan(
         sensitivity = _needs_torch("matquant.plan.sensitivity")
         with (
             progress.counted("plan") as count,
-            sensitivity.open_losses(directory, files, device=device, **chosen) as losses,
+            sensitivity.open_losses(directory, files, device=device, notice=_notice, **chosen) as losses,
         ):
             losses.report = lambda done: count("plans measured", done, losses.expected)
             if pareto:
@@ -491,7 +491,7 @@ def export(
         made = exporting.export(
             directory, out, to=to, bits=bits, plan=wanted, zeros=zeros, dtype=dtype, base_model=base_model,
             measured=measured, overwrite=overwrite, report=report,
-            notice=lambda text: print(f"note: {text}", file=sys.stderr),
+            notice=_notice,
         )  # fmt: skip
     speed = made["bytes"] / made["seconds"] / 1e6
     print(
@@ -508,6 +508,10 @@ def demo(
 ) -> None:
     """Quantise the embedded model jointly and against its baselines, in a few minutes."""
     _needs_torch("matquant.demo").run(out, Console())
+
+
+def _notice(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr)
 
 
 def _needs_torch(module: str) -> Any:

@@ -22,6 +22,7 @@ from matquant.eval.tasks import (
 )
 from matquant.finite import checked_logits
 from matquant.integrations.transformers import load
+from matquant.locks import holding
 from matquant.models import (
     check_context,
     choose_device,
@@ -37,6 +38,7 @@ from matquant.text import token_stream
 Show = Callable[[RenderableType], None]
 
 
+@holding("json_file")
 def evaluate_checkpoint(
     directory: Path,
     *,

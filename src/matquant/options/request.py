@@ -12,6 +12,8 @@ from typing import Any
 
 from matquant.checkpoint import check_writable, side_files
 from matquant.errors import InputError, check_positive
+from matquant.interrupted import check_work, work_folder
+from matquant.locks import check_place
 from matquant.nest import OWN, ZEROS, check_bits, check_rule
 from matquant.options import AFFINES, METHODS, SCOPES, distill
 from matquant.options.objective import Width, parse_objective
@@ -69,8 +71,8 @@ def check_request(
         check_positive(threads=threads)
     if method not in (*METHODS, distill.NAME):
         raise InputError(f"method={method!r} is not known; use one of {', '.join((*METHODS, distill.NAME))}")
-    target = Path(out).resolve()
-    request = Request(target=target, work=target.with_name(f".{target.name}.work"))
+    target = check_place(out)
+    request = Request(target=target, work=work_folder(target))
     if method == distill.NAME:
         fixed = {"objective": objective, "weights": weights, "affine": affine}
         _check_unset({**fixed, "baseline_bits": baseline_bits, "start": start}, None)
@@ -98,7 +100,7 @@ def check_request(
     check_writable(target, overwrite=overwrite)
     side_files(model)  # rejects pipes and links that leave the directory
     check_source(model)
-    _check_work(request.work, resume=resume, overwrite=overwrite)
+    check_work(target, method=method, resume=resume, overwrite=overwrite)
     return dataclasses.replace(request, documents=read_documents(text)) if needs_text else request
 
 
@@ -162,13 +164,6 @@ def _check_zeros(zeros: str, *, affine: str, rule: str, symmetric: bool) -> None
             )
     if affine == "none":
         raise InputError(f"zeros={zeros!r} asked with affine='none', by which no width has a zero; use affine 'refit'")
-
-
-def _check_work(work: Path, *, resume: bool, overwrite: bool) -> None:
-    if resume and not work.is_dir():
-        raise InputError(f"--resume found no interrupted run in {work}; leave --resume out to start one")
-    if work.is_dir() and not resume and not overwrite:
-        raise InputError(f"{work} holds an interrupted run; --resume to continue it, or --overwrite to start again")
 
 
 def _check_patterns(exclude: Sequence[str]) -> None:

@@ -17,6 +17,7 @@ from matquant.checkpoint import Checkpoint, bits_per_weight
 from matquant.errors import InputError
 from matquant.eval.report import check_picture, plot_widths, write_json
 from matquant.files import read_json
+from matquant.locks import holding
 from matquant.plan.budget import bits_budget, check_widths
 from matquant.plan.run import SEARCH, SEARCHED_WIDTHS, check_output, describe, make_plan
 from matquant.plan.search import EVALUATIONS, PAPER_WIDTHS
@@ -60,6 +61,7 @@ def measure_curves(
     return curves
 
 
+@holding("out")
 def run(
     directory: Path,
     out: Path,

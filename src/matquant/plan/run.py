@@ -12,6 +12,7 @@ from rich.table import Table
 from matquant.checkpoint import Checkpoint, bits_per_weight, open_checkpoint, plain_bytes, plan_bytes
 from matquant.errors import InputError
 from matquant.files import json_text, write_atomically
+from matquant.locks import holding
 from matquant.plan.budget import Budget, bits_budget, by_layer, by_width, check_widths, size_budget
 from matquant.plan.search import EVALUATIONS, PAPER_WIDTHS, search, strategy_plan
 from matquant.plan.strategies import check_strategy
@@ -24,6 +25,7 @@ SEARCH = "search"
 SEARCHED_WIDTHS = (2, 3, 4, 6, 8)
 
 
+@holding("out")
 def run(
     directory: Path,
     out: Path,

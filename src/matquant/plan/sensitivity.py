@@ -62,7 +62,7 @@ class Losses:
 
     tokens: calibration text, int64 [samples, T + 1], the last token of each only predicted. reference: a float model,
     or None for the checkpoint at 8 bits. device None: cuda if there is one. evaluations: how many plans were measured,
-    not looked up.
+    not looked up. notice: told once if the losses cannot be kept.
     """
 
     def __init__(
@@ -73,6 +73,7 @@ class Losses:
         reference: Path | str | None = None,
         device: str | None = None,
         report: Callable[[int], None] = lambda evaluations: None,
+        notice: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.checkpoint = checkpoint
         self.paths = tuple(self.checkpoint.shapes)
@@ -82,7 +83,9 @@ class Losses:
         self.evaluations = 0
         self.expected = 0  # at most so many by the end of a search; 0: not known
         self.report = report
+        self._notice = notice
         self._saved_s = time.monotonic()
+        self._skipped = False
         self._file = checkpoint.directory / SIDECAR
         self._key = {
             "text_sha256": data_sha256(tokens),
@@ -90,7 +93,11 @@ class Losses:
             "checkpoint_sha256": manifest_sha256(checkpoint.directory),
             "reference": f"int{MASTER_BITS}" if reference is None else _fingerprint(reference),
         }
-        self._sets = _read_sidecar(self._file, self._key["checkpoint_sha256"])
+        try:
+            self._sets = _read_sidecar(self._file, self._key["checkpoint_sha256"])
+        except OSError as error:
+            self._sets = []
+            self._skip_file(error)
         found = next((known for known in self._sets if self._key.items() <= known.items()), None)
         if found is None:
             found = {**self._key, "measured": {}}
@@ -126,11 +133,19 @@ class Losses:
         ]
 
     def save(self) -> None:
-        """Write what is known beside the checkpoint."""
+        """Write what is known beside the checkpoint, if it can be written there: only a later search needs it."""
         self._saved_s = time.monotonic()
         if self.evaluations:
             record = {"format": SIDECAR_FORMAT, "paths": self.paths, "losses": self._sets}
-            write_atomically(self._file, (json_text(record, indent=1, sort_keys=False) + "\n").encode())
+            try:
+                write_atomically(self._file, (json_text(record, indent=1, sort_keys=False) + "\n").encode())
+            except (OSError, InputError) as error:
+                self._skip_file(error)
+
+    def _skip_file(self, error: Exception) -> None:
+        if not self._skipped:
+            self._notice(f"{self._file} is not kept, so another search measures again ({error})")
+        self._skipped = True
 
     @functools.cached_property
     def model(self) -> Any:
@@ -225,6 +240,7 @@ def open_losses(
     seed: int = 0,
     device: str | None = None,
     report: Callable[[int], None] = lambda evaluations: None,
+    notice: Callable[[str], None] = lambda text: None,
 ) -> Losses:
     """The losses of a checkpoint on at most ``samples`` windows of ``text``, chosen by the seed.
 
@@ -237,12 +253,12 @@ def open_losses(
     stream = token_stream(documents, load_tokenizer(directory), vocab_size=vocab_size)
     windows = cut_windows(stream, seq_len or min(SEQ_LEN, context))
     chosen = windows[np.sort(np.random.default_rng(seed).permutation(len(windows))[:samples])]
-    return Losses(checkpoint, chosen, reference=reference, device=device, report=report)
+    return Losses(checkpoint, chosen, reference=reference, device=device, report=report, notice=notice)
 
 
 def _read_sidecar(file: Path, checkpoint_sha256: str) -> list[dict[str, Any]]:
     """What was measured of this checkpoint; InputError if the file is damaged."""
-    if not file.is_file():
+    if not file.exists():
         return []
     try:
         record = json.loads(file.read_text(encoding="utf-8"))

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from matquant.checkpoint import SHARD_BYTES, open_checkpoint, write_checkpoint
+from matquant.checkpoint import SHARD_BYTES, manifest_sha256, open_checkpoint, write_checkpoint
 from matquant.errors import InputError
 from matquant.files import check_space
 from matquant.grid import check_finite, check_group_size
+from matquant.locks import holding
 from matquant.models import (
     Model,
     Shards,
@@ -42,7 +43,7 @@ from matquant.text import data_sha256, token_stream
 from matquant.train import distill, gptq, omniquant, qat
 from matquant.train.blocks import read_tensor
 from matquant.train.fake import Grid
-from matquant.train.job import LOG, Job, Report
+from matquant.train.job import LOG, Job, Report, source_files
 from matquant.train.rtn import round_to_nearest
 from matquant.train.select import select_linears
 from matquant.train.tokenizer import read_texts
@@ -62,6 +63,7 @@ RUN: dict[str, Callable[[Job], Nested]] = {
 AFFINE_WIDTHS = (2, 3, 4)
 
 
+@holding("out")
 def quantize(
     model: Path | str,
     out: Path | str,
@@ -138,6 +140,7 @@ def quantize(
             options=options,
             work=work,
             resume=resume,
+            overwrite=overwrite,
             report=report,
         )
     chosen, objective, affine = METHODS[method], request.objective, request.affine
@@ -215,9 +218,9 @@ def quantize(
         options=options if chosen.settings else {},
         report=_with_notice(report, SLOW_BF16) if slow else report,
         first=first,
+        start_sha256="" if start is None else manifest_sha256(start),
+        files=source_files(model) if chosen.settings else {},
     )
-    if chosen.streamed and not resume:
-        shutil.rmtree(work, ignore_errors=True)
     nested = RUN[method](job)
     logs = [Path(folder) / LOG for folder in (start, work) if folder is not None]  # its own after start's
     history = b"".join(log.read_bytes() for log in logs if log.is_file())

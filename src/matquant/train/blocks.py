@@ -21,19 +21,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 
 from matquant.errors import InputError
-from matquant.files import json_text, replace_when_done, write_atomically
+from matquant.files import json_text, write_atomically
 from matquant.grid import check_finite
+from matquant.interrupted import check_same_run, claim
 from matquant.models import Call, View, decoder_layers, embed, write_weights
 from matquant.tensor import NestedTensor
 from matquant.text import cut_windows
-from matquant.train.job import LOG, Job, check_same_run, fingerprint
+from matquant.train.job import LOG, Job, fingerprint
 from matquant.train.objective import FLOAT
+from matquant.train.sealed import open_sealed, save_sealed
 
 BLOCKS = "blocks"
+CPU = torch.device("cpu")
 MMAP_THRESHOLD = -3  # glibc's M_MMAP_THRESHOLD
 OWN_PAGES_BYTES = 2**20  # tensors from this size on get pages of their own, which go back as soon as they are freed
 
@@ -85,13 +87,18 @@ def run_blocks(
     layers = decoder_layers(job.model)
     give_memory_back = _memory_returner()
     folder = job.work / BLOCKS
-    for file in folder.glob("*.safetensors"):
-        _record(file, mark)  # before any work: another run's blocks, or damaged ones
+    if job.resume:
+        claim(job.work, mark, resume=True)
+        for file in folder.glob("*.safetensors"):
+            _load(file, mark, device=CPU)  # before any work: another run's blocks, or damaged ones
     hidden, calls = _embed(job, tokens, batch_size)
     _check_states(hidden, "the embedding", FLOAT)
+    if not job.resume:
+        claim(job.work, mark, resume=False)
     folder.mkdir(parents=True, exist_ok=True)
     flowing = {stream: list(hidden) for stream in streams}
     del hidden
+    records: list[Mapping[str, Any]] = []
     for index, (name, module) in enumerate(layers):
         began = time.perf_counter()
         file = folder / f"{index:05d}.safetensors"
@@ -113,6 +120,7 @@ def run_blocks(
             record = {**solved.record, "step": index + 1, "steps": len(layers), "block": name}
             _save(file, solved, record | {"seconds": round(time.perf_counter() - began, 2)}, mark, job)
         solved = _load(file, mark, device=job.device)
+        records.append(solved.record)
         job.report(dict(solved.record))
         if index + 1 < len(layers):
             for stream in streams:
@@ -121,7 +129,6 @@ def run_blocks(
         _release(module)
         del solved
         give_memory_back()
-    records = [_record(file, mark) for file in sorted(folder.glob("*.safetensors"))]
     write_atomically(job.work / LOG, "".join(json_text(record, sort_keys=False) + "\n" for record in records).encode())
     return _finished(job, len(layers), mark)
 
@@ -258,26 +265,14 @@ def _save(file: Path, solved: Solved, record: Mapping[str, Any], mark: Mapping[s
             tensors |= {f"{path}/{bits}/scale": scale, f"{path}/{bits}/zero": zero}
     tensors |= {f"plain/{name}": tensor.to(job.dtypes[name]) for name, tensor in solved.plain.items()}
     metadata = {"fingerprint": json_text(mark), "record": json_text(record, sort_keys=False)}
-    with replace_when_done(file) as partial:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata=metadata)
-
-
-def _record(file: Path, mark: Mapping[str, Any]) -> dict[str, Any]:
-    """The log record of a finished block; InputError if the file is damaged or of another run."""
-    try:
-        with safe_open(file, "pt") as stored:
-            metadata = stored.metadata()
-    except SafetensorError as error:
-        raise InputError(f"{file} is damaged ({error}); delete it to solve this block again") from None
-    check_same_run(json.loads(metadata["fingerprint"]), mark)
-    record: dict[str, Any] = json.loads(metadata["record"])
-    return record
+    save_sealed(file, tensors, metadata)
 
 
 def _load(file: Path, mark: Mapping[str, Any], *, device: torch.device) -> Solved:
-    record = _record(file, mark)
-    with safe_open(file, "pt", device=str(device)) as stored:
-        tensors = {name: stored.get_tensor(name).clone() for name in stored.keys()}  # noqa: SIM118
+    """A finished block; InputError if the file is damaged or of another run."""
+    with open_sealed(file, remedy="delete it to solve this block again") as (stored, metadata):
+        check_same_run(json.loads(metadata["fingerprint"]), mark)
+        tensors = {name: stored.get_tensor(name).clone().to(device) for name in stored.keys()}  # noqa: SIM118
     rule = mark["rule"]
     nested, plain = {}, {}
     for name in [name for name in tensors if name.endswith("/codes")]:
@@ -292,11 +287,9 @@ def _load(file: Path, mark: Mapping[str, Any], *, device: torch.device) -> Solve
     for name, tensor in tensors.items():
         if name.startswith("plain/"):
             plain[name.removeprefix("plain/")] = tensor
-    return Solved(nested=nested, plain=plain, record=record)
+    return Solved(nested=nested, plain=plain, record=json.loads(metadata["record"]))
 
 
 def _finished(job: Job, count: int, mark: Mapping[str, Any]) -> Iterator[tuple[str, NestedTensor]]:
     for index in range(count):
-        yield from _load(
-            job.work / BLOCKS / f"{index:05d}.safetensors", mark, device=torch.device("cpu")
-        ).nested.items()
+        yield from _load(job.work / BLOCKS / f"{index:05d}.safetensors", mark, device=CPU).nested.items()

@@ -23,7 +23,6 @@ import dataclasses
 import itertools
 import json
 import math
-import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,20 +31,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from matquant.errors import InputError
-from matquant.files import check_space, json_text, replace_when_done
+from matquant.files import check_space, json_text, write_atomically
+from matquant.interrupted import check_same_run, claim
 from matquant.models import Model, View, check_context, decoder_layers, layer_output, write_weights
 from matquant.nest import MASTER_BITS
 from matquant.options.qat import Schedule, default_lr
 from matquant.tensor import NestedTensor
 from matquant.text import batch, cut_windows
 from matquant.train.fake import Grid, Learned, finish_backward, keep_in_range, nest, start_learning
-from matquant.train.job import LOG, Job, check_same_run, fingerprint
+from matquant.train.job import LOG, Job, fingerprint
 from matquant.train.masters import chain, release_blocked
 from matquant.train.objective import FLOAT, Width, hidden_loss, width_loss
+from matquant.train.sealed import open_sealed, save_sealed
 
 STATE = "state.safetensors"
 STATE_COPIES = 2  # the state and the next one while it is written
@@ -110,8 +109,7 @@ def train(job: Job) -> Iterator[tuple[str, NestedTensor]]:
     state = start(model, views, grid, schedule, trained=[width.bits for width in job.objective], first=job.first)
     optimizer = make_optimizer(state, schedule)
     check_space(work, STATE_COPIES * sum(3 * tensor.nbytes for _, tensor in state.named()))
-    if not job.resume:
-        shutil.rmtree(work, ignore_errors=True)  # only now: a refused start must not cost an interrupted run
+    claim(work, mark, resume=job.resume)  # only now: a refused start must not cost an interrupted run
     # Before a state is restored: that changes the model's other parameters if they are trained too.
     taught = schedule.hidden > 0 or any(FLOAT in width.teachers for width in job.objective)
     teacher = copy.deepcopy(model) if taught else None
@@ -436,23 +434,16 @@ def _autocast(model: Model, schedule: Schedule) -> contextlib.AbstractContextMan
 
 def save(state: State, optimizer: torch.optim.Optimizer, work: Path, mark: Mapping[str, Any]) -> None:
     """Write everything the next step depends on, atomically."""
-    tensors = {name: tensor.detach().contiguous() for name, tensor in state.named()}
+    tensors = {name: tensor.detach() for name, tensor in state.named()}
     for name, tensor in state.named():
         for key, value in optimizer.state[tensor].items():
             tensors[f"{name}//{key}"] = value
-    metadata = {"step": str(state.step), "fingerprint": json_text(mark)}
-    with replace_when_done(work / STATE) as partial:
-        save_file(tensors, partial, metadata=metadata)
+    save_sealed(work / STATE, tensors, {"step": str(state.step), "fingerprint": json_text(mark)})
 
 
 def restore(state: State, optimizer: torch.optim.Optimizer, work: Path, mark: Mapping[str, Any]) -> None:
     """Continue from a saved state; InputError naming the first setting that differs from the run that wrote it."""
-    try:
-        opened = safe_open(work / STATE, "pt")
-    except SafetensorError as error:
-        raise InputError(f"{work / STATE} is damaged ({error}); --overwrite to start again") from None
-    with opened as file:
-        metadata = file.metadata()
+    with open_sealed(work / STATE, remedy="--overwrite to start again") as (file, metadata):
         check_same_run(json.loads(metadata["fingerprint"]), mark)
         state.step = int(metadata["step"])
         names = set(file.keys())
@@ -466,8 +457,12 @@ def restore(state: State, optimizer: torch.optim.Optimizer, work: Path, mark: Ma
 
 
 def _trim_log(log: Path, step: int) -> None:
-    """Drop the records of steps that will be done again."""
-    if log.is_file():
-        kept = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        kept = [line for line in kept if json.loads(line)["step"] <= step]
-        log.write_text("".join(kept))
+    """Drop the records of steps that will be done again; InputError for a damaged log."""
+    if not log.is_file():
+        return
+    lines = [line for line in log.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+    try:
+        kept = [line for line in lines if json.loads(line)["step"] <= step]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise InputError(f"{log} is damaged; delete it to go on without its records") from None
+    write_atomically(log, b"".join(kept))
