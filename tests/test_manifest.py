@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 import matquant
-from matquant.checkpoint import open_checkpoint, side_files, verify_checkpoint
+from matquant.checkpoint import TOKENS, open_checkpoint, side_files, verify_checkpoint
 from matquant.errors import InputError
 from matquant.export import export
 from matquant.models import load_tokenizer
+from matquant.runtime.probe import check_tokens
 from matquant.runtime.vocabulary import read_vocabulary
 from matquant.seal import ignored_files
 
@@ -67,6 +68,16 @@ def test_sealing_twice_changes_nothing(copy: Path) -> None:
     before = (copy / MANIFEST).read_bytes(), (copy / MANIFEST).stat().st_mtime_ns
     assert matquant.seal_checkpoint(copy)[1] == []
     assert ((copy / MANIFEST).read_bytes(), (copy / MANIFEST).stat().st_mtime_ns) == before
+
+
+def test_sealing_an_edited_tokenizer_drops_the_record_of_the_earlier_one(copy: Path) -> None:
+    edit(copy / "tokenizer_config.json", add_bos_token=True)
+    with pytest.raises(InputError, match="has another tokenizer than when it was made"):
+        check_tokens(copy)
+    found = [str(change) for change in matquant.seal_checkpoint(copy)[1]]
+    assert found[-1] == f"dropped: {TOKENS}, the record of how the earlier tokenizer cut text"
+    check_tokens(copy)
+    assert matquant.seal_checkpoint(copy)[1] == []
 
 
 def test_a_manifest_that_is_sealed_is_the_one_that_writing_gives(made: Path, copy: Path) -> None:

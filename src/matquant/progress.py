@@ -195,6 +195,8 @@ def quantising() -> Iterator[Callable[[Mapping[str, Any]], None]]:
             def write(record: Mapping[str, Any]) -> None:
                 if text := notice(record):
                     log.note(text)
+                if "step" not in record:
+                    return
                 step, steps = record["step"], record["steps"]
                 quiet, unit = "unit" in record, "block" if "block" in record else record.get("unit", "step")
                 words = [record.get("stage", ""), f"{unit} {step:,} of {steps:,}", _facts(record)]
@@ -209,9 +211,11 @@ def quantising() -> Iterator[Callable[[Mapping[str, Any]], None]]:
     task = bar.add_task("quantising", total=None)
 
     def report(record: Mapping[str, Any]) -> None:
-        bar.start()  # not before the first step: a rejected run prints its message and nothing else
         if text := notice(record):
-            bar.console.print(text, highlight=False, soft_wrap=True)
+            bar.console.print(text, highlight=False, soft_wrap=True, markup=False)
+        if "step" not in record:
+            return
+        bar.start()  # not before the first step: a rejected run prints its message and nothing else
         text = "  ".join(part for part in (record.get("stage", ""), _facts(record)) if part)
         bar.update(task, completed=record["step"], total=record["steps"], description=text)
 

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from matquant.checkpoint import SIDE_FILES, Checkpoint, check_plain, check_scales, open_listed
+from matquant.checkpoint import SIDE_FILES, TOKENS, Checkpoint, check_plain, check_scales, open_listed
 from matquant.errors import InputError
 from matquant.files import json_bytes, sha256, write_atomically
 from matquant.manifest import MANIFEST, check_files, is_weights, read_manifest, read_object, regular_file, unlisted
 
+TOKENIZER_FILES = [name for name in SIDE_FILES if "template" not in name and name != "generation_config.json"]
 SHOWN = 20  # names of files that are not part of a checkpoint
 
 
@@ -29,6 +30,8 @@ class Change:
     def __str__(self) -> str:
         if self.before is None:
             return f"added: {self.name} ({self.after:,} bytes)"
+        if self.name == TOKENS and self.after is None:
+            return f"dropped: {self.name}, the record of how the earlier tokenizer cut text"
         if self.after is None:
             return f"missing: {self.name} ({self.before:,} bytes)"
         return f"changed: {self.name} ({self.before:,} -> {self.after:,} bytes)"
@@ -48,6 +51,8 @@ def seal_checkpoint(directory: Path | str) -> tuple[Checkpoint, list[Change]]:
     names = [name for name in listed if not is_weights(name)]
     names += [name for name in SIDE_FILES if name not in listed]
     entries = {name: entry for name in names if (entry := _entry(where, name)) is not None}
+    if any(listed.get(name) != entries.get(name) for name in TOKENIZER_FILES):
+        entries.pop(TOKENS, None)  # it is about the tokenizer before the edit
     changes = [
         Change(name=name, before=_size(listed.get(name)), after=_size(entries.get(name)))
         for name in names

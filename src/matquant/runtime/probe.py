@@ -13,6 +13,7 @@ from typing import Any
 from matquant.checkpoint import TOKENS
 from matquant.errors import InputError
 from matquant.facts import read_json
+from matquant.manifest import side_file
 from matquant.runtime.vocabulary import Vocabulary, read_vocabulary
 
 FORMAT = 1
@@ -96,8 +97,8 @@ def difference(expected: Record, found: Record) -> str | None:
 
 def check_tokens(directory: Path) -> None:
     """InputError if a checkpoint's tokenizer gives other tokens than when it was made. Without a record: nothing."""
-    file = directory / TOKENS
-    if not file.is_file():
+    file = side_file(directory, TOKENS)
+    if file is None:
         return
     expected = read_json(file)
     if expected.get("format") != FORMAT or not _is_record(expected):
