@@ -10,10 +10,11 @@ import pytest
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "matquant"
 # A module may import from layers before its own, or from its own package.
 LAYERS = [
-    {"errors"},
-    {"nest", "files", "packing"},
+    {"errors", "startup"},
+    {"arguments"},
+    {"nest", "files", "packing", "threads"},
     {"spec", "grid", "overflow"},
-    {"tensor", "text"},
+    {"tensor", "tensor_file", "text"},
     {"checkpoint", "planes"},
     {"models", "contents", "runtime"},
     {"export"},
@@ -25,6 +26,7 @@ LAYERS = [
     {"__init__", "__main__"},
 ]
 NO_TORCH = {
+    "arguments",
     "errors",
     "files",
     "nest",
@@ -34,7 +36,10 @@ NO_TORCH = {
     "overflow",
     "planes",
     "tensor",
+    "tensor_file",
     "text",
+    "threads",
+    "startup",
     "checkpoint",
     "contents",
     "runtime",

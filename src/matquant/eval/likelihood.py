@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from matquant.arguments import check_given, check_types
 from matquant.errors import InputError
 from matquant.models import context_length
 from matquant.spec import Plan
@@ -55,6 +56,8 @@ def evaluate(
 
     context None: the model's own (max_position_embeddings). The model is left at the last width evaluated.
     """
+    check_types(stream=stream, bits=bits)
+    check_given(context=context, stride=stride)
     length = context or context_length(model)
     results = {}
     for width in bits:

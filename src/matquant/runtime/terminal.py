@@ -10,8 +10,8 @@ from matquant.nest import check_bits
 from matquant.runtime.chat import Conversation
 from matquant.runtime.engine import Completion, Engine
 from matquant.spec import Plan
+from matquant.startup import INTERRUPTED
 
-INTERRUPTED = 130  # the exit code of a program ended by Ctrl-C
 COMMANDS = "/bits N switches the width, /quit ends"
 
 

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from matquant.arguments import check_fields, check_given, check_types
 from matquant.checkpoint import SHARD_BYTES, check_writable, open_checkpoint, side_files, write_checkpoint
-from matquant.errors import InputError, check_positive
+from matquant.errors import InputError
 from matquant.files import check_space
 from matquant.grid import check_finite, check_group_size
 from matquant.models import (
@@ -39,6 +40,7 @@ from matquant.nest import MASTER_BITS, OWN, ZEROS, check_bits, check_rule
 from matquant.spec import SCALE_DTYPES, Spec
 from matquant.tensor import NestedTensor
 from matquant.text import data_sha256, read_documents, token_stream
+from matquant.threads import check_threads
 from matquant.train import distill, gptq, omniquant, qat
 from matquant.train.blocks import read_tensor
 from matquant.train.fake import AFFINES, Grid
@@ -46,6 +48,7 @@ from matquant.train.job import LOG, Job, Report
 from matquant.train.objective import Width, parse_objective
 from matquant.train.rtn import round_to_nearest
 from matquant.train.select import select_linears
+from matquant.train.symmetry import choose_symmetry
 
 Nested = Iterator[tuple[str, NestedTensor]]
 SLOW_BF16 = "this processor has no bf16 arithmetic and emulates it, many times slower than fp32; better without --bf16"
@@ -111,7 +114,7 @@ def quantize(
     scope: str = "ffn",
     exclude: Sequence[str] = (),
     group_size: int | None = None,
-    symmetric: bool = True,
+    symmetric: bool | None = None,
     affine: str | None = None,
     zeros: str = OWN,
     scale_dtype: str = "bfloat16",
@@ -133,22 +136,29 @@ def quantize(
     exclude: regular expressions of paths to leave out. baseline_bits: train the dedicated model of that width instead,
     on its own grid (on the method's own target, or ``objective`` if it names that width alone). affine None: the
     method's. zeros: of the widths with an affine of their own: "own", or "centre" for the middle of their codes, which
-    is not stored. start: a nested checkpoint of the same model whose codes qat starts from (one made by gptq is better
-    than rounding); its training log comes before this run's. device None: cuda if there is one.
+    is not stored. symmetric None: symmetric, with rtn whichever of both suits the weights (symmetry.py).
+    start: a nested checkpoint of the same model whose codes qat starts from (one made by gptq is better than rounding);
+    its training log comes before this run's. device None: cuda if there is one.
     options: the method's own: the fields of ``qat.Schedule``, ``gptq.Settings`` or ``omniquant.Settings``, or those of
     ``distill.stages``; seq_len is by default at most the model's context.
     Raises InputError before any work for whatever can be known before it, and never leaves a half-written checkpoint.
     """
+    check_types(
+        **{"model": model, "out": out, "method": method, "rule": rule, "scope": scope, "exclude": exclude},
+        **{"zeros": zeros, "scale_dtype": scale_dtype, "text": text, "resume": resume, "overwrite": overwrite},
+    )
+    check_given(objective=objective, weights=weights, group_size=group_size, affine=affine, start=start)
+    check_given(symmetric=symmetric)
     target = Path(out).resolve()
+    wanted = check_threads(threads)
     if threads is not None:
-        check_positive(threads=threads)
-        torch.set_num_threads(threads)
+        torch.set_num_threads(wanted)
     work = target.with_name(f".{target.name}.work")
     if method == distill.NAME:
         fixed = {"objective": objective, "weights": weights, "affine": affine}
         _check_unset({**fixed, "baseline_bits": baseline_bits, "start": start}, None)
         _check_unset({"rule": rule}, "prefix")
-        _check_unset({"symmetric": symmetric}, True)
+        _check_unset({"symmetric": symmetric is not False}, True)
         check_writable(target, overwrite=overwrite)
         _check_work(work, resume=resume, overwrite=overwrite)
         common = {"scope": scope, "exclude": exclude, "group_size": group_size, "zeros": zeros}
@@ -175,7 +185,7 @@ def quantize(
         widths = tuple(dataclasses.replace(width, weight=chosen.lambdas(width.bits)) for width in widths)
     affine = affine or chosen.affine
     _check_choices(affine=affine, scale_dtype=scale_dtype, rule=rule, zeros=zeros)
-    _check_zeros(zeros, affine=affine, rule=rule, symmetric=symmetric)
+    _check_zeros(zeros, affine=affine, rule=rule, symmetric=symmetric is not False)
     if chosen.settings:
         _check_options(method, options)
         if not text:
@@ -193,7 +203,7 @@ def quantize(
     if not chosen.streamed:
         _check_finite(source.model, views)
     fused = [path for path in views if ".experts." in path]
-    if fused and not symmetric:
+    if fused and symmetric is False:
         raise InputError(
             f"--asymmetric asked for {fused[0]}, a fused expert, which stock transformers "
             "cannot read with zero points; leave --asymmetric out, or --exclude experts"
@@ -207,12 +217,15 @@ def quantize(
         rule="prefix" if baseline_bits and baseline_bits < MASTER_BITS else rule,
         bits=baseline_bits or MASTER_BITS,
         group_size=group_size,
-        symmetric=symmetric,
+        symmetric=symmetric is not False,
         affine=affine,
         zeros=zeros,
         storable=scale_dtype == "bfloat16",
         sliced=_own_affines(affine, baseline_bits),
     )
+    if symmetric is None and method == "rtn" and baseline_bits is None:
+        suits, reason = choose_symmetry(source.model, views, grid)
+        grid, report = dataclasses.replace(grid, symmetric=suits), _with_notice(report, reason)
     if chosen.settings:  # windows no longer than what the model was made for, unless told otherwise
         options = {"seq_len": min(chosen.settings.seq_len, context_length(source.model)), **options}
     settings = chosen.settings(**options) if chosen.settings else None
@@ -223,7 +236,7 @@ def quantize(
         widths=tuple(width.bits for width in widths),
         slices=grid.sliced or ((baseline_bits,) if baseline_bits and baseline_bits < MASTER_BITS else ()),
         group_size=group_size,
-        symmetric=symmetric,
+        symmetric=grid.symmetric,
         zeros=zeros,
         scale_dtype=scale_dtype,
         scope=scope,
@@ -319,6 +332,7 @@ def _check_options(method: str, options: Mapping[str, Any]) -> None:
         if name not in known:
             flags = ", ".join(known)
             raise InputError(f"method {method!r} has no option {name!r}; it has {flags}")
+    check_fields({field.name: field.type for field in dataclasses.fields(METHODS[method].settings)}, options)
     METHODS[method].check_options(options)
 
 
