@@ -51,7 +51,6 @@ KINDS: dict[str, Kind] = {
     **dict.fromkeys(("temperature", "top_p", "min_p"), NUMBER),
     **dict.fromkeys(("check_hashes", "mmap", "overwrite", "resume", "symmetric", "all_logits"), BOOLEAN),
     **dict.fromkeys(("activations", "method", "objective", "rule", "scope", "affine", "zeros", "scale_dtype"), TEXT),
-    **dict.fromkeys(("kernels",), TEXT),
     **dict.fromkeys(("stop", "exclude"), TEXTS),
     "text": PATHS,
     "weights": NUMBERS,

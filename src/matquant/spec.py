@@ -175,6 +175,7 @@ class Plan:
             return plan
         if isinstance(plan, (Path, str)):
             return cls.read(plan)
+        check_bits(bits)
         check_given(plan=plan)
         return cls(default=bits, bits=dict(plan or {}))
 

@@ -63,13 +63,14 @@ def load(
     these activations, or an error; ``none``: dense weights, which can be trained. With kernels no parameter asks for
     gradients. InputError on damage, and where the kernels asked for cannot be had.
     """
-    check_types(path=path, kernels=kernels, check_hashes=check_hashes)
+    check_types(path=path, check_hashes=check_hashes)
     if dtype is not None and not isinstance(dtype, torch.dtype):
         raise InputTypeError(f"dtype={dtype!r} is of type {type(dtype).__name__}; give a torch.dtype")
     if not isinstance(device, (str, torch.device)):
         raise InputTypeError(f"device={device!r} is of type {type(device).__name__}; give a text or a torch.device")
-    if kernels not in (*KERNELS, NONE):
-        raise InputError(f"kernels={kernels!r}; use {', '.join(KERNELS)} or {NONE}")
+    if not isinstance(kernels, str) or kernels not in (*KERNELS, NONE):
+        kind = InputError if isinstance(kernels, str) else InputTypeError
+        raise kind(f"kernels={kernels!r}; use {', '.join(KERNELS)} or {NONE}")
     check_threads(torch.get_num_threads(), name="torch.get_num_threads()")
     checkpoint = open_checkpoint(path, check_hashes=check_hashes)
     check_bits(bits)
