@@ -4,8 +4,8 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
-#include <omp.h>
 
+#include <atomic>
 #include <chrono>
 #include <cstring>
 #include <memory>
@@ -14,6 +14,7 @@
 
 #include "model.hpp"
 #include "planes.hpp"
+#include "team.hpp"
 
 namespace nb = nanobind;
 
@@ -96,12 +97,10 @@ HeldMatrix dense_matrix(const Raw2& array, const std::string& dtype, const std::
     held.memory = std::make_shared<Memory>(bytes);
     const char* from = (const char*)array.data();
     const nb::gil_scoped_release unlocked;
-#pragma omp parallel
-    {
-      const size_t me = omp_get_thread_num(), all = omp_get_num_threads();
-      const size_t start = bytes * me / all, stop = bytes * (me + 1) / all;
-      std::memcpy(held.memory->data() + start, from + start, stop - start);
-    }
+    on_threads(default_threads(), [&](Team& team, int thread) {
+      const Chunk mine = chunk_of(bytes, thread, team.threads());
+      std::memcpy(held.memory->data() + mine.start, from + mine.start, mine.stop - mine.start);
+    });
     held.matrix.dense.data = held.memory->data();
   } else {
     held.owners.push_back(nb::cast(array));
@@ -157,13 +156,18 @@ void set_ends(Held& held, const HeldMatrix& embedding, const HeldMatrix& head, c
   m.norm = held.keep(norm, m.hidden);
 }
 
+int checked_threads(int threads) {
+  require(threads >= 1 && threads <= MOST_THREADS, "threads must be from 1 to 1024");
+  return threads;
+}
+
 // A workspace with the rows of the step it is used for, and the logits of one: nothing else is needed per call.
 struct HeldWorkspace {
   Workspace workspace;
   std::vector<Row> rows;
   std::vector<float> logits;
   HeldWorkspace(const Held& held, int max_tokens, int capacity, int threads)
-      : workspace(held.model, max_tokens, capacity, threads), rows(max_tokens), logits(held.model.vocab) {}
+      : workspace(held.model, max_tokens, capacity, checked_threads(threads)), rows(max_tokens), logits(held.model.vocab) {}
 };
 
 void run_step(const Held& held, Array<const std::uint8_t, 1> bits, bool exact, const nb::list& tokens,
@@ -214,14 +218,12 @@ class Stream {
   // Seconds that `threads` threads take to read it once.
   double read(int threads) const {
     using namespace std::chrono;
-    std::uint64_t sum = 0;
+    std::atomic<std::uint64_t> sum{0};
     const auto start = steady_clock::now();
-#pragma omp parallel num_threads(threads) reduction(^ : sum)
-    {
-      const size_t chunks = bytes_ / kChunk, me = omp_get_thread_num(), all = omp_get_num_threads();
-      const size_t first = chunks * me / all, last = chunks * (me + 1) / all;
-      sum ^= floats().read(memory_.data() + first * kChunk, (last - first) * kChunk);
-    }
+    on_threads(threads, [&](Team& team, int thread) {
+      const Chunk mine = chunk_of(bytes_ / kChunk, thread, team.threads());
+      sum ^= floats().read(memory_.data() + mine.start * kChunk, (mine.stop - mine.start) * kChunk);
+    });
     const double seconds = duration<double>(steady_clock::now() - start).count();
     volatile std::uint64_t used = sum;  // or the reads are optimised away
     (void)used;

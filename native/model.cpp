@@ -1,6 +1,5 @@
 #include "model.hpp"
 
-#include <omp.h>
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -9,8 +8,9 @@
 #include <new>
 #include <stdexcept>
 #include <string_view>
-#include <thread>
 #include <type_traits>
+
+#include "team.hpp"
 
 namespace matquant {
 namespace {
@@ -47,17 +47,6 @@ Share share(int count, int thread, int threads, int unit = 1) {
           (int)std::min<long long>(count, units * (thread + 1) / threads * unit)};
 }
 
-// One turn of a thread that waits: a while without giving up its core, then with it, should others need it.
-void wait(int turn) {
-  constexpr int kPatient = 1 << 13;  // about 100 us
-  if (turn > kPatient) return std::this_thread::yield();
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  asm volatile("yield");
-#endif
-}
-
 // Attention's items in order: [key/value heads][tokens][members], the members being the query heads that share a
 // key/value head, or these and that head. So a thread keeps the keys of few heads in its cache, and reads them once for
 // several queries.
@@ -87,9 +76,10 @@ struct Worker {
   const int tokens;
   Workspace& space;
   const Floats& fn;
-  const int thread, threads;
+  Team& team;
+  const int thread;
+  const int threads = team.threads();
   double since = 0;
-  unsigned barriers = 0;
 
   // A single token's residual, normed row and input made of it are every thread's own: no thread waits for one that
   // makes them for all.
@@ -108,14 +98,13 @@ struct Worker {
     return tokens == 1 && count % threads == 0 && count / threads % kLanes == 0 && count / threads % unit == 0;
   }
 
-  // This thread has done its share of `part`; then, so have all. (In OpenMP's barrier the last makes a system call.)
+  // This thread has done its share of `part`; then, so have all.
   void arrive(Part part) {
     note(part);
-    space.arrivals[thread].barriers.store(++barriers, std::memory_order_release);
+    team.arrive(thread);
   }
   void await() {
-    for (int other = 0; other < threads; ++other)
-      for (int turn = 0; space.arrivals[other].barriers.load(std::memory_order_acquire) < barriers; ++turn) wait(turn);
+    team.await(thread);
     note(threads > 1 ? kWait : kNorm);  // one thread has only fetched
   }
   void finish(Part part) {
@@ -448,19 +437,14 @@ size_t Workspace::lay_out(const Model& m, char* base) {
   place(input, input_of(max_tokens, std::max({m.hidden, m.intermediate, m.heads * m.head_dim})));
   single_input_bytes = input_of(1, std::max(m.hidden, m.intermediate));
   place(single_inputs, (threads + 1) * single_input_bytes);
-  place(arrivals, threads);
   return offset;
 }
 
 void step(const Model& model, const std::uint8_t* bits, Activations activations, const Row* rows, int tokens,
           int first_logit, float* logits, Workspace& workspace) {
-  const auto work = [&, &fn = floats()](int thread, int threads) {
-    Worker{model, bits, activations, rows, tokens, workspace, fn, thread, threads}.run(first_logit, logits);
-  };
-  if (workspace.threads == 1) return work(0, 1);  // libgomp would allocate a team of one
-  for (int thread = 0; thread < workspace.threads; ++thread) workspace.arrivals[thread].barriers = 0;
-#pragma omp parallel num_threads(workspace.threads)
-  work(omp_get_thread_num(), omp_get_num_threads());
+  on_threads(workspace.threads, [&, &fn = floats()](Team& team, int thread) {
+    Worker{model, bits, activations, rows, tokens, workspace, fn, team, thread}.run(first_logit, logits);
+  });
 }
 
 }  // namespace matquant

@@ -8,7 +8,6 @@
 // nor on the number of threads.
 #pragma once
 
-#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <vector>
@@ -111,11 +110,6 @@ enum Part { kNorm, kPrepare, kQkv, kAttention, kAttentionOut, kGateUp, kActivati
 constexpr const char* kPartNames[kParts] = {"norm",    "quantise",   "qkv",  "attention", "o",
                                             "gate_up", "activation", "down", "head",      "wait"};
 
-// How many barriers of a step a thread has reached, in a cache line of its own.
-struct alignas(64) Arrivals {
-  std::atomic<unsigned> barriers;
-};
-
 // Everything a step writes besides logits and caches; reused, so that steps allocate nothing. Throws as Cache does.
 class Workspace {
  public:
@@ -126,7 +120,6 @@ class Workspace {
   float *cosines, *sines;                                     // [ropes][max_tokens][head_dim / 2]
   float* scores;                                              // [threads][kQueries][capacity + 16]
   char* input;                                                // of one Input
-  Arrivals* arrivals;                                         // [threads]
   // Memory of one token's Inputs: one of each thread, and one that they share.
   char* single_input(int which) const { return single_inputs + which * single_input_bytes; }
   bool profile = false;

@@ -10,11 +10,11 @@ import pytest
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "matquant"
 # A module may import from layers before its own, or from its own package.
 LAYERS = [
-    {"errors", "streams"},
-    {"locks"},
-    {"nest", "files", "packing", "panics", "tensors", "hub", "ties", "progress"},
+    {"errors", "streams", "startup"},
+    {"locks", "arguments"},
+    {"nest", "files", "packing", "panics", "tensors", "hub", "ties", "progress", "threads"},
     {"spec", "grid", "overflow", "source", "facts", "interrupted"},
-    {"tensor", "text", "intact", "manifest"},
+    {"tensor", "tensor_file", "text", "intact", "manifest"},
     {"checkpoint", "planes"},
     {"sidefiles"},
     {"models", "finite", "contents", "runtime", "options", "seal"},
@@ -27,6 +27,7 @@ LAYERS = [
     {"__init__", "__main__"},
 ]
 NO_TORCH = {
+    "arguments",
     "errors",
     "streams",
     "facts",
@@ -46,7 +47,10 @@ NO_TORCH = {
     "overflow",
     "planes",
     "tensor",
+    "tensor_file",
     "text",
+    "threads",
+    "startup",
     "checkpoint",
     "manifest",
     "seal",

@@ -1297,14 +1297,15 @@ FLAGS: dict[str, list[str]] = {
     "verify": ["--seal", "--help"],
     "generate": [
         "--prompt", "--bits", "--plan", "--max-tokens", "--temperature", "--top-k", "--top-p", "--min-p", "--seed",
-        "--stop", "--max-bits", "--threads", "--activations", "--check-hashes", "--help",
+        "--stop", "--max-bits", "--threads", "--activations", "--check-hashes", "--mmap", "--help",
     ],
     "chat": [
         "--bits", "--plan", "--system", "--context", "--max-tokens", "--temperature", "--top-k", "--top-p", "--min-p",
-        "--seed", "--max-bits", "--threads", "--activations", "--check-hashes", "--help",
+        "--seed", "--max-bits", "--threads", "--activations", "--check-hashes", "--mmap", "--help",
     ],
     "bench": [
-        "--bits", "--tokens", "--rounds", "--context", "--threads", "--activations", "--check-hashes", "--help",
+        "--bits", "--tokens", "--rounds", "--context", "--threads", "--activations", "--check-hashes", "--mmap",
+        "--help",
     ],
     "export": [
         "--to", "--out", "--bits", "--plan", "--zeros", "--dtype", "--base-model", "--measured", "--explain",
@@ -1320,7 +1321,7 @@ DEFAULTS: dict[str, dict[str, str]] = {
         "--rule": "prefix",
         "--scope": "ffn",
         "--group-size": "channel",
-        "--symmetric": "symmetric",
+        "--symmetric": "(symmetric; rtn compares both)",
         "--affine": "(by method)",
         "--zeros": "own",
         "--scale-dtype": "bfloat16",
@@ -1389,6 +1390,7 @@ DEFAULTS: dict[str, dict[str, str]] = {
         "--threads": "(OMP_NUM_THREADS, else all)",
         "--activations": "int8",
         "--check-hashes": "check-hashes",
+        "--mmap": "mmap",
     },
     "chat": {
         "--bits": "(--max-bits)",
@@ -1403,6 +1405,7 @@ DEFAULTS: dict[str, dict[str, str]] = {
         "--threads": "(OMP_NUM_THREADS, else all)",
         "--activations": "int8",
         "--check-hashes": "check-hashes",
+        "--mmap": "mmap",
     },
     "bench": {
         "--bits": "8,6,4,3,2",
@@ -1412,6 +1415,7 @@ DEFAULTS: dict[str, dict[str, str]] = {
         "--threads": "(OMP_NUM_THREADS, else all)",
         "--activations": "int8",
         "--check-hashes": "check-hashes",
+        "--mmap": "mmap",
     },
     "export": {"--bits": "(8)", "--zeros": "exact", "--dtype": "(the model's)"},
     "demo": {"--out": "out/demo"},

@@ -23,6 +23,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from matquant.arguments import check_types
 from matquant.errors import InputError
 from matquant.facts import CONFIG, check_depth
 from matquant.files import check_replaceable, json_bytes, replace_directory_when_done, sha256
@@ -45,6 +46,7 @@ from matquant.overflow import packed_bytes
 from matquant.packing import pack, unpack, words
 from matquant.spec import DAMAGED, Spec
 from matquant.tensor import NestedTensor
+from matquant.tensor_file import DTYPES, read_tensor
 
 SLICES = "matquant_slices.safetensors"
 HEAD = "lm_head.weight"
@@ -82,6 +84,7 @@ def write_checkpoint(
     name (tokenizer, logs). Raises InputError if ``directory`` exists and ``overwrite`` is false, or the disk is full;
     nothing is left behind then.
     """
+    check_types(directory=directory, overwrite=overwrite)
     target = check_place(directory)  # through a link, the checkpoint it points to is replaced
     with replace_directory_when_done(target, lambda: check_writable(target, overwrite=overwrite)) as partial:
         _write_tensors(partial, items, spec=spec, shard_bytes=shard_bytes)
@@ -239,6 +242,7 @@ class Checkpoint:
     """An opened nested checkpoint: its records, and where each tensor lies. Numbers are read when asked for.
 
     config: config.json without quantization_config. ignore: linears left unquantised. shapes: path -> (N, K).
+    mmap: files are mapped into memory; otherwise everything is read.
     """
 
     directory: Path
@@ -247,12 +251,15 @@ class Checkpoint:
     ignore: tuple[str, ...]
     files: Mapping[str, str]
     shapes: Mapping[str, tuple[int, int]]
+    mmap: bool = True
     handles: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)  # open files, by name
     headers: dict[str, tuple[int, Any]] = field(default_factory=dict, repr=False, compare=False)
     packed_sizes: dict[tuple[str, int], int] = field(default_factory=dict, repr=False, compare=False)  # rule extra
 
     def array(self, name: str) -> np.ndarray:
         """A stored tensor by its full name, as it lies in the file."""
+        if not self.mmap:
+            return self.mapped(name, DTYPES[self.stored_dtype(name)])
         file = self.files[name]
         if file not in self.handles:
             self.handles[file] = _open_tensors(self.directory / file)
@@ -272,11 +279,16 @@ class Checkpoint:
         return tuple(self._header(name)[1][name]["shape"])
 
     def mapped(self, name: str, dtype: Any) -> np.ndarray:
-        """A stored tensor of ``dtype`` as a read-only view of its file, which the system reads when it is looked at."""
+        """A stored tensor of ``dtype`` as a read-only view of its file, which the system reads when it is looked at.
+
+        Without ``mmap`` it is read now.
+        """
         start, header = self._header(name)
         entry = header[name]
-        shape = tuple(entry["shape"])
-        return np.memmap(self.directory / self.files[name], dtype, "r", start + entry["data_offsets"][0], shape)
+        shape, file = tuple(entry["shape"]), self.directory / self.files[name]
+        if not self.mmap:
+            return read_tensor(file, dtype, start=start + entry["data_offsets"][0], shape=shape)
+        return np.memmap(file, dtype, "r", start + entry["data_offsets"][0], shape)
 
     def _header(self, name: str) -> tuple[int, Any]:
         """Where the data of a tensor's file begin, and its header; each file's is read once."""
@@ -316,21 +328,25 @@ class Checkpoint:
         return NestedTensor(codes=codes, scale=scale, zero=zero, rule=self.spec.rule, slices=slices)
 
 
-def open_checkpoint(directory: Path | str, *, check_hashes: bool = True, check_sizes: bool | None = None) -> Checkpoint:
+def open_checkpoint(
+    directory: Path | str, *, check_hashes: bool = True, check_sizes: bool | None = None, mmap: bool = True
+) -> Checkpoint:
     """Open a nested checkpoint after checking its manifest (unless told not to) and its structure.
 
-    check_sizes: of the files, which takes no time; None: with the hashes.
+    check_sizes: of the files, which takes no time; None: with the hashes. mmap False: tensors are read into memory, so
+    that a file that is truncated later does no harm.
 
     Raises InputError naming the file or tensor at fault and what would do.
     """
+    check_types(directory=directory, check_hashes=check_hashes, mmap=mmap)
     where = Path(directory)
     check_sizes = check_hashes if check_sizes is None else check_sizes
     manifest = read_manifest(where)
     check_files(where, manifest["files"], sizes=check_sizes, hashes=check_hashes)
-    return open_listed(where, manifest)
+    return open_listed(where, manifest, mmap=mmap)
 
 
-def open_listed(where: Path, manifest: Mapping[str, Any]) -> Checkpoint:
+def open_listed(where: Path, manifest: Mapping[str, Any], *, mmap: bool = True) -> Checkpoint:
     """Open a checkpoint whose files have been compared with ``manifest``; InputError unless its structure is right."""
     listed = set(manifest["files"])
     config = read_object(where / "config.json", CONFIG)
@@ -357,6 +373,7 @@ def open_listed(where: Path, manifest: Mapping[str, Any]) -> Checkpoint:
         ignore=tuple(map(str, ignore)) if isinstance(ignore, list) else (),
         files=files,
         shapes=shapes,
+        mmap=mmap,
     )
 
 

@@ -23,7 +23,9 @@ from matquant.options.request import check_request
 from matquant.plan.request import check_losses
 from matquant.seal import describe, ignored_files, seal_checkpoint
 from matquant.spec import Plan
+from matquant.startup import INTERRUPTED, leave_on_interrupt, shortage
 from matquant.streams import accept_any_text
+from matquant.threads import check_environment
 
 app = typer.Typer(
     help="One int8 checkpoint that is a good int4 and int2 model too (Matryoshka Quantization).",
@@ -45,11 +47,16 @@ def main() -> None:
     """Run the command line; the user's mistakes end with one message and exit code 2."""
     accept_any_text()
     try:
+        check_environment()
         app()
-    except (InputError, OSError) as error:
+    except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except RuntimeError as error:
+    except (ImportError, MemoryError, OSError, RuntimeError) as error:
+        short = shortage(error) or (str(error) if isinstance(error, OSError) else None)
+        if short is not None:
+            print(f"error: {short}", file=sys.stderr)
+            sys.exit(2)
         if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported for this
             raise
         reason = ". ".join(str(error).split(". ")[:2])  # what was asked for; then come pages of advice
@@ -74,8 +81,13 @@ def quantize(
     ] = None,
     group_size: Annotated[str, Option(metavar="channel|N", help="Weights that share a scale.")] = "channel",
     symmetric: Annotated[
-        bool, Option("--symmetric/--asymmetric", help="Zero at 128, or an integer zero per group.")
-    ] = True,
+        bool | None,
+        Option(
+            "--symmetric/--asymmetric",
+            help="8-bit zero-point at 128, or an integer one per group.",
+            show_default="symmetric; rtn compares both",
+        ),
+    ] = None,
     affine: Annotated[
         str | None,
         Option(help="Own affines of widths 2-4: none, refit, learned.", show_default="by method"),
@@ -377,6 +389,9 @@ Stop = Annotated[list[str] | None, Option(metavar="TEXT", help="Stop at this tex
 Threads = Annotated[int | None, Option(help="CPU threads.", show_default="OMP_NUM_THREADS, else all")]
 Activations = Annotated[str, Option(help="int8, or float (exact and slow).")]
 CheckHashes = Annotated[bool, Option("--check-hashes/--no-check-hashes", help="Check the checkpoint's hashes first.")]
+Mmap = Annotated[
+    bool, Option("--mmap/--no-mmap", help="Map the files. --no-mmap reads them: safe where they may be truncated.")
+]
 
 
 @app.command()
@@ -396,6 +411,7 @@ def generate(
     threads: Threads = None,
     activations: Activations = "int8",
     check_hashes: CheckHashes = True,
+    mmap: Mmap = True,
 ) -> None:
     """Continue a text at any width, streaming. Needs no torch."""
     options = locals()
@@ -426,6 +442,7 @@ def chat(
     threads: Threads = None,
     activations: Activations = "int8",
     check_hashes: CheckHashes = True,
+    mmap: Mmap = True,
 ) -> None:
     """Talk to a model; /bits 2 switches the width between replies, /quit ends."""
     _serve("chat", locals())
@@ -441,12 +458,18 @@ def bench(
     threads: Threads = None,
     activations: Activations = "int8",
     check_hashes: CheckHashes = True,
+    mmap: Mmap = True,
 ) -> None:
     """Tokens per second at every width, and how close that is to streaming the weights; the last line is JSON."""
     widths = _widths(bits)
     runtime = importlib.import_module("matquant.runtime.bench")
     engine = importlib.import_module("matquant.runtime.engine").Engine(
-        directory, max_bits=max(widths), threads=threads, activations=activations, check_hashes=check_hashes
+        directory,
+        max_bits=max(widths),
+        threads=threads,
+        activations=activations,
+        check_hashes=check_hashes,
+        mmap=mmap,
     )
     record = runtime.bench(engine, bits=widths, tokens=tokens, rounds=rounds, context=context)
     Console().print(runtime.table(record, str(directory)))
@@ -517,7 +540,8 @@ def _notice(text: str) -> None:
 def _needs_torch(module: str) -> Any:
     """Import a module of the training world, or say what to install."""
     try:
-        return importlib.import_module(module)
+        with leave_on_interrupt():
+            return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("matquant"):
             raise
@@ -526,11 +550,11 @@ def _needs_torch(module: str) -> Any:
 
 def _serve(verb: str, options: dict[str, Any]) -> None:
     """Run a verb of matquant.runtime.terminal, imported only now; Ctrl-C ends it with 130 wherever it is."""
-    engine = {name: options.pop(name) for name in ("max_bits", "threads", "activations", "check_hashes")}
+    engine = {name: options.pop(name) for name in ("max_bits", "threads", "activations", "check_hashes", "mmap")}
     try:
         code = getattr(importlib.import_module("matquant.runtime.terminal"), verb)(engine=engine, **options)
     except KeyboardInterrupt:
-        code = 130
+        code = INTERRUPTED
     raise typer.Exit(code)
 
 
@@ -575,4 +599,4 @@ def _resumable() -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         print("interrupted; if it was training, the same command with --resume continues", file=sys.stderr)
-        raise typer.Exit(130) from None
+        raise typer.Exit(INTERRUPTED) from None

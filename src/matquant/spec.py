@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from matquant.errors import InputError
+from matquant.arguments import check_given, check_types
+from matquant.errors import InputError, InputTypeError
 from matquant.files import read_json
 from matquant.nest import MASTER_BITS, OWN, ZEROS, check_bits, check_rule
 
@@ -106,6 +107,10 @@ class Spec:
     zeros: str = OWN
 
     def __post_init__(self) -> None:
+        for key, (is_right, words) in _KINDS.items():
+            value = getattr(self, key)
+            if not is_right(list(value) if isinstance(value, tuple) else value):
+                raise InputTypeError(f"{key}={value!r} of a Spec must be {words}")
         check_rule(self.rule)
         for bits in (*self.widths, *self.slices):
             check_bits(bits)
@@ -159,6 +164,7 @@ class Plan:
     about: Mapping[str, str | float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        check_types(plan=self.bits)
         for width in (*(() if self.default is None else (self.default,)), *self.bits.values()):
             check_bits(width)
 
@@ -169,6 +175,8 @@ class Plan:
             return plan
         if isinstance(plan, (Path, str)):
             return cls.read(plan)
+        check_bits(bits)
+        check_given(plan=plan)
         return cls(default=bits, bits=dict(plan or {}))
 
     def resolve(self, paths: Iterable[str]) -> dict[str, int]:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from matquant.arguments import check_given, check_types
 from matquant.errors import InputError
 from matquant.finite import check_result
 from matquant.models import context_length
@@ -71,6 +72,8 @@ def evaluate(
     context None: the model's own (max_position_embeddings). report: told the width, and windows done of all widths.
     The model is left at the last width evaluated.
     """
+    check_types(stream=stream, bits=bits)
+    check_given(context=context, stride=stride)
     length = context or context_length(model)
     names = [*dict.fromkeys(map(str, bits)), *([] if plan is None else ["plan"])]
     results: dict[str, float] = {}

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from matquant.arguments import check_fields, check_given, check_types
 from matquant.checkpoint import check_writable, side_files
-from matquant.errors import InputError, check_positive
+from matquant.errors import InputError
 from matquant.interrupted import check_work, work_folder
 from matquant.locks import check_place
 from matquant.nest import OWN, ZEROS, check_bits, check_rule
@@ -20,6 +21,7 @@ from matquant.options.objective import Width, parse_objective
 from matquant.source import check_source
 from matquant.spec import SCALE_DTYPES
 from matquant.text import read_documents
+from matquant.threads import check_threads
 
 UNLEARNED = {  # what a method that learns no affines says of --affine learned
     "rtn": "method 'rtn' learns nothing; use --affine refit or none",
@@ -48,7 +50,7 @@ def check_request(
     scope: str,
     exclude: Sequence[str],
     group_size: int | None,
-    symmetric: bool,
+    symmetric: bool | None,
     zeros: str,
     scale_dtype: str,
     resume: bool,
@@ -67,8 +69,13 @@ def check_request(
 
     The arguments are those of ``quantize``. Only torch knows the device, only the model the group sizes that fit.
     """
-    if threads is not None:
-        check_positive(threads=threads)
+    check_types(
+        **{"model": model, "out": out, "method": method, "rule": rule, "scope": scope, "exclude": exclude},
+        **{"zeros": zeros, "scale_dtype": scale_dtype, "text": text, "resume": resume, "overwrite": overwrite},
+    )
+    check_given(objective=objective, weights=weights, group_size=group_size, affine=affine, start=start)
+    check_given(symmetric=symmetric)
+    check_threads(threads)
     if method not in (*METHODS, distill.NAME):
         raise InputError(f"method={method!r} is not known; use one of {', '.join((*METHODS, distill.NAME))}")
     target = check_place(out)
@@ -77,7 +84,7 @@ def check_request(
         fixed = {"objective": objective, "weights": weights, "affine": affine}
         _check_unset({**fixed, "baseline_bits": baseline_bits, "start": start}, None)
         _check_unset({"rule": rule}, "prefix")
-        _check_unset({"symmetric": symmetric}, True)
+        _check_unset({"symmetric": symmetric is not False}, True)
         distill.check_options(options)
         affine, needs_text = "learned", True
     else:
@@ -91,7 +98,7 @@ def check_request(
             widths = tuple(dataclasses.replace(width, weight=chosen.lambdas(width.bits)) for width in widths)
         request = dataclasses.replace(request, objective=objective, widths=widths, affine=affine)
     _check_choices(affine=affine, scale_dtype=scale_dtype, rule=rule, zeros=zeros, scope=scope)
-    _check_zeros(zeros, affine=affine, rule=rule, symmetric=symmetric)
+    _check_zeros(zeros, affine=affine, rule=rule, symmetric=symmetric is not False)
     _check_patterns(exclude)
     if method in METHODS:
         _check_method(method, options, affine=affine, start=start)
@@ -129,6 +136,7 @@ def _check_options(method: str, options: Mapping[str, Any]) -> None:
         if name not in known:
             flags = ", ".join(known)
             raise InputError(f"method {method!r} has no option {name!r}; it has {flags}")
+    check_fields({field.name: field.type for field in dataclasses.fields(METHODS[method].settings)}, options)
     METHODS[method].check_options(options)
 
 

@@ -12,8 +12,8 @@ from matquant.runtime import renderer
 from matquant.runtime.chat import Conversation
 from matquant.runtime.engine import Completion, Engine
 from matquant.spec import Plan
+from matquant.startup import INTERRUPTED
 
-INTERRUPTED = 130  # the exit code of a program ended by Ctrl-C
 COMMANDS = "/bits N switches the width, /quit ends"
 
 

@@ -3,6 +3,7 @@
 ``quantize`` is the whole of it: check every input first, load the model, run a method of METHODS, write the checkpoint.
 """
 
+import dataclasses
 import functools
 import json
 import shutil
@@ -46,6 +47,7 @@ from matquant.train.fake import Grid
 from matquant.train.job import LOG, Job, Report, source_files
 from matquant.train.rtn import round_to_nearest
 from matquant.train.select import select_linears
+from matquant.train.symmetry import choose_symmetry
 from matquant.train.tokenizer import read_texts
 
 Nested = Iterator[tuple[str, NestedTensor]]
@@ -75,7 +77,7 @@ def quantize(
     scope: str = "ffn",
     exclude: Sequence[str] = (),
     group_size: int | None = None,
-    symmetric: bool = True,
+    symmetric: bool | None = None,
     affine: str | None = None,
     zeros: str = OWN,
     scale_dtype: str = "bfloat16",
@@ -97,8 +99,9 @@ def quantize(
     exclude: regular expressions of paths to leave out. baseline_bits: train the dedicated model of that width instead,
     on its own grid (on the method's own target, or ``objective`` if it names that width alone). affine None: the
     method's. zeros: of the widths with an affine of their own: "own", or "centre" for the middle of their codes, which
-    is not stored. start: a nested checkpoint of the same model whose codes qat starts from (one made by gptq is better
-    than rounding); its training log comes before this run's. device None: cuda if there is one.
+    is not stored. symmetric None: symmetric, with rtn whichever of both suits the weights (symmetry.py).
+    start: a nested checkpoint of the same model whose codes qat starts from (one made by gptq is better than rounding);
+    its training log comes before this run's. device None: cuda if there is one.
     options: the method's own: the fields of ``qat.Schedule``, ``gptq.Settings`` or ``omniquant.Settings``, or those of
     ``distill.stages``; seq_len is by default at most the model's context.
     Raises InputError before any work for whatever can be known before it, and never leaves a half-written checkpoint.
@@ -154,7 +157,7 @@ def quantize(
     if not chosen.streamed:
         _check_finite(source.model, views)
     fused = [path for path in views if ".experts." in path]
-    if fused and not symmetric:
+    if fused and symmetric is False:
         raise InputError(
             f"--asymmetric asked for {fused[0]}, a fused expert, which stock transformers "
             "cannot read with zero points; leave --asymmetric out, or --exclude experts"
@@ -174,12 +177,15 @@ def quantize(
         rule="prefix" if baseline_bits and baseline_bits < MASTER_BITS else rule,
         bits=baseline_bits or MASTER_BITS,
         group_size=group_size,
-        symmetric=symmetric,
+        symmetric=symmetric is not False,
         affine=affine,
         zeros=zeros,
         storable=scale_dtype == "bfloat16",
         sliced=_own_affines(affine, baseline_bits),
     )
+    if symmetric is None and method == "rtn" and baseline_bits is None:
+        suits, reason = choose_symmetry(source.model, views, grid)
+        grid, report = dataclasses.replace(grid, symmetric=suits), _with_notice(report, reason)
     if chosen.settings:  # windows no longer than what the model was made for, unless told otherwise
         options = {"seq_len": min(chosen.settings.seq_len, context_length(source.model)), **options}
     settings = chosen.settings(**options) if chosen.settings else None
@@ -190,7 +196,7 @@ def quantize(
         widths=tuple(width.bits for width in widths),
         slices=grid.sliced or ((baseline_bits,) if baseline_bits and baseline_bits < MASTER_BITS else ()),
         group_size=group_size,
-        symmetric=symmetric,
+        symmetric=grid.symmetric,
         zeros=zeros,
         scale_dtype=scale_dtype,
         scope=scope,
