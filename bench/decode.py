@@ -46,7 +46,8 @@ from matquant.checkpoint import Item, open_checkpoint, write_checkpoint
 from matquant.nest import UNIFORM
 from matquant.runtime.bench import LINEARS, STREAM_BYTES, UNDISTURBED, Sample, median, timed
 from matquant.runtime.engine import Engine, Session
-from matquant.runtime.model import EMBEDDING, HEAD, NORM, PROJECTIONS
+from matquant.runtime.families import EMBEDDING, PROJECTIONS
+from matquant.runtime.model import HEAD, NORM
 from matquant.spec import Spec
 from matquant.tensor import NestedTensor
 from origin import ROOT, origin

@@ -26,9 +26,10 @@ from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from matquant.options.objective import parse_objective
+from matquant.options.qat import Schedule
 from matquant.train import qat
 from matquant.train.fake import Grid
-from matquant.train.objective import parse_objective
 from matquant.train.select import select_linears
 
 VOCABULARY, BATCH, LENGTH = 8192, 4, 128
@@ -78,9 +79,7 @@ def joint(
 ) -> Callable[[], float]:
     """Our step over 8, 4, 2; returns the loss at 8 bits."""
     views = select_linears(model, "ffn")
-    schedule = qat.Schedule(
-        steps=10**6, batch_size=BATCH, seq_len=LENGTH, lr=1e-5, seed=0, warmup=1, learn_clip=learn_clip
-    )
+    schedule = Schedule(steps=10**6, batch_size=BATCH, seq_len=LENGTH, lr=1e-5, seed=0, warmup=1, learn_clip=learn_clip)
     our_grid = Grid(rule="prefix", **grid)
     state = qat.start(model, views, our_grid, schedule, trained=(8, 4, 2))
     optimizer = qat.make_optimizer(state, schedule)

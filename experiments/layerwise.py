@@ -23,9 +23,10 @@ import torch
 
 from matquant.models import load_float, load_tokenizer
 from matquant.nest import CENTRE, COMPANDED, UNIFORM
+from matquant.options.gptq import default_lambda
 from matquant.text import cut_windows, read_documents, token_stream
 from matquant.train.fake import Grid
-from matquant.train.gptq import default_lambda, nested_gptq
+from matquant.train.gptq import nested_gptq
 
 WIDTHS = (8, 6, 4, 3, 2)
 ROWS, TOKENS, WINDOW = 128, 16384, 1024

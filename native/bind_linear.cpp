@@ -1,13 +1,13 @@
 // Planes and products for Python. The bindings are the only files that know it.
 #include "kernels.hpp"
 #include "planes.hpp"
+#include "team.hpp"
 
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/unique_ptr.h>
 #include <nanobind/stl/vector.h>
-#include <omp.h>
 
 #include <cstdlib>
 #include <cstring>
@@ -45,22 +45,25 @@ class Weight {
       throw std::invalid_argument("the codes of a row are not contiguous");
     linear_.rows = size(codes.shape(0));
     linear_.cols = size(codes.shape(1));
+    if (group < 1) throw std::invalid_argument("a group has at least one input");
     linear_.group = group;
     linear_.rule = static_cast<Rule>(rule);
     linear_.grid = static_cast<Grid>(grid);
     linear_.resident_bits = resident_bits;
     place_planes(memory_.data(), linear_.rows, linear_.cols, resident_bits, linear_.plane);
     const nb::gil_scoped_release released;
-#pragma omp parallel
-    pack(codes.data(), codes.stride(0), linear_.rows, linear_.cols, resident_bits, linear_.plane, omp_get_thread_num(),
-         omp_get_num_threads());
+    on_threads(default_threads(), [&](Team& team, int thread) {
+      pack(codes.data(), codes.stride(0), linear_.rows, linear_.cols, resident_bits, linear_.plane, thread,
+           team.threads());
+    });
   }
 
   // scale, zero: [rows, groups], float32, or as bits of bfloat16 and float16. Returns their number, for set_affine:
   // several widths may share them.
   template <class T>
   std::size_t add_values(const Contiguous<T>& scale, const Contiguous<T>& zero) {
-    const int groups = linear_.cols / linear_.group, blocks = ceil_div(linear_.rows, BLOCK_ROWS);
+    const int groups = linear_.cols / linear_.group;
+    const auto blocks = static_cast<std::size_t>(ceil_div(linear_.rows, BLOCK_ROWS));
     for (const auto* values : {&scale, &zero})
       if (size(values->shape(0)) != linear_.rows || size(values->shape(1)) != groups)
         throw std::invalid_argument("scale and zero are not [rows, groups]");
@@ -127,25 +130,25 @@ Result<std::uint8_t> plane_bytes(const Weight& weight, int plane) {
   return new_matrix(blocks, bytes, std::move(copy));
 }
 
-// y [tokens, rows] = x [tokens, cols] W^T, by a team of its own; nothing of Python is touched.
+// y [tokens, rows] = x [tokens, cols] W^T, by a team; nothing of Python is touched.
 void multiply(const Linear& weight, const float* x, int tokens, float* y, int bits, Activations kind, int threads) {
   const std::unique_ptr<void, decltype(&std::free)> workspace(
       std::aligned_alloc(64, input_bytes(tokens, weight.cols, kind)), &std::free);
   if (workspace == nullptr) throw std::bad_alloc();
   const Input input = make_input(workspace.get(), tokens, weight.cols, kind);
-#pragma omp parallel num_threads(threads > 0 ? threads : omp_get_max_threads())
-  {
-    prepare(input, x, omp_get_thread_num(), omp_get_num_threads());
-#pragma omp barrier
-    linear(weight, bits, input, y, weight.rows, omp_get_thread_num(), omp_get_num_threads());
-  }
+  on_threads(threads == 0 ? default_threads() : threads, [&](Team& team, int thread) {
+    prepare(input, x, thread, team.threads());
+    team.barrier(thread);
+    linear(weight, bits, input, y, weight.rows, thread, team.threads());
+  });
 }
 
 Result<float> matmul(const Weight& weight, Contiguous<float> x, int bits, int activations, int threads) {
   const Linear& linear_weight = weight.linear();
   if (!serves(linear_weight, bits)) throw std::invalid_argument("that width is not resident");
-  if (static_cast<int>(x.shape(1)) != linear_weight.cols) throw std::invalid_argument("x is not [tokens, cols]");
+  if (x.shape(1) != static_cast<std::size_t>(linear_weight.cols)) throw std::invalid_argument("x is not [tokens, cols]");
   const auto rows = static_cast<std::size_t>(linear_weight.rows);
+  if (x.shape(0) > 0x7FFFFF00) throw std::invalid_argument("a product has at most 2^31 tokens");
   auto y = std::make_unique<float[]>(x.shape(0) * rows);
   if (x.shape(0) > 0) {
     const nb::gil_scoped_release released;

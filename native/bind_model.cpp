@@ -4,15 +4,17 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
-#include <omp.h>
 
+#include <atomic>
 #include <chrono>
 #include <cstring>
 #include <memory>
 #include <stdexcept>
+#include <utility>
 
 #include "model.hpp"
 #include "planes.hpp"
+#include "team.hpp"
 
 namespace nb = nanobind;
 
@@ -38,6 +40,7 @@ DType dtype_of(const std::string& name) {
 Dense dense_of(const Raw2& array, const std::string& dtype) {
   const DType kind = dtype_of(dtype);
   require(array.itemsize() == size_of(kind), "the array's items do not have the size of its dtype");
+  require(array.shape(0) <= (size_t)kMostValues && array.shape(1) <= (size_t)kMostValues, "a matrix is too large");
   return {array.data(), kind, (int)array.shape(0), (int)array.shape(1)};
 }
 
@@ -49,7 +52,7 @@ struct HeldMatrix {
 
   void add_bias(const std::optional<Floats1>& bias) {
     if (!bias) return;
-    require((int)bias->shape(0) == matrix.rows(), "a bias has the wrong length");
+    require(bias->shape(0) == (size_t)matrix.rows(), "a bias has the wrong length");
     matrix.bias = bias->data();
     owners.push_back(nb::cast(*bias));
   }
@@ -57,6 +60,7 @@ struct HeldMatrix {
 
 // A Model with the Python objects whose memory it points into.
 struct Held {
+  explicit Held(Model sizes) : model(std::move(sizes)) {}
   Model model;
   std::vector<nb::object> owners;
   std::vector<std::shared_ptr<Memory>> memories;
@@ -71,7 +75,7 @@ struct Held {
 
   const float* keep(const std::optional<Floats1>& array, int length) {
     if (!array) return nullptr;
-    require((int)array->shape(0) == length, "a vector has the wrong length");
+    require(array->shape(0) == (size_t)length, "a vector has the wrong length");
     owners.push_back(nb::cast(*array));
     return array->data();
   }
@@ -93,12 +97,10 @@ HeldMatrix dense_matrix(const Raw2& array, const std::string& dtype, const std::
     held.memory = std::make_shared<Memory>(bytes);
     const char* from = (const char*)array.data();
     const nb::gil_scoped_release unlocked;
-#pragma omp parallel
-    {
-      const size_t me = omp_get_thread_num(), all = omp_get_num_threads();
-      const size_t start = bytes * me / all, stop = bytes * (me + 1) / all;
-      std::memcpy(held.memory->data() + start, from + start, stop - start);
-    }
+    on_threads(default_threads(), [&](Team& team, int thread) {
+      const Chunk mine = chunk_of(bytes, thread, team.threads());
+      std::memcpy(held.memory->data() + mine.start, from + mine.start, mine.stop - mine.start);
+    });
     held.matrix.dense.data = held.memory->data();
   } else {
     held.owners.push_back(nb::cast(array));
@@ -154,25 +156,31 @@ void set_ends(Held& held, const HeldMatrix& embedding, const HeldMatrix& head, c
   m.norm = held.keep(norm, m.hidden);
 }
 
+int checked_threads(int threads) {
+  require(threads >= 1 && threads <= MOST_THREADS, "threads must be from 1 to 1024");
+  return threads;
+}
+
 // A workspace with the rows of the step it is used for, and the logits of one: nothing else is needed per call.
 struct HeldWorkspace {
   Workspace workspace;
   std::vector<Row> rows;
   std::vector<float> logits;
   HeldWorkspace(const Held& held, int max_tokens, int capacity, int threads)
-      : workspace(held.model, max_tokens, capacity, threads), rows(max_tokens), logits(held.model.vocab) {}
+      : workspace(held.model, max_tokens, capacity, checked_threads(threads)), rows(max_tokens), logits(held.model.vocab) {}
 };
 
 void run_step(const Held& held, Array<const std::uint8_t, 1> bits, bool exact, const nb::list& tokens,
               const nb::list& positions, const nb::list& caches, int first_logit,
               const std::optional<Array<float, 2>>& logits, HeldWorkspace& space) {
   const Model& m = held.model;
+  require(tokens.size() <= (size_t)kMostTokens, "more tokens than a step takes");
   const int count = (int)tokens.size();
   require(!m.layers.empty() && m.norm, "the model is not complete");
   require(count > 0 && count <= space.workspace.max_tokens, "more tokens than the workspace has room for");
-  require((int)positions.size() == count && (caches.size() == 1 || (int)caches.size() == count),
+  require(positions.size() == (size_t)count && (caches.size() == 1 || caches.size() == (size_t)count),
           "one position per token, and one cache for all or per token");
-  require(first_logit >= 0 && first_logit <= count && (logits ? (int)logits->shape(0) : 1) >= count - first_logit &&
+  require(first_logit >= 0 && first_logit <= count && (logits ? logits->shape(0) : 1) >= (size_t)(count - first_logit) &&
               (logits ? logits->shape(1) : space.logits.size()) == (size_t)m.vocab,
           "the logits have the wrong shape");
   require(bits.shape(0) == m.layers.size() * kProjections + 1, "one width per matrix");
@@ -210,14 +218,12 @@ class Stream {
   // Seconds that `threads` threads take to read it once.
   double read(int threads) const {
     using namespace std::chrono;
-    std::uint64_t sum = 0;
+    std::atomic<std::uint64_t> sum{0};
     const auto start = steady_clock::now();
-#pragma omp parallel num_threads(threads) reduction(^ : sum)
-    {
-      const size_t chunks = bytes_ / kChunk, me = omp_get_thread_num(), all = omp_get_num_threads();
-      const size_t first = chunks * me / all, last = chunks * (me + 1) / all;
-      sum ^= floats().read(memory_.data() + first * kChunk, (last - first) * kChunk);
-    }
+    on_threads(threads, [&](Team& team, int thread) {
+      const Chunk mine = chunk_of(bytes_ / kChunk, thread, team.threads());
+      sum ^= floats().read(memory_.data() + mine.start * kChunk, (mine.stop - mine.start) * kChunk);
+    });
     const double seconds = duration<double>(steady_clock::now() - start).count();
     volatile std::uint64_t used = sum;  // or the reads are optimised away
     (void)used;
@@ -242,18 +248,13 @@ void bind_model(nb::module_& module) {
   nb::class_<Held>(module, "Model")
       .def(
           "__init__",
-          [](Held* self, int hidden, int intermediate, int heads, int kv_heads, int head_dim, int vocab,
-             float norm_eps, float attention_scale, float embedding_scale, float attention_cap, float logit_cap,
-             bool gelu) {
-            require(hidden > 0 && intermediate > 0 && kv_heads > 0 && heads > 0 && heads % kv_heads == 0 &&
-                        head_dim > 0 && head_dim % 2 == 0 && vocab > 0,
-                    "the sizes do not make a model");
-            new (self) Held{};
+          [](Held* self, std::int64_t hidden, std::int64_t intermediate, std::int64_t heads, std::int64_t kv_heads,
+             std::int64_t head_dim, std::int64_t vocab, float norm_eps, float attention_scale, float embedding_scale,
+             float attention_cap, float logit_cap, bool gelu) {
+            new (self) Held(Model(hidden, intermediate, heads, kv_heads, head_dim, vocab));
             Model& m = self->model;
-            m.hidden = hidden, m.intermediate = intermediate, m.heads = heads, m.kv_heads = kv_heads;
-            m.head_dim = head_dim, m.vocab = vocab, m.norm_eps = norm_eps, m.attention_scale = attention_scale;
-            m.embedding_scale = embedding_scale, m.attention_cap = attention_cap, m.logit_cap = logit_cap;
-            m.gelu = gelu;
+            m.norm_eps = norm_eps, m.attention_scale = attention_scale, m.embedding_scale = embedding_scale;
+            m.attention_cap = attention_cap, m.logit_cap = logit_cap, m.gelu = gelu;
           },
           nb::kw_only(), nb::arg("hidden"), nb::arg("intermediate"), nb::arg("heads"), nb::arg("kv_heads"),
           nb::arg("head_dim"), nb::arg("vocab"), nb::arg("norm_eps"), nb::arg("attention_scale"),
@@ -271,7 +272,6 @@ void bind_model(nb::module_& module) {
       .def(
           "__init__",
           [](Cache* self, const Held& held, int capacity, bool exact) {
-            require(capacity > 0, "a cache needs a capacity");
             new (self) Cache(held.model, capacity, exact ? DType::f32 : DType::f16);
           },
           nb::arg("model"), nb::arg("capacity"), nb::arg("exact"))

@@ -1,15 +1,16 @@
 #include "model.hpp"
 
-#include <omp.h>
 #include <sys/mman.h>
 
 #include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <new>
+#include <stdexcept>
 #include <string_view>
-#include <thread>
 #include <type_traits>
+
+#include "team.hpp"
 
 namespace matquant {
 namespace {
@@ -19,9 +20,21 @@ constexpr size_t kFetched = 2;  // tiles of keys and values that are called for 
 constexpr int kGroup = 128;  // inputs that are quantised together, a thread's unit of prepare()
 size_t whole_lines(size_t bytes) { return (bytes + kLine - 1) / kLine * kLine; }
 
+// A product of sizes from outside must not wrap round to a small one: more than any machine has is no memory.
+size_t times(size_t a, size_t b) {
+  size_t product;
+  if (__builtin_mul_overflow(a, b, &product) || product > (size_t)1 << 62) throw std::bad_alloc();
+  return product;
+}
+
 double now_s() {
   using namespace std::chrono;
   return duration<double>(steady_clock::now().time_since_epoch()).count();
+}
+
+int in_range(std::int64_t value, std::int64_t most, const char* message) {
+  if (value < 1 || value > most) throw std::invalid_argument(message);
+  return (int)value;
 }
 
 // This thread's share of 0 .. count - 1, cut at multiples of `unit`.
@@ -32,17 +45,6 @@ Share share(int count, int thread, int threads, int unit = 1) {
   const long long units = (count + unit - 1) / unit;
   return {(int)std::min<long long>(count, units * thread / threads * unit),
           (int)std::min<long long>(count, units * (thread + 1) / threads * unit)};
-}
-
-// One turn of a thread that waits: a while without giving up its core, then with it, should others need it.
-void wait(int turn) {
-  constexpr int kPatient = 1 << 13;  // about 100 us
-  if (turn > kPatient) return std::this_thread::yield();
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  asm volatile("yield");
-#endif
 }
 
 // Attention's items in order: [key/value heads][tokens][members], the members being the query heads that share a
@@ -74,9 +76,10 @@ struct Worker {
   const int tokens;
   Workspace& space;
   const Floats& fn;
-  const int thread, threads;
+  Team& team;
+  const int thread;
+  const int threads = team.threads();
   double since = 0;
-  unsigned barriers = 0;
 
   // A single token's residual, normed row and input made of it are every thread's own: no thread waits for one that
   // makes them for all.
@@ -95,14 +98,13 @@ struct Worker {
     return tokens == 1 && count % threads == 0 && count / threads % kLanes == 0 && count / threads % unit == 0;
   }
 
-  // This thread has done its share of `part`; then, so have all. (In OpenMP's barrier the last makes a system call.)
+  // This thread has done its share of `part`; then, so have all.
   void arrive(Part part) {
     note(part);
-    space.arrivals[thread].barriers.store(++barriers, std::memory_order_release);
+    team.arrive(thread);
   }
   void await() {
-    for (int other = 0; other < threads; ++other)
-      for (int turn = 0; space.arrivals[other].barriers.load(std::memory_order_acquire) < barriers; ++turn) wait(turn);
+    team.await(thread);
     note(threads > 1 ? kWait : kNorm);  // one thread has only fetched
   }
   void finish(Part part) {
@@ -372,13 +374,25 @@ Reserved::Reserved(size_t bytes) : bytes_(bytes) {
 
 Reserved::~Reserved() { munmap(data_, bytes_); }
 
+Model::Model(std::int64_t hidden_, std::int64_t intermediate_, std::int64_t heads_, std::int64_t kv_heads_,
+             std::int64_t head_dim_, std::int64_t vocab_)
+    : hidden(in_range(hidden_, kMostValues, "hidden is out of range")),
+      intermediate(in_range(intermediate_, kMostValues, "intermediate is out of range")),
+      heads(in_range(heads_, kMostHeads, "heads are out of range")),
+      kv_heads(in_range(kv_heads_, kMostHeads, "kv_heads are out of range")),
+      head_dim(in_range(head_dim_, kMostHeadDim, "head_dim is out of range")),
+      vocab(in_range(vocab_, kMostValues, "vocab is out of range")) {
+  if (heads % kv_heads || head_dim % 2) throw std::invalid_argument("the sizes do not make a model");
+  in_range(heads_ * head_dim_, kMostValues, "heads x head_dim is out of range");
+}
+
 Cache::Cache(const Model& model, int capacity_, DType dtype_)
-    : capacity(round_to_lanes(capacity_)),
+    : capacity(round_to_lanes(in_range(capacity_, kMostCapacity, "the capacity of a cache is out of range"))),
       dtype(dtype_),
       kv_heads_(model.kv_heads),
-      key_bytes_(whole_lines((size_t)capacity * model.head_dim * size_of(dtype))),
-      value_bytes_(whole_lines((size_t)capacity * round_to_lanes(model.head_dim) * size_of(dtype))),
-      memory_(model.layers.size() * kv_heads_ * (key_bytes_ + value_bytes_)) {}
+      key_bytes_(whole_lines(times(times(capacity, model.head_dim), size_of(dtype)))),
+      value_bytes_(whole_lines(times(times(capacity, round_to_lanes(model.head_dim)), size_of(dtype)))),
+      memory_(times(times(model.layers.size(), kv_heads_), key_bytes_ + value_bytes_)) {}
 
 void* Cache::keys(int layer, int kv_head) const {
   return memory_.data() + ((size_t)layer * kv_heads_ + kv_head) * (key_bytes_ + value_bytes_);
@@ -387,7 +401,10 @@ void* Cache::keys(int layer, int kv_head) const {
 void* Cache::values(int layer, int kv_head) const { return (char*)keys(layer, kv_head) + key_bytes_; }
 
 Workspace::Workspace(const Model& model, int max_tokens_, int capacity_, int threads_)
-    : max_tokens(max_tokens_), capacity(round_to_lanes(capacity_)), threads(threads_), memory_(lay_out(model, nullptr)) {
+    : max_tokens(in_range(max_tokens_, kMostTokens, "the tokens of a workspace are out of range")),
+      capacity(round_to_lanes(in_range(capacity_, kMostCapacity, "the capacity of a workspace is out of range"))),
+      threads(in_range(threads_, kMostThreads, "the threads of a workspace are out of range")),
+      memory_(lay_out(model, nullptr)) {
   lay_out(model, memory_.data());
 }
 
@@ -397,7 +414,8 @@ size_t Workspace::lay_out(const Model& m, char* base) {
   const auto place = [&](auto*& array, size_t count) {
     using Element = std::remove_reference_t<decltype(*array)>;
     if (base) array = (Element*)(base + offset);
-    offset += whole_lines(count * sizeof(Element));
+    offset += whole_lines(times(count, sizeof(Element)));
+    if (offset > (size_t)1 << 62) throw std::bad_alloc();
   };
   const size_t tokens = max_tokens, queries = (size_t)m.heads * m.head_dim, keys = (size_t)m.kv_heads * m.head_dim;
   const size_t copies = std::max(max_tokens, threads);  // a row for every thread if there is one token
@@ -419,19 +437,14 @@ size_t Workspace::lay_out(const Model& m, char* base) {
   place(input, input_of(max_tokens, std::max({m.hidden, m.intermediate, m.heads * m.head_dim})));
   single_input_bytes = input_of(1, std::max(m.hidden, m.intermediate));
   place(single_inputs, (threads + 1) * single_input_bytes);
-  place(arrivals, threads);
   return offset;
 }
 
 void step(const Model& model, const std::uint8_t* bits, Activations activations, const Row* rows, int tokens,
           int first_logit, float* logits, Workspace& workspace) {
-  const auto work = [&, &fn = floats()](int thread, int threads) {
-    Worker{model, bits, activations, rows, tokens, workspace, fn, thread, threads}.run(first_logit, logits);
-  };
-  if (workspace.threads == 1) return work(0, 1);  // libgomp would allocate a team of one
-  for (int thread = 0; thread < workspace.threads; ++thread) workspace.arrivals[thread].barriers = 0;
-#pragma omp parallel num_threads(workspace.threads)
-  work(omp_get_thread_num(), omp_get_num_threads());
+  on_threads(workspace.threads, [&, &fn = floats()](Team& team, int thread) {
+    Worker{model, bits, activations, rows, tokens, workspace, fn, team, thread}.run(first_logit, logits);
+  });
 }
 
 }  // namespace matquant

@@ -8,7 +8,6 @@
 // nor on the number of threads.
 #pragma once
 
-#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <vector>
@@ -17,6 +16,14 @@
 #include "linear.hpp"
 
 namespace matquant {
+
+// Sizes above these are rejected, so that no index below leaves 32 bits and no product of sizes 64.
+constexpr std::int64_t kMostValues = std::int64_t{1} << 28;   // of a row: hidden, intermediate, heads x head_dim, vocab
+constexpr std::int64_t kMostHeadDim = std::int64_t{1} << 24;
+constexpr std::int64_t kMostHeads = std::int64_t{1} << 15;
+constexpr int kMostTokens = 1 << 14;       // of a step
+constexpr int kMostCapacity = 0x7FFFFC00;  // tokens of a sequence
+constexpr int kMostThreads = 1 << 16;
 
 // A linear of either kind; bias [N] or null.
 struct Matrix {
@@ -52,15 +59,18 @@ struct Rope {
 };
 
 struct Model {
+  // The sizes, checked. Throws std::invalid_argument if they make no model, or one above the limits.
+  Model(std::int64_t hidden, std::int64_t intermediate, std::int64_t heads, std::int64_t kv_heads,
+        std::int64_t head_dim, std::int64_t vocab);
   int hidden, intermediate, heads, kv_heads, head_dim, vocab;
-  float norm_eps, attention_scale, embedding_scale;
-  float attention_cap, logit_cap;  // 0: none
-  bool gelu;                       // tanh GELU gates, otherwise SiLU
+  float norm_eps = 0, attention_scale = 1, embedding_scale = 1;
+  float attention_cap = 0, logit_cap = 0;  // 0: none
+  bool gelu = false;                       // tanh GELU gates, otherwise SiLU
   std::vector<Layer> layers;
   std::vector<Rope> ropes;
-  Dense embedding;
+  Dense embedding{};
   Matrix head;
-  const float* norm;
+  const float* norm = nullptr;
 };
 
 // Anonymous memory that is zero until it is written and takes no space until then. Throws std::bad_alloc.
@@ -79,6 +89,7 @@ class Reserved {
 };
 
 // Keys and values of one sequence: f16, or f32 in exact mode. Space for the whole capacity is reserved, not used.
+// Throws std::invalid_argument for a capacity outside 1 .. kMostCapacity, std::bad_alloc where there is no space.
 class Cache {
  public:
   Cache(const Model& model, int capacity, DType dtype);
@@ -99,12 +110,7 @@ enum Part { kNorm, kPrepare, kQkv, kAttention, kAttentionOut, kGateUp, kActivati
 constexpr const char* kPartNames[kParts] = {"norm",    "quantise",   "qkv",  "attention", "o",
                                             "gate_up", "activation", "down", "head",      "wait"};
 
-// How many barriers of a step a thread has reached, in a cache line of its own.
-struct alignas(64) Arrivals {
-  std::atomic<unsigned> barriers;
-};
-
-// Everything a step writes besides logits and caches; reused, so that steps allocate nothing.
+// Everything a step writes besides logits and caches; reused, so that steps allocate nothing. Throws as Cache does.
 class Workspace {
  public:
   Workspace(const Model& model, int max_tokens, int capacity, int threads);
@@ -114,7 +120,6 @@ class Workspace {
   float *cosines, *sines;                                     // [ropes][max_tokens][head_dim / 2]
   float* scores;                                              // [threads][kQueries][capacity + 16]
   char* input;                                                // of one Input
-  Arrivals* arrivals;                                         // [threads]
   // Memory of one token's Inputs: one of each thread, and one that they share.
   char* single_input(int which) const { return single_inputs + which * single_input_bytes; }
   bool profile = false;

@@ -207,7 +207,7 @@ struct Decoder {
   std::vector<std::unique_ptr<Fixture>> held;
   std::vector<float> ones = std::vector<float>(FFN, 1.0f), frequencies = std::vector<float>(DIM / 2, 0.1f);
   std::vector<float> embedding = std::vector<float>(VOCAB * HIDDEN);
-  Model model{};
+  Model model{HIDDEN, FFN, HEADS, KV, DIM, VOCAB};
 
   Matrix nested(int rows, int cols) {
     held.push_back(std::make_unique<Fixture>(Case{rows, cols, cols, 1}, Rule::prefix));
@@ -225,8 +225,7 @@ struct Decoder {
 
   Decoder() {
     for (float& value : embedding) value = draw_float();
-    model.hidden = HIDDEN, model.intermediate = FFN, model.heads = HEADS, model.kv_heads = KV, model.head_dim = DIM;
-    model.vocab = VOCAB, model.norm_eps = 1e-5f, model.attention_scale = 0.2f, model.embedding_scale = 1.0f;
+    model.norm_eps = 1e-5f, model.attention_scale = 0.2f, model.embedding_scale = 1.0f;
     model.ropes.push_back({frequencies.data(), 1.0f});
     for (int i = 0; i < 2; ++i) {
       Layer layer{};
@@ -241,6 +240,34 @@ struct Decoder {
     model.norm = ones.data();
   }
 };
+
+// Sizes whose products leave 32 or 64 bits are rejected, and never become small ones.
+template <class Make>
+void expect_rejected(const char* what, Make make) {
+  try {
+    make();
+  } catch (const std::invalid_argument&) {
+    return;
+  } catch (const std::bad_alloc&) {
+    return;
+  }
+  ++failures;
+  std::printf("FAILED: %s is accepted\n", what);
+}
+
+void check_sizes() {
+  constexpr std::int64_t huge = std::int64_t{1} << 32;
+  expect_rejected("heads x head_dim of 2^32 + 128", [] { Model(64, 160, 2, 1, (huge + 128) / 2, 96); });
+  expect_rejected("2^31 heads", [] { Model(64, 160, huge / 2, 1, 32, 96); });
+  expect_rejected("a vocabulary of 2^31", [] { Model(64, 160, 4, 2, 32, huge / 2); });
+  expect_rejected("a negative size", [] { Model(-64, 160, 4, 2, 32, 96); });
+  Model wide(64, 160, 1, 1, kMostHeadDim, 96);
+  wide.layers.resize(1 << 12);
+  expect_rejected("a cache of 2^70 bytes", [&] { Cache(wide, kMostCapacity, DType::f32); });
+  expect_rejected("a cache of 2^31 tokens", [&] { Cache(wide, 0x7FFFFFFF, DType::f32); });
+  expect_rejected("a workspace of 2^31 tokens", [&] { Workspace(wide, 0x7FFFFFFF, 64, 1); });
+  expect_rejected("a workspace of 2^31 threads", [&] { Workspace(wide, 16, 64, 0x7FFFFFFF); });
+}
 
 // Every mode, number of threads and width, and widths that change by matrix and by step: a prompt and a few tokens make
 // what there is to make, and the tokens after them nothing.
@@ -277,6 +304,7 @@ int check_steps() {
 }  // namespace
 
 int main() {
+  check_sizes();
   if (counting) {
     const long before = allocations;
     delete new std::atomic<int>(0);

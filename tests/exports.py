@@ -32,10 +32,11 @@ def nested_checkpoint(
     scale_dtype: str = "bfloat16",
     ignore: tuple[str, ...] = ("lm_head",),
     config: Mapping[str, Any] | None = None,
+    plain: Mapping[str, np.ndarray] | None = None,
 ) -> Path:
     """A checkpoint of weights [N, K] by path: every code occurs, scales are storable; own: widths 3, 2 have affines.
 
-    zero: of the 8-bit grid everywhere, None: 128 if symmetric, else random.
+    zero: of the 8-bit grid everywhere, None: 128 if symmetric, else random. plain: further tensors.
     """
     random = np.random.default_rng(len(shapes))
     slices = (3, 2) if own else ()
@@ -65,6 +66,7 @@ def nested_checkpoint(
 
     items: list[Any] = [(path, tensor(*shape)) for path, shape in shapes.items()]
     items.append(("model.embed_tokens.weight", np.ones((4, 64), dtype=ml_dtypes.bfloat16)))
+    items += (plain or {}).items()
     write_checkpoint(directory, items, spec=spec, config=config or LLAMA, ignore=ignore, files={"vocab.txt": b"a\n"})
     return directory
 

@@ -185,7 +185,7 @@ def test_an_unknown_model_is_refused(model: str, refuse: Refuse, start: Argument
 
 
 def test_a_directory_or_file_that_is_no_model_is_refused(refuse: Refuse, start: Arguments, text_file: Path) -> None:
-    refuse(*start(model=text_file), message=f"{text_file}: no such model directory; {KIND}")
+    refuse(*start(model=text_file), message=f"{text_file} is a file, not a model directory; {KIND}")
     directory = text_file.parent
     refuse(*start(model=directory), message=f"{directory} has no config.json; {KIND}")
 
@@ -231,7 +231,7 @@ def test_a_model_without_tokenizer_is_refused_when_text_is_needed(
 
 
 def test_a_quantised_model_is_refused(refuse: Refuse, start: Arguments, checkpoint: Path) -> None:
-    message = f"{checkpoint} is quantised already; give the float model it was made from"
+    message = f"{checkpoint} is quantised already, by matquant; give the float model it was made from"
     refuse(*start(model=checkpoint), message=message)
 
 
@@ -1272,7 +1272,7 @@ FLAGS: dict[str, list[str]] = {
     "quantize": [
         "--out", "--method", "--objective", "--weights", "--rule", "--scope", "--exclude", "--group-size",
         "--symmetric",
-        "--affine", "--zeros", "--scale-dtype", "--baseline-bits", "--start", "--text", "--steps", "--batch-size",
+        "--affine", "--zeros", "--grid", "--scale-dtype", "--baseline-bits", "--start", "--text", "--steps", "--batch-size",
         "--seq-len",
         "--samples", "--lr", "--clip-lr", "--transform-lr", "--transform", "--codes", "--damp", "--sweeps", "--tune",
         "--seed",
@@ -1294,17 +1294,18 @@ FLAGS: dict[str, list[str]] = {
         "--baselines", "--plot", "--help",
     ],
     "inspect": ["--json", "--help"],
-    "verify": ["--help"],
+    "verify": ["--seal", "--help"],
     "generate": [
         "--prompt", "--bits", "--plan", "--max-tokens", "--temperature", "--top-k", "--top-p", "--min-p", "--seed",
-        "--stop", "--max-bits", "--threads", "--activations", "--check-hashes", "--help",
+        "--stop", "--max-bits", "--threads", "--activations", "--check-hashes", "--mmap", "--help",
     ],
     "chat": [
-        "--bits", "--plan", "--system", "--max-tokens", "--temperature", "--top-k", "--top-p", "--min-p", "--seed",
-        "--max-bits", "--threads", "--activations", "--check-hashes", "--help",
+        "--bits", "--plan", "--system", "--context", "--max-tokens", "--temperature", "--top-k", "--top-p", "--min-p",
+        "--seed", "--max-bits", "--threads", "--activations", "--check-hashes", "--mmap", "--help",
     ],
     "bench": [
-        "--bits", "--tokens", "--rounds", "--context", "--threads", "--activations", "--check-hashes", "--help",
+        "--bits", "--tokens", "--rounds", "--context", "--threads", "--activations", "--check-hashes", "--mmap",
+        "--help",
     ],
     "export": [
         "--to", "--out", "--bits", "--plan", "--zeros", "--dtype", "--base-model", "--measured", "--explain",
@@ -1320,7 +1321,7 @@ DEFAULTS: dict[str, dict[str, str]] = {
         "--rule": "prefix",
         "--scope": "ffn",
         "--group-size": "channel",
-        "--symmetric": "symmetric",
+        "--symmetric": "(symmetric; rtn compares both)",
         "--affine": "(by method)",
         "--zeros": "own",
         "--scale-dtype": "bfloat16",
@@ -1389,9 +1390,11 @@ DEFAULTS: dict[str, dict[str, str]] = {
         "--threads": "(OMP_NUM_THREADS, else all)",
         "--activations": "int8",
         "--check-hashes": "check-hashes",
+        "--mmap": "mmap",
     },
     "chat": {
         "--bits": "(--max-bits)",
+        "--context": "(the model's context, 32768 at most)",
         "--max-tokens": "1024",
         "--temperature": "(generation_config.json, else greedy)",
         "--top-k": "(as temperature)",
@@ -1402,6 +1405,7 @@ DEFAULTS: dict[str, dict[str, str]] = {
         "--threads": "(OMP_NUM_THREADS, else all)",
         "--activations": "int8",
         "--check-hashes": "check-hashes",
+        "--mmap": "mmap",
     },
     "bench": {
         "--bits": "8,6,4,3,2",
@@ -1411,6 +1415,7 @@ DEFAULTS: dict[str, dict[str, str]] = {
         "--threads": "(OMP_NUM_THREADS, else all)",
         "--activations": "int8",
         "--check-hashes": "check-hashes",
+        "--mmap": "mmap",
     },
     "export": {"--bits": "(8)", "--zeros": "exact", "--dtype": "(the model's)"},
     "demo": {"--out": "out/demo"},
@@ -1456,9 +1461,11 @@ def test_inspect_verify_and_help_work_without_torch(run: Run, checkpoint: Path) 
 
 
 @pytest.mark.parametrize("verb", ["quantize", "eval", "plan", "demo"])
-def test_what_needs_torch_says_what_to_install(verb: str, checkpoint: Path, text_file: Path, tmp_path: Path) -> None:
+def test_what_needs_torch_says_what_to_install(
+    verb: str, llama: Path, checkpoint: Path, text_file: Path, tmp_path: Path
+) -> None:
     arguments: dict[str, tuple[object, ...]] = {
-        "quantize": (checkpoint, "-o", tmp_path / "out", "--method", "rtn"),
+        "quantize": (llama, "-o", tmp_path / "out", "--method", "rtn"),
         "eval": (checkpoint, "--text", text_file),
         "plan": (checkpoint, "--text", text_file, "--bits-per-weight", "4", "-o", tmp_path / "plan.json"),
         "demo": ("-o", tmp_path / "out"),

@@ -14,6 +14,7 @@ import matquant
 from conftest import Interrupt
 from matquant.checkpoint import verify_checkpoint
 from matquant.errors import InputError
+from matquant.options.distill import SHARED
 from matquant.train import distill, gptq, qat
 
 SIZE: dict[str, Any] = {"seq_len": 16, "batch_size": 2, "seed": 3}
@@ -98,7 +99,7 @@ def test_wider_models_have_smaller_rates(llama: Path, monkeypatch: pytest.Monkey
 
 
 def test_every_option_reaches_the_stages_that_have_it(llama: Path) -> None:
-    given: dict[str, Any] = dict.fromkeys((*distill.SHARED, "samples"), 5)
+    given: dict[str, Any] = dict.fromkeys((*SHARED, "samples"), 5)
     first, *trained = distill.stages(llama, {**given, "autocast": True, "checkpoint_activations": True})
     for stage, settings in zip((first, *trained), (gptq.Settings, qat.Schedule, qat.Schedule), strict=True):
         theirs = {field.name for field in dataclasses.fields(settings)} & given.keys()

@@ -414,6 +414,30 @@ def test_templates_are_rendered_as_transformers_does(reference: Path, tmp_path: 
         render(read_vocabulary(reference), messages)
 
 
+@pytest.mark.parametrize("name", ["generation_config.json", "config.json", "tokenizer_config.json"])
+def test_a_reply_ends_at_the_end_token_of_any_file(
+    name: str, reference: Path, engine: matquant.Engine, tmp_path: Path
+) -> None:
+    free = engine.stream(PROMPT, bits=4, max_tokens=12)
+    shown = "".join(free)
+    token = free.ids[-1]
+    text = engine.vocabulary.tokenizer.id_to_token(token)
+    key, end = ("eos_token", text) if name == "tokenizer_config.json" else ("eos_token_id", [token])
+    found = json.loads((reference / name).read_text()) if (reference / name).is_file() else {}
+    other = changed(reference, tmp_path / "other", **{name.replace(".", "__"): found | {key: end}})
+    reply = matquant.Engine(other, threads=1).stream(PROMPT, bits=4, max_tokens=12)
+    assert shown.startswith("".join(reply))
+    assert (reply.reason, reply.ids) == ("stop", free.ids[: free.ids.index(token, free.prompt_tokens)])
+
+
+def test_a_conversation_gives_tools_and_more_to_its_template(reference: Path, tmp_path: Path) -> None:
+    template = "{{ messages[-1].content }}{{ tools | tojson }}{{ enable_thinking }}"
+    engine = matquant.Engine(changed(reference, tmp_path / "chat", chat_template__jinja=template), threads=1)
+    talk = Conversation(engine, template={"tools": [{"name": "x"}], "enable_thinking": False}, max_tokens=1)
+    ids = talk.ask("Hi").ids
+    assert engine.vocabulary.tokenizer.decode(ids) == 'Hi[{"name": "x"}]False'
+
+
 def test_a_conversation_reads_only_what_is_new(reference: Path, tmp_path: Path) -> None:
     directory = changed(reference, tmp_path / "chat", chat_template__jinja=TEMPLATE)
     engine = matquant.Engine(directory, threads=1)

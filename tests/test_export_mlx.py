@@ -150,6 +150,67 @@ def test_sliding_windows_are_told(tmp_path: Path) -> None:
         ]
 
 
+LONG = {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [2.0], "original_max_position_embeddings": 64}
+YARN = {"rope_type": "yarn", "factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("more", "problem"),
+    [
+        ({"rope_parameters": LONG}, "rotary positions of type 'longrope'"),
+        ({"rope_scaling": {"type": "su", "factor": 2.0}}, "rotary positions of type 'su'"),
+        (
+            {"model_type": "gemma2", "rope_scaling": {"type": "linear", "factor": 2.0}},
+            "rotary positions of type 'linear'",
+        ),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5"),
+        ({"partial_rotary_factor": 0.25}, "partial_rotary_factor 0.25"),
+        ({"rope_parameters": YARN | {"attention_factor": 1.5}}, "yarn positions with attention_factor"),
+        ({"rope_parameters": YARN | {"truncate": False}}, "yarn positions with attention_factor"),
+        ({"rope_parameters": YARN | {"mscale_all_dim": 1.0}}, "yarn positions with attention_factor"),
+        ({"hidden_act": "gelu"}, "the activation 'gelu'"),
+        ({"model_type": "gemma2", "hidden_activation": "silu"}, "the activation 'silu'"),
+        ({"model_type": "gemma2", "attn_logit_softcapping": None}, "attention or logits without a soft cap"),
+        ({"model_type": "gemma2", "tie_word_embeddings": False}, "a head of its own"),
+        ({"model_type": "qwen2", "hidden_size": 64, "num_attention_heads": 4, "head_dim": 32}, "head_dim 32"),
+        ({"layer_types": ["sliding_attention"], "sliding_window": 8}, "sliding windows"),
+        ({"rope_traditional": True}, "rope_traditional"),
+    ],
+)
+def test_what_mlx_lm_computes_differently_is_rejected(more: dict[str, Any], problem: str, tmp_path: Path) -> None:
+    source = nested_checkpoint(tmp_path / "in", SHAPES, config={**LLAMA, **more})
+    with pytest.raises(InputError, match=f"--to mlx does not support {problem}") as caught:
+        export(source, tmp_path / "out", to="mlx", bits=4)
+    assert str(caught.value).endswith("computes something else; use --to dense, or --to compressed-tensors")
+    assert not (tmp_path / "out").exists()
+
+
+def test_biases_that_mlx_lm_does_not_read_are_rejected(tmp_path: Path) -> None:
+    bias = {f"{ODD}.bias": np.zeros(4, np.float32)}
+    for number, (family, holds) in enumerate([("llama", True), ("mistral", False), ("qwen3", False)]):
+        config = {**LLAMA, "model_type": family}
+        source = nested_checkpoint(tmp_path / f"in{number}", SHAPES, config=config, plain=bias)
+        if holds:
+            export(source, tmp_path / "out", to="mlx", bits=4)
+        else:
+            with pytest.raises(InputError, match=f"does not support biases such as {ODD}.bias"):
+                export(source, tmp_path / "other", to="mlx", bits=4)
+
+
+def test_yarn_and_dynamic_positions_are_written_out_or_noted(tmp_path: Path) -> None:
+    notices: list[str] = []
+    config = {**LLAMA, "max_position_embeddings": 256}
+    source = nested_checkpoint(tmp_path / "in", SHAPES, config={**config, "rope_parameters": YARN})
+    export(source, tmp_path / "out", to="mlx", bits=4, notice=notices.append)
+    found = read_json(tmp_path / "out" / "config.json")["rope_scaling"]
+    assert (found, notices) == ({**YARN, "original_max_position_embeddings": 256}, [])
+    dynamic = {"rope_type": "dynamic", "factor": 2.0}
+    source = nested_checkpoint(tmp_path / "dynamic", SHAPES, config={**config, "rope_parameters": dynamic})
+    export(source, tmp_path / "out2", to="mlx", bits=4, notice=notices.append)
+    (notice,) = notices
+    assert notice.endswith("beyond 256 tokens it computes another model")
+
+
 def test_weights_of_no_block_at_all_make_a_dense_model(tmp_path: Path) -> None:
     source = nested_checkpoint(tmp_path / "in", {ODD: (4, 172)})
     made = export(source, tmp_path / "out", to="mlx", bits=2)

@@ -16,8 +16,10 @@ from typing import Any
 import pytest
 
 import matquant
+from conftest import Interrupt
 from matquant import cli
-from matquant.runtime import terminal
+from matquant.runtime import renderer, templates, terminal
+from matquant.runtime.vocabulary import TextStream
 
 REFERENCE = Path(__file__).resolve().parents[1] / "examples" / "reference" / "model"
 PROMPT = "Once upon a time"
@@ -154,6 +156,32 @@ def test_chat_ends_at_the_end_of_its_input(ending: type[BaseException], code: in
         raise ending
 
     assert terminal.chat(checkpoint, bits=None, plan=None, system="", engine={"threads": 1}, read=read) == code
+
+
+def test_ctrl_c_in_chat_ends_the_reply_wherever_it_comes_and_keeps_the_conversation(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = iter(["One.", "Two.", "Three."])
+    rendering = Interrupt(renderer.render_template, 2)  # after the trial when the chat begins
+    pushing = Interrupt(TextStream.push, 3)
+    monkeypatch.setattr(templates, "render_template", rendering)
+    monkeypatch.setattr(TextStream, "push", lambda *arguments: pushing(*arguments))
+    code = terminal.chat(
+        checkpoint,
+        bits=8,
+        plan=None,
+        system="",
+        engine={"threads": 1},
+        read=lambda _: next(lines, "/quit"),
+        max_tokens=8,
+    )
+    _, err = capsys.readouterr()
+    assert code == 0
+    notes = err.splitlines()
+    assert notes[1] == "interrupted", "while the template was rendered"
+    assert notes[2].endswith(", interrupted"), "after two tokens"
+    assert " + 8 tokens at int8, " in notes[3]
+    assert len(notes) == 4
 
 
 def test_chat_without_a_template_says_what_would_do(checkpoint: Path, run: Run, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from conftest import FAMILIES
 from matquant.errors import InputError
 from matquant.models import decoder_layers, embed, load_float, write_weights
 from matquant.nest import CENTRE, slice_codes
+from matquant.options.omniquant import check_options
 from matquant.train import clip, fake, omniquant
 from matquant.train.blocks import Block, Solved
 from matquant.train.fake import Grid
@@ -429,9 +430,9 @@ def test_a_diverging_run_names_the_layer_and_the_width(llama: Path) -> None:
     ],
 )
 def test_options_that_cannot_be_trained_with_are_refused(options: dict[str, Any], message: str) -> None:
-    omniquant.check_options({})
+    check_options({})
     with pytest.raises(InputError) as caught:
-        omniquant.check_options(options)
+        check_options(options)
     assert str(caught.value) == message
 
 

@@ -1,9 +1,12 @@
 """Plans: strategies and the knapsack against enumeration, losses against the whole forward pass, budgets kept."""
 
+import errno
 import itertools
 import json
 import math
+import os
 import shutil
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,8 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import matquant
+from matquant import cli
 from matquant.checkpoint import bits_per_weight, open_checkpoint, plain_bytes, size_bytes
 from matquant.errors import InputError
+from matquant.plan import sensitivity
 from matquant.plan.budget import Budget, bits_budget, by_layer, by_width, parse_size, size_budget
 from matquant.plan.run import SEARCHED_WIDTHS, make_plan
 from matquant.plan.search import choose, refine, search, strategy_plan
@@ -314,6 +319,42 @@ def test_an_interrupted_measurement_keeps_what_it_has(losses: Open) -> None:
     with pytest.raises(KeyboardInterrupt), losses(report=stop) as stopped:
         stopped.measure(dict.fromkeys(stopped.paths, 3))
     assert len(losses().known()) == 1
+
+
+@pytest.mark.parametrize("kind", ["read-only", "full", "not ours", "a directory"])
+def test_a_plan_is_written_where_the_losses_cannot_be_kept(
+    kind: str, checkpoint: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    number = {"read-only": errno.EROFS, "full": errno.ENOSPC, "not ours": errno.EACCES}.get(kind)
+    touch, text = Path.touch, os.strerror(number or errno.EISDIR)
+
+    def fail(file: Path, **options: Any) -> None:
+        if file.parent == checkpoint:
+            raise OSError(number, text, str(file))
+        touch(file, **options)
+
+    if number is None:
+        (checkpoint / SIDECAR).mkdir()
+    else:
+        monkeypatch.setattr(Path, "touch", fail)
+        (checkpoint / SIDECAR).unlink(missing_ok=True)
+    monkeypatch.setattr(sensitivity, "SAVE_EVERY_S", 0.0)
+    out = tmp_path / "plan.json"
+    arguments = ("plan", checkpoint, "-o", out, "--text", text_file, "--samples", 1, "--seq-len", 8)
+    more = ("--bits-per-weight", 6, "--evaluations", 1, "--widths", "4,8")
+    monkeypatch.setattr(sys, "argv", ["matquant", *map(str, arguments + more)])
+    before = sorted(checkpoint.iterdir())
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    printed, err = capsys.readouterr()
+    assert stop.value.code == 0, err
+    assert json.loads(printed.splitlines()[-1])["strategy"] == "search"
+    assert json.loads(out.read_text())["bits"]
+    assert err.count("note: ") == 1
+    assert f"{checkpoint / SIDECAR} is not kept, so another search measures again (" in err
+    assert ("no space left" if kind == "full" else text) in err
+    assert sorted(checkpoint.iterdir()) == before
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": 1, "losses": [{}]}', "\xff"])

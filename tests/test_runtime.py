@@ -422,9 +422,9 @@ def test_a_config_of_other_sizes_is_refused(checkpoint_of: Callable[..., Path], 
     items = [(path, opened.nested(path)) for path in opened.shapes]
     items += [(name, opened.array(name)) for name in opened.plain_names()]
     for key, value, reason in (
-        ("num_key_value_heads", 4, "a matrix has the wrong shape"),
-        ("vocab_size", 299, "a matrix has the wrong shape"),
-        ("head_dim", 16, "a matrix has the wrong shape"),
+        ("num_key_value_heads", 4, "model.layers.0.self_attn.k_proj.weight is 16 x 32, by config.json 32 x 32"),
+        ("vocab_size", 299, "model.embed_tokens.weight is 300 x 32, by config.json 299 x 32"),
+        ("head_dim", 16, "model.layers.0.self_attn.q_proj.weight is 32 x 32, by config.json 64 x 32"),
     ):
         config, out = {**opened.config, key: value}, tmp_path / key
         write_checkpoint(out, items, spec=opened.spec, config=config, ignore=(), files={})

@@ -14,7 +14,6 @@ import contextlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,24 +23,42 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from matquant.arguments import check_types
 from matquant.errors import InputError
+from matquant.facts import CONFIG, check_depth
 from matquant.files import check_replaceable, json_bytes, replace_directory_when_done, sha256
 from matquant.grid import middle
+from matquant.locks import check_place
+from matquant.manifest import (
+    AGAIN,
+    INDEX,
+    MADE_BY,
+    MANIFEST,
+    check_files,
+    read_manifest,
+    read_object,
+    regular_file,
+    side_file,
+    write_manifest,
+)
 from matquant.nest import CENTRE, MASTER_BITS, labels_of, slice_codes, stored_codes
 from matquant.overflow import packed_bytes
 from matquant.packing import pack, unpack, words
-from matquant.spec import DAMAGED, Spec, check_format
+from matquant.spec import DAMAGED, Spec
 from matquant.tensor import NestedTensor
+from matquant.tensor_file import DTYPES, read_tensor
 
-MANIFEST = "matquant_manifest.json"
 SLICES = "matquant_slices.safetensors"
+HEAD = "lm_head.weight"
+TOKENS = "matquant_tokens.json"  # runtime/probe.py
 SHARD_BYTES = 5 * 10**9  # what transformers itself shards at
-MADE_BY = "give a checkpoint made by matquant quantize"
-AGAIN = "copy it again or write the checkpoint again"
 SIDE_FILES = (
     *("added_tokens.json", "merges.txt", "special_tokens_map.json", "tokenizer.json", "tokenizer.model"),
     *("tokenizer_config.json", "vocab.json", "vocab.txt", "chat_template.jinja", "generation_config.json"),
+    "chat_template.json",
 )
+
+FLOATS = ("F64", "F32", "F16", "BF16")
 
 Item = tuple[str, "np.ndarray | NestedTensor"]
 
@@ -67,9 +84,9 @@ def write_checkpoint(
     name (tokenizer, logs). Raises InputError if ``directory`` exists and ``overwrite`` is false, or the disk is full;
     nothing is left behind then.
     """
-    target = Path(directory).resolve()  # through a link, the checkpoint it points to is replaced
-    check_writable(target, overwrite=overwrite)
-    with replace_directory_when_done(target) as partial:
+    check_types(directory=directory, overwrite=overwrite)
+    target = check_place(directory)  # through a link, the checkpoint it points to is replaced
+    with replace_directory_when_done(target, lambda: check_writable(target, overwrite=overwrite)) as partial:
         _write_tensors(partial, items, spec=spec, shard_bytes=shard_bytes)
         quantised = {**config, "quantization_config": quantization_config(spec, ignore)}
         (partial / "config.json").write_bytes(json_bytes(quantised))
@@ -84,8 +101,23 @@ def check_writable(target: Path, *, overwrite: bool) -> None:
 
 
 def side_files(source: Path | str) -> dict[str, bytes]:
-    """Tokenizer and generation files that belong to a model, by name; empty for a hub id."""
-    return {name: (Path(source) / name).read_bytes() for name in SIDE_FILES if (Path(source) / name).is_file()}
+    """Tokenizer and generation files in a model's directory, by name.
+
+    Of a checkpoint only those that its manifest lists. InputError for links that leave the directory, and for what is
+    no regular file.
+    """
+    where = Path(source)
+    if not where.is_dir():
+        return {}
+    regular_file(where, "config.json")  # what it says is copied too
+    found = {name: side_file(where, name) for name in SIDE_FILES}
+    return {name: file.read_bytes() for name, file in found.items() if file is not None}
+
+
+def nested_side_files(directory: Path) -> dict[str, bytes]:
+    """The side files of a nested checkpoint that go into another one: those of its model, and the record of tokens."""
+    record = side_file(directory, TOKENS)
+    return side_files(directory) | ({} if record is None else {TOKENS: record.read_bytes()})
 
 
 def quantization_config(spec: Spec, ignore: Iterable[str]) -> dict[str, Any]:
@@ -199,16 +231,7 @@ def _name_shards(directory: Path, shards: list[list[str]], total: int, *, index:
     if index or len(shards) > 1:
         weight_map = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
         content = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (directory / "model.safetensors.index.json").write_bytes(json_bytes(content))
-
-
-def write_manifest(directory: Path, spec: Spec) -> None:
-    """Write the manifest of all files that are in ``directory`` now."""
-    files = sorted(file for file in directory.iterdir() if file.name != MANIFEST)
-    with ThreadPoolExecutor() as pool:
-        sums = list(pool.map(sha256, files))
-    entries = {f.name: {"bytes": f.stat().st_size, "sha256": s} for f, s in zip(files, sums, strict=True)}
-    (directory / MANIFEST).write_bytes(json_bytes({"format": spec.format, "files": entries}))
+        (directory / INDEX).write_bytes(json_bytes(content))
 
 
 # ---------------------------------------------------------------------------------------------------------- reading
@@ -219,6 +242,7 @@ class Checkpoint:
     """An opened nested checkpoint: its records, and where each tensor lies. Numbers are read when asked for.
 
     config: config.json without quantization_config. ignore: linears left unquantised. shapes: path -> (N, K).
+    mmap: files are mapped into memory; otherwise everything is read.
     """
 
     directory: Path
@@ -227,16 +251,22 @@ class Checkpoint:
     ignore: tuple[str, ...]
     files: Mapping[str, str]
     shapes: Mapping[str, tuple[int, int]]
+    mmap: bool = True
     handles: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)  # open files, by name
     headers: dict[str, tuple[int, Any]] = field(default_factory=dict, repr=False, compare=False)
     packed_sizes: dict[tuple[str, int], int] = field(default_factory=dict, repr=False, compare=False)  # rule extra
 
     def array(self, name: str) -> np.ndarray:
         """A stored tensor by its full name, as it lies in the file."""
+        if not self.mmap:
+            return self.mapped(name, DTYPES[self.stored_dtype(name)])
         file = self.files[name]
         if file not in self.handles:
-            self.handles[file] = safe_open(self.directory / file, "np")
-        array: np.ndarray = self.handles[file].get_tensor(name)
+            self.handles[file] = _open_tensors(self.directory / file)
+        try:
+            array: np.ndarray = self.handles[file].get_tensor(name)
+        except (SafetensorError, AttributeError, TypeError, ValueError) as error:  # a dtype that numpy does not have
+            raise InputError(f"{name} in {self.directory / file} cannot be read ({error}); {AGAIN}") from None
         return array
 
     def stored_dtype(self, name: str) -> str:
@@ -249,11 +279,16 @@ class Checkpoint:
         return tuple(self._header(name)[1][name]["shape"])
 
     def mapped(self, name: str, dtype: Any) -> np.ndarray:
-        """A stored tensor of ``dtype`` as a read-only view of its file, which the system reads when it is looked at."""
+        """A stored tensor of ``dtype`` as a read-only view of its file, which the system reads when it is looked at.
+
+        Without ``mmap`` it is read now.
+        """
         start, header = self._header(name)
         entry = header[name]
-        shape = tuple(entry["shape"])
-        return np.memmap(self.directory / self.files[name], dtype, "r", start + entry["data_offsets"][0], shape)
+        shape, file = tuple(entry["shape"]), self.directory / self.files[name]
+        if not self.mmap:
+            return read_tensor(file, dtype, start=start + entry["data_offsets"][0], shape=shape)
+        return np.memmap(file, dtype, "r", start + entry["data_offsets"][0], shape)
 
     def _header(self, name: str) -> tuple[int, Any]:
         """Where the data of a tensor's file begin, and its header; each file's is read once."""
@@ -263,6 +298,11 @@ class Checkpoint:
                 length = int.from_bytes(stream.read(8), "little")
                 self.headers[file] = 8 + length, json.loads(stream.read(length))
         return self.headers[file]
+
+    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Tensor name -> shape, of all that is not quantised and, as ``path.weight`` [N, K], of all that is."""
+        quantised = {f"{path}.weight": shape for path, shape in self.shapes.items()}
+        return quantised | {name: self.stored_shape(name) for name in self.plain_names()}
 
     def plain_names(self) -> list[str]:
         """Names of the tensors that are not part of a quantised weight."""
@@ -291,19 +331,28 @@ class Checkpoint:
         )
 
 
-def open_checkpoint(directory: Path | str, *, check_hashes: bool = True) -> Checkpoint:
+def open_checkpoint(
+    directory: Path | str, *, check_hashes: bool = True, check_sizes: bool | None = None, mmap: bool = True
+) -> Checkpoint:
     """Open a nested checkpoint after checking its manifest (unless told not to) and its structure.
+
+    check_sizes: of the files, which takes no time; None: with the hashes. mmap False: tensors are read into memory, so
+    that a file that is truncated later does no harm.
 
     Raises InputError naming the file or tensor at fault and what would do.
     """
+    check_types(directory=directory, check_hashes=check_hashes, mmap=mmap)
     where = Path(directory)
-    if not where.is_dir():
-        raise InputError(f"{where}: no such directory; {MADE_BY}")
-    if not (where / MANIFEST).is_file():
-        raise InputError(f"{where} has no {MANIFEST}; {MADE_BY}")
-    manifest = _check_manifest(where, check_hashes=check_hashes)
+    check_sizes = check_hashes if check_sizes is None else check_sizes
+    manifest = read_manifest(where)
+    check_files(where, manifest["files"], sizes=check_sizes, hashes=check_hashes)
+    return open_listed(where, manifest, mmap=mmap)
+
+
+def open_listed(where: Path, manifest: Mapping[str, Any], *, mmap: bool = True) -> Checkpoint:
+    """Open a checkpoint whose files have been compared with ``manifest``; InputError unless its structure is right."""
     listed = set(manifest["files"])
-    config = _read_json(where / "config.json")
+    config = read_object(where / "config.json", CONFIG)
     quantised = config.pop("quantization_config", None)
     record = quantised.get("matquant") if isinstance(quantised, dict) else None
     if not isinstance(quantised, dict) or not isinstance(record, dict):
@@ -312,10 +361,13 @@ def open_checkpoint(directory: Path | str, *, check_hashes: bool = True) -> Chec
     if record["format"] != manifest["format"]:
         found = f"{where} is in format {manifest['format']} by {MANIFEST} and in {record['format']} by config.json"
         raise InputError(f"{found}; {AGAIN}")
+    listed = set(manifest["files"])
     with contextlib.ExitStack() as stack:
         handles = {file: stack.enter_context(_open_tensors(where / file)) for file in _tensor_files(where, listed)}
         files = _tensor_names(where, handles)
+        check_depth(config, len(files), where=where / "config.json")
         shapes = _check_structure(where, files, handles, spec)
+    _untie_stored_head(config, files)
     ignore = quantised.get("ignore")
     return Checkpoint(
         directory=where,
@@ -324,12 +376,27 @@ def open_checkpoint(directory: Path | str, *, check_hashes: bool = True) -> Chec
         ignore=tuple(map(str, ignore)) if isinstance(ignore, list) else (),
         files=files,
         shapes=shapes,
+        mmap=mmap,
     )
+
+
+def _untie_stored_head(config: dict[str, Any], names: Mapping[str, str]) -> None:
+    """Make ``config`` say that a head which is stored is served: then none is tied, as transformers has it too."""
+    if any(name.endswith(HEAD) for name in names):
+        for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+            if part.get("tie_word_embeddings"):
+                part["tie_word_embeddings"] = False
 
 
 def verify_checkpoint(directory: Path | str) -> Checkpoint:
     """Check every hash, shape and scale; returns the checkpoint, or raises InputError."""
     checkpoint = open_checkpoint(directory)
+    check_scales(checkpoint)
+    return checkpoint
+
+
+def check_scales(checkpoint: Checkpoint) -> None:
+    """InputError naming the path of a scale or zero-point that is not a positive number."""
     for path in checkpoint.shapes:
         tensor = checkpoint.nested(path)
         for scale, zero in ((tensor.scale, tensor.zero), *tensor.slices.values()):
@@ -337,7 +404,15 @@ def verify_checkpoint(directory: Path | str) -> Checkpoint:
                 raise InputError(
                     f"{path} has a scale or zero that is not a positive number; write the checkpoint again"
                 )
-    return checkpoint
+
+
+def check_plain(checkpoint: Checkpoint) -> None:
+    """InputError naming an unquantised tensor that holds NaN or infinity: stored as it was, but of no use."""
+    for name in checkpoint.plain_names():
+        if checkpoint.stored_dtype(name) in FLOATS and not np.isfinite(checkpoint.array(name)).all():
+            raise InputError(
+                f"{name} of {checkpoint.directory} holds NaN or infinity; repair the float model and quantise it again"
+            )
 
 
 def manifest_sha256(directory: Path | str) -> str:
@@ -345,59 +420,14 @@ def manifest_sha256(directory: Path | str) -> str:
     return sha256(Path(directory) / MANIFEST)
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{file} is missing; {AGAIN}") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{file} is not JSON ({error}); {AGAIN}") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{file} is not a JSON object; {AGAIN}")
-    return values
-
-
-def _check_manifest(where: Path, *, check_hashes: bool) -> dict[str, Any]:
-    """The manifest, after checking the sizes and (if told to) the hashes of the files it lists."""
-    manifest = _read_json(where / MANIFEST)
-    check_format(manifest.get("format"), where=where)
-    entries = manifest.get("files")
-    if not isinstance(entries, dict) or "config.json" not in entries:
-        raise InputError(f"{where / MANIFEST} lists no files; {AGAIN}")
-    for name, entry in entries.items():
-        file = where / name
-        if file.name != name or name in (MANIFEST, ".", ".."):
-            raise InputError(f"{where / MANIFEST} lists {name!r}, which is not a file name; {AGAIN}")
-        if (
-            not isinstance(entry, dict)
-            or type(entry.get("bytes")) is not int
-            or not isinstance(entry.get("sha256"), str)
-        ):
-            raise InputError(f"{where / MANIFEST} has no size and sha256 of {name}; {AGAIN}")
-        if not file.is_file():
-            raise InputError(f"{file} is missing; {AGAIN}")
-        if check_hashes and file.stat().st_size != entry["bytes"]:
-            raise InputError(f"{file} has {file.stat().st_size} bytes, the manifest says {entry['bytes']}; {AGAIN}")
-    if check_hashes:
-        with ThreadPoolExecutor() as pool:
-            sums = list(pool.map(sha256, (where / name for name in entries)))
-        for (name, entry), found in zip(entries.items(), sums, strict=True):
-            if found != entry["sha256"]:
-                raise InputError(
-                    f"{where / name} is damaged: sha256 {found[:12]}…, "
-                    f"the manifest says {entry['sha256'][:12]}…; {AGAIN}"
-                )
-    return manifest
-
-
 def _tensor_files(where: Path, listed: set[str]) -> list[str]:
     """Names of the files that hold tensors: the model's shards and the slices. Only listed files are read."""
-    index = where / "model.safetensors.index.json"
+    index = where / INDEX
     shards: set[Any] = {"model.safetensors"}
-    if index.exists():
+    if regular_file(where, INDEX) is not None:
         if index.name not in listed:
             raise InputError(f"{index} is not listed in {MANIFEST}; {AGAIN}")
-        weight_map = _read_json(index).get("weight_map")
+        weight_map = read_object(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
             raise InputError(f"{index} has no weight_map; {AGAIN}")
         shards = set(weight_map.values())

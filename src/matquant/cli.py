@@ -1,8 +1,8 @@
 """The command line: verbs only. What they do is in the packages they call."""
 
+import contextlib
 import functools
 import importlib
-import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,21 +11,21 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 
-from matquant.checkpoint import open_checkpoint, verify_checkpoint
+from matquant import progress
+from matquant.checkpoint import check_plain, open_checkpoint, verify_checkpoint
 from matquant.contents import render, summarise
 from matquant.errors import InputError
+from matquant.eval.request import check_evaluation
+from matquant.files import MARK, json_text
 from matquant.nest import check_bits
+from matquant.options.request import check_request
+from matquant.plan.request import check_losses
+from matquant.seal import describe, ignored_files, seal_checkpoint
 from matquant.spec import Plan
+from matquant.startup import INTERRUPTED, leave_on_interrupt, shortage
+from matquant.streams import accept_any_text
+from matquant.threads import check_environment
 
 app = typer.Typer(
     help="One int8 checkpoint that is a good int4 and int2 model too (Matryoshka Quantization).",
@@ -45,12 +45,18 @@ Directory = Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint mad
 
 def main() -> None:
     """Run the command line; the user's mistakes end with one message and exit code 2."""
+    accept_any_text()
     try:
+        check_environment()
         app()
-    except (InputError, OSError) as error:
+    except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except RuntimeError as error:
+    except (ImportError, MemoryError, OSError, RuntimeError) as error:
+        short = shortage(error) or (str(error) if isinstance(error, OSError) else None)
+        if short is not None:
+            print(f"error: {short}", file=sys.stderr)
+            sys.exit(2)
         if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported for this
             raise
         reason = ". ".join(str(error).split(". ")[:2])  # what was asked for; then come pages of advice
@@ -75,8 +81,13 @@ def quantize(
     ] = None,
     group_size: Annotated[str, Option(metavar="channel|N", help="Weights that share a scale.")] = "channel",
     symmetric: Annotated[
-        bool, Option("--symmetric/--asymmetric", help="Zero at 128, or an integer zero per group.")
-    ] = True,
+        bool | None,
+        Option(
+            "--symmetric/--asymmetric",
+            help="8-bit zero-point at 128, or an integer one per group.",
+            show_default="symmetric; rtn compares both",
+        ),
+    ] = None,
     affine: Annotated[
         str | None,
         Option(help="Own affines of widths 2-4: none, refit, learned.", show_default="by method"),
@@ -168,7 +179,8 @@ def quantize(
     options |= {"weights": _numbers(weights, float, "--weights")} if weights is not None else {}
     options |= {"exclude": exclude or []}
     options |= {"group_size": _group_size(group_size), "text": _files(text, more_text)}
-    with _progress() as report:
+    check_request(model, out, **options)  # before torch is imported
+    with _resumable(), progress.quantising() as report:
         written = _needs_torch("matquant.train").quantize(model, out, report=report, **options)
     print(f"wrote {written}; try: matquant eval {written} --text FILE")
 
@@ -198,27 +210,34 @@ def evaluate(
     plot: Annotated[Path | None, Option(metavar="FILE", help="Draw log-perplexity against bits.")] = None,
 ) -> None:
     """Log-perplexity and zero-shot tasks at every width; the last line is JSON."""
-    record = _needs_torch("matquant.eval.run").evaluate_checkpoint(
-        directory,
-        bits=_widths(bits),
-        text=_files(text, more_text),
-        plan_file=plan,
-        reference=reference,
-        seq_len=seq_len,
-        stride=stride,
-        max_tokens=max_tokens,
-        skip_documents=skip_documents,
-        tasks=None if tasks is None else [name.strip() for name in tasks.split(",") if name.strip()],
-        tasks_data=tasks_data,
-        limit=limit,
-        batch_size=batch_size,
-        device=device,
-        json_file=json_file,
-        plot_file=plot,
-        show=Console().print,
-        progress=lambda line: print(line, file=sys.stderr, flush=True),
-    )
-    print(json.dumps(record, sort_keys=True))
+    options: dict[str, Any] = {
+        "text": _files(text, more_text),
+        "plan_file": plan,
+        "reference": reference,
+        "seq_len": seq_len,
+        "stride": stride,
+        "max_tokens": max_tokens,
+        "skip_documents": skip_documents,
+        "tasks": None if tasks is None else [name.strip() for name in tasks.split(",") if name.strip()],
+        "tasks_data": tasks_data,
+        "limit": limit,
+        "batch_size": batch_size,
+        "json_file": json_file,
+    }
+    measured = _widths(bits)
+    check_evaluation(directory, needs_picture=plot is not None, **options)  # before torch is imported
+    run = _needs_torch("matquant.eval.run")
+    with progress.counted("eval") as count:
+        record = run.evaluate_checkpoint(
+            directory,
+            bits=measured,
+            device=device,
+            plot_file=plot,
+            **options,
+            show=Console().print,
+            report=count,
+        )
+    print(json_text(record))
 
 
 @app.command()
@@ -266,16 +285,25 @@ def plan(
     else:
         if not files:
             raise InputError("--pareto measures losses and no text is given; give --text FILE")
-        chosen = {"reference": reference, "samples": samples, "seq_len": seq_len, "seed": seed, "device": device}
+        chosen: dict[str, Any] = {"reference": reference, "samples": samples, "seq_len": seq_len, "seed": seed}
+        check_losses(directory, files, **chosen)  # before torch is imported
+        if not pareto:
+            importlib.import_module("matquant.plan.run").check_plan(
+                directory, out, **one, widths=options["widths"], evaluations=evaluations
+            )
         sensitivity = _needs_torch("matquant.plan.sensitivity")
-        with _status() as report, sensitivity.open_losses(directory, files, report=report, **chosen) as losses:
+        with (
+            progress.counted("plan") as count,
+            sensitivity.open_losses(directory, files, device=device, notice=_notice, **chosen) as losses,
+        ):
+            losses.report = lambda done: count("plans measured", done, losses.expected)
             if pareto:
                 module = importlib.import_module("matquant.plan.pareto")
                 record = module.run(directory, out, losses=losses, baselines=baselines, plot=plot, **options)
             else:
                 module = importlib.import_module("matquant.plan.run")
                 record = module.run(directory, out, losses=losses, **one, **options)
-    print(json.dumps(record, sort_keys=True))
+    print(json_text(record))
 
 
 @app.command()
@@ -296,13 +324,15 @@ def report(
     records = {name: page.read_record(file) for name, file in page.by_name(evals or [], "--eval").items()}
     files = _files(text, more_text)
     if files:
+        check_evaluation(directory, text=files, max_tokens=max_tokens)  # before torch is imported
         run = _needs_torch("matquant.eval.run")
         measure = functools.partial(
             run.evaluate_checkpoint, directory, text=files, max_tokens=max_tokens, device=device
         )
-        records["held-out text"] = measure(bits=page.WIDTHS)
-        for plan in plans or []:
-            records[plan.stem] = measure(bits=(), plan_file=plan)
+        with progress.counted("report") as count:
+            records["held-out text"] = measure(bits=page.WIDTHS, report=count)
+            for plan in plans or []:
+                records[plan.stem] = measure(bits=(), plan_file=plan, report=count)
     page.write_report(directory, out, records=records, plans=plans or [], pareto=pareto, sensitivity=sensitivity)
     print(f"wrote {out}")
 
@@ -316,15 +346,33 @@ def inspect_checkpoint(
     checkpoint = open_checkpoint(directory)
     summary = summarise(checkpoint)
     if as_json:
-        print(json.dumps(summary, sort_keys=True))
+        print(json_text(summary))
     else:
         Console().print(render(checkpoint, summary))
 
 
 @app.command()
-def verify(directory: Directory) -> None:
-    """Check every hash and every shape of a checkpoint."""
-    checkpoint = verify_checkpoint(directory)
+def verify(
+    directory: Directory,
+    seal: Annotated[
+        bool,
+        Option("--seal", help="Accept edited, added and removed small files (configuration, tokenizer, template)."),
+    ] = False,
+) -> None:
+    """Check every hash, shape and number of a checkpoint, and that text becomes the same tokens as when it was made.
+
+    Files that are not part of it are named.
+    """
+    if seal:
+        checkpoint, changes = seal_checkpoint(directory)
+        print(describe(changes))
+    else:
+        checkpoint = verify_checkpoint(directory)
+        check_plain(checkpoint)
+    with contextlib.suppress(ModuleNotFoundError):  # without the package tokenizers, all but the tokens is checked
+        importlib.import_module("matquant.runtime.probe").check_tokens(directory)
+    for note in ignored_files(directory):
+        print(f"note: {note}", file=sys.stderr)
     print(f"{directory} is whole: {len(checkpoint.shapes)} quantised weights, rule {checkpoint.spec.rule}")
 
 
@@ -342,6 +390,9 @@ Stop = Annotated[list[str] | None, Option(metavar="TEXT", help="Stop at this tex
 Threads = Annotated[int | None, Option(help="CPU threads.", show_default="OMP_NUM_THREADS, else all")]
 Activations = Annotated[str, Option(help="int8, or float (exact and slow).")]
 CheckHashes = Annotated[bool, Option("--check-hashes/--no-check-hashes", help="Check the checkpoint's hashes first.")]
+Mmap = Annotated[
+    bool, Option("--mmap/--no-mmap", help="Map the files. --no-mmap reads them: safe where they may be truncated.")
+]
 
 
 @app.command()
@@ -361,6 +412,7 @@ def generate(
     threads: Threads = None,
     activations: Activations = "int8",
     check_hashes: CheckHashes = True,
+    mmap: Mmap = True,
 ) -> None:
     """Continue a text at any width, streaming. Needs no torch."""
     options = locals()
@@ -373,6 +425,14 @@ def chat(
     bits: Bits = None,
     plan: PlanFile = None,
     system: Annotated[str, Option(metavar="TEXT", help="System message.")] = "",
+    context: Annotated[
+        int | None,
+        Option(
+            metavar="N",
+            help="Tokens that the conversation may have.",
+            show_default="the model's context, 32768 at most",
+        ),
+    ] = None,
     max_tokens: MaxTokens = 1024,
     temperature: Temperature = None,
     top_k: TopK = None,
@@ -383,6 +443,7 @@ def chat(
     threads: Threads = None,
     activations: Activations = "int8",
     check_hashes: CheckHashes = True,
+    mmap: Mmap = True,
 ) -> None:
     """Talk to a model; /bits 2 switches the width between replies, /quit ends."""
     _serve("chat", locals())
@@ -398,16 +459,22 @@ def bench(
     threads: Threads = None,
     activations: Activations = "int8",
     check_hashes: CheckHashes = True,
+    mmap: Mmap = True,
 ) -> None:
     """Tokens per second at every width, and how close that is to streaming the weights; the last line is JSON."""
     widths = _widths(bits)
     runtime = importlib.import_module("matquant.runtime.bench")
     engine = importlib.import_module("matquant.runtime.engine").Engine(
-        directory, max_bits=max(widths), threads=threads, activations=activations, check_hashes=check_hashes
+        directory,
+        max_bits=max(widths),
+        threads=threads,
+        activations=activations,
+        check_hashes=check_hashes,
+        mmap=mmap,
     )
     record = runtime.bench(engine, bits=widths, tokens=tokens, rounds=rounds, context=context)
     Console().print(runtime.table(record, str(directory)))
-    print(json.dumps(record, sort_keys=True))
+    print(json_text(record))
 
 
 @app.command()
@@ -444,11 +511,11 @@ def export(
         return
     if to is None or out is None:
         raise InputError(f"export needs a format and a place; give --to {' or '.join(exporting.EXPORTERS)} and -o OUT")
-    with _bytes_bar() as report:
+    with progress.exporting() as report:
         made = exporting.export(
             directory, out, to=to, bits=bits, plan=wanted, zeros=zeros, dtype=dtype, base_model=base_model,
             measured=measured, overwrite=overwrite, report=report,
-            notice=lambda text: print(f"note: {text}", file=sys.stderr),
+            notice=_notice,
         )  # fmt: skip
     speed = made["bytes"] / made["seconds"] / 1e6
     print(
@@ -467,10 +534,15 @@ def demo(
     _needs_torch("matquant.demo").run(out, Console())
 
 
+def _notice(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr)
+
+
 def _needs_torch(module: str) -> Any:
     """Import a module of the training world, or say what to install."""
     try:
-        return importlib.import_module(module)
+        with leave_on_interrupt():
+            return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("matquant"):
             raise
@@ -479,17 +551,17 @@ def _needs_torch(module: str) -> Any:
 
 def _serve(verb: str, options: dict[str, Any]) -> None:
     """Run a verb of matquant.runtime.terminal, imported only now; Ctrl-C ends it with 130 wherever it is."""
-    engine = {name: options.pop(name) for name in ("max_bits", "threads", "activations", "check_hashes")}
+    engine = {name: options.pop(name) for name in ("max_bits", "threads", "activations", "check_hashes", "mmap")}
     try:
         code = getattr(importlib.import_module("matquant.runtime.terminal"), verb)(engine=engine, **options)
     except KeyboardInterrupt:
-        code = 130
+        code = INTERRUPTED
     raise typer.Exit(code)
 
 
 def _read_input() -> str:
     try:
-        return sys.stdin.read()
+        return sys.stdin.read().removeprefix(MARK)
     except UnicodeDecodeError as error:
         raise InputError(f"--prompt -: not UTF-8 ({error.reason} at byte {error.start}); convert it") from None
 
@@ -522,54 +594,10 @@ def _group_size(text: str) -> int | None:
 
 
 @contextmanager
-def _status() -> Iterator[Any]:
-    """A line on stderr that says how many plans are measured; yields the report function."""
-    status = Console(stderr=True).status("measuring")
-
-    def report(evaluations: int) -> None:
-        status.start()  # not before the first plan: a refused run prints its message and nothing else
-        status.update(f"{evaluations} plans measured")
-
+def _resumable() -> Iterator[None]:
+    """Ctrl-C ends a run of quantize with 130 and the way to continue it."""
     try:
-        yield report
-    finally:
-        status.stop()
-
-
-@contextmanager
-def _bytes_bar() -> Iterator[Any]:
-    """A bar of bytes written, with speed and time left, on stderr; yields the report function."""
-    columns = (TextColumn("exporting"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("exporting", total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
-
-
-@contextmanager
-def _progress() -> Iterator[Any]:
-    """A bar with loss per width, speed and time left, on stderr; yields the report function."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    progress = Progress(*columns, console=Console(stderr=True))
-    task = progress.add_task("quantising", total=None)
-    told: list[str] = []
-
-    def report(record: dict[str, Any]) -> None:
-        progress.start()  # not before the first step: a refused run prints its message and nothing else
-        if record.get("notice") not in (None, *told):
-            told.append(record["notice"])
-            progress.console.print(f"note: {record['notice']}", highlight=False, soft_wrap=True)
-        names = (f"int{name}" if name.isdecimal() else name for name in record["loss"])
-        losses = "  ".join(f"{name} {loss:.3g}" for name, loss in zip(names, record["loss"].values(), strict=True))
-        speed = f"{record['tok_s']:,.0f} tok/s" if "tok_s" in record else record.get("block", "")
-        text = "  ".join(part for part in (record.get("stage", ""), losses, speed) if part)
-        progress.update(task, completed=record["step"], total=record["steps"], description=text)
-
-    try:
-        yield report
+        yield
     except KeyboardInterrupt:
-        progress.stop()
         print("interrupted; if it was training, the same command with --resume continues", file=sys.stderr)
-        raise typer.Exit(130) from None
-    finally:
-        if progress.live.is_started:
-            progress.stop()
+        raise typer.Exit(INTERRUPTED) from None

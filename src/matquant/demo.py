@@ -83,7 +83,7 @@ def run(out: Path, console: Console) -> None:
 
 
 def _reporter(progress: Progress, task: TaskID) -> Callable[[dict[str, Any]], None]:
-    return lambda record: progress.update(task, completed=record["step"])
+    return lambda record: progress.update(task, completed=record.get("step"))
 
 
 def _evaluate(directory: Path, stream: np.ndarray, *, only: int | None) -> dict[str, float]:

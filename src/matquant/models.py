@@ -7,10 +7,13 @@ checkpoint conversion, so every family that transformers can save is covered and
 """
 
 import contextlib
+import copy
 import dataclasses
 import json
+import math
 import platform
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,18 +24,39 @@ import numpy as np
 import torch
 import transformers
 from accelerate import init_empty_weights
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.initialization import meta_device_safe_creation_ops
+from transformers.modeling_utils import load_state_dict
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import (
+    CONFIG_NAME,
+    GENERATION_CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+    cached_file,
+)
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from matquant.errors import InputError
+from matquant.facts import GENERATION, REPAIR, read_facts
+from matquant.intact import Shapes, bin_files, check_readable, check_sensible, read_shapes
+from matquant.manifest import listed_only, side_file
+from matquant.panics import check_merges, one_line
+from matquant.sidefiles import missing_packages, readable
+from matquant.source import LOADABLE, check_source
 from matquant.tensor import NestedTensor
+from matquant.tensors import check_stored, check_unused, read_headers
+from matquant.ties import Files, Parts, head_name, plain_names, read_key, record_ties, resolve_ties, tied_weights
 
 Model = Any  # a transformers PreTrainedModel
 Call = Callable[[torch.nn.Module, torch.Tensor], torch.Tensor]  # runs a decoder layer on hidden states
 CONTEXT = 2048  # tokens
+PREDICTING = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")  # of config.json
+FLOATS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.bool: "BOOL"}
+LARGER, SMALL = 3, 2**26  # a model may have so many times the numbers in its files, and so many more (masks, tables)
 PER_SEQUENCE = ("bloom", "xglm")  # model types whose layers take arguments of the size of the batch
 
 
@@ -67,33 +91,101 @@ def _quiet() -> Iterator[None]:
 
 def load_float(source: Path | str, *, dtype: torch.dtype | None = None) -> Model:
     """The float model of a local directory or a hub id, in evaluation mode; ``dtype`` None keeps the file's."""
-    with _loading(source):
+    with _loading(source), readable(source) as place:
         config = _float_config(source)
+        _check_fits(source, config)
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype=dtype or "auto", output_loading_info=True, ignore_mismatched_sizes=True
+            place, config=config, dtype=dtype or "auto", output_loading_info=True, ignore_mismatched_sizes=True
         )
-    _check_loaded(info, source, ("missing_keys", "mismatched_keys"), "repair the model")
+        _check_dtypes(source)
+    model.config.name_or_path = str(source)
+    head = head_name(model)
+    remedy = "repair the model"
+    if info["missing_keys"] == {head}:
+        remedy = f'add it, or "tie_word_embeddings": true to {CONFIG_NAME} if the head is the embedding'
+    _check_loaded(info, source, ("missing_keys", "mismatched_keys"), remedy)
+    _check_unused(model, source, info)
+    record_ties(model)
     return model.eval()
 
 
 @contextlib.contextmanager
 def _loading(source: Path | str) -> Iterator[None]:
     """Loading from ``source`` without transformers' noise; its errors in our words."""
-    check_model_path(source)
+    check_source(source)
     try:
         with _quiet():
             yield
     except InputError:
         raise
-    except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-        raise InputError(
-            f"{source} cannot be loaded as a model ({(str(error) or type(error).__name__).splitlines()[0]}); "
-            "give a directory with config.json and safetensors, or a hub id that this machine can reach"
-        ) from None
+    except Exception as error:  # of every kind: transformers and torch read files that anyone may have written
+        raise InputError(f"{source} cannot be loaded as a model ({_reason(error)}); {LOADABLE}") from None
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong, on one line: the first one, or of transformers' checks of a configuration the second."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if type(error).__name__.startswith("StrictDataclass") and len(lines) > 1:
+        return lines[1].partition(": ")[2] or lines[1]  # after "Class validation error for validator"
+    return lines[0] if lines else type(error).__name__
+
+
+def _check_files(source: Path | str) -> Shapes:
+    """The shapes of what a model stores, after looking for damage and for values that make no sense."""
+    directory = Path(cached_file(str(source), CONFIG_NAME)).parent
+    try:
+        check_readable(directory)
+    except InputError as error:
+        raise ValueError(str(error).removesuffix(f"; {REPAIR}")) from None
+    shapes = read_shapes(directory)
+    for file in bin_files(directory) if not shapes else []:
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                state = load_state_dict(file, map_location="meta")
+        except Exception:  # of every kind; torch's own words advise to run what the file says
+            raise ValueError(f"{file} is damaged, or no file of tensors that torch.save wrote") from None
+        shapes |= {name: tuple(tensor.shape) for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
+    check_sensible(directory, tensors=len(shapes))
+    return shapes
+
+
+def _check_fits(source: Path | str, config: Any) -> None:
+    """InputError if a model of ``config`` is larger than the tensors in its files: found out without any memory.
+
+    transformers gives memory to every tensor that is missing or misfits, before it says so.
+    """
+    shapes = _check_files(source)
+    if shapes:  # none: not downloaded yet
+        _compare_sizes(source, config, shapes)
+
+
+def _compare_sizes(source: object, config: Any, shapes: Shapes) -> None:
+    """InputError if a model of ``config`` is larger than tensors of these shapes."""
+    with torch.device("meta"), meta_device_safe_creation_ops():
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    wanted = {name: parameter for name, parameter in model.named_parameters() if name not in tied}
+    for name, parameter in wanted.items():
+        if name in shapes and shapes[name] != tuple(parameter.shape) and parameter.numel() > math.prod(shapes[name]):
+            found, size = (" x ".join(map(str, shape)) for shape in (shapes[name], parameter.shape))
+            raise InputError(
+                f"{source} has mismatched keys: {name}; repair the model ({found} in its files, {size} by config.json)"
+            )
+    stored = sum(math.prod(shape) for shape in shapes.values())
+    for what, tensors in (("weights", wanted.values()), ("buffers", model.buffers())):
+        count = sum(tensor.numel() for tensor in tensors)
+        if count > LARGER * stored + SMALL:
+            raise InputError(
+                f"{source} has {stored:,} numbers in its files, the {what} by its config.json are {count:,}; "
+                "repair the sizes in config.json"
+            )
 
 
 def _float_config(source: Path | str) -> Any:
-    config = transformers.AutoConfig.from_pretrained(source)
+    _check_files(source)
+    with readable(source) as place:
+        config = transformers.AutoConfig.from_pretrained(place)
+    config.name_or_path = str(source)
     if getattr(config, "quantization_config", None):
         raise InputError(f"{source} is quantised already; give the float model it was made from")
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -134,15 +226,22 @@ def open_shards(source: Path | str) -> Shards:
     """
     with _loading(source):
         config = _float_config(source)
+        _check_fits(source, config)
         with init_empty_weights(include_buffers=False):
             model = transformers.AutoModelForCausalLM.from_config(config).eval()
         model.config.name_or_path = str(source)
         files = _shard_files(source)
-        parameters = dict(model.named_parameters())
-        tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-        stored = {name: _stored(model, name, p) for name, p in parameters.items() if name not in tied}
+        parameters = {name: model.get_parameter(name) for name in (*_names(model), *tied_weights(model))}
+        stored = {name: _stored(model, name, p) for name, p in parameters.items()}
+        stored |= plain_names(model, stored, files)
+        known = {key for parts, _ in stored.values() for key in parts}
+        stored = resolve_ties(model, stored, files, config.dtype)
         if not all(key in files for parts, _ in stored.values() for key in parts):
             return _whole(load_float(source))
+        _check_dtypes(source)
+        if not files.keys() <= known:
+            _check_unused(model, source, _read_info(model, files))
+        record_ties(model)
         dtypes: dict[str, torch.dtype] = {}
         for name, (parts, _) in stored.items():
             for key, part in parts.items():
@@ -152,20 +251,15 @@ def open_shards(source: Path | str) -> Shards:
                 dtypes[name] = config.dtype or dtype
     buffers: dict[str, torch.Tensor] = dict(model.named_buffers())
 
-    def read_key(key: str) -> torch.Tensor:
-        with safe_open(files[key][0], "pt") as file:  # closed again: an open one keeps what was read in memory
-            tensor: torch.Tensor = file.get_tensor(key).clone()
-        return tensor
-
     def read(name: str) -> torch.Tensor:
         if name in buffers:
             return buffers[name]
         parts, renamed = stored[name]
         if renamed:
-            return read_key(next(iter(parts))).to(dtypes[name])
+            return read_key(files, next(iter(parts))).to(dtypes[name])
         tensor = torch.empty(parameters[name].shape, dtype=dtypes[name])
         for path, view in _checkpoint_views(model, name, parameters[name]).items():
-            view.of(tensor).copy_(read_key(f"{path}.weight"))
+            view.of(tensor).copy_(read_key(files, f"{path}.weight"))
         return tensor
 
     return Shards(model=model, read=read, dtypes=dtypes)
@@ -176,13 +270,53 @@ def _whole(model: Model) -> Shards:
     return Shards(model=model, read=state.__getitem__, dtypes={name: tensor.dtype for name, tensor in state.items()})
 
 
-def _shard_files(source: Path | str) -> dict[str, tuple[str, tuple[int, ...], torch.dtype]]:
+def _names(model: Model) -> list[str]:
+    return [name for name, _ in model.named_parameters()]
+
+
+def _read_info(model: Model, files: Files) -> Mapping[str, Any]:
+    """What transformers would say of tensors with these names and shapes: it loads them without numbers."""
+    state = {key: torch.empty(shape, dtype=dtype, device="meta") for key, (_, shape, dtype) in files.items()}
+    options = {"dtype": model.config.dtype, "ignore_mismatched_sizes": True, "device_map": "meta"}
+    _, info = type(model).from_pretrained(
+        None, config=copy.deepcopy(model.config), state_dict=state, output_loading_info=True, **options
+    )
+    return info  # type: ignore[no-any-return]
+
+
+def _check_unused(model: Model, source: object, info: Mapping[str, Any]) -> None:
+    """InputError if the files hold tensors that the model does not use."""
+    config = model.config.get_text_config()
+    extra = next((n for key in PREDICTING if isinstance(n := getattr(config, key, None), int)), 0)
+    names = [str(key) for key in info["unexpected_keys"]]
+    check_unused(source, names, cls=type(model).__name__, layers=config.num_hidden_layers, extra=extra)
+
+
+def _check_dtypes(source: Path | str) -> None:
+    """InputError for weights that are no floats; of a local directory's safetensors files this is known already."""
+    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    found = {name: cached_file(str(source), name, **quiet) for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)}
+    for path in found.values():
+        if path:
+            check_stored(source, read_headers(Path(path).parent))
+            return
+    single = cached_file(str(source), WEIGHTS_NAME, **quiet)
+    index = None if single else cached_file(str(source), WEIGHTS_INDEX_NAME, **quiet)
+    for path in [single] if single else get_checkpoint_shard_files(str(source), index)[0] if index else []:
+        tensors = load_state_dict(path, map_location="meta")
+        check_stored(source, {name: FLOATS.get(tensor.dtype, str(tensor.dtype)) for name, tensor in tensors.items()})
+
+
+def _shard_files(source: Path | str) -> Files:
     """Tensor name -> (its safetensors file, shape, dtype); empty if the model is stored in another way."""
     missing = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    single = cached_file(str(source), SAFE_WEIGHTS_NAME, **missing)
-    index = None if single else cached_file(str(source), SAFE_WEIGHTS_INDEX_NAME, **missing)
+    with readable(source) as place:
+        single = cached_file(str(place), SAFE_WEIGHTS_NAME, **missing)
+        index = None if single else cached_file(str(place), SAFE_WEIGHTS_INDEX_NAME, **missing)
+        paths = [single] if single else get_checkpoint_shard_files(str(place), index)[0] if index else []
+        paths = [str(Path(path).resolve()) for path in paths]  # of links that are gone later
     found = {}
-    for path in [single] if single else get_checkpoint_shard_files(str(source), index)[0] if index else []:
+    for path in paths:
         with safe_open(path, "pt") as file:
             for key in file.keys():  # noqa: SIM118 (a safetensors file is no mapping)
                 stored = file.get_slice(key)
@@ -191,7 +325,7 @@ def _shard_files(source: Path | str) -> dict[str, tuple[str, tuple[int, ...], to
     return found
 
 
-def _stored(model: Model, name: str, parameter: torch.Tensor) -> tuple[dict[str, torch.Tensor], bool]:
+def _stored(model: Model, name: str, parameter: torch.Tensor) -> Parts:
     """What a checkpoint has of a parameter, on meta, and whether that is the parameter itself, under whatever name."""
     whole = parameter.detach().to("meta")
     parts = revert_weight_conversion(model, {name: whole})
@@ -314,20 +448,11 @@ def choose_device(name: str | None) -> torch.device:
         raise InputError(f"device={name!r} is not there ({reason}); use one of {found}") from None
 
 
-def check_model_path(source: Path | str) -> None:
-    """InputError if ``source`` is no local model and cannot be a hub id either."""
-    where = Path(source)
-    if where.is_dir():
-        if not (where / "config.json").is_file():
-            raise InputError(f"{where} has no config.json; give a Hugging Face model directory or a hub id")
-    elif where.is_absolute() or str(source).count("/") != 1 or str(source).startswith("."):
-        raise InputError(f"{source}: no such model directory; give a Hugging Face model directory or a hub id")
-
-
 def context_length(model: Model) -> int:
     """The context the model was made for, in tokens; CONTEXT if its configuration names none (BLOOM, Mamba)."""
     config = model.config.get_text_config()
-    return int(getattr(config, "max_position_embeddings", getattr(config, "max_seq_len", CONTEXT)))
+    found = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
+    return int(found or CONTEXT)
 
 
 def check_context(model: Model, seq_len: int) -> None:
@@ -339,14 +464,31 @@ def check_context(model: Model, seq_len: int) -> None:
 
 
 def load_tokenizer(source: Path | str) -> Any:
-    """The tokenizer beside a model."""
+    """The tokenizer beside a model; InputError if there is none, or a package that transformers needs for it."""
+    check_merges(Path(source) / "tokenizer.json")
+    there = (Path(source) / "tokenizer.json").is_file()
+    remedy = "repair its tokenizer files" if there else "put tokenizer.json beside the model"
     try:
-        with _quiet():
-            return transformers.AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
+        with (
+            _quiet(),
+            listed_only(Path(source)) as where,
+            readable(source if where == Path(source) else where) as place,
+            one_line(f"{source} has no usable tokenizer", remedy),
+        ):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+            tokenizer.decode(tokenizer.encode("a b"))  # some damage shows only now
+            tokenizer.name_or_path = str(source)
+    except InputError:
+        missing = missing_packages(source)
+        if missing is None:
+            raise
         raise InputError(
-            f"{source} has no usable tokenizer ({str(error).splitlines()[0]}); put tokenizer.json beside the model"
+            f"{source} has its tokenizer in {missing.file}, which transformers needs {missing.packages} to read; "
+            f"pip install {missing.packages}, or put tokenizer.json beside the model"
         ) from None
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # what transformers makes of no files at all
+        raise InputError(f"{source} has no usable tokenizer (no vocabulary); put tokenizer.json beside the model")
+    return tokenizer
 
 
 def build_model(
@@ -355,19 +497,21 @@ def build_model(
     """A model of ``config`` with the weights ``state`` (checkpoint names); InputError if any is missing or misfits."""
     with _quiet():
         parsed = _parse_config(config)
-        cls = MODEL_FOR_CAUSAL_LM_MAPPING[type(parsed)]
         try:
+            cls = MODEL_FOR_CAUSAL_LM_MAPPING[type(parsed)]
+            _compare_sizes(directory, parsed, {name: tuple(tensor.shape) for name, tensor in state.items()})
             model, info = cls.from_pretrained(
                 None, config=parsed, state_dict=dict(state), dtype=dtype or parsed.dtype, output_loading_info=True
             )
-        except RuntimeError as error:
+        except InputError:
+            raise
+        except Exception as error:  # of every kind, as in _loading
             raise InputError(
-                f"{directory} does not fit its config.json ({str(error).splitlines()[0]}); write the checkpoint again"
+                f"{directory} does not fit its config.json ({_reason(error)}); write the checkpoint again"
             ) from None
         problems = ("missing_keys", "mismatched_keys", "unexpected_keys")
         _check_loaded(info, directory, problems, "write the checkpoint again")
-        with contextlib.suppress(OSError):
-            model.generation_config = transformers.GenerationConfig.from_pretrained(directory)
+        model.generation_config = _generation_config(directory) or model.generation_config
     model.config.name_or_path = str(directory)
     return model.eval()
 
@@ -378,7 +522,27 @@ def _parse_config(config: Mapping[str, Any]) -> Any:
     def decode(part: dict[str, Any]) -> Any:
         return float(part["__float__"]) if "__float__" in part else part
 
-    return transformers.AutoConfig.for_model(**json.loads(json.dumps(dict(config)), object_hook=decode))
+    try:
+        return transformers.AutoConfig.for_model(**json.loads(json.dumps(dict(config)), object_hook=decode))
+    except Exception as error:  # of every kind, as in _loading
+        raise InputError(f"config.json describes no model ({_reason(error)}); repair it") from None
+
+
+def _generation_config(directory: Path) -> Any:
+    """transformers' generation settings beside a checkpoint, None if there are none; InputError for wrong ones."""
+    file = side_file(directory, GENERATION_CONFIG_NAME)
+    if file is None:
+        return None
+    read_facts(file, GENERATION)
+    try:
+        return transformers.GenerationConfig.from_pretrained(directory)
+    except Exception as error:  # of every kind, as in _loading
+        raise InputError(f"{file} cannot be read ({_reason(error)}); {REPAIR}") from None
+
+
+def vocabulary_size(config: Mapping[str, Any]) -> int:
+    """Rows of the embedding of a model of ``config``."""
+    return int(_parse_config(config).get_text_config().vocab_size)
 
 
 def config_dtype(config: Mapping[str, Any]) -> torch.dtype:

@@ -37,7 +37,8 @@ from typing import Any
 import numpy as np
 from array_api_compat import array_namespace
 
-from matquant.errors import InputError
+from matquant.arguments import check_types
+from matquant.errors import InputError, InputTypeError
 
 RULES = ("prefix", "round", "extra")
 UNIFORM, COMPANDED = "uniform", "companded"
@@ -51,7 +52,8 @@ ZEROS = (OWN, CENTRE)  # of slices with a scale of their own: a zero of their ow
 def check_bits(bits: int) -> None:
     """Raise ValueError unless ``bits`` is an integer width 1..8."""
     if type(bits) is not int or not 1 <= bits <= MASTER_BITS:
-        raise InputError(f"bits={bits!r} asked of an 8-bit code; use one of 1, 2, 3, 4, 5, 6, 7, 8")
+        kind = InputError if type(bits) is int else InputTypeError
+        raise kind(f"bits={bits!r} asked of an 8-bit code; use one of 1, 2, 3, 4, 5, 6, 7, 8")
 
 
 def check_rule(rule: str) -> None:
@@ -70,6 +72,7 @@ def slice_codes(codes: Any, bits: int, *, rule: str = "prefix") -> Any:
     """
     check_bits(bits)
     check_rule(rule)
+    check_types(codes=codes)
     xp = array_namespace(codes)
     if not xp.isdtype(codes.dtype, "integral") or xp.iinfo(codes.dtype).max < 2**MASTER_BITS - 1:
         raise TypeError(f"codes of dtype {codes.dtype} cannot be sliced; use uint8 codes 0..255")
@@ -186,6 +189,7 @@ def slice_values(codes: Any, bits: int, *, rule: str = "prefix", grid: str = UNI
 
     codes as in ``slice_codes``; returns float32 of the same kind and shape. Same errors.
     """
+    check_types(codes=codes)
     step = 2 ** (MASTER_BITS - bits) if type(bits) is int and 1 <= bits <= MASTER_BITS else 1
     position = slice_positions(codes, bits, rule=rule, grid=grid) * step
     return position + (step - 1) / 2 if rule == "prefix" else position

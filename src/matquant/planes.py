@@ -24,6 +24,7 @@ from matquant import _native
 from matquant.errors import InputError
 from matquant.nest import GRIDS, MASTER_BITS, RULES, UNIFORM, check_bits, check_rule, integer_positions
 from matquant.tensor import NestedTensor
+from matquant.threads import check_threads
 
 ACTIVATIONS = ("int8", "float")
 RESIDENT_BITS = (2, 3, 4, 6, 8)  # what the first one, two, ... planes hold
@@ -114,8 +115,8 @@ def load_weight(tensor: NestedTensor, *, max_bits: int = MASTER_BITS) -> Weight:
 def matmul(weight: Weight, x_TK: Floats, *, bits: int, activations: str = "int8", threads: int = 0) -> Floats:
     """x_TK @ W.T with the weights read at ``bits`` bits: float32 [T, N].
 
-    x_TK: float32 [T, K]. activations: ``int8`` (per token and 128 inputs, dynamic) or ``float``. threads: 0 for as many
-    as OpenMP has; they do not change the result, nor do the other tokens or the instruction set.
+    x_TK: float32 [T, K]. activations: ``int8`` (per token and 128 inputs, dynamic) or ``float``. threads: 0 for
+    OMP_NUM_THREADS or all cores; they do not change the result, nor do the other tokens or the instruction set.
     Raises InputError for widths that are not resident and for other shapes and dtypes.
     """
     check_bits(bits)
@@ -128,6 +129,8 @@ def matmul(weight: Weight, x_TK: Floats, *, bits: int, activations: str = "int8"
             f"a product with a weight of {weight.planes.columns} inputs asked of {x_TK.dtype} {list(x_TK.shape)}; "
             f"give float32 [T, {weight.planes.columns}]"
         )
+    if threads != 0:
+        check_threads(threads)
     kind = ACTIVATIONS.index(activations)
     return weight.planes.native.matmul(np.ascontiguousarray(x_TK), bits, kind, threads)
 

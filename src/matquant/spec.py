@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from matquant.errors import InputError
+from matquant.arguments import check_given, check_types
+from matquant.errors import InputError, InputTypeError
 from matquant.files import read_json
 from matquant.nest import GRIDS, MASTER_BITS, OWN, UNIFORM, ZEROS, check_bits, check_grid, check_rule
 
@@ -112,6 +113,10 @@ class Spec:
     grid: str = UNIFORM
 
     def __post_init__(self) -> None:
+        for key, (is_right, words) in _KINDS.items():
+            value = getattr(self, key)
+            if not is_right(list(value) if isinstance(value, tuple) else value):
+                raise InputTypeError(f"{key}={value!r} of a Spec must be {words}")
         check_rule(self.rule)
         check_grid(self.grid, rule=self.rule, symmetric=self.symmetric)
         if self.grid != UNIFORM and self.stored_bits != MASTER_BITS:
@@ -169,6 +174,7 @@ class Plan:
     about: Mapping[str, str | float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        check_types(plan=self.bits)
         for width in (*(() if self.default is None else (self.default,)), *self.bits.values()):
             check_bits(width)
 
@@ -179,6 +185,8 @@ class Plan:
             return plan
         if isinstance(plan, (Path, str)):
             return cls.read(plan)
+        check_bits(bits)
+        check_given(plan=plan)
         return cls(default=bits, bits=dict(plan or {}))
 
     def resolve(self, paths: Iterable[str]) -> dict[str, int]:

@@ -7,13 +7,15 @@ makes a resumed run bit-identical.
 
 import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from matquant.errors import InputError
+from matquant.files import read_text
+from matquant.panics import one_line
 
 SEPARATOR = "<|endoftext|>"
 
@@ -25,7 +27,7 @@ def read_documents(files: Sequence[Path | str]) -> list[str]:
         if not file.is_file():
             raise InputError(f"--text {file}: no such file; give a UTF-8 text file")
         try:
-            text = file.read_text(encoding="utf-8")
+            text = read_text(file)
         except UnicodeDecodeError as error:
             raise InputError(f"--text {file} is not UTF-8 ({error.reason} at byte {error.start}); convert it") from None
         found = [document.strip() for document in text.split(SEPARATOR) if document.strip()]
@@ -35,12 +37,35 @@ def read_documents(files: Sequence[Path | str]) -> list[str]:
     return documents
 
 
-def token_stream(documents: Sequence[str], tokenizer: Any) -> np.ndarray:
-    """The documents as one int64 array of token ids, each document after a beginning-of-sequence token."""
+def token_stream(documents: Sequence[str], tokenizer: Any, *, vocab_size: int | None = None) -> np.ndarray:
+    """The documents as one int64 array of token ids, each document after a beginning-of-sequence token.
+
+    vocab_size: rows of the embedding that will read them, None: not checked. InputError for an id beyond these.
+    """
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     # Many models refuse longer texts with a warning; we cut into windows ourselves.
-    encoded = tokenizer(list(documents), add_special_tokens=False, verbose=False)["input_ids"]
-    return np.array([token for ids in encoded for token in (*start, *ids)], dtype=np.int64)
+    with one_line("the tokenizer cannot read the text", "change the text, or copy tokenizer.json again"):
+        encoded = tokenizer(list(documents), add_special_tokens=False, verbose=False)["input_ids"]
+    stream = np.array([token for ids in encoded for token in (*start, *ids)], dtype=np.int64)
+    if vocab_size is not None:
+        check_ids(stream, vocab_size=vocab_size, text_of=tokenizer.convert_ids_to_tokens)
+    return stream
+
+
+def check_ids(
+    ids: Sequence[int] | np.ndarray, *, vocab_size: int, text_of: Callable[[int], str | None] = lambda token: None
+) -> None:
+    """InputError for the first token id outside an embedding of ``vocab_size`` rows. text_of: the text of a token."""
+    found = np.asarray(ids)
+    outside = found[(found < 0) | (found >= vocab_size)] if found.size else found
+    if outside.size:
+        token = int(outside[0])
+        text = text_of(token) if token >= 0 else None
+        named = str(token) if text is None else f"{token} ({text!r})"
+        raise InputError(
+            f"token {named} is outside the vocabulary of {vocab_size}; use the model's own tokenizer, "
+            "or resize the float model's embedding to fit it"
+        )
 
 
 def cut_windows(stream: np.ndarray, length: int) -> np.ndarray:

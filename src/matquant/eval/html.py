@@ -18,6 +18,7 @@ from matquant.checkpoint import Checkpoint, bits_per_weight, manifest_sha256, op
 from matquant.contents import code_counts, slice_counts
 from matquant.errors import InputError
 from matquant.files import read_json, write_atomically
+from matquant.locks import holding
 from matquant.nest import MASTER_BITS
 from matquant.spec import Plan
 
@@ -32,6 +33,7 @@ MARGIN = (58, 12, 12, 44)  # left, top, right, bottom
 Curves = dict[str, list[tuple[float, float]]]  # name -> (bits per weight, nats)
 
 
+@holding("out")
 def write_report(
     directory: Path,
     out: Path,

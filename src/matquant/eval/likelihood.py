@@ -5,24 +5,36 @@ i*stride .. i*stride + context and predicts each token once. With stride < conte
 context only.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
+from matquant.arguments import check_given, check_types
 from matquant.errors import InputError
+from matquant.finite import check_result
 from matquant.models import context_length
+from matquant.progress import Count
 from matquant.spec import Plan
 
 BATCH_TOKENS = 8192
+Report = Callable[[int, int], None]  # windows done, of how many
 
 
-def log_perplexity(model: Any, stream: np.ndarray, *, context: int, stride: int | None = None) -> float:
+def log_perplexity(
+    model: Any,
+    stream: np.ndarray,
+    *,
+    context: int,
+    stride: int | None = None,
+    report: Report = lambda done, total: None,
+) -> float:
     """Mean nats per predicted token of ``stream`` (int64 token ids). Deterministic.
 
     Windows of ``context`` inputs; stride None or context: no overlap. Tokens after the last whole window are left out.
-    InputError if there is no whole window.
+    report: told how many windows are done, of how many. InputError if there is no whole window, and naming the layer
+    where NaN or infinity begins.
     """
     step = stride or context
     count = _count_windows(stream, context, step)
@@ -32,6 +44,7 @@ def log_perplexity(model: Any, stream: np.ndarray, *, context: int, stride: int 
     size = max(1, BATCH_TOKENS // context)
     with torch.inference_mode():
         for first in range(0, count, size):
+            report(first, count)
             rows = torch.from_numpy(windows[first : first + size]).to(model.device)
             logits = model(input_ids=rows[:, :-1], use_cache=False).logits.float()
             loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), rows[:, 1:], reduction="none")
@@ -39,6 +52,8 @@ def log_perplexity(model: Any, stream: np.ndarray, *, context: int, stride: int 
                 new = values if first + row == 0 else values[context - step :]
                 total += float(new.sum())
                 tokens += new.numel()
+            check_result(total, model, rows[:, :-1], what="log-perplexity")
+    report(count, count)
     return total / tokens
 
 
@@ -50,19 +65,29 @@ def evaluate(
     plan: Plan | None = None,
     context: int | None = None,
     stride: int | None = None,
+    report: Count = lambda stage, done, total: None,
 ) -> dict[str, float]:
     """Log-perplexity of a model from ``matquant.load`` at each width, and at ``plan`` (key "plan") if one is given.
 
-    context None: the model's own (max_position_embeddings). The model is left at the last width evaluated.
+    context None: the model's own (max_position_embeddings). report: told the width, and windows done of all widths.
+    The model is left at the last width evaluated.
     """
+    check_types(stream=stream, bits=bits)
+    check_given(context=context, stride=stride)
     length = context or context_length(model)
-    results = {}
-    for width in bits:
-        model.set_bits(width)
-        results[str(width)] = log_perplexity(model, stream, context=length, stride=stride)
-    if plan is not None:
-        model.set_bits(plan=plan)
-        results["plan"] = log_perplexity(model, stream, context=length, stride=stride)
+    names = [*dict.fromkeys(map(str, bits)), *([] if plan is None else ["plan"])]
+    results: dict[str, float] = {}
+    for name in names:
+        if name == "plan":
+            model.set_bits(plan=plan)
+        else:
+            model.set_bits(int(name))
+        label = name if name == "plan" else f"int{name}"
+
+        def told(done: int, total: int, label: str = label, before: int = len(results)) -> None:
+            report(label, done + before * total, total * len(names))
+
+        results[name] = log_perplexity(model, stream, context=length, stride=stride, report=told)
     return results
 
 

@@ -1,7 +1,6 @@
 """What an evaluation looks like: a table for people, a record for programs, a picture for slides."""
 
 import itertools
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from matplotlib.backend_bases import FigureCanvasBase
 from rich.table import Table
 
 from matquant.errors import InputError
-from matquant.files import replace_when_done, write_atomically
+from matquant.files import json_text, replace_when_done, write_atomically
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
@@ -45,7 +44,7 @@ def task_table(title: str, tasks: Mapping[str, Mapping[str, Any]], average: Mapp
 
 def write_json(file: Path, record: Mapping[str, Any]) -> None:
     """Write a record as one JSON object, atomically."""
-    write_atomically(file, (json.dumps(record, sort_keys=True) + "\n").encode())
+    write_atomically(file, (json_text(record) + "\n").encode())
 
 
 def check_picture(file: Path) -> None:

@@ -1,5 +1,6 @@
 """The evaluation a user asks for: a checkpoint, text, tasks, widths; out come tables, a record and a picture."""
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,9 +8,9 @@ from typing import Any
 from rich.console import RenderableType
 
 from matquant.checkpoint import bits_per_weight, manifest_sha256, open_checkpoint
-from matquant.errors import InputError, check_positive
 from matquant.eval.likelihood import evaluate, log_perplexity, predicted_tokens
 from matquant.eval.report import check_picture, plot_widths, task_table, width_table, write_json
+from matquant.eval.request import check_evaluation
 from matquant.eval.tasks import (
     check_tasks,
     find_harness,
@@ -19,21 +20,25 @@ from matquant.eval.tasks import (
     summarise,
     task_average,
 )
+from matquant.finite import checked_logits
 from matquant.integrations.transformers import load
+from matquant.locks import holding
 from matquant.models import (
     check_context,
-    check_model_path,
     choose_device,
     context_length,
     load_float,
     load_tokenizer,
+    vocabulary_size,
 )
+from matquant.progress import Count
 from matquant.spec import Plan
-from matquant.text import read_documents, token_stream
+from matquant.text import token_stream
 
 Show = Callable[[RenderableType], None]
 
 
+@holding("json_file")
 def evaluate_checkpoint(
     directory: Path,
     *,
@@ -54,6 +59,7 @@ def evaluate_checkpoint(
     plot_file: Path | None = None,
     show: Show = lambda table: None,
     progress: Callable[[str], None] = lambda line: None,
+    report: Count = lambda stage, done, total: None,
 ) -> dict[str, Any]:
     """Evaluate a checkpoint at ``bits``, at a plan and beside its float model; returns and writes the record.
 
@@ -65,24 +71,28 @@ def evaluate_checkpoint(
     tasks: names of eval.tasks.TASKS, on the first ``limit`` questions each; adds "tasks": {width: {task: {"metric":
     what counts, "metrics": {name: fraction of 1}, "questions": count, "fingerprint": sha256}}} and "task_average":
     {width: fraction of 1}. The record is written after every task, and results in ``json_file`` that have the same
-    fingerprint are taken from there: a run that was killed continues.
+    fingerprint are taken from there: a run that was killed continues. progress: told every task in words. report: told
+    the width or task at work, and how much is done of how much. InputError naming the width and the layer where NaN or
+    infinity begins.
     """
-    counts = {"seq_len": seq_len, "stride": stride, "max_tokens": max_tokens, "limit": limit, "batch_size": batch_size}
-    check_positive(**{name: value for name, value in counts.items() if value is not None})
-    if not text and tasks is None:
-        raise InputError("eval needs text or tasks; give --text FILE or --tasks arc_easy,boolq")
-    if tasks is None and (tasks_data is not None or limit is not None):
-        raise InputError(
-            "--tasks-data and --limit are of zero-shot tasks, none was asked for; give --tasks arc_easy,boolq"
-        )
-    if not text and (reference is not None or plot_file is not None):
-        raise InputError("--reference and --plot need log-perplexity; give --text FILE too")
+    documents = check_evaluation(
+        directory,
+        text=text,
+        plan_file=plan_file,
+        reference=reference,
+        seq_len=seq_len,
+        stride=stride,
+        max_tokens=max_tokens,
+        skip_documents=skip_documents,
+        tasks=tasks,
+        tasks_data=tasks_data,
+        limit=limit,
+        batch_size=batch_size,
+        json_file=json_file,
+        needs_picture=plot_file is not None,
+    )
     if plot_file is not None:
         check_picture(plot_file)
-    if json_file is not None and json_file.is_dir():
-        raise InputError(f"--json {json_file} is a directory; give a file")
-    if reference is not None:
-        check_model_path(reference)
     place = choose_device(device)
     data = check_tasks(tasks, tasks_data) if tasks is not None else {}
     if tasks is not None:
@@ -98,23 +108,26 @@ def evaluate_checkpoint(
     record |= {"log_perplexity": {}, "bits_per_weight": sizes, "reference": None, "context": None, "tokens": 0}
     stream = None
     if text:
-        documents = read_documents(text)
-        if not 0 <= skip_documents < len(documents):
-            raise InputError(f"skip_documents={skip_documents} of {len(documents)} documents; leave at least one")
-        stream = token_stream(documents[skip_documents:], load_tokenizer(directory))
+        vocab_size = vocabulary_size(checkpoint.config)
+        stream = token_stream(documents[skip_documents:], load_tokenizer(directory), vocab_size=vocab_size)
         stream = stream if max_tokens is None else stream[: max_tokens + 1]
+    report("loading the model", 0, 0)
     model = load(directory, device=place, check_hashes=False, kernels="none")  # open_checkpoint has just checked them
     if stream is not None:
         context = seq_len or context_length(model)
         check_context(model, context)
-        results = evaluate(model, stream, bits=bits, plan=plans.get("plan"), context=context, stride=stride)
+        results = evaluate(
+            model, stream, bits=bits, plan=plans.get("plan"), context=context, stride=stride, report=report
+        )
         tokens = predicted_tokens(stream, context=context, stride=stride)
         record |= {"log_perplexity": results, "context": context, "tokens": tokens}
         shown = dict(results)
         if reference is not None:
             dtype = next(model.parameters()).dtype
+            report("loading the float model", 0, 0)
             floating = load_float(reference, dtype=dtype).to(place)
-            record["reference"] = log_perplexity(floating, stream, context=context, stride=stride)
+            told = functools.partial(report, "the float model")
+            record["reference"] = log_perplexity(floating, stream, context=context, stride=stride, report=told)
             shown = {"float": record["reference"], **results}
         show(width_table(f"{directory}, {tokens:,} tokens, windows of {context}", shown, sizes))
     if tasks is not None:
@@ -122,7 +135,7 @@ def evaluate_checkpoint(
         record["tasks"] = {}
         for name, task, result in _score_tasks(
             model, directory, widths, data, tasks_data=tasks_data, limit=limit, batch_size=batch_size, known=known,
-            checkpoint_sha256=record["checkpoint"], progress=progress,
+            checkpoint_sha256=record["checkpoint"], progress=progress, report=report,
         ):  # fmt: skip
             record["tasks"].setdefault(name, {})[task] = result
             if json_file is not None:
@@ -148,6 +161,7 @@ def _score_tasks(
     known: Mapping[str, Any],
     checkpoint_sha256: str,
     progress: Callable[[str], None],
+    report: Count,
 ) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Yield (width, task, result) of every task at every width, one width after the other on the one model.
 
@@ -165,13 +179,15 @@ def _score_tasks(
         served = harness.wrap(model, load_tokenizer(directory), batch_size=batch_size)
         for number, ((name, task), key) in enumerate(keys.items(), 1):
             place = f"{number} of {len(keys)}: {task} at {f'int{name}' if name.isdigit() else name}"
+            report(place, number - 1, len(keys))
             if key in known:
                 progress(f"{place}, known already")
                 yield name, task, known[key]
             else:
                 progress(place)
                 model.set_bits(plan=widths[name])
-                results = harness.score(served, opened[task], limit=limit)
+                with checked_logits(model):
+                    results = harness.score(served, opened[task], limit=limit)
                 yield name, task, summarise(task, results, key=key)
 
 

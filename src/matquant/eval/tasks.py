@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from matquant.errors import InputError
+from matquant.files import MARK, read_text
 
 
 class Task(NamedTuple):
@@ -66,7 +67,7 @@ def _check_file(file: Path, task: Task) -> str:
             "or leave --tasks-data out to use the hub"
         )
     content = file.read_bytes()
-    lines = content.splitlines()
+    lines = content.removeprefix(MARK.encode()).splitlines()
     for number, line in enumerate(lines, 1):
         try:
             fields = json.loads(line)
@@ -100,7 +101,8 @@ def open_tasks(harness: Any, names: Sequence[str], data: Path | None) -> Iterato
                 file = harness.TEMPLATES / TASKS[name].template
             else:
                 file = Path(scratch) / f"{name}.yaml"
-                file.write_text(json.dumps(_local_task(name, data, harness.TEMPLATES, scratch)))  # JSON is YAML
+                lines = _without_mark(data / f"{name}.jsonl", Path(scratch))
+                file.write_text(json.dumps(_local_task(name, lines, harness.TEMPLATES, scratch)))  # JSON is YAML
             try:
                 tasks[name] = harness.load_task(file)
             except Exception as error:  # the hub's client, its transport and its cache have errors of their own kinds
@@ -114,7 +116,17 @@ def open_tasks(harness: Any, names: Sequence[str], data: Path | None) -> Iterato
         yield tasks
 
 
-def _local_task(name: str, data: Path, templates: Path, cache: str) -> dict[str, Any]:
+def _without_mark(file: Path, scratch: Path) -> Path:
+    """``file``, or a copy of it in ``scratch`` if it begins with a byte-order mark, which the harness cannot read."""
+    content = file.read_bytes()
+    if not content.startswith(MARK.encode()):
+        return file
+    copy = scratch / file.name
+    copy.write_bytes(content.removeprefix(MARK.encode()))
+    return copy
+
+
+def _local_task(name: str, file: Path, templates: Path, cache: str) -> dict[str, Any]:
     """The harness's own task with the data of a local file."""
     task = TASKS[name]
     splits = {f"{split}_split": task.split if split == task.split else None for split in ("validation", "test")}
@@ -123,7 +135,7 @@ def _local_task(name: str, data: Path, templates: Path, cache: str) -> dict[str,
         "task": name,
         "dataset_path": "json",
         "dataset_name": None,
-        "dataset_kwargs": {"data_files": {task.split: str((data / f"{name}.jsonl").resolve())}, "cache_dir": cache},
+        "dataset_kwargs": {"data_files": {task.split: str(file.resolve())}, "cache_dir": cache},
         "training_split": None,
         **splits,
         "fewshot_split": task.split,
@@ -138,7 +150,7 @@ def fingerprint(**facts: Any) -> str:
 def known_results(file: Path | None) -> dict[str, Any]:
     """Fingerprint -> result, of every task in an earlier record; empty if ``file`` is no record."""
     try:
-        record = json.loads(file.read_text(encoding="utf-8")) if file is not None and file.is_file() else {}
+        record = json.loads(read_text(file)) if file is not None and file.is_file() else {}
         results = [result for width in record.get("tasks", {}).values() for result in width.values()]
         return {result["fingerprint"]: result for result in results}
     except (ValueError, RecursionError, AttributeError, TypeError, KeyError):

@@ -4,6 +4,7 @@ One exporter a file; EXPORTERS names them. Nothing here needs torch.
 """
 
 import dataclasses
+import functools
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -17,6 +18,7 @@ from matquant.export.card import RECORD
 from matquant.export.containers import CENTRE, EXACT, ZEROS, Container
 from matquant.export.job import Exporter, Job
 from matquant.files import check_replaceable, check_space, read_json, replace_directory_when_done, replace_when_done
+from matquant.locks import check_place, hold
 from matquant.nest import MASTER_BITS
 from matquant.spec import Plan
 
@@ -59,30 +61,39 @@ def export(
     nothing written, where a slice does not fit.
     """
     began = time.perf_counter()
-    target, checkpoint = Path(out).resolve(), open_checkpoint(directory)
+    target = check_place(out)
+    if to in EXPORTERS:  # before a large checkpoint is read
+        _check_target(target, EXPORTERS[to], overwrite=overwrite)
+    checkpoint = open_checkpoint(directory)
     if bits is not None and plan is not None:
         raise InputError("both bits and a plan asked for; give one of them")
     wanted = (plan or Plan(default=bits or MASTER_BITS)).resolve(checkpoint.shapes)
     about = {"base_model": base_model, "measured": _evaluation(measured)}
     job = make_job(checkpoint, to, wanted, zeros=zeros, dtype=dtype, about=about)
-    exporter = job.exporter
-    _check_target(target, exporter, overwrite=overwrite)
-    for text in exporter.check(checkpoint):
-        notice(text)
-    total = sum(part.bytes for part in job.parts())
-    check_space(target, total + SPARE_BYTES)
-    stay = [path for path, container in job.chosen.items() if container is None]
-    if stay and exporter.containers(checkpoint, stay[0]):
-        notice(f"{len(stay)} weights such as {stay[0]} fit no block of {to} and stay dense ({job.dtype})")
-    done = 0
+    exporter, done, total = job.exporter, 0, 0
+    check = functools.partial(_check_target, target, exporter, overwrite=overwrite)
+    check()  # before the lock, for which missing parents are made
 
     def written(count: int) -> None:
         nonlocal done
         done += count
         report(done, total)
 
-    with (replace_when_done if exporter.suffix else replace_directory_when_done)(target) as partial:
-        exporter.write(job, partial, written)
+    with hold(target):
+        check()
+        for text in exporter.check(checkpoint):
+            notice(text)
+        total = sum(part.bytes for part in job.parts())
+        check_space(target, total + SPARE_BYTES)
+        stay = [path for path, container in job.chosen.items() if container is None]
+        if stay and exporter.containers(checkpoint, stay[0]):
+            notice(f"{len(stay)} weights such as {stay[0]} fit no block of {to} and stay dense ({job.dtype})")
+        with (
+            replace_when_done(target, overwrite=overwrite)
+            if exporter.suffix
+            else replace_directory_when_done(target, check)
+        ) as partial:
+            exporter.write(job, partial, written)
     return {
         "out": str(target),
         "bytes": total,

@@ -11,7 +11,6 @@ context of such a file ends where the window would begin to matter.
 
 import contextlib
 import importlib
-import json
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -29,8 +28,10 @@ from matquant.export.containers import FLOATS, Container
 from matquant.export.job import Exporter, Job
 from matquant.export.stream import Part, Report, Slot, made
 from matquant.export.tokens import INSTEAD, Tokens, read_tokens
-from matquant.runtime.families import Architecture, read_architecture
-from matquant.runtime.vocabulary import read_json
+from matquant.facts import GENERATION
+from matquant.files import json_text
+from matquant.manifest import side_facts
+from matquant.runtime.families import Architecture, check_sizes, read_architecture
 
 ALIGNMENT = 32  # bytes, GGUF's default
 INTERLEAVED = ("llama", "mistral")  # rotary pairs side by side, rotary frequencies as a tensor, biases everywhere
@@ -38,6 +39,7 @@ ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3"
 WINDOWED = "gemma2"
 GEMMA_27B_LAYERS = 46  # by which llama.cpp knows that model, whose attention is scaled by its hidden size
 ROPE_FACTORS = "rope_freqs.weight"
+LARGEST = 2**31 - 1  # of an integer that llama.cpp keeps in 32 bits
 FILE_TYPES = {"Q2_K": "MOSTLY_Q2_K", "Q3_K": "MOSTLY_Q3_K_S", "Q4_K": "MOSTLY_Q4_K_S", "Q5_K": "MOSTLY_Q5_K_S"}
 YARN_KEYS = {"rope_type", "rope_theta", "factor", "original_max_position_embeddings"}
 SAMPLING = {"temperature": "temp", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
@@ -142,6 +144,7 @@ def _read(checkpoint: Checkpoint) -> Architecture:
 
 def _architecture(checkpoint: Checkpoint) -> Architecture:
     """What config.json means; InputError if llama.cpp takes it to mean something else."""
+    check_sizes(checkpoint.config, checkpoint.weight_shapes(), where=checkpoint.directory)
     found, config = _read(checkpoint), checkpoint.config
     family = config["model_type"]
     gemma = family == WINDOWED
@@ -168,7 +171,8 @@ def _rope(checkpoint: Checkpoint) -> dict[str, Any]:
     config = checkpoint.config
     given = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kept = {key: value for key, value in given.items() if value is not None and key != "type"}
-    return {"rope_theta": config.get("rope_theta", 1e4), "rope_type": given.get("type", "default"), **kept}
+    theta, kind = config.get("rope_theta") or 1e4, given.get("type") or "default"
+    return {"rope_theta": theta, "rope_type": kind, **kept}
 
 
 def _context(checkpoint: Checkpoint, architecture: Architecture) -> int:
@@ -225,20 +229,21 @@ def _add_general(gguf: ModuleType, writer: Any, job: Job) -> None:
         writer.add_base_model_count(1)
         writer.add_base_model_name(0, base)
         writer.add_base_model_repo_url(0, f"https://huggingface.co/{base}")
-    writer.add_string("matquant.record", json.dumps(record(job), sort_keys=True))
+    writer.add_string("matquant.record", json_text(record(job)))
     writer.add_string("matquant.card", model_card(job))
-    generation = read_json(job.checkpoint.directory / "generation_config.json")
+    generation = side_facts(job.checkpoint.directory, "generation_config.json", GENERATION)
     if generation.get("do_sample"):
         for key, name in SAMPLING.items():
             if generation.get(key) is not None:
-                getattr(writer, f"add_sampling_{name}")(generation[key])
+                value = generation[key]
+                getattr(writer, f"add_sampling_{name}")(min(value, LARGEST) if type(value) is int else value)
 
 
 def _add_architecture(gguf: ModuleType, writer: Any, checkpoint: Checkpoint, architecture: Architecture) -> None:
     """The shape of the model, as llama.cpp wants to know it."""
     rope = _rope(checkpoint)
     writer.add_vocab_size(architecture.vocab)
-    writer.add_context_length(_context(checkpoint, architecture))
+    writer.add_context_length(min(_context(checkpoint, architecture), LARGEST))
     writer.add_embedding_length(architecture.hidden)
     writer.add_block_count(architecture.layers)
     writer.add_feed_forward_length(architecture.intermediate)
@@ -251,9 +256,10 @@ def _add_architecture(gguf: ModuleType, writer: Any, checkpoint: Checkpoint, arc
     writer.add_rope_freq_base(float(rope["rope_theta"]))
     if rope["rope_type"] in ("linear", "yarn"):
         writer.add_rope_scaling_type(gguf.RopeScalingType(rope["rope_type"]))
-        writer.add_rope_scaling_factor(float(rope["factor"]))
+        trained = rope.get("original_max_position_embeddings", architecture.context)
+        writer.add_rope_scaling_factor(float(rope.get("factor") or architecture.context / trained))
     if rope["rope_type"] == "yarn":
-        writer.add_rope_scaling_orig_ctx_len(rope.get("original_max_position_embeddings", architecture.context))
+        writer.add_rope_scaling_orig_ctx_len(min(int(trained), LARGEST))
     if checkpoint.config["model_type"] == WINDOWED:
         writer.add_sliding_window(max(architecture.windows))
         writer.add_attn_logit_softcapping(architecture.attention_cap)

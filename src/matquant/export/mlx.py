@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from matquant.checkpoint import Checkpoint
+from matquant.errors import InputError
 from matquant.export import dense
 from matquant.export.containers import FLOATS, MINIMUM, Container, Encoded, largest_block
 from matquant.export.directory import write_directory
@@ -27,6 +28,10 @@ from matquant.packing import pack, words
 WIDTHS = (1, 2, 3, 4, 5, 6, 8)
 BLOCKS = (128, 64, 32)
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2")  # with their Hugging Face tensor names
+BIASES = {"llama": (".bias",), "qwen2": ("q_proj.bias", "k_proj.bias", "v_proj.bias")}  # that mlx_lm reads
+# longrope is not among them: mlx_lm uses long_factor at every length, transformers short_factor up to the length that
+# the model was trained for first.
+ROPES = ("default", "linear", "llama3", "yarn", "dynamic")
 
 
 def containers(checkpoint: Checkpoint, path: str) -> list[Container]:
@@ -38,12 +43,72 @@ def containers(checkpoint: Checkpoint, path: str) -> list[Container]:
 
 
 def check(checkpoint: Checkpoint) -> list[str]:
-    """What users should know: mlx_lm reads these families without sliding windows."""
-    config = checkpoint.config
-    family, window = config.get("model_type"), config.get("sliding_window")
+    """What users should know; InputError if mlx_lm computes another model than transformers, whatever the prompt."""
+    config, family = checkpoint.config, checkpoint.config["model_type"]
+    for problem, holds in (_layer_differences(checkpoint) | _position_differences(config)).items():
+        if holds:
+            raise InputError(
+                f"--to mlx does not support {problem}: mlx_lm's {family} computes something else; use --to dense, "
+                "or --to compressed-tensors"
+            )
+    notes, window = [], config.get("sliding_window")
     if window and (family in ("mistral", "gemma2") or "sliding_attention" in (config.get("layer_types") or ())):
-        return [f"mlx_lm has no sliding window for {family}: beyond {window} tokens it computes another model"]
-    return []
+        notes.append(f"mlx_lm has no sliding window for {family}: beyond {window} tokens it computes another model")
+    if _rope(config).get("rope_type") == "dynamic":
+        context = config.get("max_position_embeddings")
+        notes.append(
+            f"mlx_lm scales dynamic rotary positions by chunks of the prompt: beyond {context} tokens it computes "
+            "another model"
+        )
+    return notes
+
+
+def _layer_differences(checkpoint: Checkpoint) -> dict[str, bool]:
+    """Options of attention and feed-forward that mlx_lm's families do not have, and whether the checkpoint has them."""
+    config, family = checkpoint.config, checkpoint.config["model_type"]
+    gemma = family == "gemma2"
+    key, known = ("hidden_activation", ("gelu_pytorch_tanh",)) if gemma else ("hidden_act", ("silu", "swish"))
+    activation = config.get(key) or known[0]
+    biases = [name for name in checkpoint.plain_names() if name.endswith(".bias")]
+    extra = [name for name in biases if not name.endswith(BIASES.get(family, ()))]
+    heads, width, head_dim = (int(config.get(key) or 0) for key in ("num_attention_heads", "hidden_size", "head_dim"))
+    caps = [config.get(key, 1.0) for key in ("attn_logit_softcapping", "final_logit_softcapping")]
+    return {
+        f"the activation {activation!r}": activation not in known,
+        f"biases such as {extra[0] if extra else ''}": bool(extra),
+        f"head_dim {head_dim} with hidden_size {width} and {heads} heads": (
+            family == "qwen2" and head_dim > 0 and heads * head_dim != width
+        ),
+        "attention or logits without a soft cap": gemma and not all(caps),
+        "a head of its own": gemma and config.get("tie_word_embeddings") is False,
+        "bidirectional attention": bool(config.get("use_bidirectional_attention")),
+        "sliding windows": family == "llama" and "sliding_attention" in (config.get("layer_types") or ()),
+        "rope_traditional": bool(config.get("rope_traditional")),
+    }
+
+
+def _position_differences(config: Mapping[str, Any]) -> dict[str, bool]:
+    """Rotary positions that mlx_lm computes in another way, and whether config.json has them."""
+    rope = _rope(config)
+    kind = rope.get("rope_type", "default")
+    partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+    known = ("default",) if config["model_type"] == "gemma2" else ROPES
+    # transformers uses the two mscales together or not at all, mlx_lm each with a default.
+    mscales = [rope.get(key) for key in ("mscale", "mscale_all_dim")]
+    yarn = rope.get("attention_factor") is not None or rope.get("truncate") is False
+    return {
+        f"rotary positions of type {kind!r}": kind not in known,
+        f"partial_rotary_factor {partial}": partial not in (None, 1, 1.0),
+        "yarn positions with attention_factor, truncate or one mscale": kind == "yarn"
+        and (yarn or (any(mscales) and not all(mscales))),
+    }
+
+
+def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """rope_parameters or rope_scaling of config.json with the key rope_type, keys without a value left out."""
+    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    found = {key: value for key, value in given.items() if value is not None}
+    return {"rope_type": found.pop("type"), **found} if "type" in found else found
 
 
 def slots(path: str, container: Container, shape: tuple[int, int], groups: int) -> tuple[Slot, ...]:
@@ -80,9 +145,14 @@ def config(job: Job) -> dict[str, Any]:
 
 
 def positions(config: Mapping[str, Any]) -> dict[str, Any]:
-    """rope_theta and rope_scaling as mlx_lm looks for them; transformers 5 has both in rope_parameters."""
-    found = dict(config.get("rope_parameters") or {})
+    """rope_theta and rope_scaling as mlx_lm looks for them; transformers 5 has both in rope_parameters.
+
+    What transformers takes from elsewhere in config.json is written out: mlx_lm has a default of its own for it.
+    """
+    found = _rope(config)
     theta = {"rope_theta": found.pop("rope_theta")} if "rope_theta" in found else {}
+    if found.get("rope_type") == "yarn" and "max_position_embeddings" in config:
+        found = {"original_max_position_embeddings": config["max_position_embeddings"], **found}
     return {**theta, "rope_scaling": found} if found.get("rope_type", "default") != "default" else theta
 
 

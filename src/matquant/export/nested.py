@@ -10,12 +10,13 @@ from pathlib import Path
 
 import numpy as np
 
-from matquant.checkpoint import SLICES, Checkpoint, quantization_config, slice_tensors, write_manifest
+from matquant.checkpoint import SLICES, Checkpoint, nested_side_files, quantization_config, slice_tensors
 from matquant.export import compressed_tensors
 from matquant.export.containers import FIXED, Container, Encoded, Fit, Misfit
 from matquant.export.directory import write_directory
 from matquant.export.job import Exporter, Job, as_stored
 from matquant.export.stream import Report, write_safetensors
+from matquant.manifest import write_manifest
 from matquant.nest import MASTER_BITS, UNIFORM
 from matquant.tensor import NestedTensor
 
@@ -57,6 +58,8 @@ def write(job: Job, folder: Path, report: Report) -> None:
         names = [name for path in kept for bits in left for name in slice_tensors(path, bits, spec)]
         parts = [as_stored(checkpoint, name) for name in names]
         write_safetensors(folder / SLICES, parts, report=report, metadata=None)
+    for name, content in nested_side_files(checkpoint.directory).items():
+        (folder / name).write_bytes(content)
     write_manifest(folder, spec)
 
 

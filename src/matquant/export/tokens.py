@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from matquant.errors import InputError
-from matquant.runtime.vocabulary import Vocabulary, end_ids, read_json, read_vocabulary
+from matquant.facts import GENERATION, read_json
+from matquant.manifest import side_facts, side_file
+from matquant.runtime.vocabulary import Vocabulary, end_ids, read_vocabulary
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # llama.cpp's token types
 SPACE = "▁"
@@ -79,16 +81,16 @@ class Tokens:
 
 def read_tokens(directory: Path, config: Mapping[str, Any]) -> Tokens:
     """The tokenizer of a checkpoint; InputError if llama.cpp has none that cuts text alike."""
-    file = directory / "tokenizer.json"
-    if not file.is_file():
+    file = side_file(directory, "tokenizer.json")
+    if file is None:
         return Tokens(model="no_vocab", notices=("there is no tokenizer.json: the file takes token ids, not text",))
-    vocabulary, given = read_vocabulary(directory), json.loads(file.read_text(encoding="utf-8"))
+    vocabulary, given = read_vocabulary(directory), read_json(file)
     model = given["model"]
     if model.get("type") != "BPE":
         raise InputError(f"{file} is a {model.get('type')} tokenizer, GGUF export knows BPE; {INSTEAD}")
     merges = [tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
     texts, types = _texts(file, vocabulary, given, int(config["vocab_size"]))
-    special = _special(vocabulary, config, read_json(directory / "generation_config.json"))
+    special = _special(vocabulary, config, side_facts(directory, "generation_config.json", GENERATION))
     adds_bos, adds_eos = _added(file, vocabulary, special)
     common = Tokens(
         model="gpt2",
@@ -142,7 +144,7 @@ def _special(vocabulary: Vocabulary, config: Mapping[str, Any], generation: Mapp
         ends = sorted(end_ids(config, generation)) if kind == "eos" else []
         if isinstance(index, list) or (index is None and ends):
             index = ends[0] if ends else None
-        if isinstance(index, int) and index >= 0:
+        if type(index) is int and 0 <= index < config["vocab_size"]:
             found[kind] = index
     return found
 

@@ -22,14 +22,34 @@ from matquant.errors import InputError
 from matquant.integrations.transformers import load
 from matquant.models import load_tokenizer
 from matquant.spec import Plan
+from matquant.text import check_ids
 
 VERSION: str = lm_eval.__version__
 TEMPLATES = Path(lm_eval.__file__).parent / "tasks"  # the harness's own task files
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+class CheckedLM(HFLM):  # type: ignore[misc]
+    """The harness's model of transformers; a token that the embedding has no row for is an InputError."""
+
+    def tok_encode(self, *arguments: Any, **options: Any) -> Any:
+        found = super().tok_encode(*arguments, **options)
+        for ids in found if found and isinstance(found[0], list) else [found]:  # of one string, or of several
+            self._check(ids)
+        return found
+
+    def tok_batch_encode(self, *arguments: Any, **options: Any) -> Any:
+        ids, mask = super().tok_batch_encode(*arguments, **options)
+        self._check(ids.flatten().tolist())
+        return ids, mask
+
+    def _check(self, ids: list[int]) -> None:
+        size = self.model.config.get_text_config().vocab_size
+        check_ids(ids, vocab_size=size, text_of=self.tokenizer.convert_ids_to_tokens)
+
+
 @register_model("matquant")
-class NestedLM(HFLM):  # type: ignore[misc]
+class NestedLM(CheckedLM):
     """A nested checkpoint at ``bits`` bits, or at a plan file over them: ``pretrained=DIR,bits=4,plan=FILE``.
 
     kernels: as ``matquant.load``, but ``none`` unless given: dense weights, the numbers of the exported slice bit for
@@ -63,7 +83,7 @@ class NestedLM(HFLM):  # type: ignore[misc]
 
 def wrap(model: Any, tokenizer: Any, *, batch_size: int) -> Any:
     """A loaded transformers model as the harness sees models; its width may change between tasks."""
-    return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    return CheckedLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
 
 
 def load_task(file: Path) -> Any:

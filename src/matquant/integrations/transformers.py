@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
-from matquant.checkpoint import Checkpoint, open_checkpoint, side_files, write_checkpoint
-from matquant.errors import InputError
+from matquant.arguments import check_types
+from matquant.checkpoint import Checkpoint, nested_side_files, open_checkpoint, write_checkpoint
+from matquant.errors import InputError, InputTypeError
 from matquant.integrations.linear import NestedLinear, describe, find_obstacle
 from matquant.models import (
     Model,
@@ -35,6 +36,7 @@ from matquant.models import (
 from matquant.nest import MASTER_BITS, check_bits
 from matquant.spec import Plan
 from matquant.tensor import NestedTensor
+from matquant.threads import check_threads
 
 Serve = Callable[[Mapping[str, int]], None]  # gives the weights at these paths these widths
 
@@ -61,8 +63,15 @@ def load(
     these activations, or an error; ``none``: dense weights, which can be trained. With kernels no parameter asks for
     gradients. InputError on damage, and where the kernels asked for cannot be had.
     """
-    if kernels not in (*KERNELS, NONE):
-        raise InputError(f"kernels={kernels!r}; use {', '.join(KERNELS)} or {NONE}")
+    check_types(path=path, check_hashes=check_hashes)
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise InputTypeError(f"dtype={dtype!r} is of type {type(dtype).__name__}; give a torch.dtype")
+    if not isinstance(device, (str, torch.device)):
+        raise InputTypeError(f"device={device!r} is of type {type(device).__name__}; give a text or a torch.device")
+    if not isinstance(kernels, str) or kernels not in (*KERNELS, NONE):
+        kind = InputError if isinstance(kernels, str) else InputTypeError
+        raise kind(f"kernels={kernels!r}; use {', '.join(KERNELS)} or {NONE}")
+    check_threads(torch.get_num_threads(), name="torch.get_num_threads()")
     checkpoint = open_checkpoint(path, check_hashes=check_hashes)
     check_bits(bits)
     served = dtype or config_dtype(checkpoint.config)
@@ -170,6 +179,6 @@ def _save(
         spec=checkpoint.spec,
         config=checkpoint.config,
         ignore=checkpoint.ignore,
-        files=side_files(checkpoint.directory),
+        files=nested_side_files(checkpoint.directory),
         overwrite=overwrite,
     )

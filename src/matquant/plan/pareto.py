@@ -4,7 +4,6 @@ Curves of (honest bits per weight, log-perplexity on the calibration text): the 
 the four strategies, the search, and dedicated baselines measured elsewhere on the same text.
 """
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,8 @@ from rich.table import Table
 from matquant.checkpoint import Checkpoint, bits_per_weight
 from matquant.errors import InputError
 from matquant.eval.report import check_picture, plot_widths, write_json
+from matquant.files import read_json
+from matquant.locks import holding
 from matquant.plan.budget import bits_budget, check_widths
 from matquant.plan.run import SEARCH, SEARCHED_WIDTHS, check_output, describe, make_plan
 from matquant.plan.search import EVALUATIONS, PAPER_WIDTHS
@@ -60,6 +61,7 @@ def measure_curves(
     return curves
 
 
+@holding("out")
 def run(
     directory: Path,
     out: Path,
@@ -109,17 +111,15 @@ def run(
 
 def read_baselines(file: Path) -> dict[str, Curve]:
     """{"name": [[bits per weight, log-perplexity], ...]} from a JSON file."""
-    give = 'give a JSON file {"name": [[bits per weight, log-perplexity], ...]}'
+    give = 'a JSON file {"name": [[bits per weight, log-perplexity], ...]}'
+    values = read_json(file, "--baselines", give=give)
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
         return {
             str(name): ([float(bits) for bits, _ in points], [float(value) for _, value in points])
             for name, points in values.items()
         }
-    except OSError:
-        raise InputError(f"--baselines {file}: no such file; {give}") from None
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(f"--baselines {file} holds no points ({error}); {give}") from None
+    except (ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"--baselines {file} holds no points ({error}); give {give}") from None
 
 
 def draw(file: Path, curves: Mapping[str, list[dict[str, Any]]], baselines: Mapping[str, Curve]) -> None:

@@ -1,7 +1,6 @@
 """The plan a user asks for: a checkpoint, a strategy, a budget; out come a plan file, a table and a record."""
 
 import importlib
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,8 +11,9 @@ from rich.table import Table
 
 from matquant.checkpoint import Checkpoint, bits_per_weight, open_checkpoint, plain_bytes, plan_bytes
 from matquant.errors import InputError
-from matquant.files import write_atomically
-from matquant.plan.budget import Budget, bits_budget, by_layer, check_widths, size_budget
+from matquant.files import json_text, write_atomically
+from matquant.locks import holding
+from matquant.plan.budget import Budget, bits_budget, by_layer, by_width, check_widths, size_budget
 from matquant.plan.search import EVALUATIONS, PAPER_WIDTHS, search, strategy_plan
 from matquant.plan.strategies import check_strategy
 from matquant.spec import ABOUT, Plan
@@ -25,6 +25,7 @@ SEARCH = "search"
 SEARCHED_WIDTHS = (2, 3, 4, 6, 8)
 
 
+@holding("out")
 def run(
     directory: Path,
     out: Path,
@@ -51,7 +52,7 @@ def run(
         evaluations=evaluations,
     )
     kept = Plan(bits=plan, default=None, about={key: value for key, value in facts.items() if key in ABOUT})
-    write_atomically(out, (json.dumps(kept.to_json(), indent=1) + "\n").encode())
+    write_atomically(out, (json_text(kept.to_json(), indent=1, sort_keys=False) + "\n").encode())
     show(layer_table(plan, f"{out}: {strategy}, {facts['budget']}"))
     words = [f"{facts['bits_per_weight']:.3f} bits per weight", f"{facts['bytes']:,} bytes"]
     if losses is not None:
@@ -59,6 +60,25 @@ def run(
         words += [f"{facts['evaluations']} evaluations"]
     show(", ".join([*words, f"{facts['seconds']} s"]))
     return facts
+
+
+def check_plan(
+    directory: Path,
+    out: Path,
+    *,
+    strategy: str,
+    widths: Sequence[int] | None,
+    evaluations: int,
+    tokens_per_second: float | None = None,
+    **budget: Any,
+) -> None:
+    """InputError for a plan that cannot be made, before any loss is measured; a speed is left to ``run``."""
+    check_output(out, "-o")
+    mixed = default_widths(strategy) if widths is None else tuple(widths)
+    if evaluations < 0:
+        raise InputError(f"--evaluations {evaluations}; give a number of at least 0")
+    if tokens_per_second is None:
+        read_budget(open_checkpoint(directory, check_hashes=False), widths=mixed, **budget)
 
 
 def default_widths(strategy: str) -> tuple[int, ...]:
@@ -120,6 +140,7 @@ def make_plan(
     else:
         if evaluations < 0:
             raise InputError(f"--evaluations {evaluations}; give a number of at least 0")
+        losses.expected = before + len(by_width(losses.paths, fused=fused)) * len(widths) + evaluations
         plan = search(losses, budget, widths=tuple(widths), fused=fused, evaluations=evaluations)
     facts: dict[str, Any] = {"strategy": strategy, "budget": budget.asked, **describe(checkpoint, plan, losses)}
     if losses is not None:

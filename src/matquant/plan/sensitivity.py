@@ -14,6 +14,7 @@ dense float32 model, its codes, and p, 4 bytes x tokens x vocabulary. B sequence
 import functools
 import hashlib
 import json
+import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -25,23 +26,27 @@ import numpy as np
 import torch
 
 from matquant.checkpoint import Checkpoint, manifest_sha256, open_checkpoint
-from matquant.errors import InputError, check_positive
-from matquant.files import sha256, write_atomically
+from matquant.errors import InputError
+from matquant.files import json_text, sha256, write_atomically
+from matquant.finite import check_result
 from matquant.integrations.transformers import load
+from matquant.manifest import PLAN_CACHE
 from matquant.models import (
     check_context,
-    check_model_path,
     choose_device,
     decoder_layers,
     embed,
     finish,
     load_float,
     load_tokenizer,
+    vocabulary_size,
 )
 from matquant.nest import MASTER_BITS
-from matquant.text import cut_windows, data_sha256, read_documents, token_stream
+from matquant.plan.request import check_losses
+from matquant.source import check_source
+from matquant.text import cut_windows, data_sha256, token_stream
 
-SIDECAR = "matquant_plans.json"
+SIDECAR = PLAN_CACHE
 SIDECAR_FORMAT = 1
 BATCH_TOKENS = 4096
 CACHE_BYTES = 2**30
@@ -57,7 +62,7 @@ class Losses:
 
     tokens: calibration text, int64 [samples, T + 1], the last token of each only predicted. reference: a float model,
     or None for the checkpoint at 8 bits. device None: cuda if there is one. evaluations: how many plans were measured,
-    not looked up.
+    not looked up. notice: told once if the losses cannot be kept.
     """
 
     def __init__(
@@ -68,6 +73,7 @@ class Losses:
         reference: Path | str | None = None,
         device: str | None = None,
         report: Callable[[int], None] = lambda evaluations: None,
+        notice: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.checkpoint = checkpoint
         self.paths = tuple(self.checkpoint.shapes)
@@ -75,8 +81,11 @@ class Losses:
         self.reference = reference
         self.device = choose_device(device)
         self.evaluations = 0
-        self._report = report
+        self.expected = 0  # at most so many by the end of a search; 0: not known
+        self.report = report
+        self._notice = notice
         self._saved_s = time.monotonic()
+        self._skipped = False
         self._file = checkpoint.directory / SIDECAR
         self._key = {
             "text_sha256": data_sha256(tokens),
@@ -84,7 +93,11 @@ class Losses:
             "checkpoint_sha256": manifest_sha256(checkpoint.directory),
             "reference": f"int{MASTER_BITS}" if reference is None else _fingerprint(reference),
         }
-        self._sets = _read_sidecar(self._file, self._key["checkpoint_sha256"])
+        try:
+            self._sets = _read_sidecar(self._file, self._key["checkpoint_sha256"])
+        except OSError as error:
+            self._sets = []
+            self._skip_file(error)
         found = next((known for known in self._sets if self._key.items() <= known.items()), None)
         if found is None:
             found = {**self._key, "measured": {}}
@@ -103,7 +116,7 @@ class Losses:
         if key not in self._measured:
             self._measured[key] = list(self._forward.measure(bits))
             self.evaluations += 1
-            self._report(self.evaluations)
+            self.report(self.evaluations)
             if time.monotonic() > self._saved_s + SAVE_EVERY_S:
                 self.save()
         kl, log_perplexity = self._measured[key]
@@ -120,11 +133,19 @@ class Losses:
         ]
 
     def save(self) -> None:
-        """Write what is known beside the checkpoint."""
+        """Write what is known beside the checkpoint, if it can be written there: only a later search needs it."""
         self._saved_s = time.monotonic()
         if self.evaluations:
             record = {"format": SIDECAR_FORMAT, "paths": self.paths, "losses": self._sets}
-            write_atomically(self._file, (json.dumps(record, indent=1) + "\n").encode())
+            try:
+                write_atomically(self._file, (json_text(record, indent=1, sort_keys=False) + "\n").encode())
+            except (OSError, InputError) as error:
+                self._skip_file(error)
+
+    def _skip_file(self, error: Exception) -> None:
+        if not self._skipped:
+            self._notice(f"{self._file} is not kept, so another search measures again ({error})")
+        self._skipped = True
 
     @functools.cached_property
     def model(self) -> Any:
@@ -163,6 +184,10 @@ class Forward:
             else:
                 logits = (teacher(input_ids=ids, use_cache=False).logits for ids in self._inputs)
             self._p = [batch.float().softmax(-1) for batch in logits]
+        for ids, p in zip(self._inputs, self._p, strict=True):
+            check_result(
+                float(p.sum()), model if teacher is None else teacher, ids, what="probabilities that add up to"
+            )
         vocabulary = model.config.get_text_config().vocab_size
         if teacher is not None and self._p[0].shape[-1] != vocabulary:
             raise InputError(
@@ -184,6 +209,7 @@ class Forward:
                 kl += float((total - expected - self._entropy[number]).sum(dtype=torch.float64))
                 nll += float((total - chosen).sum(dtype=torch.float64))
                 count += ids.numel()
+                check_result(kl + nll, self.model, ids, what="a loss of")
         return kl / count, nll / count
 
     def _outputs(self, bits: Plain) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -214,25 +240,25 @@ def open_losses(
     seed: int = 0,
     device: str | None = None,
     report: Callable[[int], None] = lambda evaluations: None,
+    notice: Callable[[str], None] = lambda text: None,
 ) -> Losses:
     """The losses of a checkpoint on at most ``samples`` windows of ``text``, chosen by the seed.
 
     seq_len None: the model's context, 512 at most. InputError for text, reference or checkpoint that cannot be read.
     """
-    check_positive(samples=samples, seq_len=1 if seq_len is None else seq_len)
-    if seed < 0:
-        raise InputError(f"seed={seed}; give a number of at least 0")
+    documents = check_losses(directory, text, reference=reference, samples=samples, seq_len=seq_len, seed=seed)
     checkpoint = open_checkpoint(directory)
-    context = int(checkpoint.config.get("max_position_embeddings", SEQ_LEN))
-    stream = token_stream(read_documents(text), load_tokenizer(directory))
+    context = int(checkpoint.config.get("max_position_embeddings") or SEQ_LEN)
+    vocab_size = vocabulary_size(checkpoint.config)
+    stream = token_stream(documents, load_tokenizer(directory), vocab_size=vocab_size)
     windows = cut_windows(stream, seq_len or min(SEQ_LEN, context))
     chosen = windows[np.sort(np.random.default_rng(seed).permutation(len(windows))[:samples])]
-    return Losses(checkpoint, chosen, reference=reference, device=device, report=report)
+    return Losses(checkpoint, chosen, reference=reference, device=device, report=report, notice=notice)
 
 
 def _read_sidecar(file: Path, checkpoint_sha256: str) -> list[dict[str, Any]]:
     """What was measured of this checkpoint; InputError if the file is damaged."""
-    if not file.is_file():
+    if not file.exists():
         return []
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
@@ -242,6 +268,7 @@ def _read_sidecar(file: Path, checkpoint_sha256: str) -> list[dict[str, Any]]:
             )
         sets = [known for known in record["losses"] if known["checkpoint_sha256"] == checkpoint_sha256]
         assert all(len(values) == 2 for known in sets for values in known["measured"].values())
+        assert all(math.isfinite(value) for known in sets for pair in known["measured"].values() for value in pair)
     except (ValueError, KeyError, TypeError, AttributeError, AssertionError, RecursionError) as error:
         if isinstance(error, InputError):
             raise
@@ -251,7 +278,7 @@ def _read_sidecar(file: Path, checkpoint_sha256: str) -> list[dict[str, Any]]:
 
 def _fingerprint(model: Path | str) -> str:
     """A hub id as it is; of a directory the sha256 of its configuration and weights."""
-    check_model_path(model)
+    check_source(model)
     where = Path(model)
     if not where.is_dir():
         return str(model)

@@ -8,6 +8,7 @@ checkpoint has them.
 Rotary frequencies: default, linear (position interpolation), llama3 and yarn (arXiv 2309.00071), in float32 as there.
 """
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,6 +18,10 @@ import numpy as np
 
 from matquant.errors import InputError
 
+PROJECTIONS = (  # in the order of native/model.hpp
+    *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
+    *("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+)
 LLAMA_NORMS = {"input": "input_layernorm", "ffn": "post_attention_layernorm"}
 GEMMA_NORMS = {
     "input": "input_layernorm",
@@ -92,6 +97,9 @@ REQUIRED = (
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("vocab_size", "max_position_embeddings"),
 )
+PER_FAMILY = ("num_key_value_heads", "head_dim")  # null stands for a default
+EMBEDDING = "model.embed_tokens"
+LARGEST_WINDOW = 2**31 - 1  # tokens; the decode step counts in 32 bits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,25 +134,8 @@ class Architecture:
 
 def read_architecture(config: Mapping[str, Any], *, where: object) -> Architecture:
     """The Architecture that a config.json means; InputError if this runtime cannot run it exactly."""
-    kind = config.get("model_type")
-    if kind not in FAMILIES:
-        raise InputError(
-            f"{where} is a {kind} model, which the runtime does not decode; "
-            f"it decodes {', '.join(FAMILIES)}; use matquant.load for others"
-        )
-    family = FAMILIES[kind]
-    values = {**family.defaults, **config}
-    for key in REQUIRED:
-        if type(values.get(key)) is not int or values[key] < 1:
-            raise InputError(f"{where} has {key}={values.get(key)!r} in config.json; it must be an integer above 0")
-    heads = values["num_attention_heads"]
-    kv_heads = values.get("num_key_value_heads") or heads
-    head_dim = values.get("head_dim") or values["hidden_size"] // heads
-    if heads % kv_heads or head_dim % 2:
-        raise InputError(
-            f"{where} has {heads} heads, {kv_heads} key/value heads and head_dim {head_dim}; "
-            "heads must be a multiple of key/value heads and head_dim even"
-        )
+    family, values = _read_family(config, where)
+    heads, kv_heads, head_dim = _heads(values, where)
     _refuse(values, where)
     ropes, tables = _ropes(values, family, head_dim, where)
     return Architecture(
@@ -157,18 +148,84 @@ def read_architecture(config: Mapping[str, Any], *, where: object) -> Architectu
         head_dim=head_dim,
         vocab=values["vocab_size"],
         context=values["max_position_embeddings"],
-        norm_eps=float(values.get("rms_norm_eps", 1e-6)),
+        norm_eps=float(_given(values, "rms_norm_eps", 1e-6)),
         attention_scale=float(values.get("query_pre_attn_scalar") or head_dim) ** -0.5,
         embedding_scale=math.sqrt(values["hidden_size"]) if family.scale_embedding else 1.0,
         attention_cap=float(values.get("attn_logit_softcapping") or 0.0),
         logit_cap=float(values.get("final_logit_softcapping") or 0.0),
-        gelu=_is_gelu(values.get(family.activation_key, "silu"), where),
+        gelu=_is_gelu(_given(values, family.activation_key, "silu"), where),
         tied=bool(values.get("tie_word_embeddings", False)),
         windows=_windows(values, family),
         ropes=ropes,
         frequencies=tuple(frequencies for frequencies, _ in tables),
         rope_scales=tuple(scale for _, scale in tables),
     )
+
+
+def check_sizes(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], *, where: object) -> None:
+    """InputError unless the sizes in config.json are those of the tensors, before anything of such a size is made.
+
+    shapes: tensor name -> shape, quantised weights as ``path.weight`` [N, K].
+    """
+    _, values = _read_family(config, where)
+    heads, kv_heads, head_dim = _heads(values, where)
+    hidden, intermediate = values["hidden_size"], values["intermediate_size"]
+    queries, keys = (heads * head_dim, hidden), (kv_heads * head_dim, hidden)
+    wanted = {
+        **dict(zip(PROJECTIONS[:4], (queries, keys, keys, queries[::-1]), strict=True)),
+        **dict(
+            zip(PROJECTIONS[4:], ((intermediate, hidden), (intermediate, hidden), (hidden, intermediate)), strict=True)
+        ),
+    }
+    layers = (
+        (f"model.layers.{layer}.{name}", size)
+        for layer in range(values["num_hidden_layers"])
+        for name, size in wanted.items()
+    )
+    for path, size in itertools.chain([(EMBEDDING, (values["vocab_size"], hidden))], layers):
+        found = shapes.get(f"{path}.weight")
+        if found is None:
+            raise InputError(f"{where} lacks the tensor {path}.weight; write the checkpoint again")
+        if tuple(found) != size:
+            raise InputError(
+                f"{where} does not fit its config.json ({path}.weight is {' x '.join(map(str, found))}, "
+                f"by config.json {' x '.join(map(str, size))}); write the checkpoint again"
+            )
+
+
+def _read_family(config: Mapping[str, Any], where: object) -> tuple[Family, dict[str, Any]]:
+    """The family of a config.json, and its values over the family's defaults, sizes checked."""
+    kind = config.get("model_type")
+    if kind not in FAMILIES:
+        raise InputError(
+            f"{where} is a {kind} model, which the runtime does not decode; "
+            f"it decodes {', '.join(FAMILIES)}; use matquant.load for others"
+        )
+    values = {**FAMILIES[kind].defaults, **config}
+    for key in (*REQUIRED, *PER_FAMILY):
+        value = values.get(key)
+        if (key in REQUIRED or value is not None) and (type(value) is not int or value < 1):
+            raise InputError(f"{where} has {key}={value!r} in config.json; it must be an integer above 0")
+    return FAMILIES[kind], values
+
+
+def _heads(values: Mapping[str, Any], where: object) -> tuple[int, int, int]:
+    """Attention heads, key/value heads and the size of a head."""
+    heads: int = values["num_attention_heads"]
+    kv_heads: int = values.get("num_key_value_heads") or heads
+    head_dim: int = values.get("head_dim") or values["hidden_size"] // heads
+    if heads % kv_heads or head_dim % 2 or head_dim < 1:
+        raise InputError(
+            f"{where} has {heads} heads, {kv_heads} key/value heads and head_dim {head_dim}; "
+            "heads must be a multiple of key/value heads and head_dim even"
+        )
+    return heads, kv_heads, head_dim
+
+
+def _given(values: Mapping[str, Any], key: str, default: Any) -> Any:
+    """The value of ``key``, ``default`` where it is missing or null."""
+    value = values.get(key)
+    return default if value is None else value
 
 
 def _refuse(values: Mapping[str, Any], where: object) -> None:
@@ -199,7 +256,7 @@ def _windows(values: Mapping[str, Any], family: Family) -> tuple[int, ...]:
     kinds = values.get("layer_types") if family.window_period != 1 else None
     if kinds is None:
         kinds = _default_kinds(values, family)
-    return tuple(int(window) if kind == "sliding_attention" else 0 for kind in kinds)
+    return tuple(min(int(window), LARGEST_WINDOW) if kind == "sliding_attention" else 0 for kind in kinds)
 
 
 def _default_kinds(values: Mapping[str, Any], family: Family) -> list[str]:
@@ -212,14 +269,14 @@ def _default_kinds(values: Mapping[str, Any], family: Family) -> list[str]:
         elif family.window_period:
             sliding = family.window_period == 1 or (index + 1) % period != 0
         else:
-            sliding = index >= values.get("max_window_layers", 28)
+            sliding = index >= _given(values, "max_window_layers", 28)
         kinds.append("sliding_attention" if sliding else "full_attention")
     return kinds
 
 
 def _has_rope(values: Mapping[str, Any], index: int) -> bool:
     given = values.get("no_rope_layers")  # 1: rotary positions (sic)
-    return bool(given[index]) if given else (index + 1) % values.get("no_rope_layer_interval", 4) != 0
+    return bool(given[index]) if given else (index + 1) % _given(values, "no_rope_layer_interval", 4) != 0
 
 
 # ------------------------------------------------------------------------------------------------- rotary frequencies
@@ -235,36 +292,52 @@ def _ropes(
     per_kind = "full_attention" in given or "sliding_attention" in given
     count = values["num_hidden_layers"]
     if family is FAMILIES["gemma3_text"]:  # windowed layers have frequencies of their own
-        full = {"rope_theta": values["rope_theta"], **(given.get("full_attention") or {} if per_kind else given)}
-        local = {"rope_theta": values.get("rope_local_base_freq", 1e4)} | (given.get("sliding_attention") or {})
+        full = {
+            "rope_theta": _given(values, "rope_theta", 1e6),
+            **(given.get("full_attention") or {} if per_kind else given),
+        }
+        local = {"rope_theta": _given(values, "rope_local_base_freq", 1e4)} | (given.get("sliding_attention") or {})
         kinds = values.get("layer_types") or _default_kinds(values, family)
         index = tuple(int(kind == "sliding_attention") for kind in kinds)
         return index, [_frequencies(rope, head_dim, values, where) for rope in (full, local)]
     if per_kind:
         raise InputError(f"{where} has rotary positions per layer type, which its family does not; repair config.json")
-    rope = {"rope_theta": values.get("rope_theta", 1e4), **given}
+    rope = {"rope_theta": _given(values, "rope_theta", 1e4), **given}
     index = tuple(0 if not family.no_rope or _has_rope(values, layer) else -1 for layer in range(count))
     return index, [_frequencies(rope, head_dim, values, where)]
 
 
-def _frequencies(rope: Mapping[str, Any], head_dim: int, values: Mapping[str, Any], where: object) -> Rope:
+def _frequencies(given: Mapping[str, Any], head_dim: int, values: Mapping[str, Any], where: object) -> Rope:
+    rope = {key: value for key, value in given.items() if value is not None or key == "factor"}  # yarn has a default
     kind = rope.get("rope_type", rope.get("type", "default"))
-    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    powers = np.float32(rope["rope_theta"]) ** exponents
     if rope.get("partial_rotary_factor", 1.0) != 1.0 or kind not in ("default", "linear", "llama3", "yarn"):
         raise InputError(
             f"{where} has rotary positions of type {kind!r}, partial_rotary_factor "
             f"{rope.get('partial_rotary_factor', 1.0)}; the runtime has default, linear, llama3 and yarn, whole"
         )
     try:
-        if kind == "linear":
-            return 1 / powers / np.float32(rope["factor"]), 1.0
-        if kind == "llama3":
-            return _llama3(1 / powers, rope), 1.0
-        if kind == "yarn":
-            return _yarn(powers, rope, head_dim, values)
+        with np.errstate(all="ignore"):
+            frequencies, scale = _compute(kind, rope, head_dim, values)
     except KeyError as error:
         raise InputError(f"{where} has {kind} rotary positions without {error}; repair config.json") from None
+    except (ArithmeticError, ValueError):  # of logarithms
+        frequencies, scale = np.full(1, np.nan), math.nan
+    if not (np.isfinite(frequencies).all() and math.isfinite(scale)):
+        facts = ", ".join(f"{key}={value}" for key, value in rope.items())
+        raise InputError(f"{where} has {kind} rotary positions that are no numbers ({facts}); repair config.json")
+    return frequencies, scale
+
+
+def _compute(kind: str, rope: Mapping[str, Any], head_dim: int, values: Mapping[str, Any]) -> Rope:
+    """Frequencies and factor of one of the four types; KeyError for a key it needs, ArithmeticError or NaN if wrong."""
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    powers = np.float32(rope["rope_theta"]) ** exponents
+    if kind == "linear":
+        return 1 / powers / np.float32(rope["factor"]), 1.0
+    if kind == "llama3":
+        return _llama3(1 / powers, rope), 1.0
+    if kind == "yarn":
+        return _yarn(powers, rope, head_dim, values)
     return 1 / powers, 1.0
 
 

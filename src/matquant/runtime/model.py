@@ -16,16 +16,12 @@ from matquant import _native
 from matquant.checkpoint import Checkpoint
 from matquant.errors import InputError
 from matquant.planes import Weight, bits_read, load_weight
-from matquant.runtime.families import Architecture, read_architecture
+from matquant.runtime.families import EMBEDDING, PROJECTIONS, Architecture, check_sizes, read_architecture
 
-PROJECTIONS = (  # in the order of native/model.hpp
-    *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
-    *("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
-)
 NORMS = ("input", "attention_out", "ffn", "ffn_out", "query", "key")
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 HUGE_PAGE_BYTES = 2**21
-EMBEDDING, HEAD, NORM = "model.embed_tokens", "lm_head", "model.norm"
+HEAD, NORM = "lm_head", "model.norm"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +53,7 @@ class Model:
 def load_model(checkpoint: Checkpoint, *, max_bits: int) -> Model:
     """Build the native model; InputError if the checkpoint is of a family, or has a tensor, that it cannot run."""
     where = checkpoint.directory
+    check_sizes(checkpoint.config, checkpoint.weight_shapes(), where=where)
     architecture = read_architecture(checkpoint.config, where=where)
     tensors = _plain_tensors(checkpoint)
     native = _native.Model(

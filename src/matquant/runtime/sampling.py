@@ -13,14 +13,19 @@ from typing import Any, Self
 
 import numpy as np
 
+from matquant.arguments import check_types
 from matquant.errors import InputError
 
+SMALLEST_TEMPERATURE = float(np.finfo(np.float32).smallest_normal)
 LEVELS = (7.0, 14.0)  # nats below the most probable: most of a large vocabulary is far below, and need not be sorted
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How the next token is chosen. temperature 0: greedy, the rest is not used. top_k 0, top_p 1, min_p 0: off."""
+    """How the next token is chosen. top_k 0, top_p 1, min_p 0: off.
+
+    temperature 0, or too small for float32, in which logits are divided by it: greedy, the rest is not used.
+    """
 
     temperature: float = 0.0
     top_k: int = 0
@@ -29,6 +34,7 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_types(temperature=self.temperature, top_p=self.top_p, min_p=self.min_p)
         ranges = {
             "temperature": (0 <= self.temperature < math.inf, "at least 0"),
             "top_k": (type(self.top_k) is int and self.top_k >= 0, "an integer of at least 0"),
@@ -43,17 +49,28 @@ class Sampling:
     @classmethod
     def of_model(cls, generation: Mapping[str, Any], **given: float | None) -> Self:
         """What generation_config.json says, greedy unless it has do_sample; then what is ``given`` (None: not)."""
-        names = [entry.name for entry in dataclasses.fields(cls)]
+        asked: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+        names = [entry.name for entry in dataclasses.fields(cls) if entry.name not in asked]
         values: dict[str, Any] = {}
         if generation.get("do_sample"):
             values = {"temperature": 1.0}
             values |= {key: generation[key] for key in names if generation.get(key) is not None}
-        return cls(**values | {key: value for key, value in given.items() if value is not None})
+            try:
+                cls(**values)
+            except InputError as error:
+                raise InputError(f"generation_config.json has {error}") from None
+        return cls(**values | asked)
 
 
 def choose(logits: np.ndarray, sampling: Sampling, generator: np.random.Generator) -> int:
-    """The next token id from logits [vocab], float32."""
-    if sampling.temperature == 0:
+    """The next token id from logits [vocab], float32. InputError if they are not finite."""
+    largest = float(logits.max())
+    if not math.isfinite(largest):
+        raise InputError(
+            f"the model gives logits of {largest}, so no token can be chosen; "
+            "matquant eval --text FILE names the width and the layer"
+        )
+    if sampling.temperature < SMALLEST_TEMPERATURE:
         return int(logits.argmax())
     ids, probabilities = distribution(logits, sampling)
     cumulative = np.cumsum(probabilities)
@@ -63,7 +80,8 @@ def choose(logits: np.ndarray, sampling: Sampling, generator: np.random.Generato
 
 def distribution(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.ndarray]:
     """The candidate ids and their probabilities, float64, summing to 1."""
-    shifted = (logits - logits.max()) / np.float32(sampling.temperature)
+    with np.errstate(over="ignore"):  # far below the first one is as good as never
+        shifted = (logits - logits.max()) / np.float32(sampling.temperature)
     if sampling.top_k == 0 and sampling.top_p == 1 and sampling.min_p == 0:
         weights = np.exp(shifted)
         return np.arange(len(weights)), weights / weights.sum(dtype=np.float64)

@@ -5,13 +5,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from matquant.errors import InputError
+from matquant.errors import InputError, check_positive
+from matquant.files import MARK
 from matquant.nest import check_bits
+from matquant.runtime import renderer
 from matquant.runtime.chat import Conversation
 from matquant.runtime.engine import Completion, Engine
 from matquant.spec import Plan
+from matquant.startup import INTERRUPTED
 
-INTERRUPTED = 130  # the exit code of a program ended by Ctrl-C
 COMMANDS = "/bits N switches the width, /quit ends"
 
 
@@ -32,21 +34,27 @@ def chat(
     plan: Path | None,
     system: str,
     engine: dict[str, Any],
+    context: int | None = None,
     read: Callable[[str], str] = input,
     **options: Any,
 ) -> int:
     """Talk to the model until /quit or the end of the input; returns the exit code."""
+    if context is not None:
+        check_positive(context=context)
+    renderer.warm()
     served = _open(directory, bits, plan, engine)
-    talk = Conversation(served, bits=bits, plan=_read_plan(plan, bits), system=system, **options)
+    talk = Conversation(served, bits=bits, plan=_read_plan(plan, bits), system=system, context=context, **options)
     _note(f"{directory}, {_width(served, bits, plan)}; {COMMANDS}")
     while True:
         try:
-            text = read("> ").strip()
+            text = read("> ").removeprefix(MARK).strip()
         except EOFError:
             return 0
         except KeyboardInterrupt:
             print()
             return INTERRUPTED
+        except UnicodeDecodeError as error:
+            raise InputError(f"the input is not UTF-8 ({error.reason} at byte {error.start}); convert it") from None
         if text == "/quit":
             return 0
         try:
@@ -59,6 +67,8 @@ def chat(
                 talk.answered(said)
         except InputError as error:
             _note(str(error))
+        except KeyboardInterrupt:  # before the first token
+            _note("interrupted")
 
 
 def _open(directory: Path, bits: int | None, plan: Path | None, engine: dict[str, Any]) -> Engine:

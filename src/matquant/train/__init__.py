@@ -8,98 +8,64 @@ import functools
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from matquant.checkpoint import SHARD_BYTES, check_writable, open_checkpoint, side_files, write_checkpoint
-from matquant.errors import InputError, check_positive
+from matquant.checkpoint import SHARD_BYTES, manifest_sha256, open_checkpoint, write_checkpoint
+from matquant.errors import InputError
 from matquant.files import check_space
 from matquant.grid import check_finite, check_group_size
+from matquant.locks import holding
 from matquant.models import (
     Model,
     Shards,
     View,
     bf16_is_fast,
-    check_model_path,
     choose_device,
     context_length,
     load_float,
-    load_tokenizer,
     nested_to_numpy,
     nested_to_torch,
     open_shards,
     plain_items,
     unquantised_linears,
 )
-from matquant.nest import MASTER_BITS, OWN, UNIFORM, ZEROS, check_bits, check_grid, check_rule
-from matquant.spec import SCALE_DTYPES, Spec
+from matquant.nest import MASTER_BITS, OWN, UNIFORM
+from matquant.options import METHODS
+from matquant.options.distill import NAME as DISTILL
+from matquant.options.objective import Width
+from matquant.options.request import check_request
+from matquant.spec import Spec
 from matquant.tensor import NestedTensor
-from matquant.text import data_sha256, read_documents, token_stream
+from matquant.text import data_sha256, token_stream
 from matquant.train import distill, gptq, omniquant, qat
 from matquant.train.blocks import read_tensor
-from matquant.train.fake import AFFINES, Grid
-from matquant.train.job import LOG, Job, Report
-from matquant.train.objective import Width, parse_objective
+from matquant.train.fake import Grid
+from matquant.train.job import LOG, Job, Report, source_files
 from matquant.train.rtn import round_to_nearest
 from matquant.train.select import select_linears
+from matquant.train.symmetry import choose_symmetry
+from matquant.train.tokenizer import read_texts
 
 Nested = Iterator[tuple[str, NestedTensor]]
 SLOW_BF16 = "this processor has no bf16 arithmetic and emulates it, many times slower than fp32; better without --bf16"
 STREAMED_SHARD_BYTES = 25 * 10**7  # a shard is put together in memory, twice while it is written
 
-
-@dataclass(frozen=True, kw_only=True)
-class Method:
-    """A method and what it needs. settings: the record of its own options, None for a method without data. streamed:
-    works block by block, the model stays on disk. objective: what it makes unless told otherwise; lambdas: its weight
-    of a width, None for the objective's own.
-    """
-
-    run: Callable[[Job], Nested]
-    settings: Any = None
-    check_options: Callable[[Mapping[str, Any]], None] = lambda options: None
-    streamed: bool = False
-    affine: str
-    objective: str
-    lambdas: Callable[[int], float] | None = None
-
-
-METHODS: dict[str, Method] = {
-    "rtn": Method(run=round_to_nearest, affine="refit", objective=""),
-    "gptq": Method(
-        run=gptq.train,
-        settings=gptq.Settings,
-        check_options=gptq.check_options,
-        streamed=True,
-        affine="refit",
-        objective="8,6,4,3,2",
-        lambdas=gptq.default_lambda,
-    ),
-    "omniquant": Method(
-        run=omniquant.train,
-        settings=omniquant.Settings,
-        check_options=omniquant.check_options,
-        streamed=True,
-        affine="learned",
-        objective="8,4,2",
-    ),
-    "qat": Method(
-        run=qat.train,
-        settings=qat.Schedule,
-        check_options=qat.check_options,
-        affine="learned",
-        objective="fp->8;4;2",
-    ),
+RUN: dict[str, Callable[[Job], Nested]] = {
+    "rtn": round_to_nearest,
+    "gptq": gptq.train,
+    "omniquant": omniquant.train,
+    "qat": qat.train,
 }
 
 # An affine of its own costs 4 bytes per row and width; from 5 bits on the fit gains nothing (measured: int6 0 %).
 AFFINE_WIDTHS = (2, 3, 4)
 
 
+@holding("out")
 def quantize(
     model: Path | str,
     out: Path | str,
@@ -111,7 +77,7 @@ def quantize(
     scope: str = "ffn",
     exclude: Sequence[str] = (),
     group_size: int | None = None,
-    symmetric: bool = True,
+    symmetric: bool | None = None,
     affine: str | None = None,
     zeros: str = OWN,
     grid: str = UNIFORM,
@@ -134,24 +100,40 @@ def quantize(
     exclude: regular expressions of paths to leave out. baseline_bits: train the dedicated model of that width instead,
     on its own grid (on the method's own target, or ``objective`` if it names that width alone). affine None: the
     method's. zeros: of the widths with an affine of their own: "own", or "centre" for the middle of their codes, which
-    is not stored. start: a nested checkpoint of the same model whose codes qat starts from (one made by gptq is better
-    than rounding); its training log comes before this run's. device None: cuda if there is one.
+    is not stored. symmetric None: symmetric, with rtn whichever of both suits the weights (symmetry.py).
+    start: a nested checkpoint of the same model whose codes qat starts from (one made by gptq is better than rounding);
+    its training log comes before this run's. device None: cuda if there is one.
     options: the method's own: the fields of ``qat.Schedule``, ``gptq.Settings`` or ``omniquant.Settings``, or those of
     ``distill.stages``; seq_len is by default at most the model's context.
     Raises InputError before any work for whatever can be known before it, and never leaves a half-written checkpoint.
     """
-    target = Path(out).resolve()
+    request = check_request(
+        model,
+        out,
+        method=method,
+        objective=objective,
+        weights=weights,
+        rule=rule,
+        scope=scope,
+        exclude=exclude,
+        group_size=group_size,
+        symmetric=symmetric,
+        affine=affine,
+        zeros=zeros,
+        grid=grid,
+        scale_dtype=scale_dtype,
+        baseline_bits=baseline_bits,
+        start=start,
+        text=text,
+        threads=threads,
+        resume=resume,
+        overwrite=overwrite,
+        **options,
+    )
+    target, work = request.target, request.work
     if threads is not None:
-        check_positive(threads=threads)
         torch.set_num_threads(threads)
-    work = target.with_name(f".{target.name}.work")
-    if method == distill.NAME:
-        fixed = {"objective": objective, "weights": weights, "affine": affine}
-        _check_unset({**fixed, "baseline_bits": baseline_bits, "start": start}, None)
-        _check_unset({"rule": rule}, "prefix")
-        _check_unset({"symmetric": symmetric}, True)
-        check_writable(target, overwrite=overwrite)
-        _check_work(work, resume=resume, overwrite=overwrite)
+    if method == DISTILL:
         common = {"scope": scope, "exclude": exclude, "group_size": group_size, "zeros": zeros, "grid": grid}
         common |= {"scale_dtype": scale_dtype, "device": device}
         return distill.run(
@@ -163,29 +145,11 @@ def quantize(
             options=options,
             work=work,
             resume=resume,
+            overwrite=overwrite,
             report=report,
         )
-    if method not in METHODS:
-        raise InputError(f"method={method!r} is not known; use one of {', '.join((*METHODS, distill.NAME))}")
-    chosen = METHODS[method]
-    objective = chosen.objective if objective is None else objective
-    if baseline_bits is not None:
-        check_bits(baseline_bits)
-    widths = _widths(objective, weights, baseline_bits) if chosen.settings else ()
-    if weights is None and chosen.lambdas is not None:
-        widths = tuple(dataclasses.replace(width, weight=chosen.lambdas(width.bits)) for width in widths)
-    affine = affine or chosen.affine
-    _check_choices(affine=affine, scale_dtype=scale_dtype, rule=rule, zeros=zeros)
-    _check_zeros(zeros, affine=affine, rule=rule, symmetric=symmetric)
-    check_grid(grid, rule=rule, symmetric=symmetric)
-    if chosen.settings:
-        _check_options(method, options)
-        if not text:
-            raise InputError(f"method {method!r} needs text to work with; give --text FILE, or --method rtn")
-    check_writable(target, overwrite=overwrite)
-    check_model_path(model)
-    _check_work(work, resume=resume, overwrite=overwrite)
-    documents = read_documents(text) if chosen.settings else []
+    chosen, objective, affine = METHODS[method], request.objective, request.affine
+    widths, documents = request.widths, request.documents
 
     place = choose_device(device)
     source = open_shards(model) if chosen.streamed else _in_memory(model, place)
@@ -195,7 +159,7 @@ def quantize(
     if not chosen.streamed:
         _check_finite(source.model, views)
     fused = [path for path in views if ".experts." in path]
-    if fused and not symmetric:
+    if fused and symmetric is False:
         raise InputError(
             f"--asymmetric asked for {fused[0]}, a fused expert, which stock transformers "
             "cannot read with zero points; leave --asymmetric out, or --exclude experts"
@@ -204,18 +168,27 @@ def quantize(
         target,
         sum(source.dtypes[n].itemsize * t.numel() for n, t in source.model.state_dict().items() if n in source.dtypes),
     )
-    stream = token_stream(documents, load_tokenizer(model)) if documents else np.zeros(0, dtype=np.int64)
+    vocab_size = source.model.config.get_text_config().vocab_size
+    texts = read_texts(model, needed=bool(documents), vocab_size=vocab_size)
+    for notice in texts.notices:
+        report({"notice": notice})
+    stream = np.zeros(0, dtype=np.int64)
+    if documents:
+        stream = token_stream(documents, texts.tokenizer, vocab_size=vocab_size)
     shape = Grid(
         rule="prefix" if baseline_bits and baseline_bits < MASTER_BITS else rule,
         bits=baseline_bits or MASTER_BITS,
         group_size=group_size,
-        symmetric=symmetric,
+        symmetric=symmetric is not False,
         affine=affine,
         zeros=zeros,
         storable=scale_dtype == "bfloat16",
         sliced=_own_affines(affine, baseline_bits),
         kind=grid,
     )
+    if symmetric is None and method == "rtn" and baseline_bits is None and grid == UNIFORM:
+        suits, reason = choose_symmetry(source.model, views, shape)
+        shape, report = dataclasses.replace(shape, symmetric=suits), _with_notice(report, reason)
     if chosen.settings:  # windows no longer than what the model was made for, unless told otherwise
         options = {"seq_len": min(chosen.settings.seq_len, context_length(source.model)), **options}
     settings = chosen.settings(**options) if chosen.settings else None
@@ -226,7 +199,7 @@ def quantize(
         widths=tuple(width.bits for width in widths),
         slices=shape.sliced or ((baseline_bits,) if baseline_bits and baseline_bits < MASTER_BITS else ()),
         group_size=group_size,
-        symmetric=symmetric,
+        symmetric=shape.symmetric,
         zeros=zeros,
         grid=grid,
         scale_dtype=scale_dtype,
@@ -255,25 +228,16 @@ def quantize(
         options=options if chosen.settings else {},
         report=_with_notice(report, SLOW_BF16) if slow else report,
         first=first,
+        start_sha256="" if start is None else manifest_sha256(start),
+        files=source_files(model) if chosen.settings else {},
     )
-    if chosen.streamed and not resume:
-        shutil.rmtree(work, ignore_errors=True)
-    nested = chosen.run(job)
+    nested = RUN[method](job)
     logs = [Path(folder) / LOG for folder in (start, work) if folder is not None]  # its own after start's
     history = b"".join(log.read_bytes() for log in logs if log.is_file())
-    files = side_files(model) | ({LOG: history} if history else {})
+    files = {**texts.files, **({LOG: history} if history else {})}
     _write(target, job, nested, streamed=chosen.streamed, files=files, overwrite=overwrite)
     shutil.rmtree(work, ignore_errors=True)
     return target
-
-
-def _check_unset(values: Mapping[str, Any], default: Any) -> None:
-    for name, value in values.items():
-        if value != default:
-            raise InputError(
-                f"{name}={value!r} asked of method {distill.NAME!r}, whose stages have their own; "
-                "leave it out, or use --method qat"
-            )
 
 
 def _with_notice(report: Report, notice: str) -> Report:
@@ -286,8 +250,6 @@ def _first(
     """The method of ``start`` and its nested tensors, torch, on ``device``; InputError unless qat can go on from it."""
     if start is None:
         return [], {}
-    if method != "qat":
-        raise InputError(f"--start asked of method {method!r}, which starts from the float model; use --method qat")
     checkpoint = open_checkpoint(start)
     for name, found, wanted in (
         ("rule", checkpoint.spec.rule, grid.rule),
@@ -316,15 +278,6 @@ def _in_memory(model: Path | str, device: torch.device) -> Shards:
     dtypes = {name: tensor.dtype for name, tensor in source.state_dict().items()}
     source = source.float().to(device)
     return Shards(model=source, read=lambda name: source.state_dict()[name], dtypes=dtypes)
-
-
-def _check_options(method: str, options: Mapping[str, Any]) -> None:
-    known = [field.name for field in dataclasses.fields(METHODS[method].settings)]
-    for name in options:
-        if name not in known:
-            flags = ", ".join(known)
-            raise InputError(f"method {method!r} has no option {name!r}; it has {flags}")
-    METHODS[method].check_options(options)
 
 
 def _objective(objective: str, baseline_bits: int | None, widths: tuple[Width, ...]) -> str:
@@ -359,46 +312,6 @@ def _write(
         overwrite=overwrite,
         shard_bytes=STREAMED_SHARD_BYTES if streamed else SHARD_BYTES,
     )
-
-
-def _widths(objective: str, weights: Sequence[float] | None, baseline_bits: int | None) -> tuple[Width, ...]:
-    if baseline_bits is None:
-        return parse_objective(objective, weights)
-    own = parse_objective(objective, weights)
-    if [width.bits for width in own] == [baseline_bits]:
-        return own
-    return (Width(bits=baseline_bits, truth=True, teachers=(), weight=1.0),)
-
-
-def _check_choices(*, affine: str, scale_dtype: str, rule: str, zeros: str) -> None:
-    check_rule(rule)
-    for name, value, known in (
-        ("affine", affine, AFFINES),
-        ("scale_dtype", scale_dtype, SCALE_DTYPES),
-        ("zeros", zeros, ZEROS),
-    ):
-        if value not in known:
-            raise InputError(f"{name}={value!r} is not known; use one of {', '.join(known)}")
-
-
-def _check_zeros(zeros: str, *, affine: str, rule: str, symmetric: bool) -> None:
-    if zeros == OWN:
-        return
-    for name, found, wanted in (("rule", rule, "prefix"), ("symmetric", symmetric, True)):
-        if found != wanted:
-            raise InputError(
-                f"zeros={zeros!r} asked with {name}={found!r}, whose codes do not lie evenly about 0; "
-                f"use zeros {OWN!r}, or {name}={wanted!r}"
-            )
-    if affine == "none":
-        raise InputError(f"zeros={zeros!r} asked with affine='none', by which no width has a zero; use affine 'refit'")
-
-
-def _check_work(work: Path, *, resume: bool, overwrite: bool) -> None:
-    if resume and not work.is_dir():
-        raise InputError(f"--resume found no interrupted run in {work}; leave --resume out to start one")
-    if work.is_dir() and not resume and not overwrite:
-        raise InputError(f"{work} holds an interrupted run; --resume to continue it, or --overwrite to start again")
 
 
 def _check_finite(model: Model, views: Mapping[str, View]) -> None:

@@ -12,28 +12,31 @@ with the same bits as one that was never stopped.
 import contextlib
 import ctypes
 import json
+import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 
 from matquant.errors import InputError
-from matquant.files import replace_when_done, write_atomically
+from matquant.files import json_text, write_atomically
 from matquant.grid import check_finite
+from matquant.interrupted import check_same_run, claim
 from matquant.models import Call, View, decoder_layers, embed, write_weights
 from matquant.nest import UNIFORM
 from matquant.tensor import NestedTensor
 from matquant.text import cut_windows
-from matquant.train.job import LOG, Job, check_same_run, fingerprint
+from matquant.train.job import LOG, Job, fingerprint
 from matquant.train.objective import FLOAT
+from matquant.train.sealed import open_sealed, save_sealed
 
 BLOCKS = "blocks"
+CPU = torch.device("cpu")
 MMAP_THRESHOLD = -3  # glibc's M_MMAP_THRESHOLD
 OWN_PAGES_BYTES = 2**20  # tensors from this size on get pages of their own, which go back as soon as they are freed
 
@@ -85,12 +88,18 @@ def run_blocks(
     layers = decoder_layers(job.model)
     give_memory_back = _memory_returner()
     folder = job.work / BLOCKS
-    for file in folder.glob("*.safetensors"):
-        _record(file, mark)  # before any work: another run's blocks, or damaged ones
+    if job.resume:
+        claim(job.work, mark, resume=True)
+        for file in folder.glob("*.safetensors"):
+            _load(file, mark, device=CPU)  # before any work: another run's blocks, or damaged ones
     hidden, calls = _embed(job, tokens, batch_size)
+    _check_states(hidden, "the embedding", FLOAT)
+    if not job.resume:
+        claim(job.work, mark, resume=False)
     folder.mkdir(parents=True, exist_ok=True)
     flowing = {stream: list(hidden) for stream in streams}
     del hidden
+    records: list[Mapping[str, Any]] = []
     for index, (name, module) in enumerate(layers):
         began = time.perf_counter()
         file = folder / f"{index:05d}.safetensors"
@@ -108,18 +117,20 @@ def run_blocks(
                 config=job.model.config,
             )
             solved = solve(job, block)
+            check_losses({int(bits): loss for bits, loss in solved.record.get("loss", {}).items()}, name)
             record = {**solved.record, "step": index + 1, "steps": len(layers), "block": name}
             _save(file, solved, record | {"seconds": round(time.perf_counter() - began, 2)}, mark, job)
         solved = _load(file, mark, device=job.device)
+        records.append(solved.record)
         job.report(dict(solved.record))
         if index + 1 < len(layers):
             for stream in streams:
                 _advance(job, solved, module, calls[index], views, flowing[stream], stream)
+                _check_states(flowing[stream], name, stream)
         _release(module)
         del solved
         give_memory_back()
-    records = [_record(file, mark) for file in sorted(folder.glob("*.safetensors"))]
-    write_atomically(job.work / LOG, "".join(json.dumps(record) + "\n" for record in records).encode())
+    write_atomically(job.work / LOG, "".join(json_text(record, sort_keys=False) + "\n" for record in records).encode())
     return _finished(job, len(layers), mark)
 
 
@@ -186,6 +197,26 @@ def _advance(
             hidden[number] = call(module, states)
 
 
+def check_losses(losses: Mapping[int, float], name: str) -> None:
+    """InputError naming the block and the width if a loss is not finite."""
+    for bits, loss in losses.items():
+        if not math.isfinite(loss):
+            raise InputError(
+                f"the loss of {name} at {bits} bits is {loss}: its weights or inputs are too large to square; "
+                "scale or repair the float model, or use --method rtn"
+            )
+
+
+def _check_states(hidden: Iterable[torch.Tensor], name: str, stream: int) -> None:
+    """InputError naming the block and the width if hidden states are not finite."""
+    if not all(bool(torch.isfinite(states).all()) for states in hidden):
+        width = "the float model" if stream == FLOAT else f"int{stream}"
+        raise InputError(
+            f"the output of {name} is not finite in {width}; check the float model with matquant eval --reference, "
+            "or leave this block out with --exclude"
+        )
+
+
 def _materialise(job: Job, name: str, module: torch.nn.Module) -> None:
     for local, _ in list(module.named_parameters()):
         _set_parameter(module, local, _read(job, f"{name}.{local}").float().to(job.device))
@@ -234,27 +265,15 @@ def _save(file: Path, solved: Solved, record: Mapping[str, Any], mark: Mapping[s
         for bits, (scale, zero) in nested.slices.items():
             tensors |= {f"{path}/{bits}/scale": scale, f"{path}/{bits}/zero": zero}
     tensors |= {f"plain/{name}": tensor.to(job.dtypes[name]) for name, tensor in solved.plain.items()}
-    metadata = {"fingerprint": json.dumps(mark, sort_keys=True), "record": json.dumps(record)}
-    with replace_when_done(file) as partial:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata=metadata)
-
-
-def _record(file: Path, mark: Mapping[str, Any]) -> dict[str, Any]:
-    """The log record of a finished block; InputError if the file is damaged or of another run."""
-    try:
-        with safe_open(file, "pt") as stored:
-            metadata = stored.metadata()
-    except SafetensorError as error:
-        raise InputError(f"{file} is damaged ({error}); delete it to solve this block again") from None
-    check_same_run(json.loads(metadata["fingerprint"]), mark)
-    record: dict[str, Any] = json.loads(metadata["record"])
-    return record
+    metadata = {"fingerprint": json_text(mark), "record": json_text(record, sort_keys=False)}
+    save_sealed(file, tensors, metadata)
 
 
 def _load(file: Path, mark: Mapping[str, Any], *, device: torch.device) -> Solved:
-    record = _record(file, mark)
-    with safe_open(file, "pt", device=str(device)) as stored:
-        tensors = {name: stored.get_tensor(name).clone() for name in stored.keys()}  # noqa: SIM118
+    """A finished block; InputError if the file is damaged or of another run."""
+    with open_sealed(file, remedy="delete it to solve this block again") as (stored, metadata):
+        check_same_run(json.loads(metadata["fingerprint"]), mark)
+        tensors = {name: stored.get_tensor(name).clone().to(device) for name in stored.keys()}  # noqa: SIM118
     rule = mark["rule"]
     nested, plain = {}, {}
     for name in [name for name in tensors if name.endswith("/codes")]:
@@ -274,11 +293,9 @@ def _load(file: Path, mark: Mapping[str, Any], *, device: torch.device) -> Solve
     for name, tensor in tensors.items():
         if name.startswith("plain/"):
             plain[name.removeprefix("plain/")] = tensor
-    return Solved(nested=nested, plain=plain, record=record)
+    return Solved(nested=nested, plain=plain, record=json.loads(metadata["record"]))
 
 
 def _finished(job: Job, count: int, mark: Mapping[str, Any]) -> Iterator[tuple[str, NestedTensor]]:
     for index in range(count):
-        yield from _load(
-            job.work / BLOCKS / f"{index:05d}.safetensors", mark, device=torch.device("cpu")
-        ).nested.items()
+        yield from _load(job.work / BLOCKS / f"{index:05d}.safetensors", mark, device=CPU).nested.items()

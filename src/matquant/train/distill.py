@@ -12,61 +12,29 @@ thirds of them over five. The stages' checkpoints lie in the work directory unti
 stopped goes on in the stage it was in.
 """
 
+import contextlib
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from matquant.checkpoint import check_writable, open_checkpoint
 from matquant.errors import InputError
 from matquant.files import move_into_place
+from matquant.interrupted import RECORD, claim, work_folder
 from matquant.models import hidden_size
+from matquant.options import distill
+from matquant.options.distill import Options
+from matquant.options.qat import default_lr
 from matquant.text import read_documents
-from matquant.train import gptq, qat
-from matquant.train.job import Report
-
-Options = dict[str, Any]
-NAME = "distill"
-STEPS, TUNE = 96, 60
-LR = 5e-4  # at most: best on the embedded model, no worse than others on stories260K
-SLOWER = {4: 10.0, 3: 2.5, 2: 2.5}  # freeze -> by how much the last phase's rate is below that of the distillation
-SHARED = ("accumulate", "autocast", "batch_size", "checkpoint_activations", "save_every", "seed", "seq_len")
-TUNING = ("autocast", "batch_size", "seed", "seq_len")  # those of them that gptq has
-OWN = ("freeze", "lr", "samples", "steps", "tune")
+from matquant.train.job import Report, source_files
 
 
 def stages(model: Path | str, options: Mapping[str, Any]) -> list[Options]:
-    """What ``quantize`` is asked for, stage by stage; InputError for options that a stage would refuse.
-
-    options: any of OWN, and of SHARED, which go to every stage that has them. lr: the peak of the distillation, by
-    default half of qat's own for the model's width, at most LR. steps: of the distillation. tune, samples: of gptq.
-    freeze: of the last phase: 4, or 2 for a corpus that is not read again and again.
-    """
-    freeze = options.get("freeze", 4)
-    if freeze not in SLOWER:
-        raise InputError(
-            f"freeze={freeze} is not known to method {NAME!r}; use one of 4 (little text), 3, 2 (a corpus)"
-        )
-    lr = options["lr"] if "lr" in options else min(LR, qat.default_lr(hidden_size(model)) / 2)
-    steps = options.get("steps", STEPS)
-    given = {name: options[name] for name in SHARED if name in options}
-    tuned: Options = {"tune": TUNE, "seq_len": 512}
-    tuned |= {name: options[name] for name in (*TUNING, "samples", "tune") if name in options}
-    if not tuned["tune"]:
-        tuned.pop("autocast", None)
-    trained: Options = {"masters": "each", "pull": 0.5, **given}
-    distilled = {**trained, "wide_lr": 0.5, "hidden": 1.0, "lr": lr, "steps": steps}
-    slower = SLOWER[freeze]  # of the narrowest master; that of 8 bits is a tenth, that of affines the whole
-    last = {**trained, "freeze": freeze, "lr": lr / slower, "wide_lr": slower / 10, "affine_lr": slower}
-    last |= {"steps": max(1, steps * 2 // 3)}
-    gptq.check_options(tuned)
-    qat.check_options(distilled)
-    return [
-        {"method": "gptq", **tuned},
-        {"method": "qat", "objective": "fp->8;4;3;2", "weights": (1.0,) * 4, **distilled},
-        {"method": "qat", "objective": "8,6,4,3,2,fp->8;6;4;3;2", "weights": (1.0,) * 5, **last},
-    ]
+    """What ``quantize`` is asked for, stage by stage, for this model; see matquant.options.distill."""
+    return distill.stages(options, default_lr=default_lr(hidden_size(model)))
 
 
 def run(
@@ -79,14 +47,13 @@ def run(
     options: Mapping[str, Any],
     work: Path,
     resume: bool,
+    overwrite: bool,
     report: Report,
 ) -> Path:
     """Make ``target`` stage by stage in ``work`` by ``quantize``. common: what it is asked for in every stage."""
-    for name in options:
-        if name not in (*OWN, *SHARED):
-            raise InputError(f"method {NAME!r} has no option {name!r}; it has {', '.join(sorted((*OWN, *SHARED)))}")
     settings = {name: value for name, value in {**common, **options}.items() if name != "device"}
-    folder = work / _mark(model, text, settings)  # another run's stages are never taken for this one's
+    mark = _mark(model, text, settings)
+    folder = work / _name(mark)  # another run's stages are never taken for this one's
     if resume and not folder.is_dir():
         raise InputError(
             f"--resume with other settings or text than those of the interrupted run in {work}; "
@@ -94,27 +61,67 @@ def run(
         )
     asked = stages(model, options)
     done, start = folder, None
-    for number, stage in enumerate(asked, 1):
-        done, name = folder / str(number), f"{number}/{len(asked)}"
-        if not (resume and done.is_dir()):
-            quantize(
-                model,
-                done,
-                text=text,
-                start=start,
-                resume=resume and done.with_name(f".{number}.work").is_dir(),
-                overwrite=True,
-                report=lambda record, name=name: report({**record, "stage": name}),
-                **common,
-                **stage,
-            )
-        start = done
+    with _recorded(folder, {**mark, "files": source_files(model)}, resume=resume):
+        for number, stage in enumerate(asked, 1):
+            done, name = folder / str(number), f"{number}/{len(asked)}"
+            if resume and done.is_dir():
+                _check_stage(done)
+            else:
+                quantize(
+                    model,
+                    done,
+                    text=text,
+                    start=start,
+                    resume=resume and work_folder(done).is_dir(),
+                    overwrite=True,
+                    report=lambda record, name=name: report({**record, "stage": name}),
+                    **common,
+                    **stage,
+                )
+            start = done
+    check_writable(target, overwrite=overwrite)
     move_into_place(done, target)
     shutil.rmtree(work, ignore_errors=True)
     return target
 
 
-def _mark(model: Path | str, text: Sequence[Path | str], settings: Mapping[str, Any]) -> str:
+@contextlib.contextmanager
+def _recorded(folder: Path, mark: Mapping[str, Any], *, resume: bool) -> Iterator[None]:
+    """Record the run while its stages are made. One that ends before its first stage has begun leaves all as it was."""
+    before = folder.with_name(f".{folder.name}.before")
+    if not resume and folder.is_dir():
+        shutil.rmtree(before, ignore_errors=True)
+        folder.rename(before)
+    claim(folder, mark, resume=resume)
+    try:
+        yield
+    finally:
+        if [file.name for file in folder.iterdir()] == [RECORD]:
+            shutil.rmtree(folder)
+            if before.is_dir():
+                before.rename(folder)
+            with contextlib.suppress(OSError):  # other stages are in it
+                folder.parent.rmdir()
+        shutil.rmtree(before, ignore_errors=True)
+
+
+def _check_stage(done: Path) -> None:
+    """InputError if the checkpoint of a finished stage is damaged."""
+    try:
+        open_checkpoint(done)
+    except InputError as error:
+        found = str(error).rpartition("; ")[0]
+        raise InputError(f"{found}; delete {done}, a finished stage, to make it again") from None
+
+
+def _mark(model: Path | str, text: Sequence[Path | str], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What the run depends on, as JSON has it."""
+    data = hashlib.sha256(json.dumps(read_documents(text)).encode()).hexdigest()
+    asked = {"method": distill.NAME, "model": str(model), **settings, "data_sha256": data}
+    result: dict[str, Any] = json.loads(json.dumps(asked, sort_keys=True, default=str))
+    return result
+
+
+def _name(mark: Mapping[str, Any]) -> str:
     """A name that tells this run's stages from those of other runs."""
-    asked = json.dumps([str(model), settings, read_documents(text)], sort_keys=True, default=str)
-    return hashlib.sha256(asked.encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(mark, sort_keys=True).encode()).hexdigest()[:16]

@@ -30,7 +30,6 @@ from matquant.grid import encode, fit_grid, fit_slice, middle, storable_scale
 from matquant.nest import CENTRE, MASTER_BITS, OWN, UNIFORM
 from matquant.tensor import Affine, NestedTensor
 
-AFFINES = ("none", "refit", "learned")
 LearnedAffine = tuple[torch.Tensor, torch.Tensor | None]  # reach_r and centre_r [N, G]; None: 0, and not learned
 
 

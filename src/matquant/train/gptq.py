@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 
-from matquant.errors import InputError, check_positive
+from matquant.errors import InputError
 from matquant.grid import SMALLEST_SCALE, middle, storable_scale
 from matquant.nest import (
     CENTRE,
@@ -44,6 +44,7 @@ from matquant.nest import (
     slice_positions,
     stored_codes,
 )
+from matquant.options.gptq import Settings
 from matquant.tensor import Affine, NestedTensor
 from matquant.train.blocks import Block, Solved, calibration, run_blocks
 from matquant.train.fake import Grid, Learned, nest
@@ -57,55 +58,9 @@ SEEN = 256  # weights of a group that the search for its clipping looks at
 DAMP_LIMIT = 1.0  # more damping than the mean diagonal itself means the Hessian says nothing
 
 
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """samples: windows of seq_len tokens. batch_size: windows per forward pass. damp: share of the mean diagonal of H
-    added to it. sweeps: rounds of coordinate descent after the pass. tune: steps by which every block is then tuned
-    (tune.py), with rate lr, the share ``pull`` of the gradients that narrower widths hold back, and in bf16 if
-    ``autocast``. seed: of the choice of windows, and of their order in tuning."""
-
-    samples: int = 128
-    seq_len: int = 2048
-    batch_size: int = 4
-    damp: float = 0.01
-    sweeps: int = 1
-    tune: int = 0
-    lr: float = 0.003
-    pull: float = 0.35
-    autocast: bool = False
-    seed: int = 0
-
-
-def check_options(options: Mapping[str, Any]) -> None:
-    """InputError for a number that cannot be worked with; TypeError for an option that does not exist."""
-    settings = Settings(**options)
-    check_positive(
-        samples=settings.samples,
-        seq_len=settings.seq_len,
-        batch_size=settings.batch_size,
-        damp=settings.damp,
-        lr=settings.lr,
-    )
-    for name in ("sweeps", "tune"):
-        if getattr(settings, name) < 0:
-            raise InputError(f"{name}={getattr(settings, name)}; give a number of at least 0")
-    for name in ("lr", "pull", "autocast"):
-        if name in options and not settings.tune:
-            raise InputError(f"{name}={options[name]!r} is of the tuning and tune is 0; give --tune STEPS too")
-    if not 0 <= settings.pull <= 1:
-        raise InputError(f"pull={settings.pull}; give a number from 0 to 1")
-
-
-def default_lambda(bits: int) -> float:
-    """10 at 8 bits down to 1 at 2: int8 then stays within 0.1 % of the float model (measured: docs/results.md)."""
-    return float(10 ** ((bits - 2) / 6))
-
-
 def train(job: Job) -> Iterator[tuple[str, NestedTensor]]:
     """Solve the model block by block; see ``blocks.run_blocks``."""
     settings = Settings(**job.options)
-    if job.grid.affine == "learned":
-        raise InputError("method 'gptq' learns nothing by gradient; use --affine refit or none")
     if any(width.teachers for width in job.objective):
         raise InputError(f"method 'gptq' has no distillation, objective {job.spec.objective!r} asks for it; use 8,4,2")
     if settings.tune and job.grid.rule != "prefix":

@@ -9,14 +9,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from matquant.errors import InputError
+from matquant.interrupted import describe_files
 from matquant.models import Model, View
+from matquant.sidefiles import local_directory
 from matquant.spec import Spec
 from matquant.tensor import NestedTensor
 from matquant.train.fake import Grid
 from matquant.train.objective import Width
 
-Report = Callable[[dict[str, Any]], None]
+Report = Callable[[dict[str, Any]], None]  # of log records, and of {"notice": text} for people
 LOG = "training.jsonl"
 
 
@@ -27,7 +28,8 @@ class Job:
     source: where the model came from. model: with its numbers, or without them for methods that work block by block;
     read: its tensors by name, dtypes: as they are stored. views: the linears to quantise, by path. stream: token ids,
     for methods with data. options: the method's own settings. work: a folder that outlives an interruption; resume:
-    go on from what is in it. report: called with each log record.
+    go on from what is in it. report: called with each log record. first: tensors to start from, start_sha256: the
+    checkpoint they are from. files: what tells whether a file of the source has changed, by name.
     """
 
     source: str
@@ -45,26 +47,28 @@ class Job:
     options: Mapping[str, Any] = field(default_factory=dict)
     report: Report = lambda record: None
     first: Mapping[str, NestedTensor] = field(default_factory=dict)
+    start_sha256: str = ""
+    files: Mapping[str, str] = field(default_factory=dict)
+
+
+def source_files(source: Path | str) -> dict[str, str]:
+    """What tells whether the files of a model have changed, by name; of a hub id its commit."""
+    directory = local_directory(source)
+    if directory is None:
+        return {}
+    return describe_files(directory) if Path(source).is_dir() else {"commit": directory.name}
 
 
 def fingerprint(job: Job, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Everything the numbers of a run depend on, as JSON has it; what is saved of a run carries it."""
+    local = Path(job.source)
     values = {
-        "model": job.source,
+        "model": str(local.resolve()) if local.is_dir() else job.source,
+        "files": job.files,
         **job.spec.to_json(),
         **settings,
         "affine": job.grid.affine,
-        "start": bool(job.first),
+        "start": job.start_sha256,
     }
     result: dict[str, Any] = json.loads(json.dumps(values))
     return result
-
-
-def check_same_run(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
-    """InputError naming the first setting in which an interrupted run differs from the one that would continue it."""
-    for key in sorted(set(ours) | set(theirs)):
-        if ours.get(key) != theirs.get(key):
-            raise InputError(
-                f"--resume with {key}={ours.get(key)!r}, the interrupted run had {theirs.get(key)!r}; "
-                "use the same settings, or --overwrite to start again"
-            )

@@ -1,111 +1,13 @@
-"""The loss over widths: what is trained at which width, against which target (MatQuant Eq. 7).
+"""The losses that an objective is made of (MatQuant Eq. 7); options/objective.py parses its notation."""
 
-The paper's notation, parsed: "8,4,2" is the ground-truth loss at three widths; "8,4,8->2" gives int2 only the
-distillation target, the logits of the 8-bit slice; "8,4,2,8->4;2" adds that target to widths 4 and 2. "fp->2" distils
-from the float model (ours). Targets come with stop-gradient; distillation is KL(teacher || student) on the logits; a
-width with both losses takes their mean, the paper's "weighted equally". One width alone is single precision MatQuant.
-"""
-
-import math
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch.nn import functional
 
-from matquant.errors import InputError
-from matquant.nest import MASTER_BITS
+from matquant.options.objective import FLOAT, Width, parse_objective
 
-FLOAT = 0  # the teacher "fp"
-_TERM = re.compile(r"(?:(?P<teacher>fp|\d+)->)?(?P<widths>\d+(?:;\d+)*)")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Width:
-    """The loss of one width. teachers: widths (or FLOAT) it is distilled from. weight: its lambda."""
-
-    bits: int
-    truth: bool
-    teachers: tuple[int, ...]
-    weight: float
-
-
-def parse_objective(text: str, weights: Sequence[float] | None = None) -> tuple[Width, ...]:
-    """The widths of an objective, widest first, with their lambdas (given in the order the widths are first named).
-
-    ``weights`` None means 0.1, ..., 0.1, 1 (the paper's choice), the 1 on the narrowest width, or 1 for all where the
-    float model teaches (measured: docs/results.md). Raises InputError that points at the place that cannot be read.
-    """
-    truth: list[int] = []
-    teachers: dict[int, list[int]] = {}
-    order: list[int] = []
-    begin = 0
-    for part in text.split(","):
-        position = begin + len(part) - len(part.lstrip())
-        match = _TERM.fullmatch(part.strip())
-        if match is None:
-            raise _error(text, position, f"cannot read {part.strip()!r}")
-        widths = [int(width) for width in match["widths"].split(";")]
-        for width in widths:
-            if not 1 <= width <= MASTER_BITS:
-                raise _error(text, position, f"width {width} is outside 1..8")
-            if width not in order:
-                order.append(width)
-        if match["teacher"] is None:
-            if len(widths) > 1 or widths[0] in truth:
-                raise _error(text, position, f"cannot read {part.strip()!r} without a teacher, or it comes twice")
-            truth.append(widths[0])
-        else:
-            teacher = FLOAT if match["teacher"] == "fp" else int(match["teacher"])
-            for width in widths:
-                if teacher != FLOAT and teacher <= width:
-                    raise _error(text, position, f"width {width} cannot learn from width {teacher}")
-                if teacher in teachers.setdefault(width, []):
-                    raise _error(text, position, f"width {width} learns from this teacher twice")
-                teachers[width].append(teacher)
-        begin += len(part) + 1
-    _check(text, order, truth, teachers)
-    even = any(FLOAT in sources for sources in teachers.values())
-    lambdas = _lambdas(order, weights, even=even)
-    return tuple(
-        Width(bits=bits, truth=bits in truth, teachers=tuple(teachers.get(bits, ())), weight=lambdas[bits])
-        for bits in sorted(order, reverse=True)
-    )
-
-
-def _check(text: str, order: list[int], truth: list[int], teachers: dict[int, list[int]]) -> None:
-    if len(order) > 1 and MASTER_BITS not in order:
-        raise InputError(
-            f"objective {text!r} trains widths {', '.join(map(str, order))} but not 8, which the checkpoint stores; "
-            "add 8, or name one width alone for single precision"
-        )
-    for sources in teachers.values():
-        for teacher in sources:
-            if teacher not in (FLOAT, *truth) and teacher not in teachers:
-                raise InputError(
-                    f"objective {text!r} distils from width {teacher}, which it does not train; add {teacher}"
-                )
-
-
-def _lambdas(order: list[int], weights: Sequence[float] | None, *, even: bool) -> dict[int, float]:
-    if weights is None:
-        return {bits: 1.0 if even or bits == min(order) else 0.1 for bits in order}
-    if len(weights) != len(order):
-        raise InputError(
-            f"{len(weights)} weights for the {len(order)} widths {', '.join(map(str, order))}; "
-            "give one for each, in that order"
-        )
-    if not all(0 <= weight < math.inf for weight in weights) or not sum(weights):
-        raise InputError(f"weights {', '.join(map(str, weights))}; give numbers of at least 0, not all 0")
-    return dict(zip(order, weights, strict=True))
-
-
-def _error(text: str, position: int, problem: str) -> InputError:
-    return InputError(
-        f"objective does not parse: {problem}\n    {text}\n    {' ' * position}^\n"
-        'give widths and distillation terms such as "8,4,2" or "8,4,2,8->4;2" or "8,4,2,fp->2"'
-    )
+__all__ = ["FLOAT", "Width", "hidden_loss", "parse_objective", "width_loss"]
 
 
 def width_loss(

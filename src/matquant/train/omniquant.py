@@ -22,63 +22,19 @@ Codes are made once per step and read by all widths. Cost per step: one forward 
 """
 
 import dataclasses
-import math
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import torch
 
-from matquant.errors import InputError, check_positive
 from matquant.models import check_context
+from matquant.options.gptq import Settings as GptqSettings
+from matquant.options.omniquant import Settings
 from matquant.tensor import NestedTensor
 from matquant.train import clip, equivalence, gptq
 from matquant.train.blocks import Block, Solved, calibration, run_blocks
 from matquant.train.job import Job
 from matquant.train.layer import Layer, check_losses
 from matquant.train.objective import FLOAT, Width
-
-CODES = ("round", "gptq")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
-    """Everything a run depends on besides model, data, grid and objective.
-
-    samples: sequences of ``seq_len`` tokens that are used, over and over. steps: per layer. lr: of everything, but
-    clip_lr (factors, affines) and transform_lr (s, delta) where given. alpha: where s starts, as in SmoothQuant; None
-    starts it at 1 (alpha 0.5 gained nothing: int2 perplexity of stories260K after 300 steps 16.41 against 16.43).
-    """
-
-    samples: int = 128
-    batch_size: int = 4
-    seq_len: int = 2048
-    steps: int = 1220
-    lr: float = 1e-3
-    clip_lr: float | None = None
-    transform_lr: float | None = None
-    weight_decay: float = 0.0
-    seed: int = 0
-    autocast: bool = False
-    transform: bool = True
-    learn_clip: bool = True
-    alpha: float | None = None
-    codes: str = "round"
-
-
-def check_options(options: Mapping[str, Any]) -> None:
-    """InputError for a number that cannot be trained with; TypeError for an option that does not exist."""
-    settings = Settings(**options)
-    for name in ("samples", "batch_size", "seq_len", "steps", "lr", "clip_lr", "transform_lr"):
-        value = getattr(settings, name)
-        if value is not None:
-            check_positive(**{name: value})
-    for name in ("seed", "weight_decay"):
-        if not 0 <= getattr(settings, name) < math.inf:
-            raise InputError(f"{name}={getattr(settings, name)}; give a number of at least 0")
-    if settings.codes not in CODES:
-        raise InputError(f"codes={settings.codes!r} is not known; use one of {', '.join(CODES)}")
-    if settings.alpha is not None and not 0 <= settings.alpha <= 1:
-        raise InputError(f"alpha={settings.alpha}; give a number from 0 to 1")
 
 
 def train(job: Job) -> Iterator[tuple[str, NestedTensor]]:
@@ -272,14 +228,14 @@ def _widths(job: Job) -> list[int]:
 
 
 def _gptq(job: Job, block: Block, layer: Layer, changed: Mapping[str, torch.Tensor]) -> dict[str, NestedTensor]:
-    """Nested GPTQ of the transformed weights, with the Hessians of the transformed layer on the widest stream."""
+    """Nested GPTQ of the transformed weights, with the GptqSettingss of the transformed layer on the widest stream."""
     parameters = {f"{block.name}.{name}": parameter for name, parameter in block.module.named_parameters()}
     kept = {name: parameters[name].clone() for name in changed}
     try:
         for name, tensor in changed.items():
             parameters[name].copy_(tensor)
         nested, _ = gptq.nest_block(
-            job, block, dict(layer.weights(changed)), damp=gptq.Settings.damp, sweeps=gptq.Settings.sweeps
+            job, block, dict(layer.weights(changed)), damp=GptqSettings.damp, sweeps=GptqSettings.sweeps
         )
     finally:
         for name, tensor in kept.items():

@@ -23,7 +23,6 @@ import dataclasses
 import itertools
 import json
 import math
-import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,91 +31,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from matquant.errors import InputError, check_positive
-from matquant.files import check_space, replace_when_done
+from matquant.errors import InputError
+from matquant.files import check_space, json_text, write_atomically
+from matquant.interrupted import check_same_run, claim
 from matquant.models import Model, View, check_context, decoder_layers, layer_output, write_weights
 from matquant.nest import MASTER_BITS
+from matquant.options.qat import Schedule, default_lr
 from matquant.tensor import NestedTensor
 from matquant.text import batch, cut_windows
 from matquant.train.fake import Grid, Learned, finish_backward, keep_in_range, nest, start_learning
-from matquant.train.job import LOG, Job, check_same_run, fingerprint
+from matquant.train.job import LOG, Job, fingerprint
 from matquant.train.masters import chain, release_blocked
 from matquant.train.objective import FLOAT, Width, hidden_loss, width_loss
+from matquant.train.sealed import open_sealed, save_sealed
 
 STATE = "state.safetensors"
-MASTERS = ("one", "each")
 STATE_COPIES = 2  # the state and the next one while it is written
-
-
-@dataclass(frozen=True, kw_only=True)
-class Schedule:
-    """Everything a run depends on besides model, data, grid and objective.
-
-    seq_len in tokens. lr: the peak, of the weights (None: ``default_lr``). warmup: steps of linear warm-up, then cosine
-    to 0 (None: a tenth, at most the paper's 150). affine_lr: of clips and affines, as a multiple of lr. learn_clip
-    (None: where affines are learned). train_rest: also train what is not quantised (embeddings, norms, attention
-    under scope ffn). masters: "one" float weight for all widths, or "each" its own: the codes of a width are then
-    confined to the bins of the next narrower one, whose bits they share (fake.confine), and no width's gradient moves
-    another's weights but, times ``pull``, where that confinement holds it back. wide_lr: of the 8-bit masters, as a
-    multiple of lr, and geometrically between for the widths between. stagger: share of the steps by which the schedule
-    of the narrowest masters ends early, so that wider ones settle in bins that move no more. freeze: widths up to this
-    one keep the codes they start with (0: none do), so that only their affines and the bits below are trained, none of
-    which any two of them share. mix: weight of one more loss, of a plan drawn at random for each batch (``draw_mix``),
-    with the targets of the narrowest width. hidden: weight, within each loss, of the relative squared distance of the
-    decoder layers' outputs to the float model's. skip_batches: so many batches at the start of the data's order are
-    left out, such as those that an earlier phase with the same seed has seen. save_every: steps between saved states.
-    """
-
-    steps: int = 300
-    batch_size: int = 8
-    seq_len: int = 256
-    lr: float | None = None
-    seed: int = 0
-    warmup: int | None = None
-    affine_lr: float = 1.0
-    weight_decay: float = 0.0
-    clip_norm: float = 1.0
-    accumulate: int = 1
-    autocast: bool = False
-    checkpoint_activations: bool = False
-    train_rest: bool = False
-    learn_clip: bool | None = None
-    masters: str = "one"
-    pull: float = 1.0
-    wide_lr: float = 1.0
-    stagger: float = 0.0
-    freeze: int = 0
-    mix: float = 0.0
-    hidden: float = 0.0
-    skip_batches: int = 0
-    save_every: int = 100
-
-
-def check_options(options: Mapping[str, Any]) -> None:
-    """InputError for a number that cannot be trained with; TypeError for an option that does not exist."""
-    schedule = Schedule(**options)
-    for name in ("steps", "batch_size", "seq_len", "lr", "accumulate", "clip_norm", "save_every"):
-        value = getattr(schedule, name)
-        if value is not None:
-            check_positive(**{name: value})
-    for name in ("pull", "wide_lr", "stagger"):
-        if not 0 <= getattr(schedule, name) <= 1:
-            raise InputError(f"{name}={getattr(schedule, name)}; give a number from 0 to 1")
-    for name in ("mix", "hidden"):
-        if not 0 <= getattr(schedule, name) < math.inf:
-            raise InputError(f"{name}={getattr(schedule, name)}; give a number of at least 0")
-    if schedule.masters not in MASTERS:
-        raise InputError(f"masters={schedule.masters!r} is not known; use one of {', '.join(MASTERS)}")
-    for name in ("seed", "freeze", "skip_batches"):
-        if getattr(schedule, name) < 0:
-            raise InputError(f"{name}={getattr(schedule, name)}; give a number of at least 0")
-    if schedule.freeze and schedule.masters != "each":
-        raise InputError(
-            f"freeze={schedule.freeze} needs a master for each width, masters is 'one'; use masters 'each'"
-        )
 
 
 def make_schedule(job: Job) -> Schedule:
@@ -129,16 +60,6 @@ def make_schedule(job: Job) -> Schedule:
         warmup=min(150, max(1, schedule.steps // 10)) if schedule.warmup is None else schedule.warmup,
         learn_clip=job.grid.affine == "learned" if schedule.learn_clip is None else schedule.learn_clip,
     )
-
-
-def default_lr(hidden_size: int) -> float:
-    """A peak learning rate for a model of this width.
-
-    A power law through 1e-3 at 256 (better than 2e-3 on the embedded model) and 1e-5 at 2304 (the paper's, App. B),
-    between 1e-5 and 2e-3 (best of 1e-3, 2e-3, 4e-3 on stories260K, 64 wide).
-    """
-    slope = math.log(1e-3 / 1e-5) / math.log(2304 / 256)
-    return float(min(2e-3, max(1e-5, 1e-3 * (hidden_size / 256) ** -slope)))
 
 
 @dataclass(kw_only=True)
@@ -188,8 +109,7 @@ def train(job: Job) -> Iterator[tuple[str, NestedTensor]]:
     state = start(model, views, grid, schedule, trained=[width.bits for width in job.objective], first=job.first)
     optimizer = make_optimizer(state, schedule)
     check_space(work, STATE_COPIES * sum(3 * tensor.nbytes for _, tensor in state.named()))
-    if not job.resume:
-        shutil.rmtree(work, ignore_errors=True)  # only now: a refused start must not cost an interrupted run
+    claim(work, mark, resume=job.resume)  # only now: a refused start must not cost an interrupted run
     # Before a state is restored: that changes the model's other parameters if they are trained too.
     taught = schedule.hidden > 0 or any(FLOAT in width.teachers for width in job.objective)
     teacher = copy.deepcopy(model) if taught else None
@@ -201,7 +121,7 @@ def train(job: Job) -> Iterator[tuple[str, NestedTensor]]:
     with (work / LOG).open("a") as log:
         while state.step < schedule.steps:
             record = train_step(model, views, grid, state, optimizer, job.objective, windows, schedule, teacher)
-            log.write(json.dumps(record) + "\n")
+            log.write(json_text(record, sort_keys=False) + "\n")
             job.report(record)
             if state.step % schedule.save_every == 0 or state.step == schedule.steps:
                 log.flush()
@@ -514,23 +434,16 @@ def _autocast(model: Model, schedule: Schedule) -> contextlib.AbstractContextMan
 
 def save(state: State, optimizer: torch.optim.Optimizer, work: Path, mark: Mapping[str, Any]) -> None:
     """Write everything the next step depends on, atomically."""
-    tensors = {name: tensor.detach().contiguous() for name, tensor in state.named()}
+    tensors = {name: tensor.detach() for name, tensor in state.named()}
     for name, tensor in state.named():
         for key, value in optimizer.state[tensor].items():
             tensors[f"{name}//{key}"] = value
-    metadata = {"step": str(state.step), "fingerprint": json.dumps(mark, sort_keys=True)}
-    with replace_when_done(work / STATE) as partial:
-        save_file(tensors, partial, metadata=metadata)
+    save_sealed(work / STATE, tensors, {"step": str(state.step), "fingerprint": json_text(mark)})
 
 
 def restore(state: State, optimizer: torch.optim.Optimizer, work: Path, mark: Mapping[str, Any]) -> None:
     """Continue from a saved state; InputError naming the first setting that differs from the run that wrote it."""
-    try:
-        opened = safe_open(work / STATE, "pt")
-    except SafetensorError as error:
-        raise InputError(f"{work / STATE} is damaged ({error}); --overwrite to start again") from None
-    with opened as file:
-        metadata = file.metadata()
+    with open_sealed(work / STATE, remedy="--overwrite to start again") as (file, metadata):
         check_same_run(json.loads(metadata["fingerprint"]), mark)
         state.step = int(metadata["step"])
         names = set(file.keys())
@@ -544,8 +457,12 @@ def restore(state: State, optimizer: torch.optim.Optimizer, work: Path, mark: Ma
 
 
 def _trim_log(log: Path, step: int) -> None:
-    """Drop the records of steps that will be done again."""
-    if log.is_file():
-        kept = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        kept = [line for line in kept if json.loads(line)["step"] <= step]
-        log.write_text("".join(kept))
+    """Drop the records of steps that will be done again; InputError for a damaged log."""
+    if not log.is_file():
+        return
+    lines = [line for line in log.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+    try:
+        kept = [line for line in lines if json.loads(line)["step"] <= step]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise InputError(f"{log} is damaged; delete it to go on without its records") from None
+    write_atomically(log, b"".join(kept))

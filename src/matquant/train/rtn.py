@@ -6,7 +6,6 @@ nothing in the model but what the job asks it to train.
 
 from collections.abc import Iterator
 
-from matquant.errors import InputError
 from matquant.tensor import NestedTensor
 from matquant.train.fake import nest
 from matquant.train.job import Job
@@ -14,10 +13,11 @@ from matquant.train.job import Job
 
 def round_to_nearest(job: Job) -> Iterator[tuple[str, NestedTensor]]:
     """Encode every weight on its min-max grid (MatQuant Eq. 1). No data, no training, one weight in memory."""
-    if job.grid.affine == "learned":
-        raise InputError("method 'rtn' learns nothing; use --affine refit or none")
     parameters = dict(job.model.named_parameters())
-    return (
-        (path, nest(view.of(parameters[view.parameter].detach()).float(), job.grid, name=path))
-        for path, view in job.views.items()
-    )
+
+    def encoded() -> Iterator[tuple[str, NestedTensor]]:
+        for number, (path, view) in enumerate(job.views.items(), 1):
+            yield path, nest(view.of(parameters[view.parameter].detach()).float(), job.grid, name=path)
+            job.report({"step": number, "steps": len(job.views), "unit": "weight", "loss": {}})
+
+    return encoded()

@@ -10,8 +10,6 @@ from collections.abc import Mapping, Sequence
 from matquant.errors import InputError
 from matquant.models import Model, View, linear_views, whole_experts
 
-SCOPES = ("ffn", "attention", "all")
-
 
 def select_linears(model: Model, scope: str, *, exclude: Sequence[str] = ()) -> Mapping[str, View]:
     """Path -> View of the linears in ``scope`` whose path no pattern of ``exclude`` is found in.
@@ -19,8 +17,6 @@ def select_linears(model: Model, scope: str, *, exclude: Sequence[str] = ()) -> 
     InputError if there are none, a pattern is not a regular expression, it would split a fused parameter, or experts
     that cannot be quantised are not excluded.
     """
-    if scope not in SCOPES:
-        raise InputError(f"scope={scope!r} is not known; use one of {', '.join(SCOPES)}")
     views = linear_views(model)
     chosen = {
         path: view for path, view in views.items() if scope == "all" or is_attention(path) == (scope == "attention")
