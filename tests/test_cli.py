@@ -1272,8 +1272,8 @@ FLAGS: dict[str, list[str]] = {
     "quantize": [
         "--out", "--method", "--objective", "--weights", "--rule", "--scope", "--exclude", "--group-size",
         "--symmetric",
-        "--affine", "--zeros", "--grid", "--scale-dtype", "--baseline-bits", "--start", "--text", "--steps", "--batch-size",
-        "--seq-len",
+        "--affine", "--zeros", "--grid", "--scale-dtype", "--baseline-bits", "--start", "--text", "--steps",
+        "--batch-size", "--seq-len",
         "--samples", "--lr", "--clip-lr", "--transform-lr", "--transform", "--codes", "--damp", "--sweeps", "--tune",
         "--seed",
         "--accumulate", "--bf16",
@@ -1324,6 +1324,7 @@ DEFAULTS: dict[str, dict[str, str]] = {
         "--symmetric": "(symmetric; rtn compares both)",
         "--affine": "(by method)",
         "--zeros": "own",
+        "--grid": "uniform",
         "--scale-dtype": "bfloat16",
         "--steps": "(qat 300, distill 96, omniquant 1220 a block)",
         "--batch-size": "(qat 8, others 4)",
