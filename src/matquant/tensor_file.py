@@ -35,7 +35,7 @@ def read_tensor(file: Path, dtype: Any, *, start: int, shape: tuple[int, ...]) -
     array = np.empty(shape, wanted)
     with file.open("rb") as stream:
         stream.seek(start)
-        got = stream.readinto(memoryview(array.reshape(-1).view(np.uint8)))
+        got = stream.readinto(array.reshape(-1).view(np.uint8).data)
     if got != array.nbytes:
         raise InputError(f"{file} ended {array.nbytes - got} bytes too early while it was read; copy it again")
     return array

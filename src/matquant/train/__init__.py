@@ -225,7 +225,9 @@ def quantize(
     )
     if symmetric is None and method == "rtn" and baseline_bits is None:
         suits, reason = choose_symmetry(source.model, views, grid)
-        grid, report = dataclasses.replace(grid, symmetric=suits), _with_notice(report, reason)
+        grid = dataclasses.replace(grid, symmetric=suits)
+        if reason:
+            report({"notice": reason, "step": len(views), "steps": len(views), "loss": {}})
     if chosen.settings:  # windows no longer than what the model was made for, unless told otherwise
         options = {"seq_len": min(chosen.settings.seq_len, context_length(source.model)), **options}
     settings = chosen.settings(**options) if chosen.settings else None

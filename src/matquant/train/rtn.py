@@ -17,10 +17,7 @@ def round_to_nearest(job: Job) -> Iterator[tuple[str, NestedTensor]]:
     if job.grid.affine == "learned":
         raise InputError("method 'rtn' learns nothing; use --affine refit or none")
     parameters = dict(job.model.named_parameters())
-
-    def encoded() -> Iterator[tuple[str, NestedTensor]]:
-        for step, (path, view) in enumerate(job.views.items(), 1):
-            yield path, nest(view.of(parameters[view.parameter].detach()).float(), job.grid, name=path)
-            job.report({"step": step, "steps": len(job.views), "loss": {}})
-
-    return encoded()
+    return (
+        (path, nest(view.of(parameters[view.parameter].detach()).float(), job.grid, name=path))
+        for path, view in job.views.items()
+    )
