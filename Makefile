@@ -1,4 +1,4 @@
-# Two commands: make demo, make test. Each sets up what it needs, a C++17 compiler with OpenMP aside.
+# Two commands: make demo, make test. Each sets up what it needs, a C++17 compiler aside.
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready

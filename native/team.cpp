@@ -3,7 +3,7 @@
 #include <pthread.h>
 #include <sched.h>
 
-#include <chrono>
+#include <algorithm>
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -14,8 +14,12 @@
 namespace matquant {
 namespace {
 
-constexpr auto PATIENCE = std::chrono::microseconds(50);  // about what it takes to sleep and be woken
-constexpr int TURNS = 64;                                 // between looks at the clock
+using Clock = std::chrono::steady_clock;
+
+constexpr std::chrono::nanoseconds PATIENCE = std::chrono::microseconds(50);  // about twice what sleeping costs
+constexpr std::chrono::nanoseconds SHORTEST = PATIENCE / 256;  // where spinning has been in vain
+constexpr unsigned RETRY = 64;                                 // one wait in so many is patient all the same
+constexpr int TURNS = 16;                                      // between looks at the clock
 
 void pause() {
 #if defined(__x86_64__)
@@ -25,15 +29,19 @@ void pause() {
 #endif
 }
 
-// Whether `holds` came to hold within PATIENCE.
+// Whether `holds` does within TURNS looks.
 template <class Condition>
-bool spin(const Condition& holds) {
-  using Clock = std::chrono::steady_clock;
+bool look(const Condition& holds) {
   for (int turn = 0; turn < TURNS; ++turn, pause())
     if (holds()) return true;
-  for (const auto until = Clock::now() + PATIENCE; Clock::now() < until;)
-    for (int turn = 0; turn < TURNS; ++turn, pause())
-      if (holds()) return true;
+  return false;
+}
+
+// Whether `holds` does before `patience` is over.
+template <class Condition>
+bool spin(std::chrono::nanoseconds patience, const Condition& holds) {
+  for (const Clock::time_point start = Clock::now(); Clock::now() - start < patience;)
+    if (look(holds)) return true;
   return false;
 }
 
@@ -104,6 +112,8 @@ int default_threads() {
   return static_cast<int>(threads < 1 ? 1 : threads > MOST_THREADS ? MOST_THREADS : threads);
 }
 
+Team::Member::Member() : patience(PATIENCE) {}
+
 Team::Team() = default;
 Team::~Team() = default;
 
@@ -118,7 +128,16 @@ void Team::arrive(int thread) {
 void Team::await(int thread) {
   if (threads() == 1) return;
   const unsigned count = members_[thread].barriers.load(std::memory_order_relaxed);
-  wait([&] { return all_at(count); });
+  const auto here = [&] { return all_at(count); };
+  if (look(here)) return;
+  Member& self = members_[thread];
+  const bool retry = ++self.waits % RETRY == 0;
+  if (spin(retry ? PATIENCE : self.patience, here)) {
+    self.patience = retry ? PATIENCE : std::min(self.patience * 2, PATIENCE);
+  } else {
+    self.patience = std::max(self.patience / 2, SHORTEST);
+    sleep(here);
+  }
 }
 
 void Team::run(int threads, Call call, const void* work) {
@@ -144,7 +163,8 @@ void Team::run(int threads, Call call, const void* work) {
 void Team::serve(int thread) {
   for (unsigned seen = 0;; arrive(thread)) {
     const std::atomic<unsigned>& run = members_[thread].run;
-    wait([&] { return run.load() != seen; });
+    const auto called = [&] { return run.load() != seen; };
+    if (!spin(PATIENCE, called)) sleep(called);
     seen = run.load();
     call_(work_, *this, thread);
   }
@@ -157,8 +177,7 @@ bool Team::all_at(unsigned count) const {
 }
 
 template <class Condition>
-void Team::wait(Condition holds) {
-  if (spin(holds)) return;
+void Team::sleep(Condition holds) {
   std::unique_lock<std::mutex> lock(mutex_);
   sleepers_.fetch_add(1);
   changed_.wait(lock, holds);

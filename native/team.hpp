@@ -2,13 +2,15 @@
 //
 // Not OpenMP, whose threads cannot be had back after fork(), end the process where one cannot be started, and wait by
 // spinning for as long as the process's environment says. A thread here waits by a short spin, which costs nothing to
-// leave, and then asleep: its core is free, so a team with more threads than free cores loses little.
+// leave, and then asleep: its core is free for the thread that it waits for. Where spins turn out to be in vain (a
+// busy process beside us, more threads than cores) a thread soon spins hardly at all; where they are not, again.
 //
 // A team is borrowed for one run() and kept for later ones, so as many exist as ever ran at once. Nothing is allocated
 // but by the first run of a size. After fork() a child makes teams of its own.
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstddef>
 #include <memory>
@@ -46,12 +48,17 @@ class Team {
   struct alignas(128) Member {
     std::atomic<unsigned> barriers{0};  // that it has come to in this run
     std::atomic<unsigned> run{0};       // the latest that it is to take part in
+    // Its own: how long it spins at a barrier, and how often it has waited at one.
+    std::chrono::nanoseconds patience;
+    unsigned waits = 0;
+    Member();
   };
 
   void serve(int thread);
   bool all_at(unsigned count) const;
+  // Returns once `holds` does.
   template <class Condition>
-  void wait(Condition holds);
+  void sleep(Condition holds);
   void wake();
 
   std::atomic<int> threads_{1};  // of this run; a worker on its way out of the last one may still look

@@ -18,7 +18,7 @@
 
 using namespace matquant;
 
-// Calls of malloc and its kin by anything in this process: operator new, the C++ and the OpenMP library included.
+// Calls of malloc and its kin by anything in this process: operator new and the C++ library included.
 static std::atomic<long> allocations{0};
 
 #ifdef __SANITIZE_ADDRESS__

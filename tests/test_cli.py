@@ -1321,7 +1321,7 @@ DEFAULTS: dict[str, dict[str, str]] = {
         "--rule": "prefix",
         "--scope": "ffn",
         "--group-size": "channel",
-        "--symmetric": "(symmetric; rtn compares both)",
+        "--symmetric": "(by method)",
         "--affine": "(by method)",
         "--zeros": "own",
         "--grid": "uniform",

@@ -246,6 +246,12 @@ def test_other_errors_are_not_taken_for_a_full_machine() -> None:
     ] * 3
 
 
+def test_the_reason_behind_a_failed_import_is_found() -> None:
+    hidden = ImportError("numpy could not be imported")
+    hidden.__cause__ = ImportError("libblas.so: failed to map segment from shared object")
+    assert str(shortage(hidden)).startswith("the machine has no memory left (libblas.so: failed")
+
+
 def test_torch_threads_sleep_unless_the_environment_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     for given, found in (({}, "2000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)):
         monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)

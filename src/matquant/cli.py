@@ -84,8 +84,8 @@ def quantize(
         bool | None,
         Option(
             "--symmetric/--asymmetric",
-            help="8-bit zero-point at 128, or an integer one per group.",
-            show_default="symmetric; rtn compares both",
+            help="Zero-point at 128, or one per group.",
+            show_default="by method",
         ),
     ] = None,
     affine: Annotated[

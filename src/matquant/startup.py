@@ -58,15 +58,25 @@ def let_threads_sleep() -> None:
 
 
 def shortage(error: BaseException) -> str | None:
-    """One line for an error of a machine that has no memory or threads left; None for any other error."""
-    text = str(error).strip()
+    """One line for an error of a machine that has no memory or threads left; None for any other error.
+
+    Libraries hide the reason of a failed import in the errors behind theirs.
+    """
+    found: BaseException | None = error
+    while found is not None:
+        text = str(found).strip()
+        kind = _kind(found, text)
+        if kind is not None:
+            first = text.splitlines()[0][:200] if text else type(found).__name__
+            return f"the machine has no {kind} left ({first}); {REMEDIES[kind]}"
+        found = (found.__cause__ or found.__context__) if isinstance(found, ImportError) else None
+    return None
+
+
+def _kind(error: BaseException, text: str) -> str | None:
+    """What the machine has none of, by the error and its text."""
     if isinstance(error, MemoryError):
-        kind: str | None = "memory"
-    elif isinstance(error, (RuntimeError, ImportError, OSError)):
-        kind = next((kind for words, kind in SHORTAGES.items() if words in text), None)
-    else:
-        kind = None
-    if kind is None:
+        return "memory"
+    if not isinstance(error, (RuntimeError, ImportError, OSError)):
         return None
-    first = text.splitlines()[0][:200] if text else type(error).__name__
-    return f"the machine has no {kind} left ({first}); {REMEDIES[kind]}"
+    return next((kind for words, kind in SHORTAGES.items() if words in text), None)

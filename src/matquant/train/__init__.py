@@ -188,7 +188,9 @@ def quantize(
     )
     if symmetric is None and method == "rtn" and baseline_bits is None and grid == UNIFORM:
         suits, reason = choose_symmetry(source.model, views, shape)
-        shape, report = dataclasses.replace(shape, symmetric=suits), _with_notice(report, reason)
+        shape = dataclasses.replace(shape, symmetric=suits)
+        if reason:
+            report({"notice": reason})
     if chosen.settings:  # windows no longer than what the model was made for, unless told otherwise
         options = {"seq_len": min(chosen.settings.seq_len, context_length(source.model)), **options}
     settings = chosen.settings(**options) if chosen.settings else None

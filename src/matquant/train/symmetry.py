@@ -22,11 +22,9 @@ ROWS = 128  # of each weight that are looked at
 
 
 def choose_symmetry(model: Model, views: Mapping[str, View], grid: Grid) -> tuple[bool, str]:
-    """Whether a symmetric grid suits these weights, and the reason, for people."""
-    if grid.zeros != OWN:
-        return True, f"symmetric grid, which --zeros {grid.zeros} needs"
-    if any(".experts." in path for path in views):
-        return True, "symmetric grid: transformers reads fused experts without zero-points only"
+    """Whether a symmetric grid suits these weights; if not, the reason, for people."""
+    if grid.zeros != OWN or any(".experts." in path for path in views):
+        return True, ""  # nothing else is possible: transformers reads fused experts without zero-points only
     parameters = dict(model.named_parameters())
     errors = {True: 0.0, False: 0.0}
     for path, view in views.items():
@@ -36,7 +34,9 @@ def choose_symmetry(model: Model, views: Mapping[str, View], grid: Grid) -> tupl
             tensor = nest(rows, dataclasses.replace(grid, symmetric=symmetric), name=path)
             errors[symmetric] += float((tensor.read(BITS) - rows).double().square().sum())
     ratio = errors[False] / errors[True] if errors[True] > 0 else 1.0
-    found = f"an asymmetric grid has {ratio:.2f} times the squared error at int{BITS}"
-    if ratio <= CLEARLY:
-        return False, f"asymmetric grid chosen: {found}; --symmetric overrides"
-    return True, f"symmetric grid chosen: {found}, too little for its cost at int8; --asymmetric overrides"
+    if ratio > CLEARLY:
+        return True, ""
+    return False, (
+        f"asymmetric grid chosen: its squared error at int{BITS} is {ratio:.2f} of the symmetric grid's; "
+        "--symmetric overrides"
+    )
