@@ -4,7 +4,7 @@
 //   read                  bits of the code that it reads
 //   places                sums that its bytes go to; the integer is (sum over places of lifted(bytes)) >> base
 //   range<place>          how large the bytes are
-//   decode(..., sink)     calls sink(quad, place, bytes) for the eight vectors of a tile, once or twice each
+//   decode(..., sink)     calls sink(quad, place, piece, bytes) for all of the eight vectors of a tile, once or twice each
 
 // The planes of one row block.
 struct Streams {
@@ -38,35 +38,36 @@ MATQUANT_INLINE void prefetch(const Streams& streams, unsigned tile) {
   });
 }
 
-template <int PLANE>
-MATQUANT_INLINE Bytes plane_vector(const Streams& streams, unsigned tile, int half = 0) {
-  return load(streams.plane[PLANE] + static_cast<std::size_t>(tile) * tile_bytes(PLANE) + VECTOR_BYTES * half);
+template <int PLANE, int PIECE>
+MATQUANT_INLINE Piece plane_piece(const Streams& streams, unsigned tile, int half = 0) {
+  return load_piece<PIECE>(streams.plane[PLANE] + static_cast<std::size_t>(tile) * tile_bytes(PLANE) + VECTOR_BYTES * half);
 }
 
-// Calls body(pair, two, nibbles) for the four pairs of quads, 2 * pair in the high nibbles and 2 * pair + 1 in the low
-// ones. nibbles: the top four bits of the codes; of READ = 3 the last one is anything. two: in their places the top two.
+// Calls body(pair, piece, two, nibbles) for the four pairs of quads, 2 * pair in the high nibbles and 2 * pair + 1 in the
+// low ones. nibbles: the top four bits of the codes; of READ = 3 the last one is anything. two: the top two, in place.
 template <int READ, class Body>
 MATQUANT_INLINE void each_pair(const Streams& streams, unsigned tile, Body&& body) {
-  const Bytes third = plane_vector<1>(streams, tile);
-  Bytes fourth = third;
-  if constexpr (READ >= 4) fourth = plane_vector<2>(streams, tile);
-  unroll<4>([&](auto pair) MATQUANT_LAMBDA {
+  unroll<4 * PIECES>([&](auto at) MATQUANT_LAMBDA {
+    constexpr int PAIR = at.value / PIECES, PIECE = at.value % PIECES;
     constexpr int THIRD[4] = {0, -1, 1, 2}, FOURTH[4] = {0, 1, 2, 3};
-    const Bytes two = shift<pair.value % 2 == 1 ? -2 : 0>(plane_vector<0>(streams, tile, pair / 2));
-    if constexpr (READ == 3)
-      body(pair, two, select<0xCC>(two, shift<THIRD[pair]>(third)));
-    else
-      body(pair, two, select<0xCC, 0x22>(two, shift<THIRD[pair]>(third), shift<FOURTH[pair]>(fourth)));
+    const Piece two = shift<PAIR % 2 == 1 ? -2 : 0>(plane_piece<0, PIECE>(streams, tile, PAIR / 2));
+    const Piece third = shift<THIRD[PAIR]>(plane_piece<1, PIECE>(streams, tile));
+    if constexpr (READ == 3) {
+      body(Index<PAIR>{}, Index<PIECE>{}, two, select<0xCC>(two, third));
+    } else {
+      const Piece fourth = shift<FOURTH[PAIR]>(plane_piece<2, PIECE>(streams, tile));
+      body(Index<PAIR>{}, Index<PIECE>{}, two, select<0xCC, 0x22>(two, third, fourth));
+    }
   });
 }
 
 // The last four bits of the codes of a pair, as its nibbles; of READ = 6 the last two are 0.
-template <int READ, int PAIR>
-MATQUANT_INLINE Bytes low_bits(const Streams& streams, unsigned tile) {
+template <int READ, int PAIR, int PIECE>
+MATQUANT_INLINE Piece low_bits(const Streams& streams, unsigned tile) {
   constexpr bool ODD = PAIR % 2 == 1;
-  const Bytes six = plane_vector<3>(streams, tile, PAIR / 2);
+  const Piece six = plane_piece<3, PIECE>(streams, tile, PAIR / 2);
   if constexpr (READ == 6) return keep<0xCC>(shift<ODD ? -2 : 0>(six));
-  const Bytes eight = plane_vector<READ == 6 ? 3 : 4>(streams, tile, PAIR / 2);
+  const Piece eight = plane_piece<READ == 6 ? 3 : 4, PIECE>(streams, tile, PAIR / 2);
   return ODD ? select<0xCC>(left<2>(six), eight) : select<0xCC>(six, right<2>(eight));
 }
 
@@ -94,24 +95,26 @@ struct Uniform {
 
   template <class Sink>
   MATQUANT_INLINE void decode(const Streams& streams, unsigned tile, Sink&& sink) const {
-    const auto give = [&](auto quad, auto place, Bytes bytes) MATQUANT_LAMBDA {
+    const auto give = [&](auto quad, auto place, auto piece, Piece bytes) MATQUANT_LAMBDA {
       if constexpr (SLICED)
         bytes = slicer(bytes);
       else if constexpr (READ == 6 && M == 0)
         bytes = keep<0x3F>(right<2>(bytes));
-      sink(quad, Index<place.value % places>{}, bytes);
+      sink(quad, Index<place.value % places>{}, piece, bytes);
     };
     if constexpr (READ == 2) {
-      unroll<2>([&](auto half) MATQUANT_LAMBDA {
-        const Bytes two = plane_vector<0>(streams, tile, half);
-        give(Index<4 * half.value>{}, Index<0>{}, IN_PLACE ? keep<0xC0>(two) : keep<0x03>(right<6>(two)));
-        give(Index<4 * half.value + 1>{}, Index<1>{}, IN_PLACE ? keep<0x0C>(two) : keep<0x03>(right<2>(two)));
-        give(Index<4 * half.value + 2>{}, Index<2>{}, IN_PLACE ? keep<0x30>(two) : keep<0x03>(right<4>(two)));
-        give(Index<4 * half.value + 3>{}, Index<3>{}, keep<0x03>(two));
+      unroll<2 * PIECES>([&](auto at) MATQUANT_LAMBDA {
+        constexpr int HALF = at.value / PIECES, PIECE = at.value % PIECES;
+        constexpr Index<PIECE> piece{};
+        const Piece two = plane_piece<0, PIECE>(streams, tile, HALF);
+        give(Index<4 * HALF>{}, Index<0>{}, piece, IN_PLACE ? keep<0xC0>(two) : keep<0x03>(right<6>(two)));
+        give(Index<4 * HALF + 1>{}, Index<1>{}, piece, IN_PLACE ? keep<0x0C>(two) : keep<0x03>(right<2>(two)));
+        give(Index<4 * HALF + 2>{}, Index<2>{}, piece, IN_PLACE ? keep<0x30>(two) : keep<0x03>(right<4>(two)));
+        give(Index<4 * HALF + 3>{}, Index<3>{}, piece, keep<0x03>(two));
       });
     } else {
-      each_pair<READ>(streams, tile, [&](auto pair, const Bytes&, const Bytes& nibbles) MATQUANT_LAMBDA {
-        Bytes high{}, low{};
+      each_pair<READ>(streams, tile, [&](auto pair, auto piece, const Piece&, const Piece& nibbles) MATQUANT_LAMBDA {
+        Piece high{}, low{};
         if constexpr (READ == 3) {
           high = IN_PLACE ? keep<0xE0>(nibbles) : keep<0x07>(right<5>(nibbles));
           low = IN_PLACE ? keep<0x0E>(nibbles) : keep<0x07>(right<1>(nibbles));
@@ -119,12 +122,12 @@ struct Uniform {
           high = IN_PLACE ? keep<0xF0>(nibbles) : keep<0x0F>(right<4>(nibbles));
           low = keep<0x0F>(nibbles);
         } else {
-          const Bytes rest = low_bits<READ, pair.value>(streams, tile);
+          const Piece rest = low_bits<READ, pair.value, piece.value>(streams, tile);
           high = select<0xF0>(nibbles, right<4>(rest));
           low = select<0xF0>(left<4>(nibbles), rest);
         }
-        give(Index<2 * pair.value>{}, Index<0>{}, high);
-        give(Index<2 * pair.value + 1>{}, Index<1>{}, low);
+        give(Index<2 * pair.value>{}, Index<0>{}, piece, high);
+        give(Index<2 * pair.value + 1>{}, Index<1>{}, piece, low);
       });
     }
   }
@@ -173,50 +176,52 @@ struct Companded {
   template <class Sink>
   MATQUANT_INLINE void decode(const Streams& streams, unsigned tile, Sink&& sink) const {
     if constexpr (READ == 2) {
-      unroll<2>([&](auto half) MATQUANT_LAMBDA {
-        const Bytes two = plane_vector<0>(streams, tile, half);
-        const Bytes high = high_nibbles(two), low = keep<0x0F>(two);
-        give<4 * half.value>(look_up(top, high), sink);
-        give<4 * half.value + 1>(look_up(top, low), sink);
-        give<4 * half.value + 2>(look_up(rest, high), sink);
-        give<4 * half.value + 3>(look_up(rest, low), sink);
+      unroll<2 * PIECES>([&](auto at) MATQUANT_LAMBDA {
+        constexpr int HALF = at.value / PIECES, PIECE = at.value % PIECES;
+        const Piece two = plane_piece<0, PIECE>(streams, tile, HALF);
+        const Piece high = high_nibbles(two), low = keep<0x0F>(two);
+        give<4 * HALF, PIECE>(look_up(top, high), sink);
+        give<4 * HALF + 1, PIECE>(look_up(top, low), sink);
+        give<4 * HALF + 2, PIECE>(look_up(rest, high), sink);
+        give<4 * HALF + 3, PIECE>(look_up(rest, low), sink);
       });
     } else {
-      each_pair<READ>(streams, tile, [&](auto pair, const Bytes& two, const Bytes& nibbles) MATQUANT_LAMBDA {
-        const Bytes high = high_nibbles(nibbles), low = keep<0x0F>(nibbles);
+      each_pair<READ>(streams, tile, [&](auto pair, auto piece, const Piece& two, const Piece& nibbles) MATQUANT_LAMBDA {
+        constexpr int HIGH = 2 * pair.value, LOW = HIGH + 1, PIECE = piece.value;
+        const Piece high = high_nibbles(nibbles), low = keep<0x0F>(nibbles);
         if constexpr (READ <= 4) {
-          give<2 * pair.value>(look_up(top, high), sink);
-          give<2 * pair.value + 1>(look_up(top, low), sink);
+          give<HIGH, PIECE>(look_up(top, high), sink);
+          give<LOW, PIECE>(look_up(top, low), sink);
         } else if constexpr (READ == 6) {
           // The top two bits, then the last two: all that the rest depends on.
-          const Bytes six = plane_vector<3>(streams, tile, pair / 2);
-          const Bytes ends = select<0xCC>(two, shift<pair.value % 2 == 1 ? 0 : 2>(six));
-          give<2 * pair.value>(look_up(top, high), look_up(rest, high_nibbles(ends)), sink);
-          give<2 * pair.value + 1>(look_up(top, low), look_up(rest, keep<0x0F>(ends)), sink);
+          const Piece six = plane_piece<3, PIECE>(streams, tile, pair / 2);
+          const Piece ends = select<0xCC>(two, shift<pair.value % 2 == 1 ? 0 : 2>(six));
+          give<HIGH, PIECE>(look_up(top, high), look_up(rest, high_nibbles(ends)), sink);
+          give<LOW, PIECE>(look_up(top, low), look_up(rest, keep<0x0F>(ends)), sink);
         } else {
-          const Bytes four = low_bits<READ, pair.value>(streams, tile);
-          give<2 * pair.value>(look_up(top, high), slope(high, keep(right<4>(four), rest_mask)), sink);
-          give<2 * pair.value + 1>(look_up(top, low), slope(low, keep(four, rest_mask)), sink);
+          const Piece four = low_bits<READ, pair.value, PIECE>(streams, tile);
+          give<HIGH, PIECE>(look_up(top, high), slope(high, keep(right<4>(four), rest_mask)), sink);
+          give<LOW, PIECE>(look_up(top, low), slope(low, keep(four, rest_mask)), sink);
         }
       });
     }
   }
 
   // The last four bits plus a quarter of them, or less it, by the slope of the top four.
-  MATQUANT_INLINE Bytes slope(const Bytes& nibbles, const Bytes& four) const {
+  MATQUANT_INLINE Piece slope(const Piece& nibbles, const Piece& four) const {
     return add_signed(four, look_up(rest, four), look_up(sign, nibbles));
   }
-  template <int QUAD, class Sink>
-  MATQUANT_INLINE static void give(const Bytes& bytes, Sink&& sink) {
-    sink(Index<QUAD>{}, Index<QUAD % places>{}, bytes);
+  template <int QUAD, int PIECE, class Sink>
+  MATQUANT_INLINE static void give(const Piece& bytes, Sink&& sink) {
+    sink(Index<QUAD>{}, Index<QUAD % places>{}, Index<PIECE>{}, bytes);
   }
-  template <int QUAD, class Sink>
-  MATQUANT_INLINE static void give(const Bytes& above, const Bytes& below, Sink&& sink) {
+  template <int QUAD, int PIECE, class Sink>
+  MATQUANT_INLINE static void give(const Piece& above, const Piece& below, Sink&& sink) {
     if constexpr (SPLIT) {
-      sink(Index<QUAD>{}, Index<0>{}, below);
-      sink(Index<QUAD>{}, Index<1>{}, above);
+      sink(Index<QUAD>{}, Index<0>{}, Index<PIECE>{}, below);
+      sink(Index<QUAD>{}, Index<1>{}, Index<PIECE>{}, above);
     } else {
-      give<QUAD>(add(above, below), sink);
+      give<QUAD, PIECE>(add_bytes(above, below), sink);
     }
   }
 };
@@ -229,8 +234,9 @@ void decode_tiles(const Streams& streams, const Width& width, unsigned first, un
   const Reading reading(width);
   for (unsigned tile = first; tile < stop; ++tile) {
     prefetch<Reading::read>(streams, tile);
-    reading.decode(streams, tile,
-                   [&](auto quad, auto, const Bytes& bytes) MATQUANT_LAMBDA { store(out + quad * VECTOR_BYTES, bytes); });
+    reading.decode(streams, tile, [&](auto quad, auto, auto piece, const Piece& bytes) MATQUANT_LAMBDA {
+      store_piece<piece.value>(out + quad * VECTOR_BYTES, bytes);
+    });
     out += TILE_QUADS * VECTOR_BYTES;
   }
 }

@@ -30,7 +30,7 @@ MATQUANT_INLINE int smaller(int a, int b) { return a < b ? a : b; }
 
 // Right by COUNT bits, left if that is negative.
 template <int COUNT>
-MATQUANT_INLINE Bytes shift(const Bytes& a) {
+MATQUANT_INLINE Piece shift(const Piece& a) {
   if constexpr (COUNT < 0)
     return left<-COUNT>(a);
   else if constexpr (COUNT > 0)
@@ -213,10 +213,10 @@ void block_of_rows(const Linear& weight, const Width& width, const Input& input,
     const std::int8_t* codes = x.codes;
     for (unsigned tile = segment.first_tile; tile < segment.stop_tile; ++tile, codes += TILE_INPUTS * M) {
       prefetch<Reading::read>(streams, tile);
-      reading.decode(streams, tile, [&](auto quad, auto place, Bytes bytes) MATQUANT_LAMBDA {
+      reading.decode(streams, tile, [&](auto quad, auto place, auto piece, const Piece& bytes) MATQUANT_LAMBDA {
         constexpr Range RANGE = Reading::template range<place.value>;
         unroll<M>([&](auto token) MATQUANT_LAMBDA {
-          sums[place * M + token].template add<RANGE, quad.value>(bytes, codes + (quad * M + token) * 4);
+          sums[place * M + token].template add<RANGE, quad.value, piece.value>(bytes, codes + (quad * M + token) * 4);
         });
       });
     }
@@ -293,9 +293,12 @@ MATQUANT_INLINE void multiply_panel(const std::uint8_t* codes, unsigned tiles, i
   for (unsigned tile = 0; tile < tiles; ++tile) {
     unroll<TILE_QUADS>([&](auto quad) MATQUANT_LAMBDA {
       unroll<BLOCKS>([&](auto block) MATQUANT_LAMBDA {
-        const Bytes bytes = load(codes + block * SEGMENT_BYTES + quad * VECTOR_BYTES);
-        unroll<TOKENS>([&](auto token) MATQUANT_LAMBDA {
-          sums[block * TOKENS + token].template add<RANGE, quad.value>(bytes, x_codes + (quad * M + token) * 4);
+        unroll<PIECES>([&](auto piece) MATQUANT_LAMBDA {
+          const Piece bytes = load_piece<piece.value>(codes + block * SEGMENT_BYTES + quad * VECTOR_BYTES);
+          unroll<TOKENS>([&](auto token) MATQUANT_LAMBDA {
+            sums[block * TOKENS + token].template add<RANGE, quad.value, piece.value>(bytes,
+                                                                                      x_codes + (quad * M + token) * 4);
+          });
         });
       });
     });

@@ -14,8 +14,11 @@ constexpr int fused_tokens(int read) { return read <= 4 ? 4 : 1; }
 constexpr int GEMM_BLOCKS = 1;
 constexpr int GEMM_STEP = 4;  // 4 tokens x 2 registers of sums, of 16
 
+// Decoded in pieces, rows 0..7 and rows 8..15: sixteen registers hold no more.
+constexpr int PIECES = 2;
+using Piece = __m256i;
 struct Bytes {
-  __m256i low, high;  // rows 0..7, rows 8..15
+  Piece low, high;
 };
 struct Ints {
   __m256i low, high;
@@ -30,34 +33,35 @@ MATQUANT_INLINE const __m256i* vectors(const void* from) { return static_cast<co
 MATQUANT_INLINE Bytes load(const std::uint8_t* from) {
   return {_mm256_load_si256(vectors(from)), _mm256_load_si256(vectors(from) + 1)};
 }
-MATQUANT_INLINE void store(std::uint8_t* to, Bytes a) {
-  _mm256_store_si256(reinterpret_cast<__m256i*>(to), a.low);
-  _mm256_store_si256(reinterpret_cast<__m256i*>(to) + 1, a.high);
+template <int PIECE>
+MATQUANT_INLINE Piece load_piece(const std::uint8_t* from) {
+  return _mm256_load_si256(vectors(from) + PIECE);
+}
+template <int PIECE>
+MATQUANT_INLINE void store_piece(std::uint8_t* to, Piece a) {
+  _mm256_store_si256(reinterpret_cast<__m256i*>(to) + PIECE, a);
 }
 template <int MASK>
-MATQUANT_INLINE Bytes keep(Bytes a) {
-  return {_mm256_and_si256(a.low, all(MASK)), _mm256_and_si256(a.high, all(MASK))};
+MATQUANT_INLINE Piece keep(Piece a) {
+  return _mm256_and_si256(a, all(MASK));
 }
 template <int MASK>
-MATQUANT_INLINE Bytes select(Bytes a, Bytes b) {
-  return {_mm256_or_si256(_mm256_and_si256(a.low, all(MASK)), _mm256_andnot_si256(all(MASK), b.low)),
-          _mm256_or_si256(_mm256_and_si256(a.high, all(MASK)), _mm256_andnot_si256(all(MASK), b.high))};
+MATQUANT_INLINE Piece select(Piece a, Piece b) {
+  return _mm256_or_si256(_mm256_and_si256(a, all(MASK)), _mm256_andnot_si256(all(MASK), b));
 }
 // The bits of FIRST from a, of SECOND from b, the others from c.
 template <int FIRST, int SECOND>
-MATQUANT_INLINE Bytes select(Bytes a, Bytes b, Bytes c) {
-  const Bytes first = keep<FIRST>(a), second = keep<SECOND>(b), rest = keep<(0xFF & ~(FIRST | SECOND))>(c);
-  return {_mm256_or_si256(_mm256_or_si256(first.low, second.low), rest.low),
-          _mm256_or_si256(_mm256_or_si256(first.high, second.high), rest.high)};
+MATQUANT_INLINE Piece select(Piece a, Piece b, Piece c) {
+  return _mm256_or_si256(_mm256_or_si256(keep<FIRST>(a), keep<SECOND>(b)), keep<(0xFF & ~(FIRST | SECOND))>(c));
 }
 // Shifts move 16-bit lanes: bits cross bytes, and the caller masks them away.
 template <int COUNT>
-MATQUANT_INLINE Bytes right(Bytes a) {
-  return {_mm256_srli_epi16(a.low, COUNT), _mm256_srli_epi16(a.high, COUNT)};
+MATQUANT_INLINE Piece right(Piece a) {
+  return _mm256_srli_epi16(a, COUNT);
 }
 template <int COUNT>
-MATQUANT_INLINE Bytes left(Bytes a) {
-  return {_mm256_slli_epi16(a.low, COUNT), _mm256_slli_epi16(a.high, COUNT)};
+MATQUANT_INLINE Piece left(Piece a) {
+  return _mm256_slli_epi16(a, COUNT);
 }
 
 struct Slicer {
@@ -69,31 +73,24 @@ struct Slicer {
         mask(all(width.mask)),
         round_mask(all(width.round_mask)),
         cap(all(width.cap)) {}
-  MATQUANT_INLINE __m256i half(__m256i a) const {
+  MATQUANT_INLINE Piece operator()(Piece a) const {
     const __m256i top = _mm256_and_si256(_mm256_srl_epi16(a, shift), mask);
     const __m256i rounding = _mm256_and_si256(_mm256_srl_epi16(a, round_shift), round_mask);
     return _mm256_min_epu8(_mm256_add_epi8(top, rounding), cap);
   }
-  MATQUANT_INLINE Bytes operator()(Bytes a) const { return {half(a.low), half(a.high)}; }
 };
 
 using Table = __m256i;
 MATQUANT_INLINE Table load_table(const std::uint8_t (&bytes)[16]) {
   return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
 }
-MATQUANT_INLINE Bytes keep(Bytes a, Table mask) {
-  return {_mm256_and_si256(a.low, mask), _mm256_and_si256(a.high, mask)};
-}
-MATQUANT_INLINE Bytes high_nibbles(Bytes a) { return keep<0x0F>(right<4>(a)); }
+MATQUANT_INLINE Piece keep(Piece a, Table mask) { return _mm256_and_si256(a, mask); }
+MATQUANT_INLINE Piece high_nibbles(Piece a) { return keep<0x0F>(right<4>(a)); }
 // Bytes of `at` are below 16.
-MATQUANT_INLINE Bytes look_up(Table table, Bytes at) {
-  return {_mm256_shuffle_epi8(table, at.low), _mm256_shuffle_epi8(table, at.high)};
-}
-MATQUANT_INLINE Bytes add(Bytes a, Bytes b) { return {_mm256_add_epi8(a.low, b.low), _mm256_add_epi8(a.high, b.high)}; }
+MATQUANT_INLINE Piece look_up(Table table, Piece at) { return _mm256_shuffle_epi8(table, at); }
+MATQUANT_INLINE Piece add_bytes(Piece a, Piece b) { return _mm256_add_epi8(a, b); }
 // a + b where sign is 1, a - b where it is -1
-MATQUANT_INLINE Bytes add_signed(Bytes a, Bytes b, Bytes sign) {
-  return add(a, Bytes{_mm256_sign_epi8(b.low, sign.low), _mm256_sign_epi8(b.high, sign.high)});
-}
+MATQUANT_INLINE Piece add_signed(Piece a, Piece b, Piece sign) { return add_bytes(a, _mm256_sign_epi8(b, sign)); }
 
 MATQUANT_INLINE Ints add(Ints a, Ints b) {
   return {_mm256_add_epi32(a.low, b.low), _mm256_add_epi32(a.high, b.high)};
@@ -160,31 +157,27 @@ struct Sum {
     ints = shorts = {_mm256_setzero_si256(), _mm256_setzero_si256()};
   }
   template <Range RANGE>
-  MATQUANT_INLINE static __m256i pairs(__m256i bytes, __m256i x) {
+  MATQUANT_INLINE static __m256i pairs(Piece bytes, __m256i x) {
     if constexpr (RANGE == Range::any) {
       const __m256i centred = _mm256_xor_si256(bytes, all(0x80));
       return _mm256_maddubs_epi16(_mm256_abs_epi8(centred), _mm256_sign_epi8(x, centred));
     }
     return _mm256_maddubs_epi16(bytes, x);
   }
-  MATQUANT_INLINE static __m256i widen(__m256i pairs) { return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)); }
-  template <Range RANGE, int QUAD>
-  MATQUANT_INLINE void add(Bytes bytes, const std::int8_t* x) {
+  template <Range RANGE, int QUAD, int PIECE>
+  MATQUANT_INLINE void add(Piece bytes, const std::int8_t* x) {
     constexpr int RUN = run(RANGE);
     std::int32_t four;
     __builtin_memcpy(&four, x, 4);
-    const __m256i fours = _mm256_set1_epi32(four);
-    const __m256i low = pairs<RANGE>(bytes.low, fours), high = pairs<RANGE>(bytes.high, fours);
-    if constexpr (RUN == 1) {
-      ints = {_mm256_add_epi32(ints.low, widen(low)), _mm256_add_epi32(ints.high, widen(high))};
-    } else {
-      if constexpr (QUAD % RUN == 0)
-        shorts = {low, high};
-      else
-        shorts = {_mm256_add_epi16(shorts.low, low), _mm256_add_epi16(shorts.high, high)};
-      if constexpr (QUAD % RUN == RUN - 1)
-        ints = {_mm256_add_epi32(ints.low, widen(shorts.low)), _mm256_add_epi32(ints.high, widen(shorts.high))};
-    }
+    const __m256i two = pairs<RANGE>(bytes, _mm256_set1_epi32(four));
+    __m256i& sum = PIECE == 0 ? ints.low : ints.high;
+    __m256i& run_sum = PIECE == 0 ? shorts.low : shorts.high;
+    if constexpr (QUAD % RUN == 0)
+      run_sum = two;
+    else
+      run_sum = _mm256_add_epi16(run_sum, two);
+    if constexpr (QUAD % RUN == RUN - 1)
+      sum = _mm256_add_epi32(sum, _mm256_madd_epi16(run_sum, _mm256_set1_epi16(1)));
   }
   MATQUANT_INLINE Ints total() const { return ints; }
 };

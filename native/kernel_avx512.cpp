@@ -19,7 +19,16 @@ struct Ints {
 using Floats = __m512;
 
 MATQUANT_INLINE Bytes load(const std::uint8_t* from) { return _mm512_load_si512(from); }
-MATQUANT_INLINE void store(std::uint8_t* to, Bytes bytes) { _mm512_store_si512(to, bytes); }
+constexpr int PIECES = 1;  // bytes are decoded all at once
+using Piece = Bytes;
+template <int>
+MATQUANT_INLINE Piece load_piece(const std::uint8_t* from) {
+  return load(from);
+}
+template <int>
+MATQUANT_INLINE void store_piece(std::uint8_t* to, Piece bytes) {
+  _mm512_store_si512(to, bytes);
+}
 template <int MASK>
 MATQUANT_INLINE Bytes keep(Bytes a) {
   return _mm512_and_si512(a, _mm512_set1_epi8(static_cast<char>(MASK)));
@@ -67,7 +76,7 @@ MATQUANT_INLINE Bytes keep(Bytes a, Table mask) { return _mm512_and_si512(a, mas
 MATQUANT_INLINE Bytes high_nibbles(Bytes a) { return keep<0x0F>(right<4>(a)); }
 // Bytes of `at` are below 16.
 MATQUANT_INLINE Bytes look_up(Table table, Bytes at) { return _mm512_shuffle_epi8(table, at); }
-MATQUANT_INLINE Bytes add(Bytes a, Bytes b) { return _mm512_add_epi8(a, b); }
+MATQUANT_INLINE Bytes add_bytes(Bytes a, Bytes b) { return _mm512_add_epi8(a, b); }
 // a + b where sign is 1, a - b where it is -1
 MATQUANT_INLINE Bytes add_signed(Bytes a, Bytes b, Bytes sign) {
   return _mm512_mask_sub_epi8(_mm512_add_epi8(a, b), _mm512_movepi8_mask(sign), a, b);
@@ -111,7 +120,7 @@ struct Sum {
   static constexpr int taken(Range) { return 0; }
   __m512i ints;
   MATQUANT_INLINE void clear() { ints = _mm512_setzero_si512(); }
-  template <Range, int>
+  template <Range, int, int>
   MATQUANT_INLINE void add(Bytes bytes, const std::int8_t* x) {
     std::int32_t four;
     __builtin_memcpy(&four, x, 4);

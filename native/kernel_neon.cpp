@@ -29,7 +29,14 @@ struct Floats {
 };
 
 MATQUANT_INLINE Bytes load(const std::uint8_t* from) { return MATQUANT_FOUR(vld1q_u8(from + 16 * i)); }
-MATQUANT_INLINE void store(std::uint8_t* to, Bytes a) {
+constexpr int PIECES = 1;  // bytes are decoded all at once
+using Piece = Bytes;
+template <int>
+MATQUANT_INLINE Piece load_piece(const std::uint8_t* from) {
+  return load(from);
+}
+template <int>
+MATQUANT_INLINE void store_piece(std::uint8_t* to, Piece a) {
   for (int i = 0; i < 4; ++i) vst1q_u8(to + 16 * i, a.at[i]);
 }
 template <int MASK>
@@ -76,7 +83,7 @@ MATQUANT_INLINE Bytes keep(Bytes a, Table mask) { return MATQUANT_FOUR(vandq_u8(
 MATQUANT_INLINE Bytes high_nibbles(Bytes a) { return right<4>(a); }
 // Bytes of `at` are below 16.
 MATQUANT_INLINE Bytes look_up(Table table, Bytes at) { return MATQUANT_FOUR(vqtbl1q_u8(table, at.at[i])); }
-MATQUANT_INLINE Bytes add(Bytes a, Bytes b) { return MATQUANT_FOUR(vaddq_u8(a.at[i], b.at[i])); }
+MATQUANT_INLINE Bytes add_bytes(Bytes a, Bytes b) { return MATQUANT_FOUR(vaddq_u8(a.at[i], b.at[i])); }
 // a + b where sign is 1, a - b where it is -1
 MATQUANT_INLINE Bytes add_signed(Bytes a, Bytes b, Bytes sign) {
   return MATQUANT_FOUR(vmlaq_u8(a.at[i], b.at[i], sign.at[i]));
@@ -139,7 +146,7 @@ struct Sum {
     if constexpr (taken(RANGE) == 0) return vreinterpretq_s8_u8(bytes);
     return vreinterpretq_s8_u8(veorq_u8(bytes, vdupq_n_u8(0x80)));
   }
-  template <Range RANGE, int>
+  template <Range RANGE, int, int>
   MATQUANT_INLINE void add(Bytes bytes, const std::int8_t* x) {
     std::int32_t four;
     __builtin_memcpy(&four, x, 4);

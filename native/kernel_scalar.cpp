@@ -29,7 +29,16 @@ inline Bytes load(const std::uint8_t* from) {
   std::memcpy(out.at, from, 64);
   return out;
 }
-inline void store(std::uint8_t* to, const Bytes& bytes) { std::memcpy(to, bytes.at, 64); }
+constexpr int PIECES = 1;  // bytes are decoded all at once
+using Piece = Bytes;
+template <int>
+inline Piece load_piece(const std::uint8_t* from) {
+  return load(from);
+}
+template <int>
+inline void store_piece(std::uint8_t* to, const Piece& bytes) {
+  std::memcpy(to, bytes.at, 64);
+}
 template <int MASK>
 inline Bytes keep(Bytes a) {
   MATQUANT_EACH(64) a.at[i] &= MASK;
@@ -85,7 +94,7 @@ inline Bytes look_up(const Table& table, Bytes at) {
   MATQUANT_EACH(64) at.at[i] = table.at[at.at[i]];
   return at;
 }
-inline Bytes add(Bytes a, const Bytes& b) {
+inline Bytes add_bytes(Bytes a, const Bytes& b) {
   MATQUANT_EACH(64) a.at[i] = static_cast<std::uint8_t>(a.at[i] + b.at[i]);
   return a;
 }
@@ -181,7 +190,7 @@ struct Sum {
   static constexpr int taken(Range) { return 0; }  // what the bytes are taken less
   Ints ints;
   void clear() { ints = {}; }
-  template <Range, int>
+  template <Range, int, int>
   void add(const Bytes& bytes, const std::int8_t* x) {
     MATQUANT_EACH(16)
     ints.at[i] += bytes.at[4 * i] * x[0] + bytes.at[4 * i + 1] * x[1] + bytes.at[4 * i + 2] * x[2] +
