@@ -11,7 +11,8 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "matquant"
 # A module may import from layers before its own, or from its own package.
 LAYERS = [
     {"errors", "streams", "startup"},
-    {"locks", "arguments"},
+    {"arguments"},
+    {"locks"},
     {"nest", "files", "packing", "panics", "tensors", "hub", "ties", "progress", "threads"},
     {"spec", "grid", "overflow", "source", "facts", "interrupted"},
     {"tensor", "tensor_file", "text", "intact", "manifest"},

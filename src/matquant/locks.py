@@ -26,6 +26,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
+from matquant.arguments import check_types
 from matquant.errors import InputError
 
 try:
@@ -94,6 +95,7 @@ def holding(argument: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
 def check_place(out: Path | str) -> Path:
     """The absolute path that is written for ``out``, links followed; InputError where nothing can be written."""
+    check_types(out=out)
     given = Path(out)
     try:
         if given.is_symlink() and not given.exists():
