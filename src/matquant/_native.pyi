@@ -7,9 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 class Weight:
-    def __init__(
-        self, codes: NDArray[np.uint8], resident_bits: int, rule: int, group: int, grid: int = 0
-    ) -> None: ...
+    def __init__(self, codes: NDArray[np.uint8], resident_bits: int, rule: int, group: int, grid: int = 0) -> None: ...
     def add_values(
         self, scale: NDArray[np.float32] | NDArray[np.uint16], zero: NDArray[np.float32] | NDArray[np.uint16]
     ) -> int: ...
