@@ -158,6 +158,8 @@ def test_one_token_at_a_time_is_the_same_for_any_number_of_threads(
     [
         {"rule": "round"},
         {"rule": "extra"},
+        {"grid": "companded"},
+        {"grid": "companded", "group_size": 16, "affine": "none"},
         {"group_size": 16},
         {"symmetric": False, "group_size": 16},
         {"affine": "none", "scale_dtype": "float32"},
@@ -166,7 +168,7 @@ def test_one_token_at_a_time_is_the_same_for_any_number_of_threads(
     ],
     ids=str,
 )
-def test_rules_groups_zeros_and_scopes_are_exact_too(
+def test_rules_grids_groups_zeros_and_scopes_are_exact_too(
     options: dict[str, Any], checkpoint_of: Callable[..., Path]
 ) -> None:
     directory = checkpoint_of("llama", **options)
