@@ -1,9 +1,12 @@
 """Models on the Hugging Face hub: the one file that imports huggingface_hub, which transformers and tokenizers need."""
 
+import contextlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import huggingface_hub
 from huggingface_hub import constants, errors
+from huggingface_hub.utils import disable_progress_bars, enable_progress_bars  # type: ignore[attr-defined]
 
 from matquant.errors import InputError
 
@@ -49,3 +52,20 @@ def find_snapshot(name: str) -> Path | None:
             "give a Hugging Face model directory, or a hub id when there is a network"
         ) from None
     return Path(huggingface_hub.hf_hub_download(name, CONFIG)).parent
+
+
+def fetch_files(name: str, files: Sequence[str]) -> Path | None:
+    """The local snapshot of a hub id with those of ``files`` that it has; what is cached must do without a network.
+
+    None if nothing is cached.
+    """
+    with contextlib.suppress(OSError, ValueError):  # the hub's own errors are OSErrors
+        disable_progress_bars()
+        try:
+            return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(files)))
+        finally:
+            enable_progress_bars()
+    with contextlib.suppress(ValueError):
+        cached = huggingface_hub.try_to_load_from_cache(name, CONFIG)
+        return Path(cached).parent if isinstance(cached, str) else None
+    return None

@@ -10,11 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from huggingface_hub import snapshot_download, try_to_load_from_cache
-from huggingface_hub.utils import disable_progress_bars, enable_progress_bars  # type: ignore[attr-defined]
-
 from matquant.checkpoint import SIDE_FILES, side_files
 from matquant.files import MARK
+from matquant.hub import fetch_files
 
 TEXT_SUFFIXES = (".json", ".jinja", ".txt")
 MARK_BYTES = MARK.encode()
@@ -34,18 +32,7 @@ def local_directory(source: Path | str) -> Path | None:
 
     Files of the hub's snapshot that are not cached yet are fetched, unless HF_HUB_OFFLINE says not to.
     """
-    if Path(source).is_dir():
-        return Path(source)
-    with contextlib.suppress(OSError, ValueError):  # the hub's own errors are OSErrors; then what is cached must do
-        disable_progress_bars()
-        try:
-            return Path(snapshot_download(str(source), allow_patterns=list(SIDE_FILES)))
-        finally:
-            enable_progress_bars()
-    with contextlib.suppress(ValueError):
-        config = try_to_load_from_cache(str(source), "config.json")
-        return Path(config).parent if isinstance(config, str) else None
-    return None
+    return Path(source) if Path(source).is_dir() else fetch_files(str(source), SIDE_FILES)
 
 
 @contextlib.contextmanager
