@@ -308,7 +308,7 @@ def test_a_panic_of_tokenizers_is_one_line(panic: str, tmp_path: Path, capfd: py
     assert str(caught.value).startswith(str(file))
     assert str(caught.value).endswith("; copy it again")
     assert "\n" not in str(caught.value)
-    with pytest.raises(matquant.InputError, match=f"{tmp_path}.* (copy it again|put tokenizer.json beside the model)$"):
+    with pytest.raises(matquant.InputError, match=f"{tmp_path}.* (copy it again|repair its tokenizer files)$"):
         load_tokenizer(tmp_path)
     assert threading.active_count() > 1 or capfd.readouterr().err == "", "the panic's own report is not shown"
 

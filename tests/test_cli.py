@@ -881,6 +881,7 @@ def test_quantising_takes_every_option_of_the_record(run: Run, llama: Path, tmp_
         "data_sha256": "",
         "stored_bits": 8,
         "zeros": "own",
+        "grid": "uniform",
     }
 
 

@@ -30,9 +30,11 @@ def one_sided(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def made(model: Path, out: Path, **options: Any) -> tuple[matquant.Spec, list[str]]:
     """The spec of what rtn made, and the notices."""
-    notices: list[str] = []
-    matquant.quantize(model, out, method="rtn", scope="all", report=lambda r: notices.append(r["notice"]), **options)
-    return matquant.open_checkpoint(out).spec, sorted(set(notices))
+    notices: list[str | None] = []
+    matquant.quantize(
+        model, out, method="rtn", scope="all", report=lambda r: notices.append(r.get("notice")), **options
+    )
+    return matquant.open_checkpoint(out).spec, sorted({notice for notice in notices if notice is not None})
 
 
 def int4_error(model: Path, out: Path) -> float:

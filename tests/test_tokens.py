@@ -14,7 +14,6 @@ import huggingface_hub.constants
 import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import convert_slow_tokenizer
 
 import matquant
 from conftest import make_tokenizer
@@ -37,6 +36,8 @@ from matquant.spec import Plan
 from matquant.text import check_ids, read_documents, token_stream
 from matquant.train.tokenizer import Texts, read_texts
 
+# The module; transformers has a function of the same name.
+convert_slow_tokenizer = importlib.import_module("transformers.convert_slow_tokenizer")
 END = "<|endoftext|>"
 ENDS = {"bos_token": END, "eos_token": END}
 EXTRA = ["an <x> b<y>", "<s>he</s>", "he llo"]
@@ -510,6 +511,7 @@ def test_a_byte_order_mark_is_dropped_from_every_file_a_user_gives(
     lines = iter([f"{MARK}/quit"])
     out = matquant.quantize(llama, tmp_path / "out", method="rtn")
     marked(out / "chat_template.jinja", "{{ messages[0].content }}")
+    matquant.seal_checkpoint(out)
     options = {"engine": {"check_hashes": False}, "system": "", "bits": None, "plan": None}
     assert chat(out, read=lambda _: next(lines), **options) == 0
 

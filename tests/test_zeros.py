@@ -55,7 +55,12 @@ def test_they_cost_half_the_bytes_of_scales_and_zeros(llama: Path, tmp_path: Pat
         own, centre = (
             open_checkpoint(
                 matquant.quantize(
-                    llama, tmp_path / f"{zeros}{group_size}", method="rtn", zeros=zeros, group_size=group_size
+                    llama,
+                    tmp_path / f"{zeros}{group_size}",
+                    method="rtn",
+                    zeros=zeros,
+                    group_size=group_size,
+                    symmetric=True,
                 )
             )
             for zeros in ("own", "centre")

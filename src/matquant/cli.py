@@ -93,7 +93,7 @@ def quantize(
         Option(help="Own affines of widths 2-4: none, refit, learned.", show_default="by method"),
     ] = None,
     zeros: Annotated[str, Option(help="Their zeros: own, or centre (not stored).")] = "own",
-    grid: Annotated[str, Option(help="uniform, or companded: finer steps about 0 (docs/concepts.md).")] = "uniform",
+    grid: Annotated[str, Option(help="uniform, or companded (finer about 0).")] = "uniform",
     scale_dtype: Annotated[str, Option(help="Stored scales: bfloat16, or float32 (exact).")] = "bfloat16",
     baseline_bits: Annotated[int | None, Option(help="Train the dedicated model of this width instead.")] = None,
     start: Annotated[

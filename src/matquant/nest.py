@@ -162,16 +162,21 @@ def integer_positions(bits: int, grid: str) -> tuple[np.ndarray, float, float]:
 
 def stored_codes(labels: Any, *, grid: str = UNIFORM) -> Any:
     """The ordinary int8 codes, uint8, that a file stores for 8-bit labels: their positions."""
-    if grid == UNIFORM:
-        return labels
-    xp = array_namespace(labels)
-    return xp.astype(positions(labels, MASTER_BITS, grid=grid), xp.uint8)
+    return labels if grid == UNIFORM else _look_up(position_table(MASTER_BITS, grid).astype(np.uint8), labels)
 
 
 def labels_of(stored: Any, *, grid: str = UNIFORM) -> Any:
     """The labels, uint8, of stored codes: the lowest of those that share a position. Positions that no label has, which
     no checkpoint of ours holds, give the next label."""
-    return nearest_codes(stored, MASTER_BITS, grid=grid) if grid != UNIFORM else stored
+    return stored if grid == UNIFORM else _look_up(_nearest_table(MASTER_BITS, grid)[::RESOLUTION], stored)
+
+
+def _look_up(table: np.ndarray, codes: Any) -> Any:
+    """Entries of a table of 256 for uint8 codes, without a larger copy of these where that can be."""
+    if isinstance(codes, np.ndarray):
+        return table[codes]
+    xp = array_namespace(codes)
+    return xp.asarray(table.copy(), device=codes.device)[xp.astype(codes, xp.int32)]
 
 
 @functools.cache

@@ -31,7 +31,7 @@ def one_line(fault: str, advice: str) -> Iterator[None]:
         except BaseException as error:  # tokenizers raises nothing more precise than Exception
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
-            first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            first = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(": ")
             raise InputError(f"{fault} ({first}); {advice}") from None
 
 

@@ -100,7 +100,7 @@ def check_tokens(directory: Path) -> None:
     file = side_file(directory, TOKENS)
     if file is None:
         return
-    expected = read_json(file)
+    expected = read_json(file, remedy="copy it again")
     if expected.get("format") != FORMAT or not _is_record(expected):
         raise InputError(f"{file} is not a record of tokens that this matquant reads; copy it again")
     found = read_ours(read_vocabulary(directory), [row["text"] for row in expected["texts"]])
