@@ -14,7 +14,11 @@ import matquant
 import oracle
 from matquant.checkpoint import open_checkpoint, write_checkpoint
 from matquant.errors import InputError
+from matquant.export.blocks import CONTAINERS
+from matquant.export.containers import FIXED, Misfit, decode, encode, fit
+from matquant.models import nested_to_numpy
 from matquant.nest import (
+    CENTRE,
     COMPANDED,
     UNIFORM,
     integer_positions,
@@ -140,6 +144,18 @@ def test_a_checkpoint_read_and_written_again_is_the_same(llama: Path, tmp_path: 
 
 def stored(checkpoint: matquant.checkpoint.Checkpoint, path: str) -> np.ndarray:
     return np.asarray(stored_codes(checkpoint.nested(path).codes, grid=COMPANDED))
+
+
+@pytest.mark.parametrize(("bits", "exact"), [(2, "Q5_0"), (3, "Q6_K"), (4, "Q8_0"), (6, "Q8_0"), (8, "Q8_0")])
+def test_a_narrow_slice_is_held_exactly_by_a_type_with_room_for_its_integers(bits: int, exact: str) -> None:
+    weight = torch.from_numpy(np.random.default_rng(1).standard_normal((32, 512)).astype(np.float32) * 0.02)
+    grid = Grid(rule="prefix", group_size=256, zeros=CENTRE, sliced=(2, 3, 4), kind=COMPANDED)
+    tensor = nested_to_numpy(nest(weight, grid))
+    container = next(found for found in CONTAINERS if found.name == exact)
+    encoded = encode(tensor, bits, container)
+    assert np.array_equal(decode(container, encoded), tensor.read(bits))
+    smaller = [found for found in CONTAINERS if found.zero == FIXED and found.bits < container.bits]
+    assert all(isinstance(fit(found, tensor, bits), Misfit) for found in smaller)
 
 
 @pytest.mark.parametrize(
