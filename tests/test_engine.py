@@ -558,3 +558,9 @@ def test_memory_of_a_stream_grows_by_its_ids_alone(
     session, kept = engine.session(), []
     leaking = (kept.append(session.extend([1], engine.widths(2)).copy()) for _ in range(100))
     assert bytes_per_piece(leaking, held) > ids_bytes, "logits that are kept must be seen"
+
+
+@pytest.mark.parametrize("temperature", [1e-320, 1e-46, 1e-40, 0.0])
+def test_a_temperature_too_small_for_float32_is_greedy(temperature: float) -> None:
+    logits = np.array([1.0, 3.0, 2.0, -4.0], dtype=np.float32)
+    assert choose(logits, Sampling(temperature=temperature), np.random.default_rng(0)) == 1
