@@ -35,7 +35,7 @@ Rates = dict[tuple[str, int, str], list[float]]  # by work, width and grid
 def main(
     shape: Annotated[str, typer.Option(help=f"One of {', '.join(SHAPES)}.")] = "llama-3.2-1b",
     threads: Annotated[int, typer.Option()] = 1,
-    group: Annotated[int, typer.Option(help="Group size, 0 for whole rows.")] = 128,
+    group: Annotated[int, typer.Option(help="Group size; 0 for per-channel.")] = 128,
     rounds: Annotated[int, typer.Option()] = 15,
     prompt: Annotated[int, typer.Option(help="Tokens of a prompt, 0 for none.")] = 32,
     keep: Annotated[bool, typer.Option(help="Append to bench/grids.jsonl.")] = False,
