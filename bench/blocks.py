@@ -28,7 +28,7 @@ GIB = 2**30
 WORKER = """
 import json, sys, time, torch
 from pathlib import Path
-from matquant.train import quantize
+from matquant.methods.quantize import quantize
 model, out, method, options = sys.argv[1:5]
 torch.set_num_threads(1)
 began = time.perf_counter()

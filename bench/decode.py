@@ -13,7 +13,7 @@ Correctness first: all products of a layer and of the head against the definitio
 token. Then, in every round, everything takes turns in bursts: the stream of memory and our decoding at each width,
 two widths in turn, a plan, llama.cpp's decoding, prefills of both. A burst is as many stretches of 2 tokens after 16,
 or prompts of 128, as fill its time. One counts as undisturbed if its process had its cores for at least 97 % of it;
-medians are over those if there are three (matquant.runtime.bench), and ratios are medians of those of each round. Both
+medians are over those if there are three (matquant.engine.bench), and ratios are medians of those of each round. Both
 sides compute the logits of the last token and choose nothing. Ratios of samples that were mostly disturbed show little:
 look at "undisturbed" first.
 """
@@ -42,14 +42,14 @@ from rich.table import Table
 from environments import make_environment
 from linear import WIDTHS, check_products
 from matquant import _native
-from matquant.checkpoint import Item, open_checkpoint, write_checkpoint
-from matquant.nest import UNIFORM
-from matquant.runtime.bench import LINEARS, STREAM_BYTES, UNDISTURBED, Sample, median, timed
-from matquant.runtime.engine import Engine, Session
-from matquant.runtime.families import EMBEDDING, PROJECTIONS
-from matquant.runtime.model import HEAD, NORM
-from matquant.spec import Spec
-from matquant.tensor import NestedTensor
+from matquant.core.nest import UNIFORM
+from matquant.core.spec import Spec
+from matquant.core.tensor import NestedTensor
+from matquant.engine.bench import LINEARS, STREAM_BYTES, UNDISTURBED, Sample, median, timed
+from matquant.engine.engine import Engine, Session
+from matquant.engine.model import HEAD, NORM
+from matquant.format.checkpoint import Item, open_checkpoint, write_checkpoint
+from matquant.hf.architecture import EMBEDDING, PROJECTIONS
 from origin import ROOT, origin
 
 RECORDS = ROOT / "bench" / "decode.jsonl"

@@ -33,8 +33,8 @@ from safetensors import safe_open
 from decode import CACHE, SHAPES, VENV, write_random
 from decode import setup as setup_llamacpp
 from environments import make_environment
-from matquant.checkpoint import open_checkpoint
 from matquant.export import export, make_job
+from matquant.format.checkpoint import open_checkpoint
 from origin import ROOT, origin
 
 RECORDS = ROOT / "bench" / "export.json"

@@ -43,14 +43,14 @@ from rich.console import Console
 from rich.table import Table
 
 import matquant
-from matquant.grid import encode, fit_grid
-from matquant.models import load_float, load_tokenizer
-from matquant.nest import MASTER_BITS, slice_codes, slice_values
-from matquant.tensor import NestedTensor
-from matquant.text import cut_windows, read_documents, token_stream
-from matquant.train.fake import Grid
-from matquant.train.gptq import nested_gptq, refit_affine
-from matquant.train.select import select_linears
+from matquant.core.grid import encode, fit_grid
+from matquant.core.nest import MASTER_BITS, slice_codes, slice_values
+from matquant.core.tensor import NestedTensor
+from matquant.hf.text import cut_windows, read_documents, token_stream
+from matquant.hf_torch.layers import select_linears
+from matquant.hf_torch.models import load_float, load_tokenizer
+from matquant.methods.gptq import nested_gptq, refit_affine
+from matquant.methods.parts.fake import Grid
 from origin import ROOT, origin
 
 DATA = Path(os.environ.get("MATQUANT_DATA", ROOT.parent / "shared" / "data"))

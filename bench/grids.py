@@ -22,8 +22,8 @@ from rich.table import Table
 from decode import CACHE, CONTEXT, SHAPES, STRETCH, check, write_random
 from linear import WIDTHS
 from matquant import _native
-from matquant.nest import COMPANDED, UNIFORM
-from matquant.runtime.engine import Engine, Session
+from matquant.core.nest import COMPANDED, UNIFORM
+from matquant.engine.engine import Engine, Session
 from origin import ROOT, origin
 
 RECORDS = ROOT / "bench" / "grids.jsonl"

@@ -7,7 +7,7 @@
 Correctness comes first: every grid and width must equal the definition to 16 units of 2^-24 sum |x| |w| on some rows.
 Then the grids, the batches, the widths and the streaming limit take turns, so that a change of load meets all of them.
 A sample counts as undisturbed if the process had its cores for at least 97 % of the time, and medians are over those if
-there are three or more (matquant.runtime.bench). A ratio of grids is the median of those of the rounds in which both
+there are three or more (matquant.engine.bench). A ratio of grids is the median of those of the rounds in which both
 were undisturbed, or of all if these are fewer than three. The weight must be larger than any cache at every width: the
 default is 268 MB at int8, 67 MB at int2. MATQUANT_ISA chooses the instruction set.
 """
@@ -22,10 +22,10 @@ from rich.console import Console
 from rich.table import Table
 
 from matquant import _native
-from matquant.nest import GRIDS, UNIFORM
-from matquant.planes import Weight, bits_read, isa, load_weight, matmul
-from matquant.runtime.bench import STREAM_BYTES, Sample, median, timed
-from matquant.tensor import NestedTensor
+from matquant.core.nest import GRIDS, UNIFORM
+from matquant.core.planes import Weight, bits_read, isa, load_weight, matmul
+from matquant.core.tensor import NestedTensor
+from matquant.engine.bench import STREAM_BYTES, Sample, median, timed
 from origin import ROOT, origin
 
 WIDTHS = (2, 3, 4, 6, 8)

@@ -22,7 +22,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import matquant
-from matquant import planes
+from matquant.core import planes
 from origin import ROOT, origin
 
 WIDTHS = (8, 4, 2)

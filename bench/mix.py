@@ -16,11 +16,11 @@ import torch
 import typer
 
 import matquant
-from matquant.checkpoint import bits_per_weight, open_checkpoint
-from matquant.eval.likelihood import log_perplexity
-from matquant.eval.report import plot_widths
-from matquant.models import decoder_layers, load_float
-from matquant.plan.strategies import STRATEGIES, mixes
+from matquant.format.checkpoint import bits_per_weight, open_checkpoint
+from matquant.hf_torch.models import decoder_layers, load_float
+from matquant.measure.likelihood import log_perplexity
+from matquant.planning.strategies import STRATEGIES, mixes
+from matquant.report.tables import plot_widths
 from origin import ROOT, origin
 from quality import CELLS, CONTEXT, SETTINGS, held_out
 

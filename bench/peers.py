@@ -33,9 +33,9 @@ from safetensors.numpy import load_file
 from safetensors.torch import save_file
 
 from environments import TORCH, make_environment
-from matquant.eval.likelihood import log_perplexity
-from matquant.models import load_float, load_tokenizer
-from matquant.text import read_documents, token_stream
+from matquant.hf.text import read_documents, token_stream
+from matquant.hf_torch.models import load_float, load_tokenizer
+from matquant.measure.likelihood import log_perplexity
 from origin import ROOT, origin
 
 RECORDS = ROOT / "bench" / "peers.jsonl"

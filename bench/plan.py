@@ -23,13 +23,13 @@ import transformers
 import typer
 
 import matquant
-from matquant.checkpoint import bits_per_weight, open_checkpoint
-from matquant.eval.likelihood import log_perplexity
-from matquant.plan.budget import Budget, bits_budget
-from matquant.plan.run import SEARCH, SEARCHED_WIDTHS, make_plan
-from matquant.plan.search import PAPER_WIDTHS
-from matquant.plan.sensitivity import SIDECAR, Losses, open_losses
-from matquant.plan.strategies import STRATEGIES
+from matquant.format.checkpoint import bits_per_weight, open_checkpoint
+from matquant.measure.likelihood import log_perplexity
+from matquant.planning.budget import Budget, bits_budget
+from matquant.planning.run import SEARCH, SEARCHED_WIDTHS, make_plan
+from matquant.planning.search import PAPER_WIDTHS
+from matquant.planning.sensitivity import SIDECAR, Losses, open_losses
+from matquant.planning.strategies import STRATEGIES
 from origin import ROOT, origin
 from quality import CELLS, CONTEXT, SETTINGS, float_log_perplexity, held_out, kept_at, make
 

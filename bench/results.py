@@ -14,9 +14,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from matquant.eval.report import plot_widths
-from matquant.plan.run import SEARCH
-from matquant.plan.strategies import STRATEGIES
+from matquant.planning.run import SEARCH
+from matquant.planning.strategies import STRATEGIES
+from matquant.report.tables import plot_widths
 from mix import frontiers
 from origin import ROOT
 from plan import FREE, interpolate

@@ -26,11 +26,11 @@ from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from matquant.hf_torch.layers import select_linears
+from matquant.methods import qat
+from matquant.methods.parts.fake import Grid
 from matquant.options.objective import parse_objective
 from matquant.options.qat import Schedule
-from matquant.train import qat
-from matquant.train.fake import Grid
-from matquant.train.select import select_linears
 
 VOCABULARY, BATCH, LENGTH = 8192, 4, 128
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -13,9 +13,9 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
-from matquant.models import write_weights
-from matquant.train import qat
-from matquant.train.masters import encode_masters
+from matquant.hf_torch.models import write_weights
+from matquant.methods import qat
+from matquant.methods.parts.masters import encode_masters
 
 Ready = Callable[[Any], None]
 Trial = Callable[[], contextlib.AbstractContextManager[Ready]]

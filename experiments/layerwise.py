@@ -21,12 +21,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from matquant.models import load_float, load_tokenizer
-from matquant.nest import CENTRE, COMPANDED, UNIFORM
+from matquant.core.nest import CENTRE, COMPANDED, UNIFORM
+from matquant.hf.text import cut_windows, read_documents, token_stream
+from matquant.hf_torch.models import load_float, load_tokenizer
+from matquant.methods.gptq import nested_gptq
+from matquant.methods.parts.fake import Grid
 from matquant.options.gptq import default_lambda
-from matquant.text import cut_windows, read_documents, token_stream
-from matquant.train.fake import Grid
-from matquant.train.gptq import nested_gptq
 
 WIDTHS = (8, 6, 4, 3, 2)
 ROWS, TOKENS, WINDOW = 128, 16384, 1024

@@ -1,7 +1,7 @@
 // A decoder-only transformer whose weights are read at any width: one step for a batch of tokens.
 //
 // Families differ in data, never in code paths named after them: which norms there are, windows, rotary frequencies,
-// caps and scales (src/matquant/runtime/families.py fills the table). Nothing here owns a weight.
+// caps and scales (src/matquant/hf/architecture.py fills the table). Nothing here owns a weight.
 //
 // A token of the batch is a Row: its id, its position and the Cache of its sequence. So a prompt is many rows with one
 // cache, and several sequences decoded together are one row each. What a row gives depends neither on the other rows

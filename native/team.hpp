@@ -18,7 +18,7 @@
 
 namespace matquant {
 
-constexpr int MOST_THREADS = 1024;  // of one run; src/matquant/threads.py allows a few per core
+constexpr int MOST_THREADS = 1024;  // of one run; src/matquant/system/threads.py allows a few per core
 
 // Threads where the caller names none: OMP_NUM_THREADS if that is a number from 1 on, else the cores it may use.
 int default_threads();

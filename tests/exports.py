@@ -12,9 +12,9 @@ import ml_dtypes
 import numpy as np
 from safetensors import safe_open
 
-from matquant.checkpoint import Checkpoint, write_checkpoint
-from matquant.spec import Spec
-from matquant.tensor import NestedTensor
+from matquant.core.spec import Spec
+from matquant.core.tensor import NestedTensor
+from matquant.format.checkpoint import Checkpoint, write_checkpoint
 
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "dtype": "bfloat16", "hidden_size": 64}
 UNITS = {np.dtype(np.float32): 2.0**-24, np.dtype(ml_dtypes.bfloat16): 2.0**-8}  # relative error of one rounding

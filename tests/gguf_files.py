@@ -6,9 +6,9 @@ from typing import Any
 import gguf
 import numpy as np
 
-from matquant.checkpoint import open_checkpoint
+from matquant.core.tensor import NestedTensor
 from matquant.export.containers import EXACT, read_affine
-from matquant.tensor import NestedTensor
+from matquant.format.checkpoint import open_checkpoint
 from oracle import slice_code
 
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import matquant
-from matquant.arguments import check_fields
-from matquant.errors import InputError
-from matquant.runtime.sampling import Sampling
+from matquant.engine.sampling import Sampling
+from matquant.system.arguments import check_fields
+from matquant.system.errors import InputError
 
 WRONG: dict[str, tuple[Any, ...]] = {
     "bits": ("4", 4.0, True, [4], None),

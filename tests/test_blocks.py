@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 import matquant
 from conftest import FAMILIES, OTHERS, Interrupt
-from matquant.errors import InputError
-from matquant.models import decoder_layers, embed, layer_output, load_float, open_shards
+from matquant.hf_torch.models import decoder_layers, embed, layer_output, load_float, open_shards
+from matquant.system.errors import InputError
 
 RUN: dict[str, Any] = {"method": "gptq", "samples": 8, "seq_len": 32, "batch_size": 4, "scope": "all"}
 

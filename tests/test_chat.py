@@ -14,11 +14,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 import matquant
 from chat_templates import CONVERSATIONS, DOCUMENTS, SYSTEM, TEMPLATES, TOOLS, USER
 from conftest import make_tokenizer
-from matquant.models import load_tokenizer
-from matquant.runtime import renderer
-from matquant.runtime.renderer import render_template
-from matquant.runtime.templates import render
-from matquant.runtime.vocabulary import Vocabulary, end_ids, read_vocabulary
+from matquant.hf import renderer
+from matquant.hf.renderer import render_template
+from matquant.hf.templates import render
+from matquant.hf.vocabulary import Vocabulary, end_ids, read_vocabulary
+from matquant.hf_torch.models import load_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -36,16 +36,16 @@ from safetensors import SafetensorError, safe_open
 
 import oracle_overflow
 from conftest import largest_file
-from matquant import checkpoint as checkpoint_module
-from matquant import files as files_module
-from matquant import overflow
-from matquant.checkpoint import bits_per_weight, open_checkpoint, plain_bytes, size_bytes, verify_checkpoint
-from matquant.contents import summarise
-from matquant.errors import InputError
-from matquant.nest import slice_codes
-from matquant.overflow import pack_extra
-from matquant.spec import Spec
-from matquant.tensor import NestedTensor
+from matquant.core import overflow
+from matquant.core.nest import slice_codes
+from matquant.core.overflow import pack_extra
+from matquant.core.spec import Spec
+from matquant.core.tensor import NestedTensor
+from matquant.format import checkpoint as checkpoint_module
+from matquant.format.checkpoint import bits_per_weight, open_checkpoint, plain_bytes, size_bytes, verify_checkpoint
+from matquant.format.contents import summarise
+from matquant.system import files as files_module
+from matquant.system.errors import InputError
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "format.md"
 RULES = ("prefix", "round", "extra")

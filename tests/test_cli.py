@@ -26,9 +26,9 @@ from safetensors.torch import load_file, save_file
 import matquant
 from conftest import Interrupt
 from matquant import cli
-from matquant.checkpoint import bits_per_weight, open_checkpoint, verify_checkpoint
-from matquant.contents import summarise
-from matquant.train import qat
+from matquant.format.checkpoint import bits_per_weight, open_checkpoint, verify_checkpoint
+from matquant.format.contents import summarise
+from matquant.methods import qat
 
 UP = "model.layers.1.mlp.up_proj"
 QAT = ("--steps", "3", "--batch-size", "2", "--seq-len", "16", "--save-every", "1", "--lr", "0.001")
@@ -528,7 +528,7 @@ def test_a_device_whose_memory_is_full_is_named(
     def load(*_: Any, **__: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 8.00 GiB. See ...")
 
-    monkeypatch.setattr("matquant.eval.run.load", load)
+    monkeypatch.setattr("matquant.measure.run.load", load)
     message = "CUDA out of memory. Tried to allocate 2.00 GiB; give fewer or shorter sequences at once, or --device cpu"
     refuse("eval", checkpoint, "--text", text_file, message=message)
 
@@ -1058,7 +1058,7 @@ def test_a_picture_of_an_unknown_kind_is_refused_before_any_work(
 def test_a_reference_that_is_no_model_is_refused_before_any_work(
     refuse: Refuse, checkpoint: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("matquant.eval.run.evaluate", Interrupt(print, 1))  # Ctrl-C if it comes to evaluating
+    monkeypatch.setattr("matquant.measure.run.evaluate", Interrupt(print, 1))  # Ctrl-C if it comes to evaluating
     arguments = ("eval", checkpoint, "--text", text_file, "--bits", "8", "--reference", "nowhere")
     refuse(*arguments, message=f"nowhere: no such model directory; {KIND}")
 

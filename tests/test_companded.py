@@ -12,12 +12,7 @@ import transformers
 
 import matquant
 import oracle
-from matquant.checkpoint import open_checkpoint, write_checkpoint
-from matquant.errors import InputError
-from matquant.export.blocks import CONTAINERS
-from matquant.export.containers import FIXED, Misfit, decode, encode, fit
-from matquant.models import nested_to_numpy
-from matquant.nest import (
+from matquant.core.nest import (
     CENTRE,
     COMPANDED,
     UNIFORM,
@@ -30,9 +25,14 @@ from matquant.nest import (
     slice_values,
     stored_codes,
 )
-from matquant.spec import Spec
-from matquant.tensor import NestedTensor
-from matquant.train.fake import Grid, nest
+from matquant.core.spec import Spec
+from matquant.core.tensor import NestedTensor
+from matquant.export.blocks import CONTAINERS
+from matquant.export.containers import FIXED, Misfit, decode, encode, fit
+from matquant.format.checkpoint import open_checkpoint, write_checkpoint
+from matquant.hf_torch.models import nested_to_numpy
+from matquant.methods.parts.fake import Grid, nest
+from matquant.system.errors import InputError
 from test_checkpoint import document_tables
 
 LABELS = np.arange(256, dtype=np.uint8)
@@ -142,7 +142,7 @@ def test_a_checkpoint_read_and_written_again_is_the_same(llama: Path, tmp_path: 
     assert json.loads((out / "config.json").read_text())["quantization_config"]["matquant"]["grid"] == COMPANDED
 
 
-def stored(checkpoint: matquant.checkpoint.Checkpoint, path: str) -> np.ndarray:
+def stored(checkpoint: matquant.format.checkpoint.Checkpoint, path: str) -> np.ndarray:
     return np.asarray(stored_codes(checkpoint.nested(path).codes, grid=COMPANDED))
 
 

@@ -12,10 +12,10 @@ import pytest
 
 import matquant
 from conftest import Interrupt
-from matquant.checkpoint import verify_checkpoint
-from matquant.errors import InputError
+from matquant.format.checkpoint import verify_checkpoint
+from matquant.methods import distill, gptq, qat
 from matquant.options.distill import SHARED
-from matquant.train import distill, gptq, qat
+from matquant.system.errors import InputError
 
 SIZE: dict[str, Any] = {"seq_len": 16, "batch_size": 2, "seed": 3}
 RUN: dict[str, Any] = {**SIZE, "method": "distill", "samples": 8, "tune": 2, "steps": 6, "lr": 1e-3, "save_every": 2}

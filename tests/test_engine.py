@@ -22,12 +22,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import matquant
 from conftest import make_tokenizer
-from matquant.eval.likelihood import log_perplexity
-from matquant.models import load_tokenizer
-from matquant.runtime.chat import Conversation, render
-from matquant.runtime.sampling import Sampling, choose, distribution
-from matquant.runtime.vocabulary import TextStream, Vocabulary, read_vocabulary
-from matquant.text import token_stream
+from matquant.engine.chat import Conversation, render
+from matquant.engine.sampling import Sampling, choose, distribution
+from matquant.hf.text import token_stream
+from matquant.hf.vocabulary import TextStream, Vocabulary, read_vocabulary
+from matquant.hf_torch.models import load_tokenizer
+from matquant.measure.likelihood import log_perplexity
 
 REFERENCE = Path(__file__).resolve().parents[1] / "examples" / "reference"
 PROMPT = "Once upon a time, there was"

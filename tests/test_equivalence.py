@@ -10,9 +10,9 @@ import torch
 import transformers
 
 from conftest import FAMILIES
-from matquant.models import decoder_layers, embed, load_float
-from matquant.train import equivalence
-from matquant.train.select import select_linears
+from matquant.hf_torch.layers import select_linears
+from matquant.hf_torch.models import decoder_layers, embed, load_float
+from matquant.methods.parts import equivalence
 
 TOKENS = torch.arange(3, 60).reshape(3, 19)
 # Rows that hold per layer: with FFN linears quantised alone, and with all linears.

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import matquant
-from matquant.errors import InputError
-from matquant.eval.likelihood import evaluate, log_perplexity
-from matquant.models import load_float, load_tokenizer
-from matquant.spec import Plan
-from matquant.text import batch, cut_windows, read_documents, token_stream
+from matquant.core.spec import Plan
+from matquant.hf.text import batch, cut_windows, read_documents, token_stream
+from matquant.hf_torch.models import load_float, load_tokenizer
+from matquant.measure.likelihood import evaluate, log_perplexity
+from matquant.system.errors import InputError
 
 
 def oracle(model: Any, stream: np.ndarray, context: int, stride: int) -> float:

@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM
 
 import matquant
 from conftest import largest_file
-from matquant.checkpoint import bits_per_weight, open_checkpoint, verify_checkpoint
-from matquant.errors import InputError
+from matquant.core.packing import pack, unpack
+from matquant.core.spec import Plan
+from matquant.core.tensor import NestedTensor
 from matquant.export import EXPORTERS, export, make_job
 from matquant.export.card import RECORD
 from matquant.export.containers import (
@@ -34,11 +35,10 @@ from matquant.export.containers import (
     fit,
 )
 from matquant.export.explain import explain
-from matquant.export.stream import Part, Slot, write_shards
-from matquant.files import sha256
-from matquant.packing import pack, unpack
-from matquant.spec import Plan
-from matquant.tensor import NestedTensor
+from matquant.format.checkpoint import bits_per_weight, open_checkpoint, verify_checkpoint
+from matquant.format.shards import Part, Slot, write_shards
+from matquant.system.errors import InputError
+from matquant.system.files import sha256
 from oracle import RULES, slice_code
 
 UP = "model.layers.0.mlp.up_proj"

@@ -11,14 +11,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import matquant
 from exports import nested_checkpoint
-from matquant.checkpoint import Checkpoint, open_checkpoint
-from matquant.errors import InputError
+from matquant.core.grid import decode
+from matquant.core.nest import slice_codes
+from matquant.core.spec import Plan
 from matquant.export import export
 from matquant.export.containers import CENTRE, EXACT, read_affine
-from matquant.grid import decode
-from matquant.models import linear_views
-from matquant.nest import slice_codes
-from matquant.spec import Plan
+from matquant.format.checkpoint import Checkpoint, open_checkpoint
+from matquant.hf_torch.models import linear_views
+from matquant.system.errors import InputError
 
 TOKENS = torch.arange(3, 13)[None]
 FAMILIES = ("llama", "qwen2", "gemma2", "phi3", "opt", "gpt_neox", "qwen3_moe")

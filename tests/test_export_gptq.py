@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from exports import nested_checkpoint, read_gptq, read_json, sliced, stored
-from matquant.checkpoint import open_checkpoint
-from matquant.errors import InputError
+from matquant.core.nest import slice_codes
+from matquant.core.spec import Plan
 from matquant.export import export
 from matquant.export.containers import CENTRE, read_affine
-from matquant.nest import slice_codes
-from matquant.spec import Plan
+from matquant.format.checkpoint import open_checkpoint
+from matquant.system.errors import InputError
 
 UP, ODD, TALL = "model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj", "model.layers.1.mlp.up_proj"
 SHAPES = {UP: (32, 96), ODD: (64, 172), TALL: (172, 64)}

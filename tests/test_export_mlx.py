@@ -11,12 +11,13 @@ import pytest
 
 import matquant
 from exports import LLAMA, UNITS, nested_checkpoint, read_json, read_mlx, sliced, stored
-from matquant.checkpoint import open_checkpoint
-from matquant.errors import InputError
-from matquant.export import export, stream
-from matquant.export.stream import Part
-from matquant.nest import slice_codes
-from matquant.spec import Plan
+from matquant.core.nest import slice_codes
+from matquant.core.spec import Plan
+from matquant.export import export
+from matquant.format import shards as stream
+from matquant.format.checkpoint import open_checkpoint
+from matquant.format.shards import Part
+from matquant.system.errors import InputError
 
 SHAPES = {"model.layers.0.mlp.up_proj": (5, 256), "model.layers.0.mlp.gate_proj": (3, 192), "model.x": (4, 96)}
 BLOCKS = {"model.layers.0.mlp.up_proj": 128, "model.layers.0.mlp.gate_proj": 64, "model.x": 32}

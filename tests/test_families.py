@@ -15,9 +15,9 @@ from transformers import Gemma3ForCausalLM
 
 import matquant
 from conftest import FAMILIES, make_tokenizer
-from matquant.checkpoint import open_checkpoint
-from matquant.models import linear_views, load_float
-from matquant.train.select import select_linears
+from matquant.format.checkpoint import open_checkpoint
+from matquant.hf_torch.layers import select_linears
+from matquant.hf_torch.models import linear_views, load_float
 
 TOKENS = torch.arange(3, 60).reshape(3, 19)
 STOCK = """

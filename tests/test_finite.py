@@ -13,19 +13,19 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import matquant
-from matquant.checkpoint import check_plain, open_checkpoint
-from matquant.errors import InputError
-from matquant.eval.html import read_record
-from matquant.eval.likelihood import log_perplexity
-from matquant.eval.run import evaluate_checkpoint
-from matquant.files import json_bytes, json_text
-from matquant.finite import checked_logits, describe
-from matquant.manifest import write_manifest
-from matquant.models import load_float
-from matquant.plan.pareto import read_baselines
-from matquant.plan.sensitivity import SIDECAR, open_losses
-from matquant.runtime.sampling import Sampling, choose
-from matquant.train.blocks import check_losses
+from matquant.engine.sampling import Sampling, choose
+from matquant.format.checkpoint import check_plain, open_checkpoint
+from matquant.format.manifest import write_manifest
+from matquant.hf_torch.finite import checked_logits, describe
+from matquant.hf_torch.models import load_float
+from matquant.measure.likelihood import log_perplexity
+from matquant.measure.run import evaluate_checkpoint
+from matquant.methods.parts.blocks import check_losses
+from matquant.planning.pareto import read_baselines
+from matquant.planning.sensitivity import SIDECAR, open_losses
+from matquant.report.page import read_record
+from matquant.system.errors import InputError
+from matquant.system.files import json_bytes, json_text
 
 DOWN = "model.layers.1.mlp.down_proj"
 WINDOW = {"seq_len": 16, "max_tokens": 64}

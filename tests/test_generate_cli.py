@@ -18,8 +18,9 @@ import pytest
 import matquant
 from conftest import Interrupt
 from matquant import cli
-from matquant.runtime import renderer, templates, terminal
-from matquant.runtime.vocabulary import TextStream
+from matquant.engine import terminal
+from matquant.hf import renderer, templates
+from matquant.hf.vocabulary import TextStream
 
 REFERENCE = Path(__file__).resolve().parents[1] / "examples" / "reference" / "model"
 PROMPT = "Once upon a time"

@@ -18,14 +18,14 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 import matquant
 from conftest import SMALL, largest_file, make_tokenizer
 from gguf_files import assert_holds_the_slices, file_types, file_weights, gguf_name, metadata, oracle
-from matquant.checkpoint import open_checkpoint
-from matquant.errors import InputError
+from matquant.core.spec import Plan
 from matquant.export import export
 from matquant.export.blocks import CONTAINERS, LAYOUTS, pack_blocks
 from matquant.export.containers import FIXED, Container, Encoded, Fit, decode
 from matquant.export.gguf import ARCHITECTURES
 from matquant.export.tokens import NORMAL, PATTERNS, UNUSED, read_tokens
-from matquant.spec import Plan
+from matquant.format.checkpoint import open_checkpoint
+from matquant.system.errors import InputError
 
 LARGE: dict[str, Any] = {**SMALL, "hidden_size": 256, "intermediate_size": 288}
 LLAMA3 = {

@@ -11,15 +11,15 @@ import torch
 
 import matquant
 import oracle_gptq as oracle
-from matquant.checkpoint import open_checkpoint, verify_checkpoint
-from matquant.errors import InputError
-from matquant.eval.likelihood import log_perplexity
-from matquant.grid import fit_grid
-from matquant.models import decoder_layers, load_float, load_tokenizer
-from matquant.nest import CENTRE, slice_affine
-from matquant.text import read_documents, token_stream
-from matquant.train.fake import Grid
-from matquant.train.gptq import inverse_factor, nested_codes, nested_gptq, refit_affine, sweep
+from matquant.core.grid import fit_grid
+from matquant.core.nest import CENTRE, slice_affine
+from matquant.format.checkpoint import open_checkpoint, verify_checkpoint
+from matquant.hf.text import read_documents, token_stream
+from matquant.hf_torch.models import decoder_layers, load_float, load_tokenizer
+from matquant.measure.likelihood import log_perplexity
+from matquant.methods.gptq import inverse_factor, nested_codes, nested_gptq, refit_affine, sweep
+from matquant.methods.parts.fake import Grid
+from matquant.system.errors import InputError
 
 N, K = 6, 24
 CALIBRATION: dict[str, Any] = {"method": "gptq", "samples": 8, "seq_len": 32, "batch_size": 4}

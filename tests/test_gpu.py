@@ -10,11 +10,11 @@ import torch
 
 import matquant
 from conftest import FAMILIES, Interrupt
-from matquant.checkpoint import open_checkpoint
-from matquant.eval.run import evaluate_checkpoint
-from matquant.models import load_tokenizer
-from matquant.plan.sensitivity import open_losses
-from matquant.text import read_documents, token_stream
+from matquant.format.checkpoint import open_checkpoint
+from matquant.hf.text import read_documents, token_stream
+from matquant.hf_torch.models import load_tokenizer
+from matquant.measure.run import evaluate_checkpoint
+from matquant.planning.sensitivity import open_losses
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 

@@ -23,7 +23,7 @@ from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
 import oracle
-from matquant import grid, nest
+from matquant.core import grid, nest
 
 torch: Any = importlib.import_module("torch") if importlib.util.find_spec("torch") else None
 needs_torch = pytest.mark.skipif(torch is None, reason="torch is not installed")

@@ -21,13 +21,13 @@ from safetensors.torch import load_file
 import matquant
 from conftest import FAMILIES, OTHERS
 from matquant import InputError, _native
-from matquant.checkpoint import open_checkpoint, verify_checkpoint, write_manifest
-from matquant.contents import summarise
+from matquant.engine import terminal
+from matquant.engine.chat import ROOM, Conversation
 from matquant.export import EXPORTERS, export
-from matquant.facts import CONFIG, FILES, GENERATION, LARGEST, check_facts
-from matquant.plan.sensitivity import open_losses
-from matquant.runtime import terminal
-from matquant.runtime.chat import ROOM, Conversation
+from matquant.format.checkpoint import open_checkpoint, verify_checkpoint, write_manifest
+from matquant.format.contents import summarise
+from matquant.format.facts import CONFIG, FILES, GENERATION, LARGEST, check_facts
+from matquant.planning.sensitivity import open_losses
 
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 SAMPLED = {"do_sample": True, "temperature": 0.7, "top_k": 5, "top_p": 0.9, "min_p": 0.0, "eos_token_id": 256}

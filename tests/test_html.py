@@ -14,10 +14,10 @@ import pytest
 
 import matquant
 from matquant import cli
-from matquant.checkpoint import manifest_sha256, open_checkpoint
-from matquant.contents import summarise
-from matquant.errors import InputError
-from matquant.eval.html import TEMPLATE, by_name, read_record, write_report
+from matquant.format.checkpoint import manifest_sha256, open_checkpoint
+from matquant.format.contents import summarise
+from matquant.report.page import TEMPLATE, by_name, read_record, write_report
+from matquant.system.errors import InputError
 
 EVIL = "<script>alert('x')</script>&\""
 SECTIONS = ("model", "made", "sizes", "results", "pareto", "plans", "sensitivities", "weights", "load")

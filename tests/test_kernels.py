@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 
 import oracle
 from matquant import _native
-from matquant.nest import COMPANDED, GRIDS, UNIFORM, integer_positions, position_table
-from matquant.planes import Weight, isa, load_weight, matmul
-from matquant.tensor import NestedTensor
+from matquant.core.nest import COMPANDED, GRIDS, UNIFORM, integer_positions, position_table
+from matquant.core.planes import Weight, isa, load_weight, matmul
+from matquant.core.tensor import NestedTensor
 
 WIDTHS = range(1, 9)
 UNITS = 16
@@ -312,7 +312,7 @@ def test_halves_of_activations_round_to_even(isa_name: str) -> None:
 
 @each_isa
 def test_the_environment_forces_an_instruction_set(isa_name: str) -> None:
-    script = "from matquant.planes import isa; print(isa())"
+    script = "from matquant.core.planes import isa; print(isa())"
     environment = {**os.environ, "MATQUANT_ISA": isa_name}
     done = subprocess.run([sys.executable, "-c", script], env=environment, check=True, capture_output=True, text=True)
     assert done.stdout.strip() == isa_name
@@ -320,8 +320,8 @@ def test_the_environment_forces_an_instruction_set(isa_name: str) -> None:
 
 def test_an_unknown_instruction_set_is_an_input_error() -> None:
     script = """
-from matquant.errors import InputError
-from matquant.planes import isa
+from matquant.system.errors import InputError
+from matquant.core.planes import isa
 try:
     isa()
 except InputError as error:

@@ -12,10 +12,10 @@ import torch
 
 import matquant
 from conftest import FAMILIES
-from matquant import planes
-from matquant.checkpoint import open_checkpoint
-from matquant.integrations import linear
-from matquant.integrations.linear import NestedLinear
+from matquant.core import planes
+from matquant.format.checkpoint import open_checkpoint
+from matquant.hf_torch import linear
+from matquant.hf_torch.linear import NestedLinear
 
 TOKENS = torch.arange(3, 60).reshape(3, 19)
 PLAIN = [family for family in FAMILIES if family != "qwen3_moe"]

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 import matquant
-from matquant.checkpoint import TOKENS, open_checkpoint, side_files, verify_checkpoint
-from matquant.errors import InputError
 from matquant.export import export
-from matquant.models import load_tokenizer
-from matquant.runtime.probe import check_tokens
-from matquant.runtime.vocabulary import read_vocabulary
-from matquant.seal import ignored_files
+from matquant.format.checkpoint import TOKENS, open_checkpoint, side_files, verify_checkpoint
+from matquant.format.seal import ignored_files
+from matquant.hf.probe import check_tokens
+from matquant.hf.vocabulary import read_vocabulary
+from matquant.hf_torch.models import load_tokenizer
+from matquant.system.errors import InputError
 
 MANIFEST = "matquant_manifest.json"
 SECRET = "the user's own file"

@@ -7,15 +7,15 @@ import pytest
 import torch
 
 import matquant
-from matquant.checkpoint import open_checkpoint
-from matquant.errors import InputError
-from matquant.grid import encode
-from matquant.models import load_float
-from matquant.nest import slice_codes
-from matquant.train import qat
-from matquant.train.fake import Grid, confine
-from matquant.train.masters import release_blocked
-from matquant.train.select import select_linears
+from matquant.core.grid import encode
+from matquant.core.nest import slice_codes
+from matquant.format.checkpoint import open_checkpoint
+from matquant.hf_torch.layers import select_linears
+from matquant.hf_torch.models import load_float
+from matquant.methods import qat
+from matquant.methods.parts.fake import Grid, confine
+from matquant.methods.parts.masters import release_blocked
+from matquant.system.errors import InputError
 from test_qat import RUN, masters_gradients, schedule
 
 LOWERED = {"8": 0.95, "4": 0.95, "2": 0.8}

@@ -18,7 +18,7 @@ import pytest
 
 import matquant
 import oracle
-from matquant import nest
+from matquant.core import nest
 
 torch: Any = importlib.import_module("torch") if importlib.util.find_spec("torch") else None
 needs_torch = pytest.mark.skipif(torch is None, reason="torch is not installed")

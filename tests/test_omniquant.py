@@ -13,16 +13,17 @@ import torch
 import matquant
 import oracle
 from conftest import FAMILIES
-from matquant.errors import InputError
-from matquant.models import decoder_layers, embed, load_float, write_weights
-from matquant.nest import CENTRE, slice_codes
+from matquant.core.nest import CENTRE, slice_codes
+from matquant.hf_torch.layers import select_linears
+from matquant.hf_torch.models import decoder_layers, embed, load_float, write_weights
+from matquant.methods import omniquant
+from matquant.methods.parts import clip, fake
+from matquant.methods.parts.blocks import Block, Solved
+from matquant.methods.parts.fake import Grid
+from matquant.methods.parts.layer import Layer
+from matquant.methods.parts.objective import FLOAT, parse_objective
 from matquant.options.omniquant import check_options
-from matquant.train import clip, fake, omniquant
-from matquant.train.blocks import Block, Solved
-from matquant.train.fake import Grid
-from matquant.train.layer import Layer
-from matquant.train.objective import FLOAT, parse_objective
-from matquant.train.select import select_linears
+from matquant.system.errors import InputError
 
 RUN: dict[str, Any] = {"samples": 8, "batch_size": 2, "seq_len": 16, "steps": 30, "lr": 3e-3}
 GRIDS = [

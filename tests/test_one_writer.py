@@ -17,17 +17,18 @@ from typing import Any
 import pytest
 
 import matquant
-from matquant import checkpoint as checkpoint_module
-from matquant import cli, locks
-from matquant import files as files_module
-from matquant.checkpoint import MANIFEST, verify_checkpoint
-from matquant.errors import InputError
-from matquant.eval.html import write_report
-from matquant.eval.run import evaluate_checkpoint
+from matquant import cli
 from matquant.export import EXPORTERS, export
-from matquant.files import replace_when_done, write_atomically
-from matquant.locks import hold
-from matquant.plan.run import run as plan
+from matquant.format import checkpoint as checkpoint_module
+from matquant.format.checkpoint import MANIFEST, verify_checkpoint
+from matquant.measure.run import evaluate_checkpoint
+from matquant.planning.run import run as plan
+from matquant.report.page import write_report
+from matquant.system import files as files_module
+from matquant.system import locks
+from matquant.system.errors import InputError
+from matquant.system.files import replace_when_done, write_atomically
+from matquant.system.locks import hold
 
 TINY: dict[str, Any] = {"seq_len": 16, "batch_size": 2}
 METHODS: dict[str, dict[str, Any]] = {
@@ -137,7 +138,7 @@ def test_two_measurements_into_one_file_are_rejected_before_any_work(nested: Pat
 
 def test_the_lock_of_a_killed_process_locks_nothing(tmp_path: Path) -> None:
     out = tmp_path / "deep" / "out"
-    code = f"from matquant.locks import hold\nwith hold({str(out)!r}):\n print('held', flush=True)\n input()"
+    code = f"from matquant.system.locks import hold\nwith hold({str(out)!r}):\n print('held', flush=True)\n input()"
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"held\n"
@@ -190,7 +191,7 @@ def test_an_output_that_appeared_meanwhile_is_not_replaced(
     supported: bool, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not supported:
-        monkeypatch.setattr("matquant.files._renameat2", lambda *_arguments: errno.ENOSYS)
+        monkeypatch.setattr("matquant.system.files._renameat2", lambda *_arguments: errno.ENOSYS)
     out, file = tmp_path / "out", tmp_path / "out.gguf"
 
     def appear() -> None:
@@ -295,7 +296,7 @@ def test_an_impossible_output_is_one_sentence_before_any_work(
     Path("file").write_text("mine")
     Path("dangling").symlink_to("nowhere")
     Path("loop").symlink_to("loop")
-    monkeypatch.setattr("matquant.train.load_float", None)
+    monkeypatch.setattr("matquant.methods.quantize.load_float", None)
     verbs = [("quantize", llama, "--method", "rtn"), ("export", nested, "--to", "dense")]
     if "exists" not in IMPOSSIBLE[place]:
         verbs += [("plan", nested, "--strategy", "pyramid", "--bits-per-weight", "5"), ("report", nested)]

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import oracle_overflow
-from matquant import overflow
-from matquant.errors import InputError
-from matquant.nest import slice_codes
-from matquant.overflow import pack_extra, packed_bytes, unpack_extra
+from matquant.core import overflow
+from matquant.core.nest import slice_codes
+from matquant.core.overflow import pack_extra, packed_bytes, unpack_extra
+from matquant.system.errors import InputError
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "format.md"
 HEADING = "The packed codes of extra precision"

@@ -19,18 +19,18 @@ from hypothesis import strategies as st
 
 import matquant
 from matquant import cli
-from matquant.checkpoint import bits_per_weight, open_checkpoint, plain_bytes, size_bytes
-from matquant.errors import InputError
-from matquant.plan import sensitivity
-from matquant.plan.budget import Budget, bits_budget, by_layer, by_width, parse_size, size_budget
-from matquant.plan.run import SEARCHED_WIDTHS, make_plan
-from matquant.plan.search import choose, refine, search, strategy_plan
-from matquant.plan.sensitivity import SIDECAR, Forward, Losses, open_losses
-from matquant.plan.speed import CONTEXT, ROUNDS, TOKENS, speed_budget
-from matquant.plan.strategies import STRATEGIES, mixes, widest_mix
-from matquant.runtime.bench import median, timed
-from matquant.runtime.engine import Engine
-from matquant.spec import Plan
+from matquant.core.spec import Plan
+from matquant.engine.bench import median, timed
+from matquant.engine.engine import Engine
+from matquant.format.checkpoint import bits_per_weight, open_checkpoint, plain_bytes, size_bytes
+from matquant.planning import sensitivity
+from matquant.planning.budget import Budget, bits_budget, by_layer, by_width, parse_size, size_budget
+from matquant.planning.run import SEARCHED_WIDTHS, make_plan
+from matquant.planning.search import choose, refine, search, strategy_plan
+from matquant.planning.sensitivity import SIDECAR, Forward, Losses, open_losses
+from matquant.planning.speed import CONTEXT, ROUNDS, TOKENS, speed_budget
+from matquant.planning.strategies import STRATEGIES, mixes, widest_mix
+from matquant.system.errors import InputError
 
 # Strategies -----------------------------------------------------------------------------------------------------------
 
@@ -266,7 +266,7 @@ def test_from_a_changed_layer_on_is_the_whole_forward_bit_for_bit(
         model.set_bits(8, plan=plan)
         with torch.inference_mode():
             outputs = forward._outputs(plan)
-        assert torch.equal(matquant.plan.sensitivity.finish(model, *outputs[0]), expected)
+        assert torch.equal(matquant.planning.sensitivity.finish(model, *outputs[0]), expected)
         q = expected.double().log_softmax(-1)
         kl, log_perplexity = forward.measure(plan)
         assert kl == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), abs=2e-5)

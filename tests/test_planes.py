@@ -16,12 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from matquant.checkpoint import open_checkpoint, write_checkpoint
-from matquant.errors import InputError
-from matquant.nest import COMPANDED, labels_of, slice_codes, stored_codes
-from matquant.planes import RESIDENT_BITS, bits_read, load_weight, matmul, pack, unpack
-from matquant.spec import Spec
-from matquant.tensor import NestedTensor
+from matquant.core.nest import COMPANDED, labels_of, slice_codes, stored_codes
+from matquant.core.planes import RESIDENT_BITS, bits_read, load_weight, matmul, pack, unpack
+from matquant.core.spec import Spec
+from matquant.core.tensor import NestedTensor
+from matquant.format.checkpoint import open_checkpoint, write_checkpoint
+from matquant.system.errors import InputError
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "kernels.md"
 SHAPES = [(1, 1), (1, 32), (16, 1), (16, 32), (15, 31), (17, 33), (16, 128), (3, 127), (40, 129), (5, 1000), (100, 7)]
@@ -179,8 +179,8 @@ def test_loading_keeps_no_second_copy(tmp_path: Path) -> None:
     write_one(tmp_path / "checkpoint", codes)
     script = f"""
 import numpy, pathlib
-from matquant.checkpoint import open_checkpoint
-from matquant.planes import load_weight, pack
+from matquant.format.checkpoint import open_checkpoint
+from matquant.core.planes import load_weight, pack
 def resident():
     fields = dict(line.split(":") for line in pathlib.Path("/proc/self/status").read_text().splitlines())
     return int(fields["VmRSS"].split()[0]) * 1024

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 import matquant
-from matquant import cli, progress
-from matquant.progress import Log, duration
+from matquant import cli
+from matquant.system import progress
+from matquant.system.progress import Log, duration
 
 
 class Clock:

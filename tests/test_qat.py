@@ -20,14 +20,14 @@ from torch.nn import functional
 
 import matquant
 from conftest import Interrupt
-from matquant.checkpoint import open_checkpoint
-from matquant.errors import InputError
-from matquant.grid import fit_slice
-from matquant.models import load_float
-from matquant.train import qat
-from matquant.train.fake import Grid, Learned, backward, finish_backward, nest
-from matquant.train.objective import parse_objective
-from matquant.train.select import select_linears
+from matquant.core.grid import fit_slice
+from matquant.format.checkpoint import open_checkpoint
+from matquant.hf_torch.layers import select_linears
+from matquant.hf_torch.models import load_float
+from matquant.methods import qat
+from matquant.methods.parts.fake import Grid, Learned, backward, finish_backward, nest
+from matquant.methods.parts.objective import parse_objective
+from matquant.system.errors import InputError
 
 RUN: dict[str, Any] = {"steps": 6, "batch_size": 2, "seq_len": 16, "lr": 1e-3, "seed": 3}
 
@@ -208,7 +208,7 @@ def test_a_mix_of_nothing_and_a_weight_that_is_none_are_refused(
 def test_emulated_bf16_is_told(
     fast: bool, autocast: bool, llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(matquant.train, "bf16_is_fast", lambda: fast)
+    monkeypatch.setattr(matquant.methods.quantize, "bf16_is_fast", lambda: fast)
     records: list[dict[str, Any]] = []
     options = {**RUN, "autocast": autocast, "device": "cpu"}
     matquant.quantize(llama, tmp_path / "out", text=[text_file], **options, report=records.append)

@@ -14,10 +14,10 @@ import torch
 
 import matquant
 from conftest import Interrupt
-from matquant import interrupted
-from matquant.errors import InputError
-from matquant.train import gptq, qat
-from matquant.train.sealed import open_sealed, save_sealed
+from matquant.methods import gptq, qat
+from matquant.methods.parts.sealed import open_sealed, save_sealed
+from matquant.system import interrupted
+from matquant.system.errors import InputError
 
 RUNS: dict[str, dict[str, Any]] = {  # method -> options of a run that is interrupted with some of its work finished
     "qat": {"seq_len": 16, "batch_size": 2, "steps": 3, "save_every": 1},

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 import matquant
 from conftest import SMALL, make_tokenizer
 from matquant import _native
-from matquant.checkpoint import open_checkpoint, write_checkpoint
-from matquant.runtime.families import FAMILIES, read_architecture
+from matquant.format.checkpoint import open_checkpoint, write_checkpoint
+from matquant.hf.architecture import FAMILIES, read_architecture
 
 HEADS = {"head_dim": 8}
 MIXED = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 7}

@@ -12,8 +12,8 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
-from matquant.errors import InputError
-from matquant.source import check_source
+from matquant.hf.source import check_source
+from matquant.system.errors import InputError
 
 FLOAT = "give the float model it was made from"
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 import matquant
-from matquant import startup, tensor_file
-from matquant.checkpoint import open_checkpoint
-from matquant.errors import InputError
+from matquant.format import tensor_file
+from matquant.format.checkpoint import open_checkpoint
+from matquant.system import startup
+from matquant.system.errors import InputError
 
 # numpy is where the base package spends its import; the interrupt comes from inside it, as a signal.
 INTERRUPTED = """

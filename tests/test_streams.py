@@ -12,7 +12,7 @@ import pytest
 
 import matquant
 from matquant import cli
-from matquant.streams import accept_any_text
+from matquant.system.streams import accept_any_text
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -65,8 +65,8 @@ def test_generated_text_is_printed_in_any_encoding(
     encoding: str, checkpoint: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said = iter(["caf", "é ", "🐱", " 日本 ", "\udcff", "— “x”…"])
-    monkeypatch.setattr("matquant.runtime.engine.TextStream.push", lambda *_: next(said, ""))
-    monkeypatch.setattr("matquant.runtime.engine.TextStream.finish", lambda _: "")
+    monkeypatch.setattr("matquant.engine.engine.TextStream.push", lambda *_: next(said, ""))
+    monkeypatch.setattr("matquant.engine.engine.TextStream.finish", lambda _: "")
     code, out, err = run("generate", checkpoint, "--prompt", "x", "--max-tokens", 8, "--threads", 1, encoding=encoding)
     assert code == 0
     assert "Traceback" not in err

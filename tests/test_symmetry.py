@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import matquant
-from matquant.train import symmetry
-from matquant.train.fake import Grid
+from matquant.methods.parts import symmetry
+from matquant.methods.parts.fake import Grid
 
 
 @pytest.fixture(scope="module")

@@ -15,12 +15,12 @@ import pytest
 
 import matquant
 from matquant import cli
-from matquant.checkpoint import manifest_sha256
-from matquant.errors import InputError
-from matquant.eval import run as runs
-from matquant.eval.run import evaluate_checkpoint
-from matquant.eval.tasks import TASKS, check_tasks, find_harness, open_tasks
 from matquant.export import export
+from matquant.format.checkpoint import manifest_sha256
+from matquant.measure import run as runs
+from matquant.measure.run import evaluate_checkpoint
+from matquant.measure.tasks import TASKS, check_tasks, find_harness, open_tasks
+from matquant.system.errors import InputError
 
 QUESTIONS = {
     "arc_easy": {"id": "a", "question": "q", "choices": {"text": ["x", "y"], "label": ["A", "B"]}, "answerKey": "B"},

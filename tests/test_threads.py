@@ -12,11 +12,11 @@ import pytest
 
 import matquant
 from matquant import _native, cli
-from matquant import threads as counting
-from matquant.errors import InputError, InUseError
-from matquant.planes import load_weight, matmul
-from matquant.startup import REMEDIES, let_threads_sleep, shortage
-from matquant.tensor import NestedTensor
+from matquant.core.planes import load_weight, matmul
+from matquant.core.tensor import NestedTensor
+from matquant.system import threads as counting
+from matquant.system.errors import InputError, InUseError
+from matquant.system.startup import REMEDIES, let_threads_sleep, shortage
 
 Command = Callable[..., tuple[int, str]]
 
@@ -229,7 +229,7 @@ def test_a_machine_without_memory_or_threads_is_one_line_and_exit_code_2(
         raise error
 
     for verb, place in (
-        ("generate", "matquant.runtime.engine.load_model"),
+        ("generate", "matquant.engine.engine.load_model"),
         ("verify", "matquant.cli.verify_checkpoint"),
     ):
         with monkeypatch.context() as patch:

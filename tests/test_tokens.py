@@ -17,24 +17,25 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 
 import matquant
 from conftest import make_tokenizer
-from matquant import cli, sidefiles
-from matquant.checkpoint import TOKENS, verify_checkpoint, write_manifest
+from matquant import cli
 from matquant.cli import app
-from matquant.errors import InputError
-from matquant.eval.run import evaluate_checkpoint
-from matquant.eval.tasks import check_tasks, open_tasks
+from matquant.core.spec import Plan
+from matquant.engine.chat import render
+from matquant.engine.terminal import chat
 from matquant.export import export
-from matquant.files import MARK
-from matquant.models import load_float, load_tokenizer, open_shards
-from matquant.plan.pareto import read_baselines
-from matquant.plan.sensitivity import open_losses
-from matquant.runtime.chat import render
-from matquant.runtime.probe import TEXTS, check_tokens, difference, probe_texts
-from matquant.runtime.terminal import chat
-from matquant.runtime.vocabulary import read_vocabulary
-from matquant.spec import Plan
-from matquant.text import check_ids, read_documents, token_stream
-from matquant.train.tokenizer import Texts, read_texts
+from matquant.format.checkpoint import TOKENS, verify_checkpoint, write_manifest
+from matquant.hf import sidefiles
+from matquant.hf.probe import TEXTS, check_tokens, difference, probe_texts
+from matquant.hf.text import check_ids, read_documents, token_stream
+from matquant.hf.vocabulary import read_vocabulary
+from matquant.hf_torch.models import load_float, load_tokenizer, open_shards
+from matquant.hf_torch.tokenizer import Texts, read_texts
+from matquant.measure.run import evaluate_checkpoint
+from matquant.measure.tasks import check_tasks, open_tasks
+from matquant.planning.pareto import read_baselines
+from matquant.planning.sensitivity import open_losses
+from matquant.system.errors import InputError
+from matquant.system.files import MARK
 
 # The module; transformers has a function of the same name.
 convert_slow_tokenizer = importlib.import_module("transformers.convert_slow_tokenizer")

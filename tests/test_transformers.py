@@ -16,10 +16,10 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 import matquant
 from conftest import FAMILIES
-from matquant.checkpoint import open_checkpoint, side_files, write_checkpoint
 from matquant.export import export
+from matquant.format.checkpoint import open_checkpoint, side_files, write_checkpoint
+from matquant.hf_torch.models import linear_views, plain_items
 from matquant.integrations import quantizer
-from matquant.models import linear_views, plain_items
 
 TOKENS = torch.arange(3, 60).reshape(3, 19)
 PATH = "model.layers.1.mlp.down_proj"

@@ -10,16 +10,16 @@ import torch
 
 import matquant
 from conftest import Interrupt
-from matquant.checkpoint import open_checkpoint
-from matquant.errors import InputError
-from matquant.grid import encode
-from matquant.models import load_float, load_tokenizer
-from matquant.nest import CENTRE, slice_codes
-from matquant.tensor import NestedTensor
-from matquant.text import read_documents, token_stream
-from matquant.train import tune
-from matquant.train.fake import Grid, nest
-from matquant.train.masters import encode_masters
+from matquant.core.grid import encode
+from matquant.core.nest import CENTRE, slice_codes
+from matquant.core.tensor import NestedTensor
+from matquant.format.checkpoint import open_checkpoint
+from matquant.hf.text import read_documents, token_stream
+from matquant.hf_torch.models import load_float, load_tokenizer
+from matquant.methods.parts import tune
+from matquant.methods.parts.fake import Grid, nest
+from matquant.methods.parts.masters import encode_masters
+from matquant.system.errors import InputError
 
 RUN: dict[str, Any] = {"method": "gptq", "samples": 16, "seq_len": 32, "batch_size": 4, "scope": "all"}
 RUN |= {"tune": 30, "lr": 0.01}

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import matquant
-from matquant.checkpoint import open_checkpoint
-from matquant.errors import InputError
+from matquant.core.spec import Plan
 from matquant.export import export
+from matquant.format.checkpoint import open_checkpoint
 from matquant.integrations.words import check_stacked, read_overrides, read_words, stacked_paths
-from matquant.spec import Plan
+from matquant.system.errors import InputError
 
 QKV = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 

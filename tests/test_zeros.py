@@ -11,9 +11,9 @@ from safetensors import safe_open
 
 import matquant
 from exports import sliced
-from matquant.checkpoint import SLICES, bits_per_weight, open_checkpoint, size_bytes, verify_checkpoint
-from matquant.errors import InputError
 from matquant.export import export
+from matquant.format.checkpoint import SLICES, bits_per_weight, open_checkpoint, size_bytes, verify_checkpoint
+from matquant.system.errors import InputError
 from test_checkpoint import edit_record
 
 METHODS: dict[str, dict[str, Any]] = {

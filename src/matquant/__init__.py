@@ -8,17 +8,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from matquant.checkpoint import open_checkpoint, verify_checkpoint
-    from matquant.errors import InputError
-    from matquant.eval.likelihood import evaluate
+    from matquant.core.nest import slice_codes, slice_values
+    from matquant.core.spec import Plan, Spec
+    from matquant.core.tensor import NestedTensor
+    from matquant.engine.engine import Engine
+    from matquant.format.checkpoint import open_checkpoint, verify_checkpoint
+    from matquant.format.seal import seal_checkpoint
+    from matquant.hf_torch.nested_model import load
     from matquant.integrations.quantizer import MatQuantConfig
-    from matquant.integrations.transformers import load
-    from matquant.nest import slice_codes, slice_values
-    from matquant.runtime.engine import Engine
-    from matquant.seal import seal_checkpoint
-    from matquant.spec import Plan, Spec
-    from matquant.tensor import NestedTensor
-    from matquant.train import quantize
+    from matquant.measure.likelihood import evaluate
+    from matquant.methods.quantize import quantize
+    from matquant.system.errors import InputError
 
 __version__ = "0.1.0"
 
@@ -40,20 +40,20 @@ __all__ = [
 ]
 
 _ON_DEMAND = {
-    "Engine": "matquant.runtime.engine",
-    "InputError": "matquant.errors",
+    "Engine": "matquant.engine.engine",
+    "InputError": "matquant.system.errors",
     "MatQuantConfig": "matquant.integrations.quantizer",
-    "NestedTensor": "matquant.tensor",
-    "Plan": "matquant.spec",
-    "Spec": "matquant.spec",
-    "evaluate": "matquant.eval.likelihood",
-    "load": "matquant.integrations.transformers",
-    "open_checkpoint": "matquant.checkpoint",
-    "quantize": "matquant.train",
-    "seal_checkpoint": "matquant.seal",
-    "slice_codes": "matquant.nest",
-    "slice_values": "matquant.nest",
-    "verify_checkpoint": "matquant.checkpoint",
+    "NestedTensor": "matquant.core.tensor",
+    "Plan": "matquant.core.spec",
+    "Spec": "matquant.core.spec",
+    "evaluate": "matquant.measure.likelihood",
+    "load": "matquant.hf_torch.nested_model",
+    "open_checkpoint": "matquant.format.checkpoint",
+    "quantize": "matquant.methods.quantize",
+    "seal_checkpoint": "matquant.format.seal",
+    "slice_codes": "matquant.core.nest",
+    "slice_values": "matquant.core.nest",
+    "verify_checkpoint": "matquant.format.checkpoint",
 }
 
 
@@ -65,7 +65,7 @@ def __getattr__(name: str) -> Any:
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("matquant"):
             raise
-        raise importlib.import_module("matquant.errors").InputError(
+        raise importlib.import_module("matquant.system.errors").InputError(
             f"matquant.{name} needs {error.name}, which is not installed; pip install 'matquant[train]'"
         ) from None
     globals()[name] = found = getattr(module, name)  # so that it is not asked for again

@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-from matquant.startup import leave_on_interrupt, let_threads_sleep, shortage
+from matquant.system.startup import leave_on_interrupt, let_threads_sleep, shortage
 
 
 def main() -> None:

@@ -12,20 +12,20 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from matquant import progress
-from matquant.checkpoint import check_plain, open_checkpoint, verify_checkpoint
-from matquant.contents import render, summarise
-from matquant.errors import InputError
-from matquant.eval.request import check_evaluation
-from matquant.files import MARK, json_text
-from matquant.nest import check_bits
+from matquant.core.nest import check_bits
+from matquant.core.spec import Plan
+from matquant.format.checkpoint import check_plain, open_checkpoint, verify_checkpoint
+from matquant.format.contents import render, summarise
+from matquant.format.seal import describe, ignored_files, seal_checkpoint
+from matquant.measure.request import check_evaluation
 from matquant.options.request import check_request
-from matquant.plan.request import check_losses
-from matquant.seal import describe, ignored_files, seal_checkpoint
-from matquant.spec import Plan
-from matquant.startup import INTERRUPTED, leave_on_interrupt, shortage
-from matquant.streams import accept_any_text
-from matquant.threads import check_environment
+from matquant.planning.request import check_losses
+from matquant.system import progress
+from matquant.system.errors import InputError
+from matquant.system.files import MARK, json_text
+from matquant.system.startup import INTERRUPTED, leave_on_interrupt, shortage
+from matquant.system.streams import accept_any_text
+from matquant.system.threads import check_environment
 
 app = typer.Typer(
     help="One int8 checkpoint that is a good int4 and int2 model too (Matryoshka Quantization).",
@@ -181,7 +181,7 @@ def quantize(
     options |= {"group_size": _group_size(group_size), "text": _files(text, more_text)}
     check_request(model, out, **options)  # before torch is imported
     with _resumable(), progress.quantising() as report:
-        written = _needs_torch("matquant.train").quantize(model, out, report=report, **options)
+        written = _needs_torch("matquant.methods.quantize").quantize(model, out, report=report, **options)
     print(f"wrote {written}; try: matquant eval {written} --text FILE")
 
 
@@ -226,7 +226,7 @@ def evaluate(
     }
     measured = _widths(bits)
     check_evaluation(directory, needs_picture=plot is not None, **options)  # before torch is imported
-    run = _needs_torch("matquant.eval.run")
+    run = _needs_torch("matquant.measure.run")
     with progress.counted("eval") as count:
         record = run.evaluate_checkpoint(
             directory,
@@ -281,27 +281,27 @@ def plan(
     if not pareto and (baselines or plot):
         raise InputError("--baselines and --plot are of the picture, and none is drawn; give --pareto too")
     if not files and not pareto:
-        record = importlib.import_module("matquant.plan.run").run(directory, out, **one, **options)
+        record = importlib.import_module("matquant.planning.run").run(directory, out, **one, **options)
     else:
         if not files:
             raise InputError("--pareto measures losses and no text is given; give --text FILE")
         chosen: dict[str, Any] = {"reference": reference, "samples": samples, "seq_len": seq_len, "seed": seed}
         check_losses(directory, files, **chosen)  # before torch is imported
         if not pareto:
-            importlib.import_module("matquant.plan.run").check_plan(
+            importlib.import_module("matquant.planning.run").check_plan(
                 directory, out, **one, widths=options["widths"], evaluations=evaluations
             )
-        sensitivity = _needs_torch("matquant.plan.sensitivity")
+        sensitivity = _needs_torch("matquant.planning.sensitivity")
         with (
             progress.counted("plan") as count,
             sensitivity.open_losses(directory, files, device=device, notice=_notice, **chosen) as losses,
         ):
             losses.report = lambda done: count("plans measured", done, losses.expected)
             if pareto:
-                module = importlib.import_module("matquant.plan.pareto")
+                module = importlib.import_module("matquant.planning.pareto")
                 record = module.run(directory, out, losses=losses, baselines=baselines, plot=plot, **options)
             else:
-                module = importlib.import_module("matquant.plan.run")
+                module = importlib.import_module("matquant.planning.run")
                 record = module.run(directory, out, losses=losses, **one, **options)
     print(json_text(record))
 
@@ -320,12 +320,12 @@ def report(
     device: Device = None,
 ) -> None:
     """One HTML page: what a checkpoint is, what it costs and how good it is."""
-    page = importlib.import_module("matquant.eval.html")
+    page = importlib.import_module("matquant.report.page")
     records = {name: page.read_record(file) for name, file in page.by_name(evals or [], "--eval").items()}
     files = _files(text, more_text)
     if files:
         check_evaluation(directory, text=files, max_tokens=max_tokens)  # before torch is imported
-        run = _needs_torch("matquant.eval.run")
+        run = _needs_torch("matquant.measure.run")
         measure = functools.partial(
             run.evaluate_checkpoint, directory, text=files, max_tokens=max_tokens, device=device
         )
@@ -370,7 +370,7 @@ def verify(
         checkpoint = verify_checkpoint(directory)
         check_plain(checkpoint)
     with contextlib.suppress(ModuleNotFoundError):  # without the package tokenizers, all but the tokens is checked
-        importlib.import_module("matquant.runtime.probe").check_tokens(directory)
+        importlib.import_module("matquant.hf.probe").check_tokens(directory)
     for note in ignored_files(directory):
         print(f"note: {note}", file=sys.stderr)
     print(f"{directory} is whole: {len(checkpoint.shapes)} quantised weights, rule {checkpoint.spec.rule}")
@@ -463,8 +463,8 @@ def bench(
 ) -> None:
     """Tokens per second at every width, and how close that is to streaming the weights; the last line is JSON."""
     widths = _widths(bits)
-    runtime = importlib.import_module("matquant.runtime.bench")
-    engine = importlib.import_module("matquant.runtime.engine").Engine(
+    runtime = importlib.import_module("matquant.engine.bench")
+    engine = importlib.import_module("matquant.engine.engine").Engine(
         directory,
         max_bits=max(widths),
         threads=threads,
@@ -550,10 +550,10 @@ def _needs_torch(module: str) -> Any:
 
 
 def _serve(verb: str, options: dict[str, Any]) -> None:
-    """Run a verb of matquant.runtime.terminal, imported only now; Ctrl-C ends it with 130 wherever it is."""
+    """Run a verb of matquant.engine.terminal, imported only now; Ctrl-C ends it with 130 wherever it is."""
     engine = {name: options.pop(name) for name in ("max_bits", "threads", "activations", "check_hashes", "mmap")}
     try:
-        code = getattr(importlib.import_module("matquant.runtime.terminal"), verb)(engine=engine, **options)
+        code = getattr(importlib.import_module("matquant.engine.terminal"), verb)(engine=engine, **options)
     except KeyboardInterrupt:
         code = INTERRUPTED
     raise typer.Exit(code)

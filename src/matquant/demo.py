@@ -16,15 +16,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from matquant.checkpoint import bits_per_weight, open_checkpoint
-from matquant.contents import code_counts
-from matquant.errors import InputError
-from matquant.eval.likelihood import evaluate, log_perplexity
-from matquant.eval.report import plot_histograms, plot_widths, write_json
-from matquant.integrations.transformers import load
-from matquant.models import bf16_is_fast, load_float, load_tokenizer
-from matquant.text import read_documents, token_stream
-from matquant.train import quantize
+from matquant.format.checkpoint import bits_per_weight, open_checkpoint
+from matquant.format.contents import code_counts
+from matquant.hf.text import read_documents, token_stream
+from matquant.hf_torch.models import bf16_is_fast, load_float, load_tokenizer
+from matquant.hf_torch.nested_model import load
+from matquant.measure.likelihood import evaluate, log_perplexity
+from matquant.methods.quantize import quantize
+from matquant.report.tables import plot_histograms, plot_widths, write_json
+from matquant.system.errors import InputError
 
 REFERENCE = Path(__file__).resolve().parents[2] / "examples" / "reference"
 WIDTHS = (8, 6, 4, 3, 2)

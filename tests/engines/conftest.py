@@ -27,12 +27,12 @@ from transformers import AutoModelForCausalLM
 
 import matquant
 from environments import make_environment
-from matquant.checkpoint import Checkpoint, open_checkpoint
-from matquant.eval.likelihood import log_perplexity
+from matquant.core.spec import Plan
 from matquant.export import export
-from matquant.models import load_tokenizer
-from matquant.spec import Plan
-from matquant.text import read_documents, token_stream
+from matquant.format.checkpoint import Checkpoint, open_checkpoint
+from matquant.hf.text import read_documents, token_stream
+from matquant.hf_torch.models import load_tokenizer
+from matquant.measure.likelihood import log_perplexity
 from origin import ROOT
 
 HERE = Path(__file__).resolve().parent

@@ -23,9 +23,9 @@ from conftest import SMALL, make_tokenizer
 from engines.conftest import CACHE, HERE, NEW_TOKENS, WIDTHS, Run, Subject
 from environments import make_environment
 from gguf_files import assert_holds_the_slices
-from matquant.errors import InputError
+from matquant.core.spec import Plan
 from matquant.export.containers import CENTRE, EXACT
-from matquant.spec import Plan
+from matquant.system.errors import InputError
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
 ODD = "The cats' 2024 déjà-vu: it's 3.14159…  don't\n\n  I'LL say   so — 你好! <0x41> ﬁ\t🙂\n"

@@ -16,11 +16,11 @@ import torch
 import matquant
 from engines.conftest import WIDTHS, Run, Subject, spread, work
 from exports import nested_checkpoint, sliced
-from matquant.checkpoint import open_checkpoint
-from matquant.errors import InputError
+from matquant.core.nest import slice_codes
 from matquant.export import export
 from matquant.export.containers import CENTRE, EXACT, read_affine
-from matquant.nest import slice_codes
+from matquant.format.checkpoint import open_checkpoint
+from matquant.system.errors import InputError
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
 

@@ -11,16 +11,22 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from matquant.checkpoint import Checkpoint, open_checkpoint
-from matquant.errors import InputError
+from matquant.core.nest import MASTER_BITS
+from matquant.core.spec import Plan
 from matquant.export import compressed_tensors, dense, gguf, gptq, mlx, nested
 from matquant.export.card import RECORD
 from matquant.export.containers import CENTRE, EXACT, ZEROS, Container
 from matquant.export.job import Exporter, Job
-from matquant.files import check_replaceable, check_space, read_json, replace_directory_when_done, replace_when_done
-from matquant.locks import check_place, hold
-from matquant.nest import MASTER_BITS
-from matquant.spec import Plan
+from matquant.format.checkpoint import Checkpoint, open_checkpoint
+from matquant.system.errors import InputError
+from matquant.system.files import (
+    check_replaceable,
+    check_space,
+    read_json,
+    replace_directory_when_done,
+    replace_when_done,
+)
+from matquant.system.locks import check_place, hold
 
 EXPORTERS: dict[str, Exporter] = {
     "gguf": gguf.EXPORTER,

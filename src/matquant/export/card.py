@@ -6,8 +6,8 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from matquant.checkpoint import manifest_sha256
 from matquant.export.job import Job
+from matquant.format.checkpoint import manifest_sha256
 
 RECORD = "matquant_export.json"
 

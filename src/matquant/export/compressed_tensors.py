@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from matquant.checkpoint import Checkpoint, pack_zeros, stock_config
-from matquant.errors import InputError
-from matquant.export.containers import FIXED, FLOATS, INTEGER, Container, Encoded
+from matquant.core.dtypes import FLOATS
+from matquant.core.packing import pack, words
+from matquant.export.containers import FIXED, INTEGER, Container, Encoded
 from matquant.export.directory import write_directory
 from matquant.export.job import Exporter, Job
-from matquant.export.stream import Slot
-from matquant.packing import pack, words
+from matquant.format.checkpoint import Checkpoint, pack_zeros, stock_config
+from matquant.format.shards import Slot
+from matquant.system.errors import InputError
 
 
 def containers(checkpoint: Checkpoint, path: str) -> list[Container]:

@@ -17,19 +17,17 @@ N out features, K in features, G groups (K / G neighbouring in features of a row
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-import ml_dtypes
 import numpy as np
 
-from matquant.grid import middle, storable_scale
-from matquant.nest import MASTER_BITS, UNIFORM, integer_positions, slice_codes
-from matquant.tensor import Affine, NestedTensor
+from matquant.core.dtypes import FLOATS
+from matquant.core.grid import middle, storable_scale
+from matquant.core.nest import MASTER_BITS, UNIFORM, integer_positions, slice_codes
+from matquant.core.tensor import Affine, NestedTensor
 
 FIXED, INTEGER, MINIMUM = "fixed", "integer", "minimum"
 EXACT, CENTRE = "exact", "centre"
 ZEROS = (EXACT, CENTRE)
-FLOATS: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 STEPS = {"F32": 2.0**-24, "F16": 2.0**-11, "BF16": 2.0**-8}  # relative error of rounding to nearest
 
 

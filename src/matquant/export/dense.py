@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from matquant.export.containers import FLOATS
+from matquant.core.dtypes import FLOATS
 from matquant.export.directory import write_directory
 from matquant.export.job import Exporter, Job
-from matquant.export.stream import Part, Slot
+from matquant.format.shards import Part, Slot
 
 NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 

@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from matquant.checkpoint import side_files
 from matquant.export.card import RECORD, model_card, record
 from matquant.export.job import Job
-from matquant.export.stream import Report, write_shards
-from matquant.files import json_bytes
+from matquant.format.checkpoint import side_files
+from matquant.format.shards import Report, write_shards
+from matquant.system.files import json_bytes
 
 
 def write_directory(job: Job, folder: Path, config: Mapping[str, Any], report: Report, *, index: bool = False) -> None:

@@ -7,10 +7,10 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from matquant.checkpoint import Checkpoint
-from matquant.errors import InputError
 from matquant.export import EXPORTERS, make_job
 from matquant.export.containers import EXACT
+from matquant.format.checkpoint import Checkpoint
+from matquant.system.errors import InputError
 
 WIDTHS = (8, 7, 6, 5, 4, 3, 2)
 

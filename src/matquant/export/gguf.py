@@ -20,18 +20,19 @@ from typing import Any
 
 import numpy as np
 
-from matquant.checkpoint import Checkpoint
-from matquant.errors import InputError
+from matquant.core.dtypes import FLOATS
 from matquant.export.blocks import CONTAINERS, pack_blocks, row_bytes
 from matquant.export.card import model_card, record
-from matquant.export.containers import FLOATS, Container
+from matquant.export.containers import Container
 from matquant.export.job import Exporter, Job
-from matquant.export.stream import Part, Report, Slot, made
 from matquant.export.tokens import INSTEAD, Tokens, read_tokens
-from matquant.facts import GENERATION
-from matquant.files import json_text
-from matquant.manifest import side_facts
-from matquant.runtime.families import Architecture, check_sizes, read_architecture
+from matquant.format.checkpoint import Checkpoint
+from matquant.format.facts import GENERATION
+from matquant.format.manifest import side_facts
+from matquant.format.shards import Part, Report, Slot, made
+from matquant.hf.architecture import Architecture, check_sizes, read_architecture
+from matquant.system.errors import InputError
+from matquant.system.files import json_text
 
 ALIGNMENT = 32  # bytes, GGUF's default
 INTERLEAVED = ("llama", "mistral")  # rotary pairs side by side, rotary frequencies as a tensor, biases everywhere

@@ -20,13 +20,13 @@ from typing import Any
 
 import numpy as np
 
-from matquant.checkpoint import Checkpoint
+from matquant.core.packing import pack, words
 from matquant.export.containers import FIXED, INTEGER, Container, Encoded, largest_block
 from matquant.export.directory import write_directory
 from matquant.export.job import Exporter, Job
-from matquant.export.stream import Report, Slot
-from matquant.files import json_bytes
-from matquant.packing import pack, words
+from matquant.format.checkpoint import Checkpoint
+from matquant.format.shards import Report, Slot
+from matquant.system.files import json_bytes
 
 WIDTHS = (2, 3, 4, 8)
 BLOCKS = (1024, 512, 256, 128, 64, 32, 16)  # group sizes

@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from matquant.checkpoint import Checkpoint
-from matquant.export.containers import FLOATS, Container, Encoded, Misfit, choose, encode, read_affine
-from matquant.export.stream import Part, Report, Slot
-from matquant.grid import decode
-from matquant.tensor import NestedTensor
+from matquant.core.dtypes import FLOATS
+from matquant.core.grid import decode
+from matquant.core.tensor import NestedTensor
+from matquant.export.containers import Container, Encoded, Misfit, choose, encode, read_affine
+from matquant.format.checkpoint import Checkpoint
+from matquant.format.shards import Part, Report, Slot
 
 DENSE = "dense"  # what a path is stored in that has no container
 

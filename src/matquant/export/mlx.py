@@ -16,14 +16,15 @@ from typing import Any
 
 import numpy as np
 
-from matquant.checkpoint import Checkpoint
-from matquant.errors import InputError
+from matquant.core.dtypes import FLOATS
+from matquant.core.packing import pack, words
 from matquant.export import dense
-from matquant.export.containers import FLOATS, MINIMUM, Container, Encoded, largest_block
+from matquant.export.containers import MINIMUM, Container, Encoded, largest_block
 from matquant.export.directory import write_directory
 from matquant.export.job import Exporter, Job
-from matquant.export.stream import Slot
-from matquant.packing import pack, words
+from matquant.format.checkpoint import Checkpoint
+from matquant.format.shards import Slot
+from matquant.system.errors import InputError
 
 WIDTHS = (1, 2, 3, 4, 5, 6, 8)
 BLOCKS = (128, 64, 32)

@@ -10,15 +10,15 @@ from pathlib import Path
 
 import numpy as np
 
-from matquant.checkpoint import SLICES, Checkpoint, nested_side_files, quantization_config, slice_tensors
+from matquant.core.nest import MASTER_BITS, UNIFORM
+from matquant.core.tensor import NestedTensor
 from matquant.export import compressed_tensors
 from matquant.export.containers import FIXED, Container, Encoded, Fit, Misfit
 from matquant.export.directory import write_directory
 from matquant.export.job import Exporter, Job, as_stored
-from matquant.export.stream import Report, write_safetensors
-from matquant.manifest import write_manifest
-from matquant.nest import MASTER_BITS, UNIFORM
-from matquant.tensor import NestedTensor
+from matquant.format.checkpoint import SLICES, Checkpoint, nested_side_files, quantization_config, slice_tensors
+from matquant.format.manifest import write_manifest
+from matquant.format.shards import Report, write_safetensors
 
 
 def choose(checkpoint: Checkpoint, path: str, bits: int, zeros: str) -> Container | list[Misfit]:

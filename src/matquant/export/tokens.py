@@ -17,10 +17,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from matquant.errors import InputError
-from matquant.facts import GENERATION, read_json
-from matquant.manifest import side_facts, side_file
-from matquant.runtime.vocabulary import Vocabulary, end_ids, read_vocabulary
+from matquant.format.facts import GENERATION, read_json
+from matquant.format.manifest import side_facts, side_file
+from matquant.hf.vocabulary import Vocabulary, end_ids, read_vocabulary
+from matquant.system.errors import InputError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # llama.cpp's token types
 SPACE = "▁"

@@ -18,11 +18,11 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from matquant.errors import InputError
-from matquant.integrations.transformers import load
-from matquant.models import load_tokenizer
-from matquant.spec import Plan
-from matquant.text import check_ids
+from matquant.core.spec import Plan
+from matquant.hf.text import check_ids
+from matquant.hf_torch.models import load_tokenizer
+from matquant.hf_torch.nested_model import load
+from matquant.system.errors import InputError
 
 VERSION: str = lm_eval.__version__
 TEMPLATES = Path(lm_eval.__file__).parent / "tasks"  # the harness's own task files

@@ -32,12 +32,12 @@ from transformers.quantizers import HfQuantizer, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, AutoHfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from matquant.checkpoint import Checkpoint, open_checkpoint
-from matquant.errors import InputError
+from matquant.core.nest import MASTER_BITS
+from matquant.core.spec import Plan
+from matquant.format.checkpoint import Checkpoint, open_checkpoint
+from matquant.hf_torch.models import Model
 from matquant.integrations.words import read_words
-from matquant.models import Model
-from matquant.nest import MASTER_BITS
-from matquant.spec import Plan
+from matquant.system.errors import InputError
 
 METHOD = "matquant"
 STORED = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point")  # all are taken, two are used

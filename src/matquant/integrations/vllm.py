@@ -24,11 +24,11 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.models.utils import WeightsMapper
 from vllm.model_executor.parameter import BasevLLMParameter
 
-from matquant.checkpoint import Checkpoint, open_checkpoint
-from matquant.errors import InputError
+from matquant.core.nest import MASTER_BITS
+from matquant.core.spec import Plan
+from matquant.format.checkpoint import Checkpoint, open_checkpoint
 from matquant.integrations.words import check_stacked, read_overrides, read_words, stacked_paths
-from matquant.nest import MASTER_BITS
-from matquant.spec import Plan
+from matquant.system.errors import InputError
 
 METHOD = "matquant"
 DROPPED = (

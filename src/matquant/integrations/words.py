@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from matquant.checkpoint import Checkpoint
-from matquant.errors import InputError
-from matquant.grid import decode
-from matquant.nest import MASTER_BITS, labels_of, slice_positions
-from matquant.spec import Plan
+from matquant.core.grid import decode
+from matquant.core.nest import MASTER_BITS, labels_of, slice_positions
+from matquant.core.spec import Plan
+from matquant.format.checkpoint import Checkpoint
+from matquant.system.errors import InputError
 
 # Weights sliced at once. In float32 they fit the second cache: 5 times as fast (4096 x 4096, one core).
 AT_ONCE = 2**18

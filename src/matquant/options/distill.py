@@ -1,10 +1,10 @@
-"""Options of distillation in three stages (train/distill.py)."""
+"""Options of distillation in three stages (methods/distill.py)."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from matquant.errors import InputError
 from matquant.options import gptq, qat
+from matquant.system.errors import InputError
 
 Options = dict[str, Any]
 NAME = "distill"

@@ -1,10 +1,10 @@
-"""Options of nested GPTQ (train/gptq.py)."""
+"""Options of nested GPTQ (methods/gptq.py)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from matquant.errors import InputError, check_positive
+from matquant.system.errors import InputError, check_positive
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,8 +11,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from matquant.errors import InputError
-from matquant.nest import MASTER_BITS
+from matquant.core.nest import MASTER_BITS
+from matquant.system.errors import InputError
 
 FLOAT = 0  # the teacher "fp"
 _TERM = re.compile(r"(?:(?P<teacher>fp|\d+)->)?(?P<widths>\d+(?:;\d+)*)")

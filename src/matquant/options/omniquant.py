@@ -1,11 +1,11 @@
-"""Options of nested OmniQuant (train/omniquant.py)."""
+"""Options of nested OmniQuant (methods/omniquant.py)."""
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from matquant.errors import InputError, check_positive
+from matquant.system.errors import InputError, check_positive
 
 CODES = ("round", "gptq")
 

@@ -1,11 +1,11 @@
-"""Options of quantisation-aware training (train/qat.py)."""
+"""Options of quantisation-aware training (methods/qat.py)."""
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from matquant.errors import InputError, check_positive
+from matquant.system.errors import InputError, check_positive
 
 MASTERS = ("one", "each")
 

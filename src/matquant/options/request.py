@@ -10,18 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from matquant.arguments import check_fields, check_given, check_types
-from matquant.checkpoint import check_writable, side_files
-from matquant.errors import InputError
-from matquant.interrupted import check_work, work_folder
-from matquant.locks import check_place
-from matquant.nest import OWN, ZEROS, check_bits, check_grid, check_rule
+from matquant.core.nest import OWN, ZEROS, check_bits, check_grid, check_rule
+from matquant.core.spec import SCALE_DTYPES
+from matquant.format.checkpoint import check_writable, side_files
+from matquant.hf.source import check_source
+from matquant.hf.text import read_documents
 from matquant.options import AFFINES, METHODS, SCOPES, distill
 from matquant.options.objective import Width, parse_objective
-from matquant.source import check_source
-from matquant.spec import SCALE_DTYPES
-from matquant.text import read_documents
-from matquant.threads import check_threads
+from matquant.system.arguments import check_fields, check_given, check_types
+from matquant.system.errors import InputError
+from matquant.system.interrupted import check_work, work_folder
+from matquant.system.locks import check_place
+from matquant.system.threads import check_threads
 
 UNLEARNED = {  # what a method that learns no affines says of --affine learned
     "rtn": "method 'rtn' learns nothing; use --affine refit or none",

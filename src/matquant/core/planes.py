@@ -1,0 +1,187 @@
+"""Bit planes: one copy of the codes in memory, from which the kernels read any width.
+
+The 8-bit codes of a weight are cut into planes of 2, 1, 1, 2 and 2 bits, most significant first, each one contiguous
+stream in huge pages. A product at r bits reads the first planes only, so int2 moves a quarter of the bytes of int8 and
+switching costs nothing:
+
+    width              1, 2    3    4    5, 6    7, 8        (``round`` and ``extra`` read one bit more than they serve)
+    bits per weight    2       3    4    6       8
+
+Planes hold labels whatever the grid; kernels look up what a label stands for (``nest.integer_positions``).
+
+docs/kernels.md describes the layout. The affine of a width, scale_r and zero_r, is applied after the sum over inputs.
+Shapes: N out features, K in features, G groups, T tokens.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from matquant import _native
+from matquant.core.nest import GRIDS, MASTER_BITS, RULES, UNIFORM, check_bits, check_rule, integer_positions
+from matquant.core.tensor import NestedTensor
+from matquant.system.errors import InputError
+from matquant.system.threads import check_threads
+
+ACTIVATIONS = ("int8", "float")
+RESIDENT_BITS = (2, 3, 4, 6, 8)  # what the first one, two, ... planes hold
+
+Codes = NDArray[np.uint8]
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Planes:
+    """The top ``resident_bits`` of codes [rows, columns] as planes. ``native`` owns the memory."""
+
+    native: _native.Weight
+    rows: int
+    columns: int
+    resident_bits: int
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of memory, affines and padding included."""
+        return self.native.bytes
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A nested weight ready to be multiplied by: planes, and the affines of the widths up to ``max_bits``."""
+
+    planes: Planes
+    rule: str
+    max_bits: int
+
+    @property
+    def pointer(self) -> int:
+        """Address of the ``matquant::Linear``, valid while this record lives."""
+        return self.planes.native.pointer
+
+
+def pack(codes_NK: Codes, *, max_bits: int = MASTER_BITS) -> Planes:
+    """Codes to planes, keeping the planes that hold the top ``max_bits`` bits.
+
+    codes_NK: uint8 [N, K]; rows may be apart (a view of a file), columns may not. Read once, straight into planes.
+    Raises InputError for other dtypes, shapes and widths.
+    """
+    return _pack(codes_NK, bits_read(max_bits, rule="prefix"), rule="prefix", group=None, grid=UNIFORM)
+
+
+def unpack(planes: Planes, *, bits: int = MASTER_BITS) -> Codes:
+    """The top ``bits`` bits of the codes, uint8 [N, K]: ``slice_codes(codes, bits, rule="prefix")``.
+
+    Raises InputError for widths that are not resident.
+    """
+    _check_resident(planes, bits, "prefix")
+    return planes.native.codes(bits, RULES.index("prefix"))
+
+
+def bits_read(bits: int, *, rule: str) -> int:
+    """Bits of the code that planes must hold, and a kernel reads, to serve ``bits`` bits under ``rule``."""
+    check_bits(bits)
+    check_rule(rule)
+    needed = bits if rule == "prefix" or bits == MASTER_BITS else bits + 1
+    return next(resident for resident in RESIDENT_BITS if resident >= needed)
+
+
+def load_weight(tensor: NestedTensor, *, max_bits: int = MASTER_BITS) -> Weight:
+    """Pack a nested tensor (numpy) with the affines of all widths up to ``max_bits``.
+
+    From ``checkpoint.nested(path, mapped=True)`` it is packed straight out of the memory-mapped file. Its scales and
+    zeros take 16 bits each where bfloat16 and float16 hold them exactly, and widths without their own share them.
+    Raises InputError as ``pack`` does.
+    """
+    check_bits(max_bits)
+    columns, groups = tensor.codes.shape[-1], tensor.scale.shape[-1]
+    resident = bits_read(max_bits, rule=tensor.rule)
+    planes = _pack(tensor.codes, resident, rule=tensor.rule, group=columns // groups, grid=tensor.grid)
+    own = {bits: affine for bits, affine in tensor.slices.items() if bits <= max_bits}
+    derived = set(range(1, max_bits + 1)) - set(own)
+    if derived:
+        values = _add_values(planes.native, tensor.scale, tensor.zero)
+        for bits in derived:
+            step = 2 ** (MASTER_BITS - bits)
+            centre = (step - 1) / 2 if tensor.rule == "prefix" else 0.0  # nest.slice_affine, left to the kernel
+            _set_affine(planes.native, bits, values, step, centre, grid=tensor.grid)
+    for bits, (scale, zero) in own.items():
+        _set_affine(planes.native, bits, _add_values(planes.native, scale, zero), 1, 0.0, grid=tensor.grid)
+    return Weight(planes=planes, rule=tensor.rule, max_bits=max_bits)
+
+
+def matmul(weight: Weight, x_TK: Floats, *, bits: int, activations: str = "int8", threads: int = 0) -> Floats:
+    """x_TK @ W.T with the weights read at ``bits`` bits: float32 [T, N].
+
+    x_TK: float32 [T, K]. activations: ``int8`` (per token and 128 inputs, dynamic) or ``float``. threads: 0 for
+    OMP_NUM_THREADS or all cores; they do not change the result, nor do the other tokens or the instruction set.
+    Raises InputError for widths that are not resident and for other shapes and dtypes.
+    """
+    check_bits(bits)
+    if bits > weight.max_bits:
+        raise InputError(f"bits={bits} asked of a weight loaded with max_bits={weight.max_bits}; load it with more")
+    if activations not in ACTIVATIONS:
+        raise InputError(f"activations={activations!r} asked; use one of {', '.join(ACTIVATIONS)}")
+    if x_TK.ndim != 2 or x_TK.shape[1] != weight.planes.columns or x_TK.dtype != np.float32:
+        raise InputError(
+            f"a product with a weight of {weight.planes.columns} inputs asked of {x_TK.dtype} {list(x_TK.shape)}; "
+            f"give float32 [T, {weight.planes.columns}]"
+        )
+    if threads != 0:
+        check_threads(threads)
+    kind = ACTIVATIONS.index(activations)
+    return weight.planes.native.matmul(np.ascontiguousarray(x_TK), bits, kind, threads)
+
+
+def matmul_at(weight: Weight, x: int, y: int, *, tokens: int, bits: int, activations: str, threads: int) -> None:
+    """``matmul`` between addresses: x of float32 [tokens, K], y of float32 [tokens, N], contiguous, on this machine.
+
+    For tensors of other libraries, a fraction of a microsecond a call. Nothing can be checked: that is the caller's.
+    """
+    weight.planes.native.matmul_at(x, y, tokens, bits, ACTIVATIONS.index(activations), threads)
+
+
+def isa() -> str:
+    """The instruction set in use: avx512, avx2, neon or scalar, the best of the machine or $MATQUANT_ISA.
+
+    Raises InputError if MATQUANT_ISA names one that this machine does not have.
+    """
+    try:
+        return _native.isa()
+    except ValueError as error:
+        raise InputError(str(error)) from None
+
+
+def _pack(codes_NK: Codes, resident_bits: int, *, rule: str, group: int | None, grid: str) -> Planes:
+    isa()
+    if codes_NK.ndim != 2 or codes_NK.dtype != np.uint8 or 0 in codes_NK.shape:
+        raise InputError(f"planes asked of {codes_NK.dtype} {list(codes_NK.shape)}; give uint8 codes [N, K]")
+    rows, columns = codes_NK.shape
+    if columns > 1 and codes_NK.strides[1] != 1:
+        codes_NK = np.ascontiguousarray(codes_NK)
+    native = _native.Weight(codes_NK, resident_bits, RULES.index(rule), group or columns, GRIDS.index(grid))
+    return Planes(native, rows, columns, resident_bits)
+
+
+def _check_resident(planes: Planes, bits: int, rule: str) -> None:
+    if bits_read(bits, rule=rule) > planes.resident_bits:
+        raise InputError(
+            f"bits={bits} asked of planes that hold {planes.resident_bits} bits; pack with a larger max_bits"
+        )
+
+
+def _set_affine(native: _native.Weight, bits: int, values: int, step: int, centre: float, *, grid: str) -> None:
+    """Scales times ``step`` and zeros less ``centre``, in units of the integers that the kernels multiply by."""
+    _, unit, offset = integer_positions(bits, grid)
+    native.set_affine(bits, values, step * unit, centre + step * offset)
+
+
+def _add_values(native: _native.Weight, scale_NG: Any, zero_NG: Any) -> int:
+    scale = np.ascontiguousarray(scale_NG, np.float32)
+    zero = np.ascontiguousarray(zero_NG, np.float32)
+    short_scale, short_zero = scale.astype(ml_dtypes.bfloat16), zero.astype(np.float16)
+    if (short_scale == scale).all() and (short_zero == zero).all():
+        return native.add_values(short_scale.view(np.uint16), short_zero.view(np.uint16))
+    return native.add_values(scale, zero)

@@ -1,0 +1,127 @@
+"""How fast a checkpoint decodes at each width, against what reading its weights alone would cost.
+
+A decoded token reads every weight once, so tokens/s times bytes per token cannot exceed the speed at which this machine
+streams memory. That limit is measured in the same run: in every round the widths and the stream take turns, so that a
+change of the machine's load meets all of them. Medians are over rounds in which the process had its cores for
+itself (CPU time at least 97 % of wall time times threads), if there were three.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from rich.table import Table
+
+from matquant import _native
+from matquant.engine.engine import Engine
+from matquant.system.errors import InputError, check_positive
+
+STREAM_BYTES = 256 * 2**20  # far above any cache
+CACHED_BYTES = 64 * 10**6  # below this a model's weights may stay in the last-level cache
+UNDISTURBED = 0.97
+LINEARS = ("qkv", "o", "gate_up", "down", "head", "wait")  # threads wait for the longest share of these
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One timed stretch: value (tokens/s or bytes/s) and whether nothing else had the cores."""
+
+    value: float
+    undisturbed: bool
+
+
+def bench(
+    engine: Engine, *, bits: Sequence[int], tokens: int = 32, rounds: int = 7, context: int = 16
+) -> dict[str, Any]:
+    """Decode ``tokens`` tokens at each width in each round, after ``context`` tokens of prompt.
+
+    Returns {"stream_gb_s", "undisturbed", "threads", "isa", "widths": {width: {"tok_s", "mb_per_token", "gb_s",
+    "fraction", "overhead", "parts_us"}}}: fraction is gb_s over stream_gb_s, overhead the share of a step's time that
+    is not spent in linears, parts_us microseconds per token and part of the step.
+    """
+    check_positive(tokens=tokens, rounds=rounds, context=context)
+    if context + tokens > engine.context:
+        raise InputError(f"{context} + {tokens} tokens in a context of {engine.context}; give fewer")
+    session = engine.session(context + tokens)
+    prompt = [token % engine.model.architecture.vocab for token in range(1, context + 1)]
+    widths = {width: engine.widths(width) for width in bits}
+    stream = _native.Stream(STREAM_BYTES)
+
+    def decode(width: int) -> None:
+        session.rewind(len(prompt))
+        for _ in range(tokens):
+            session.extend(prompt[:1], widths[width])
+
+    session.extend(prompt, widths[bits[0]])
+    samples: dict[int, list[Sample]] = {width: [] for width in bits}
+    limits: list[Sample] = []
+    for width in bits:
+        decode(width)  # touch every plane once
+    for _ in range(rounds):
+        limits.append(timed(partial(stream.read, engine.threads), stream.bytes, engine.threads))
+        for width in bits:
+            samples[width].append(timed(partial(decode, width), tokens, engine.threads))
+    limit = median(limits)
+    record: dict[str, Any] = {
+        "stream_gb_s": limit / 1e9,
+        "undisturbed": sum(s.undisturbed for values in samples.values() for s in values) / (rounds * len(widths)),
+        "threads": engine.threads,
+        "isa": _native.isa(),
+        "widths": {},
+    }
+    for width in bits:
+        tok_s, read = median(samples[width]), engine.model.bytes_per_token(widths[width])
+        session.workspace.profile = True
+        decode(width)
+        parts = session.workspace.seconds()
+        session.workspace.profile = False
+        record["widths"][str(width)] = {
+            "tok_s": tok_s,
+            "mb_per_token": read / 1e6,
+            "gb_s": tok_s * read / 1e9,
+            "fraction": tok_s * read / limit,
+            "overhead": 1 - sum(parts[name] for name in LINEARS) / sum(parts.values()),
+            "parts_us": {name: 1e6 * seconds / tokens for name, seconds in parts.items()},
+        }
+    return record
+
+
+def table(record: dict[str, Any], title: str) -> Table:
+    """The record for people."""
+    made = Table(title=title, title_justify="left")
+    for name in ("width", "tokens/s", "MB per token", "GB/s", "of the limit", "outside linears"):
+        made.add_column(name, justify="right")
+    for width, row in record["widths"].items():
+        made.add_row(
+            f"int{width}",
+            f"{row['tok_s']:.1f}",
+            f"{row['mb_per_token']:.1f}",
+            f"{row['gb_s']:.1f}",
+            f"{row['fraction']:.0%}",
+            f"{row['overhead']:.1%}",
+        )
+    notes = [
+        f"streaming limit {record['stream_gb_s']:.1f} GB/s, {record['threads']} threads, {record['isa']}, "
+        f"{record['undisturbed']:.0%} of the samples undisturbed"
+    ]
+    if any(row["mb_per_token"] * 1e6 < CACHED_BYTES for row in record["widths"].values()):
+        notes.append("small enough for the last-level cache: the limit, measured in memory, does not bind it")
+    made.caption, made.caption_justify = "\n".join(notes), "left"
+    return made
+
+
+def timed(work: Callable[[], object], amount: float, threads: int) -> Sample:
+    """One call of ``work`` as amount per second."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    work()
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    return Sample(value=amount / wall, undisturbed=cpu >= UNDISTURBED * wall * threads)
+
+
+def median(samples: Sequence[Sample]) -> float:
+    """Of the undisturbed samples, or of all if those are fewer than three."""
+    clean = [sample.value for sample in samples if sample.undisturbed]
+    return statistics.median(clean if len(clean) >= 3 else [sample.value for sample in samples])

@@ -1,0 +1,382 @@
+"""The engine: one copy of a nested checkpoint in memory, any number of sessions, any width per call. No torch.
+
+    engine = matquant.Engine("OUT")
+    engine.generate("Once upon a time", bits=2)
+    engine.score("Once upon a time", bits=8)
+
+A Session has its own key/value cache and workspace; the weights are shared and never copied, so sessions at different
+widths can run at once from several threads (a step does not hold the interpreter lock). Results depend neither on the
+number of threads nor on what else runs.
+
+Activations: "int8" (dynamic, per token and group of 128 inputs, fp16 cache) or "float" (float32 throughout: the exact
+model that the codes stand for, much slower).
+"""
+
+import contextlib
+import functools
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from matquant import _native
+from matquant.core.nest import MASTER_BITS, check_bits
+from matquant.core.planes import ACTIVATIONS
+from matquant.core.spec import Plan
+from matquant.engine.model import load_model
+from matquant.engine.sampling import Sampling, choose
+from matquant.format.checkpoint import open_checkpoint
+from matquant.format.facts import GENERATION
+from matquant.format.manifest import side_facts
+from matquant.hf.text import check_ids
+from matquant.hf.vocabulary import TextStream, Vocabulary, end_ids, read_vocabulary
+from matquant.system.arguments import check_given, check_types
+from matquant.system.errors import InputError, InputTypeError, InUseError, check_positive
+from matquant.system.threads import check_threads
+
+CHUNK = 128  # tokens of a prompt per step
+SCORE_VALUES = 2**24  # logits held at once while scoring
+MOST_TOKENS = 2**31 - 2**10  # of a sequence: positions are 32-bit numbers
+CONTEXT_TAIL = 8  # tokens of the prompt that the text of the first new token may depend on
+
+PlanLike = Plan | Mapping[str, int] | None
+
+
+class Engine:
+    """A nested checkpoint ready to decode.
+
+    path: a checkpoint directory. max_bits: keep only the planes that widths up to this need. threads: None for
+    OMP_NUM_THREADS or all cores this process may use. activations: "int8" or "float". check_hashes, mmap: as
+    ``open_checkpoint``. InputError for what cannot be decoded.
+    """
+
+    def __init__(
+        self,
+        path: Path | str,
+        *,
+        max_bits: int = MASTER_BITS,
+        threads: int | None = None,
+        activations: str = "int8",
+        check_hashes: bool = True,
+        mmap: bool = True,
+    ) -> None:
+        check_types(path=path, activations=activations, check_hashes=check_hashes, mmap=mmap)
+        check_bits(max_bits)
+        if activations not in ACTIVATIONS:
+            raise InputError(f"activations={activations!r}; use {' or '.join(ACTIVATIONS)}")
+        threads = check_threads(threads)
+        checkpoint = open_checkpoint(path, check_hashes=check_hashes, mmap=mmap)
+        self.path = checkpoint.directory
+        self.max_bits = max_bits
+        self.threads = threads
+        self.exact = activations == "float"
+        self.generation_config = side_facts(self.path, "generation_config.json", GENERATION)
+        self._config = checkpoint.config
+        self._start = checkpoint.config.get("bos_token_id")
+        self._vocabulary: Vocabulary | None = None
+        self.model = load_model(checkpoint, max_bits=max_bits)
+        self.context = self.model.architecture.context
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The tokenizer, read when text is first needed."""
+        if self._vocabulary is None:
+            self._vocabulary = read_vocabulary(self.path)
+        return self._vocabulary
+
+    @functools.cached_property
+    def ends(self) -> frozenset[int]:
+        """The ids at which a reply ends."""
+        return end_ids(self._config, self.generation_config, self.vocabulary)
+
+    # ----------------------------------------------------------------------------------------------------- widths
+
+    def widths(self, bits: int | None = None, plan: PlanLike = None) -> np.ndarray:
+        """The width of every matrix of a step, uint8: ``bits`` (None: max_bits), or a plan over it."""
+        if not isinstance(plan, Plan):
+            check_given(plan=plan)
+            plan = Plan(default=self.max_bits if bits is None else bits, bits=dict(plan or {}))
+        elif bits is not None:
+            raise InputError(f"bits={bits} and a plan with default {plan.default}; give one of them")
+        resolved = plan.resolve(self.model.weights)
+        for path, width in resolved.items():
+            if width > self.max_bits:
+                raise InputError(
+                    f"bits={width} asked of an engine with max_bits={self.max_bits}, for {path}; "
+                    "ask for fewer bits, or open it with more"
+                )
+        return np.array([resolved.get(path, MASTER_BITS) for path in self.model.paths], dtype=np.uint8)
+
+    def session(self, capacity: int | None = None) -> "Session":
+        """An empty sequence with room for ``capacity`` tokens (None: the model's context)."""
+        check_given(capacity=capacity)
+        if capacity is not None:
+            check_positive(capacity=capacity)
+        return Session(self, capacity or self.context)
+
+    # ------------------------------------------------------------------------------------------------- generating
+
+    def prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
+        """The ids of a prompt; an empty text becomes the beginning-of-sequence token. InputError if it does not fit."""
+        check_types(prompt=prompt)
+        ids = self.vocabulary.prompt(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
+        if not ids:
+            start = self.vocabulary.bos if isinstance(prompt, str) else None
+            start = self._start if start is None else start
+            if start is None:
+                raise InputError("the prompt is empty and the model has no beginning-of-sequence token; give some text")
+            ids = [start]
+        self._check_ids(ids)
+        if len(ids) > self.context:
+            raise InputError(
+                f"the prompt has {len(ids)} tokens, the context of {self.path} is {self.context}; shorten it"
+            )
+        return ids
+
+    def _check_ids(self, ids: Sequence[int]) -> None:
+        check_ids(ids, vocab_size=self.model.architecture.vocab, text_of=self._token_text)
+
+    def _token_text(self, token: int) -> str | None:
+        """The text of a token, None if there is no such token or no tokenizer."""
+        if not (self.path / "tokenizer.json").is_file():
+            return None
+        text: str | None = self.vocabulary.tokenizer.id_to_token(token)
+        return text
+
+    def stream(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        bits: int | None = None,
+        plan: PlanLike = None,
+        max_tokens: int = 256,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+        session: "Session | None" = None,
+    ) -> "Completion":
+        """Generate text piece by piece, whole characters only: iterate over the result.
+
+        Sampling options left None are those of generation_config.json if it has do_sample, else greedy. Ends at an
+        end-of-sequence token, a stop text (not part of the text), max_tokens or the end of the context. session: one
+        whose cache holds a beginning of the prompt, to be continued.
+        """
+        check_types(max_tokens=max_tokens, stop=stop)
+        check_positive(max_tokens=max_tokens)
+        given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
+        check_given(**given)
+        if session is not None and (not isinstance(session, Session) or session.engine is not self):
+            raise InputTypeError(f"session={session!r} is not a session of this engine; give what session() returned")
+        ids = self.prompt_ids(prompt)
+        return Completion(
+            self,
+            ids,
+            widths=self.widths(bits, plan),
+            max_tokens=max_tokens,
+            sampling=Sampling.of_model(self.generation_config, **given),
+            text=TextStream(self.vocabulary, after=ids[-CONTEXT_TAIL:], stop=stop),
+            session=session or self.session(min(self.context, len(ids) + max_tokens)),
+        )
+
+    def generate(self, prompt: str | Sequence[int], **options: Any) -> str:
+        """The text that ``stream`` with the same options gives, at once."""
+        return "".join(self.stream(prompt, **options))
+
+    # --------------------------------------------------------------------------------------------------- scoring
+
+    def score(self, text: str | Sequence[int], *, bits: int | None = None, plan: PlanLike = None) -> np.ndarray:
+        """Log-probabilities (nats, float64) of each token given those before it.
+
+        A text is a document: it begins with the beginning-of-sequence token if the tokenizer has one, which is given
+        and not scored. Of n ids the last n - 1 are scored. InputError for less than two ids or more than the context
+        and one.
+        """
+        check_types(document=text)
+        ids = self.vocabulary.document(text) if isinstance(text, str) else [int(token) for token in text]
+        if not 2 <= len(ids) <= self.context + 1:
+            raise InputError(f"{len(ids)} tokens to score; give 2 to {self.context + 1}, the context and one")
+        self._check_ids(ids)
+        widths = self.widths(bits, plan)
+        session = self.session(len(ids) - 1)
+        size = max(1, min(CHUNK, SCORE_VALUES // self.model.architecture.vocab))
+        scores = []
+        for start in range(0, len(ids) - 1, size):
+            inputs = ids[start : min(start + size, len(ids) - 1)]
+            logits = session.extend(inputs, widths, all_logits=True).astype(np.float64)
+            largest = logits.max(axis=1)
+            total = largest + np.log(np.exp(logits - largest[:, None]).sum(axis=1))
+            targets = ids[start + 1 : start + 1 + len(inputs)]
+            scores.append(logits[np.arange(len(inputs)), targets] - total)
+        return np.concatenate(scores)
+
+
+class Session:
+    """One sequence: the tokens in its cache, and what a step writes.
+
+    It serves one thread, and one completion, at a time: InUseError for a second one. A completion that is left half-way
+    gives way to the next one.
+    """
+
+    def __init__(self, engine: Engine, capacity: int) -> None:
+        self.engine = engine
+        self.capacity = capacity
+        self.ids: list[int] = []
+        native = engine.model.native
+        try:
+            if capacity > MOST_TOKENS:
+                raise MemoryError
+            self._cache = _native.Cache(native, capacity, engine.exact)
+            self.workspace = _native.Workspace(native, CHUNK, capacity, engine.threads)
+        except MemoryError:
+            raise InputError(f"no memory for a sequence of {capacity} tokens; ask for fewer") from None
+        self._caches = [self._cache]
+        self._logits = self.workspace.logits
+        self._lock = threading.Lock()
+        self._turn = 0  # changes whenever somebody else than the completion under way uses the session
+
+    def extend(self, ids: Sequence[int], widths: np.ndarray, *, all_logits: bool = False) -> np.ndarray:
+        """Append tokens and return the logits after the last one, float32 [vocab], or after each, [tokens, vocab].
+
+        The former are overwritten by the next call.
+        """
+        check_types(ids=ids, widths=widths, all_logits=all_logits)
+        with self._alone():
+            self._turn += 1
+            return self._extend(ids, widths, all_logits=all_logits)
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keeps other threads out; InUseError if one is in."""
+        if not self._lock.acquire(blocking=False):
+            raise InUseError("this session is in use by another thread; give each thread a session of its engine")
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+    def begin(self, ids: Sequence[int], widths: np.ndarray) -> tuple[int, np.ndarray]:
+        """Read ``ids`` as far as they are not in the cache: the turn that ``advance`` needs, and the last logits."""
+        with self._alone():
+            self._turn += 1
+            known = self.match(ids)
+            del self.ids[known:]
+            return self._turn, self._extend(ids[known:], widths)
+
+    def advance(self, token: int, widths: np.ndarray, *, turn: int) -> np.ndarray:
+        """Append a token of the completion that began at ``turn``; InUseError if the session was used since."""
+        with self._alone():
+            if turn != self._turn:
+                raise InUseError("another completion has used this session; give each of them a session of its own")
+            return self._extend([token], widths)
+
+    def _extend(self, ids: Sequence[int], widths: np.ndarray, *, all_logits: bool = False) -> np.ndarray:
+        if len(self.ids) + len(ids) > self.capacity:
+            raise InputError(f"{len(self.ids) + len(ids)} tokens in a sequence of {self.capacity}; start a longer one")
+        every = np.empty((len(ids), len(self._logits)), dtype=np.float32) if all_logits else None
+        for start in range(0, len(ids), CHUNK):
+            chunk = list(ids[start : start + CHUNK])
+            count, held = len(chunk), len(self.ids)
+            is_last = start + count == len(ids)
+            first = 0 if every is not None else count - 1 if is_last else count
+            _native.step(
+                self.engine.model.native,
+                widths,
+                self.engine.exact,
+                chunk,
+                list(range(held, held + count)),
+                self._caches,
+                first,
+                None if every is None else every[start : start + count],
+                self.workspace,
+            )
+            self.ids += chunk
+        return self._logits if every is None else every
+
+    def rewind(self, length: int) -> None:
+        """Forget the tokens from ``length`` on. InputError unless it is from 0 to the number of tokens."""
+        check_types(length=length)
+        with self._alone():
+            if not 0 <= length <= len(self.ids):
+                raise InputError(f"length={length} to rewind a session of {len(self.ids)} tokens to; give 0 to that")
+            self._turn += 1
+            del self.ids[length:]
+
+    def match(self, ids: Sequence[int]) -> int:
+        """How many tokens of ``ids`` are in the cache already, at most all but one."""
+        same = next((n for n, (a, b) in enumerate(zip(self.ids, ids, strict=False)) if a != b), len(self.ids))
+        return min(same, len(ids) - 1, len(self.ids))
+
+
+class Completion:
+    """Text being generated: iterate over its pieces, once. Afterwards ``reason`` says why it ended: "stop" or "length".
+
+    ids: the prompt's and the new tokens'. prompt_tokens, tokens: counts. prompt_s, decode_s: seconds.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        prompt: list[int],
+        *,
+        widths: np.ndarray,
+        max_tokens: int,
+        sampling: Sampling,
+        text: TextStream,
+        session: Session,
+    ) -> None:
+        self.ids = list(prompt)
+        self.prompt_tokens = len(prompt)
+        self.tokens = 0
+        self.prompt_s = self.decode_s = 0.0
+        self.reason = "length"
+        self._ended = False
+        self._pieces = self._run(engine, widths, max_tokens, sampling, text, session)
+
+    def __iter__(self) -> Iterator[str]:
+        if self._ended:
+            raise InUseError("this completion has been read to its end; keep its pieces, or call stream again")
+        return self._pieces
+
+    def _run(
+        self,
+        engine: Engine,
+        widths: np.ndarray,
+        max_tokens: int,
+        sampling: Sampling,
+        text: TextStream,
+        session: Session,
+    ) -> Iterator[str]:
+        generator = np.random.default_rng(sampling.seed)
+        began = time.perf_counter()
+        turn, logits = session.begin(self.ids, widths)
+        self.prompt_s = time.perf_counter() - began
+        began = time.perf_counter()
+        while self.tokens < max_tokens:
+            token = choose(logits, sampling, generator)
+            self.tokens += 1
+            self.decode_s = time.perf_counter() - began
+            if token in engine.ends:
+                self.reason = "stop"
+                break
+            self.ids.append(token)
+            piece = text.push(token)
+            if piece:
+                yield piece
+            if text.stopped:
+                self.reason, self._ended = "stop", True
+                return
+            if len(self.ids) > session.capacity or self.tokens == max_tokens:
+                break
+            logits = session.advance(token, widths, turn=turn)
+        rest = text.finish()
+        if text.stopped:
+            self.reason = "stop"
+        if rest:
+            yield rest
+        self._ended = True

@@ -1,0 +1,172 @@
+"""A nested checkpoint as the native decode step holds it: planes of the quantised weights, the rest as stored.
+
+Quantised weights are packed from the memory-mapped file into planes, once; every width is read from these. The other
+matrices that each token reads (head, linears out of scope) are copied into huge pages in the dtype of the file; an
+embedding that is not also the head stays memory-mapped. Norm weights are small and become float32.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from matquant import _native
+from matquant.core.planes import Weight, bits_read, load_weight
+from matquant.format.checkpoint import Checkpoint
+from matquant.hf.architecture import EMBEDDING, PROJECTIONS, Architecture, check_sizes, read_architecture
+from matquant.system.errors import InputError
+
+NORMS = ("input", "attention_out", "ffn", "ffn_out", "query", "key")
+DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+HUGE_PAGE_BYTES = 2**21
+HEAD, NORM = "lm_head", "model.norm"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """What is loaded. paths: the module of each width that a step is given. weights: the quantised ones of them.
+
+    group_bytes: of the scale and zero of a group; plain_bytes: of the other matrices that each token reads.
+    """
+
+    native: _native.Model
+    architecture: Architecture
+    paths: tuple[str, ...]
+    weights: Mapping[str, Weight]
+    groups: Mapping[str, int]
+    group_bytes: int
+    plain_bytes: int
+
+    def bytes_per_token(self, widths: np.ndarray) -> int:
+        """Bytes of weights that decoding one token reads at ``widths`` (one per path)."""
+        total = self.plain_bytes
+        for path, bits in zip(self.paths, widths.tolist(), strict=True):
+            if path in self.weights:
+                weight = self.weights[path]
+                codes = weight.planes.rows * weight.planes.columns
+                total += codes * bits_read(bits, rule=weight.rule) // 8 + self.groups[path] * self.group_bytes
+        return total
+
+
+def load_model(checkpoint: Checkpoint, *, max_bits: int) -> Model:
+    """Build the native model; InputError if the checkpoint is of a family, or has a tensor, that it cannot run."""
+    where = checkpoint.directory
+    check_sizes(checkpoint.config, checkpoint.weight_shapes(), where=where)
+    architecture = read_architecture(checkpoint.config, where=where)
+    tensors = _plain_tensors(checkpoint)
+    native = _native.Model(
+        hidden=architecture.hidden,
+        intermediate=architecture.intermediate,
+        heads=architecture.heads,
+        kv_heads=architecture.kv_heads,
+        head_dim=architecture.head_dim,
+        vocab=architecture.vocab,
+        norm_eps=architecture.norm_eps,
+        attention_scale=architecture.attention_scale,
+        embedding_scale=architecture.embedding_scale,
+        attention_cap=architecture.attention_cap,
+        logit_cap=architecture.logit_cap,
+        gelu=architecture.gelu,
+    )
+    for frequencies, scale in zip(architecture.frequencies, architecture.rope_scales, strict=True):
+        native.add_rope(frequencies, scale)
+    paths = [f"model.layers.{layer}.{name}" for layer in range(architecture.layers) for name in PROJECTIONS]
+    paths.append(EMBEDDING if architecture.tied else HEAD)
+    _check_names(checkpoint, tensors, architecture, paths)
+    weights = {
+        path: load_weight(checkpoint.nested(path, mapped=True), max_bits=max_bits)
+        for path in paths
+        if path in checkpoint.shapes
+    }
+    try:
+        _fill(native, architecture, paths, weights, tensors, where)
+    except InputError:
+        raise
+    except (TypeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{where} does not fit its config.json ({reason}); write the checkpoint again") from None
+    plain = sum(tensors[f"{path}.weight"].nbytes for path in paths if path not in weights)
+    return Model(
+        native=native,
+        architecture=architecture,
+        paths=tuple(paths),
+        weights=weights,
+        groups={path: checkpoint.array(f"{path}.weight_scale").size for path in weights},
+        group_bytes=4 if checkpoint.spec.scale_dtype == "bfloat16" else 8,
+        plain_bytes=plain,
+    )
+
+
+def _fill(
+    native: _native.Model,
+    architecture: Architecture,
+    paths: Sequence[str],
+    weights: Mapping[str, Weight],
+    tensors: Mapping[str, np.ndarray],
+    where: Path,
+) -> None:
+    """Give the native model its layers and ends."""
+
+    def vector(name: str, offset: float = 0.0) -> np.ndarray:
+        return np.ascontiguousarray(_tensor(name, tensors, where).astype(np.float32) + np.float32(offset))
+
+    def norm(name: str) -> np.ndarray:
+        return vector(f"{name}.weight", architecture.family.norm_offset)
+
+    def matrix(path: str, *, resident: bool = True) -> _native.Matrix:
+        bias = vector(f"{path}.bias") if f"{path}.bias" in tensors else None
+        if path in weights:
+            return _native.nested_matrix(weights[path], weights[path].pointer, bias)
+        stored = _tensor(f"{path}.weight", tensors, where)
+        data = stored if stored.dtype == np.float32 else stored.view(np.uint16)
+        # Huge pages stream faster than a mapped file, and are worth a copy if a token reads all of it.
+        return _native.dense_matrix(data, stored.dtype.name, bias, resident and stored.nbytes >= HUGE_PAGE_BYTES)
+
+    for layer in range(architecture.layers):
+        prefix = f"model.layers.{layer}."
+        names = [architecture.family.norms.get(place) for place in NORMS]
+        native.add_layer(
+            [matrix(prefix + name) for name in PROJECTIONS],
+            [None if name is None else norm(prefix + name) for name in names],
+            architecture.windows[layer],
+            architecture.ropes[layer],
+        )
+    head = matrix(paths[-1])
+    native.set_ends(head if paths[-1] == EMBEDDING else matrix(EMBEDDING, resident=False), head, norm(NORM))
+
+
+def _tensor(name: str, tensors: Mapping[str, np.ndarray], where: Path) -> np.ndarray:
+    if name not in tensors:
+        raise InputError(f"{where} lacks the tensor {name}; write the checkpoint again")
+    return tensors[name]
+
+
+def _check_names(
+    checkpoint: Checkpoint, tensors: Mapping[str, np.ndarray], architecture: Architecture, paths: Sequence[str]
+) -> None:
+    """InputError if the checkpoint has a tensor that would go unused: then the family is not what it says."""
+    prefixes = [f"model.layers.{layer}." for layer in range(architecture.layers)]
+    norms = [f"{prefix}{name}" for prefix in prefixes for name in architecture.family.norms.values()]
+    known = {f"{path}.weight" for path in (*paths, *norms, EMBEDDING, HEAD, NORM)} | {f"{path}.bias" for path in paths}
+    unused = sorted(set(tensors) - known) + sorted(set(checkpoint.shapes) - set(paths))
+    if unused:
+        kind = checkpoint.config["model_type"]
+        raise InputError(
+            f"{checkpoint.directory} has {unused[0]}, which the runtime's {kind} does not; use matquant.load"
+        )
+
+
+def _plain_tensors(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
+    """Every tensor that is not part of a quantised weight, as a read-only view of its memory-mapped file."""
+    tensors = {}
+    for name in checkpoint.plain_names():
+        stored = checkpoint.stored_dtype(name)
+        if stored not in DTYPES:
+            raise InputError(
+                f"{name} of {checkpoint.directory} has dtype {stored}; "
+                f"the runtime reads {', '.join(DTYPES)}; store it as one of them"
+            )
+        tensors[name] = np.asarray(checkpoint.mapped(name, DTYPES[stored]))
+    return tensors

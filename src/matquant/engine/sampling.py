@@ -1,0 +1,112 @@
+"""Logits to the next token: greedy, or drawn from a distribution that temperature, top-k, top-p and min-p shape.
+
+Applied in this order, as transformers does: logits / temperature; the k most probable; of these the smallest set that
+holds probability p; of these the ones at least min_p times as probable as the first. Drawn with one uniform number per
+token from a generator seeded once per call, so the same seed gives the same text.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+
+from matquant.system.arguments import check_types
+from matquant.system.errors import InputError
+
+SMALLEST_TEMPERATURE = float(np.finfo(np.float32).smallest_normal)
+LEVELS = (7.0, 14.0)  # nats below the most probable: most of a large vocabulary is far below, and need not be sorted
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is chosen. top_k 0, top_p 1, min_p 0: off.
+
+    temperature 0, or too small for float32, in which logits are divided by it: greedy, the rest is not used.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_types(temperature=self.temperature, top_p=self.top_p, min_p=self.min_p)
+        ranges = {
+            "temperature": (0 <= self.temperature < math.inf, "at least 0"),
+            "top_k": (type(self.top_k) is int and self.top_k >= 0, "an integer of at least 0"),
+            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
+            "min_p": (0 <= self.min_p <= 1, "from 0 to 1"),
+            "seed": (type(self.seed) is int and self.seed >= 0, "an integer of at least 0"),
+        }
+        for name, (is_right, words) in ranges.items():
+            if not is_right:
+                raise InputError(f"{name}={getattr(self, name)}; give a number {words}")
+
+    @classmethod
+    def of_model(cls, generation: Mapping[str, Any], **given: float | None) -> Self:
+        """What generation_config.json says, greedy unless it has do_sample; then what is ``given`` (None: not)."""
+        asked: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+        names = [entry.name for entry in dataclasses.fields(cls) if entry.name not in asked]
+        values: dict[str, Any] = {}
+        if generation.get("do_sample"):
+            values = {"temperature": 1.0}
+            values |= {key: generation[key] for key in names if generation.get(key) is not None}
+            try:
+                cls(**values)
+            except InputError as error:
+                raise InputError(f"generation_config.json has {error}") from None
+        return cls(**values | asked)
+
+
+def choose(logits: np.ndarray, sampling: Sampling, generator: np.random.Generator) -> int:
+    """The next token id from logits [vocab], float32. InputError if they are not finite."""
+    largest = float(logits.max())
+    if not math.isfinite(largest):
+        raise InputError(
+            f"the model gives logits of {largest}, so no token can be chosen; "
+            "matquant eval --text FILE names the width and the layer"
+        )
+    if sampling.temperature < SMALLEST_TEMPERATURE:
+        return int(logits.argmax())
+    ids, probabilities = distribution(logits, sampling)
+    cumulative = np.cumsum(probabilities)
+    place = np.searchsorted(cumulative, generator.random() * cumulative[-1], side="right")
+    return int(ids[min(int(place), len(ids) - 1)])
+
+
+def distribution(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.ndarray]:
+    """The candidate ids and their probabilities, float64, summing to 1."""
+    with np.errstate(over="ignore"):  # far below the first one is as good as never
+        shifted = (logits - logits.max()) / np.float32(sampling.temperature)
+    if sampling.top_k == 0 and sampling.top_p == 1 and sampling.min_p == 0:
+        weights = np.exp(shifted)
+        return np.arange(len(weights)), weights / weights.sum(dtype=np.float64)
+    total = np.exp(shifted).sum(dtype=np.float64)
+    ids = _candidates(shifted, total, sampling)
+    weights = np.exp(shifted[ids].astype(np.float64))
+    order = np.lexsort((ids, -weights))[: sampling.top_k or None]
+    ids, weights = ids[order], weights[order]
+    if sampling.top_k:
+        total = weights.sum()
+    if sampling.top_p < 1:
+        weights = weights[: 1 + int(np.searchsorted(np.cumsum(weights), sampling.top_p * total))]
+    weights = weights[weights >= sampling.min_p * weights[0]]
+    return ids[: len(weights)], weights / weights.sum()
+
+
+def _candidates(shifted: np.ndarray, total: float, sampling: Sampling) -> np.ndarray:
+    """Ids of at least all tokens that will be kept. shifted: nats, 0 for the most probable."""
+    for level in LEVELS:
+        ids = np.flatnonzero(shifted >= -level)
+        if sampling.top_k:
+            enough = len(ids) >= sampling.top_k
+        else:
+            held = np.exp(shifted[ids]).sum(dtype=np.float64)
+            enough = sampling.min_p >= math.exp(-level) or held >= sampling.top_p * total
+        if enough:
+            return ids
+    return np.arange(len(shifted))

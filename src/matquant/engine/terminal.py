@@ -1,0 +1,123 @@
+"""What ``matquant generate`` and ``matquant chat`` do on a terminal."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from matquant.core.nest import check_bits
+from matquant.core.spec import Plan
+from matquant.engine.chat import Conversation
+from matquant.engine.engine import Completion, Engine
+from matquant.hf import renderer
+from matquant.system.errors import InputError, check_positive
+from matquant.system.files import MARK
+from matquant.system.startup import INTERRUPTED
+
+COMMANDS = "/bits N switches the width, /quit ends"
+
+
+def generate(
+    directory: Path, prompt: str, *, bits: int | None, plan: Path | None, engine: dict[str, Any], **options: Any
+) -> int:
+    """Stream the continuation of ``prompt`` to stdout, how fast it went to stderr; returns the exit code."""
+    served = _open(directory, bits, plan, engine)
+    reply = served.stream(prompt, bits=bits, plan=_read_plan(plan, bits), **options)
+    _, code = _show(reply, _width(served, bits, plan))
+    return code
+
+
+def chat(
+    directory: Path,
+    *,
+    bits: int | None,
+    plan: Path | None,
+    system: str,
+    engine: dict[str, Any],
+    context: int | None = None,
+    read: Callable[[str], str] = input,
+    **options: Any,
+) -> int:
+    """Talk to the model until /quit or the end of the input; returns the exit code."""
+    if context is not None:
+        check_positive(context=context)
+    renderer.warm()
+    served = _open(directory, bits, plan, engine)
+    talk = Conversation(served, bits=bits, plan=_read_plan(plan, bits), system=system, context=context, **options)
+    _note(f"{directory}, {_width(served, bits, plan)}; {COMMANDS}")
+    while True:
+        try:
+            text = read("> ").removeprefix(MARK).strip()
+        except EOFError:
+            return 0
+        except KeyboardInterrupt:
+            print()
+            return INTERRUPTED
+        except UnicodeDecodeError as error:
+            raise InputError(f"the input is not UTF-8 ({error.reason} at byte {error.start}); convert it") from None
+        if text == "/quit":
+            return 0
+        try:
+            if text.startswith("/"):
+                talk.bits, talk.plan = _command(served, text), None
+                _note(f"int{talk.bits} from here on")
+            elif text:
+                width = _width(served, talk.bits, plan if talk.plan else None)
+                said, _ = _show(talk.ask(text), width)  # Ctrl-C ends the reply, not the conversation
+                talk.answered(said)
+        except InputError as error:
+            _note(str(error))
+        except KeyboardInterrupt:  # before the first token
+            _note("interrupted")
+
+
+def _open(directory: Path, bits: int | None, plan: Path | None, engine: dict[str, Any]) -> Engine:
+    """The engine, after refusing what needs no model to be refused."""
+    if bits is not None:
+        check_bits(bits)
+    _read_plan(plan, bits)
+    return Engine(directory, **engine)
+
+
+def _read_plan(file: Path | None, bits: int | None) -> Plan | None:
+    if file is not None and bits is not None:
+        raise InputError(f"--bits {bits} and --plan {file}; give one of them")
+    return Plan.read(file) if file is not None else None
+
+
+def _width(engine: Engine, bits: int | None, plan: Path | None) -> str:
+    return f"plan {plan.name}" if plan is not None else f"int{bits or engine.max_bits}"
+
+
+def _command(engine: Engine, text: str) -> int:
+    """The width that /bits N asks for."""
+    name, _, number = text.partition(" ")
+    if name != "/bits" or not number.strip().isdecimal():
+        raise InputError(f"{text!r} is no command; {COMMANDS}")
+    bits = int(number)
+    check_bits(bits)
+    engine.widths(bits)
+    return bits
+
+
+def _show(reply: Completion, width: str) -> tuple[str, int]:
+    """Print a reply as it comes; what was printed of it, and the exit code."""
+    shown: list[str] = []
+    code = 0
+    try:
+        for piece in reply:
+            shown.append(piece)
+            print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    print(flush=True)
+    speed = (reply.tokens - 1) / reply.decode_s if reply.tokens > 1 else 0.0
+    _note(
+        f"{reply.prompt_tokens} + {reply.tokens} tokens at {width}, {speed:.1f} tokens/s"
+        + (", interrupted" if code else "")
+    )
+    return "".join(shown), code
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,1 @@
+"""The nested checkpoint on disk: one reader, one writer."""

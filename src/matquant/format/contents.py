@@ -1,0 +1,104 @@
+"""What is inside a checkpoint: widths, rule, honest sizes, overflow and histograms. Needs no torch."""
+
+from typing import Any
+
+import numpy as np
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from matquant.core.nest import MASTER_BITS, OWN, slice_codes
+from matquant.format.checkpoint import Checkpoint, bits_per_weight, plain_bytes, plan_bytes
+
+BARS = " ▁▂▃▄▅▆▇█"
+WIDEST_HISTOGRAM = 32  # columns
+
+
+def summarise(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Sizes, bits per weight, overflow and histograms of the codes at every width 8..1, as plain numbers.
+
+    bits_per_weight and bytes count packed codes, scales, zeros, shapes and (rule ``extra``) the overflow set as
+    core/overflow.py stores it; ``paper_bits`` is the paper's count, r + overflow fraction (2.05 at int2 in Table 7),
+    which leaves out scales and which weights overflow.
+    """
+    counts = code_counts(checkpoint)
+    total = int(counts.sum())
+    rest = plain_bytes(checkpoint)
+    widths = {}
+    for bits in range(MASTER_BITS, 0, -1):
+        plan = dict.fromkeys(checkpoint.shapes, bits)
+        histogram = slice_counts(counts, bits, rule=checkpoint.spec.rule)
+        overflow = float(histogram[2**bits :].sum()) / total
+        size = plan_bytes(checkpoint, plan)
+        widths[bits] = {
+            "bytes": size,
+            "model_bytes": size + rest,
+            "bits_per_weight": bits_per_weight(checkpoint, plan),
+            "overflow": overflow,
+            "paper_bits": bits + overflow,
+            "histogram": histogram.tolist(),
+        }
+    return {"weights": total, "plain_bytes": rest, "file_bytes": _file_bytes(checkpoint), "widths": widths}
+
+
+def code_counts(checkpoint: Checkpoint) -> np.ndarray:
+    """How often each of the 256 codes occurs, over all quantised weights."""
+    counts = np.zeros(256, dtype=np.int64)
+    for path in checkpoint.shapes:
+        counts += np.bincount(checkpoint.nested(path).codes.ravel(), minlength=256)
+    return counts
+
+
+def slice_counts(counts: np.ndarray, bits: int, *, rule: str) -> np.ndarray:
+    """How often each ``bits``-bit code occurs, int64, given how often each of the 256 codes does."""
+    sliced = slice_codes(np.arange(256, dtype=np.uint8), bits, rule=rule)
+    return np.bincount(sliced, weights=counts).astype(np.int64)
+
+
+def render(checkpoint: Checkpoint, summary: dict[str, Any]) -> RenderableType:
+    """The summary for people: what it is, then one row per width."""
+    spec = checkpoint.spec
+    facts = Table.grid(padding=(0, 2))
+    own = ", ".join(map(str, spec.slices)) or "none"
+    kind = "affines" if spec.zeros == OWN else "scales"
+    group = "one per output channel" if spec.group_size is None else f"{spec.group_size} weights"
+    for name, value in (
+        ("checkpoint", str(checkpoint.directory)),
+        (
+            "method",
+            f"{spec.method} {spec.objective}" + (f" baseline int{spec.baseline_bits}" if spec.baseline_bits else ""),
+        ),
+        ("trained widths", ", ".join(map(str, spec.widths)) or "none"),
+        ("rule", f"{spec.rule}, grid {spec.grid}"),
+        ("grid", f"{'symmetric' if spec.symmetric else 'asymmetric'}, groups: {group}; own {kind} at widths: {own}"),
+        ("quantised", f"{summary['weights']:,} weights in {len(checkpoint.shapes)} linears ({spec.scope})"),
+        ("not quantised", f"{summary['plain_bytes']:,} bytes"),
+        ("on disk", f"{summary['file_bytes']:,} bytes of tensors for all widths"),
+    ):
+        facts.add_row(name, value)
+    table = Table()
+    for column in ("width", "bytes", "whole model", "bits/weight"):
+        table.add_column(column, justify="right")
+    if spec.rule == "extra":
+        table.add_column("paper's bits", justify="right")
+        table.add_column("overflow", justify="right")
+    table.add_column("codes 0 … top")
+    for bits, row in summary["widths"].items():
+        cells = [f"int{bits}", f"{row['bytes']:,.0f}", f"{row['model_bytes']:,.0f}", f"{row['bits_per_weight']:.3f}"]
+        if spec.rule == "extra":
+            cells += [f"{row['paper_bits']:.3f}", f"{row['overflow']:.2%}"]
+        table.add_row(*cells, sparkline(row["histogram"]))
+    return Group(facts, table)
+
+
+def sparkline(counts: list[int]) -> str:
+    """A histogram as one line of block characters, at most WIDEST_HISTOGRAM long, the tallest bar full."""
+    values = np.asarray(counts, dtype=np.float64)
+    if len(values) > WIDEST_HISTOGRAM:
+        values = np.array([part.sum() for part in np.array_split(values, WIDEST_HISTOGRAM)])
+    heights = np.ceil(values / values.max() * (len(BARS) - 1)).astype(int)
+    return "".join(BARS[height] for height in heights)
+
+
+def _file_bytes(checkpoint: Checkpoint) -> int:
+    files = {checkpoint.directory / file for file in checkpoint.files.values()}
+    return sum(file.stat().st_size for file in files)

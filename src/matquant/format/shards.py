@@ -1,0 +1,104 @@
+"""Writing big files tensor by tensor: safetensors shards whose tensors are made when their turn comes.
+
+Tensors are made by a few threads a little ahead of the writer, so peak memory is a few tensors however large the model.
+"""
+
+import json
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from matquant.core.dtypes import FLOATS
+from matquant.system.files import json_bytes
+
+AHEAD = 2  # threads, and parts in memory beside the one that is written
+SHARD_BYTES = 5 * 10**9
+DTYPES: dict[str, Any] = {**FLOATS, "I64": np.int64, "I32": np.int32, "U32": np.uint32, "U8": np.uint8}
+PYTORCH = {"format": "pt"}  # what transformers wants to find in a header
+Report = Callable[[int], None]  # told the bytes written since the last call
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a tensor will lie: its name, its dtype as safetensors names it, its shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        return int(np.dtype(DTYPES[self.dtype]).itemsize) * math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Tensors that are made together: their slots, and what makes them, in that order."""
+
+    slots: tuple[Slot, ...]
+    make: Callable[[], Sequence[np.ndarray]] = field(repr=False)
+
+    @property
+    def bytes(self) -> int:
+        return sum(slot.bytes for slot in self.slots)
+
+
+def made(parts: Iterable[Part]) -> Iterator[tuple[Part, Sequence[np.ndarray]]]:
+    """Every part with its arrays, in order; made by threads, at most AHEAD of them beside the one yielded."""
+    waiting: deque[tuple[Part, Any]] = deque()
+    with ThreadPoolExecutor(AHEAD) as pool:
+        for part in parts:
+            waiting.append((part, pool.submit(part.make)))
+            if len(waiting) > AHEAD:
+                first, arrays = waiting.popleft()
+                yield first, arrays.result()
+        while waiting:
+            first, arrays = waiting.popleft()
+            yield first, arrays.result()
+
+
+def write_shards(
+    directory: Path, parts: Sequence[Part], *, report: Report, index: bool = False, shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Write all parts as model.safetensors in ``directory``, or as shards. index: list even a single one."""
+    shards: list[list[Part]] = [[]]
+    for part in parts:
+        if shards[-1] and sum(p.bytes for p in shards[-1]) + part.bytes > shard_bytes:
+            shards.append([])
+        shards[-1].append(part)
+    names = ["model.safetensors"]
+    if len(shards) > 1:
+        names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    if index or len(shards) > 1:
+        places = zip(names, shards, strict=True)
+        weight_map = {slot.name: name for name, shard in places for part in shard for slot in part.slots}
+        content = {"metadata": {"total_size": sum(part.bytes for part in parts)}, "weight_map": weight_map}
+        (directory / "model.safetensors.index.json").write_bytes(json_bytes(content))
+    for name, shard in zip(names, shards, strict=True):
+        write_safetensors(directory / name, shard, report=report)
+
+
+def write_safetensors(
+    file: Path, parts: Sequence[Part], *, report: Report, metadata: Mapping[str, str] | None = PYTORCH
+) -> None:
+    """Write one safetensors file, part by part. metadata: of its header."""
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
+    end = 0
+    for slot in (slot for part in parts for slot in part.slots):
+        header[slot.name] = {"dtype": slot.dtype, "shape": slot.shape, "data_offsets": [end, end + slot.bytes]}
+        end += slot.bytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # data start at a multiple of 8
+    with file.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for part, arrays in made(parts):
+            for slot, array in zip(part.slots, arrays, strict=True):
+                assert (array.dtype, array.shape) == (DTYPES[slot.dtype], slot.shape), (slot, array.dtype, array.shape)
+                stream.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+            report(part.bytes)

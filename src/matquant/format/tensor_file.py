@@ -1,0 +1,41 @@
+"""Tensors of a safetensors file as arrays in memory: read, not mapped.
+
+A mapped file that somebody truncates ends the process with SIGBUS when the lost part is looked at. What is read is the
+process's own, and takes its memory.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from matquant.system.errors import InputError
+
+DTYPES: dict[str, Any] = {
+    "BOOL": np.bool_,
+    "U8": np.uint8,
+    "I8": np.int8,
+    "U16": np.uint16,
+    "I16": np.int16,
+    "U32": np.uint32,
+    "I32": np.int32,
+    "U64": np.uint64,
+    "I64": np.int64,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "F32": np.float32,
+    "F64": np.float64,
+}
+
+
+def read_tensor(file: Path, dtype: Any, *, start: int, shape: tuple[int, ...]) -> np.ndarray:
+    """The array of ``dtype`` and ``shape`` from byte ``start`` on; InputError if the file ends before it does."""
+    wanted = np.dtype(dtype)
+    array = np.empty(shape, wanted)
+    with file.open("rb") as stream:
+        stream.seek(start)
+        got = stream.readinto(array.reshape(-1).view(np.uint8).data)
+    if got != array.nbytes:
+        raise InputError(f"{file} ended {array.nbytes - got} bytes too early while it was read; copy it again")
+    return array

@@ -1,0 +1,1 @@
+"""Facts of a Hugging Face directory: architecture, tokenizer, chat template, text. No torch."""

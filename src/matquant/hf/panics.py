@@ -1,0 +1,83 @@
+"""Panics of tokenizers as one line.
+
+Code in Rust that meets an impossible state panics: Python gets a PanicException, which is no Exception, and the panic's
+own report has gone to file descriptor 2 by then. ``one_line`` turns both into an InputError. One kind of damage ends
+the process instead (the panic's message cuts a character in two); ``check_merges`` finds it first.
+"""
+
+import contextlib
+import json
+import os
+import re
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from matquant.system.errors import InputError
+
+PREFIX = re.compile(rb'"continuing_subword_prefix"\s*:\s*"[^"]')
+
+
+@contextlib.contextmanager
+def one_line(fault: str, advice: str) -> Iterator[None]:
+    """InputError "fault (what tokenizers says); advice" for whatever goes wrong in tokenizers."""
+    with _without_report():
+        try:
+            yield
+        except (InputError, MemoryError):
+            raise
+        except BaseException as error:  # tokenizers raises nothing more precise than Exception
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            first = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(": ")
+            raise InputError(f"{fault} ({first}); {advice}") from None
+
+
+def check_merges(file: Path) -> None:
+    """InputError if a merge of tokenizer.json lacks the prefix that its second part must have."""
+    data = file.read_bytes() if file.is_file() else b""
+    if not PREFIX.search(data):
+        return  # nearly always, and then nothing is parsed twice
+    try:
+        model = json.loads(data)["model"]
+        if model["type"] != "BPE":
+            return
+        prefix = model["continuing_subword_prefix"]
+        seconds = (merge.split(" ")[-1] if isinstance(merge, str) else merge[-1] for merge in model["merges"])
+        wrong = next((text for text in seconds if not text.startswith(prefix)), None)
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        return  # tokenizers says what is wrong with it
+    if wrong is not None:
+        raise InputError(
+            f"{file} merges {wrong!r}, which lacks the prefix {prefix!r} of continued words; copy it again"
+        )
+
+
+@contextlib.contextmanager
+def _without_report() -> Iterator[None]:
+    """Hold back what is written to file descriptor 2; pass it on afterwards unless an InputError says it.
+
+    Only in a process with one Python thread, such as the command line: others may be writing there.
+    """
+    if threading.active_count() > 1 or sys.stderr is None:
+        yield
+        return
+    try:
+        saved, held = os.dup(2), tempfile.TemporaryFile()  # noqa: SIM115 (closed below)
+    except OSError:  # no file descriptor 2, or no room for a file
+        yield
+        return
+    os.dup2(held.fileno(), 2)
+    try:
+        yield
+    except InputError:
+        held.truncate(0)
+        raise
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        held.seek(0)
+        os.write(2, held.read())
+        held.close()

@@ -1,0 +1,184 @@
+"""A nested checkpoint as an ordinary transformers model whose width can be changed in place.
+
+On a CPU every quantised linear is a product of the native kernels (``linear.py``): the codes lie in bit planes, nothing
+dense is kept, switching costs nothing and decoding reads ``bits`` bits a weight. Results equal dense weights to float32
+rounding; ``kernels="int8"`` rounds activations too and is faster still (docs/runtime.md).
+
+Where kernels cannot serve, and with ``kernels="none"``, the codes stay in memory beside dense parameters; ``set_bits``
+slices them again and writes the parameters, so training and everything else of transformers work bit for bit as
+without us.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from matquant.core.nest import MASTER_BITS, check_bits
+from matquant.core.spec import Plan
+from matquant.core.tensor import NestedTensor
+from matquant.format.checkpoint import Checkpoint, nested_side_files, open_checkpoint, write_checkpoint
+from matquant.hf_torch.linear import NestedLinear, describe, find_obstacle
+from matquant.hf_torch.models import (
+    Model,
+    View,
+    build_model,
+    config_dtype,
+    is_linear,
+    linear_views,
+    nested_to_numpy,
+    nested_to_torch,
+    plain_items,
+    to_torch,
+    write_weights,
+)
+from matquant.system.arguments import check_types
+from matquant.system.errors import InputError, InputTypeError
+from matquant.system.threads import check_threads
+
+Serve = Callable[[Mapping[str, int]], None]  # gives the weights at these paths these widths
+
+KERNELS = {"auto": "float", "float": "float", "int8": "int8"}  # what is asked for -> activations of the kernels
+NONE = "none"
+
+
+def load(
+    path: Path | str,
+    bits: int = MASTER_BITS,
+    *,
+    plan: Mapping[str, int] | Plan | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    kernels: str = "auto",
+    check_hashes: bool = True,
+) -> Any:
+    """Load a nested checkpoint as a transformers model at ``bits`` bits, or at a plan {path: bits} over ``bits``.
+
+    Returns a model of its own class that also has ``set_bits(bits, plan=None)``, ``bits_by_path`` and ``kernels``, a
+    line of text that says what multiplies, and whose ``save_pretrained(directory)`` writes the nested checkpoint.
+    dtype None: the checkpoint's. kernels: ``auto``: the native kernels, equal to dense weights to float32 rounding, or
+    dense weights where there can be none (other devices, float64, fused experts); ``float`` or ``int8``: kernels with
+    these activations, or an error; ``none``: dense weights, which can be trained. With kernels no parameter asks for
+    gradients. InputError on damage, and where the kernels asked for cannot be had.
+    """
+    check_types(path=path, check_hashes=check_hashes)
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise InputTypeError(f"dtype={dtype!r} is of type {type(dtype).__name__}; give a torch.dtype")
+    if not isinstance(device, (str, torch.device)):
+        raise InputTypeError(f"device={device!r} is of type {type(device).__name__}; give a text or a torch.device")
+    if not isinstance(kernels, str) or kernels not in (*KERNELS, NONE):
+        kind = InputError if isinstance(kernels, str) else InputTypeError
+        raise kind(f"kernels={kernels!r}; use {', '.join(KERNELS)} or {NONE}")
+    check_threads(torch.get_num_threads(), name="torch.get_num_threads()")
+    checkpoint = open_checkpoint(path, check_hashes=check_hashes)
+    check_bits(bits)
+    served = dtype or config_dtype(checkpoint.config)
+    obstacle = "dense weights asked for" if kernels == NONE else find_obstacle(device, served)
+    if not obstacle:
+        tensors = {name: checkpoint.nested(name, mapped=True) for name in checkpoint.shapes}
+        nothing = torch.zeros((), dtype=served)
+        model, views = _build(checkpoint, lambda name: nothing.expand(checkpoint.shapes[name]), served, device)
+        fused = [name for name, view in views.items() if not is_linear(model, view)]
+        obstacle = f"{fused[0]} is part of a fused tensor" if fused else ""
+    if not obstacle:
+        serve = _use_kernels(model, views, tensors, KERNELS[kernels])
+        model.kernels = describe(len(views), KERNELS[kernels])
+    elif kernels in ("auto", NONE):
+        tensors = {name: nested_to_torch(checkpoint.nested(name), device=device) for name in checkpoint.shapes}
+        model, views = _build(checkpoint, lambda name: torch.zeros(checkpoint.shapes[name]), dtype, device)
+        serve = functools.partial(_write_dense, model, views, tensors)
+        model.kernels = f"no kernels: {obstacle}"
+    else:
+        raise InputError(f"kernels={kernels!r} asked of {path}, but {obstacle}; use kernels='auto' or {NONE!r}")
+    model.bits_by_path = {}
+    model.set_bits = functools.partial(_set_bits, model, serve, list(tensors))
+    model.save_pretrained = functools.partial(_save, model, views, tensors, checkpoint)
+    model.set_bits(bits, plan=plan)
+    return model
+
+
+def _build(
+    checkpoint: Checkpoint,
+    weight: Callable[[str], torch.Tensor],
+    dtype: torch.dtype | None,
+    device: str | torch.device,
+) -> tuple[Model, dict[str, View]]:
+    """The model with ``weight(path)`` for every quantised linear, and where these lie in it."""
+    state = {f"{name}.weight": weight(name) for name in checkpoint.shapes}
+    state |= {name: to_torch(checkpoint.array(name)) for name in checkpoint.plain_names()}
+    model = build_model(checkpoint.config, state, directory=checkpoint.directory, dtype=dtype).to(device)
+    views = linear_views(model)
+    missing = sorted(set(checkpoint.shapes) - set(views))
+    if missing:
+        raise InputError(
+            f"{checkpoint.directory} quantises {missing[0]}, which {type(model).__name__} does not have; write it again"
+        )
+    return model, {name: views[name] for name in checkpoint.shapes}
+
+
+def _use_kernels(
+    model: Model, views: Mapping[str, View], tensors: Mapping[str, NestedTensor], activations: str
+) -> Serve:
+    """Put a NestedLinear in the place of every linear of ``tensors``. Nothing of the model asks for gradients then."""
+    linears: dict[str, NestedLinear] = {}
+    for path, tensor in tensors.items():
+        parent, _, name = views[path].parameter.removesuffix(".weight").rpartition(".")
+        block = model.get_submodule(parent)
+        dense = getattr(block, name)
+        linears[path] = NestedLinear(tensor, dense.bias, activations=activations, dtype=dense.weight.dtype).eval()
+        setattr(block, name, linears[path])
+    model.requires_grad_(False)
+
+    def serve(bits_by_path: Mapping[str, int]) -> None:
+        for path, bits in bits_by_path.items():
+            linears[path].bits = bits
+
+    return serve
+
+
+def _write_dense(
+    model: Model, views: Mapping[str, View], tensors: Mapping[str, NestedTensor], bits_by_path: Mapping[str, int]
+) -> None:
+    write_weights(model, views, ((path, tensors[path].read(bits)) for path, bits in bits_by_path.items()))
+
+
+def _set_bits(
+    model: Model,
+    serve: Serve,
+    paths: list[str],
+    bits: int = MASTER_BITS,
+    *,
+    plan: Mapping[str, int] | Plan | None = None,
+) -> None:
+    """Switch the model in place to ``bits``, or to a plan over it. Only weights whose width changes are touched."""
+    wanted = Plan.over(bits, plan).resolve(paths)
+    serve({path: width for path, width in wanted.items() if model.bits_by_path.get(path) != width})
+    model.bits_by_path = wanted
+
+
+def _save(
+    model: Model,
+    views: Mapping[str, View],
+    tensors: Mapping[str, NestedTensor],
+    checkpoint: Checkpoint,
+    directory: Path | str,
+    *,
+    overwrite: bool = False,
+) -> None:
+    """Write the nested checkpoint again: codes as loaded, all other tensors as they are in the model now."""
+
+    def items() -> Iterator[Any]:
+        yield from ((path, nested_to_numpy(tensor)) for path, tensor in tensors.items())
+        yield from plain_items(model, views, {})
+
+    write_checkpoint(
+        directory,
+        items(),
+        spec=checkpoint.spec,
+        config=checkpoint.config,
+        ignore=checkpoint.ignore,
+        files=nested_side_files(checkpoint.directory),
+        overwrite=overwrite,
+    )

@@ -1,0 +1,152 @@
+"""The tokenizer files of a new checkpoint, by which everything that reads it gets the tokens transformers gives.
+
+transformers builds a tokenizer from several files: tokenizer.json, vocab.json and merges.txt, a SentencePiece model,
+added_tokens.json, special_tokens_map.json, and tokenizer_config.json, whose class may replace half of tokenizer.json.
+The engine, GGUF and MLX read tokenizer.json and the special tokens of tokenizer_config.json alone. So both read the
+probe (hf/probe.py). If they agree, the files are copied as they are. Otherwise transformers' own tokenizer is
+written as tokenizer.json, with a tokenizer_config.json that makes transformers read just that.
+"""
+
+import contextlib
+import json
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from matquant.format.checkpoint import TOKENS
+from matquant.hf.probe import Record, difference, probe_texts, read_ours, read_probe
+from matquant.hf.sidefiles import collect, local_directory
+from matquant.hf.vocabulary import read_vocabulary
+from matquant.hf_torch.models import load_tokenizer
+from matquant.system.errors import InputError
+from matquant.system.files import explain_full_disk, json_bytes
+
+FILE, CONFIG = "tokenizer.json", "tokenizer_config.json"
+AS_IT_IS = "PreTrainedTokenizerFast"  # the class that takes tokenizer.json as it is, in every version of transformers
+OVERRIDDEN = ("add_bos_token", "add_eos_token", "fast_tokenizer_files")  # what tokenizer.json says now
+Files = dict[str, bytes]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Texts:
+    """tokenizer: transformers', None if there is none. files: of the checkpoint, by name. notices: for people."""
+
+    tokenizer: Any
+    files: Mapping[str, bytes]
+    notices: tuple[str, ...] = ()
+
+
+def read_texts(source: Path | str, *, needed: bool, vocab_size: int) -> Texts:
+    """The tokenizer of a float model and the small files that its checkpoint gets.
+
+    needed: there is text to work with. vocab_size: rows of the embedding. InputError without a usable tokenizer if it
+    is needed, and if no tokenizer.json gives the tokens that transformers gives.
+    """
+    files = collect(source)
+    try:
+        tokenizer = load_tokenizer(source)
+    except InputError as error:
+        if needed:
+            raise
+        rest = f"its {FILE} is copied unchecked" if FILE in files else "without one the checkpoint takes token ids only"
+        return Texts(tokenizer=None, files=files, notices=(f"{error}; {rest}",))
+    texts = probe_texts(tokenizer.get_added_vocab())
+    wanted = _read_theirs(tokenizer, texts)
+    notices = _beyond(source, tokenizer, vocab_size)
+    mended = _with_names(files, tokenizer.special_tokens_map)
+    found = _read_ours(mended, texts)
+    differs = f"is missing in {source}" if found is None else difference(wanted, found)
+    if differs is not None:
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if not isinstance(backend, Tokenizer):
+            notice = f"{source} has a tokenizer in Python ({type(tokenizer).__name__}), which {FILE} cannot hold"
+            files.pop(FILE, None)
+            return Texts(tokenizer=tokenizer, files=files, notices=(*notices, f"{notice}: none is written"))
+        what = differs if found is None else f"of {source} gives other tokens than transformers ({differs})"
+        notices += (f"{FILE} {what}; the checkpoint gets one that transformers made",)
+        mended |= _as_transformers_has_it(mended, backend)
+    if found is None or mended != files:
+        found = _check_mended(source, mended, wanted, texts)
+    return Texts(tokenizer=tokenizer, files=mended | {TOKENS: json_bytes(found)}, notices=notices)
+
+
+def _read_theirs(tokenizer: Any, texts: Sequence[str]) -> Record:
+    """The probe as transformers sees it. Decoding is the tokenizer's own, without transformers' clean-up of spaces."""
+    return read_probe(
+        texts,
+        bos=tokenizer.bos_token_id,
+        plain=lambda text: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"],
+        prompt=lambda text: tokenizer(text, verbose=False)["input_ids"],
+        decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False),
+    )
+
+
+def _read_ours(files: Files, texts: Sequence[str]) -> Record | None:
+    """The probe as our reader sees ``files``; None if there is no tokenizer.json, or none that it can read."""
+    with _staged(files) as directory:
+        try:
+            vocabulary = read_vocabulary(directory)
+        except InputError:
+            return None
+        return read_ours(vocabulary, texts)
+
+
+def _with_names(files: Files, special: Mapping[str, Any]) -> Files:
+    """The same files, with the special tokens that transformers knows by other files or by its class in CONFIG."""
+    config: dict[str, Any] = json.loads(files[CONFIG]) if CONFIG in files else {}
+    given = {key: value.get("content") if isinstance(value, dict) else value for key, value in config.items()}
+    lacking = {key: text for key, text in special.items() if isinstance(text, str) and given.get(key) != text}
+    return files | {CONFIG: json_bytes(config | lacking)} if lacking else dict(files)
+
+
+def _as_transformers_has_it(files: Files, backend: Tokenizer) -> Files:
+    """tokenizer.json and tokenizer_config.json that say alone what transformers read from all files."""
+    tokenizer = Tokenizer.from_str(backend.to_str())
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    config = json.loads(files[CONFIG]) if CONFIG in files else {}
+    config = {key: value for key, value in config.items() if key not in OVERRIDDEN} | {"tokenizer_class": AS_IT_IS}
+    return {FILE: tokenizer.to_str(pretty=True).encode(), CONFIG: json_bytes(config)}
+
+
+def _check_mended(source: Path | str, files: Files, wanted: Record, texts: Sequence[str]) -> Record:
+    """The probe by our reader; InputError unless it and transformers both read what is wanted from ``files``."""
+    found = _read_ours(files, texts)
+    differs = f"no {FILE}" if found is None else difference(wanted, found)
+    if differs is None:
+        config = (local_directory(source) or Path(source)) / "config.json"
+        with _staged(files | {"config.json": config.read_bytes()}) as directory:
+            differs = difference(wanted, _read_theirs(load_tokenizer(directory), texts))
+    if found is None or differs is not None:
+        raise InputError(
+            f"{source} has a tokenizer that {FILE} cannot hold ({differs}); "
+            f"put a {FILE} that agrees with it beside the model, or remove its tokenizer files"
+        )
+    return found
+
+
+def _beyond(source: Path | str, tokenizer: Any, vocab_size: int) -> tuple[str, ...]:
+    """A notice if the tokenizer has tokens that the embedding has no row for."""
+    beyond = sorted((index, text) for text, index in tokenizer.get_vocab().items() if index >= vocab_size)
+    if not beyond:
+        return ()
+    index, text = beyond[0]
+    return (
+        f"the tokenizer of {source} has the token {index} ({text!r}), its embedding {vocab_size} rows: "
+        "text with such a token will be rejected",
+    )
+
+
+@contextlib.contextmanager
+def _staged(files: Mapping[str, bytes]) -> Iterator[Path]:
+    """A temporary directory that holds ``files``."""
+    with tempfile.TemporaryDirectory() as scratch:
+        with explain_full_disk(Path(scratch)):
+            for name, content in files.items():
+                with (Path(scratch) / name).open("wb") as file:
+                    file.write(content)
+        yield Path(scratch)

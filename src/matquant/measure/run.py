@@ -1,0 +1,200 @@
+"""The evaluation a user asks for: a checkpoint, text, tasks, widths; out come tables, a record and a picture."""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import RenderableType
+
+from matquant.core.spec import Plan
+from matquant.format.checkpoint import bits_per_weight, manifest_sha256, open_checkpoint
+from matquant.hf.text import token_stream
+from matquant.hf_torch.finite import checked_logits
+from matquant.hf_torch.models import (
+    check_context,
+    choose_device,
+    context_length,
+    load_float,
+    load_tokenizer,
+    vocabulary_size,
+)
+from matquant.hf_torch.nested_model import load
+from matquant.measure.likelihood import evaluate, log_perplexity, predicted_tokens
+from matquant.measure.request import check_evaluation
+from matquant.measure.tasks import (
+    check_tasks,
+    find_harness,
+    fingerprint,
+    known_results,
+    open_tasks,
+    summarise,
+    task_average,
+)
+from matquant.report.tables import check_picture, plot_widths, task_table, width_table, write_json
+from matquant.system.locks import holding
+from matquant.system.progress import Count
+
+Show = Callable[[RenderableType], None]
+
+
+@holding("json_file")
+def evaluate_checkpoint(
+    directory: Path,
+    *,
+    bits: Sequence[int],
+    text: Sequence[Path] = (),
+    plan_file: Path | None = None,
+    reference: Path | str | None = None,
+    seq_len: int | None = None,
+    stride: int | None = None,
+    max_tokens: int | None = None,
+    skip_documents: int = 0,
+    tasks: Sequence[str] | None = None,
+    tasks_data: Path | None = None,
+    limit: int | None = None,
+    batch_size: int = 8,
+    device: str | None = None,
+    json_file: Path | None = None,
+    plot_file: Path | None = None,
+    show: Show = lambda table: None,
+    progress: Callable[[str], None] = lambda line: None,
+    report: Count = lambda stage, done, total: None,
+) -> dict[str, Any]:
+    """Evaluate a checkpoint at ``bits``, at a plan and beside its float model; returns and writes the record.
+
+    The record is {"checkpoint": sha256 of its manifest, "log_perplexity": {width: nats per token}, "bits_per_weight":
+    {width: bits}, "reference": nats or None, "tokens": predicted tokens, "context": window}, and with a plan "plan":
+    {"name": of the file, "bits": {path: bits}}. max_tokens: evaluate on the first so many tokens. device None: cuda if
+    there is one.
+
+    tasks: names of eval.tasks.TASKS, on the first ``limit`` questions each; adds "tasks": {width: {task: {"metric":
+    what counts, "metrics": {name: fraction of 1}, "questions": count, "fingerprint": sha256}}} and "task_average":
+    {width: fraction of 1}. The record is written after every task, and results in ``json_file`` that have the same
+    fingerprint are taken from there: a run that was killed continues. progress: told every task in words. report: told
+    the width or task at work, and how much is done of how much. InputError naming the width and the layer where NaN or
+    infinity begins.
+    """
+    documents = check_evaluation(
+        directory,
+        text=text,
+        plan_file=plan_file,
+        reference=reference,
+        seq_len=seq_len,
+        stride=stride,
+        max_tokens=max_tokens,
+        skip_documents=skip_documents,
+        tasks=tasks,
+        tasks_data=tasks_data,
+        limit=limit,
+        batch_size=batch_size,
+        json_file=json_file,
+        needs_picture=plot_file is not None,
+    )
+    if plot_file is not None:
+        check_picture(plot_file)
+    place = choose_device(device)
+    data = check_tasks(tasks, tasks_data) if tasks is not None else {}
+    if tasks is not None:
+        find_harness()  # or say what to install before any work
+    checkpoint = open_checkpoint(directory)
+    plans = {str(width): Plan(default=width) for width in bits}
+    record: dict[str, Any] = {"checkpoint": manifest_sha256(directory)}
+    if plan_file is not None:
+        plans["plan"] = Plan.read(plan_file)
+        record["plan"] = {"name": plan_file.stem, "bits": plans["plan"].resolve(checkpoint.shapes)}
+    widths = {name: plan.resolve(checkpoint.shapes) for name, plan in plans.items()}
+    sizes = {name: bits_per_weight(checkpoint, bits_by_path) for name, bits_by_path in widths.items()}
+    record |= {"log_perplexity": {}, "bits_per_weight": sizes, "reference": None, "context": None, "tokens": 0}
+    stream = None
+    if text:
+        vocab_size = vocabulary_size(checkpoint.config)
+        stream = token_stream(documents[skip_documents:], load_tokenizer(directory), vocab_size=vocab_size)
+        stream = stream if max_tokens is None else stream[: max_tokens + 1]
+    report("loading the model", 0, 0)
+    model = load(directory, device=place, check_hashes=False, kernels="none")  # open_checkpoint has just checked them
+    if stream is not None:
+        context = seq_len or context_length(model)
+        check_context(model, context)
+        results = evaluate(
+            model, stream, bits=bits, plan=plans.get("plan"), context=context, stride=stride, report=report
+        )
+        tokens = predicted_tokens(stream, context=context, stride=stride)
+        record |= {"log_perplexity": results, "context": context, "tokens": tokens}
+        shown = dict(results)
+        if reference is not None:
+            dtype = next(model.parameters()).dtype
+            report("loading the float model", 0, 0)
+            floating = load_float(reference, dtype=dtype).to(place)
+            told = functools.partial(report, "the float model")
+            record["reference"] = log_perplexity(floating, stream, context=context, stride=stride, report=told)
+            shown = {"float": record["reference"], **results}
+        show(width_table(f"{directory}, {tokens:,} tokens, windows of {context}", shown, sizes))
+    if tasks is not None:
+        known = known_results(json_file)
+        record["tasks"] = {}
+        for name, task, result in _score_tasks(
+            model, directory, widths, data, tasks_data=tasks_data, limit=limit, batch_size=batch_size, known=known,
+            checkpoint_sha256=record["checkpoint"], progress=progress, report=report,
+        ):  # fmt: skip
+            record["tasks"].setdefault(name, {})[task] = result
+            if json_file is not None:
+                write_json(json_file, record)
+        record["task_average"] = {name: task_average(found) for name, found in record["tasks"].items()}
+        show(task_table(f"{directory}, zero-shot, percent", record["tasks"], record["task_average"]))
+    if plot_file is not None:
+        _plot(plot_file, record, directory.name)
+    if json_file is not None:
+        write_json(json_file, record)
+    return record
+
+
+def _score_tasks(
+    model: Any,
+    directory: Path,
+    widths: Mapping[str, Mapping[str, int]],
+    data: Mapping[str, str],
+    *,
+    tasks_data: Path | None,
+    limit: int | None,
+    batch_size: int,
+    known: Mapping[str, Any],
+    checkpoint_sha256: str,
+    progress: Callable[[str], None],
+    report: Count,
+) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Yield (width, task, result) of every task at every width, one width after the other on the one model.
+
+    data: task -> sha256 of its file. known: fingerprint -> result that need not be computed.
+    """
+    harness = find_harness()
+    facts = {"checkpoint": checkpoint_sha256, "limit": limit, "batch_size": batch_size, "lm_eval": harness.VERSION}
+    keys = {
+        (name, task): fingerprint(bits=bits_by_path, task=task, data=sha256, **facts)
+        for name, bits_by_path in widths.items()
+        for task, sha256 in data.items()
+    }
+    needed = [task for task in data if any(keys[name, task] not in known for name in widths)]
+    with open_tasks(harness, needed, tasks_data) as opened:
+        served = harness.wrap(model, load_tokenizer(directory), batch_size=batch_size)
+        for number, ((name, task), key) in enumerate(keys.items(), 1):
+            place = f"{number} of {len(keys)}: {task} at {f'int{name}' if name.isdigit() else name}"
+            report(place, number - 1, len(keys))
+            if key in known:
+                progress(f"{place}, known already")
+                yield name, task, known[key]
+            else:
+                progress(place)
+                model.set_bits(plan=widths[name])
+                with checked_logits(model):
+                    results = harness.score(served, opened[task], limit=limit)
+                yield name, task, summarise(task, results, key=key)
+
+
+def _plot(file: Path, record: Mapping[str, Any], title: str) -> None:
+    sizes, results = record["bits_per_weight"], record["log_perplexity"]
+    names = [name for name in sizes if name != "plan"]
+    curves = {title: ([sizes[name] for name in names], [results[name] for name in names])}
+    if "plan" in sizes:
+        curves["plan"] = ([sizes["plan"]], [results["plan"]])
+    plot_widths(file, curves, reference=record["reference"])

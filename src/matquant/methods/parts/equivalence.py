@@ -1,0 +1,327 @@
+"""Which numbers of a decoder layer can be exchanged without changing its function (MatQuant Eq. 4, OmniQuant's LET).
+
+Where a source (a norm or a linear) feeds linears and nothing else, each of its output channels may be shifted and
+divided, and the linears after it undo that:
+
+    x' = (x - delta) / s        source: weight' = weight / s, bias' = (bias - delta) / s   (rows, for a linear)
+    W' = W * s  (columns),      bias' = bias + W @ delta                                   of each linear it feeds
+
+In float nothing changes. After quantisation everything does: columns that meet large activations get finer steps. All
+of it folds into tensors that the checkpoint holds anyway, so nothing remains to be done when the model is served. Eq. 4
+asks for a bias wherever it shifts; we shift only where source and consumers have one (OPT, GPT-NeoX), so that the
+architecture stays the stock one.
+
+Norms and biases are stored in the model's dtype. A folded norm is rounded to it *before* its linears are multiplied, by
+s = weight / weight', so that this rounding is undone as well.
+
+FAMILIES is data: a row per equivalence. A row counts where all the linears it names are quantised; the others, such as
+one norm before experts and a float router, are left as they are. ``bind`` tries each row on the real layer and drops
+those that change its output, so that a variant of a family that nobody foresaw costs accuracy, never correctness.
+
+Shapes: N out features, K in features, C channels of an equivalence.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from matquant.methods.parts.clip import straight_through
+
+LARGEST_SCALE = 1e3
+TOLERANCE = 1e-3  # of what the layer adds to its input, on average: far above float32 rounding, far below a wrong row
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Equivalence:
+    """A row of the table; module names are relative to the decoder layer.
+
+    layout: where the channels lie in a source linear, see LAYOUTS. one_plus: the norm multiplies by 1 + weight.
+    shift: a shift passes unchanged from source to consumers. needs: the config entry this row holds for.
+    """
+
+    source: str
+    consumers: tuple[str, ...]
+    layout: str = "each"
+    one_plus: bool = False
+    shift: bool = False
+    needs: tuple[str, Any] | None = None
+
+
+def _norm(source: str, *consumers: str, **more: Any) -> Equivalence:
+    return Equivalence(source=source, consumers=consumers, shift=True, **more)
+
+
+def _linear(source: str, consumer: str, **more: Any) -> Equivalence:
+    return Equivalence(source=source, consumers=(consumer,), **more)
+
+
+_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+_GATED = ("mlp.gate_proj", "mlp.up_proj")
+_UP_DOWN = _linear("mlp.up_proj", "mlp.down_proj")
+_VALUE = _linear("self_attn.v_proj", "self_attn.o_proj", layout="value", shift=True)
+_LLAMA = (_norm("input_layernorm", *_QKV), _VALUE, _norm("post_attention_layernorm", *_GATED), _UP_DOWN)
+_GEMMA = (
+    _norm("input_layernorm", *_QKV, one_plus=True),
+    _VALUE,
+    _norm("pre_feedforward_layernorm", *_GATED, one_plus=True),
+    _UP_DOWN,
+)
+
+FAMILIES: Mapping[str, tuple[Equivalence, ...]] = {  # transformers model_type -> rows
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "qwen3_moe": _LLAMA,  # its experts have other names: the FFN rows find dense layers only
+    "gemma2": _GEMMA,
+    "gemma3_text": _GEMMA,
+    "phi3": (
+        _norm("input_layernorm", "self_attn.qkv_proj"),
+        _linear("self_attn.qkv_proj", "self_attn.o_proj", layout="value last", shift=True),
+        _norm("post_attention_layernorm", "mlp.gate_up_proj"),
+        _linear("mlp.gate_up_proj", "mlp.down_proj", layout="last"),
+    ),
+    "opt": (
+        _norm("self_attn_layer_norm", *_QKV, needs=("do_layer_norm_before", True)),
+        _linear("self_attn.v_proj", "self_attn.out_proj", layout="value", shift=True),
+        _norm("final_layer_norm", "fc1", needs=("do_layer_norm_before", True)),
+        _linear("fc1", "fc2", needs=("activation_function", "relu")),  # s > 0 passes through a ReLU
+    ),
+    "gpt_neox": (  # GELU lets nothing through
+        _norm("input_layernorm", "attention.query_key_value"),
+        _linear("attention.query_key_value", "attention.dense", layout="value per head", shift=True),
+        _norm("post_attention_layernorm", "mlp.dense_h_to_4h"),
+    ),
+}
+
+
+# (config, source rows N, consumer columns K) -> source row of each channel [C], channel of each consumer column [K]
+Layout = Callable[[Any, int, int], tuple[torch.Tensor, torch.Tensor]]
+
+
+def _each(config: Any, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.arange(rows), torch.arange(columns)
+
+
+def _last(config: Any, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.arange(rows - columns, rows), torch.arange(columns)
+
+
+def _value_last(config: Any, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Grouped-query attention: the query heads of one value head share its channels."""
+    heads = config.num_attention_heads
+    value_heads = getattr(config, "num_key_value_heads", None) or heads
+    size = columns // heads
+    channels = torch.arange(value_heads * size).view(value_heads, 1, size)
+    return (
+        torch.arange(rows - value_heads * size, rows),
+        channels.expand(-1, heads // value_heads, -1).reshape(-1).contiguous(),
+    )
+
+
+def _value_per_head(config: Any, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows are [head, (query, key, value), channel]."""
+    return torch.arange(rows).view(config.num_attention_heads, 3, -1)[:, 2].reshape(-1), torch.arange(columns)
+
+
+LAYOUTS: Mapping[str, Layout] = {
+    "each": _each,
+    "last": _last,
+    "value": _value_last,
+    "value last": _value_last,
+    "value per head": _value_per_head,
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bound:
+    """An equivalence found in one layer; names are full module names. rows [C], columns [K]: see LAYOUTS."""
+
+    source: str
+    consumers: tuple[str, ...]
+    linear: bool
+    one_plus: bool
+    shift: bool
+    rows: torch.Tensor
+    columns: torch.Tensor
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Transform:
+    """What is learned of one equivalence. s = exp(log_scale), delta = shift * unit; [C] each, shift None: no delta."""
+
+    log_scale: torch.Tensor
+    shift: torch.Tensor | None
+    unit: torch.Tensor
+
+
+def candidates(name: str, tensors: Mapping[str, torch.Tensor], *, config: Any, quantised: set[str]) -> list[Bound]:
+    """The rows of the family's table that the layer ``name`` has and whose linears are all quantised.
+
+    tensors: the layer's parameters by full name. quantised: full parameter names that become codes.
+    """
+    found = []
+    for row in FAMILIES.get(config.model_type, ()):
+        if row.needs is not None and getattr(config, row.needs[0]) != row.needs[1]:
+            continue
+        source, consumers = f"{name}.{row.source}", tuple(f"{name}.{consumer}" for consumer in row.consumers)
+        if f"{source}.weight" not in tensors or not all(f"{path}.weight" in quantised for path in consumers):
+            continue
+        weight = tensors[f"{source}.weight"]
+        if weight.ndim == 2 and f"{source}.weight" not in quantised:
+            continue
+        columns_count = tensors[f"{consumers[0]}.weight"].shape[1]
+        rows, columns = LAYOUTS[row.layout](config, weight.shape[0], columns_count)
+        found.append(
+            Bound(
+                source=source,
+                consumers=consumers,
+                linear=weight.ndim == 2,
+                one_plus=row.one_plus,
+                shift=row.shift and all(f"{path}.bias" in tensors for path in (source, *consumers)),
+                rows=rows.to(weight.device),
+                columns=columns.to(weight.device),
+            )
+        )
+    return found
+
+
+def bind(
+    name: str,
+    tensors: Mapping[str, torch.Tensor],
+    *,
+    config: Any,
+    quantised: set[str],
+    run: Callable[[Mapping[str, torch.Tensor]], torch.Tensor],
+) -> tuple[tuple[Bound, ...], str]:
+    """The equivalences that hold in a layer, and a notice ("" for none) if it is less than the table promises.
+
+    run: parameters by full name -> what the layer adds to its input. Each row is tried with random s and delta on the
+    float weights and dropped if that changes by more than TOLERANCE.
+    """
+    if config.model_type not in FAMILIES:
+        return (), f"{config.model_type} has no table of equivalences: clipping only (known: {', '.join(FAMILIES)})"
+    rows = candidates(name, tensors, config=config, quantised=quantised)
+    generator = torch.Generator().manual_seed(0)
+    expected = run(tensors)
+    kept: list[Bound] = []
+    dropped: list[Bound] = []
+    for row in rows:
+        trial = fold([row], [_random(row, tensors, generator)], tensors, dtypes={})
+        gap = (run({**tensors, **trial}) - expected).abs().mean() / expected.abs().mean()
+        (kept if gap <= TOLERANCE else dropped).append(row)
+    if dropped:
+        names = ", ".join(row.source for row in dropped)
+        return tuple(
+            kept
+        ), f"this {config.model_type} does not behave as its table of equivalences says at {names}: it is left as it is"
+    return tuple(kept), ""
+
+
+def start(row: Bound, tensors: Mapping[str, torch.Tensor], *, peak_K: torch.Tensor | None, alpha: float) -> Transform:
+    """An equivalence before training: s = max|x|^alpha / max|W|^(1 - alpha) as in SmoothQuant, or 1; delta = 0.
+
+    peak_K: max|x| of each input feature of the consumers, or None for s = 1. s has geometric mean 1.
+    unit is what an activation of the channel is worth: the norm's weight, or the length of the linear's row.
+    """
+    weight = tensors[f"{row.source}.weight"]
+    unit = weight.norm(dim=1)[row.rows] if row.linear else (weight + 1.0 if row.one_plus else weight).abs()
+    log_scale = torch.zeros_like(unit)
+    if peak_K is not None:
+        largest = torch.stack([tensors[f"{path}.weight"].abs().amax(0) for path in row.consumers]).amax(0)
+        log_K = alpha * peak_K.clamp(min=1e-6).log() - (1 - alpha) * largest.clamp(min=1e-6).log()
+        sharing = torch.zeros_like(unit).index_add(0, row.columns, torch.ones_like(log_K))
+        log_scale = log_scale.index_add(0, row.columns, log_K - log_K.mean()) / sharing
+    return Transform(log_scale=log_scale, shift=torch.zeros_like(unit) if row.shift else None, unit=unit)
+
+
+def keep_in_range(transform: Transform) -> None:
+    """After an optimiser step: s back into LARGEST_SCALE either way, in place."""
+    with torch.no_grad():
+        transform.log_scale.clamp_(-math.log(LARGEST_SCALE), math.log(LARGEST_SCALE))
+
+
+def fold(
+    rows: Sequence[Bound],
+    transforms: Sequence[Transform],
+    tensors: Mapping[str, torch.Tensor],
+    *,
+    dtypes: Mapping[str, torch.dtype],
+) -> dict[str, torch.Tensor]:
+    """The parameters that the transforms change, by full name (Eq. 4), differentiable in s and delta.
+
+    tensors: the layer's float32 parameters. Norms and biases come back rounded to what ``dtypes`` stores them in (as
+    float32, gradient straight through; names it lacks are not rounded), linear weights unrounded. s = 1 and delta = 0
+    give back the same numbers bit for bit.
+    """
+    changed = dict(tensors)
+    for row, transform in zip(rows, transforms, strict=True):
+        scale, shift = transform.log_scale.exp(), None if transform.shift is None else transform.shift * transform.unit
+        if row.linear:
+            _divide_rows(row, scale, changed)
+        else:
+            scale = _divide_norm(row, scale, changed, dtypes)
+        if shift is not None:
+            shift = _shift_bias(row, scale, shift, changed, dtypes)
+        scale_K = scale[row.columns]
+        for consumer in row.consumers:
+            weight = changed[f"{consumer}.weight"]
+            if shift is not None:
+                changed[f"{consumer}.bias"] = changed[f"{consumer}.bias"] + weight @ shift[row.columns]
+            changed[f"{consumer}.weight"] = weight * scale_K
+    return {
+        name: tensor if tensor.ndim > 1 else _round(tensor, dtypes.get(name))
+        for name, tensor in changed.items()
+        if tensor is not tensors[name]
+    }
+
+
+def _divide_rows(row: Bound, scale: torch.Tensor, changed: dict[str, torch.Tensor]) -> None:
+    weight = changed[f"{row.source}.weight"]
+    scale_N = torch.ones_like(weight[:, 0]).index_copy(0, row.rows, scale)
+    changed[f"{row.source}.weight"] = weight / scale_N[:, None]
+    if f"{row.source}.bias" in changed:
+        changed[f"{row.source}.bias"] = changed[f"{row.source}.bias"] / scale_N
+
+
+def _divide_norm(
+    row: Bound, scale: torch.Tensor, changed: dict[str, torch.Tensor], dtypes: Mapping[str, torch.dtype]
+) -> torch.Tensor:
+    """Divide a norm; returns s as it really is once the norm is rounded."""
+    weight, one = changed[f"{row.source}.weight"], 1.0 if row.one_plus else 0.0
+    divided = weight / scale + (one / scale - one)
+    rounded = _round(divided, dtypes.get(f"{row.source}.weight"))
+    changed[f"{row.source}.weight"] = rounded
+    before, after = (weight + one).detach(), (rounded + one).detach()
+    real = torch.where((before != 0) & (after != 0), before / after, scale.detach())
+    if f"{row.source}.bias" in changed:
+        changed[f"{row.source}.bias"] = changed[f"{row.source}.bias"] / straight_through(real, scale)
+    return straight_through(real, scale)
+
+
+def _shift_bias(
+    row: Bound,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
+    changed: dict[str, torch.Tensor],
+    dtypes: Mapping[str, torch.dtype],
+) -> torch.Tensor:
+    """Shift a bias that is divided by s already; returns delta as it really is once the bias is rounded."""
+    name = f"{row.source}.bias"
+    divided = changed[name][row.rows]
+    rounded = _round(divided - shift / scale, dtypes.get(name))
+    changed[name] = changed[name].index_copy(0, row.rows, rounded)
+    return straight_through((divided - rounded) * scale, shift)
+
+
+def _round(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    return tensor if dtype is None else straight_through(tensor.detach().to(dtype).float(), tensor)
+
+
+def _random(row: Bound, tensors: Mapping[str, torch.Tensor], generator: torch.Generator) -> Transform:
+    empty = start(row, tensors, peak_K=None, alpha=0.0)
+    log_scale, shift = torch.randn(2, len(empty.unit), generator=generator).to(empty.unit.device)
+    return dataclasses.replace(empty, log_scale=0.5 * log_scale, shift=None if empty.shift is None else 0.5 * shift)

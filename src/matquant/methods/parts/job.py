@@ -1,0 +1,74 @@
+"""What a method is given: one record for all methods, so that a new one is a file and a row in METHODS."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from matquant.core.spec import Spec
+from matquant.core.tensor import NestedTensor
+from matquant.hf.sidefiles import local_directory
+from matquant.hf_torch.models import Model, View
+from matquant.methods.parts.fake import Grid
+from matquant.methods.parts.objective import Width
+from matquant.system.interrupted import describe_files
+
+Report = Callable[[dict[str, Any]], None]  # of log records, and of {"notice": text} for people
+LOG = "training.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A float model and what is to be made of it.
+
+    source: where the model came from. model: with its numbers, or without them for methods that work block by block;
+    read: its tensors by name, dtypes: as they are stored. views: the linears to quantise, by path. stream: token ids,
+    for methods with data. options: the method's own settings. work: a folder that outlives an interruption; resume:
+    go on from what is in it. report: called with each log record. first: tensors to start from, start_sha256: the
+    checkpoint they are from. files: what tells whether a file of the source has changed, by name.
+    """
+
+    source: str
+    model: Model
+    read: Callable[[str], torch.Tensor]
+    dtypes: Mapping[str, torch.dtype]
+    device: torch.device
+    views: Mapping[str, View]
+    grid: Grid
+    spec: Spec
+    objective: tuple[Width, ...]
+    work: Path
+    resume: bool = False
+    stream: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    options: Mapping[str, Any] = field(default_factory=dict)
+    report: Report = lambda record: None
+    first: Mapping[str, NestedTensor] = field(default_factory=dict)
+    start_sha256: str = ""
+    files: Mapping[str, str] = field(default_factory=dict)
+
+
+def source_files(source: Path | str) -> dict[str, str]:
+    """What tells whether the files of a model have changed, by name; of a hub id its commit."""
+    directory = local_directory(source)
+    if directory is None:
+        return {}
+    return describe_files(directory) if Path(source).is_dir() else {"commit": directory.name}
+
+
+def fingerprint(job: Job, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything the numbers of a run depend on, as JSON has it; what is saved of a run carries it."""
+    local = Path(job.source)
+    values = {
+        "model": str(local.resolve()) if local.is_dir() else job.source,
+        "files": job.files,
+        **job.spec.to_json(),
+        **settings,
+        "affine": job.grid.affine,
+        "start": job.start_sha256,
+    }
+    result: dict[str, Any] = json.loads(json.dumps(values))
+    return result

@@ -1,0 +1,171 @@
+"""A decoder layer that runs with other parameters than its own, and differentiably so.
+
+``run`` puts folded norms and simulated weights in the place of the layer's parameters (torch.func.functional_call), so
+that one pass of autograd reaches whatever they were made of, and the layer itself is never written to. Weights come out
+of it and go into it by path; parts of fused parameters (experts) are put together on the way.
+Shapes: B sequences, T tokens, H hidden features, N out features, K in features.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from matquant.core.tensor import NestedTensor
+from matquant.hf.text import batch
+from matquant.hf_torch.models import View
+from matquant.methods.parts.blocks import Block
+from matquant.methods.parts.objective import FLOAT
+from matquant.system.errors import InputError
+
+
+class Layer(torch.nn.Module):
+    """A decoder layer that runs with other parameters than its own. tensors: its own, by full name."""
+
+    def __init__(self, block: Block, dtypes: Mapping[str, torch.dtype]) -> None:
+        super().__init__()
+        self.layer, self.call, self.block = block.module, block.call, block
+        self.tensors = {f"{block.name}.{name}": p.detach() for name, p in block.module.named_parameters()}
+        self.device = next(iter(self.tensors.values())).device
+        self.dtypes = dtypes
+        self.power = 1.0
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return self.call(self.layer, states)
+
+    def run(self, states: torch.Tensor, changed: Mapping[str, torch.Tensor], *, autocast: bool) -> torch.Tensor:
+        """Its output [B, T, H], float32, with the parameters ``changed`` in place of its own."""
+        start = len(self.block.name) + 1
+        own = {f"layer.{name[start:]}": tensor for name, tensor in changed.items()}
+        with _autocast(self.device) if autocast else contextlib.nullcontext():
+            output: torch.Tensor = torch.func.functional_call(self, own, (states,))
+        return output.float()
+
+    def inputs(self, bits: int, index: int) -> torch.Tensor:
+        """Batch ``index`` of the stream of one width."""
+        return self.block.inputs[bits][index].to(self.device).float()
+
+    def targets(self, *, autocast: bool) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+        """The float outputs of all batches, and max|x| [K] of what flows into each linear, by full module name."""
+        peaks: dict[str, torch.Tensor] = {}
+
+        def watch(path: str) -> Any:
+            def hook(module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+                peak = arguments[0].detach().float().abs().flatten(0, -2).amax(0)
+                peaks[path] = torch.maximum(peaks[path], peak) if path in peaks else peak
+
+            return hook
+
+        linears = [(name, m) for name, m in self.layer.named_modules() if isinstance(m, torch.nn.Linear)]
+        hooks = [m.register_forward_pre_hook(watch(f"{self.block.name}.{name}")) for name, m in linears]
+        found = self.block.inputs[FLOAT]
+        try:
+            with torch.no_grad():
+                outputs = [self.run(self.inputs(FLOAT, index), {}, autocast=autocast) for index in range(len(found))]
+        finally:
+            for hook in hooks:
+                hook.remove()
+        self.power = sum(float(output.square().mean()) for output in outputs) / len(outputs) or 1.0
+        return [output.to(states.device) for output, states in zip(outputs, found, strict=True)], peaks
+
+    def distances(
+        self,
+        nested: Mapping[str, NestedTensor],
+        targets: Sequence[torch.Tensor],
+        widths: Iterable[int],
+        *,
+        autocast: bool,
+        changed: Mapping[str, torch.Tensor] | None = None,
+        every: int = 1,
+    ) -> dict[int, float]:
+        """||F_r - F||^2 / ||F||^2 of each width, read from ``nested``, over every ``every``-th batch of its stream.
+
+        targets: of all batches. changed: other parameters that differ from the float layer's.
+        """
+        indices = range(0, len(targets), every)
+        found = {}
+        with torch.no_grad():
+            for bits in widths:
+                read = self.assemble({path: tensor.read(bits) for path, tensor in nested.items()})
+                squares = (
+                    (
+                        self.run(self.inputs(bits, i), {**(changed or {}), **read}, autocast=autocast)
+                        - targets[i].to(self.device)
+                    )
+                    .square()
+                    .mean()
+                    for i in indices
+                )
+                found[bits] = sum(float(square) for square in squares) / len(indices) / self.power
+        return found
+
+    def order(self, step: int, seed: int) -> int:
+        """The batch of a step: it depends on the seed and the step only."""
+        return int(batch(np.arange(len(self.block.inputs[FLOAT])), step, size=1, seed=seed)[0])
+
+    def weights(self, changed: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+        """The weights [N, K] to quantise, by path."""
+        for path, view in self.block.views.items():
+            tensor = changed.get(view.parameter, self.tensors[view.parameter])
+            yield path, tensor if _is_whole(view, tensor) else view.of(tensor).contiguous()
+
+    def plain(self, changed: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What is changed but not quantised: norms and biases."""
+        taken = {view.parameter for view in self.block.views.values()}
+        return {name: tensor for name, tensor in changed.items() if name not in taken}
+
+    def assemble(self, reads: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Parameters by full name out of weights by path; fused ones are put together."""
+        parts: dict[str, list[str]] = {}
+        for path in reads:
+            parts.setdefault(self.block.views[path].parameter, []).append(path)
+        assembled = {}
+        for name, paths in parts.items():
+            views = [self.block.views[path] for path in paths]
+            if _is_whole(views[0], self.tensors[name]):
+                assembled[name] = reads[paths[0]]
+            else:
+                parts_of_it = (reads[path] for path in paths)
+                assembled[name] = _Assemble.apply(self.tensors[name], views, *parts_of_it)  # type: ignore[no-untyped-call]
+        return assembled
+
+
+def check_losses(
+    losses: Mapping[int, float], name: str, when: str, *, limits: Mapping[int, float] | None = None
+) -> None:
+    """InputError naming the layer and the width if a loss left the finite numbers, or ended above twice its limit and
+    above 1, the size of the layer's output."""
+    for bits, loss in losses.items():
+        if not math.isfinite(loss) or (limits and loss > max(1.0, 2 * limits[bits])):
+            raise InputError(
+                f"training of {name} diverged: its loss at {bits} bits is {loss:.3g} at {when}; "
+                "use a smaller --lr and --resume (finished layers are kept)"
+            )
+
+
+class _Assemble(torch.autograd.Function):
+    """Weights written into a copy of the fused parameter they are parts of."""
+
+    @staticmethod
+    def forward(ctx: Any, whole: torch.Tensor, views: list[View], *parts: torch.Tensor) -> torch.Tensor:
+        ctx.views, result = views, whole.clone()
+        for view, part in zip(views, parts, strict=True):
+            view.of(result).copy_(part)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        gradient = gradient.contiguous()
+        return None, None, *(view.of(gradient) for view in ctx.views)
+
+
+def _is_whole(view: View, tensor: torch.Tensor) -> bool:
+    return tensor.shape == view.shape and view.stride == (view.shape[1], 1)
+
+
+def _autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    # Its cache of cast weights would serve one width's weights to another.
+    return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)

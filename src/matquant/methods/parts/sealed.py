@@ -1,0 +1,57 @@
+"""Tensors saved by an interrupted run, with a hash over all of them and of what is said about them.
+
+A safetensors file whose metadata has one more entry, SEAL: the sha256 over the other metadata and, by name, the dtype,
+shape and bytes of every tensor. Wherever a bit has flipped, reading fails instead of going on with another number.
+"""
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from matquant.system.errors import InputError
+from matquant.system.files import replace_when_done
+
+SEAL = "sha256"
+
+
+def save_sealed(file: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
+    """Write tensors and metadata to ``file``, atomically."""
+    kept = {name: tensors[name].detach().contiguous() for name in sorted(tensors)}
+    with replace_when_done(file) as partial:
+        save_file(kept, partial, metadata={**metadata, SEAL: _digest(metadata, kept.items())})
+
+
+@contextlib.contextmanager
+def open_sealed(file: Path, *, remedy: str) -> Iterator[tuple[Any, dict[str, str]]]:
+    """Open a file that ``save_sealed`` wrote; yields it as ``safe_open`` does, and its metadata.
+
+    Reads all of it first, one tensor in memory. InputError if a bit has changed; remedy: what to do then.
+    """
+    try:
+        opened = safe_open(file, "pt")
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{file} is damaged ({error}); {remedy}") from None
+    with opened as stored:
+        metadata = dict(stored.metadata() or {})
+        expected = metadata.pop(SEAL, None)
+        found = _digest(metadata, ((name, stored.get_tensor(name)) for name in sorted(stored.keys())))
+        if expected is None:
+            raise InputError(f"{file} is damaged, it holds no hash; {remedy}")
+        if found != expected:
+            raise InputError(f"{file} is damaged (sha256 {found[:12]}…, recorded {expected[:12]}…); {remedy}")
+        yield stored, metadata
+
+
+def _digest(metadata: Mapping[str, str], tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    result = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+    for name, tensor in tensors:
+        result.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        result.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return result.hexdigest()

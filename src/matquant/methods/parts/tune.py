@@ -1,0 +1,193 @@
+"""Nested codes tuned by gradient, one decoder layer at a time, towards what the float layer puts out.
+
+    min over W_r, affines of  sum_r lambda_r || F(read_r, X_r) - F(W, X) ||^2 / (what it was before)
+
+F is one decoder layer, X what flows into it in the float model, X_r what flows into it in the r-bit model, so that a
+layer also makes up for the layers before it. Every width has a float master (masters.py), all of them the 8-bit read of
+the codes at first (a dedicated width the float weight, as near as its bin allows). Their codes stay on the grid those
+were made for, per channel or group, symmetric or not. The widths that have an affine of their own learn its reach and
+centre (fake.py).
+
+Adam moves every tensor in units of its own row: an affine in the distance of two r-bit codes, the master of width r in
+the geometric mean of that and the same distance of the narrowest width. Wide masters need more than their own steps: it
+is they that make up for the weights held back in narrow bins. The rate falls linearly to 0, so that ``lr`` times half
+the steps is how far a master can come. If the weighted sum of losses did not fall, the codes stay what they were.
+lambda_r is the weight of a width (``--weights``); a master being alone with its width, it tells only how much the
+gradients count that are held back.
+
+Block-wise tuning of the rounding is AutoRound's (Cheng et al. 2023), for one width by signs of gradients.
+Cost per step: one forward and backward of the layer per width. Memory: masters and two moments for each, by width.
+Shapes: N out features, K in features, G groups.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from matquant.core.grid import encode
+from matquant.core.nest import MASTER_BITS
+from matquant.core.tensor import NestedTensor
+from matquant.methods.parts.blocks import Block
+from matquant.methods.parts.fake import (
+    Grid,
+    Learned,
+    confine,
+    keep_in_range,
+    refit_slice,
+    start_learning,
+    stored_affine,
+)
+from matquant.methods.parts.job import Job
+from matquant.methods.parts.layer import Layer, check_losses
+from matquant.methods.parts.masters import chain, encode_masters, release_blocked
+
+BETAS, EPSILON = (0.9, 0.95), 1e-12
+AFFINE_RATE = 0.2  # of affines, relative to the masters'
+JUDGED = 16  # batches, or a few more, by whose loss tuned codes are kept
+TINY = torch.finfo(torch.float32).tiny
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Weight:
+    """One weight in tuning. start: the codes it began with, whose grid it keeps. masters: by width."""
+
+    start: NestedTensor
+    masters: dict[int, torch.Tensor]
+    learned: Learned
+
+    def nested(self) -> NestedTensor:
+        """What the masters stand for now."""
+        codes, _ = encode_masters(self.masters, self.start)
+        own = {bits: stored_affine(affine, bits) for bits, affine in self.learned.affines.items()}
+        return dataclasses.replace(self.start, codes=codes, slices={**self.start.slices, **own})
+
+    def moved(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Every tensor that is tuned, and its unit [N, G]."""
+        step_NG = {bits: self.start.affine(bits)[0] for bits in self.masters}
+        for bits, master in self.masters.items():
+            yield master, (step_NG[bits] * step_NG[min(step_NG)]).sqrt()
+            affine = self.learned.affines.get(bits, ())
+            yield from ((tensor, AFFINE_RATE * step_NG[bits]) for tensor in affine if tensor is not None)
+
+
+def tune_block(
+    job: Job,
+    block: Block,
+    nested: Mapping[str, NestedTensor],
+    *,
+    steps: int,
+    lr: float,
+    pull: float,
+    autocast: bool,
+    seed: int,
+) -> tuple[dict[str, NestedTensor], dict[str, Any]]:
+    """Better codes and affines of a block's weights, and a log record: its loss by width, before and after.
+
+    lr: the first rate, in steps of a row. Raises InputError naming the layer and the width if the loss leaves the
+    finite numbers.
+    """
+    layer = Layer(block, job.dtypes)
+    targets, _ = layer.targets(autocast=autocast)
+    widths = [width.bits for width in job.objective]
+    every = max(1, len(targets) // JUDGED)
+
+    distances = functools.partial(layer.distances, targets=targets, widths=widths, autocast=autocast, every=every)
+    before = distances(nested)
+    check_losses(before, block.name, "the start")
+    lambdas = {width.bits: width.weight / max(before[width.bits], TINY) for width in job.objective}
+    floats = dict(layer.weights({}))
+    weights = {path: _start(floats[path], tensor, job.grid, widths) for path, tensor in nested.items()}
+    adam = Adam([item for weight in weights.values() for item in weight.moved()])
+    for step in range(steps):
+        losses = _gradients(layer, weights, lambdas, layer.order(step, seed), targets, autocast=autocast)
+        check_losses(losses, block.name, f"step {step + 1} of {steps}")
+        for weight in weights.values():
+            release_blocked(weight.masters, weight.start, pull=pull)
+        adam.step(lr * (1 - step / steps))
+        for weight in weights.values():
+            keep_in_range(weight.learned, weight.masters[widths[0]], weight.start)
+    tuned = {path: _finish(weight, job.grid) for path, weight in weights.items()}
+    after = distances(tuned)
+    check_losses(after, block.name, f"the end of {steps} steps")
+    better = sum(lambdas[bits] * (after[bits] - before[bits]) for bits in widths) < 0
+    named = [{str(bits): loss for bits, loss in losses.items()} for losses in (after if better else before, before)]
+    return tuned if better else dict(nested), {"loss": named[0], "loss_before": named[1], "tuned": steps}
+
+
+def _start(weight_NK: torch.Tensor, nested: NestedTensor, grid: Grid, widths: Sequence[int]) -> _Weight:
+    grid = dataclasses.replace(grid, affine="none" if grid.affine == "none" else "learned")
+    master_NK = nested.read(MASTER_BITS)
+    if grid.bits < MASTER_BITS:  # the centres of bins are far from every edge; the float weight says which one is near
+        near = encode(weight_NK, nested.scale, nested.zero, grid=nested.grid)
+        confined = dataclasses.replace(nested, codes=confine({grid.bits: nested.codes, MASTER_BITS: near})[0])
+        master_NK = confined.read(MASTER_BITS)
+    return _Weight(
+        start=nested,
+        masters={bits: master_NK.clone() for bits in widths},
+        learned=start_learning(weight_NK, grid, trained=widths, clip=False, nested=nested),
+    )
+
+
+def _gradients(
+    layer: Layer,
+    weights: Mapping[str, _Weight],
+    lambdas: Mapping[int, float],
+    index: int,
+    targets: Sequence[torch.Tensor],
+    *,
+    autocast: bool,
+) -> dict[int, float]:
+    """Gradients of one batch at every width, added to .grad; returns the losses."""
+    nested = {path: weight.nested() for path, weight in weights.items()}
+    target = targets[index].to(layer.device)
+    losses = {}
+    for bits, weight_of_loss in lambdas.items():
+        reads = {path: tensor.read(bits).requires_grad_() for path, tensor in nested.items()}
+        output = layer.run(layer.inputs(bits, index), layer.assemble(reads), autocast=autocast)
+        loss = (output - target).square().mean() / layer.power
+        torch.autograd.backward(loss * weight_of_loss)
+        losses[bits] = float(loss.detach())
+        for path, weight in weights.items():
+            read = reads[path]
+            assert read.grad is not None
+            chain(read.grad, read.detach(), nested[path], bits, master=weight.masters[bits], learned=weight.learned)
+    return losses
+
+
+def _finish(weight: _Weight, grid: Grid) -> NestedTensor:
+    """The tuned codes as they are stored; widths that were not tuned get the affine that fits the widest master."""
+    tensor = weight.nested()
+    if grid.bits < MASTER_BITS:
+        step = 2 ** (MASTER_BITS - grid.bits)
+        return dataclasses.replace(tensor, codes=tensor.codes // step * step + step // 2)
+    master_NK = weight.masters[max(weight.masters)]
+    others = {
+        bits: refit_slice(master_NK, tensor, bits, zeros=grid.zeros)
+        for bits in tensor.slices
+        if bits not in weight.learned.affines
+    }
+    return dataclasses.replace(tensor, slices={**tensor.slices, **others})
+
+
+class Adam:
+    """Adam (Kingma & Ba 2015) with a unit per group of a row: a rate of 1 moves a weight by about its unit."""
+
+    def __init__(self, tensors: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        self.tensors = tensors
+        self.moments = [(torch.zeros_like(tensor), torch.zeros_like(tensor)) for tensor, _ in tensors]
+        self.count = 0
+
+    def step(self, lr: float) -> None:
+        """Move every tensor against its .grad, which is dropped."""
+        self.count += 1
+        first, second = (1 - beta**self.count for beta in BETAS)
+        for (tensor, unit_NG), (mean, square) in zip(self.tensors, self.moments, strict=True):
+            assert tensor.grad is not None
+            gradient, tensor.grad = tensor.grad, None
+            mean.lerp_(gradient, 1 - BETAS[0])
+            square.lerp_(gradient.square(), 1 - BETAS[1])
+            move = (mean / first) / ((square / second).sqrt() + EPSILON)
+            tensor -= (move.view(*unit_NG.shape, -1) * (lr * unit_NG[..., None])).view_as(tensor)

@@ -1,0 +1,468 @@
+"""Quantisation-aware training of all widths at once (MatQuant Eq. 7, QAT).
+
+    min over W of  (1/N) sum_i sum_r lambda_r * L( F( slice(quantise(W), r), x_i ), y_i )
+
+One optimiser step runs forward and backward once per width, widest first, so that memory holds one graph and a wide
+width's logits can teach a narrower one. The model's parameters hold the sliced weights of the width at hand *through
+its backward pass*: activation checkpointing recomputes with the same numbers. Gradients pass straight through (fake.py)
+to float masters, which AdamW updates. By default only the quantised weights are trained, the paper's W_F.
+
+Linears trained at one width are fitted to each other at that width. With ``mix`` one more loss is that of a plan: the
+linears up to one drawn at random have a width, those after it the next wider one (``draw_mix``), so that between two
+widths there are plans whose linears were trained together. With ``hidden`` every loss also has the distance of each
+decoder layer's output to the float model's (``objective.hidden_loss``).
+
+Cost: one forward and backward per width and mix, plus one forward if the float model teaches. The state is saved every
+``save_every`` steps in safetensors, atomically; batches and mixes depend on seed and step only, so a resumed run ends
+with the same bits as one that was never stopped.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import itertools
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from matquant.core.nest import MASTER_BITS
+from matquant.core.tensor import NestedTensor
+from matquant.hf.text import batch, cut_windows
+from matquant.hf_torch.models import Model, View, check_context, decoder_layers, layer_output, write_weights
+from matquant.methods.parts.fake import Grid, Learned, finish_backward, keep_in_range, nest, start_learning
+from matquant.methods.parts.job import LOG, Job, fingerprint
+from matquant.methods.parts.masters import chain, release_blocked
+from matquant.methods.parts.objective import FLOAT, Width, hidden_loss, width_loss
+from matquant.methods.parts.sealed import open_sealed, save_sealed
+from matquant.options.qat import Schedule, default_lr
+from matquant.system.errors import InputError
+from matquant.system.files import check_space, json_text, write_atomically
+from matquant.system.interrupted import check_same_run, claim
+
+STATE = "state.safetensors"
+STATE_COPIES = 2  # the state and the next one while it is written
+
+
+def make_schedule(job: Job) -> Schedule:
+    """The schedule of a job, with its defaults filled in."""
+    schedule = Schedule(**job.options)
+    hidden_size = job.model.config.get_text_config().hidden_size
+    return dataclasses.replace(
+        schedule,
+        lr=schedule.lr or default_lr(hidden_size),
+        warmup=min(150, max(1, schedule.steps // 10)) if schedule.warmup is None else schedule.warmup,
+        learn_clip=job.grid.affine == "learned" if schedule.learn_clip is None else schedule.learn_clip,
+    )
+
+
+@dataclass(kw_only=True)
+class State:
+    """The tensors being trained, by path, and how far training has come."""
+
+    masters: dict[str, torch.Tensor]
+    coarse: dict[str, dict[int, torch.Tensor]]
+    learned: dict[str, Learned]
+    rest: dict[str, torch.Tensor]
+    step: int = 0
+
+    def named(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every trained tensor under a unique name."""
+        yield from ((f"{path}/weight", tensor) for path, tensor in self.masters.items())
+        for path, masters in self.coarse.items():
+            yield from ((f"{path}/{bits}/weight", tensor) for bits, tensor in masters.items())
+        yield from ((f"{name}/rest", tensor) for name, tensor in self.rest.items())
+        yield from self.named_learned()
+
+    def named_learned(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The learned clips and affines."""
+        for path, learned in self.learned.items():
+            if learned.clip is not None:
+                yield f"{path}/clip", learned.clip
+            for bits, (reach, centre) in learned.affines.items():
+                yield f"{path}/{bits}/reach", reach
+                if centre is not None:
+                    yield f"{path}/{bits}/centre", centre
+
+
+def train(job: Job) -> Iterator[tuple[str, NestedTensor]]:
+    """Train and return the nested tensors; what is not quantised is trained in place if the schedule says so.
+
+    A state in ``job.work`` is continued, after checking that it is of the same run.
+    """
+    model, views, grid, work, schedule = job.model, job.views, job.grid, job.work, make_schedule(job)
+    mark = fingerprint(job, dataclasses.asdict(schedule))
+    check_context(model, schedule.seq_len)
+    if schedule.masters == "each" and grid.rule != "prefix":
+        raise InputError(
+            f"masters='each' needs nested bins, rule {grid.rule!r} has none; use rule 'prefix' or masters 'one'"
+        )
+    _check_freeze(schedule, [width.bits for width in job.objective])
+    _check_mix(schedule, [width.bits for width in job.objective], list(views))
+    windows = cut_windows(job.stream, schedule.seq_len)
+    state = start(model, views, grid, schedule, trained=[width.bits for width in job.objective], first=job.first)
+    optimizer = make_optimizer(state, schedule)
+    check_space(work, STATE_COPIES * sum(3 * tensor.nbytes for _, tensor in state.named()))
+    claim(work, mark, resume=job.resume)  # only now: a refused start must not cost an interrupted run
+    # Before a state is restored: that changes the model's other parameters if they are trained too.
+    taught = schedule.hidden > 0 or any(FLOAT in width.teachers for width in job.objective)
+    teacher = copy.deepcopy(model) if taught else None
+    if (work / STATE).is_file():
+        restore(state, optimizer, work, mark)
+    _trim_log(work / LOG, state.step)
+    prepare(model, views, schedule)
+    work.mkdir(parents=True, exist_ok=True)
+    with (work / LOG).open("a") as log:
+        while state.step < schedule.steps:
+            record = train_step(model, views, grid, state, optimizer, job.objective, windows, schedule, teacher)
+            log.write(json_text(record, sort_keys=False) + "\n")
+            job.report(record)
+            if state.step % schedule.save_every == 0 or state.step == schedule.steps:
+                log.flush()
+                save(state, optimizer, work, mark)
+    model.zero_grad(set_to_none=True)
+    return finish(state, grid)
+
+
+def _check_freeze(schedule: Schedule, trained: Sequence[int]) -> None:
+    if not schedule.freeze:
+        return
+    if schedule.freeze not in trained:
+        raise InputError(f"freeze={schedule.freeze} is none of the widths trained, {trained}; freeze one of them")
+    if not schedule.learn_clip:
+        raise InputError(
+            f"freeze={schedule.freeze} keeps codes on the grid they start with, without learned clips the grid follows "
+            "the weights; use affine 'learned' and leave learn_clip out"
+        )
+
+
+def _check_mix(schedule: Schedule, trained: Sequence[int], paths: Sequence[str]) -> None:
+    if schedule.mix and min(len(trained), len(paths)) < 2:
+        raise InputError(
+            f"mix={schedule.mix:g} needs two widths and two linears, widths {trained} and {len(paths)} linears are "
+            "trained; leave mix out"
+        )
+
+
+def start(
+    model: Model,
+    views: Mapping[str, View],
+    grid: Grid,
+    schedule: Schedule,
+    *,
+    trained: Sequence[int],
+    first: Mapping[str, NestedTensor] | None = None,
+) -> State:
+    """Float masters of all weights, and what else is learned, before step 0; from the model or from ``first``."""
+    parameters = dict(model.named_parameters())
+    taken = {view.parameter for view in views.values()}
+    first = first or {}
+    masters = {path: view.of(parameters[view.parameter].detach()).float().clone() for path, view in views.items()}
+    masters |= {path: nested.read(grid.bits) for path, nested in first.items()}
+    several = schedule.masters == "each" and MASTER_BITS in trained
+    own = [bits for bits in trained if bits < MASTER_BITS] if several else []
+    learned = {
+        path: start_learning(
+            w, grid, trained=trained, clip=bool(schedule.learn_clip), nested=first.get(path), name=path
+        )
+        for path, w in masters.items()
+    }
+    if schedule.freeze:  # the grid stays, however its weights move
+        learned = {path: dataclasses.replace(tensors, limit=math.inf) for path, tensors in learned.items()}
+    return State(
+        masters=masters,
+        coarse={path: {bits: weight.clone() for bits in own} for path, weight in masters.items()},
+        learned=learned,
+        rest={name: p for name, p in parameters.items() if name not in taken} if schedule.train_rest else {},
+    )
+
+
+def make_optimizer(state: State, schedule: Schedule) -> torch.optim.Optimizer:
+    """AdamW over everything trained; clips and affines in a group of their own, without decay."""
+    learned = [tensor for _, tensor in state.named_learned()]
+    by_width: dict[int, list[torch.Tensor]] = {MASTER_BITS: [*state.masters.values(), *state.rest.values()]}
+    for masters in state.coarse.values():
+        for bits, tensor in masters.items():
+            by_width.setdefault(bits, []).append(tensor)
+    for tensor in (*learned, *itertools.chain.from_iterable(by_width.values())):
+        tensor.requires_grad_(True)
+    narrowest = min(by_width)
+    groups = [
+        {
+            "params": tensors,
+            "factor": schedule.wide_lr ** ((bits - narrowest) / max(1, MASTER_BITS - narrowest)),
+            "stop": 1 - schedule.stagger * (MASTER_BITS - bits) / max(1, MASTER_BITS - narrowest),
+            "weight_decay": schedule.weight_decay,
+        }
+        for bits, tensors in by_width.items()
+    ]
+    groups += [{"params": learned, "factor": schedule.affine_lr, "stop": 1.0, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, lr=schedule.lr or 0.0, betas=(0.9, 0.95), fused=True)
+
+
+def learning_rate(step: int, schedule: Schedule, *, stop: float = 1.0) -> float:
+    """Linear warm-up to ``lr``, then cosine to 0 (App. B) at the share ``stop`` of all steps."""
+    peak, warmup, steps = schedule.lr or 0.0, schedule.warmup or 0, schedule.steps * stop
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    done = min(1.0, (step - warmup) / max(1, steps - warmup))
+    return peak * (1 + math.cos(math.pi * done)) / 2
+
+
+def train_step(
+    model: Model,
+    views: Mapping[str, View],
+    grid: Grid,
+    state: State,
+    optimizer: torch.optim.Optimizer,
+    objective: tuple[Width, ...],
+    windows: np.ndarray,
+    schedule: Schedule,
+    teacher: Model | None,
+) -> dict[str, Any]:
+    """One optimiser step over all widths; returns its log record and advances ``state.step``."""
+    began = time.perf_counter()
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(state.step, schedule, stop=group["stop"]) * group["factor"]
+    optimizer.zero_grad()
+    for parameter in model.parameters():
+        parameter.grad = None
+    nested = _nest(state, grid, objective)
+    losses: dict[str, float] = {}
+    chained = any(state.coarse.values()) or next(state.named_learned(), None) is not None
+    for part in range(schedule.accumulate):
+        index = schedule.skip_batches + state.step * schedule.accumulate + part
+        rows = batch(windows, index, size=schedule.batch_size, seed=schedule.seed)
+        tokens = torch.from_numpy(rows).to(model.device)
+        inputs, targets = tokens[:, :-1], tokens[:, 1:]
+        logits: dict[int, torch.Tensor] = {}
+        aims: list[torch.Tensor] = []
+        terms = _terms(tuple(nested), objective, schedule, index=index)
+        with _autocast(model, schedule):
+            if teacher is not None:
+                with torch.no_grad(), _layer_outputs(teacher, kept=schedule.hidden > 0) as aims:
+                    logits[FLOAT] = teacher(input_ids=inputs, use_cache=False).logits
+            for name, width, plan in terms:
+                write_weights(model, views, ((path, tensor.read(plan[path])) for path, tensor in nested.items()))
+                with _layer_outputs(model, kept=schedule.hidden > 0) as hidden:
+                    output = model(input_ids=inputs, use_cache=False).logits
+                loss = width_loss(output, targets, [logits[bits] for bits in width.teachers], truth=width.truth)
+                if schedule.hidden:
+                    loss = loss + schedule.hidden * hidden_loss(hidden, aims)
+                if not bool(torch.isfinite(loss)):
+                    raise InputError(
+                        f"the loss at {name} bits is not finite at step {state.step + 1}, first in "
+                        f"{_first_not_finite(model, inputs)}; use a smaller --lr and --overwrite"
+                    )
+                torch.autograd.backward(loss * width.weight / schedule.accumulate)
+                losses[name] = losses.get(name, 0.0) + loss.item() / schedule.accumulate
+                if any(width.bits in student.teachers for student in objective):
+                    logits[width.bits] = output.detach()
+                if chained:
+                    _chain_gradients(model, views, state, nested, plan)
+    _finish_gradients(model, views, state, nested, schedule.pull)
+    _drop_frozen(state, schedule.freeze)
+    norm = torch.nn.utils.clip_grad_norm_([t for _, t in state.named() if t.grad is not None], schedule.clip_norm)
+    optimizer.step()
+    for path, tensor in nested.items():
+        keep_in_range(state.learned[path], state.masters[path], tensor)
+    state.step += 1
+    seconds = time.perf_counter() - began
+    count = schedule.accumulate * schedule.batch_size * schedule.seq_len
+    return {
+        "step": state.step,
+        "steps": schedule.steps,
+        "loss": losses,
+        "lr": optimizer.param_groups[0]["lr"],
+        "gradient_norm": float(norm),
+        "tok_s": round(count / seconds, 1),
+    }
+
+
+def draw_mix(paths: Sequence[str], widths: Sequence[int], *, index: int, seed: int) -> dict[str, int]:
+    """The plan of a mixed loss: two neighbours of ``widths`` (descending), the wider one from a random linear on.
+
+    The plan depends on the seed and the index of the batch only. paths: at least two, in the order of the model.
+    """
+    draw = np.random.default_rng([seed, index, 1])  # not the stream of the batches
+    wider = int(draw.integers(len(widths) - 1))
+    narrow = set(paths[: int(draw.integers(1, len(paths)))])
+    return {path: widths[wider + (path in narrow)] for path in paths}
+
+
+def finish(state: State, grid: Grid) -> Iterator[tuple[str, NestedTensor]]:
+    """The nested tensors of the trained masters, one at a time."""
+    for path, weight in state.masters.items():
+        yield path, nest(weight.detach(), grid, learned=state.learned[path], coarse=state.coarse[path], name=path)
+
+
+# ------------------------------------------------------------------------------------------------------ inside a step
+
+
+def _terms(
+    paths: Sequence[str], objective: Sequence[Width], schedule: Schedule, *, index: int
+) -> list[tuple[str, Width, dict[str, int]]]:
+    """The losses of a batch: their names, what they are and the plans {path: bits} that they are taken at."""
+    terms = [(str(width.bits), width, dict.fromkeys(paths, width.bits)) for width in objective]
+    if schedule.mix:
+        plan = draw_mix(paths, [width.bits for width in objective], index=index, seed=schedule.seed)
+        terms.append(("mixed", dataclasses.replace(objective[-1], weight=schedule.mix), plan))
+    return terms
+
+
+def _nest(state: State, grid: Grid, objective: tuple[Width, ...]) -> dict[str, NestedTensor]:
+    """All weights encoded once for this step; every width reads the same codes."""
+    needed = dataclasses.replace(grid, sliced=tuple(w.bits for w in objective if w.bits in grid.sliced))
+    return {
+        path: nest(weight.detach(), needed, learned=state.learned[path], coarse=state.coarse[path], name=path)
+        for path, weight in state.masters.items()
+    }
+
+
+def _chain_gradients(
+    model: Model,
+    views: Mapping[str, View],
+    state: State,
+    nested: Mapping[str, NestedTensor],
+    plan: Mapping[str, int],
+) -> None:
+    """Chain the gradients at one plan into masters, clips and affines, weight by weight."""
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for path, view in views.items():
+            parameter, bits = parameters[view.parameter], plan[path]
+            weight = state.coarse[path].get(bits, state.masters[path])
+            chain(
+                view.of(parameter.grad).float(),
+                view.of(parameter),
+                nested[path],
+                bits,
+                master=weight,
+                learned=state.learned[path],
+            )
+    for name in {view.parameter for view in views.values()}:
+        parameters[name].grad = None
+
+
+def _finish_gradients(
+    model: Model, views: Mapping[str, View], state: State, nested: Mapping[str, NestedTensor], pull: float
+) -> None:
+    """The masters' gradients: chained width by width, or straight through, the sum that autograd made of all widths."""
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for path, view in views.items():
+            weight = state.masters[path]
+            if weight.grad is None:
+                weight.grad = view.of(parameters[view.parameter].grad).contiguous().float()
+                continue
+            if state.coarse[path]:
+                release_blocked({MASTER_BITS: weight, **state.coarse[path]}, nested[path], pull=pull)
+            for master in (weight, *state.coarse[path].values()):
+                assert master.grad is not None
+                master.grad = finish_backward(master.grad, master, nested[path], state.learned[path])
+
+
+def _drop_frozen(state: State, freeze: int) -> None:
+    """No gradient for what keeps the codes of widths up to ``freeze``: their masters, and all clips."""
+    if not freeze:
+        return
+    for path, weight in state.masters.items():
+        for bits, master in {MASTER_BITS: weight, **state.coarse[path]}.items():
+            if bits <= freeze:
+                master.grad = None
+        clip = state.learned[path].clip
+        assert clip is not None  # _check_freeze
+        clip.grad = None
+
+
+@contextlib.contextmanager
+def _layer_outputs(model: Model, *, kept: bool = True) -> Iterator[list[torch.Tensor]]:
+    """The list that the decoder layers' outputs of a forward are put in, in their order; empty unless ``kept``."""
+    outputs: list[torch.Tensor] = []
+
+    def keep(_: torch.nn.Module, __: Any, output: Any) -> None:
+        outputs.append(layer_output(output))
+
+    hooks = [layer.register_forward_hook(keep) for _, layer in decoder_layers(model)] if kept else []
+    try:
+        yield outputs
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@torch.no_grad()
+def _first_not_finite(model: Model, inputs: torch.Tensor) -> str:
+    """The first decoder layer that puts out numbers that are not finite."""
+    with _layer_outputs(model) as outputs:
+        model(input_ids=inputs, use_cache=False)
+    names = [name for name, _ in decoder_layers(model)]
+    broken = (name for name, output in zip(names, outputs, strict=True) if not bool(torch.isfinite(output).all()))
+    return next(broken, "the head")
+
+
+def prepare(model: Model, views: Mapping[str, View], schedule: Schedule) -> None:
+    """Evaluation mode: nothing is dropped or drawn at random. Only what is trained asks for gradients."""
+    model.eval()
+    taken = {view.parameter for view in views.values()}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in taken or schedule.train_rest)
+    if schedule.checkpoint_activations:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+        for _, layer in decoder_layers(model):
+            layer.training = True  # of itself alone: transformers checkpoints no other layer
+            rates = [name for name, value in vars(layer).items() if "dropout" in name and isinstance(value, float)]
+            vars(layer).update(dict.fromkeys(rates, 0.0))
+
+
+def _autocast(model: Model, schedule: Schedule) -> contextlib.AbstractContextManager[Any]:
+    if not schedule.autocast:
+        return contextlib.nullcontext()
+    # Its cache of cast weights would serve the first width's weights to all others: the slots change inside it.
+    return torch.autocast(model.device.type, torch.bfloat16, cache_enabled=False)
+
+
+# ---------------------------------------------------------------------------------------------------- saved training
+
+
+def save(state: State, optimizer: torch.optim.Optimizer, work: Path, mark: Mapping[str, Any]) -> None:
+    """Write everything the next step depends on, atomically."""
+    tensors = {name: tensor.detach() for name, tensor in state.named()}
+    for name, tensor in state.named():
+        for key, value in optimizer.state[tensor].items():
+            tensors[f"{name}//{key}"] = value
+    save_sealed(work / STATE, tensors, {"step": str(state.step), "fingerprint": json_text(mark)})
+
+
+def restore(state: State, optimizer: torch.optim.Optimizer, work: Path, mark: Mapping[str, Any]) -> None:
+    """Continue from a saved state; InputError naming the first setting that differs from the run that wrote it."""
+    with open_sealed(work / STATE, remedy="--overwrite to start again") as (file, metadata):
+        check_same_run(json.loads(metadata["fingerprint"]), mark)
+        state.step = int(metadata["step"])
+        names = set(file.keys())
+        for name, tensor in state.named():
+            with torch.no_grad():
+                tensor.copy_(file.get_tensor(name))
+            moments = [key for key in names if key.startswith(f"{name}//")]
+            optimizer.state[tensor] = {
+                key.rpartition("//")[2]: file.get_tensor(key).to(tensor.device) for key in moments
+            }
+
+
+def _trim_log(log: Path, step: int) -> None:
+    """Drop the records of steps that will be done again; InputError for a damaged log."""
+    if not log.is_file():
+        return
+    lines = [line for line in log.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+    try:
+        kept = [line for line in lines if json.loads(line)["step"] <= step]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise InputError(f"{log} is damaged; delete it to go on without its records") from None
+    write_atomically(log, b"".join(kept))

@@ -1,0 +1,120 @@
+"""What a plan may cost, and which weights share a width.
+
+A cost is an integer for each path and width: bits on disk (``--bits-per-weight``, ``--size``) or nanoseconds for one
+token (``--tokens-per-second``, planning/speed.py). A budget is a limit on their sum, so that it is kept exactly.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from matquant.core.nest import check_bits
+from matquant.format.checkpoint import Checkpoint, plain_bytes, size_bytes
+from matquant.system.errors import InputError, check_positive
+
+Groups = tuple[tuple[str, ...], ...]  # paths that share a width, in the order of the model
+UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+# Linears that other engines keep in one matrix, and so at one width.
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """A limit on a plan's cost. costs: (path, bits) -> integer cost. asked, least: the budget and the cost in words."""
+
+    limit: int
+    costs: Mapping[tuple[str, int], int]
+    asked: str
+    least: Callable[[int], str]
+
+    def cost(self, bits: Mapping[str, int]) -> int:
+        """Of a plan {path: bits}."""
+        return sum(self.costs[item] for item in bits.items())
+
+    def table(self, groups: Groups, widths: Sequence[int]) -> list[list[int]]:
+        """Cost [group][width]. InputError if not even the cheapest choice of every group fits."""
+        table = [[sum(self.costs[path, bits] for path in group) for bits in widths] for group in groups]
+        least = sum(map(min, table))
+        if least > self.limit:
+            raise InputError(
+                f"{self.asked} asked, the smallest plan of the widths {','.join(map(str, widths))} has "
+                f"{self.least(least)}; give a budget that allows it, or other --widths"
+            )
+        return table
+
+
+def size_costs(checkpoint: Checkpoint, widths: Iterable[int]) -> dict[tuple[str, int], int]:
+    """Honest bits on disk of every path at every width: (path, bits) -> bits."""
+    return {
+        (path, bits): round(8 * size_bytes(checkpoint, path, bits)) for path in checkpoint.shapes for bits in widths
+    }
+
+
+def bits_budget(checkpoint: Checkpoint, bits_per_weight: float, *, widths: Iterable[int]) -> Budget:
+    """At most so many honest bits per quantised weight."""
+    check_positive(bits_per_weight=bits_per_weight)
+    weights = sum(rows * columns for rows, columns in checkpoint.shapes.values())
+    return Budget(
+        limit=int(bits_per_weight * weights + 1e-3),  # rounding of the product
+        costs=size_costs(checkpoint, widths),
+        asked=f"{bits_per_weight:g} bits per weight",
+        least=lambda bits: f"{math.ceil(1000 * bits / weights) / 1000:g} bits per weight",
+    )
+
+
+def size_budget(checkpoint: Checkpoint, size: str, *, widths: Iterable[int]) -> Budget:
+    """At most so many bytes of the whole model, such as "1.1GB": quantised weights and all other tensors."""
+    plain = plain_bytes(checkpoint)
+    return Budget(
+        limit=8 * (parse_size(size) - plain),
+        costs=size_costs(checkpoint, widths),
+        asked=size,
+        least=lambda bits: f"{-(-bits // 8) + plain} bytes ({plain} of them not quantised)",
+    )
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "1.1GB", "900 MiB" or "123456B"."""
+    found = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*(\w+)", text.strip())
+    if found is None or found[2] not in UNITS:
+        raise InputError(f"--size {text!r} is not a size; give a number and one of {', '.join(UNITS)}, such as 1.1GB")
+    return int(float(found[1]) * UNITS[found[2]])
+
+
+def check_widths(widths: Sequence[int]) -> None:
+    """InputError unless ``widths`` are different widths in ascending order."""
+    for bits in widths:
+        check_bits(bits)
+    if not widths or list(widths) != sorted(set(widths)):
+        raise InputError(f"--widths {','.join(map(str, widths))} are not ascending; give them as in 2,4,8")
+
+
+def by_layer(paths: Iterable[str]) -> Groups:
+    """The paths of each decoder layer, in order: the first number in a path is its layer's."""
+    layers: dict[int, list[str]] = {}
+    for path in paths:
+        layers.setdefault(_layer(path), []).append(path)
+    return tuple(tuple(layers[layer]) for layer in sorted(layers))
+
+
+def by_width(paths: Iterable[str], *, fused: bool) -> Groups:
+    """Paths that share a width, in order: with ``fused`` those of FUSED in one block, and all experts of a layer."""
+    groups: dict[str, list[str]] = {}
+    for path in (path for layer in by_layer(paths) for path in layer):
+        groups.setdefault(group_name(path) if fused else path, []).append(path)
+    return tuple(map(tuple, groups.values()))
+
+
+def group_name(path: str) -> str:
+    """What a path is called together with those it is fused with: ``...mlp.gate_proj`` -> ``...mlp.gate_up_proj``."""
+    parent, _, name = re.sub(r"\.experts\.\d+\.", ".experts.", path).rpartition(".")
+    for names in FUSED:
+        if name in names:
+            short = "_".join(part.removesuffix("_proj") for part in names)
+            name = f"{short}_proj" if name.endswith("_proj") else short
+    return f"{parent}.{name}"
+
+
+def _layer(path: str) -> int:
+    return next((int(part) for part in path.split(".") if part.isdecimal()), -1)

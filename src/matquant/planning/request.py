@@ -1,0 +1,28 @@
+"""What measuring the losses of plans can reject before torch is imported."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from matquant.format.checkpoint import open_checkpoint
+from matquant.hf.source import check_source
+from matquant.hf.text import read_documents
+from matquant.system.errors import InputError, check_positive
+
+
+def check_losses(
+    directory: Path | str,
+    text: Sequence[Path],
+    *,
+    reference: Path | str | None,
+    samples: int,
+    seq_len: int | None,
+    seed: int,
+) -> list[str]:
+    """The documents of ``text``; InputError for text, reference or checkpoint that cannot be read, hashes aside."""
+    check_positive(samples=samples, seq_len=1 if seq_len is None else seq_len)
+    if seed < 0:
+        raise InputError(f"seed={seed}; give a number of at least 0")
+    open_checkpoint(directory, check_hashes=False, check_sizes=True)
+    if reference is not None:
+        check_source(reference)
+    return read_documents(text)

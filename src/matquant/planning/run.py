@@ -1,0 +1,181 @@
+"""The plan a user asks for: a checkpoint, a strategy, a budget; out come a plan file, a table and a record."""
+
+import importlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import RenderableType
+from rich.table import Table
+
+from matquant.core.spec import ABOUT, Plan
+from matquant.format.checkpoint import Checkpoint, bits_per_weight, open_checkpoint, plain_bytes, plan_bytes
+from matquant.planning.budget import Budget, bits_budget, by_layer, by_width, check_widths, size_budget
+from matquant.planning.search import EVALUATIONS, PAPER_WIDTHS, search, strategy_plan
+from matquant.planning.strategies import check_strategy
+from matquant.system.errors import InputError
+from matquant.system.files import json_text, write_atomically
+from matquant.system.locks import holding
+
+if TYPE_CHECKING:
+    from matquant.planning.sensitivity import Losses
+
+SEARCH = "search"
+SEARCHED_WIDTHS = (2, 3, 4, 6, 8)
+
+
+@holding("out")
+def run(
+    directory: Path,
+    out: Path,
+    *,
+    strategy: str = SEARCH,
+    widths: Sequence[int] | None = None,
+    fused: bool = True,
+    evaluations: int = EVALUATIONS,
+    losses: "Losses | None" = None,
+    show: Callable[[RenderableType], None] = lambda table: None,
+    **budget: Any,
+) -> dict[str, Any]:
+    """Make one plan and write it to ``out``; returns its facts. budget: as ``read_budget``."""
+    check_output(out, "-o")
+    mixed = default_widths(strategy) if widths is None else tuple(widths)
+    checkpoint = losses.checkpoint if losses is not None else open_checkpoint(directory)
+    plan, facts = make_plan(
+        checkpoint,
+        read_budget(checkpoint, widths=mixed, **budget),
+        strategy=strategy,
+        widths=mixed,
+        losses=losses,
+        fused=fused,
+        evaluations=evaluations,
+    )
+    kept = Plan(bits=plan, default=None, about={key: value for key, value in facts.items() if key in ABOUT})
+    write_atomically(out, (json_text(kept.to_json(), indent=1, sort_keys=False) + "\n").encode())
+    show(layer_table(plan, f"{out}: {strategy}, {facts['budget']}"))
+    words = [f"{facts['bits_per_weight']:.3f} bits per weight", f"{facts['bytes']:,} bytes"]
+    if losses is not None:
+        words += [f"KL {facts['loss']:.4f}, log-perplexity {facts['log_perplexity']:.4f} on the calibration text"]
+        words += [f"{facts['evaluations']} evaluations"]
+    show(", ".join([*words, f"{facts['seconds']} s"]))
+    return facts
+
+
+def check_plan(
+    directory: Path,
+    out: Path,
+    *,
+    strategy: str,
+    widths: Sequence[int] | None,
+    evaluations: int,
+    tokens_per_second: float | None = None,
+    **budget: Any,
+) -> None:
+    """InputError for a plan that cannot be made, before any loss is measured; a speed is left to ``run``."""
+    check_output(out, "-o")
+    mixed = default_widths(strategy) if widths is None else tuple(widths)
+    if evaluations < 0:
+        raise InputError(f"--evaluations {evaluations}; give a number of at least 0")
+    if tokens_per_second is None:
+        read_budget(open_checkpoint(directory, check_hashes=False), widths=mixed, **budget)
+
+
+def default_widths(strategy: str) -> tuple[int, ...]:
+    """The widths a strategy mixes unless told otherwise; InputError for an unknown one."""
+    if strategy == SEARCH:
+        return SEARCHED_WIDTHS
+    check_strategy(strategy)
+    return PAPER_WIDTHS
+
+
+def read_budget(
+    checkpoint: Checkpoint,
+    *,
+    widths: Sequence[int],
+    bits_per_weight: float | None = None,
+    size: str | None = None,
+    tokens_per_second: float | None = None,
+) -> Budget:
+    """The one budget that is given; InputError for none or several."""
+    check_widths(widths)
+    given = [value for value in (bits_per_weight, size, tokens_per_second) if value is not None]
+    if len(given) != 1:
+        raise InputError(
+            f"{len(given)} budgets given; give one of --bits-per-weight, --size and --tokens-per-second, or --pareto"
+        )
+    if bits_per_weight is not None:
+        return bits_budget(checkpoint, bits_per_weight, widths=widths)
+    if size is not None:
+        return size_budget(checkpoint, size, widths=widths)
+    assert tokens_per_second is not None
+    speed = importlib.import_module("matquant.planning.speed")  # the runtime and its kernels, for this budget alone
+    budget: Budget = speed.speed_budget(checkpoint.directory, tokens_per_second, widths=widths)
+    return budget
+
+
+def make_plan(
+    checkpoint: Checkpoint,
+    budget: Budget,
+    *,
+    strategy: str = SEARCH,
+    widths: Sequence[int],
+    losses: "Losses | None" = None,
+    fused: bool = True,
+    evaluations: int = EVALUATIONS,
+) -> tuple[dict[str, int], dict[str, Any]]:
+    """The plan {path: bits}, and its facts: honest bits and bytes, loss and log-perplexity if there are ``losses``.
+
+    InputError if the search has no losses, the strategy is unknown or the budget is below the smallest plan.
+    """
+    began = time.perf_counter()
+    before = losses.evaluations if losses is not None else 0
+    if strategy != SEARCH:
+        check_strategy(strategy)
+        plan = strategy_plan(strategy, list(checkpoint.shapes), budget, widths=widths)
+    elif losses is None:
+        raise InputError(
+            "--strategy search measures losses and no text is given; give --text FILE, or another --strategy"
+        )
+    else:
+        if evaluations < 0:
+            raise InputError(f"--evaluations {evaluations}; give a number of at least 0")
+        losses.expected = before + len(by_width(losses.paths, fused=fused)) * len(widths) + evaluations
+        plan = search(losses, budget, widths=tuple(widths), fused=fused, evaluations=evaluations)
+    facts: dict[str, Any] = {"strategy": strategy, "budget": budget.asked, **describe(checkpoint, plan, losses)}
+    if losses is not None:
+        facts |= {"evaluations": losses.evaluations - before}
+    return plan, {**facts, "seconds": round(time.perf_counter() - began, 2)}
+
+
+def describe(checkpoint: Checkpoint, plan: Mapping[str, int], losses: "Losses | None") -> dict[str, float]:
+    """Honest bits per quantised weight and bytes of the whole model at a plan, and its losses if they are measured."""
+    total = plan_bytes(checkpoint, plan) + plain_bytes(checkpoint)
+    facts = {"bits_per_weight": bits_per_weight(checkpoint, plan), "bytes": int(-(-total // 1))}
+    if losses is not None:
+        loss, log_perplexity = losses.measure(plan)
+        facts |= {"loss": loss, "log_perplexity": log_perplexity}
+    return facts
+
+
+def layer_table(plan: Mapping[str, int], title: str) -> Table:
+    """The widths by layer: a row for each layer, a column for each linear, experts together."""
+    rows = []
+    for layer in by_layer(plan):
+        row: dict[str, set[int]] = {}
+        for path in layer:
+            row.setdefault(path.rpartition(".")[2], set()).add(plan[path])
+        rows.append(row)
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    table = Table(title=title, title_justify="left")
+    for name in ("layer", *columns):
+        table.add_column(name, justify="right")
+    for number, row in enumerate(rows):
+        table.add_row(str(number), *("/".join(map(str, sorted(row.get(name, ())))) for name in columns))
+    return table
+
+
+def check_output(file: Path, flag: str) -> None:
+    """InputError if ``file`` is a directory."""
+    if file.is_dir():
+        raise InputError(f"{flag} {file} is a directory; give a file")

@@ -1,0 +1,189 @@
+"""The choice of a width for every group: exact for a sum of losses, then refined on the loss itself.
+
+Alone, a group g at width w costs loss[g, w] (planning/sensitivity.py). If losses added up, the best plan would be a
+multiple-choice knapsack, min sum loss[g, w_g] subject to sum cost[g, w_g] <= limit. ``choose`` solves it exactly by
+dynamic programming over the plans of the first groups that no other beats in both cost and loss (Nemhauser and Ullmann
+1969). Costs are integers that share large divisors, as layers are alike, so there are few of these; a general solver
+would be another dependency and, working in floats, could step over the budget.
+
+Losses do not add up. ``refine`` therefore goes on from the best plan known by swaps that keep the budget: raise one
+group, lower another if need be, and keep what the measured loss of the whole model confirms. Swaps are tried in the
+order of their estimated gain; every measurement corrects the estimates of the widths it moved to.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from matquant.core.nest import MASTER_BITS
+from matquant.planning.budget import Budget, Groups, by_layer, by_width
+from matquant.planning.strategies import STRATEGIES, widest_mix
+
+Choice = tuple[int, ...]  # for each group the index of its width
+EVALUATIONS = 100  # of a search, besides the sensitivities
+PAPER_WIDTHS = (2, 4, 8)  # what the paper mixes
+PATIENCE = 40  # measured swaps without a gain after which there are none
+
+
+class Measured(Protocol):
+    """Where losses of plans come from (planning/sensitivity.py). paths: all that a plan gives a width."""
+
+    paths: tuple[str, ...]
+
+    def loss(self, bits: Mapping[str, int], /) -> float:
+        """Of a plan {path: bits}, measured or looked up."""
+
+    def known(self) -> list[tuple[float, dict[str, int]]]:
+        """Every plan measured so far, and its loss."""
+
+
+def search(
+    losses: Measured, budget: Budget, *, widths: Sequence[int], fused: bool = True, evaluations: int = EVALUATIONS
+) -> dict[str, int]:
+    """The plan {path: bits} of least measured loss that was found within ``budget``.
+
+    Never worse than the four strategies, the uniform widths and every plan of a smaller budget measured before.
+    evaluations: swaps measured at most. InputError if nothing fits.
+    """
+    groups = by_width(losses.paths, fused=fused)
+    cost_GW = np.array(budget.table(groups, widths), dtype=np.int64)
+    loss_GW = sensitivities(losses, groups, widths)
+
+    def plan(choice: Choice) -> dict[str, int]:
+        return {path: widths[index] for group, index in zip(groups, choice, strict=True) for path in group}
+
+    def measure(choice: Choice) -> float:
+        return losses.loss(plan(choice))
+
+    for simple in _simple_plans(groups, budget, widths):
+        losses.loss(simple)
+    measure(choose(loss_GW, cost_GW, limit=budget.limit))
+    found = ((loss, _express(bits, groups, widths)) for loss, bits in losses.known())
+    rows = np.arange(len(groups))
+    start = min((loss, choice) for loss, choice in found if choice and cost_GW[rows, choice].sum() <= budget.limit)[1]
+    best = refine(measure, start, loss_GW=loss_GW, cost_GW=cost_GW, limit=budget.limit, evaluations=evaluations)
+    return plan(best)
+
+
+def sensitivities(losses: Measured, groups: Groups, widths: Sequence[int]) -> np.ndarray:
+    """The loss of every group at every width with all else at 8 bits, less that of 8 bits: float64 [groups, widths]."""
+    everything = dict.fromkeys(losses.paths, MASTER_BITS)
+    zero = losses.loss(everything)
+    return np.array(
+        [[losses.loss({**everything, **dict.fromkeys(group, bits)}) - zero for bits in widths] for group in groups]
+    )
+
+
+def strategy_plan(strategy: str, paths: Sequence[str], budget: Budget, *, widths: Sequence[int]) -> dict[str, int]:
+    """The plan {path: bits} of one of the paper's strategies that uses most of ``budget``."""
+    return _widest(strategy, by_layer(paths), budget, widths)
+
+
+def _widest(strategy: str, parts: Groups, budget: Budget, widths: Sequence[int]) -> dict[str, int]:
+    mix = widest_mix(strategy, widths, costs=budget.table(parts, widths), limit=budget.limit)
+    return {path: bits for part, bits in zip(parts, mix, strict=True) for path in part}
+
+
+def _simple_plans(groups: Groups, budget: Budget, widths: Sequence[int]) -> Iterator[dict[str, int]]:
+    """The uniform widths within ``budget``; the four strategies over the paper's widths by layer, and over every two
+    neighbours by group, which uses more of the budget.
+    """
+    paths = [path for group in groups for path in group]
+    for bits in widths:
+        uniform = dict.fromkeys(paths, bits)
+        if budget.cost(uniform) <= budget.limit:
+            yield uniform
+    paper = [bits for bits in PAPER_WIDTHS if bits in widths]
+    for mixed, parts in ((paper, by_layer(paths)), *((pair, groups) for pair in itertools.pairwise(widths))):
+        if mixed and budget.cost(dict.fromkeys(paths, mixed[0])) <= budget.limit:
+            for strategy in STRATEGIES:
+                yield _widest(strategy, parts, budget, mixed)
+
+
+def _express(bits: Mapping[str, int], groups: Groups, widths: Sequence[int]) -> Choice | None:
+    """A plan as a choice, or None if it splits a group or has another width."""
+    chosen = [{bits[path] for path in group} for group in groups]
+    if any(len(found) > 1 or not found <= set(widths) for found in chosen):
+        return None
+    return tuple(widths.index(next(iter(found))) for found in chosen)
+
+
+def choose(loss_GW: np.ndarray, cost_GW: np.ndarray, *, limit: int) -> Choice:
+    """The choice of least summed loss whose summed cost (integers) is at most ``limit``; one must fit."""
+    widths = loss_GW.shape[1]
+    rest = np.append(np.cumsum(cost_GW.min(1)[::-1])[::-1][1:], 0)  # the least that later groups cost
+    cost, loss = np.zeros(1, dtype=np.int64), np.zeros(1)
+    steps: list[np.ndarray] = []
+    for group_loss, group_cost, least in zip(loss_GW, cost_GW, rest, strict=True):
+        costs = (cost[:, None] + group_cost).ravel()
+        losses = (loss[:, None] + group_loss).ravel()
+        order = np.lexsort((losses, costs))
+        order = order[costs[order] + least <= limit]
+        best_before = np.minimum.accumulate(np.append(np.inf, losses[order]))[:-1]
+        kept = order[losses[order] < best_before]
+        cost, loss = costs[kept], losses[kept]
+        steps.append(kept)
+    state, choice = len(cost) - 1, []
+    for kept in reversed(steps):
+        state, width = divmod(int(kept[state]), widths)
+        choice.append(width)
+    return tuple(reversed(choice))
+
+
+def refine(
+    measure: Callable[[Choice], float],
+    start: Choice,
+    *,
+    loss_GW: np.ndarray,
+    cost_GW: np.ndarray,
+    limit: int,
+    evaluations: int,
+    patience: int = PATIENCE,
+) -> Choice:
+    """A choice within ``limit`` whose measured loss no tried swap lowers. Deterministic.
+
+    measure: the loss of a choice; called at most ``evaluations`` times after the start. loss_GW: estimates. Ends early
+    after ``patience`` swaps in a row without a gain.
+    """
+    estimate_GW = loss_GW.astype(float)
+    current, known, tried, failed = start, measure(start), {start}, 0
+    while evaluations > 0 and failed < patience:
+        swaps = _swaps(estimate_GW, cost_GW, current, limit=limit)
+        candidate = next((swap for swap in swaps if swap not in tried), None)
+        if candidate is None:
+            break
+        found = measure(candidate)
+        tried.add(candidate)
+        moved = [g for g, (old, new) in enumerate(zip(current, candidate, strict=True)) if old != new]
+        predicted = sum(estimate_GW[g, candidate[g]] - estimate_GW[g, current[g]] for g in moved)
+        for group in moved:
+            estimate_GW[group, candidate[group]] += (found - known - predicted) / len(moved)
+        evaluations -= 1
+        failed += 1
+        if found < known:
+            current, known, failed = candidate, found, 0
+    return current
+
+
+def _swaps(loss_GW: np.ndarray, cost_GW: np.ndarray, current: Choice, *, limit: int) -> Iterator[Choice]:
+    """Choices within ``limit`` that raise one group, and lower another or none, those of least estimated loss first."""
+    groups, widths = cost_GW.shape
+    rows = np.arange(groups)
+    more_loss = (loss_GW - loss_GW[rows, current][:, None]).ravel()
+    more_cost = (cost_GW - cost_GW[rows, current][:, None]).ravel()
+    slack = limit - int(cost_GW[rows, current].sum())
+    up, down = np.flatnonzero(more_cost > 0), np.flatnonzero(more_cost < 0)
+    first = np.concatenate([up, np.repeat(up, len(down))])
+    second = np.concatenate([np.full(len(up), -1), np.tile(down, len(up))])  # -1: nothing is lowered
+    alone = second < 0
+    cost = more_cost[first] + np.where(alone, 0, more_cost[second])
+    loss = more_loss[first] + np.where(alone, 0, more_loss[second])
+    fits = (cost <= slack) & (alone | (first // widths != second // widths))
+    for swap in np.flatnonzero(fits)[np.argsort(loss[fits], kind="stable")]:
+        choice = list(current)
+        for move in (first[swap], second[swap]):
+            if move >= 0:
+                choice[move // widths] = int(move % widths)
+        yield tuple(choice)

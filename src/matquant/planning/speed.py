@@ -1,0 +1,48 @@
+"""Tokens per second as a budget: nanoseconds of every weight at every width, measured on this machine.
+
+Decoding a token takes the sum of its linears' times and a rest. The runtime's own profile gives the time of each part
+of the step (qkv, o, gate_up, down) at each width; a path gets its share of rows of that part, the rest is fixed. Good
+to a few percent where weights are streamed from memory; small models that stay in caches are less additive.
+"""
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from matquant.engine.bench import bench
+from matquant.engine.engine import Engine
+from matquant.planning.budget import Budget
+from matquant.system.errors import check_positive
+
+PARTS = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "o_proj": "o", "gate_proj": "gate_up", "up_proj": "gate_up"}
+PARTS |= {"down_proj": "down"}
+TOKENS, ROUNDS, CONTEXT = 32, 7, 16
+
+
+def speed_budget(directory: Path | str, tokens_per_second: float, *, widths: Sequence[int]) -> Budget:
+    """At least so many decoded tokens per second on this machine; measures its cost table first (seconds)."""
+    check_positive(tokens_per_second=tokens_per_second)
+    engine = Engine(directory, max_bits=max(widths))
+    record = bench(engine, bits=widths, tokens=min(TOKENS, engine.context - CONTEXT), rounds=ROUNDS, context=CONTEXT)
+    rows: dict[str, int] = {}
+    for path, weight in engine.model.weights.items():
+        rows[_part(path)] = rows.get(_part(path), 0) + weight.planes.rows
+    costs, rests = {}, []
+    for bits in widths:
+        row = record["widths"][str(bits)]
+        scale = 1e6 / row["tok_s"] / sum(row["parts_us"].values())  # the profile's steps are not those timed
+        for path, weight in engine.model.weights.items():
+            share = weight.planes.rows / rows[_part(path)]
+            costs[path, bits] = round(1000 * scale * row["parts_us"][_part(path)] * share)
+        rests.append(1e9 / row["tok_s"] - sum(costs[path, bits] for path in engine.model.weights))
+    rest = statistics.median(rests)
+    return Budget(
+        limit=int(1e9 / tokens_per_second - rest),
+        costs=costs,
+        asked=f"{tokens_per_second:g} tokens per second",
+        least=lambda cost: f"{1e9 / (cost + rest):.1f} tokens per second",
+    )
+
+
+def _part(path: str) -> str:
+    return PARTS[path.rpartition(".")[2]]

@@ -1,0 +1,95 @@
+"""The types of the arguments that Python callers give, checked before anything else is done with them.
+
+A name means the same everywhere, so one table says what each must be. A wrong type is a TypeError that names the
+argument; a wrong value of the right type is left to the function that knows the range.
+"""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral, Real
+from typing import Any
+
+from matquant.system.errors import InputTypeError
+
+Kind = tuple[Callable[[Any], bool], str]  # a test, and its words
+
+
+def _is(kind: Any) -> Callable[[Any], bool]:
+    """Whether a value is of ``kind``; True and False are no numbers."""
+    return lambda value: isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+
+
+def _all(kind: Any) -> Callable[[Any], bool]:
+    """Whether a value is a sequence of ``kind``; a text is none, nor are bytes."""
+    single = _is(kind)
+
+    def holds(value: Any) -> bool:
+        if isinstance(value, (str, bytes)) or not (isinstance(value, Sequence) or hasattr(value, "tolist")):
+            return False
+        items = value.tolist() if hasattr(value, "tolist") else value
+        return isinstance(items, Sequence) and all(map(single, items))
+
+    return holds
+
+
+INTEGER: Kind = (_is(Integral), "an integer")
+NUMBER: Kind = (_is(Real), "a number")
+TEXT: Kind = (_is(str), "a text")
+BOOLEAN: Kind = (_is(bool), "True or False")
+PATH: Kind = (_is((str, os.PathLike)), "a path")
+PATHS: Kind = (_all((str, os.PathLike)), "a list of paths, also for one of them")
+TEXTS: Kind = (_all(str), "a list of texts, also for one of them")
+INTEGERS: Kind = (_all(Integral), "a list of integers")
+NUMBERS: Kind = (_all(Real), "a list of numbers")
+ARRAY: Kind = (lambda value: hasattr(value, "dtype") and hasattr(value, "shape"), "an array")
+PROMPT: Kind = (lambda value: isinstance(value, str) or _all(Integral)(value), "a text or a list of token ids")
+MAPPING: Kind = (_is(Mapping), "a mapping, such as {path: bits}")
+
+KINDS: dict[str, Kind] = {
+    **dict.fromkeys(("path", "directory", "model", "out", "start"), PATH),
+    **dict.fromkeys(("max_tokens", "top_k", "seed", "capacity", "length", "context", "stride", "group_size"), INTEGER),
+    **dict.fromkeys(("temperature", "top_p", "min_p"), NUMBER),
+    **dict.fromkeys(("check_hashes", "mmap", "overwrite", "resume", "symmetric", "all_logits"), BOOLEAN),
+    **dict.fromkeys(
+        ("activations", "method", "objective", "rule", "scope", "affine", "zeros", "grid", "scale_dtype"), TEXT
+    ),
+    **dict.fromkeys(("stop", "exclude"), TEXTS),
+    "text": PATHS,
+    "weights": NUMBERS,
+    "ids": INTEGERS,
+    "bits": INTEGERS,  # where several are asked for; of one, nest.check_bits
+    "prompt": PROMPT,
+    "document": PROMPT,
+    "plan": MAPPING,
+    "codes": ARRAY,
+    "stream": ARRAY,
+    "widths": ARRAY,
+}
+ANNOTATIONS: dict[str, Kind] = {"int": INTEGER, "float": NUMBER, "bool": BOOLEAN, "str": TEXT}
+
+
+def check_types(**given: Any) -> None:
+    """InputTypeError naming the first argument that is not what KINDS says."""
+    for name, value in given.items():
+        _check(name, value, KINDS[name])
+
+
+def check_given(**given: Any) -> None:
+    """``check_types`` of those that are not None."""
+    check_types(**{name: value for name, value in given.items() if value is not None})
+
+
+def check_fields(annotations: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+    """InputTypeError naming the first of ``values`` that is not of its annotated type, such as "int | None"."""
+    for name, value in values.items():
+        annotated = annotations.get(name)
+        first, _, rest = getattr(annotated, "__name__", str(annotated)).partition(" | ")
+        if first in ANNOTATIONS and not (value is None and rest == "None"):
+            _check(name, value, ANNOTATIONS[first])
+
+
+def _check(name: str, value: Any, kind: Kind) -> None:
+    holds, words = kind
+    if not holds(value):
+        shown = repr(value) if len(repr(value)) <= 60 else f"{repr(value)[:57]}..."
+        raise InputTypeError(f"{name}={shown} is of type {type(value).__name__}; give {words}")
