@@ -16,73 +16,66 @@ import contextlib
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from matquant.format.checkpoint import check_writable, open_checkpoint
-from matquant.hf.text import read_documents
 from matquant.hf_torch.models import hidden_size
 from matquant.methods.parts.job import Report, source_files
 from matquant.options import distill
 from matquant.options.distill import Options
 from matquant.options.qat import default_lr
+from matquant.options.request import Request
 from matquant.system.errors import InputError
 from matquant.system.files import move_into_place
 from matquant.system.interrupted import RECORD, claim, work_folder
 
+# Options of every method that all stages share.
+SHARED = ("scope", "exclude", "group_size", "zero_point", "grid", "scale_dtype")
+
 
 def stages(model: Path | str, options: Mapping[str, Any]) -> list[Options]:
-    """What ``quantize`` is asked for, stage by stage, for this model; see matquant.options.distill."""
+    """What ``quantize`` is asked for, stage by stage, for this model; see options/distill.py."""
     return distill.stages(options, default_lr=default_lr(hidden_size(model)))
 
 
-def run(
-    quantize: Callable[..., Path],
-    model: Path | str,
-    target: Path,
-    *,
-    text: Sequence[Path | str],
-    common: Mapping[str, Any],
-    options: Mapping[str, Any],
-    work: Path,
-    resume: bool,
-    overwrite: bool,
-    report: Report,
-) -> Path:
-    """Make ``target`` stage by stage in ``work`` by ``quantize``. common: what it is asked for in every stage."""
-    settings = {name: value for name, value in {**common, **options}.items() if name != "device"}
-    mark = _mark(model, text, settings)
+def run(quantize: Callable[..., Path], model: Path | str, request: Request, *, report: Report) -> Path:
+    """Make the checkpoint stage by stage in the work folder by ``quantize``, and move it into place."""
+    common, work = request.common, request.work
+    shared = {name: getattr(common, name) for name in SHARED}
+    mark = _mark(model, request, shared)
     folder = work / _name(mark)  # another run's stages are never taken for this one's
-    if resume and not folder.is_dir():
+    if common.resume and not folder.is_dir():
         raise InputError(
             f"--resume with other settings or text than those of the interrupted run in {work}; "
             "use the same, or --overwrite to start again"
         )
-    asked = stages(model, options)
+    asked = stages(model, request.choice.options)
     done, start = folder, None
-    with _recorded(folder, {**mark, "files": source_files(model)}, resume=resume):
+    with _recorded(folder, {**mark, "files": source_files(model)}, resume=common.resume):
         for number, stage in enumerate(asked, 1):
             done, name = folder / str(number), f"{number}/{len(asked)}"
-            if resume and done.is_dir():
+            if common.resume and done.is_dir():
                 _check_stage(done)
             else:
                 quantize(
                     model,
                     done,
-                    text=text,
+                    text=common.text,
                     start=start,
-                    resume=resume and work_folder(done).is_dir(),
+                    device=common.device,
+                    resume=common.resume and work_folder(done).is_dir(),
                     overwrite=True,
                     report=lambda record, name=name: report({**record, "stage": name}),
-                    **common,
+                    **shared,
                     **stage,
                 )
             start = done
-    check_writable(target, overwrite=overwrite)
-    move_into_place(done, target)
+    check_writable(request.target, overwrite=common.overwrite)
+    move_into_place(done, request.target)
     shutil.rmtree(work, ignore_errors=True)
-    return target
+    return request.target
 
 
 @contextlib.contextmanager
@@ -114,10 +107,10 @@ def _check_stage(done: Path) -> None:
         raise InputError(f"{found}; delete {done}, a finished stage, to make it again") from None
 
 
-def _mark(model: Path | str, text: Sequence[Path | str], settings: Mapping[str, Any]) -> dict[str, Any]:
+def _mark(model: Path | str, request: Request, shared: Mapping[str, Any]) -> dict[str, Any]:
     """What the run depends on, as JSON has it."""
-    data = hashlib.sha256(json.dumps(read_documents(text)).encode()).hexdigest()
-    asked = {"method": distill.NAME, "model": str(model), **settings, "data_sha256": data}
+    data = hashlib.sha256(json.dumps(list(request.documents)).encode()).hexdigest()
+    asked = {"method": distill.NAME, "model": str(model), **shared, **request.choice.options, "data_sha256": data}
     result: dict[str, Any] = json.loads(json.dumps(asked, sort_keys=True, default=str))
     return result
 

@@ -58,7 +58,7 @@ SEEN = 256  # weights of a group that the search for its clipping looks at
 DAMP_LIMIT = 1.0  # more damping than the mean diagonal itself means the Hessian says nothing
 
 
-def train(job: Job) -> Iterator[tuple[str, NestedTensor]]:
+def run(job: Job) -> Iterator[tuple[str, NestedTensor]]:
     """Solve the model block by block; see ``blocks.run_blocks``."""
     settings = Settings(**job.options)
     if any(width.teachers for width in job.objective):

@@ -38,7 +38,7 @@ from matquant.options.gptq import Settings as GptqSettings
 from matquant.options.omniquant import Settings
 
 
-def train(job: Job) -> Iterator[tuple[str, NestedTensor]]:
+def run(job: Job) -> Iterator[tuple[str, NestedTensor]]:
     """Train the model block by block; see ``blocks.run_blocks``."""
     settings = Settings(**job.options)
     check_context(job.model, settings.seq_len)

@@ -91,7 +91,7 @@ class State:
                     yield f"{path}/{bits}/centre", centre
 
 
-def train(job: Job) -> Iterator[tuple[str, NestedTensor]]:
+def run(job: Job) -> Iterator[tuple[str, NestedTensor]]:
     """Train and return the nested tensors; what is not quantised is trained in place if the schedule says so.
 
     A state in ``job.work`` is continued, after checking that it is of the same run.

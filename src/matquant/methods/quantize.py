@@ -1,13 +1,16 @@
-"""Training world: a float model in, a nested checkpoint out. torch and transformers live here and below.
+"""A float model in, a nested checkpoint out.
 
-``quantize`` is the whole of it: check every input first, load the model, run a method of METHODS, write the checkpoint.
+``quantize`` is the whole of it, in four steps: check every input, open the model, run a method of METHODS, write the
+checkpoint. torch and transformers are loaded with this module.
 """
 
 import dataclasses
 import functools
+import importlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +18,16 @@ import numpy as np
 import torch
 
 from matquant.core.grid import check_finite, check_group_size
-from matquant.core.nest import MASTER_BITS, OWN, UNIFORM
+from matquant.core.nest import MASTER_BITS, UNIFORM
 from matquant.core.spec import Spec
 from matquant.core.tensor import NestedTensor
-from matquant.format.checkpoint import SHARD_BYTES, manifest_sha256, open_checkpoint, write_checkpoint
+from matquant.format.checkpoint import (
+    SHARD_BYTES,
+    check_writable,
+    manifest_sha256,
+    open_checkpoint,
+    write_checkpoint,
+)
 from matquant.hf.text import data_sha256, token_stream
 from matquant.hf_torch.layers import select_linears
 from matquant.hf_torch.models import (
@@ -36,220 +45,245 @@ from matquant.hf_torch.models import (
     unquantised_linears,
 )
 from matquant.hf_torch.tokenizer import read_texts
-from matquant.methods import distill, gptq, omniquant, qat
+from matquant.methods import distill
 from matquant.methods.parts.blocks import read_tensor
 from matquant.methods.parts.fake import Grid
 from matquant.methods.parts.job import LOG, Job, Report, source_files
 from matquant.methods.parts.symmetry import choose_symmetry
-from matquant.methods.rtn import round_to_nearest
-from matquant.options import METHODS
-from matquant.options.distill import NAME as DISTILL
-from matquant.options.objective import Width
-from matquant.options.request import check_request
+from matquant.options.common import AUTO, GROUP_SIZES
+from matquant.options.request import Request, check_request
 from matquant.system.errors import InputError
 from matquant.system.files import check_space
-from matquant.system.locks import holding
+from matquant.system.interrupted import check_work
+from matquant.system.locks import hold
 
 Nested = Iterator[tuple[str, NestedTensor]]
 SLOW_BF16 = "this processor has no bf16 arithmetic and emulates it, many times slower than fp32; better without --bf16"
 STREAMED_SHARD_BYTES = 25 * 10**7  # a shard is put together in memory, twice while it is written
 
-RUN: dict[str, Callable[[Job], Nested]] = {
-    "rtn": round_to_nearest,
-    "gptq": gptq.train,
-    "omniquant": omniquant.train,
-    "qat": qat.train,
-}
-
-# An affine of its own costs 4 bytes per row and width; from 5 bits on the fit gains nothing (measured: int6 0 %).
+# A scale and zero-point of its own cost a width 4 bytes per row; from 5 bits on they gain nothing (measured: int6 0 %).
 AFFINE_WIDTHS = (2, 3, 4)
 
 
-@holding("out")
 def quantize(
     model: Path | str,
     out: Path | str,
     *,
-    method: str = "qat",
-    objective: str | None = None,
-    weights: Sequence[float] | None = None,
-    rule: str = "prefix",
-    scope: str = "ffn",
-    exclude: Sequence[str] = (),
-    group_size: int | None = None,
-    symmetric: bool | None = None,
-    affine: str | None = None,
-    zeros: str = OWN,
-    grid: str = UNIFORM,
-    scale_dtype: str = "bfloat16",
-    baseline_bits: int | None = None,
-    start: Path | str | None = None,
-    text: Sequence[Path | str] = (),
-    threads: int | None = None,
-    device: str | None = None,
-    resume: bool = False,
-    overwrite: bool = False,
+    recipe: str | None = None,
+    method: str | None = None,
     report: Report = lambda record: None,
     **options: Any,
 ) -> Path:
     """Quantise a float model into one nested checkpoint and return its directory.
 
     model: Hugging Face directory or hub id. out: directory to write; an interrupted run leaves ``.OUT.work`` beside it,
-    which ``resume`` continues. method: one of METHODS, or "distill", three of them in a row (distill.py). objective,
-    weights: see ``objective.parse_objective``; None: the method's own (METHODS).
-    exclude: regular expressions of paths to leave out. baseline_bits: train the dedicated model of that width instead,
-    on its own grid (on the method's own target, or ``objective`` if it names that width alone). affine None: the
-    method's. zeros: of the widths with an affine of their own: "own", or "centre" for the middle of their codes, which
-    is not stored. symmetric None: symmetric, with rtn whichever of both suits the weights (symmetry.py).
-    start: a nested checkpoint of the same model whose codes qat starts from (one made by gptq is better than rounding);
-    its training log comes before this run's. device None: cuda if there is one.
-    options: the method's own: the fields of ``qat.Schedule``, ``gptq.Settings`` or ``omniquant.Settings``, or those of
-    ``distill.stages``; seq_len is by default at most the model's context.
+    which ``resume=True`` continues. recipe: a name in options.recipes.RECIPES, by default "balanced"; or method: a name
+    in options.METHODS, with its own defaults. options: those that options/common.py declares for all methods and those
+    of the method (options/), over the recipe's; docs/choose-a-recipe.md lists them. report: called with each record of
+    progress.
+
     Raises InputError before any work for whatever can be known before it, and never leaves a half-written checkpoint.
     """
-    request = check_request(
-        model,
-        out,
-        method=method,
-        objective=objective,
-        weights=weights,
-        rule=rule,
-        scope=scope,
-        exclude=exclude,
-        group_size=group_size,
-        symmetric=symmetric,
-        affine=affine,
-        zeros=zeros,
-        grid=grid,
-        scale_dtype=scale_dtype,
-        baseline_bits=baseline_bits,
-        start=start,
-        text=text,
-        threads=threads,
-        resume=resume,
-        overwrite=overwrite,
-        **options,
-    )
-    target, work = request.target, request.work
-    if threads is not None:
-        torch.set_num_threads(threads)
-    if method == DISTILL:
-        common = {"scope": scope, "exclude": exclude, "group_size": group_size, "zeros": zeros, "grid": grid}
-        common |= {"scale_dtype": scale_dtype, "device": device}
-        return distill.run(
-            quantize,
-            model,
-            target,
-            text=text,
-            common=common,
-            options=options,
-            work=work,
-            resume=resume,
-            overwrite=overwrite,
-            report=report,
-        )
-    chosen, objective, affine = METHODS[method], request.objective, request.affine
-    widths, documents = request.widths, request.documents
+    return run(model, check_request(model, out, recipe=recipe, method=method, **options), report=report)
 
-    place = choose_device(device)
-    source = open_shards(model) if chosen.streamed else _in_memory(model, place)
-    views = select_linears(source.model, scope, exclude=exclude)
+
+def run(model: Path | str, request: Request, *, report: Report = lambda record: None) -> Path:
+    """``quantize`` for a request that was checked. InputError if another run writes the same place."""
+    with hold(request.target):
+        common = request.common
+        check_writable(request.target, overwrite=common.overwrite)
+        check_work(request.target, method=request.choice.method, resume=common.resume, overwrite=common.overwrite)
+        if common.threads is not None:
+            torch.set_num_threads(common.threads)
+        if request.method.stages is not None:
+            return distill.run(quantize, model, request, report=report)
+        prepared = prepare(model, request)
+        job, files = _make_job(prepared, report)
+        method = importlib.import_module(f"matquant.methods.{request.choice.method}")
+        _write(prepared, job, method.run(job), files)
+        shutil.rmtree(request.work, ignore_errors=True)
+        return request.target
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A model that is open, and what was derived from it."""
+
+    source: str
+    request: Request
+    shards: Shards  # the model: with its numbers, or without them for methods that work layer by layer
+    device: torch.device
+    views: Mapping[str, View]  # the linear layers to quantise, by module path
+    group_size: int | None  # None for one scale per row
+    options: Mapping[str, Any]  # the method's, with a sequence length that the model can read
+    reasons: Mapping[str, str]  # derived option -> why it has its value
+
+    @property
+    def settings(self) -> Any:
+        """The record of the method's options, None for a method without."""
+        record = self.request.method.settings
+        return record(**self.options) if record else None
+
+
+def prepare(model: Path | str, request: Request, *, with_numbers: bool = True) -> Prepared:
+    """Open the model, choose its layers and derive what depends on it; InputError if the options do not fit it.
+
+    with_numbers: False only looks at names and shapes, whatever the method.
+    """
+    common, chosen = request.common, request.method
+    device = choose_device(common.device)
+    shards = open_shards(model) if chosen.streamed or not with_numbers else _in_memory(model, device)
+    views = select_linears(shards.model, common.scope, exclude=common.exclude)
+    reasons = {}
+    group_size = common.group_size
+    if group_size == AUTO:
+        group_size, reasons["group_size"] = _choose_group_size(views)
+    assert not isinstance(group_size, str)
     for path, view in views.items():
         check_group_size(view.shape[1], group_size, name=path)
-    if not chosen.streamed:
-        _check_finite(source.model, views)
     fused = [path for path in views if ".experts." in path]
-    if fused and symmetric is False:
+    if fused and common.symmetric is False:
         raise InputError(
-            f"--asymmetric asked for {fused[0]}, a fused expert, which stock transformers "
+            f"--asymmetric does not go with {fused[0]}, a fused expert, which stock transformers "
             "cannot read with zero points; leave --asymmetric out, or --exclude experts"
         )
-    check_space(
-        target,
-        sum(source.dtypes[n].itemsize * t.numel() for n, t in source.model.state_dict().items() if n in source.dtypes),
+    options = dict(request.choice.options)
+    if chosen.settings is not None and "seq_len" not in request.choice.named:
+        context, usual = context_length(shards.model), options.get("seq_len", chosen.settings.seq_len)
+        options["seq_len"] = min(usual, context)
+        if context < usual:
+            reasons["seq_len"] = "the model's context"
+    return Prepared(
+        source=str(model),
+        request=request,
+        shards=shards,
+        device=device,
+        views=views,
+        group_size=group_size,
+        options=options,
+        reasons=reasons,
     )
-    vocab_size = source.model.config.get_text_config().vocab_size
-    texts = read_texts(model, needed=bool(documents), vocab_size=vocab_size)
+
+
+def _choose_group_size(views: Mapping[str, View]) -> tuple[int | None, str]:
+    """The first of GROUP_SIZES that divides every layer, None if none does; and why."""
+    widths = {view.shape[1]: path for path, view in views.items()}
+    reason = f"divides the rows of all {len(views)} layers"
+    for size in GROUP_SIZES:
+        misfit = next((width for width in widths if width % size), None)
+        if misfit is None:
+            return size, reason
+        reason = f"{size} does not divide in_features={misfit} of {widths[misfit]}"
+    return None, reason
+
+
+def _make_job(prepared: Prepared, report: Report) -> tuple[Job, dict[str, bytes]]:
+    """What the method is given, and the small files of the checkpoint."""
+    request, shards, views = prepared.request, prepared.shards, prepared.views
+    common, chosen, settings = request.common, request.method, prepared.settings
+    if not chosen.streamed:
+        _check_finite(shards.model, views)
+    check_space(request.target, _stored_bytes(shards))
+    vocab_size = shards.model.config.get_text_config().vocab_size
+    texts = read_texts(prepared.source, needed=bool(request.documents), vocab_size=vocab_size)
+    if getattr(settings, "autocast", False) and prepared.device.type == "cpu" and not bf16_is_fast():
+        report = _with_notice(report, SLOW_BF16)
     for notice in texts.notices:
         report({"notice": notice})
     stream = np.zeros(0, dtype=np.int64)
-    if documents:
-        stream = token_stream(documents, texts.tokenizer, vocab_size=vocab_size)
-    shape = Grid(
-        rule="prefix" if baseline_bits and baseline_bits < MASTER_BITS else rule,
-        bits=baseline_bits or MASTER_BITS,
-        group_size=group_size,
-        symmetric=symmetric is not False,
-        affine=affine,
-        zeros=zeros,
-        storable=scale_dtype == "bfloat16",
-        sliced=_own_affines(affine, baseline_bits),
-        kind=grid,
-    )
-    if symmetric is None and method == "rtn" and baseline_bits is None and grid == UNIFORM:
-        suits, reason = choose_symmetry(source.model, views, shape)
-        shape = dataclasses.replace(shape, symmetric=suits)
-        if reason:
-            report({"notice": reason})
-    if chosen.settings:  # windows no longer than what the model was made for, unless told otherwise
-        options = {"seq_len": min(chosen.settings.seq_len, context_length(source.model)), **options}
-    settings = chosen.settings(**options) if chosen.settings else None
-    slow = getattr(settings, "autocast", False) and place.type == "cpu" and not bf16_is_fast()
-    before, first = _first(start, method, shape, views, place)
-    spec = Spec(
-        rule=shape.rule,
-        widths=tuple(width.bits for width in widths),
-        slices=shape.sliced or ((baseline_bits,) if baseline_bits and baseline_bits < MASTER_BITS else ()),
-        group_size=group_size,
-        symmetric=shape.symmetric,
-        zeros=zeros,
+    if request.documents:
+        stream = token_stream(request.documents, texts.tokenizer, vocab_size=vocab_size)
+        prepared = _fit_samples(prepared, len(stream), report)
+    grid = _make_grid(prepared, report)
+    before, first = _first(request, grid, views, prepared.device)
+    job = Job(
+        source=prepared.source,
+        model=shards.model,
+        read=shards.read,
+        dtypes=shards.dtypes,
+        device=prepared.device,
+        views=views,
         grid=grid,
-        scale_dtype=scale_dtype,
-        scope=scope,
-        method=", ".join([*before, method]),
-        objective=_objective(objective, baseline_bits, widths) if widths else "",
-        weights=tuple(width.weight for width in widths),
-        baseline_bits=baseline_bits,
-        steps=getattr(settings, "steps", 0),
-        seed=options.get("seed", 0),
+        spec=_make_spec(prepared, grid, before, stream),
+        objective=request.widths,
+        work=request.work,
+        resume=common.resume,
+        stream=stream,
+        options=prepared.options if chosen.settings else {},
+        report=report,
+        first=first,
+        start_sha256="" if common.start is None else manifest_sha256(common.start),
+        files=source_files(prepared.source) if chosen.settings else {},
+    )
+    return job, dict(texts.files)
+
+
+def _fit_samples(prepared: Prepared, tokens: int, report: Report) -> Prepared:
+    """As many calibration sequences as the text has, where the user named no number."""
+    settings, named = prepared.settings, prepared.request.choice.named
+    if "samples" in named or not hasattr(settings, "samples"):
+        return prepared
+    windows = (tokens - 1) // settings.seq_len
+    if not 0 < windows < settings.samples:
+        return prepared
+    fewer = f"fewer than the usual {settings.samples}"
+    report({"notice": f"the text has {windows} sequences of {settings.seq_len} tokens, {fewer}; more text is better"})
+    return dataclasses.replace(prepared, options={**prepared.options, "samples": windows})
+
+
+def _make_grid(prepared: Prepared, report: Report) -> Grid:
+    """The grid of all weights; symmetric unless asked for, or round to nearest is better on the other."""
+    request, common = prepared.request, prepared.request.common
+    baseline = common.baseline_bits
+    grid = Grid(
+        rule="prefix" if baseline and baseline < MASTER_BITS else common.rule,
+        bits=baseline or MASTER_BITS,
+        group_size=prepared.group_size,
+        symmetric=common.symmetric is not False,
+        affine=request.affine,
+        zeros=request.zeros,
+        storable=common.scale_dtype == "bfloat16",
+        sliced=_own_affines(request.affine, baseline),
+        kind=common.grid,
+    )
+    may_choose = common.symmetric is None and baseline is None and common.grid == UNIFORM
+    if request.choice.method != "rtn" or not may_choose or common.zero_point != "stored":
+        return grid
+    symmetric, reason = choose_symmetry(prepared.shards.model, prepared.views, grid)
+    if reason:
+        report({"notice": reason})
+    return dataclasses.replace(grid, symmetric=symmetric)
+
+
+def _make_spec(prepared: Prepared, grid: Grid, before: list[str], stream: np.ndarray) -> Spec:
+    """What the checkpoint says of itself. before: the methods of what it starts from."""
+    request, common = prepared.request, prepared.request.common
+    baseline = common.baseline_bits
+    return Spec(
+        rule=grid.rule,
+        widths=tuple(width.bits for width in request.widths),
+        slices=grid.sliced or ((baseline,) if baseline and baseline < MASTER_BITS else ()),
+        group_size=grid.group_size,
+        symmetric=grid.symmetric,
+        zeros=grid.zeros,
+        grid=grid.kind,
+        scale_dtype=common.scale_dtype,
+        scope=common.scope,
+        method=", ".join([*before, request.choice.method]),
+        objective=_objective(request) if request.widths else "",
+        weights=tuple(width.weight for width in request.widths),
+        baseline_bits=baseline,
+        steps=getattr(prepared.settings, "steps", 0),
+        seed=prepared.options.get("seed", 0),
         data_sha256=data_sha256(stream) if len(stream) else "",
     )
-    job = Job(
-        source=str(model),
-        model=source.model,
-        read=source.read,
-        dtypes=source.dtypes,
-        device=place,
-        views=views,
-        grid=shape,
-        spec=spec,
-        objective=widths,
-        work=work,
-        resume=resume,
-        stream=stream,
-        options=options if chosen.settings else {},
-        report=_with_notice(report, SLOW_BF16) if slow else report,
-        first=first,
-        start_sha256="" if start is None else manifest_sha256(start),
-        files=source_files(model) if chosen.settings else {},
-    )
-    nested = RUN[method](job)
-    logs = [Path(folder) / LOG for folder in (start, work) if folder is not None]  # its own after start's
-    history = b"".join(log.read_bytes() for log in logs if log.is_file())
-    files = {**texts.files, **({LOG: history} if history else {})}
-    _write(target, job, nested, streamed=chosen.streamed, files=files, overwrite=overwrite)
-    shutil.rmtree(work, ignore_errors=True)
-    return target
-
-
-def _with_notice(report: Report, notice: str) -> Report:
-    return lambda record: report({"notice": notice, **record})
 
 
 def _first(
-    start: Path | str | None, method: str, grid: Grid, views: Mapping[str, View], device: torch.device
+    request: Request, grid: Grid, views: Mapping[str, View], device: torch.device
 ) -> tuple[list[str], dict[str, NestedTensor]]:
-    """The method of ``start`` and its nested tensors, torch, on ``device``; InputError unless qat can go on from it."""
+    """The method of ``--start`` and its nested tensors on ``device``; InputError unless qat can go on from it."""
+    start = request.common.start
     if start is None:
         return [], {}
     checkpoint = open_checkpoint(start)
@@ -282,9 +316,16 @@ def _in_memory(model: Path | str, device: torch.device) -> Shards:
     return Shards(model=source, read=lambda name: source.state_dict()[name], dtypes=dtypes)
 
 
-def _objective(objective: str, baseline_bits: int | None, widths: tuple[Width, ...]) -> str:
-    """What was really trained: ``objective`` unless a baseline put its own width in its place."""
-    return str(baseline_bits) if baseline_bits is not None and not widths[0].teachers else objective
+def _stored_bytes(shards: Shards) -> int:
+    """Bytes of the model as it is stored, which its checkpoint does not exceed by much."""
+    tensors = shards.model.state_dict().items()
+    return sum(shards.dtypes[name].itemsize * t.numel() for name, t in tensors if name in shards.dtypes)
+
+
+def _objective(request: Request) -> str:
+    """What was really trained: the objective unless a baseline put its own width in its place."""
+    baseline = request.common.baseline_bits
+    return str(baseline) if baseline is not None and not request.widths[0].teachers else request.objective
 
 
 def _own_affines(affine: str, baseline_bits: int | None) -> tuple[int, ...]:
@@ -293,25 +334,32 @@ def _own_affines(affine: str, baseline_bits: int | None) -> tuple[int, ...]:
     return AFFINE_WIDTHS if baseline_bits in (None, MASTER_BITS) else (baseline_bits,)
 
 
-def _write(
-    target: Path, job: Job, nested: Nested, *, streamed: bool, files: Mapping[str, bytes], overwrite: bool
-) -> None:
+def _with_notice(report: Report, notice: str) -> Report:
+    return lambda record: report({"notice": notice, **record})
+
+
+def _write(prepared: Prepared, job: Job, nested: Nested, files: dict[str, bytes]) -> None:
+    """Write the checkpoint from tensors as they are made, with the training log beside them."""
+
     def items() -> Iterator[Any]:
         yield from ((path, nested_to_numpy(tensor)) for path, tensor in nested)
         read = functools.partial(read_tensor, job) if streamed else None
         yield from plain_items(job.model, job.views, job.dtypes, read=read)
 
+    request, streamed = prepared.request, prepared.request.method.streamed
+    folders = [Path(folder) for folder in (request.common.start, request.work) if folder is not None]
+    history = b"".join((folder / LOG).read_bytes() for folder in folders if (folder / LOG).is_file())
     config = json.loads(job.model.config.to_json_string(use_diff=False))
     config["dtype"] = str(next(iter(job.dtypes.values()))).removeprefix("torch.")
     config["architectures"] = [type(job.model).__name__]
     write_checkpoint(
-        target,
+        request.target,
         items(),
         spec=job.spec,
         config=config,
         ignore=unquantised_linears(job.model, job.views),
-        files=files,
-        overwrite=overwrite,
+        files={**files, **({LOG: history} if history else {})},
+        overwrite=request.common.overwrite,
         shard_bytes=STREAMED_SHARD_BYTES if streamed else SHARD_BYTES,
     )
 

@@ -11,7 +11,7 @@ from matquant.methods.parts.fake import nest
 from matquant.methods.parts.job import Job
 
 
-def round_to_nearest(job: Job) -> Iterator[tuple[str, NestedTensor]]:
+def run(job: Job) -> Iterator[tuple[str, NestedTensor]]:
     """Encode every weight on its min-max grid (MatQuant Eq. 1). No data, no training, one weight in memory."""
     parameters = dict(job.model.named_parameters())
 

@@ -1,54 +1,79 @@
 """What can be chosen when a model is quantised, without torch: a mistake is named before anything heavy is imported.
 
-One file a method, with its settings and their checks; METHODS is the table of methods, whose code is in train/.
+METHODS is the table of methods: a row has the record of a method's options and what the method is by default. Its code
+is the module of the same name in methods/.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from matquant.options import gptq, omniquant, qat
+from matquant.options import distill, gptq, omniquant, qat
+from matquant.options.common import Common
+from matquant.options.declare import Option, by_panel
 
-AFFINES = ("none", "refit", "learned")
-SCOPES = ("ffn", "attention", "all")
+
+def _accept(options: Mapping[str, Any]) -> None:
+    """Any combination of options is fine."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """What a method needs. settings: the record of its options, None for a method without data. streamed: works block
-    by block, the model stays on disk. objective: its default; lambdas: its weight of a width, None for the
-    objective's.
-    """
+    """A row of METHODS."""
 
-    settings: Any = None
-    check_options: Callable[[Mapping[str, Any]], None] = lambda options: None
-    streamed: bool = False
-    affine: str
-    objective: str
-    lambdas: Callable[[int], float] | None = None
+    summary: str  # one sentence for --help and the documentation
+    settings: Any = None  # the dataclass that declares its options, None for a method without options and text
+    check_options: Callable[[Mapping[str, Any]], None] = _accept  # rejects options that exclude each other
+    stages: Callable[..., list[dict[str, Any]]] | None = None  # a cascade of other methods, given its options
+    needs_corpus: bool = False  # calibration text is too little for it
+    streamed: bool = False  # works layer by layer, the model stays on disk
+    learns_affine: bool = True  # has gradients for per-width scales
+    affine: str  # default of --affine
+    objective: str = ""  # default of --objective
+    lambdas: Callable[[int], float] | None = None  # its weight of a width, None for the objective's
 
 
 METHODS: dict[str, Method] = {
-    "rtn": Method(affine="refit", objective=""),
+    "rtn": Method(
+        summary="round to nearest; needs no text",
+        affine="refit",
+        learns_affine=False,
+    ),
     "gptq": Method(
+        summary="nested GPTQ, one calibrated pass",
         settings=gptq.Settings,
         check_options=gptq.check_options,
         streamed=True,
+        learns_affine=False,
         affine="refit",
         objective="8,6,4,3,2",
         lambdas=gptq.default_lambda,
     ),
     "omniquant": Method(
+        summary="learned clipping and transformations, layer by layer",
         settings=omniquant.Settings,
-        check_options=omniquant.check_options,
         streamed=True,
         affine="learned",
         objective="8,4,2",
     ),
     "qat": Method(
+        summary="quantisation-aware training on a corpus",
         settings=qat.Schedule,
         check_options=qat.check_options,
+        needs_corpus=True,
         affine="learned",
         objective="fp->8;4;2",
     ),
+    "distill": Method(
+        summary="tuned GPTQ, then two short phases of distillation",
+        settings=distill.Settings,
+        check_options=distill.check_options,
+        stages=distill.stages,
+        affine="learned",
+    ),
 }
+
+
+def declared_options() -> list[tuple[Option, str]]:
+    """Every option of every method once, in the order of the help's panels, with its default in words."""
+    return list(by_panel({"": Common, **{name: method.settings for name, method in METHODS.items()}}))

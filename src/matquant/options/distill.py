@@ -1,47 +1,69 @@
 """Options of distillation in three stages (methods/distill.py)."""
 
+import dataclasses
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from matquant.options import gptq, qat
+from matquant.options import gptq, qat, shared
+from matquant.options.declare import check_values
 from matquant.system.errors import InputError
 
 Options = dict[str, Any]
 NAME = "distill"
-STEPS, TUNE = 96, 60
 LR = 5e-4  # at most: best on the embedded model, no worse than others on stories260K
 SLOWER = {4: 10.0, 3: 2.5, 2: 2.5}  # freeze -> by how much the last phase's rate is below that of the distillation
-SHARED = ("accumulate", "autocast", "batch_size", "checkpoint_activations", "save_every", "seed", "seq_len")
-TUNING = ("autocast", "batch_size", "seed", "seq_len")  # those of them that gptq has
-OWN = ("freeze", "lr", "samples", "steps", "tune")
+OWN = ("freeze", "lr", "samples", "steps", "tune")  # that mean something for the whole; the others go to every stage
+TUNING = ("autocast", "batch_size", "seed", "seq_len")  # those of the others that gptq has
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Tuned GPTQ, distillation of all widths, and a last phase. ``steps`` are those of the distillation, and ``freeze``
+    is of the last phase: 4, or 2 for a corpus that is not read again and again."""
+
+    steps: int = shared.steps(96)
+    batch_size: int = shared.batch_size(8, shown="4, then 8")
+    seq_len: int = shared.seq_len(512, shown="512, then 256")
+    lr: float | None = shared.lr(None, shown="half of qat's, at most 5e-4")
+    seed: int = shared.seed()
+    samples: int = shared.samples(128)
+    tune: int = shared.tune(60)
+    freeze: int = shared.freeze(4)
+    accumulate: int = shared.accumulate()
+    autocast: bool = shared.autocast()
+    checkpoint_activations: bool = shared.checkpoint_activations()
+    save_every: int = shared.save_every()
+
+
+SHARED = tuple(sorted({field.name for field in dataclasses.fields(Settings)} - set(OWN)))
 
 
 def stages(options: Mapping[str, Any], *, default_lr: float) -> list[Options]:
-    """What ``quantize`` is asked for, stage by stage; InputError for options that a stage would refuse.
+    """The options of each stage; InputError for options that a stage would reject.
 
-    options: any of OWN, and of SHARED, which go to every stage that has them. lr: the peak of the distillation, by
-    default half of ``default_lr``, qat's for the model's width, at most LR. steps: of the distillation. tune, samples:
-    of gptq. freeze: of the last phase: 4, or 2 for a corpus that is not read again and again.
+    options: fields of Settings that were given; those that are not in OWN go to every stage that has them. default_lr:
+    qat's for the model's width.
     """
-    freeze = options.get("freeze", 4)
+    freeze = options.get("freeze", Settings.freeze)
     if freeze not in SLOWER:
         raise InputError(
             f"freeze={freeze} is not known to method {NAME!r}; use one of 4 (little text), 3, 2 (a corpus)"
         )
-    lr = options["lr"] if "lr" in options else min(LR, default_lr / 2)
-    steps = options.get("steps", STEPS)
+    lr = options["lr"] if options.get("lr") is not None else min(LR, default_lr / 2)
+    steps = options.get("steps", Settings.steps)
     given = {name: options[name] for name in SHARED if name in options}
-    tuned: Options = {"tune": TUNE, "seq_len": 512}
+    tuned: Options = {"tune": Settings.tune, "seq_len": Settings.seq_len}
     tuned |= {name: options[name] for name in (*TUNING, "samples", "tune") if name in options}
     if not tuned["tune"]:
         tuned.pop("autocast", None)
     trained: Options = {"masters": "each", "pull": 0.5, **given}
     distilled = {**trained, "wide_lr": 0.5, "hidden": 1.0, "lr": lr, "steps": steps}
-    slower = SLOWER[freeze]  # of the narrowest master; that of 8 bits is a tenth, that of affines the whole
+    slower = SLOWER[freeze]  # of the narrowest master; that of 8 bits is a tenth, that of scales the whole
     last = {**trained, "freeze": freeze, "lr": lr / slower, "wide_lr": slower / 10, "affine_lr": slower}
     last |= {"steps": max(1, steps * 2 // 3)}
-    gptq.check_options(tuned)
-    qat.check_options(distilled)
+    check_values(gptq.Settings, tuned, owner="method 'gptq'")
+    check_values(qat.Schedule, distilled, owner="method 'qat'")
     return [
         {"method": "gptq", **tuned},
         {"method": "qat", "objective": "fp->8;4;3;2", "weights": (1.0,) * 4, **distilled},
@@ -50,8 +72,5 @@ def stages(options: Mapping[str, Any], *, default_lr: float) -> list[Options]:
 
 
 def check_options(options: Mapping[str, Any]) -> None:
-    """InputError for an option that no stage has, or that a stage would reject."""
-    for name in options:
-        if name not in (*OWN, *SHARED):
-            raise InputError(f"method {NAME!r} has no option {name!r}; it has {', '.join(sorted((*OWN, *SHARED)))}")
+    """InputError for options that a stage would reject."""
     stages(options, default_lr=LR)

@@ -4,46 +4,33 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from matquant.system.errors import InputError, check_positive
+from matquant.options import shared
+from matquant.options.declare import GPTQ, option
+from matquant.system.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """samples: windows of seq_len tokens. batch_size: windows per forward pass. damp: share of the mean diagonal of H
-    added to it. sweeps: rounds of coordinate descent after the pass. tune: steps by which every block is then tuned
-    (tune.py), with rate lr, the share ``pull`` of the gradients that narrower widths hold back, and in bf16 if
-    ``autocast``. seed: of the choice of windows, and of their order in tuning."""
+    """One calibrated pass, rounds of coordinate descent after it, and tuning by gradient (parts/tune.py) if asked."""
 
-    samples: int = 128
-    seq_len: int = 2048
-    batch_size: int = 4
-    damp: float = 0.01
-    sweeps: int = 1
-    tune: int = 0
-    lr: float = 0.003
-    pull: float = 0.35
-    autocast: bool = False
-    seed: int = 0
+    samples: int = shared.samples(128)
+    seq_len: int = shared.seq_len(2048)
+    batch_size: int = shared.batch_size(4)
+    damp: float = option(0.01, "Damping of the Hessian, as a share of its mean diagonal.", panel=GPTQ, positive=True)
+    sweeps: int = option(1, "Rounds of coordinate descent over all codes after the pass.", panel=GPTQ, least=0)
+    tune: int = shared.tune(0)
+    lr: float = shared.lr(0.003)
+    pull: float = shared.pull(0.35)
+    autocast: bool = shared.autocast()
+    seed: int = shared.seed()
 
 
 def check_options(options: Mapping[str, Any]) -> None:
-    """InputError for a number that cannot be worked with; TypeError for an option that does not exist."""
-    settings = Settings(**options)
-    check_positive(
-        samples=settings.samples,
-        seq_len=settings.seq_len,
-        batch_size=settings.batch_size,
-        damp=settings.damp,
-        lr=settings.lr,
-    )
-    for name in ("sweeps", "tune"):
-        if getattr(settings, name) < 0:
-            raise InputError(f"{name}={getattr(settings, name)}; give a number of at least 0")
+    """InputError for options of the tuning without ``tune``."""
     for name in ("lr", "pull", "autocast"):
-        if name in options and not settings.tune:
-            raise InputError(f"{name}={options[name]!r} is of the tuning and tune is 0; give --tune STEPS too")
-    if not 0 <= settings.pull <= 1:
-        raise InputError(f"pull={settings.pull}; give a number from 0 to 1")
+        if name in options and not options.get("tune", Settings.tune):
+            flag = "--bf16" if name == "autocast" else f"--{name}"
+            raise InputError(f"{flag} has no effect without --tune; add --tune STEPS")
 
 
 def default_lambda(bits: int) -> float:

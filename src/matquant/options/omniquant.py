@@ -1,51 +1,46 @@
 """Options of nested OmniQuant (methods/omniquant.py)."""
 
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from matquant.system.errors import InputError, check_positive
+from matquant.options import shared
+from matquant.options.declare import OMNIQUANT, option
 
 CODES = ("round", "gptq")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Everything a run depends on besides model, data, grid and objective.
+    """Clipping and equivalent transformations, learned layer by layer; ``steps`` are for each decoder layer."""
 
-    samples: sequences of ``seq_len`` tokens that are used, over and over. steps: per layer. lr: of everything, but
-    clip_lr (factors, affines) and transform_lr (s, delta) where given. alpha: where s starts, as in SmoothQuant; None
-    starts it at 1 (alpha 0.5 gained nothing: int2 perplexity of stories260K after 300 steps 16.41 against 16.43).
-    """
-
-    samples: int = 128
-    batch_size: int = 4
-    seq_len: int = 2048
-    steps: int = 1220
-    lr: float = 1e-3
-    clip_lr: float | None = None
-    transform_lr: float | None = None
-    weight_decay: float = 0.0
-    seed: int = 0
-    autocast: bool = False
-    transform: bool = True
-    learn_clip: bool = True
-    alpha: float | None = None
-    codes: str = "round"
-
-
-def check_options(options: Mapping[str, Any]) -> None:
-    """InputError for a number that cannot be trained with; TypeError for an option that does not exist."""
-    settings = Settings(**options)
-    for name in ("samples", "batch_size", "seq_len", "steps", "lr", "clip_lr", "transform_lr"):
-        value = getattr(settings, name)
-        if value is not None:
-            check_positive(**{name: value})
-    for name in ("seed", "weight_decay"):
-        if not 0 <= getattr(settings, name) < math.inf:
-            raise InputError(f"{name}={getattr(settings, name)}; give a number of at least 0")
-    if settings.codes not in CODES:
-        raise InputError(f"codes={settings.codes!r} is not known; use one of {', '.join(CODES)}")
-    if settings.alpha is not None and not 0 <= settings.alpha <= 1:
-        raise InputError(f"alpha={settings.alpha}; give a number from 0 to 1")
+    samples: int = shared.samples(128)
+    batch_size: int = shared.batch_size(4)
+    seq_len: int = shared.seq_len(2048)
+    steps: int = shared.steps(1220)
+    lr: float = shared.lr(1e-3)
+    clip_lr: float | None = option(
+        None,
+        "Learning rate of clipping ratios and of per-width scales.",
+        panel=OMNIQUANT,
+        positive=True,
+        shown="as --lr",
+    )
+    transform_lr: float | None = option(
+        None, "Learning rate of the transformations.", panel=OMNIQUANT, positive=True, shown="as --lr"
+    )
+    transform: bool = option(
+        True,
+        "Learn equivalent transformations (paper Eq. 4).",
+        panel=OMNIQUANT,
+        flags="--transform/--no-transform",
+        shown="transform",
+    )
+    codes: str = option(
+        "round",
+        "How codes are chosen on the learned grid: round, or gptq (ours, better at every width).",
+        panel=OMNIQUANT,
+        choices=CODES,
+    )
+    learn_clip: bool = shared.learn_clip(True, shown="learn-clip")
+    weight_decay: float = shared.weight_decay()
+    autocast: bool = shared.autocast()
+    seed: int = shared.seed()

@@ -5,76 +5,69 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from matquant.system.errors import InputError, check_positive
+from matquant.options import shared
+from matquant.options.declare import QAT, TRAINING, option
+from matquant.system.errors import InputError
 
 MASTERS = ("one", "each")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """Everything a run depends on besides model, data, grid and objective.
+    """How the weights are trained.
 
-    seq_len in tokens. lr: the peak, of the weights (None: ``default_lr``). warmup: steps of linear warm-up, then cosine
-    to 0 (None: a tenth, at most the paper's 150). affine_lr: of clips and affines, as a multiple of lr. learn_clip
-    (None: where affines are learned). train_rest: also train what is not quantised (embeddings, norms, attention
-    under scope ffn). masters: "one" float weight for all widths, or "each" its own: the codes of a width are then
-    confined to the bins of the next narrower one, whose bits they share (fake.confine), and no width's gradient moves
-    another's weights but, times ``pull``, where that confinement holds it back. wide_lr: of the 8-bit masters, as a
-    multiple of lr, and geometrically between for the widths between. stagger: share of the steps by which the schedule
-    of the narrowest masters ends early, so that wider ones settle in bins that move no more. freeze: widths up to this
-    one keep the codes they start with (0: none do), so that only their affines and the bits below are trained, none of
-    which any two of them share. mix: weight of one more loss, of a plan drawn at random for each batch (``draw_mix``),
-    with the targets of the narrowest width. hidden: weight, within each loss, of the relative squared distance of the
-    decoder layers' outputs to the float model's. skip_batches: so many batches at the start of the data's order are
-    left out, such as those that an earlier phase with the same seed has seen. save_every: steps between saved states.
+    With masters "each" every width has a float weight of its own, whose codes are confined to the bins of the next
+    narrower one (parts/fake.py), so that no width's gradient moves another's weights but by ``pull``. ``freeze`` keeps
+    the codes of narrow widths, so that only what no two widths share is trained: their scales, and the bits below.
     """
 
-    steps: int = 300
-    batch_size: int = 8
-    seq_len: int = 256
-    lr: float | None = None
-    seed: int = 0
-    warmup: int | None = None
-    affine_lr: float = 1.0
-    weight_decay: float = 0.0
-    clip_norm: float = 1.0
-    accumulate: int = 1
-    autocast: bool = False
-    checkpoint_activations: bool = False
-    train_rest: bool = False
-    learn_clip: bool | None = None
-    masters: str = "one"
-    pull: float = 1.0
-    wide_lr: float = 1.0
-    stagger: float = 0.0
-    freeze: int = 0
-    mix: float = 0.0
-    hidden: float = 0.0
-    skip_batches: int = 0
-    save_every: int = 100
+    steps: int = shared.steps(300)
+    batch_size: int = shared.batch_size(8)
+    seq_len: int = shared.seq_len(256)
+    lr: float | None = shared.lr(None, shown="by width of the model")
+    seed: int = shared.seed()
+    warmup: int | None = option(
+        None, "Steps of linear warm-up before the cosine decay.", panel=TRAINING, least=0, shown="a tenth, at most 150"
+    )
+    affine_lr: float = option(
+        1.0,
+        "Learning rate of per-width scales and clipping ratios, as a multiple of --lr.",
+        panel=QAT,
+        positive=True,
+    )
+    weight_decay: float = shared.weight_decay()
+    clip_norm: float = option(1.0, "Largest norm of the gradients of a step.", panel=TRAINING, positive=True)
+    accumulate: int = shared.accumulate()
+    autocast: bool = shared.autocast()
+    checkpoint_activations: bool = shared.checkpoint_activations()
+    train_rest: bool = option(
+        False,
+        "Also train the parameters that are not quantised: embeddings, norms, layers outside --scope.",
+        panel=QAT,
+        flags="--train-rest",
+    )
+    learn_clip: bool | None = shared.learn_clip(None, shown="where scales are learned")
+    masters: str = option("one", "Float weights: one for all widths, or one for each.", panel=QAT, choices=MASTERS)
+    pull: float = shared.pull(1.0)
+    wide_lr: float = option(1.0, "Learning rate of the 8-bit masters, as a share of --lr.", panel=QAT, least=0, most=1)
+    freeze: int = shared.freeze(0)
+    mix: float = option(
+        0.0, "Weight of an extra loss at a random mixed-precision plan; 0 for none.", panel=QAT, least=0
+    )
+    hidden: float = option(
+        0.0,
+        "Weight of the distance between the decoder layers' outputs and those of the float model; 0 for none.",
+        panel=QAT,
+        least=0,
+    )
+    save_every: int = shared.save_every()
 
 
 def check_options(options: Mapping[str, Any]) -> None:
-    """InputError for a number that cannot be trained with; TypeError for an option that does not exist."""
-    schedule = Schedule(**options)
-    for name in ("steps", "batch_size", "seq_len", "lr", "accumulate", "clip_norm", "save_every"):
-        value = getattr(schedule, name)
-        if value is not None:
-            check_positive(**{name: value})
-    for name in ("pull", "wide_lr", "stagger"):
-        if not 0 <= getattr(schedule, name) <= 1:
-            raise InputError(f"{name}={getattr(schedule, name)}; give a number from 0 to 1")
-    for name in ("mix", "hidden"):
-        if not 0 <= getattr(schedule, name) < math.inf:
-            raise InputError(f"{name}={getattr(schedule, name)}; give a number of at least 0")
-    if schedule.masters not in MASTERS:
-        raise InputError(f"masters={schedule.masters!r} is not known; use one of {', '.join(MASTERS)}")
-    for name in ("seed", "freeze", "skip_batches"):
-        if getattr(schedule, name) < 0:
-            raise InputError(f"{name}={getattr(schedule, name)}; give a number of at least 0")
-    if schedule.freeze and schedule.masters != "each":
+    """InputError for options that exclude each other."""
+    if options.get("freeze") and options.get("masters", Schedule.masters) != "each":
         raise InputError(
-            f"freeze={schedule.freeze} needs a master for each width, masters is 'one'; use masters 'each'"
+            f"freeze={options['freeze']} needs a master for each width, masters is 'one'; use masters 'each'"
         )
 
 

@@ -47,11 +47,27 @@ MAPPING: Kind = (_is(Mapping), "a mapping, such as {path: bits}")
 
 KINDS: dict[str, Kind] = {
     **dict.fromkeys(("path", "directory", "model", "out", "start"), PATH),
-    **dict.fromkeys(("max_tokens", "top_k", "seed", "capacity", "length", "context", "stride", "group_size"), INTEGER),
-    **dict.fromkeys(("temperature", "top_p", "min_p"), NUMBER),
-    **dict.fromkeys(("check_hashes", "mmap", "overwrite", "resume", "symmetric", "all_logits"), BOOLEAN),
     **dict.fromkeys(
-        ("activations", "method", "objective", "rule", "scope", "affine", "zeros", "grid", "scale_dtype"), TEXT
+        ("max_tokens", "top_k", "seed", "capacity", "length", "context", "stride", "group_size", "baseline_bits"),
+        INTEGER,
+    ),
+    **dict.fromkeys(("temperature", "top_p", "min_p"), NUMBER),
+    **dict.fromkeys(("check_hashes", "mmap", "overwrite", "resume", "symmetric", "portable", "all_logits"), BOOLEAN),
+    **dict.fromkeys(
+        (
+            "activations",
+            "recipe",
+            "method",
+            "objective",
+            "rule",
+            "scope",
+            "affine",
+            "zeros",
+            "zero_point",
+            "grid",
+            "scale_dtype",
+        ),
+        TEXT,
     ),
     **dict.fromkeys(("stop", "exclude"), TEXTS),
     "text": PATHS,

@@ -1,0 +1,34 @@
+"""The command line: one file a verb, which parses and prints. What a verb does is in the package it calls."""
+
+import sys
+
+from matquant.cli.verbs import app
+from matquant.system.errors import InputError
+from matquant.system.startup import shortage
+from matquant.system.streams import accept_any_text
+from matquant.system.threads import check_environment
+
+__all__ = ["app", "main"]
+
+
+def main() -> None:
+    """Run the command line; the user's mistakes end with one message and exit code 2."""
+    accept_any_text()
+    try:
+        check_environment()
+        app()
+    except InputError as error:
+        _fail(str(error))
+    except (ImportError, MemoryError, OSError, RuntimeError) as error:
+        short = shortage(error) or (str(error) if isinstance(error, OSError) else None)
+        if short is not None:
+            _fail(short)
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported for this
+            raise
+        reason = ". ".join(str(error).split(". ")[:2])  # what was asked for; then come pages of advice
+        _fail(f"{reason}; give fewer or shorter sequences at once, or --device cpu")
+
+
+def _fail(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)

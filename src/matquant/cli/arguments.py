@@ -1,0 +1,54 @@
+"""Arguments and options that several verbs have."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from matquant.core.nest import check_bits
+from matquant.system.errors import InputError
+
+Option = typer.Option
+Directory = Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint made by matquant quantize.")]
+Text = Annotated[
+    list[Path] | None,
+    Option(
+        "--text",
+        metavar="FILE",
+        help="UTF-8 text, documents separated by <|endoftext|>; repeat for several files.",
+    ),
+]
+Device = Annotated[str | None, Option(help="cpu or cuda.", show_default="cuda if there is one")]
+PlanFile = Annotated[
+    Path | None, Option("--plan", metavar="FILE", help="A mixed-precision plan: bits per module path.")
+]
+Threads = Annotated[int | None, Option(help="CPU threads.", show_default="OMP_NUM_THREADS, else all")]
+Activations = Annotated[str, Option(help="Arithmetic of activations: int8, or float (exact and slow).")]
+CheckHashes = Annotated[
+    bool, Option("--check-hashes/--no-check-hashes", help="Check the checkpoint's hashes before reading it.")
+]
+Mmap = Annotated[
+    bool, Option("--mmap/--no-mmap", help="Map the files, or read them: safe where they may be truncated.")
+]
+
+
+def widths(text: str) -> list[int]:
+    """The widths of ``--bits 8,4,2``."""
+    found: list[int] = numbers(text, int, "--bits")
+    for width in found:
+        check_bits(width)
+    return found
+
+
+def numbers(text: str, kind: type, flag: str) -> list[Any]:
+    """Numbers separated by commas; InputError naming ``flag``."""
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(f"{flag} {text!r} is not a list of numbers; give them with commas, such as 8,4,2") from None
+
+
+def notice(text: str) -> None:
+    """A line for people, on stderr."""
+    print(f"note: {text}", file=sys.stderr)

@@ -1,0 +1,72 @@
+"""``matquant export``."""
+
+from pathlib import Path
+from typing import Annotated
+
+from rich.console import Console
+
+from matquant import export as exporting
+from matquant.cli.arguments import Directory, Option, PlanFile, notice
+from matquant.core.spec import Plan
+from matquant.export import explain as explaining
+from matquant.format.checkpoint import open_checkpoint
+from matquant.system import progress
+from matquant.system.errors import InputError
+
+COMMANDS = {"export": "export"}
+
+
+def export(
+    directory: Directory,
+    to: Annotated[str | None, Option(help="gguf, mlx, compressed-tensors, gptq, gptq_v2, dense or matquant.")] = None,
+    out: Annotated[Path | None, Option("--out", "-o", metavar="OUT", help="File or directory to write.")] = None,
+    bits: Annotated[int | None, Option(help="Width to export.", show_default="8")] = None,
+    plan: PlanFile = None,
+    zero_point: Annotated[
+        str, Option(help="exact, or midrange: move zero-points to mid-range for formats that store none.")
+    ] = "exact",
+    dtype: Annotated[
+        str | None,
+        Option(help="Dense weights (mlx: scales too): float32, bfloat16 or float16.", show_default="the model's"),
+    ] = None,
+    base_model: Annotated[
+        str | None, Option(metavar="ID", help="Hub id of the float model, for the model card.")
+    ] = None,
+    measured: Annotated[
+        Path | None, Option(metavar="FILE", help="A record of matquant eval --json, for the model card.")
+    ] = None,
+    explain: Annotated[
+        bool, Option("--explain", help="Print what every format makes of every width, and write nothing.")
+    ] = False,
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace OUT.")] = False,
+) -> None:
+    """Write a slice for llama.cpp, MLX, vLLM, transformers or GPTQModel, exactly or not at all."""
+    wanted = Plan.read(plan) if plan is not None else None
+    if explain:
+        checkpoint = open_checkpoint(directory)
+        resolved = wanted.resolve(checkpoint.shapes) if wanted is not None else None
+        table = explaining.explain(checkpoint, plan=resolved, zeros={"midrange": "centre"}.get(zero_point, zero_point))
+        Console().print(explaining.render(table, str(directory)))
+        return
+    if to is None or out is None:
+        raise InputError(f"export needs a format and a place; give --to {' or '.join(exporting.EXPORTERS)} and -o OUT")
+    with progress.exporting() as report:
+        made = exporting.export(
+            directory,
+            out,
+            to=to,
+            bits=bits,
+            plan=wanted,
+            zeros={"midrange": "centre"}.get(zero_point, zero_point),
+            dtype=dtype,
+            base_model=base_model,
+            measured=measured,
+            overwrite=overwrite,
+            report=report,
+            notice=notice,
+        )
+    speed = made["bytes"] / made["seconds"] / 1e6
+    print(
+        f"wrote {out}: {', '.join(made['containers'])}, {made['bits_per_weight']:.3f} bits per weight, "
+        f"{made['bytes'] / 1e6:,.1f} MB at {speed:,.0f} MB/s"
+    )

@@ -1,0 +1,89 @@
+"""``matquant plan``."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from rich.console import Console
+
+from matquant.cli.arguments import Device, Directory, Option, Text, notice, numbers
+from matquant.planning.request import check_losses
+from matquant.system import progress
+from matquant.system.errors import InputError
+from matquant.system.files import json_text
+from matquant.system.lazy import lazy
+
+if TYPE_CHECKING:
+    from matquant.planning import pareto as curves
+    from matquant.planning import run, sensitivity
+else:
+    curves, run = lazy("matquant.planning.pareto"), lazy("matquant.planning.run")
+    sensitivity = lazy("matquant.planning.sensitivity")
+
+COMMANDS = {"plan": "plan"}
+
+
+def plan(
+    directory: Directory,
+    out: Annotated[
+        Path, Option("--out", "-o", metavar="FILE", help="Plan to write; with --pareto the curves as JSON.")
+    ],
+    strategy: Annotated[
+        str, Option(help="search, or one of pyramid, reverse-pyramid, increasing and decreasing.")
+    ] = "search",
+    bits_per_weight: Annotated[
+        float | None, Option(metavar="B", help="Budget: bits per quantised weight, all overhead included.")
+    ] = None,
+    size: Annotated[str | None, Option(metavar="S", help="Or a budget for the whole model, such as 1.1GB.")] = None,
+    tokens_per_second: Annotated[
+        float | None, Option(metavar="T", help="Or a decoding speed on this machine, which is measured first.")
+    ] = None,
+    text: Text = None,
+    reference: Annotated[
+        str | None,
+        Option(metavar="MODEL", help="Measure losses against this float reference.", show_default="the 8-bit model"),
+    ] = None,
+    widths: Annotated[
+        str | None, Option(help="Widths that a plan may use.", show_default="search 2,3,4,6,8, others 2,4,8")
+    ] = None,
+    fused: Annotated[bool, Option("--fused/--no-fused", help="Give q, k and v one width, and gate and up one.")] = True,
+    samples: Annotated[int, Option(help="Calibration sequences.")] = 8,
+    seq_len: Annotated[
+        int | None, Option(help="Sequence length in tokens.", show_default="the model's context, 512 at most")
+    ] = None,
+    seed: Annotated[int, Option(help="Random seed for the choice of sequences.")] = 0,
+    device: Device = None,
+    evaluations: Annotated[int, Option(metavar="N", help="Plans that the search measures at most.")] = 100,
+    pareto: Annotated[
+        bool, Option("--pareto", help="Instead of one plan, write the Pareto frontier and a picture.")
+    ] = False,
+    baselines: Annotated[Path | None, Option(metavar="FILE", help="Points to add to the picture.")] = None,
+    plot: Annotated[Path | None, Option(metavar="FILE", help="The picture.", show_default="-o with .png")] = None,
+) -> None:
+    """Choose a width for each layer to fit a budget; the last line is JSON."""
+    budget = {"bits_per_weight": bits_per_weight, "size": size, "tokens_per_second": tokens_per_second}
+    one: dict[str, Any] = {"strategy": strategy, **budget}
+    options: dict[str, Any] = {"fused": fused, "evaluations": evaluations, "show": Console().print}
+    options |= {"widths": None if widths is None else numbers(widths, int, "--widths")}
+    if pareto and (strategy != "search" or any(value is not None for value in budget.values())):
+        raise InputError("--pareto covers all strategies and budgets; leave --strategy and the budget out")
+    if not pareto and (baselines or plot):
+        raise InputError("--baselines and --plot need --pareto")
+    if pareto and not text:
+        raise InputError("--pareto measures losses and needs text; give --text FILE")
+    if not text:
+        print(json_text(run.run(directory, out, **one, **options)))
+        return
+    chosen: dict[str, Any] = {"reference": reference, "samples": samples, "seq_len": seq_len, "seed": seed}
+    check_losses(directory, text, **chosen)  # before torch is imported
+    if not pareto:
+        run.check_plan(directory, out, **one, widths=options["widths"], evaluations=evaluations)
+    with (
+        progress.counted("plan") as count,
+        sensitivity.open_losses(directory, text, device=device, notice=notice, **chosen) as losses,
+    ):
+        losses.report = lambda done: count("plans measured", done, losses.expected)
+        if pareto:
+            record = curves.run(directory, out, losses=losses, baselines=baselines, plot=plot, **options)
+        else:
+            record = run.run(directory, out, losses=losses, **one, **options)
+    print(json_text(record))

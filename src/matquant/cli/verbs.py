@@ -1,0 +1,60 @@
+"""The verbs of the command line: a table, of which only the one that is used gets imported."""
+
+import importlib
+from typing import Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+from typer.main import get_command
+
+VERBS = {  # verb -> the module that declares it, its line in --help
+    "quantize": ("quantize", "Make one nested checkpoint of a float model."),
+    "eval": ("evaluate", "Measure log-perplexity and zero-shot accuracy at every width."),
+    "plan": ("plan", "Choose a width for each layer to fit a budget."),
+    "report": ("report", "Write one HTML page: sizes, quality, plans and histograms."),
+    "inspect": ("inspect", "Show widths, sizes, bits per weight and histograms of a checkpoint."),
+    "verify": ("verify", "Check every hash, shape, number and token of a checkpoint."),
+    "generate": ("generate", "Continue a text at any width, streaming. Needs no torch."),
+    "chat": ("generate", "Talk to a model; /bits 2 switches the width between replies, /quit ends."),
+    "bench": ("bench", "Measure tokens per second at every width."),
+    "export": ("export", "Write a slice for llama.cpp, MLX, vLLM, transformers or GPTQModel."),
+    "demo": ("demo", "Quantise the embedded model and compare it with its baselines."),
+}
+
+
+class Verbs(TyperGroup):
+    """A group whose commands are imported when they are run; listing them needs the table alone."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        return TyperCommand(cmd_name, help=VERBS[cmd_name][1]) if cmd_name in VERBS else None
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, command and load(str(name)), rest
+
+
+def load(verb: str) -> Any:
+    """The click command of a verb."""
+    module = importlib.import_module(f"matquant.cli.{VERBS[verb][0]}")
+    single = typer.Typer(add_completion=False, pretty_exceptions_enable=False, context_settings=CONTEXT)
+    single.command(verb, help=VERBS[verb][1])(getattr(module, module.COMMANDS[verb]))
+    return get_command(single)
+
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 140}
+app = typer.Typer(
+    cls=Verbs,
+    help="One int8 checkpoint whose top bits are good int4 and int2 models (Matryoshka Quantization).",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    context_settings=CONTEXT,
+)
+
+
+@app.callback()
+def _no_options() -> None:
+    """The group itself takes no options."""

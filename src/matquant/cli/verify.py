@@ -1,0 +1,33 @@
+"""``matquant verify``."""
+
+import contextlib
+import importlib
+import sys
+from typing import Annotated
+
+from matquant.cli.arguments import Directory, Option
+from matquant.format.checkpoint import check_plain, verify_checkpoint
+from matquant.format.seal import describe, ignored_files, seal_checkpoint
+
+COMMANDS = {"verify": "verify"}
+
+
+def verify(
+    directory: Directory,
+    seal: Annotated[
+        bool,
+        Option("--seal", help="Accept edited, added and removed small files (configuration, tokenizer, template)."),
+    ] = False,
+) -> None:
+    """Check every hash, shape, number and token of a checkpoint; files that do not belong to it are named."""
+    if seal:
+        checkpoint, changes = seal_checkpoint(directory)
+        print(describe(changes))
+    else:
+        checkpoint = verify_checkpoint(directory)
+        check_plain(checkpoint)
+    with contextlib.suppress(ModuleNotFoundError):  # without the package tokenizers, all but the tokens is checked
+        importlib.import_module("matquant.hf.probe").check_tokens(directory)
+    for note in ignored_files(directory):
+        print(f"note: {note}", file=sys.stderr)
+    print(f"{directory} is whole: {len(checkpoint.shapes)} quantised weights, rule {checkpoint.spec.rule}")

@@ -1,0 +1,135 @@
+"""What a run is going to do: its settings, the reason of each derived one, and an estimate of time and memory.
+
+The estimate counts multiplications and divides by this machine's own speed, measured for a moment. The factors beside
+them were fitted to runs on two cores (docs/choose-a-recipe.md): within a factor of two on the models of that page. It
+says in advance whether to wait or to come back tomorrow; the progress line says when.
+"""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from matquant.hf_torch.models import decoder_layers
+from matquant.methods.distill import stages
+from matquant.methods.quantize import Prepared, prepare
+from matquant.options import METHODS
+from matquant.options.declare import options_of
+from matquant.options.recipes import RECIPES
+from matquant.options.request import Request
+from matquant.system.progress import duration
+
+ENCODE_S = 2e-7  # of rounding one weight
+SEARCH_S = 3.4e-6  # of choosing one nested code by GPTQ, one sweep included
+PASSES = 6  # multiply-adds of a GPTQ pass per weight and token: two forward passes and the Hessian, each 2 FLOP
+STEP = 6  # FLOP of a training step per weight and token, forward and backward
+PYTHON_BYTES = 400e6  # of the process with torch before any model
+
+
+def preview(model: Path | str, request: Request) -> list[str]:
+    """The lines that are printed before a run starts, and by ``--dry-run``."""
+    prepared = prepare(model, request, with_numbers=False)
+    choice, common = request.choice, request.common
+    lines = []
+    if choice.recipe is not None:
+        lines.append(f"recipe       {choice.recipe}: {RECIPES[choice.recipe].why}")
+    lines.append(f"method       {choice.method}: {request.method.summary}")
+    lines.append(
+        f"layers       {len(prepared.views)} (--scope {common.scope}), {_weights(prepared) / 1e6:,.1f} million weights"
+    )
+    size = "one per row" if prepared.group_size is None else str(prepared.group_size)
+    lines.append(f"group size   {size}{_because(prepared, 'group_size')}")
+    zero_point = "" if request.affine == "none" else f", zero-points of int2 to int4 {common.zero_point}"
+    lines.append(f"grid         {common.grid}, rule {common.rule}{zero_point}")
+    if request.widths:
+        lines.append(f"objective    {request.objective}")
+    lines += _settings(prepared)
+    if request.documents:
+        source = (
+            f"{len(common.text)} file(s)" if common.text else "the text that comes with matquant; --text gives your own"
+        )
+        lines.append(f"text         {source}")
+    memory = f"{memory_bytes(prepared) / 1e9:.1f} GB of memory"
+    lines.append(f"estimate     about {duration(seconds(prepared))} on this machine, {memory}")
+    return lines
+
+
+def _because(prepared: Prepared, name: str) -> str:
+    return f" ({prepared.reasons[name]})" if name in prepared.reasons else ""
+
+
+def _settings(prepared: Prepared) -> Iterator[str]:
+    """The options of the method that differ from its defaults."""
+    known = options_of(prepared.request.method.settings)
+    for name, value in prepared.options.items():
+        if value != known[name].default or name in prepared.reasons:
+            yield f"{known[name].flags.split('/')[0]:<12} {value}{_because(prepared, name)}"
+
+
+def seconds(prepared: Prepared) -> float:
+    """An estimate of the time of a run on this machine."""
+    speed = measured_flops()
+    if prepared.request.method.stages is None:
+        return _method_seconds(prepared, prepared.request.choice.method, prepared.settings, speed)
+    total = 0.0
+    for stage in stages(prepared.source, prepared.request.choice.options):
+        options = {name: value for name, value in stage.items() if name not in ("method", "objective", "weights")}
+        record = METHODS[stage["method"]].settings
+        total += _method_seconds(prepared, stage["method"], record(**options), speed)
+    return total
+
+
+def _method_seconds(prepared: Prepared, method: str, settings: Any, speed: float) -> float:
+    weights = float(_weights(prepared))
+    widths = len(prepared.request.widths) or 5
+    if settings is None:
+        return ENCODE_S * weights
+    batch = float(settings.batch_size * settings.seq_len)
+    if method == "gptq":
+        search = SEARCH_S * weights * (1 + settings.sweeps) / 2
+        tuning = settings.tune * widths * STEP * weights * batch / speed
+        return float(search + PASSES * weights * settings.samples * settings.seq_len / speed + tuning)
+    if method == "omniquant":
+        return float(settings.steps) * widths * STEP * weights * batch / speed
+    parameters = sum(parameter.numel() for parameter in prepared.shards.model.parameters())
+    return float(settings.steps * settings.accumulate) * (widths * STEP + 2) * parameters * batch / speed
+
+
+def memory_bytes(prepared: Prepared) -> float:
+    """An estimate of the peak resident memory of a run."""
+    config = prepared.shards.model.config.get_text_config()
+    parameters = _parameters(prepared)
+    layer = parameters / max(1, len(decoder_layers(prepared.shards.model)))
+    settings = prepared.settings
+    if settings is None:
+        return PYTHON_BYTES + 4 * parameters
+    stream = float(getattr(settings, "samples", 0) * settings.seq_len * config.hidden_size * 4)
+    if prepared.request.choice.method == "gptq":
+        streams = 1 if not settings.tune else 2 + len(prepared.request.widths)
+        return PYTHON_BYTES + 4 * layer * (12 if settings.tune else 6) + streams * stream
+    if prepared.request.choice.method == "omniquant":
+        return PYTHON_BYTES + 4 * layer * 6 + (2 + len(prepared.request.widths)) * stream
+    masters = 5 if getattr(settings, "masters", "each") == "each" else 1
+    logits = float(settings.batch_size * settings.seq_len * config.vocab_size * 4)
+    return PYTHON_BYTES + 4 * parameters * (3 + 3 * masters) + 6 * logits
+
+
+def _weights(prepared: Prepared) -> int:
+    return sum(rows * columns for rows, columns in (view.shape for view in prepared.views.values()))
+
+
+def _parameters(prepared: Prepared) -> int:
+    return sum(parameter.numel() for parameter in prepared.shards.model.parameters())
+
+
+def measured_flops() -> float:
+    """Float32 multiplications and additions per second of a large product here, measured for a tenth of a second."""
+    left, right = torch.ones(512, 1024), torch.ones(1024, 1024)
+    torch.mm(left, right)
+    began, rounds = time.perf_counter(), 0
+    while time.perf_counter() - began < 0.1:
+        torch.mm(left, right)
+        rounds += 1
+    return 2 * 512 * 1024 * 1024 * rounds / (time.perf_counter() - began)

@@ -1,0 +1,116 @@
+"""Recipes: the one choice that a newcomer makes. A recipe is a method and its options, with what it costs and gives.
+
+Measured on SmolLM2-135M-Instruct (30 layers, 106 million weights in linear layers) with the calibration text that comes
+with matquant, groups of 64: perplexity on wikitext-2 (8,192 tokens, windows of 1,024; the float model has 29.37) at
+int8, int6, int4, int3 and int2, and the CPU time on one core. docs/results.md has the commands.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from matquant.core.nest import UNIFORM
+from matquant.options import METHODS
+from matquant.options.common import MIDRANGE, Common
+from matquant.options.declare import options_of
+from matquant.system.errors import InputError
+
+DEFAULT = "balanced"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A row of RECIPES."""
+
+    method: str  # a name in METHODS
+    options: Mapping[str, Any]  # what differs from the defaults
+    why: str  # when to take it
+    cost: str  # measured, as above
+    quality: str  # measured, as above
+
+
+RECIPES: dict[str, Recipe] = {
+    "fast": Recipe(
+        method="rtn",
+        options={"zero_point": MIDRANGE},
+        why="seconds, no text; int8 and int6 are as good as the float model, int4 and below are not",
+        cost="",
+        quality="",
+    ),
+    "balanced": Recipe(
+        method="gptq",
+        options={"zero_point": MIDRANGE, "grid": "companded", "samples": 64, "seq_len": 1024},
+        why="one calibrated pass: good int8 to int4 without training",
+        cost="",
+        quality="",
+    ),
+    "best": Recipe(
+        method="distill",
+        options={"zero_point": MIDRANGE, "grid": "companded"},
+        why="tuning and distillation from the float model: the best int3 and int2",
+        cost="",
+        quality="",
+    ),
+    "paper": Recipe(
+        method="qat",
+        options={
+            "objective": "8,4,2",
+            "weights": (0.1, 0.1, 1.0),
+            "rule": "round",
+            "scope": "ffn",
+            "group_size": None,
+        },
+        why="the paper's joint training of the feed-forward layers (Eq. 6 and 7), to compare with; needs a corpus",
+        cost="",
+        quality="",
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """Which method runs, with which options."""
+
+    recipe: str | None  # None where a method was named instead
+    method: str
+    common: Common  # the options of every method
+    options: Mapping[str, Any]  # those of the method that differ from its defaults
+    named: frozenset[str]  # the options that the user gave, not the recipe
+
+
+def choose(given: Mapping[str, Any], *, recipe: str | None = None, method: str | None = None) -> Choice:
+    """What was asked for, over the recipe's options; InputError for what is unknown or belongs to another method.
+
+    given: options by name. A method that is named stands for itself, with its own defaults.
+    """
+    if recipe is not None and recipe not in RECIPES:
+        raise InputError(f"recipe={recipe!r} is not known; use one of {', '.join(RECIPES)}")
+    if method is not None and method not in METHODS:
+        raise InputError(f"method={method!r} is not known; use one of {', '.join(METHODS)}")
+    if recipe is not None and method not in (None, RECIPES[recipe].method):
+        raise InputError(
+            f"--recipe {recipe} runs method {RECIPES[recipe].method!r}, found --method {method}; leave one of them out"
+        )
+    name = recipe if method is None or recipe else None
+    if name is None and method is None:
+        name = DEFAULT
+    base = RECIPES[name] if name is not None else None
+    asked = {**(base.options if base else {}), **given}
+    chosen = base.method if base else str(method)
+    shared = options_of(Common)
+    common = {key: value for key, value in asked.items() if key in shared}
+    if asked.get("portable"):
+        common["grid"] = _portable(given)
+    return Choice(
+        recipe=name,
+        method=chosen,
+        common=Common(**common),
+        options={key: value for key, value in asked.items() if key not in shared},
+        named=frozenset(given),
+    )
+
+
+def _portable(given: Mapping[str, Any]) -> str:
+    if given.get("grid", UNIFORM) != UNIFORM:
+        raise InputError(f"--portable needs the uniform grid, found --grid {given['grid']}; leave one of them out")
+    return UNIFORM
