@@ -207,14 +207,14 @@ def _one_pass() -> dict[str, Cell]:
         "gptq+ joint even": Cell(what="nested, prefix, lambda 1", options={**gptq, "weights": (1.0,) * 5}),
         "gptq+ joint round": Cell(what="nested, Eq. 6", options={**gptq, "rule": "round"}),
         "gptq+ joint even centre": Cell(
-            what="nested, prefix, lambda 1, zeros in the centre",
-            options={**gptq, "weights": (1.0,) * 5, "zeros": "centre"},
+            what="nested, prefix, lambda 1, mid-range zero-points",
+            options={**gptq, "weights": (1.0,) * 5, "zero_point": "midrange"},
         ),
-        "gptq+ joint centre": Cell(what="nested, prefix, zeros in the centre", options={**gptq, "zeros": "centre"}),
+        "gptq+ joint centre": Cell(what="nested, prefix, mid-range zero-points", options={**gptq, "zero_point": "midrange"}),
         "gptq+ all": Cell(what="nested GPTQ, all linears", options={**gptq, "scope": "all"}),
         "gptq+ all even centre": Cell(
-            what="nested GPTQ, lambda 1, zeros in the centre, all linears",
-            options={**gptq, "scope": "all", "weights": (1.0,) * 5, "zeros": "centre"},
+            what="nested GPTQ, lambda 1, mid-range zero-points, all linears",
+            options={**gptq, "scope": "all", "weights": (1.0,) * 5, "zero_point": "midrange"},
             models=STORIES,
         ),
         "gptq+ all 128": Cell(
@@ -224,13 +224,13 @@ def _one_pass() -> dict[str, Cell]:
         ),
         "gptq+ tuned": Cell(what="nested GPTQ, tuned", options={**gptq, **TUNED}, models=("reference",)),
         "gptq+ tuned all 128 centre": Cell(
-            what="nested GPTQ, tuned, all linears, groups of 128, zeros in the centre",
-            options={**gptq, **TUNED, "scope": "all", "group_size": 128, "zeros": "centre"},
+            what="nested GPTQ, tuned, all linears, groups of 128, mid-range zero-points",
+            options={**gptq, **TUNED, "scope": "all", "group_size": 128, "zero_point": "midrange"},
             models=("reference",),
         ),
         "gptq+ tuned all centre": Cell(
-            what="nested GPTQ, tuned, all linears, zeros in the centre",
-            options={**gptq, "tune": TUNED["tune"], "scope": "all", "zeros": "centre"},
+            what="nested GPTQ, tuned, all linears, mid-range zero-points",
+            options={**gptq, "tune": TUNED["tune"], "scope": "all", "zero_point": "midrange"},
             models=STORIES,
         ),
         "gptq+ joint no sweep": Cell(what="nested, prefix, without the sweep", options={**gptq, "sweeps": 0}),
@@ -254,7 +254,7 @@ BEST: Options = {
     "wide_lr": 0.5,
     "start": "gptq+ joint",
 }
-PLANS: Options = {"zeros": "centre", "mix": 2.0, "hidden": 1.0}
+PLANS: Options = {"zero_point": "midrange", "mix": 2.0, "hidden": 1.0}
 
 
 EVENLY: Options = {**BEST, "start": "gptq+ joint even"}
@@ -294,7 +294,7 @@ def _coarse_to_fine() -> dict[str, Cell]:
     its own: it learns from its logits alone first, and wants smaller rates."""
     first = {**EVENLY, "affine_lr": 0.5, "share": (0, 2 / 3)}
     last = {**EVENLY, **FREED, "share": (2 / 3, 1)}
-    centre: Options = {"zeros": "centre", "hidden": 1.0}
+    centre: Options = {"zero_point": "midrange", "hidden": 1.0}
     alone = {**first, **centre, "start": "gptq+ joint even centre", "objective": "fp->8;4;3;2", "wide_lr": 0.25}
     what = "... from nested GPTQ with lambda 1, the last third of the steps without int2's codes"
     return {
@@ -315,7 +315,7 @@ def _coarse_to_fine() -> dict[str, Cell]:
             default=False,
         ),
         "qat+ joint last distilled": Cell(
-            what=f"{what}, the others by distillation alone, zeros in the centre",
+            what=f"{what}, the others by distillation alone, mid-range zero-points",
             options={**last, **centre, "affine_lr": 2.5, "start": "qat+ joint first distilled"},
             rates=(2e-4,),
             models=("reference",),
@@ -358,13 +358,13 @@ def _from_gptq() -> dict[str, Cell]:
         )
     everything = {**BEST, "scope": "all", "start": "gptq+ all"}
     last = {**everything, **LAST, "tokens": CALIBRATION, "steps": 64}
-    centred = {**last, "start": "gptq+ tuned all 128 centre", "group_size": 128, "zeros": "centre"}
+    centred = {**last, "start": "gptq+ tuned all 128 centre", "group_size": 128, "zero_point": "midrange"}
     distilled = {**everything, "objective": "fp->8;4;3;2", "hidden": 1.0, "tokens": CALIBRATION, "steps": 96}
-    distilled |= {"zeros": "centre"}
+    distilled |= {"zero_point": "midrange"}
     plans = {**everything, **PLANS, "mix": 3.0}
     return cells | {
         "qat+ all distilled": Cell(
-            what="nested GPTQ, tuned, distilled on the peers' calibration text, zeros in the centre, all linears",
+            what="nested GPTQ, tuned, distilled on the peers' calibration text, mid-range zero-points, all linears",
             options={**distilled, "start": "gptq+ tuned all centre"},
             rates=(5e-4,),
             models=STORIES,
@@ -376,46 +376,46 @@ def _from_gptq() -> dict[str, Cell]:
             models=("reference",),
         ),
         "qat+ all one-shot": Cell(
-            what="nested GPTQ, tuned, distilled, then low bits and affines alone, zeros in the centre, all linears",
-            options={**last, "start": "qat+ all distilled", "zeros": "centre"},
+            what="nested GPTQ, tuned, distilled, then low bits and affines alone, mid-range zero-points, all linears",
+            options={**last, "start": "qat+ all distilled", "zero_point": "midrange"},
             rates=(5e-5,),
             models=STORIES,
         ),
         "qat+ all one-shot 128": Cell(
-            what="nested GPTQ, tuned, distilled, then low bits and affines alone, groups of 128, zeros in the centre, "
+            what="nested GPTQ, tuned, distilled, then low bits and affines alone, groups of 128, mid-range zero-points, "
             "all linears",
             options={**centred, "start": "qat+ all distilled 128"},
             rates=(5e-5,),
             models=("reference",),
         ),
         "distill trained 128": Cell(
-            what="--method distill --freeze 2, 150 steps and 100, groups of 128, zeros in the centre, all linears",
+            what="--method distill --freeze 2, 150 steps and 100, groups of 128, mid-range zero-points, all linears",
             options={
                 "method": "distill",
                 "scope": "all",
                 "group_size": 128,
-                "zeros": "centre",
+                "zero_point": "midrange",
                 "freeze": 2,
                 "steps": 150,
             },
             models=("reference",),
         ),
         "qat+ all plans first": Cell(
-            what="QAT from nested GPTQ, zeros in the centre, mixes, hidden states, 600 steps, all linears",
+            what="QAT from nested GPTQ, mid-range zero-points, mixes, hidden states, 600 steps, all linears",
             options={**plans, "start": "gptq+ all even centre", "affine_lr": 0.5, "steps": 600},
             rates=(1e-3,),
             models=STORIES,
             default=False,
         ),
         "qat+ all plans": Cell(
-            what="QAT from nested GPTQ, zeros in the centre, mixes, hidden states, 600 steps, then 300 in which int2 "
+            what="QAT from nested GPTQ, mid-range zero-points, mixes, hidden states, 600 steps, then 300 in which int2 "
             "keeps its codes, all linears",
             options={**plans, **FREED, "start": "qat+ all plans first", "affine_lr": 0.625, "steps": 300},
             rates=(8e-4,),
             models=STORIES,
         ),
         "qat+ all last 128 centre": Cell(
-            what="nested GPTQ, tuned, then low bits and affines alone, groups of 128, zeros in the centre, all linears",
+            what="nested GPTQ, tuned, then low bits and affines alone, groups of 128, mid-range zero-points, all linears",
             options=centred,
             rates=(5e-5,),
             models=("reference",),
@@ -454,12 +454,12 @@ CELLS: dict[str, Cell] = {
     ),
     "qat+ joint mix": Cell(what="... with mixes", options={**BEST, "mix": 2.0}, rates=(5e-4,)),
     "qat+ joint even centre": Cell(
-        what="... from nested GPTQ with lambda 1, zeros in the centre",
-        options={**BEST, "start": "gptq+ joint even centre", "zeros": "centre"},
+        what="... from nested GPTQ with lambda 1, mid-range zero-points",
+        options={**BEST, "start": "gptq+ joint even centre", "zero_point": "midrange"},
         rates=(5e-4,),
     ),
     "qat+ joint even plans": Cell(
-        what="... from nested GPTQ with lambda 1, zeros in the centre, with mixes and hidden states, 900 steps",
+        what="... from nested GPTQ with lambda 1, mid-range zero-points, with mixes and hidden states, 900 steps",
         options={
             **BEST,
             **PLANS,

@@ -19,7 +19,7 @@ from matquant.system.errors import InputError
 
 SIZE: dict[str, Any] = {"seq_len": 16, "batch_size": 2, "seed": 3}
 RUN: dict[str, Any] = {**SIZE, "method": "distill", "samples": 8, "tune": 2, "steps": 6, "lr": 1e-3, "save_every": 2}
-GRID: dict[str, Any] = {"scope": "all", "group_size": 16, "zeros": "centre"}
+GRID: dict[str, Any] = {"scope": "all", "group_size": 16, "zero_point": "midrange"}
 FILES = ("model.safetensors", "matquant_slices.safetensors")
 
 
@@ -136,7 +136,7 @@ def test_stages_of_other_settings_are_not_taken(
     stop("2/3", functools.partial(run, seed=4), monkeypatch)
     other = tmp_path.parent / f"{tmp_path.name}.txt"
     other.write_text(text_file.read_text() + "And more.")
-    for changed in ({}, {"seed": 4, "zeros": "own"}, {"seed": 4, "steps": 7}, {"seed": 4, "text": [other]}):
+    for changed in ({}, {"seed": 4, "zero_point": "stored"}, {"seed": 4, "steps": 7}, {"seed": 4, "text": [other]}):
         with pytest.raises(InputError, match=r"--resume with other settings or text than those of the interrupted run"):
             run(resume=True, **changed)
     for refused in ({"scope": "nope"}, {"group_size": 5}, {"steps": 0}, {"text": [tmp_path / "nowhere"]}):

@@ -34,7 +34,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "gptq": GPTQ,
     "gptq, no sweep": {**GPTQ, "sweeps": 0},
     "gptq, groups": {**GPTQ, "group_size": 16, "scope": "all"},
-    "gptq, centre": {**GPTQ, "zeros": "centre"},
+    "gptq, centre": {**GPTQ, "zero_point": "midrange"},
     "gptq, dedicated": {**GPTQ, "baseline_bits": 3},
     "gptq, tuned": {**GPTQ, "tune": 4},
     "omniquant": {"method": "omniquant", "steps": 4, **BLOCKS},

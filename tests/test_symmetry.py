@@ -59,7 +59,7 @@ def test_rtn_takes_the_grid_with_the_smaller_int4_error(one_sided: Path, llama: 
 
 
 def test_rtn_keeps_the_symmetric_grid_where_only_that_is_possible(one_sided: Path, tmp_path: Path) -> None:
-    spec, notices = made(one_sided, tmp_path / "out", zeros="centre")
+    spec, notices = made(one_sided, tmp_path / "out", zero_point="midrange")
     assert (spec.symmetric, notices) == (True, [])
     weight = torch.nn.Linear(4, 4)
     views: Any = {"model.layers.0.mlp.experts.0.up_proj": None}

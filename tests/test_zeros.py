@@ -29,7 +29,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 def make(model: Path, out: Path, text: Path, **options: Any) -> Path:
-    return matquant.quantize(model, out, text=[] if options["method"] == "rtn" else [text], zeros="centre", **options)
+    return matquant.quantize(model, out, text=[] if options["method"] == "rtn" else [text], zero_point="midrange", **options)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -56,14 +56,14 @@ def test_they_cost_half_the_bytes_of_scales_and_zeros(llama: Path, tmp_path: Pat
             open_checkpoint(
                 matquant.quantize(
                     llama,
-                    tmp_path / f"{zeros}{group_size}",
+                    tmp_path / f"{zero_point}{group_size}",
                     method="rtn",
-                    zeros=zeros,
+                    zero_point=zero_point,
                     group_size=group_size,
                     symmetric=True,
                 )
             )
-            for zeros in ("own", "centre")
+            for zero_point in ("stored", "midrange")
         )
         for path, (rows, columns) in own.shapes.items():
             groups = 1 if group_size is None else columns // group_size
@@ -91,14 +91,14 @@ def test_own_zeros_are_still_format_1_and_have_no_key(llama: Path, tmp_path: Pat
 def test_a_record_that_does_not_fit_the_files_is_damage(
     change: dict[str, Any], message: str, llama: Path, tmp_path: Path
 ) -> None:
-    out = matquant.quantize(llama, tmp_path / "out", method="rtn", zeros="centre")
+    out = matquant.quantize(llama, tmp_path / "out", method="rtn", zero_point="midrange")
     edit_record(out, lambda record: record.update(change))
     with pytest.raises(InputError, match=message):
         open_checkpoint(out)
 
 
 def test_zeros_that_are_said_to_be_stored_are_missed(llama: Path, tmp_path: Path) -> None:
-    out = matquant.quantize(llama, tmp_path / "out", method="rtn", zeros="centre")
+    out = matquant.quantize(llama, tmp_path / "out", method="rtn", zero_point="midrange")
 
     def change(record: dict[str, Any]) -> None:
         record["format"] = 1
@@ -119,7 +119,7 @@ def test_training_goes_on_with_the_zeros_it_started_with(llama: Path, text_file:
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_one_bit_more_holds_a_slice_exactly_without_moving_its_zeros(bits: int, llama: Path, tmp_path: Path) -> None:
-    out = matquant.quantize(llama, tmp_path / "out", method="rtn", zeros="centre")
+    out = matquant.quantize(llama, tmp_path / "out", method="rtn", zero_point="midrange")
     made = export(out, tmp_path / "small", to="compressed-tensors", bits=bits)
     config = json.loads((tmp_path / "small" / "config.json").read_text())["quantization_config"]
     weights = config["config_groups"]["group_0"]["weights"]
@@ -134,7 +134,7 @@ def test_one_bit_more_holds_a_slice_exactly_without_moving_its_zeros(bits: int, 
 
 
 def test_the_runtime_serves_them(llama: Path, tmp_path: Path) -> None:
-    out = matquant.quantize(llama, tmp_path / "out", method="rtn", zeros="centre")
+    out = matquant.quantize(llama, tmp_path / "out", method="rtn", zero_point="midrange")
     engine = matquant.Engine(out, activations="float")
     dense = matquant.load(out, 2, kernels="none")
     tokens = [5, 6, 7, 8, 9, 10]
