@@ -152,9 +152,6 @@ def quantize(
     affine_lr: Annotated[
         float | None, Option(help="qat: rate of affines and clips, relative to --lr.", show_default="1")
     ] = None,
-    stagger: Annotated[
-        float | None, Option(help="Share of steps by which narrow masters end early.", show_default="0")
-    ] = None,
     freeze: Annotated[
         int | None,
         Option(metavar="BITS", help="Widths up to this one keep their codes.", show_default="qat 0, distill 4"),
@@ -165,7 +162,6 @@ def quantize(
     hidden: Annotated[
         float | None, Option(help="qat: weight of the layers' distance to float ones.", show_default="0")
     ] = None,
-    skip_batches: Annotated[int | None, Option(help="qat: batches left out at the start.", show_default="0")] = None,
     save_every: Annotated[int | None, Option(help="Steps between saved states.", show_default="100")] = None,
     device: Device = None,
     threads: Annotated[int | None, Option(help="CPU threads.", show_default="all")] = None,

@@ -20,13 +20,11 @@ class Schedule:
     under scope ffn). masters: "one" float weight for all widths, or "each" its own: the codes of a width are then
     confined to the bins of the next narrower one, whose bits they share (fake.confine), and no width's gradient moves
     another's weights but, times ``pull``, where that confinement holds it back. wide_lr: of the 8-bit masters, as a
-    multiple of lr, and geometrically between for the widths between. stagger: share of the steps by which the schedule
-    of the narrowest masters ends early, so that wider ones settle in bins that move no more. freeze: widths up to this
-    one keep the codes they start with (0: none do), so that only their affines and the bits below are trained, none of
-    which any two of them share. mix: weight of one more loss, of a plan drawn at random for each batch (``draw_mix``),
-    with the targets of the narrowest width. hidden: weight, within each loss, of the relative squared distance of the
-    decoder layers' outputs to the float model's. skip_batches: so many batches at the start of the data's order are
-    left out, such as those that an earlier phase with the same seed has seen. save_every: steps between saved states.
+    multiple of lr, and geometrically between for the widths between. freeze: widths up to this one keep the codes they
+    start with (0: none do), so that only their affines and the bits below are trained, none of which any two of them
+    share. mix: weight of one more loss, of a plan drawn at random for each batch (``draw_mix``), with the targets of
+    the narrowest width. hidden: weight, within each loss, of the relative squared distance of the decoder layers'
+    outputs to the float model's. save_every: steps between saved states.
     """
 
     steps: int = 300
@@ -46,11 +44,9 @@ class Schedule:
     masters: str = "one"
     pull: float = 1.0
     wide_lr: float = 1.0
-    stagger: float = 0.0
     freeze: int = 0
     mix: float = 0.0
     hidden: float = 0.0
-    skip_batches: int = 0
     save_every: int = 100
 
 
@@ -61,7 +57,7 @@ def check_options(options: Mapping[str, Any]) -> None:
         value = getattr(schedule, name)
         if value is not None:
             check_positive(**{name: value})
-    for name in ("pull", "wide_lr", "stagger"):
+    for name in ("pull", "wide_lr"):
         if not 0 <= getattr(schedule, name) <= 1:
             raise InputError(f"{name}={getattr(schedule, name)}; give a number from 0 to 1")
     for name in ("mix", "hidden"):
@@ -69,7 +65,7 @@ def check_options(options: Mapping[str, Any]) -> None:
             raise InputError(f"{name}={getattr(schedule, name)}; give a number of at least 0")
     if schedule.masters not in MASTERS:
         raise InputError(f"masters={schedule.masters!r} is not known; use one of {', '.join(MASTERS)}")
-    for name in ("seed", "freeze", "skip_batches"):
+    for name in ("seed", "freeze"):
         if getattr(schedule, name) < 0:
             raise InputError(f"{name}={getattr(schedule, name)}; give a number of at least 0")
     if schedule.freeze and schedule.masters != "each":
