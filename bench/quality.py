@@ -210,7 +210,9 @@ def _one_pass() -> dict[str, Cell]:
             what="nested, prefix, lambda 1, mid-range zero-points",
             options={**gptq, "weights": (1.0,) * 5, "zero_point": "midrange"},
         ),
-        "gptq+ joint centre": Cell(what="nested, prefix, mid-range zero-points", options={**gptq, "zero_point": "midrange"}),
+        "gptq+ joint centre": Cell(
+            what="nested, prefix, mid-range zero-points", options={**gptq, "zero_point": "midrange"}
+        ),
         "gptq+ all": Cell(what="nested GPTQ, all linears", options={**gptq, "scope": "all"}),
         "gptq+ all even centre": Cell(
             what="nested GPTQ, lambda 1, mid-range zero-points, all linears",
@@ -273,7 +275,6 @@ def _candidates() -> dict[str, Cell]:
         "one master": ("one master for all widths", {"masters": "one"}, unchanged),
         "no pull": ("low bits free, no pull on the narrow masters", {"pull": 0.0}, unchanged),
         "refitted": ("affines refitted at every step, not learned", {"affine": "refit"}, unchanged),
-        "stagger": ("coarse to fine: narrow masters done at 70 % of the steps", {"stagger": 0.3}, unchanged),
         "sampled": ("widths sampled: 8, 2 and one between in a step", {}, sampled),
         "scheduled": ("lambda schedule: wide widths from 0.1 to 1", {}, scheduled),
         "surgery": ("gradient surgery: a pull only where signs agree", {}, surgery),
@@ -286,54 +287,6 @@ def _candidates() -> dict[str, Cell]:
             what=what, options={**EVENLY, **more}, rates=(more.get("lr", 5e-4),), models=STORIES, trial=trial
         )
         for name, (what, more, trial) in changes.items()
-    }
-
-
-def _coarse_to_fine() -> dict[str, Cell]:
-    """As many steps as "qat+ joint even", the last of them after int2's codes are done. The embedded model's text is
-    its own: it learns from its logits alone first, and wants smaller rates."""
-    first = {**EVENLY, "affine_lr": 0.5, "share": (0, 2 / 3)}
-    last = {**EVENLY, **FREED, "share": (2 / 3, 1)}
-    centre: Options = {"zero_point": "midrange", "hidden": 1.0}
-    alone = {**first, **centre, "start": "gptq+ joint even centre", "objective": "fp->8;4;3;2", "wide_lr": 0.25}
-    what = "... from nested GPTQ with lambda 1, the last third of the steps without int2's codes"
-    return {
-        "qat+ joint first": Cell(
-            what="... the first two thirds of them", options=first, rates=(1e-3,), models=STORIES, default=False
-        ),
-        "qat+ joint last": Cell(
-            what=what,
-            options={**last, "affine_lr": 0.625, "start": "qat+ joint first"},
-            rates=(8e-4,),
-            models=STORIES,
-        ),
-        "qat+ joint first distilled": Cell(
-            what="... the first two thirds of them, distilled",
-            options=alone,
-            rates=(1e-3,),
-            models=("reference",),
-            default=False,
-        ),
-        "qat+ joint last distilled": Cell(
-            what=f"{what}, the others by distillation alone, mid-range zero-points",
-            options={**last, **centre, "affine_lr": 2.5, "start": "qat+ joint first distilled"},
-            rates=(2e-4,),
-            models=("reference",),
-        ),
-        "qat+ joint first free": Cell(
-            what="... the first half of them, no pull on the narrow masters",
-            options={**first, "pull": 0.0, "share": (0, 1 / 2)},
-            rates=(1e-3,),
-            models=STORIES,
-            default=False,
-        ),
-        "qat+ joint last free": Cell(
-            what="... from nested GPTQ with lambda 1, the last half of the steps without int2's codes, no pull on the "
-            "narrow masters",
-            options={**last, "affine_lr": 0.83, "pull": 0.0, "share": (1 / 2, 1), "start": "qat+ joint first free"},
-            rates=(6e-4,),
-            models=STORIES,
-        ),
     }
 
 
@@ -469,7 +422,6 @@ CELLS: dict[str, Cell] = {
         },
         rates=(5e-4,),
     ),
-    **_coarse_to_fine(),
     "qat+ joint plans": Cell(
         what="... zeros in the centre, with mixes and hidden states",
         options={**BEST, **PLANS, "start": "gptq+ joint centre"},
@@ -563,13 +515,10 @@ def _quantize(model: str, options: Options, seed: int, text: list[Path], out: Pa
 
 
 def _options(model: str, name: str, lr: float | None, seed: int, more: Options) -> Options:
-    """Those of a model's text, over them a cell's own, over them ``more``. share: of the steps, from and to."""
+    """Those of a model's text, over them a cell's own, over them ``more``."""
     own = dict(CELLS[name].options)
     method = own.get("method", "qat")
     options = {**SETTINGS[model].training.get(method, {}), **({"seed": seed} if method != "rtn" else {})}
-    if "share" in own:
-        first, last = (round(options["steps"] * part) for part in own.pop("share"))
-        own |= {"steps": last - first, "skip_batches": first}
     return {**options, **({"lr": lr} if lr is not None else {}), **own, **more}
 
 

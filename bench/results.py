@@ -346,7 +346,7 @@ def _candidates(best: Best) -> list[str]:
     rows = []
     for model, cells in best.items():
         base = [_value(cells, EVEN, width) for width in WIDTHS]
-        for name in (EVEN, *COARSE_TO_FINE, *(name for name in cells if name.startswith("qat+ try"))):
+        for name in (EVEN, *(name for name in cells if name.startswith("qat+ try"))):
             if name in cells:
                 what = "as it is" if name == EVEN else CELLS[name].what
                 values = [_value(cells, name, width) for width in WIDTHS]
@@ -354,9 +354,8 @@ def _candidates(best: Best) -> list[str]:
     head = [
         "### Candidates",
         "",
-        "QAT of all widths at equal steps and data; one thing changed at a time, but in the second and third row,",
-        "which are at other rates too. In brackets against the first row, whose second seed differs by up to 0.5 %",
-        "(int3). Where the library has no option, bench/trials.py changes it.",
+        "QAT of all widths at equal steps and data; one thing changed at a time. In brackets against the first row,",
+        "whose second seed differs by up to 0.5 % (int3). Where the library has no option, bench/trials.py changes it.",
         "",
     ]
     return [*head, *_table(["model", "", *(f"int{width}" for width in WIDTHS)], rows)] if len(rows) > 1 else []
@@ -491,7 +490,6 @@ def _memory(kept: Record) -> list[str]:
 
 
 EVEN = "qat+ joint even"
-COARSE_TO_FINE = ("qat+ joint last", "qat+ joint last free")
 STANDING = {  # the last of each that a model has
     "one-shot": ("gptq+ all", "qat+ all one-shot", "qat+ all one-shot 128"),
     "trained": ("distill trained 128", "qat+ all plans"),

@@ -88,7 +88,7 @@ def norm_gains() -> Iterator[Ready]:
     def optimizer(state: Any, schedule: Any) -> Any:
         made = make_optimizer(state, schedule)
         own = [p for norms in gains.values() for p in norms.values()]
-        made.add_param_group({"params": own, "factor": 1.0, "stop": 1.0, "weight_decay": 0.0})
+        made.add_param_group({"params": own, "factor": 1.0, "weight_decay": 0.0})
         return made
 
     def prepared(model: Any, views: Any, schedule: Any) -> None:

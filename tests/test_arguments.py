@@ -128,7 +128,14 @@ def test_loading_rejects_wrong_types_by_name(checkpoint: Path, tmp_path: Path) -
     [
         *(("group_size", "64"), ("group_size", 32.0), ("symmetric", "yes"), ("method", 1), ("rule", None)),
         *(("scope", ["ffn"]), ("exclude", "experts"), ("text", "file.txt"), ("weights", "1,2"), ("objective", 8)),
-        *(("affine", 1), ("zero_point", None), ("scale_dtype", 16), ("baseline_bits", "4"), ("start", 1), ("threads", "2")),
+        *(
+            ("affine", 1),
+            ("zero_point", None),
+            ("scale_dtype", 16),
+            ("baseline_bits", "4"),
+            ("start", 1),
+            ("threads", "2"),
+        ),
         *(("resume", 1), ("overwrite", "no"), ("steps", "5"), ("lr", "1"), ("steps", 1.5), ("seed", True)),
     ],
 )

@@ -117,7 +117,6 @@ def test_wide_masters_learn_at_their_own_rate(llama: Path) -> None:
         ({"masters": "each", "rule": "round"}, "masters='each' needs nested bins, rule 'round' has none; use rule"),
         ({"pull": 2.0}, "pull=2.0; give a number from 0 to 1"),
         ({"freeze": -1}, "freeze=-1; give a number of at least 0"),
-        ({"skip_batches": -1}, "skip_batches=-1; give a number of at least 0"),
         ({"freeze": 4}, "freeze=4 needs a master for each width, masters is 'one'; use masters 'each'"),
         ({"freeze": 3, "masters": "each"}, "freeze=3 is none of the widths trained, .8, 4, 2.; freeze one of them"),
         ({"freeze": 4, "masters": "each", "learn_clip": False}, "freeze=4 keeps codes on the grid they start with"),

@@ -373,20 +373,6 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(llama: Path, tex
     assert (tmp_path / "a" / shard).read_bytes() != (tmp_path / "c" / shard).read_bytes()
 
 
-def test_a_later_phase_goes_on_where_the_batches_of_the_first_ended(
-    llama: Path, text_file: Path, tmp_path: Path
-) -> None:
-    def losses(**changes: Any) -> list[float]:
-        records: list[dict[str, Any]] = []
-        options = {**RUN, "lr": 1e-12, "accumulate": 2, **changes}  # the model stays, so a loss is that of its batches
-        matquant.quantize(llama, tmp_path / "out", text=[text_file], report=records.append, overwrite=True, **options)
-        return [record["loss"]["2"] for record in records]
-
-    whole = losses(steps=4)
-    assert losses(steps=2, skip_batches=4) == pytest.approx(whole[2:], rel=1e-5)
-    assert losses(steps=2) != pytest.approx(whole[2:], rel=1e-3)
-
-
 def test_a_loss_that_is_not_finite_names_width_and_layer_and_keeps_the_saved_state(
     llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

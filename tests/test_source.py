@@ -210,7 +210,10 @@ def test_refusals_that_need_no_model_come_before_torch_is_imported(
         ("quantize", model, *out, *text, "--method", "distill", "--freeze", "7"),
         ("quantize", model, *out, *text, "--objective", "8,4->8"),
         ("quantize", model, *out, *text, "--threads", "0"),
-        *((*rtn, flag, "nope") for flag in ("--scope", "--rule", "--affine", "--zero-point", "--scale-dtype", "--method")),
+        *(
+            (*rtn, flag, "nope")
+            for flag in ("--scope", "--rule", "--affine", "--zero-point", "--scale-dtype", "--method")
+        ),
         (*rtn, "--exclude", "("),
         (*rtn, "--affine", "learned"),
         ("eval", str(tmp_path / "none"), *text),

@@ -29,7 +29,9 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 def make(model: Path, out: Path, text: Path, **options: Any) -> Path:
-    return matquant.quantize(model, out, text=[] if options["method"] == "rtn" else [text], zero_point="midrange", **options)
+    return matquant.quantize(
+        model, out, text=[] if options["method"] == "rtn" else [text], zero_point="midrange", **options
+    )
 
 
 @pytest.mark.parametrize("name", METHODS)

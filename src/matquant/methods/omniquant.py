@@ -66,8 +66,8 @@ def solve(job: Job, block: Block) -> Solved:
     """
     settings = Settings(**job.options)
     layer = Layer(block, job.dtypes)
-    targets, peaks = layer.targets(autocast=settings.autocast)
-    learned, notice = _start(job, settings, layer, peaks)
+    targets = layer.targets(autocast=settings.autocast)
+    learned, notice = _start(job, settings, layer)
     optimizer = _optimizer(learned, settings)
     before = _evaluate(job, settings, layer, learned, targets)
     if optimizer is not None:
@@ -118,7 +118,7 @@ class _Learned:
             equivalence.keep_in_range(transform)
 
 
-def _start(job: Job, settings: Settings, layer: Layer, peaks: Mapping[str, torch.Tensor]) -> tuple[_Learned, str]:
+def _start(job: Job, settings: Settings, layer: Layer) -> tuple[_Learned, str]:
     block, notice = layer.block, ""
     rows: tuple[equivalence.Bound, ...] = ()
     if settings.transform:
@@ -131,15 +131,7 @@ def _start(job: Job, settings: Settings, layer: Layer, peaks: Mapping[str, torch
                 quantised={view.parameter for view in block.views.values()},
                 run=lambda changed: layer.run(states, changed, autocast=False) - states,
             )
-    transforms = [
-        equivalence.start(
-            row,
-            layer.tensors,
-            peak_K=None if settings.alpha is None else peaks[row.consumers[0]],
-            alpha=settings.alpha or 0.0,
-        )
-        for row in rows
-    ]
+    transforms = [equivalence.start(row, layer.tensors) for row in rows]
     trained = [width.bits for width in job.objective]
     clips = {
         path: clip.start(weight, job.grid, trained=trained, clip=settings.learn_clip)

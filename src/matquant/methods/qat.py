@@ -197,19 +197,18 @@ def make_optimizer(state: State, schedule: Schedule) -> torch.optim.Optimizer:
         {
             "params": tensors,
             "factor": schedule.wide_lr ** ((bits - narrowest) / max(1, MASTER_BITS - narrowest)),
-            "stop": 1 - schedule.stagger * (MASTER_BITS - bits) / max(1, MASTER_BITS - narrowest),
             "weight_decay": schedule.weight_decay,
         }
         for bits, tensors in by_width.items()
     ]
-    groups += [{"params": learned, "factor": schedule.affine_lr, "stop": 1.0, "weight_decay": 0.0}]
+    groups += [{"params": learned, "factor": schedule.affine_lr, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
     return torch.optim.AdamW(groups, lr=schedule.lr or 0.0, betas=(0.9, 0.95), fused=True)
 
 
-def learning_rate(step: int, schedule: Schedule, *, stop: float = 1.0) -> float:
-    """Linear warm-up to ``lr``, then cosine to 0 (App. B) at the share ``stop`` of all steps."""
-    peak, warmup, steps = schedule.lr or 0.0, schedule.warmup or 0, schedule.steps * stop
+def learning_rate(step: int, schedule: Schedule) -> float:
+    """Linear warm-up to ``lr``, then cosine to 0 (App. B)."""
+    peak, warmup, steps = schedule.lr or 0.0, schedule.warmup or 0, schedule.steps
     if step < warmup:
         return peak * (step + 1) / warmup
     done = min(1.0, (step - warmup) / max(1, steps - warmup))
@@ -230,7 +229,7 @@ def train_step(
     """One optimiser step over all widths; returns its log record and advances ``state.step``."""
     began = time.perf_counter()
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(state.step, schedule, stop=group["stop"]) * group["factor"]
+        group["lr"] = learning_rate(state.step, schedule) * group["factor"]
     optimizer.zero_grad()
     for parameter in model.parameters():
         parameter.grad = None
@@ -238,7 +237,7 @@ def train_step(
     losses: dict[str, float] = {}
     chained = any(state.coarse.values()) or next(state.named_learned(), None) is not None
     for part in range(schedule.accumulate):
-        index = schedule.skip_batches + state.step * schedule.accumulate + part
+        index = state.step * schedule.accumulate + part
         rows = batch(windows, index, size=schedule.batch_size, seed=schedule.seed)
         tokens = torch.from_numpy(rows).to(model.device)
         inputs, targets = tokens[:, :-1], tokens[:, 1:]

@@ -221,21 +221,15 @@ def bind(
     return tuple(kept), ""
 
 
-def start(row: Bound, tensors: Mapping[str, torch.Tensor], *, peak_K: torch.Tensor | None, alpha: float) -> Transform:
-    """An equivalence before training: s = max|x|^alpha / max|W|^(1 - alpha) as in SmoothQuant, or 1; delta = 0.
+def start(row: Bound, tensors: Mapping[str, torch.Tensor]) -> Transform:
+    """Return an equivalence before training: s = 1, delta = 0.
 
-    peak_K: max|x| of each input feature of the consumers, or None for s = 1. s has geometric mean 1.
-    unit is what an activation of the channel is worth: the norm's weight, or the length of the linear's row.
+    SmoothQuant's start from max|x| and max|W| gained nothing (docs/log.md). unit is what an activation of the channel
+    is worth: the norm's weight, or the length of the linear's row.
     """
     weight = tensors[f"{row.source}.weight"]
     unit = weight.norm(dim=1)[row.rows] if row.linear else (weight + 1.0 if row.one_plus else weight).abs()
-    log_scale = torch.zeros_like(unit)
-    if peak_K is not None:
-        largest = torch.stack([tensors[f"{path}.weight"].abs().amax(0) for path in row.consumers]).amax(0)
-        log_K = alpha * peak_K.clamp(min=1e-6).log() - (1 - alpha) * largest.clamp(min=1e-6).log()
-        sharing = torch.zeros_like(unit).index_add(0, row.columns, torch.ones_like(log_K))
-        log_scale = log_scale.index_add(0, row.columns, log_K - log_K.mean()) / sharing
-    return Transform(log_scale=log_scale, shift=torch.zeros_like(unit) if row.shift else None, unit=unit)
+    return Transform(log_scale=torch.zeros_like(unit), shift=torch.zeros_like(unit) if row.shift else None, unit=unit)
 
 
 def keep_in_range(transform: Transform) -> None:
@@ -322,6 +316,6 @@ def _round(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
 
 
 def _random(row: Bound, tensors: Mapping[str, torch.Tensor], generator: torch.Generator) -> Transform:
-    empty = start(row, tensors, peak_K=None, alpha=0.0)
+    empty = start(row, tensors)
     log_scale, shift = torch.randn(2, len(empty.unit), generator=generator).to(empty.unit.device)
     return dataclasses.replace(empty, log_scale=0.5 * log_scale, shift=None if empty.shift is None else 0.5 * shift)

@@ -48,28 +48,13 @@ class Layer(torch.nn.Module):
         """Batch ``index`` of the stream of one width."""
         return self.block.inputs[bits][index].to(self.device).float()
 
-    def targets(self, *, autocast: bool) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
-        """The float outputs of all batches, and max|x| [K] of what flows into each linear, by full module name."""
-        peaks: dict[str, torch.Tensor] = {}
-
-        def watch(path: str) -> Any:
-            def hook(module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-                peak = arguments[0].detach().float().abs().flatten(0, -2).amax(0)
-                peaks[path] = torch.maximum(peaks[path], peak) if path in peaks else peak
-
-            return hook
-
-        linears = [(name, m) for name, m in self.layer.named_modules() if isinstance(m, torch.nn.Linear)]
-        hooks = [m.register_forward_pre_hook(watch(f"{self.block.name}.{name}")) for name, m in linears]
+    def targets(self, *, autocast: bool) -> list[torch.Tensor]:
+        """Return the float outputs of all batches, each on the device of its inputs; sets ``power``."""
         found = self.block.inputs[FLOAT]
-        try:
-            with torch.no_grad():
-                outputs = [self.run(self.inputs(FLOAT, index), {}, autocast=autocast) for index in range(len(found))]
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with torch.no_grad():
+            outputs = [self.run(self.inputs(FLOAT, index), {}, autocast=autocast) for index in range(len(found))]
         self.power = sum(float(output.square().mean()) for output in outputs) / len(outputs) or 1.0
-        return [output.to(states.device) for output, states in zip(outputs, found, strict=True)], peaks
+        return [output.to(states.device) for output, states in zip(outputs, found, strict=True)]
 
     def distances(
         self,

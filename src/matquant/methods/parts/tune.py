@@ -90,7 +90,7 @@ def tune_block(
     finite numbers.
     """
     layer = Layer(block, job.dtypes)
-    targets, _ = layer.targets(autocast=autocast)
+    targets = layer.targets(autocast=autocast)
     widths = [width.bits for width in job.objective]
     every = max(1, len(targets) // JUDGED)
 
