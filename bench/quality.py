@@ -335,8 +335,8 @@ def _from_gptq() -> dict[str, Cell]:
             models=STORIES,
         ),
         "qat+ all one-shot 128": Cell(
-            what="nested GPTQ, tuned, distilled, then low bits and affines alone, groups of 128, mid-range zero-points, "
-            "all linears",
+            what="nested GPTQ, tuned, distilled, then low bits and affines alone, groups of 128, mid-range "
+            "zero-points, all linears",
             options={**centred, "start": "qat+ all distilled 128"},
             rates=(5e-5,),
             models=("reference",),
@@ -368,7 +368,7 @@ def _from_gptq() -> dict[str, Cell]:
             models=STORIES,
         ),
         "qat+ all last 128 centre": Cell(
-            what="nested GPTQ, tuned, then low bits and affines alone, groups of 128, mid-range zero-points, all linears",
+            what="nested GPTQ, tuned, then low bits and affines alone, groups of 128, mid-range zero-points",
             options=centred,
             rates=(5e-5,),
             models=("reference",),

@@ -93,8 +93,8 @@ def _method_seconds(prepared: Prepared, method: str, settings: Any, speed: float
         return float(search + PASSES * weights * settings.samples * settings.seq_len / speed + tuning)
     if method == "omniquant":
         return float(settings.steps) * widths * STEP * weights * batch / speed
-    parameters = sum(parameter.numel() for parameter in prepared.shards.model.parameters())
-    return float(settings.steps * settings.accumulate) * (widths * STEP + 2) * parameters * batch / speed
+    parameters = _parameters(prepared)
+    return float(settings.steps * settings.accumulate * (widths * STEP + 2) * parameters * batch / speed)
 
 
 def memory_bytes(prepared: Prepared) -> float:
