@@ -31,7 +31,7 @@ from matquant.format.contents import summarise
 from matquant.methods import qat
 
 UP = "model.layers.1.mlp.up_proj"
-QAT = ("--steps", "3", "--batch-size", "2", "--seq-len", "16", "--save-every", "1", "--lr", "0.001")
+QAT = ("--method", "qat", "--steps", "3", "--batch-size", "2", "--seq-len", "16", "--save-every", "1", "--lr", "0.001")
 TORCHLESS = """
 import sys
 for name in ("torch", "transformers", "tokenizers", "compressed_tensors", "matplotlib"):
@@ -445,11 +445,12 @@ def test_weights_that_are_no_numbers_are_refused(weights: str, refuse: Refuse, s
 @pytest.mark.parametrize(("flag", "message"), [
     ("--rule", "rule='nope' is not a slicing rule; use one of prefix, round, extra"),
     ("--scope", "scope='nope' is not known; use one of ffn, attention, all"),
+    ("--recipe", "recipe='nope' is not known; use one of fast, balanced, best, paper"),
     ("--method", "method='nope' is not known; use one of rtn, gptq, omniquant, qat, distill"),
     ("--affine", "affine='nope' is not known; use one of none, refit, learned"),
     ("--scale-dtype", "scale_dtype='nope' is not known; use one of bfloat16, float32"),
-    ("--zeros", "zeros='nope' is not known; use one of own, centre"),
-    ("--group-size", "--group-size 'nope' is neither 'channel' nor a number; give one of them, such as 128"),
+    ("--zero-point", "zero_point='nope' is not known; use one of stored, midrange"),
+    ("--group-size", "--group-size 'nope' is not a number, 'auto' or 'channel'; give one of these"),
 ])  # fmt: skip
 def test_a_choice_that_is_not_known_is_refused(flag: str, message: str, refuse: Refuse, start: Arguments) -> None:
     refuse(*start(flag, "nope"), message=message)
@@ -460,19 +461,24 @@ def test_a_choice_that_is_not_known_is_refused(flag: str, message: str, refuse: 
     [
         (
             ("--rule", "round"),
-            "asked with rule='round', whose codes do not lie evenly about 0; use zeros 'own', or rule='prefix'",
+            "does not go with rule='round', whose codes do not lie evenly about 0; "
+            "use zero_point='stored', or rule='prefix'",
         ),
         (
             ("--asymmetric",),
-            "asked with symmetric=False, whose codes do not lie evenly about 0; use zeros 'own', or symmetric=True",
+            "does not go with symmetric=False, whose codes do not lie evenly about 0; "
+            "use zero_point='stored', or symmetric=True",
         ),
-        (("--affine", "none"), "asked with affine='none', by which no width has a zero; use affine 'refit'"),
+        (
+            ("--affine", "none"),
+            "does not go with affine='none', by which no width has a zero-point of its own; use affine='refit'",
+        ),
     ],
 )
-def test_zeros_in_the_centre_need_codes_that_lie_about_it(
+def test_midrange_zero_points_need_codes_that_lie_about_it(
     options: tuple[str, ...], message: str, refuse: Refuse, start: Arguments
 ) -> None:
-    refuse(*start("--zeros", "centre", *options), message=f"zeros='centre' {message}")
+    refuse(*start("--zero-point", "midrange", *options), message=f"zero_point='midrange' {message}")
 
 
 def test_rounding_learns_nothing(refuse: Refuse, start: Arguments) -> None:
@@ -1257,9 +1263,17 @@ def test_the_help_fits_a_small_terminal(run: Run) -> None:
 
 
 def option_lines(text: str) -> list[str]:
-    """The lines in the box of options."""
-    box = text.split("─ Options ─", 1)[1].split("╰", 1)[0]
-    return [line.strip("│ ").removeprefix("*").strip() for line in box.splitlines()[1:]]
+    """The lines in the boxes of options, those of --help last."""
+    boxes = {name: lines for name, lines in panels(text).items() if name != "Arguments"}
+    return [line for name in sorted(boxes, key=lambda name: name == "Options") for line in boxes[name]]
+
+
+def panels(text: str) -> dict[str, list[str]]:
+    """Name of a box -> its lines."""
+    boxes = re.findall(r"^╭─ ([\w ]+) ─+╮$(.*?)^╰", text, flags=re.DOTALL | re.MULTILINE)
+    return {
+        name: [line.strip("│ ").removeprefix("*").strip() for line in box.strip().splitlines()] for name, box in boxes
+    }
 
 
 def shown_defaults(lines: list[str]) -> dict[str, str]:
@@ -1271,16 +1285,16 @@ def shown_defaults(lines: list[str]) -> dict[str, str]:
 
 FLAGS: dict[str, list[str]] = {
     "quantize": [
-        "--out", "--method", "--objective", "--weights", "--rule", "--scope", "--exclude", "--group-size",
-        "--symmetric",
-        "--affine", "--zeros", "--grid", "--scale-dtype", "--baseline-bits", "--start", "--text", "--steps",
-        "--batch-size", "--seq-len",
-        "--samples", "--lr", "--clip-lr", "--transform-lr", "--transform", "--codes", "--damp", "--sweeps", "--tune",
-        "--seed",
-        "--accumulate", "--bf16",
-        "--checkpoint-activations", "--train-rest", "--learn-clip", "--masters", "--pull", "--wide-lr", "--affine-lr",
-        "--freeze", "--mix", "--hidden", "--save-every", "--device", "--threads",
-        "--resume", "--overwrite", "--help",
+        *("--out", "--recipe", "--dry-run", "--text", "--scope", "--group-size", "--resume", "--overwrite"),
+        *("--method", "--objective", "--weights", "--baseline-bits", "--start"),
+        *("--rule", "--grid", "--portable", "--symmetric", "--affine", "--zero-point", "--scale-dtype", "--exclude"),
+        *("--samples", "--seq-len", "--batch-size", "--seed"),
+        *("--lr", "--bf16", "--steps", "--learn-clip", "--weight-decay", "--warmup", "--clip-norm", "--accumulate"),
+        *("--checkpoint-activations", "--save-every"),
+        *("--damp", "--sweeps", "--tune"),
+        *("--clip-lr", "--transform-lr", "--transform", "--codes"),
+        *("--pull", "--affine-lr", "--train-rest", "--masters", "--wide-lr", "--freeze", "--mix", "--hidden"),
+        *("--device", "--threads", "--help"),
     ],
     "eval": [
         "--bits", "--text", "--plan", "--reference", "--seq-len", "--stride", "--max-tokens", "--skip-documents",
@@ -1309,42 +1323,47 @@ FLAGS: dict[str, list[str]] = {
         "--help",
     ],
     "export": [
-        "--to", "--out", "--bits", "--plan", "--zeros", "--dtype", "--base-model", "--measured", "--explain",
+        "--to", "--out", "--bits", "--plan", "--zero-point", "--dtype", "--base-model", "--measured", "--explain",
         "--overwrite", "--help",
     ],
     "demo": ["--out", "--help"],
 }  # fmt: skip
 DEFAULTS: dict[str, dict[str, str]] = {
     "quantize": {
-        "--method": "qat",
+        "--recipe": "(balanced)",
+        "--text": "(text that comes with matquant)",
+        "--method": "(the recipe's)",
         "--objective": "(by method)",
         "--weights": "(by objective)",
-        "--rule": "prefix",
-        "--scope": "ffn",
-        "--group-size": "channel",
-        "--symmetric": "(by method)",
+        "--rule": "(prefix)",
+        "--scope": "(all)",
+        "--group-size": "(auto)",
+        "--symmetric": "(symmetric; rtn chooses by error)",
         "--affine": "(by method)",
-        "--zeros": "own",
-        "--grid": "uniform",
-        "--scale-dtype": "bfloat16",
-        "--steps": "(qat 300, distill 96, omniquant 1220 a block)",
-        "--batch-size": "(qat 8, others 4)",
-        "--seq-len": "(qat 256, distill 512, 256, others 2048)",
+        "--zero-point": "(stored)",
+        "--grid": "(uniform)",
+        "--scale-dtype": "(bfloat16)",
+        "--steps": "(omniquant 1220, qat 300, distill 96)",
+        "--batch-size": "(gptq and omniquant 4, qat 8, distill 4, then 8)",
+        "--seq-len": "(gptq and omniquant 2048, qat 256, distill 512, then 256)",
         "--samples": "(128)",
-        "--lr": "(qat by width, omniquant 1e-3, gptq 3e-3)",
+        "--lr": "(gptq 0.003, omniquant 0.001, qat by width of the model, distill half of qat's, at most 5e-4)",
         "--clip-lr": "(as --lr)",
         "--transform-lr": "(as --lr)",
         "--transform": "(transform)",
         "--codes": "(round)",
         "--damp": "(0.01)",
         "--sweeps": "(1)",
-        "--tune": "(0, distill 60)",
+        "--tune": "(gptq 0, distill 60)",
         "--seed": "(0)",
         "--accumulate": "(1)",
         "--bf16": "(fp32)",
-        "--learn-clip": "(as affines)",
+        "--learn-clip": "(omniquant learn-clip, qat where scales are learned)",
+        "--weight-decay": "(0)",
+        "--warmup": "(a tenth, at most 150)",
+        "--clip-norm": "(1)",
         "--masters": "(one)",
-        "--pull": "(qat 1, gptq 0.35)",
+        "--pull": "(gptq 0.35, qat 1)",
         "--wide-lr": "(1)",
         "--affine-lr": "(1)",
         "--freeze": "(qat 0, distill 4)",
@@ -1417,7 +1436,7 @@ DEFAULTS: dict[str, dict[str, str]] = {
         "--check-hashes": "check-hashes",
         "--mmap": "mmap",
     },
-    "export": {"--bits": "(8)", "--zeros": "exact", "--dtype": "(the model's)"},
+    "export": {"--bits": "(8)", "--zero-point": "exact", "--dtype": "(the model's)"},
     "demo": {"--out": "out/demo"},
 }
 
@@ -1428,9 +1447,19 @@ def test_the_help_of_a_verb_has_one_line_for_each_flag(verb: str, run: Run) -> N
     assert (result.code, result.err) == (0, "")
     lines = option_lines(result.out)
     flags = [re.match(r"(--[\w-]+)", line) for line in lines]
-    wrapped = [line for line, flag in zip(lines, flags, strict=True) if flag is None]
-    assert wrapped == [], "these lines continue the one before"
+    if verb != "quantize":  # whose options have a sentence or two
+        wrapped = [line for line, flag in zip(lines, flags, strict=True) if flag is None]
+        assert wrapped == [], "these lines continue the one before"
     assert [flag[1] for flag in flags if flag] == FLAGS[verb]
+
+
+def test_the_first_panel_of_quantize_is_a_newcomers(run: Run) -> None:
+    boxes = panels(run("quantize", "--help", columns=140).out)
+    names = ["Basics", "Objective", "Grid", "Calibration", "Training"]
+    assert [name for name in boxes if name not in ("Arguments", "Options")] == [
+        *names, "Method gptq", "Method omniquant", "Method qat", "Run",
+    ]  # fmt: skip
+    assert sum(line.startswith("--") for line in boxes["Basics"]) <= 8
 
 
 @pytest.mark.parametrize("verb", VERBS)

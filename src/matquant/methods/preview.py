@@ -19,7 +19,6 @@ from matquant.options import METHODS
 from matquant.options.declare import options_of
 from matquant.options.recipes import RECIPES
 from matquant.options.request import Request
-from matquant.system.progress import duration
 
 ENCODE_S = 2e-7  # of rounding one weight
 SEARCH_S = 3.4e-6  # of choosing one nested code by GPTQ, one sweep included
@@ -52,7 +51,7 @@ def preview(model: Path | str, request: Request) -> list[str]:
         )
         lines.append(f"text         {source}")
     memory = f"{memory_bytes(prepared) / 1e9:.1f} GB of memory"
-    lines.append(f"estimate     about {duration(seconds(prepared))} on this machine, {memory}")
+    lines.append(f"estimate     {in_words(seconds(prepared))} on this machine, {memory}")
     return lines
 
 
@@ -114,6 +113,15 @@ def memory_bytes(prepared: Prepared) -> float:
     masters = 5 if getattr(settings, "masters", "each") == "each" else 1
     logits = float(settings.batch_size * settings.seq_len * config.vocab_size * 4)
     return PYTHON_BYTES + 4 * parameters * (3 + 3 * masters) + 6 * logits
+
+
+def in_words(value_s: float) -> str:
+    """A rough time, such as "about 40 seconds", "about 25 minutes" or "about 7 hours"."""
+    if value_s < 90:
+        return f"about {max(5, round(value_s / 5) * 5)} seconds"
+    if value_s < 5400:
+        return f"about {round(value_s / 60)} minutes"
+    return f"about {round(value_s / 3600)} hours"
 
 
 def _weights(prepared: Prepared) -> int:

@@ -122,6 +122,11 @@ def _fixed(option: str, value: Any, name: str) -> str:
 def _check_method(request: Request) -> Request:
     """The widths and per-width scales of a method that runs once."""
     common, method = request.common, request.method
+    if method.settings is None and (common.objective is not None or common.weights is not None):
+        raise InputError(
+            f"--objective and --weights do not go with method {request.choice.method!r}, which trains nothing; "
+            "leave them out, or use --method gptq"
+        )
     objective = method.objective if common.objective is None else common.objective
     affine = common.affine or method.affine
     if common.baseline_bits is not None:

@@ -175,13 +175,13 @@ def backward(
     if bits in learned.affines:
         reach, centre = learned.affines[bits]
         if centre is None:
-            _add_gradient(reach, product / reach.detach())
+            _add_gradient(reach, _relative(product, reach))
         else:
             total = gradient.sum(-1)
-            _add_gradient(reach, (product - centre.detach() * total) / reach.detach())
+            _add_gradient(reach, _relative(product - centre.detach() * total, reach))
             _add_gradient(centre, total)
     elif learned.clip is not None and bits not in tensor.slices:
-        _add_gradient(learned.clip, product / learned.clip.detach())
+        _add_gradient(learned.clip, _relative(product, learned.clip))
     ratio = scale / (tensor.scale * 2 ** (MASTER_BITS - bits))
     share: torch.Tensor = gradient * ratio[..., None]
     return share.view_as(gradient_NK)
@@ -197,7 +197,7 @@ def finish_backward(
     weight, gradient = weight_NK.reshape(rows, groups, -1), gradient_NK.reshape(rows, groups, -1)
     low, high = -tensor.zero * tensor.scale, (2**MASTER_BITS - 1 - tensor.zero) * tensor.scale
     gradient = gradient * ((weight >= low[..., None]) & (weight <= high[..., None]))
-    _add_gradient(learned.clip, -torch.linalg.vecdot(gradient, weight) / learned.clip.detach())
+    _add_gradient(learned.clip, _relative(-torch.linalg.vecdot(gradient, weight), learned.clip))
     stopped: torch.Tensor = gradient.view_as(gradient_NK)
     return stopped
 
@@ -253,6 +253,12 @@ def _largest(weight_NK: torch.Tensor, groups: int) -> torch.Tensor:
     """max|w| of each group, [N, G]; tiny instead of 0."""
     largest = weight_NK.detach().reshape(weight_NK.shape[0], groups, -1).abs().amax(-1)
     return largest.clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def _relative(product: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
+    """``product / unit``; 0 for a group of zeros, whose unit is tiny: it has nothing to learn."""
+    unit = unit.detach()
+    return torch.where(unit > 2 * torch.finfo(torch.float32).tiny, product / unit, torch.zeros_like(product))
 
 
 def _add_gradient(tensor: torch.Tensor, gradient: torch.Tensor) -> None:
