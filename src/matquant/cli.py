@@ -14,9 +14,10 @@ from rich.console import Console
 
 from matquant.core.nest import check_bits
 from matquant.core.spec import Plan
-from matquant.format.checkpoint import check_plain, open_checkpoint, verify_checkpoint
 from matquant.format.contents import render, summarise
+from matquant.format.read import open_checkpoint
 from matquant.format.seal import describe, ignored_files, seal_checkpoint
+from matquant.format.verify import check_plain, verify_checkpoint
 from matquant.measure.request import check_evaluation
 from matquant.options.request import check_request
 from matquant.planning.request import check_losses

@@ -12,7 +12,8 @@ from typing import Any
 
 from matquant.core.nest import OWN, ZEROS, check_bits, check_grid, check_rule
 from matquant.core.spec import SCALE_DTYPES
-from matquant.format.checkpoint import check_writable, side_files
+from matquant.format.side_files import side_files
+from matquant.format.write import check_writable
 from matquant.hf.source import check_source
 from matquant.hf.text import read_documents
 from matquant.options import AFFINES, METHODS, SCOPES, distill

@@ -31,7 +31,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 
 from matquant.core.grid import storable_scale
-from matquant.core.nest import CENTRE, MASTER_BITS
+from matquant.core.nest import CENTRE, MASTER_BITS, sliced_zero
 from matquant.core.tensor import Affine, NestedTensor
 from matquant.methods.parts.fake import Grid, encode_clipped, refit_slice
 
@@ -150,8 +150,7 @@ def straight_through(exact: torch.Tensor, surrogate: torch.Tensor) -> torch.Tens
 
 def own_grid(tensor: NestedTensor, grid: Grid) -> Affine:
     """Scale and zero [N, G] of the c-bit grid a tensor was encoded on: ``encode_clipped`` reversed, exactly."""
-    step = 2 ** (MASTER_BITS - grid.bits)
-    return tensor.scale * step, (tensor.zero - step // 2) / step
+    return tensor.scale * 2 ** (MASTER_BITS - grid.bits), sliced_zero(tensor.zero, grid.bits)
 
 
 def _encode(weight_NK: torch.Tensor, grid: Grid, clip: Clip, name: str) -> NestedTensor:

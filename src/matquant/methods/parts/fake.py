@@ -26,8 +26,8 @@ from typing import Any
 
 import torch
 
-from matquant.core.grid import encode, fit_grid, fit_slice, middle, storable_scale
-from matquant.core.nest import CENTRE, MASTER_BITS, OWN, UNIFORM
+from matquant.core.grid import encode, fit_grid, fit_slice, storable_scale
+from matquant.core.nest import CENTRE, MASTER_BITS, OWN, UNIFORM, centred_codes, centred_zero, middle
 from matquant.core.tensor import Affine, NestedTensor
 
 LearnedAffine = tuple[torch.Tensor, torch.Tensor | None]  # reach_r and centre_r [N, G]; None: 0, and not learned
@@ -242,11 +242,15 @@ def encode_clipped(weight_NK: torch.Tensor, grid: Grid, *, gamma: Any, beta: Any
         codes = encode(weight_NK, scale, zero, grid=grid.kind)
         return NestedTensor(codes=codes, scale=scale, zero=zero, rule=grid.rule, grid=grid.kind)
     if grid.symmetric:
-        zero = zero - 0.5
-    step = 2 ** (MASTER_BITS - grid.bits)
-    codes = encode(weight_NK, scale, zero, bits=grid.bits, grid=grid.kind) * step + step // 2
-    own, master = {grid.bits: (scale, zero)}, (scale / step, zero * step + step / 2)
-    return NestedTensor(codes=codes, scale=master[0], zero=master[1], rule=grid.rule, slices=own, grid=grid.kind)
+        zero = torch.full_like(zero, middle(grid.bits))
+    return NestedTensor(
+        codes=centred_codes(encode(weight_NK, scale, zero, bits=grid.bits, grid=grid.kind), grid.bits),
+        scale=scale / 2 ** (MASTER_BITS - grid.bits),
+        zero=centred_zero(zero, grid.bits),
+        rule=grid.rule,
+        slices={grid.bits: (scale, zero)},
+        grid=grid.kind,
+    )
 
 
 def _largest(weight_NK: torch.Tensor, groups: int) -> torch.Tensor:
