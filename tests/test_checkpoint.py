@@ -38,7 +38,6 @@ import oracle_overflow
 from conftest import largest_file
 from matquant.core import overflow
 from matquant.core.nest import slice_codes
-from matquant.core.overflow import pack_extra
 from matquant.core.spec import Spec
 from matquant.core.tensor import NestedTensor
 from matquant.format import layout, sizes
@@ -49,6 +48,7 @@ from matquant.format.sizes import bits_per_weight, plain_bytes, size_bytes
 from matquant.format.verify import verify_checkpoint
 from matquant.system import files as files_module
 from matquant.system.errors import InputError
+from packing_extra import pack_extra
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "format.md"
 RULES = ("prefix", "round", "extra")
