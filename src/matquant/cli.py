@@ -327,7 +327,9 @@ def report(
             run.evaluate_checkpoint, directory, text=files, max_tokens=max_tokens, device=device
         )
         with progress.counted("report") as count:
-            records["held-out text"] = measure(bits=page.WIDTHS, report=count)
+            records["held-out text"] = measure(
+                bits=importlib.import_module("matquant.report.facts").WIDTHS, report=count
+            )
             for plan in plans or []:
                 records[plan.stem] = measure(bits=(), plan_file=plan, report=count)
     page.write_report(directory, out, records=records, plans=plans or [], pareto=pareto, sensitivity=sensitivity)

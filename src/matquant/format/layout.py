@@ -31,6 +31,7 @@ NAMES = {np.float32: "F32", np.float16: "F16", ml_dtypes.bfloat16: "BF16"}  # as
 
 
 def stored_tensors(path: str, tensor: NestedTensor, spec: Spec) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield the names and arrays of a weight that go into the model's shards."""
     yield f"{path}.weight_packed", pack(stored_codes(tensor.codes, grid=tensor.grid), MASTER_BITS).view("<i4")
     yield f"{path}.weight_scale", tensor.scale.astype(scale_dtype(path, spec))
     yield f"{path}.weight_shape", np.array(tensor.codes.shape, dtype=np.int64)
@@ -40,24 +41,25 @@ def stored_tensors(path: str, tensor: NestedTensor, spec: Spec) -> Iterator[tupl
 
 
 def slice_tensors(path: str, bits: int, spec: Spec) -> dict[str, Any]:
-    """Tensor name -> dtype of what a width has of its own: its scale and, unless it is in the centre, its zero."""
+    """Return tensor name -> dtype of a width's own scale and, unless it is mid-range, zero-point."""
     names: dict[str, Any] = {f"{path}.{bits}.scale": ml_dtypes.bfloat16}
     return names if spec.zeros == CENTRE else {**names, f"{path}.{bits}.zero": np.float16}
 
 
 def pack_zeros(zero_NG: np.ndarray, bits: int) -> np.ndarray:
-    """Integer zeros [N, G] as compressed-tensors has them: int32 words [ceil(N * bits / 32), G], packed along rows."""
+    """Pack integer zero-points [N, G] as compressed-tensors does, along rows: int32 words [ceil(N * bits / 32), G]."""
     return np.ascontiguousarray(pack(zero_NG.T.astype(np.uint8), bits).view("<i4").T)
 
 
 def scale_dtype(path: str, spec: Spec) -> Any:
+    """Return the dtype in which the 8-bit scales of a weight are stored."""
     # transformers decompresses fused experts and asymmetric weights in the dtype of their scale: float32 is exact.
     exact = spec.scale_dtype == "float32" or ".experts." in path or not spec.symmetric
     return np.float32 if exact else ml_dtypes.bfloat16
 
 
 def expected_tensors(path: str, rows: int, columns: int, spec: Spec) -> dict[str, tuple[list[int], str]]:
-    """Tensor name -> (shape, dtype) of a quantised weight, besides its weight_shape."""
+    """Return tensor name -> (shape, dtype) of a quantised weight, besides its weight_shape."""
     groups = columns // (spec.group_size or columns)
     expected = {
         f"{path}.weight_packed": ([rows, words(columns, spec.stored(path))], "I32"),

@@ -43,22 +43,20 @@ HEAD = "lm_head.weight"
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """An opened nested checkpoint: its records, and where each tensor lies. Numbers are read when asked for.
-
-    config: config.json without quantization_config. ignore: linears left unquantised. shapes: path -> (N, K).
-    mmap: files are mapped into memory; otherwise everything is read.
-    """
+    """An opened nested checkpoint: its records, and where each tensor lies. Numbers are read when asked for."""
 
     directory: Path
-    config: Mapping[str, Any]
-    spec: Spec
-    ignore: tuple[str, ...]
-    files: Mapping[str, str]
-    shapes: Mapping[str, tuple[int, int]]
-    mmap: bool = True
-    handles: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)  # open files, by name
+    config: Mapping[str, Any]  # config.json without quantization_config
+    spec: Spec  # how the weights are stored, and how they were made
+    ignore: tuple[str, ...]  # module paths of linear layers left unquantised
+    files: Mapping[str, str]  # tensor name -> file name
+    shapes: Mapping[str, tuple[int, int]]  # path -> (N, K)
+    mmap: bool = True  # files are mapped into memory; otherwise tensors are read
+    handles: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)  # file name -> open file
+    # file name -> (where its data begin, its header)
     headers: dict[str, tuple[int, Any]] = field(default_factory=dict, repr=False, compare=False)
-    packed_sizes: dict[tuple[str, int], int] = field(default_factory=dict, repr=False, compare=False)  # rule extra
+    # (path, bits) -> bytes of its codes under rule extra
+    packed_sizes: dict[tuple[str, int], int] = field(default_factory=dict, repr=False, compare=False)
 
     def array(self, name: str) -> np.ndarray:
         """A stored tensor by its full name, as it lies in the file."""
@@ -114,7 +112,7 @@ class Checkpoint:
         return [name for name, file in self.files.items() if name not in ours and file != SLICES]
 
     def nested(self, path: str, *, mapped: bool = False) -> NestedTensor:
-        """The quantised weight at ``path``, numpy arrays; ``mapped``: codes are a read-only view of the file."""
+        """Return the quantised weight at ``path``, numpy arrays; ``mapped``: codes are a read-only view of the file."""
         rows, columns = self.shapes[path]
         stored = self.spec.stored(path)
         scale = self.array(f"{path}.weight_scale").astype(np.float32) / 2 ** (MASTER_BITS - stored)

@@ -16,7 +16,7 @@ from matquant.format.read import Checkpoint
 
 
 def size_bytes(checkpoint: Checkpoint, path: str, bits: int) -> float:
-    """Honest bytes of one weight served at ``bits`` bits: packed codes, its scale, its zero if stored, its shape.
+    """Return the bytes of one weight served at ``bits`` bits: packed codes, scales, stored zero-points and its shape.
 
     Under rule ``extra`` the codes take what core/overflow.py counts, counted once for each width (the paper's own
     count, r + overflow fraction bits, leaves out which weights overflow).
@@ -39,16 +39,16 @@ def size_bytes(checkpoint: Checkpoint, path: str, bits: int) -> float:
 
 
 def plan_bytes(checkpoint: Checkpoint, plan: Mapping[str, int]) -> float:
-    """Honest bytes of all quantised weights at ``plan`` (path -> bits)."""
+    """Return the bytes of all quantised weights at ``plan`` (path -> bits), all overhead included."""
     return sum(size_bytes(checkpoint, path, bits) for path, bits in plan.items())
 
 
 def bits_per_weight(checkpoint: Checkpoint, plan: Mapping[str, int]) -> float:
-    """Honest bits per quantised weight of a whole model at ``plan`` (path -> bits)."""
+    """Return the bits per quantised weight of a whole model at ``plan`` (path -> bits), all overhead included."""
     weights = sum(rows * columns for rows, columns in checkpoint.shapes.values())
     return 8 * plan_bytes(checkpoint, plan) / weights
 
 
 def plain_bytes(checkpoint: Checkpoint) -> int:
-    """Bytes of the tensors that are not quantised (embeddings, norms, biases, linears out of scope)."""
+    """Return the bytes of the tensors that are not quantised (embeddings, norms, biases, linears out of scope)."""
     return sum(checkpoint.array(name).nbytes for name in checkpoint.plain_names())

@@ -17,7 +17,7 @@ from matquant.system.errors import InputError
 def check_structure(
     where: Path, files: Mapping[str, str], handles: Mapping[str, Any], spec: Spec
 ) -> dict[str, tuple[int, int]]:
-    """Path -> (N, K) of every quantised weight, after checking that all its tensors have the right shape and dtype."""
+    """Return path -> (N, K) of every quantised weight; InputError if a tensor of one is missing or of a wrong kind."""
     shapes: dict[str, tuple[int, int]] = {}
     parts = (".weight_packed", ".weight_scale", ".weight_shape", ".weight_zero_point")
     paths = {name.removesuffix(part) for name in files for part in parts if name.endswith(part)}

@@ -22,8 +22,10 @@ SEEN = 256  # weights of a group that the search for its clipping looks at
 def clip_groups(
     weight_NK: torch.Tensor, importance_K: torch.Tensor, grid: Grid, weights: Mapping[int, float], name: str
 ) -> NestedTensor:
-    """Rounded to nearest with the clipping of each group, of CLIPS, that costs the widths least, columns weighted by
-    the Hessian's diagonal."""
+    """Round to nearest with the clipping of each group, of CLIPS, that costs the widths least together.
+
+    importance_K: the Hessian's diagonal, which weights the columns. weights: width -> lambda.
+    """
     groups = 1 if grid.group_size is None else weight_NK.shape[1] // grid.group_size
     size = weight_NK.shape[1] // groups
     largest_NG = weight_NK.reshape(len(weight_NK), groups, -1).abs().amax(-1).clamp(min=torch.finfo(torch.float32).tiny)
@@ -57,9 +59,10 @@ def refit_affine(
     fallback: Affine,
     zeros: str = OWN,
 ) -> Affine:
-    """Scale and zero of r-bit positions, [N, G] each, that minimise d H d^T with d = w - scale*(position - zero)
-    over all groups of a row together, as they are stored; the zero in the middle of the codes with ``zeros`` CENTRE.
-    Rows they do not improve keep ``fallback``.
+    """Fit scale and zero-point of r-bit positions, [N, G] each, as they are stored, in the norm of H.
+
+    They minimise d H d^T with d = w - scale*(position - zero) over all groups of a row together; the zero-point is
+    mid-range with ``zeros`` CENTRE. Rows they do not improve keep ``fallback``.
     """
     rows, columns = weight_NK.shape
     groups = fallback[0].shape[1]

@@ -30,7 +30,8 @@ from matquant.core.nest import (
 def chooser(
     rule: str, grid: str, widths: Sequence[int], device: torch.device
 ) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
-    """What gives a column of codes its best values at ``widths``, descending: ``Cells.choose``, or ``_nearest``."""
+    """Return the function that chooses a column of codes for ``widths``, descending: (targets [R, N], scales, zeros,
+    lambdas [R]) -> (codes int64 [N], what each width reads [R, N]). A single width takes the nearest of its codes."""
     if len(widths) > 1:
         return _cells(rule, grid, tuple(widths), device).choose
     return functools.partial(_nearest, bits=widths[0], grid=grid)
@@ -38,24 +39,21 @@ def chooser(
 
 @dataclass(frozen=True, kw_only=True)
 class Cells:
-    """The runs of 8-bit codes in which no slice changes. low, high: first and last code of each cell [C]; of: the cell
-    of each code [256]; first, last: the cells of each slice code [R - 1, 2^r (+ 1)]; positions of the slices: [R, 256];
-    rows as widths.
-    """
+    """The runs of 8-bit codes in which no slice changes."""
 
-    widths: tuple[int, ...]
-    grid: str
-    low_C: torch.Tensor
-    high_C: torch.Tensor
-    of_Q: torch.Tensor
-    first: tuple[torch.Tensor, ...]
-    last: tuple[torch.Tensor, ...]
-    positions_RQ: torch.Tensor
+    widths: tuple[int, ...]  # descending, 8 first
+    grid: str  # one of nest.GRIDS
+    low_C: torch.Tensor  # first code of each cell
+    high_C: torch.Tensor  # last code of each cell
+    of_Q: torch.Tensor  # the cell of each code
+    first: tuple[torch.Tensor, ...]  # per width below 8: the first cell of each slice code [2^r (+ 1)]
+    last: tuple[torch.Tensor, ...]  # per width below 8: the last cell of each slice code [2^r (+ 1)]
+    positions_RQ: torch.Tensor  # of every width's slice of every code
 
     def choose(
         self, target_RN: torch.Tensor, scale_RN: torch.Tensor, zero_RN: torch.Tensor, lambdas_R: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The best code of each row, int64 [N], and what each width reads from it [R, N]."""
+        """Return the best code of each row, int64 [N], and what each width reads from it [R, N]."""
         position_RN = target_RN / scale_RN + zero_RN
         if self.grid == UNIFORM:
             nearest_RN = round_half_up(position_RN).long().unbind()

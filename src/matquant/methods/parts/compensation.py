@@ -31,7 +31,7 @@ def nested_codes(
     rule: str,
     grid: str = UNIFORM,
 ) -> torch.Tensor:
-    """8-bit codes, uint8 [N, K], of a weight on fixed affines, width -> (scale, zero) [N, G].
+    """Choose the 8-bit codes, uint8 [N, K], of a weight on fixed affines, width -> (scale, zero) [N, G].
 
     weights: width -> lambda; 8 bits without one follow the others for free. A single width has its own r-bit codes.
     """
@@ -76,7 +76,7 @@ def sweep(
     rule: str,
     grid: str = UNIFORM,
 ) -> torch.Tensor:
-    """One round of coordinate descent: each code again the best for all widths, all other codes being what they are.
+    """Run one round of coordinate descent: each code becomes the best for all widths, the other codes held fixed.
 
     With D_r the error of width r, its best read of column j is read_rj + (D_r H)_j / H_jj; the summed error
     sum_r lambda_r D_r H D_r^T of a row never grows. hessian: damped as in the pass before.
@@ -114,6 +114,6 @@ def sweep(
 
 
 def spread(values_NG: torch.Tensor, columns: int, order_K: torch.Tensor) -> torch.Tensor:
-    """Values per group as values per column [N, K], in the order of compensation."""
+    """Repeat values per group for every column, [N, K], in the order of compensation."""
     groups = values_NG.shape[1]
     return values_NG.repeat_interleave(columns // groups, dim=1)[:, order_K]

@@ -11,7 +11,7 @@ from matquant.options.qat import Schedule
 
 
 def prepare(model: Model, views: Mapping[str, View], schedule: Schedule) -> None:
-    """Evaluation mode: nothing is dropped or drawn at random. Only what is trained asks for gradients."""
+    """Put the model into evaluation mode, without dropout; only what is trained asks for gradients."""
     model.eval()
     taken = {view.parameter for view in views.values()}
     for name, parameter in model.named_parameters():
@@ -33,7 +33,7 @@ def autocast(model: Model, schedule: Schedule) -> contextlib.AbstractContextMana
 
 @contextlib.contextmanager
 def layer_outputs(model: Model, *, kept: bool = True) -> Iterator[list[torch.Tensor]]:
-    """The list that the decoder layers' outputs of a forward are put in, in their order; empty unless ``kept``."""
+    """Yield a list that collects the decoder layers' outputs of a forward, in their order; empty unless ``kept``."""
     outputs: list[torch.Tensor] = []
 
     def keep(_: torch.nn.Module, __: Any, output: Any) -> None:
@@ -49,7 +49,7 @@ def layer_outputs(model: Model, *, kept: bool = True) -> Iterator[list[torch.Ten
 
 @torch.no_grad()
 def first_not_finite(model: Model, inputs: torch.Tensor) -> str:
-    """The first decoder layer that puts out numbers that are not finite."""
+    """Return the name of the first decoder layer whose output is not finite."""
     with layer_outputs(model) as outputs:
         model(input_ids=inputs, use_cache=False)
     names = [name for name, _ in decoder_layers(model)]

@@ -20,15 +20,17 @@ DAMP_LIMIT = 1.0  # more damping than the mean diagonal itself means the Hessian
 
 @dataclass(frozen=True, kw_only=True)
 class Factor:
-    """A damped Hessian, ready for compensation. order: columns, most important first; upper: U in that order."""
+    """A damped Hessian, ready for compensation."""
 
-    order_K: torch.Tensor
-    upper_KK: torch.Tensor
-    damp: float
+    order_K: torch.Tensor  # columns, most important first
+    upper_KK: torch.Tensor  # U, rows and columns in that order
+    damp: float  # damping it took, in units of the mean diagonal
 
 
 def inverse_factor(hessian_KK: torch.Tensor, *, damp: float, name: str = "weight", reorder: bool = True) -> Factor:
-    """U with U^T U = (H + damp * mean diagonal)^-1. An H that is not positive definite gets ten times the damping,
+    """Return U with U^T U = (H + damp * mean diagonal)^-1.
+
+    An H that is not positive definite gets ten times the damping,
     again and again; InputError when that reaches DAMP_LIMIT. Columns that no input reaches count as the mean.
     """
     diagonal = hessian_KK.diagonal()
@@ -54,7 +56,8 @@ def inverse_factor(hessian_KK: torch.Tensor, *, damp: float, name: str = "weight
 
 
 def collect_hessians(block: Block) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """X^T X [K, K] of every linear's inputs, float32, on the block's device, and path -> the path whose Hessian it has.
+    """Return X^T X [K, K] of every linear layer's inputs, float32, on the block's device, by the path of a leader, and
+    path -> its leader.
 
     Linears that are given the same tensor share one. Fused experts see the tokens routed to them.
     """
