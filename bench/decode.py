@@ -48,7 +48,8 @@ from matquant.core.tensor import NestedTensor
 from matquant.engine.bench import LINEARS, STREAM_BYTES, UNDISTURBED, Sample, median, timed
 from matquant.engine.engine import Engine, Session
 from matquant.engine.model import HEAD, NORM
-from matquant.format.checkpoint import Item, open_checkpoint, write_checkpoint
+from matquant.format.read import open_checkpoint
+from matquant.format.write import Item, write_checkpoint
 from matquant.hf.architecture import EMBEDDING, PROJECTIONS
 from origin import ROOT, origin
 

@@ -34,7 +34,7 @@ from decode import CACHE, SHAPES, VENV, write_random
 from decode import setup as setup_llamacpp
 from environments import make_environment
 from matquant.export import export, make_job
-from matquant.format.checkpoint import open_checkpoint
+from matquant.format.read import open_checkpoint
 from origin import ROOT, origin
 
 RECORDS = ROOT / "bench" / "export.json"

@@ -16,7 +16,8 @@ import torch
 import typer
 
 import matquant
-from matquant.format.checkpoint import bits_per_weight, open_checkpoint
+from matquant.format.read import open_checkpoint
+from matquant.format.sizes import bits_per_weight
 from matquant.hf_torch.models import decoder_layers, load_float
 from matquant.measure.likelihood import log_perplexity
 from matquant.planning.strategies import STRATEGIES, mixes

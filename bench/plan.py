@@ -23,7 +23,8 @@ import transformers
 import typer
 
 import matquant
-from matquant.format.checkpoint import bits_per_weight, open_checkpoint
+from matquant.format.read import open_checkpoint
+from matquant.format.sizes import bits_per_weight
 from matquant.measure.likelihood import log_perplexity
 from matquant.planning.budget import Budget, bits_budget
 from matquant.planning.run import SEARCH, SEARCHED_WIDTHS, make_plan

@@ -27,7 +27,8 @@ import torch
 import typer
 
 import matquant
-from matquant.format.checkpoint import bits_per_weight, open_checkpoint
+from matquant.format.read import open_checkpoint
+from matquant.format.sizes import bits_per_weight
 from matquant.hf.text import read_documents, token_stream
 from matquant.hf_torch.models import bf16_is_fast, load_float, load_tokenizer
 from matquant.measure.likelihood import evaluate, log_perplexity

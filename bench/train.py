@@ -28,6 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from matquant.hf_torch.layers import select_linears
 from matquant.methods import qat
+from matquant.methods.parts import forward, training
 from matquant.methods.parts.fake import Grid
 from matquant.options.objective import parse_objective
 from matquant.options.qat import Schedule
@@ -81,9 +82,9 @@ def joint(
     views = select_linears(model, "ffn")
     schedule = Schedule(steps=10**6, batch_size=BATCH, seq_len=LENGTH, lr=1e-5, seed=0, warmup=1, learn_clip=learn_clip)
     our_grid = Grid(rule="prefix", **grid)
-    state = qat.start(model, views, our_grid, schedule, trained=(8, 4, 2))
-    optimizer = qat.make_optimizer(state, schedule)
-    qat.prepare(model, views, schedule)
+    state = training.start(model, views, our_grid, schedule, trained=(8, 4, 2))
+    optimizer = training.make_optimizer(state, schedule)
+    forward.prepare(model, views, schedule)
     objective = parse_objective("8,4,2")
 
     def step() -> float:

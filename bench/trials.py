@@ -15,6 +15,7 @@ import torch
 
 from matquant.hf_torch.models import write_weights
 from matquant.methods import qat
+from matquant.methods.parts import forward, training
 from matquant.methods.parts.masters import encode_masters
 
 Ready = Callable[[Any], None]
@@ -77,8 +78,8 @@ def norm_gains() -> Iterator[Ready]:
     """Every width has norm weights of its own, trained with the rest; they are not in the checkpoint."""
     gains: dict[int, dict[str, torch.Tensor]] = {}
     coming: list[int] = []  # widths of the losses of this batch that are still to be taken
-    start, make_optimizer, terms_of = qat.start, qat.make_optimizer, qat._terms
-    prepare, chain = qat.prepare, qat._chain_gradients
+    start, make_optimizer, prepare = training.start, training.make_optimizer, forward.prepare
+    terms_of, chain = qat._terms, qat._chain_gradients
 
     def started(model: Any, *arguments: Any, trained: Any, **options: Any) -> Any:
         norms = {name: p.detach() for name, p in model.named_parameters() if "norm" in name}

@@ -14,7 +14,8 @@ from safetensors import safe_open
 
 from matquant.core.spec import Spec
 from matquant.core.tensor import NestedTensor
-from matquant.format.checkpoint import Checkpoint, write_checkpoint
+from matquant.format.read import Checkpoint
+from matquant.format.write import write_checkpoint
 
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "dtype": "bfloat16", "hidden_size": 64}
 UNITS = {np.dtype(np.float32): 2.0**-24, np.dtype(ml_dtypes.bfloat16): 2.0**-8}  # relative error of one rounding

@@ -8,7 +8,7 @@ import numpy as np
 
 from matquant.core.tensor import NestedTensor
 from matquant.export.containers import EXACT, read_affine
-from matquant.format.checkpoint import open_checkpoint
+from matquant.format.read import open_checkpoint
 from oracle import slice_code
 
 

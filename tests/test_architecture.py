@@ -79,3 +79,71 @@ def test_the_base_package_never_imports_torch() -> None:
     code = f"import sys, numpy; import {modules}; matquant.slice_codes(numpy.zeros(3, 'uint8'), 2)"
     code += "; assert not {'torch', 'transformers', 'matplotlib'} & set(sys.modules)"
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+
+
+# Half-bin arithmetic --------------------------------------------------------------------------------------------------
+
+# Names that stand for how many 8-bit codes share a slice, or how many codes a width has.
+COUNTS = ("step", "levels")
+
+
+def is_number(node: ast.expr, value: float) -> bool:
+    return isinstance(node, ast.Constant) and type(node.value) in (int, float) and node.value == value
+
+
+def counts_codes(node: ast.expr) -> bool:
+    """Whether an expression is, or is built from, 2**bits, ``step`` or ``levels``, or is "... - 1"."""
+    if isinstance(node, ast.Call) and len(node.args) == 1:  # float(...)
+        return counts_codes(node.args[0])
+    if isinstance(node, ast.BinOp):
+        if isinstance(node.op, ast.Sub) and is_number(node.right, 1):
+            return True
+        if isinstance(node.op, ast.Pow):
+            return is_number(node.left, 2)
+        return counts_codes(node.left) or counts_codes(node.right)
+    return isinstance(node, ast.Name) and node.id in COUNTS
+
+
+def halves(source: str) -> list[str]:
+    """Every place that adds or subtracts 1/2, or halves a count of codes: (2**r - 1) / 2, step // 2, x + 0.5."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.BinOp):
+            continue
+        if isinstance(node.op, (ast.Add, ast.Sub)):
+            wrong = is_number(node.left, 0.5) or is_number(node.right, 0.5)
+        else:
+            halved = isinstance(node.op, (ast.Div, ast.FloorDiv)) and is_number(node.right, 2)
+            wrong = halved and counts_codes(node.left)
+        if wrong:
+            found.append(f"line {node.lineno}: {ast.unparse(node)}")
+    return found
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(SOURCE)))
+def test_half_bins_are_computed_in_nest_alone(file: Path) -> None:
+    if file != SOURCE / "core" / "nest.py":
+        assert halves(file.read_text()) == [], "use middle, bin_centre, centred_codes, ... or round_half_up of nest.py"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "middle = (2**bits - 1) / 2", "middle = float(2**bits - 1) / 2", "code = code * step + step // 2",
+        "centre = (step - 1) / 2", "code = floor(x + 0.5)", "zero = zero - 0.5", "zero = 0.5 + zero",
+        "half = 2 ** (8 - bits) / 2", "top = (levels - 1) // 2",
+    ],
+)  # fmt: skip
+def test_half_bins_are_found(source: str) -> None:
+    assert len(halves(source)) == 1
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        '"""(2**r - 1) / 2"""', "x = 1  # step // 2", "rate = peak * (1 + cos(x)) / 2", "half = head_dim // 2",
+        "noise = 0.5 * noise", "low = (first + second) / 2", "place = size / 2**20", "last = 2**bits - 1",
+    ],
+)  # fmt: skip
+def test_other_halves_are_left_alone(source: str) -> None:
+    assert halves(source) == []

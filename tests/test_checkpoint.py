@@ -38,14 +38,17 @@ import oracle_overflow
 from conftest import largest_file
 from matquant.core import overflow
 from matquant.core.nest import slice_codes
-from matquant.core.overflow import pack_extra
 from matquant.core.spec import Spec
 from matquant.core.tensor import NestedTensor
-from matquant.format import checkpoint as checkpoint_module
-from matquant.format.checkpoint import bits_per_weight, open_checkpoint, plain_bytes, size_bytes, verify_checkpoint
+from matquant.format import layout, sizes
+from matquant.format import write as write_module
 from matquant.format.contents import summarise
+from matquant.format.read import open_checkpoint
+from matquant.format.sizes import bits_per_weight, plain_bytes, size_bytes
+from matquant.format.verify import verify_checkpoint
 from matquant.system import files as files_module
 from matquant.system.errors import InputError
+from packing_extra import pack_extra
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "format.md"
 RULES = ("prefix", "round", "extra")
@@ -237,7 +240,7 @@ def make_spec(**options: Any) -> Spec:
 
 def write(directory: Path, items: Iterable[tuple[str, Any]], spec: Spec, **options: Any) -> Path:
     defaults: dict[str, Any] = {"config": CONFIG, "ignore": ("lm_head",), "files": SIDE}
-    checkpoint_module.write_checkpoint(directory, items, spec=spec, **{**defaults, **options})
+    write_module.write_checkpoint(directory, items, spec=spec, **{**defaults, **options})
     return directory
 
 
@@ -1393,11 +1396,11 @@ def test_what_a_killed_writer_left_is_cleaned_up(original: Path, tmp_path: Path)
 
 # Crashes --------------------------------------------------------------------------------------------------------------
 
-SOURCES = {inspect.getsourcefile(module) for module in (checkpoint_module, files_module)}
+SOURCES = {inspect.getsourcefile(module) for module in (layout, write_module, files_module)}
 
 
 class CrashAt:
-    """Raise ``error`` when the n-th line of checkpoint.py and files.py is about to run, and remember its ``place``."""
+    """Raise ``error`` when the n-th line of the writer (SOURCES) is about to run, and remember its ``place``."""
 
     def __init__(self, number: int, error: BaseException) -> None:
         self.number, self.error, self.lines, self.place = number, error, 0, ""
@@ -1683,7 +1686,7 @@ def test_overflow_is_counted_once_for_each_width(tmp_path: Path, monkeypatch: py
         counted.append(bits)
         return overflow.packed_bytes(codes, bits)
 
-    monkeypatch.setattr(checkpoint_module, "packed_bytes", count)
+    monkeypatch.setattr(sizes, "packed_bytes", count)
     assert summarise(found) == summarise(found)
     assert sorted(counted) == list(range(1, 8))
 

@@ -26,8 +26,10 @@ from safetensors.torch import load_file, save_file
 import matquant
 from conftest import Interrupt
 from matquant import cli
-from matquant.format.checkpoint import bits_per_weight, open_checkpoint, verify_checkpoint
 from matquant.format.contents import summarise
+from matquant.format.read import open_checkpoint
+from matquant.format.sizes import bits_per_weight
+from matquant.format.verify import verify_checkpoint
 from matquant.methods import qat
 
 UP = "model.layers.1.mlp.up_proj"

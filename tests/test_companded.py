@@ -29,7 +29,8 @@ from matquant.core.spec import Spec
 from matquant.core.tensor import NestedTensor
 from matquant.export.blocks import CONTAINERS
 from matquant.export.containers import FIXED, Misfit, decode, encode, fit
-from matquant.format.checkpoint import open_checkpoint, write_checkpoint
+from matquant.format.read import open_checkpoint
+from matquant.format.write import write_checkpoint
 from matquant.hf_torch.models import nested_to_numpy
 from matquant.methods.parts.fake import Grid, nest
 from matquant.system.errors import InputError
@@ -142,7 +143,7 @@ def test_a_checkpoint_read_and_written_again_is_the_same(llama: Path, tmp_path: 
     assert json.loads((out / "config.json").read_text())["quantization_config"]["matquant"]["grid"] == COMPANDED
 
 
-def stored(checkpoint: matquant.format.checkpoint.Checkpoint, path: str) -> np.ndarray:
+def stored(checkpoint: matquant.format.read.Checkpoint, path: str) -> np.ndarray:
     return np.asarray(stored_codes(checkpoint.nested(path).codes, grid=COMPANDED))
 
 

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 
 import matquant
 from matquant.core.nest import RULES
-from matquant.format.checkpoint import Checkpoint, verify_checkpoint
+from matquant.format.read import Checkpoint
+from matquant.format.verify import verify_checkpoint
 from matquant.options import METHODS
 from matquant.options.common import SCOPES
 from matquant.options.declare import options_of

@@ -12,7 +12,7 @@ import pytest
 
 import matquant
 from conftest import Interrupt
-from matquant.format.checkpoint import verify_checkpoint
+from matquant.format.verify import verify_checkpoint
 from matquant.methods import distill, gptq, qat
 from matquant.options.distill import SHARED
 from matquant.system.errors import InputError

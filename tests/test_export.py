@@ -35,8 +35,10 @@ from matquant.export.containers import (
     fit,
 )
 from matquant.export.explain import explain
-from matquant.format.checkpoint import bits_per_weight, open_checkpoint, verify_checkpoint
+from matquant.format.read import open_checkpoint
 from matquant.format.shards import Part, Slot, write_shards
+from matquant.format.sizes import bits_per_weight
+from matquant.format.verify import verify_checkpoint
 from matquant.system.errors import InputError
 from matquant.system.files import sha256
 from oracle import RULES, slice_code

@@ -16,7 +16,7 @@ from matquant.core.nest import slice_codes
 from matquant.core.spec import Plan
 from matquant.export import export
 from matquant.export.containers import CENTRE, EXACT, read_affine
-from matquant.format.checkpoint import Checkpoint, open_checkpoint
+from matquant.format.read import Checkpoint, open_checkpoint
 from matquant.hf_torch.models import linear_views
 from matquant.system.errors import InputError
 

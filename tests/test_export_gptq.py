@@ -12,7 +12,7 @@ from matquant.core.nest import slice_codes
 from matquant.core.spec import Plan
 from matquant.export import export
 from matquant.export.containers import CENTRE, read_affine
-from matquant.format.checkpoint import open_checkpoint
+from matquant.format.read import open_checkpoint
 from matquant.system.errors import InputError
 
 UP, ODD, TALL = "model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj", "model.layers.1.mlp.up_proj"

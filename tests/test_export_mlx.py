@@ -15,7 +15,7 @@ from matquant.core.nest import slice_codes
 from matquant.core.spec import Plan
 from matquant.export import export
 from matquant.format import shards as stream
-from matquant.format.checkpoint import open_checkpoint
+from matquant.format.read import open_checkpoint
 from matquant.format.shards import Part
 from matquant.system.errors import InputError
 

@@ -15,7 +15,7 @@ from transformers import Gemma3ForCausalLM
 
 import matquant
 from conftest import FAMILIES, make_tokenizer
-from matquant.format.checkpoint import open_checkpoint
+from matquant.format.read import open_checkpoint
 from matquant.hf_torch.layers import select_linears
 from matquant.hf_torch.models import linear_views, load_float
 

@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 
 import matquant
 from matquant.engine.sampling import Sampling, choose
-from matquant.format.checkpoint import check_plain, open_checkpoint
 from matquant.format.manifest import write_manifest
+from matquant.format.read import open_checkpoint
+from matquant.format.verify import check_plain
 from matquant.hf_torch.finite import checked_logits, describe
 from matquant.hf_torch.models import load_float
 from matquant.measure.likelihood import log_perplexity

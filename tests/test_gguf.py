@@ -24,7 +24,7 @@ from matquant.export.blocks import CONTAINERS, LAYOUTS, pack_blocks
 from matquant.export.containers import FIXED, Container, Encoded, Fit, decode
 from matquant.export.gguf import ARCHITECTURES
 from matquant.export.tokens import NORMAL, PATTERNS, UNUSED, read_tokens
-from matquant.format.checkpoint import open_checkpoint
+from matquant.format.read import open_checkpoint
 from matquant.system.errors import InputError
 
 LARGE: dict[str, Any] = {**SMALL, "hidden_size": 256, "intermediate_size": 288}

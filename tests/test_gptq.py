@@ -13,12 +13,16 @@ import matquant
 import oracle_gptq as oracle
 from matquant.core.grid import fit_grid
 from matquant.core.nest import CENTRE, slice_affine
-from matquant.format.checkpoint import open_checkpoint, verify_checkpoint
+from matquant.format.read import open_checkpoint
+from matquant.format.verify import verify_checkpoint
 from matquant.hf.text import read_documents, token_stream
 from matquant.hf_torch.models import decoder_layers, load_float, load_tokenizer
 from matquant.measure.likelihood import log_perplexity
-from matquant.methods.gptq import inverse_factor, nested_codes, nested_gptq, refit_affine, sweep
+from matquant.methods.gptq import nested_gptq
+from matquant.methods.parts.affines import refit_affine
+from matquant.methods.parts.compensation import nested_codes, sweep
 from matquant.methods.parts.fake import Grid
+from matquant.methods.parts.hessians import inverse_factor
 from matquant.system.errors import InputError
 
 N, K = 6, 24

@@ -10,7 +10,7 @@ import torch
 
 import matquant
 from conftest import FAMILIES, Interrupt
-from matquant.format.checkpoint import open_checkpoint
+from matquant.format.read import open_checkpoint
 from matquant.hf.text import read_documents, token_stream
 from matquant.hf_torch.models import load_tokenizer
 from matquant.measure.run import evaluate_checkpoint

@@ -24,9 +24,11 @@ from matquant import InputError, _native
 from matquant.engine import terminal
 from matquant.engine.chat import ROOM, Conversation
 from matquant.export import EXPORTERS, export
-from matquant.format.checkpoint import open_checkpoint, verify_checkpoint, write_manifest
 from matquant.format.contents import summarise
 from matquant.format.facts import CONFIG, FILES, GENERATION, LARGEST, check_facts
+from matquant.format.manifest import write_manifest
+from matquant.format.read import open_checkpoint
+from matquant.format.verify import verify_checkpoint
 from matquant.planning.sensitivity import open_losses
 
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"

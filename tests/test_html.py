@@ -14,8 +14,8 @@ import pytest
 
 import matquant
 from matquant import cli
-from matquant.format.checkpoint import manifest_sha256, open_checkpoint
 from matquant.format.contents import summarise
+from matquant.format.read import manifest_sha256, open_checkpoint
 from matquant.report.page import TEMPLATE, by_name, read_record, write_report
 from matquant.system.errors import InputError
 

@@ -13,7 +13,7 @@ import torch
 import matquant
 from conftest import FAMILIES
 from matquant.core import planes
-from matquant.format.checkpoint import open_checkpoint
+from matquant.format.read import open_checkpoint
 from matquant.hf_torch import linear
 from matquant.hf_torch.linear import NestedLinear
 

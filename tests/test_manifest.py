@@ -11,8 +11,10 @@ import pytest
 
 import matquant
 from matquant.export import export
-from matquant.format.checkpoint import TOKENS, open_checkpoint, side_files, verify_checkpoint
+from matquant.format.read import open_checkpoint
 from matquant.format.seal import ignored_files
+from matquant.format.side_files import TOKENS, side_files
+from matquant.format.verify import verify_checkpoint
 from matquant.hf.probe import check_tokens
 from matquant.hf.vocabulary import read_vocabulary
 from matquant.hf_torch.models import load_tokenizer

@@ -9,10 +9,11 @@ import torch
 import matquant
 from matquant.core.grid import encode
 from matquant.core.nest import slice_codes
-from matquant.format.checkpoint import open_checkpoint
+from matquant.format.read import open_checkpoint
 from matquant.hf_torch.layers import select_linears
 from matquant.hf_torch.models import load_float
 from matquant.methods import qat
+from matquant.methods.parts import training
 from matquant.methods.parts.fake import Grid, confine
 from matquant.methods.parts.masters import release_blocked
 from matquant.system.errors import InputError
@@ -75,7 +76,7 @@ def test_what_is_held_back_pulls_the_narrower_master(pull: float, llama: Path) -
     model = load_float(llama, dtype=torch.float32)
     views, plan = select_linears(model, "ffn"), schedule(masters="each")
     grid = Grid(rule="prefix", affine="none")
-    state = qat.start(model, views, grid, plan, trained=(8, 2))
+    state = training.start(model, views, grid, plan, trained=(8, 2))
     path = next(iter(views))
     wide, narrow = state.masters[path], state.coarse[path][2]
     narrow[0, 0], wide[0, 0] = -0.5 * wide.abs().max(), 0.5 * wide.abs().max()
@@ -101,8 +102,10 @@ def test_training_each_master_lowers_every_width(llama: Path, text_file: Path, t
 def test_wide_masters_learn_at_their_own_rate(llama: Path) -> None:
     model = load_float(llama, dtype=torch.float32)
     views, plan = select_linears(model, "ffn"), schedule(masters="each", wide_lr=0.25, learn_clip=False)
-    state = qat.start(model, views, Grid(rule="prefix", affine="none"), plan, trained=(8, 5, 2))
-    factors = {group["params"][0].data_ptr(): group["factor"] for group in qat.make_optimizer(state, plan).param_groups}
+    state = training.start(model, views, Grid(rule="prefix", affine="none"), plan, trained=(8, 5, 2))
+    factors = {
+        group["params"][0].data_ptr(): group["factor"] for group in training.make_optimizer(state, plan).param_groups
+    }
     path = next(iter(views))
     found = [
         factors[master.data_ptr()] for master in (state.masters[path], state.coarse[path][5], state.coarse[path][2])

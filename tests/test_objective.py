@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from matquant.methods.parts.objective import FLOAT, parse_objective, width_loss
+from matquant.methods.parts.objective import width_loss
+from matquant.options.objective import FLOAT, parse_objective
 from matquant.system.errors import InputError
 
 # objective -> (bits, ground truth, teachers) widest first; paper Table 4 and section 3.

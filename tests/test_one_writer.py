@@ -19,8 +19,9 @@ import pytest
 import matquant
 from matquant import cli
 from matquant.export import EXPORTERS, export
-from matquant.format import checkpoint as checkpoint_module
-from matquant.format.checkpoint import MANIFEST, verify_checkpoint
+from matquant.format import write as write_module
+from matquant.format.manifest import MANIFEST
+from matquant.format.verify import verify_checkpoint
 from matquant.measure.run import evaluate_checkpoint
 from matquant.planning.run import run as plan
 from matquant.report.page import write_report
@@ -84,7 +85,7 @@ def test_a_second_run_of_an_output_is_rejected_and_the_first_one_is_whole(
         for other in ({"resume": True}, {"overwrite": True}, {"method": "rtn"}, {"method": "gptq", "resume": True}):
             messages.append(in_another_thread(run, **{"method": method, **METHODS[method], **other}))
 
-    monkeypatch.setattr(checkpoint_module, "_write_tensors", before(checkpoint_module._write_tensors, intrude))
+    monkeypatch.setattr(write_module, "_write_tensors", before(write_module._write_tensors, intrude))
     run(method=method, **METHODS[method])
     expected = f"another run is writing {out} (process {os.getpid()}); wait until it has ended, or give another path"
     assert messages == [expected] * 4
@@ -204,7 +205,7 @@ def test_an_output_that_appeared_meanwhile_is_not_replaced(
             file.write_text("years of work")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint_module, "write_manifest", before(checkpoint_module.write_manifest, appear))
+        patch.setattr(write_module, "write_manifest", before(write_module.write_manifest, appear))
         with pytest.raises(InputError, match="exists; give another -o, or --overwrite to replace it"):
             matquant.quantize(llama, out, method="rtn")
     with pytest.raises(InputError, match="exists; give another -o, or --overwrite to replace it"):
@@ -221,8 +222,8 @@ def test_a_checkpoint_that_became_something_else_meanwhile_is_not_replaced(
     nested: Path, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = shutil.copytree(nested, tmp_path / "out")
-    lose = before(checkpoint_module.write_manifest, (out / MANIFEST).unlink)
-    monkeypatch.setattr(checkpoint_module, "write_manifest", lose)
+    lose = before(write_module.write_manifest, (out / MANIFEST).unlink)
+    monkeypatch.setattr(write_module, "write_manifest", lose)
     with pytest.raises(InputError, match="is not a matquant checkpoint and will not be replaced"):
         matquant.quantize(llama, out, method="rtn", overwrite=True)
     assert names(out) == sorted(set(names(nested)) - {MANIFEST})

@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 import oracle_overflow
 from matquant.core import overflow
 from matquant.core.nest import slice_codes
-from matquant.core.overflow import pack_extra, packed_bytes, unpack_extra
+from matquant.core.overflow import packed_bytes
 from matquant.system.errors import InputError
+from packing_extra import pack_extra, unpack_extra
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "format.md"
 HEADING = "The packed codes of extra precision"

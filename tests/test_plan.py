@@ -22,7 +22,8 @@ from matquant import cli
 from matquant.core.spec import Plan
 from matquant.engine.bench import median, timed
 from matquant.engine.engine import Engine
-from matquant.format.checkpoint import bits_per_weight, open_checkpoint, plain_bytes, size_bytes
+from matquant.format.read import open_checkpoint
+from matquant.format.sizes import bits_per_weight, plain_bytes, size_bytes
 from matquant.planning import sensitivity
 from matquant.planning.budget import Budget, bits_budget, by_layer, by_width, parse_size, size_budget
 from matquant.planning.run import SEARCHED_WIDTHS, make_plan

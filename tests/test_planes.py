@@ -20,7 +20,8 @@ from matquant.core.nest import COMPANDED, labels_of, slice_codes, stored_codes
 from matquant.core.planes import RESIDENT_BITS, bits_read, load_weight, matmul, pack, unpack
 from matquant.core.spec import Spec
 from matquant.core.tensor import NestedTensor
-from matquant.format.checkpoint import open_checkpoint, write_checkpoint
+from matquant.format.read import open_checkpoint
+from matquant.format.write import write_checkpoint
 from matquant.system.errors import InputError
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "kernels.md"
@@ -179,7 +180,7 @@ def test_loading_keeps_no_second_copy(tmp_path: Path) -> None:
     write_one(tmp_path / "checkpoint", codes)
     script = f"""
 import numpy, pathlib
-from matquant.format.checkpoint import open_checkpoint
+from matquant.format.read import open_checkpoint
 from matquant.core.planes import load_weight, pack
 def resident():
     fields = dict(line.split(":") for line in pathlib.Path("/proc/self/status").read_text().splitlines())

@@ -21,12 +21,13 @@ from torch.nn import functional
 import matquant
 from conftest import Interrupt
 from matquant.core.grid import fit_slice
-from matquant.format.checkpoint import open_checkpoint
+from matquant.format.read import open_checkpoint
 from matquant.hf_torch.layers import select_linears
 from matquant.hf_torch.models import load_float
 from matquant.methods import qat
+from matquant.methods.parts import forward, training
 from matquant.methods.parts.fake import Grid, Learned, backward, finish_backward, nest
-from matquant.methods.parts.objective import parse_objective
+from matquant.options.objective import parse_objective
 from matquant.system.errors import InputError
 
 RUN: dict[str, Any] = {"steps": 6, "batch_size": 2, "seq_len": 16, "lr": 1e-3, "seed": 3}
@@ -43,10 +44,10 @@ def masters_gradients(
     model = load_float(directory, dtype=torch.float32)
     views = select_linears(model, "ffn")
     plan = schedule(lr=0.0, clip_norm=1e9, **changes)
-    state = qat.start(model, views, grid, plan, trained=[width.bits for width in parse_objective(objective)])
-    optimizer = qat.make_optimizer(state, plan)
+    state = training.start(model, views, grid, plan, trained=[width.bits for width in parse_objective(objective)])
+    optimizer = training.make_optimizer(state, plan)
     teacher = load_float(directory, dtype=torch.float32) if "fp" in objective or plan.hidden else None
-    qat.prepare(model, views, plan)
+    forward.prepare(model, views, plan)
     windows = np.random.default_rng(0).integers(0, 256, size=(4, 17))
     record = qat.train_step(model, views, grid, state, optimizer, parse_objective(objective), windows, plan, teacher)
     return {name: tensor.grad.clone() for name, tensor in state.named() if tensor.grad is not None}, record
@@ -306,7 +307,7 @@ def test_learned_gradients_are_those_of_autograd(bits: int, own: str | None) -> 
 def test_only_trained_widths_learn_and_the_others_are_fitted_at_the_end(llama: Path) -> None:
     model = load_float(llama, dtype=torch.float32)
     views, grid = select_linears(model, "ffn"), Grid(rule="prefix", affine="learned", sliced=(2, 3, 4))
-    state = qat.start(model, views, grid, schedule(learn_clip=True), trained=(8, 4, 2))
+    state = training.start(model, views, grid, schedule(learn_clip=True), trained=(8, 4, 2))
     for weight in state.masters.values():
         weight.mul_(3.0)  # as if trained: what was fitted to the first weights is wrong now
     for learned in state.learned.values():

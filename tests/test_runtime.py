@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 import matquant
 from conftest import SMALL, make_tokenizer
 from matquant import _native
-from matquant.format.checkpoint import open_checkpoint, write_checkpoint
+from matquant.format.read import open_checkpoint
+from matquant.format.write import write_checkpoint
 from matquant.hf.architecture import FAMILIES, read_architecture
 
 HEADS = {"head_dim": 8}

@@ -11,7 +11,7 @@ import pytest
 
 import matquant
 from matquant.format import tensor_file
-from matquant.format.checkpoint import open_checkpoint
+from matquant.format.read import open_checkpoint
 from matquant.system import startup
 from matquant.system.errors import InputError
 

@@ -16,7 +16,7 @@ import pytest
 import matquant
 from matquant import cli
 from matquant.export import export
-from matquant.format.checkpoint import manifest_sha256
+from matquant.format.read import manifest_sha256
 from matquant.measure import run as runs
 from matquant.measure.run import evaluate_checkpoint
 from matquant.measure.tasks import TASKS, check_tasks, find_harness, open_tasks

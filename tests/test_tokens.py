@@ -18,12 +18,14 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 import matquant
 from conftest import make_tokenizer
 from matquant import cli
-from matquant.cli import app
+from matquant.cli.verbs import app
 from matquant.core.spec import Plan
 from matquant.engine.chat import render
 from matquant.engine.terminal import chat
 from matquant.export import export
-from matquant.format.checkpoint import TOKENS, verify_checkpoint, write_manifest
+from matquant.format.manifest import write_manifest
+from matquant.format.side_files import TOKENS
+from matquant.format.verify import verify_checkpoint
 from matquant.hf import sidefiles
 from matquant.hf.probe import TEXTS, check_tokens, difference, probe_texts
 from matquant.hf.text import check_ids, read_documents, token_stream

@@ -17,7 +17,9 @@ from transformers import AutoModel, AutoModelForCausalLM
 import matquant
 from conftest import FAMILIES
 from matquant.export import export
-from matquant.format.checkpoint import open_checkpoint, side_files, write_checkpoint
+from matquant.format.read import open_checkpoint
+from matquant.format.side_files import side_files
+from matquant.format.write import write_checkpoint
 from matquant.hf_torch.models import linear_views, plain_items
 from matquant.integrations import quantizer
 

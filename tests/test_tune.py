@@ -13,7 +13,7 @@ from conftest import Interrupt
 from matquant.core.grid import encode
 from matquant.core.nest import CENTRE, slice_codes
 from matquant.core.tensor import NestedTensor
-from matquant.format.checkpoint import open_checkpoint
+from matquant.format.read import open_checkpoint
 from matquant.hf.text import read_documents, token_stream
 from matquant.hf_torch.models import load_float, load_tokenizer
 from matquant.methods.parts import tune

@@ -11,7 +11,7 @@ import torch
 import matquant
 from matquant.core.spec import Plan
 from matquant.export import export
-from matquant.format.checkpoint import open_checkpoint
+from matquant.format.read import open_checkpoint
 from matquant.integrations.words import check_stacked, read_overrides, read_words, stacked_paths
 from matquant.system.errors import InputError
 

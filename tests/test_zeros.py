@@ -12,7 +12,10 @@ from safetensors import safe_open
 import matquant
 from exports import sliced
 from matquant.export import export
-from matquant.format.checkpoint import SLICES, bits_per_weight, open_checkpoint, size_bytes, verify_checkpoint
+from matquant.format.layout import SLICES
+from matquant.format.read import open_checkpoint
+from matquant.format.sizes import bits_per_weight, size_bytes
+from matquant.format.verify import verify_checkpoint
 from matquant.system.errors import InputError
 from test_checkpoint import edit_record
 

@@ -12,8 +12,9 @@ if TYPE_CHECKING:
     from matquant.core.spec import Plan, Spec
     from matquant.core.tensor import NestedTensor
     from matquant.engine.engine import Engine
-    from matquant.format.checkpoint import open_checkpoint, verify_checkpoint
+    from matquant.format.read import open_checkpoint
     from matquant.format.seal import seal_checkpoint
+    from matquant.format.verify import verify_checkpoint
     from matquant.hf_torch.nested_model import load
     from matquant.integrations.quantizer import MatQuantConfig
     from matquant.measure.likelihood import evaluate
@@ -48,12 +49,12 @@ _ON_DEMAND = {
     "Spec": "matquant.core.spec",
     "evaluate": "matquant.measure.likelihood",
     "load": "matquant.hf_torch.nested_model",
-    "open_checkpoint": "matquant.format.checkpoint",
+    "open_checkpoint": "matquant.format.read",
     "quantize": "matquant.methods.quantize",
     "seal_checkpoint": "matquant.format.seal",
     "slice_codes": "matquant.core.nest",
     "slice_values": "matquant.core.nest",
-    "verify_checkpoint": "matquant.format.checkpoint",
+    "verify_checkpoint": "matquant.format.verify",
 }
 
 

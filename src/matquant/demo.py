@@ -17,8 +17,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from matquant.engine.engine import Engine
-from matquant.format.checkpoint import bits_per_weight, open_checkpoint
 from matquant.format.contents import code_counts
+from matquant.format.read import open_checkpoint
+from matquant.format.sizes import bits_per_weight
 from matquant.hf.text import read_documents, token_stream
 from matquant.hf_torch.models import bf16_is_fast, load_float, load_tokenizer
 from matquant.hf_torch.nested_model import load

@@ -29,7 +29,7 @@ import matquant
 from environments import make_environment
 from matquant.core.spec import Plan
 from matquant.export import export
-from matquant.format.checkpoint import Checkpoint, open_checkpoint
+from matquant.format.read import Checkpoint, open_checkpoint
 from matquant.hf.text import read_documents, token_stream
 from matquant.hf_torch.models import load_tokenizer
 from matquant.measure.likelihood import log_perplexity

@@ -19,7 +19,7 @@ from exports import nested_checkpoint, sliced
 from matquant.core.nest import slice_codes
 from matquant.export import export
 from matquant.export.containers import CENTRE, EXACT, read_affine
-from matquant.format.checkpoint import open_checkpoint
+from matquant.format.read import open_checkpoint
 from matquant.system.errors import InputError
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]

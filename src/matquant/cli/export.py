@@ -9,7 +9,7 @@ from matquant import export as exporting
 from matquant.cli.arguments import Directory, Option, PlanFile, notice
 from matquant.core.spec import Plan
 from matquant.export import explain as explaining
-from matquant.format.checkpoint import open_checkpoint
+from matquant.format.read import open_checkpoint
 from matquant.system import progress
 from matquant.system.errors import InputError
 

@@ -5,8 +5,8 @@ from typing import Annotated
 from rich.console import Console
 
 from matquant.cli.arguments import Directory, Option
-from matquant.format.checkpoint import open_checkpoint
 from matquant.format.contents import render, summarise
+from matquant.format.read import open_checkpoint
 from matquant.system.files import json_text
 
 COMMANDS = {"inspect": "inspect_checkpoint"}

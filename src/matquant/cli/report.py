@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from matquant.cli.arguments import Device, Directory, Option, Text
 from matquant.measure.request import check_evaluation
-from matquant.report import page
+from matquant.report import facts, page
 from matquant.system import progress
 from matquant.system.lazy import lazy
 
@@ -37,7 +37,7 @@ def report(
         check_evaluation(directory, text=text, max_tokens=max_tokens)  # before torch is imported
         measure = functools.partial(run.evaluate_checkpoint, directory, text=text, max_tokens=max_tokens, device=device)
         with progress.counted("report") as count:
-            records["held-out text"] = measure(bits=page.WIDTHS, report=count)
+            records["held-out text"] = measure(bits=facts.WIDTHS, report=count)
             for plan in plans or []:
                 records[plan.stem] = measure(bits=(), plan_file=plan, report=count)
     page.write_report(directory, out, records=records, plans=plans or [], pareto=pareto, sensitivity=sensitivity)

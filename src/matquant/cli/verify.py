@@ -6,8 +6,8 @@ import sys
 from typing import Annotated
 
 from matquant.cli.arguments import Directory, Option
-from matquant.format.checkpoint import check_plain, verify_checkpoint
 from matquant.format.seal import describe, ignored_files, seal_checkpoint
+from matquant.format.verify import check_plain, verify_checkpoint
 
 COMMANDS = {"verify": "verify"}
 

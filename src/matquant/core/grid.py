@@ -23,7 +23,17 @@ from typing import Any
 
 from array_api_compat import array_namespace
 
-from matquant.core.nest import CENTRE, OWN, UNIFORM, check_bits, nearest_codes, slice_affine, slice_positions
+from matquant.core.nest import (
+    CENTRE,
+    OWN,
+    UNIFORM,
+    check_bits,
+    middle,
+    nearest_codes,
+    round_half_up,
+    slice_affine,
+    slice_positions,
+)
 from matquant.system.errors import InputError
 
 SMALLEST_SCALE = 2.0**-24  # the smallest positive fp16 number
@@ -104,7 +114,7 @@ def fit_grid(
         return scale, xp.full_like(scale, 2 ** (bits - 1))
     zero = -low / scale
     if integer_zero:
-        zero = xp.clip(xp.floor(zero + 0.5), min=0, max=top_code)
+        zero = xp.clip(round_half_up(zero), min=0, max=top_code)
     return scale, zero
 
 
@@ -170,11 +180,6 @@ def fit_slice(
     return fitted, xp.astype(xp.astype(zero_r, xp.float16), xp.float32)
 
 
-def middle(bits: int) -> float:
-    """The middle of the ``bits``-bit codes, (2^bits - 1) / 2."""
-    return float(2**bits - 1) / 2
-
-
 def storable_scale(scale: Any, *, up: bool = False) -> Any:
     """Round positive scales to 8 significant bits (bf16's) inside the range of fp16, to nearest or ``up``.
 
@@ -185,7 +190,7 @@ def storable_scale(scale: Any, *, up: bool = False) -> Any:
     scale = xp.clip(xp.astype(scale, xp.float32), min=SMALLEST_SCALE, max=LARGEST_SCALE)
     step = xp.clip(xp.exp2(xp.floor(xp.log2(scale)) - 7), min=SMALLEST_SCALE)
     units = scale / step
-    rounded = (xp.ceil(units) if up else xp.floor(units + 0.5)) * step
+    rounded = (xp.ceil(units) if up else round_half_up(units)) * step
     return xp.clip(rounded, min=SMALLEST_SCALE, max=LARGEST_SCALE)
 
 

@@ -27,6 +27,10 @@ which is where the error of int2, int3 and int4 is smallest for groups of 64 rea
 tensor; at 2 to 6 bits the positions are 0..11, 27, 59, 123 and 251 in quarters of the distance of two codes
 (``integer_positions``), with steps of 3, 4 across the bend, and 5.
 
+Every half of this arithmetic has a name here and is written nowhere else (tests/test_architecture.py looks for it):
+``middle`` of the codes of a width, ``bin_centre`` of the codes that share a slice, ``centred_codes`` and
+``centred_zero`` for codes stored at the centre of their bin, ``round_half_up``.
+
 The same lines run on numpy arrays and on torch tensors. Everything else in the project (training, files, kernels,
 exporters) is tested equal to this file on all 256 codes.
 """
@@ -60,6 +64,45 @@ def check_rule(rule: str) -> None:
     """Raise ValueError unless ``rule`` is one of RULES."""
     if rule not in RULES:
         raise InputError(f"rule={rule!r} is not a slicing rule; use one of {', '.join(RULES)}")
+
+
+def middle(bits: int) -> float:
+    """Return the middle of the ``bits``-bit codes, (2^bits - 1) / 2: the mid-range zero-point."""
+    return float(2**bits - 1) / 2
+
+
+def bin_centre(bits: int, *, rule: str = "prefix") -> float:
+    """Return the value, in 8-bit codes, that a ``bits``-bit slice adds to the first code of its bin.
+
+    (d - 1) / 2 with d = 2^(8 - bits) under ``prefix``, where a slice stands for the centre of its bin; else 0.
+    """
+    return middle(MASTER_BITS - bits) if rule == "prefix" else 0.0
+
+
+def centred_codes(codes: Any, bits: int) -> Any:
+    """Return the 8-bit codes, of the same dtype, that stand for ``bits``-bit codes: d*code + floor(d/2).
+
+    That is the upper of the two integers next to the centre of the prefix bin. At 8 bits the codes themselves.
+    """
+    step = 2 ** (MASTER_BITS - bits)
+    return codes * step + step // 2
+
+
+def centred_zero(zero: Any, bits: int) -> Any:
+    """Return the 8-bit zero-point of ``centred_codes`` whose ``bits``-bit zero-point is ``zero``."""
+    step = 2 ** (MASTER_BITS - bits)
+    return zero * step + step // 2
+
+
+def sliced_zero(zero: Any, bits: int) -> Any:
+    """Return the ``bits``-bit zero-point of an 8-bit one: ``centred_zero`` reversed, exactly."""
+    step = 2 ** (MASTER_BITS - bits)
+    return (zero - step // 2) / step
+
+
+def round_half_up(values: Any) -> Any:
+    """Return floor(values + 1/2), floats of the same kind and dtype."""
+    return array_namespace(values).floor(values + 0.5)
 
 
 def slice_codes(codes: Any, bits: int, *, rule: str = "prefix") -> Any:
@@ -124,7 +167,7 @@ def nearest_codes(position: Any, bits: int, *, grid: str = UNIFORM) -> Any:
     check_grid(grid)
     xp = array_namespace(position)
     if grid == UNIFORM:
-        return xp.astype(xp.clip(xp.floor(position + 0.5), min=0, max=2**bits - 1), xp.uint8)
+        return xp.astype(xp.clip(round_half_up(position), min=0, max=2**bits - 1), xp.uint8)
     cell = xp.clip(xp.floor(xp.astype(position, xp.float32) * RESOLUTION), min=0, max=RESOLUTION * 2**bits - 1)
     return xp.asarray(_nearest_table(bits, grid), device=position.device)[xp.astype(cell, xp.int32)]
 
@@ -141,11 +184,11 @@ def position_table(bits: int, grid: str) -> np.ndarray:
         pairs = position_table(MASTER_BITS, grid).reshape(-1, 2)
         halves: np.ndarray = (pairs.mean(1) - 0.5) / 2
         return halves.astype(np.float32)
-    middle = (2**bits - 1) / 2
-    distance = np.abs(2 * codes - 2 * middle)
+    centre = middle(bits)
+    distance = np.abs(2 * codes - 2 * centre)
     eighths = 3 * distance + 2 * np.maximum(0, distance - 2 ** (bits - 1))
-    exact = middle + np.sign(codes - middle) * eighths / 8
-    found: np.ndarray = np.floor(exact + 0.5) if bits == MASTER_BITS else exact
+    exact = centre + np.sign(codes - centre) * eighths / 8
+    found: np.ndarray = round_half_up(exact) if bits == MASTER_BITS else exact
     return found.astype(np.float32)
 
 
@@ -197,7 +240,7 @@ def slice_values(codes: Any, bits: int, *, rule: str = "prefix", grid: str = UNI
     check_types(codes=codes)
     step = 2 ** (MASTER_BITS - bits) if type(bits) is int and 1 <= bits <= MASTER_BITS else 1
     position = slice_positions(codes, bits, rule=rule, grid=grid) * step
-    return position + (step - 1) / 2 if rule == "prefix" else position
+    return position + bin_centre(bits, rule=rule) if rule == "prefix" else position
 
 
 def slice_affine(scale: Any, zero: Any, bits: int, *, rule: str = "prefix") -> tuple[Any, Any]:
@@ -209,5 +252,4 @@ def slice_affine(scale: Any, zero: Any, bits: int, *, rule: str = "prefix") -> t
     check_bits(bits)
     check_rule(rule)
     step = 2 ** (MASTER_BITS - bits)
-    centre = (step - 1) / 2 if rule == "prefix" else 0.0
-    return scale * step, (zero - centre) / step
+    return scale * step, (zero - bin_centre(bits, rule=rule)) / step

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from matquant import _native
-from matquant.core.nest import GRIDS, MASTER_BITS, RULES, UNIFORM, check_bits, check_rule, integer_positions
+from matquant.core.nest import GRIDS, MASTER_BITS, RULES, UNIFORM, bin_centre, check_bits, check_rule, integer_positions
 from matquant.core.tensor import NestedTensor
 from matquant.system.errors import InputError
 from matquant.system.threads import check_threads
@@ -105,7 +105,7 @@ def load_weight(tensor: NestedTensor, *, max_bits: int = MASTER_BITS) -> Weight:
         values = _add_values(planes.native, tensor.scale, tensor.zero)
         for bits in derived:
             step = 2 ** (MASTER_BITS - bits)
-            centre = (step - 1) / 2 if tensor.rule == "prefix" else 0.0  # nest.slice_affine, left to the kernel
+            centre = bin_centre(bits, rule=tensor.rule)  # what nest.slice_affine does, left to the kernel
             _set_affine(planes.native, bits, values, step, centre, grid=tensor.grid)
     for bits, (scale, zero) in own.items():
         _set_affine(planes.native, bits, _add_values(planes.native, scale, zero), 1, 0.0, grid=tensor.grid)

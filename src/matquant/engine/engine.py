@@ -28,9 +28,9 @@ from matquant.core.planes import ACTIVATIONS
 from matquant.core.spec import Plan
 from matquant.engine.model import load_model
 from matquant.engine.sampling import Sampling, choose
-from matquant.format.checkpoint import open_checkpoint
 from matquant.format.facts import GENERATION
 from matquant.format.manifest import side_facts
+from matquant.format.read import open_checkpoint
 from matquant.hf.text import check_ids
 from matquant.hf.vocabulary import TextStream, Vocabulary, end_ids, read_vocabulary
 from matquant.system.arguments import check_given, check_types

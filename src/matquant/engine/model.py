@@ -14,7 +14,7 @@ import numpy as np
 
 from matquant import _native
 from matquant.core.planes import Weight, bits_read, load_weight
-from matquant.format.checkpoint import Checkpoint
+from matquant.format.read import Checkpoint
 from matquant.hf.architecture import EMBEDDING, PROJECTIONS, Architecture, check_sizes, read_architecture
 from matquant.system.errors import InputError
 

@@ -17,7 +17,7 @@ from matquant.export import compressed_tensors, dense, gguf, gptq, mlx, nested
 from matquant.export.card import RECORD
 from matquant.export.containers import CENTRE, EXACT, ZEROS, Container
 from matquant.export.job import Exporter, Job
-from matquant.format.checkpoint import Checkpoint, open_checkpoint
+from matquant.format.read import Checkpoint, open_checkpoint
 from matquant.system.errors import InputError
 from matquant.system.files import (
     check_replaceable,

@@ -7,7 +7,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from matquant.export.job import Job
-from matquant.format.checkpoint import manifest_sha256
+from matquant.format.read import manifest_sha256
 
 RECORD = "matquant_export.json"
 

@@ -14,8 +14,10 @@ from matquant.core.packing import pack, words
 from matquant.export.containers import FIXED, INTEGER, Container, Encoded
 from matquant.export.directory import write_directory
 from matquant.export.job import Exporter, Job
-from matquant.format.checkpoint import Checkpoint, pack_zeros, stock_config
+from matquant.format.layout import pack_zeros
+from matquant.format.read import Checkpoint
 from matquant.format.shards import Slot
+from matquant.format.write import stock_config
 from matquant.system.errors import InputError
 
 

@@ -21,8 +21,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from matquant.core.dtypes import FLOATS
-from matquant.core.grid import middle, storable_scale
-from matquant.core.nest import MASTER_BITS, UNIFORM, integer_positions, slice_codes
+from matquant.core.grid import storable_scale
+from matquant.core.nest import MASTER_BITS, UNIFORM, integer_positions, middle, slice_codes
 from matquant.core.tensor import Affine, NestedTensor
 
 FIXED, INTEGER, MINIMUM = "fixed", "integer", "minimum"

@@ -6,8 +6,8 @@ from typing import Any
 
 from matquant.export.card import RECORD, model_card, record
 from matquant.export.job import Job
-from matquant.format.checkpoint import side_files
 from matquant.format.shards import Report, write_shards
+from matquant.format.side_files import side_files
 from matquant.system.files import json_bytes
 
 

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from matquant.export import EXPORTERS, make_job
 from matquant.export.containers import EXACT
-from matquant.format.checkpoint import Checkpoint
+from matquant.format.read import Checkpoint
 from matquant.system.errors import InputError
 
 WIDTHS = (8, 7, 6, 5, 4, 3, 2)

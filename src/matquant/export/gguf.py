@@ -26,9 +26,9 @@ from matquant.export.card import model_card, record
 from matquant.export.containers import Container
 from matquant.export.job import Exporter, Job
 from matquant.export.tokens import INSTEAD, Tokens, read_tokens
-from matquant.format.checkpoint import Checkpoint
 from matquant.format.facts import GENERATION
 from matquant.format.manifest import side_facts
+from matquant.format.read import Checkpoint
 from matquant.format.shards import Part, Report, Slot, made
 from matquant.hf.architecture import Architecture, check_sizes, read_architecture
 from matquant.system.errors import InputError

@@ -24,7 +24,7 @@ from matquant.core.packing import pack, words
 from matquant.export.containers import FIXED, INTEGER, Container, Encoded, largest_block
 from matquant.export.directory import write_directory
 from matquant.export.job import Exporter, Job
-from matquant.format.checkpoint import Checkpoint
+from matquant.format.read import Checkpoint
 from matquant.format.shards import Report, Slot
 from matquant.system.files import json_bytes
 

@@ -11,7 +11,7 @@ from matquant.core.dtypes import FLOATS
 from matquant.core.grid import decode
 from matquant.core.tensor import NestedTensor
 from matquant.export.containers import Container, Encoded, Misfit, choose, encode, read_affine
-from matquant.format.checkpoint import Checkpoint
+from matquant.format.read import Checkpoint
 from matquant.format.shards import Part, Report, Slot
 
 DENSE = "dense"  # what a path is stored in that has no container

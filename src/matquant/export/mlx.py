@@ -22,7 +22,7 @@ from matquant.export import dense
 from matquant.export.containers import MINIMUM, Container, Encoded, largest_block
 from matquant.export.directory import write_directory
 from matquant.export.job import Exporter, Job
-from matquant.format.checkpoint import Checkpoint
+from matquant.format.read import Checkpoint
 from matquant.format.shards import Slot
 from matquant.system.errors import InputError
 

@@ -16,9 +16,12 @@ from matquant.export import compressed_tensors
 from matquant.export.containers import FIXED, Container, Encoded, Fit, Misfit
 from matquant.export.directory import write_directory
 from matquant.export.job import Exporter, Job, as_stored
-from matquant.format.checkpoint import SLICES, Checkpoint, nested_side_files, quantization_config, slice_tensors
+from matquant.format.layout import SLICES, slice_tensors
 from matquant.format.manifest import write_manifest
+from matquant.format.read import Checkpoint
 from matquant.format.shards import Report, write_safetensors
+from matquant.format.side_files import nested_side_files
+from matquant.format.write import quantization_config
 
 
 def choose(checkpoint: Checkpoint, path: str, bits: int, zeros: str) -> Container | list[Misfit]:

@@ -7,7 +7,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from matquant.core.nest import MASTER_BITS, OWN, slice_codes
-from matquant.format.checkpoint import Checkpoint, bits_per_weight, plain_bytes, plan_bytes
+from matquant.format.read import Checkpoint
+from matquant.format.sizes import bits_per_weight, plain_bytes, plan_bytes
 
 BARS = " ▁▂▃▄▅▆▇█"
 WIDEST_HISTOGRAM = 32  # columns
@@ -17,7 +18,7 @@ def summarise(checkpoint: Checkpoint) -> dict[str, Any]:
     """Sizes, bits per weight, overflow and histograms of the codes at every width 8..1, as plain numbers.
 
     bits_per_weight and bytes count packed codes, scales, zeros, shapes and (rule ``extra``) the overflow set as
-    core/overflow.py stores it; ``paper_bits`` is the paper's count, r + overflow fraction (2.05 at int2 in Table 7),
+    core/overflow.py counts it; ``paper_bits`` is the paper's count, r + overflow fraction (2.05 at int2 in Table 7),
     which leaves out scales and which weights overflow.
     """
     counts = code_counts(checkpoint)

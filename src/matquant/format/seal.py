@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from matquant.format.checkpoint import SIDE_FILES, TOKENS, Checkpoint, check_plain, check_scales, open_listed
 from matquant.format.manifest import (
     MANIFEST,
     check_files,
@@ -20,6 +19,9 @@ from matquant.format.manifest import (
     regular_file,
     unlisted,
 )
+from matquant.format.read import Checkpoint, open_listed
+from matquant.format.side_files import SIDE_FILES, TOKENS
+from matquant.format.verify import check_plain, check_scales
 from matquant.system.errors import InputError
 from matquant.system.files import json_bytes, sha256, write_atomically
 

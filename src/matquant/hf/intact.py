@@ -11,9 +11,9 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from matquant.format.facts import FILES, REPAIR, check_depth, check_facts, is_weight_map, read_json
+from matquant.hf.tensors import INDEX, SINGLE
 from matquant.system.errors import InputError
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 PICKLES = (b"PK\x03\x04", b"\x80")  # how files of torch.save begin: a zip archive, before torch 1.6 a pickle
 DEEPEST = 10_000  # layers, where the tensors cannot be counted

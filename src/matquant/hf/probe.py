@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from matquant.format.checkpoint import TOKENS
 from matquant.format.facts import read_json
 from matquant.format.manifest import side_file
+from matquant.format.side_files import TOKENS
 from matquant.hf.vocabulary import Vocabulary, read_vocabulary
 from matquant.system.errors import InputError
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from matquant.format.checkpoint import SIDE_FILES, side_files
+from matquant.format.side_files import SIDE_FILES, side_files
 from matquant.hf.hub import fetch_files
 from matquant.system.files import MARK
 

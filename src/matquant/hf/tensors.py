@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from matquant.core.dtypes import ANY_FLOAT
+from matquant.format.facts import read_json
 from matquant.system.errors import InputError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -141,9 +142,8 @@ def _is_tensor(entry: Any) -> bool:
 
 
 def read_json_object(file: Path) -> dict[str, Any]:
-    """The object in a JSON file, empty if there is none: whoever loads the model says what is wrong with it."""
+    """``facts.read_json``, but empty for a damaged file: whoever loads the model says what is wrong with it."""
     try:
-        values = json.loads(file.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError):
+        return read_json(file)
+    except (InputError, OSError):
         return {}
-    return values if isinstance(values, dict) else {}

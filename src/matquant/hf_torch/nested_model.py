@@ -19,7 +19,9 @@ import torch
 from matquant.core.nest import MASTER_BITS, check_bits
 from matquant.core.spec import Plan
 from matquant.core.tensor import NestedTensor
-from matquant.format.checkpoint import Checkpoint, nested_side_files, open_checkpoint, write_checkpoint
+from matquant.format.read import Checkpoint, open_checkpoint
+from matquant.format.side_files import nested_side_files
+from matquant.format.write import write_checkpoint
 from matquant.hf_torch.linear import NestedLinear, describe, find_obstacle
 from matquant.hf_torch.models import (
     Model,

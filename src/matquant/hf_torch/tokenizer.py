@@ -17,7 +17,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from matquant.format.checkpoint import TOKENS
+from matquant.format.side_files import TOKENS
 from matquant.hf.probe import Record, difference, probe_texts, read_ours, read_probe
 from matquant.hf.sidefiles import collect, local_directory
 from matquant.hf.vocabulary import read_vocabulary

@@ -26,7 +26,7 @@ from vllm.model_executor.parameter import BasevLLMParameter
 
 from matquant.core.nest import MASTER_BITS
 from matquant.core.spec import Plan
-from matquant.format.checkpoint import Checkpoint, open_checkpoint
+from matquant.format.read import Checkpoint, open_checkpoint
 from matquant.integrations.words import check_stacked, read_overrides, read_words, stacked_paths
 from matquant.system.errors import InputError
 

@@ -13,7 +13,7 @@ import torch
 from matquant.core.grid import decode
 from matquant.core.nest import MASTER_BITS, labels_of, slice_positions
 from matquant.core.spec import Plan
-from matquant.format.checkpoint import Checkpoint
+from matquant.format.read import Checkpoint
 from matquant.system.errors import InputError
 
 # Weights sliced at once. In float32 they fit the second cache: 5 times as fast (4096 x 4096, one core).

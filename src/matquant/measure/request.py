@@ -1,54 +1,68 @@
-"""What an evaluation can reject before torch is imported: the command line asks first, ``evaluate_checkpoint`` too."""
+"""The options of an evaluation, and what is wrong with them: all that can be said before torch is imported.
+
+The command line asks ``check_evaluation`` first, so that a mistyped path costs no seconds; ``evaluate_checkpoint`` asks
+it again.
+"""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from matquant.core.spec import Plan
-from matquant.format.checkpoint import open_checkpoint
+from matquant.format.read import open_checkpoint
 from matquant.hf.source import check_source
 from matquant.hf.text import read_documents
 from matquant.measure.tasks import check_tasks
 from matquant.system.errors import InputError, check_positive
 
 
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What an evaluation is asked to measure of a checkpoint, besides the widths; the one list of its options."""
+
+    text: Sequence[Path] = ()  # held-out text; none: tasks alone
+    plan_file: Path | None = None  # also measure this plan
+    reference: Path | str | None = None  # also measure this float model, a directory or hub id
+    seq_len: int | None = None  # window in tokens; None: the model's context
+    stride: int | None = None  # tokens from one window to the next; None: no overlap
+    max_tokens: int | None = None  # only the first so many tokens of the text
+    skip_documents: int = 0  # documents left out at the start of the text
+    tasks: Sequence[str] | None = None  # zero-shot tasks, names of measure.tasks.TASKS
+    tasks_data: Path | None = None  # directory of their data; None: the hub
+    limit: int | None = None  # only the first so many questions of a task
+    batch_size: int = 8  # answers of a task per forward pass
+
+
 def check_evaluation(
-    directory: Path,
-    *,
-    text: Sequence[Path] = (),
-    plan_file: Path | None = None,
-    reference: Path | str | None = None,
-    seq_len: int | None = None,
-    stride: int | None = None,
-    max_tokens: int | None = None,
-    skip_documents: int = 0,
-    tasks: Sequence[str] | None = None,
-    tasks_data: Path | None = None,
-    limit: int | None = None,
-    batch_size: int = 8,
-    json_file: Path | None = None,
-    needs_picture: bool = False,
+    directory: Path, *, json_file: Path | None = None, needs_picture: bool = False, **options: Any
 ) -> list[str]:
-    """The documents of ``text``; InputError for a request that cannot be met. Hashes are left to the evaluation."""
-    counts = {"seq_len": seq_len, "stride": stride, "max_tokens": max_tokens, "limit": limit, "batch_size": batch_size}
+    """Return the documents of the text; InputError for a request that cannot be met.
+
+    options: fields of Request. Hashes of the checkpoint are left to the evaluation.
+    """
+    request = Request(**options)
+    text, tasks, limit = request.text, request.tasks, request.limit
+    counts = {name: getattr(request, name) for name in ("seq_len", "stride", "max_tokens", "limit", "batch_size")}
     check_positive(**{name: value for name, value in counts.items() if value is not None})
     if not text and tasks is None:
         raise InputError("eval needs text or tasks; give --text FILE or --tasks arc_easy,boolq")
-    if tasks is None and (tasks_data is not None or limit is not None):
+    if tasks is None and (request.tasks_data is not None or limit is not None):
         raise InputError(
             "--tasks-data and --limit are of zero-shot tasks, none was asked for; give --tasks arc_easy,boolq"
         )
-    if not text and (reference is not None or needs_picture):
+    if not text and (request.reference is not None or needs_picture):
         raise InputError("--reference and --plot need log-perplexity; give --text FILE too")
     if json_file is not None and json_file.is_dir():
         raise InputError(f"--json {json_file} is a directory; give a file")
     if tasks is not None:
-        check_tasks(tasks, tasks_data)
+        check_tasks(tasks, request.tasks_data)
     checkpoint = open_checkpoint(directory, check_hashes=False, check_sizes=True)
-    if reference is not None:
-        check_source(reference)
-    if plan_file is not None:
-        Plan.read(plan_file).resolve(checkpoint.shapes)
+    if request.reference is not None:
+        check_source(request.reference)
+    if request.plan_file is not None:
+        Plan.read(request.plan_file).resolve(checkpoint.shapes)
     documents = read_documents(text)
-    if text and not 0 <= skip_documents < len(documents):
-        raise InputError(f"skip_documents={skip_documents} of {len(documents)} documents; leave at least one")
+    if text and not 0 <= request.skip_documents < len(documents):
+        raise InputError(f"skip_documents={request.skip_documents} of {len(documents)} documents; leave at least one")
     return documents

@@ -5,10 +5,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import RenderableType
 
 from matquant.core.spec import Plan
-from matquant.format.checkpoint import bits_per_weight, manifest_sha256, open_checkpoint
+from matquant.format.read import Checkpoint, manifest_sha256, open_checkpoint
+from matquant.format.sizes import bits_per_weight
 from matquant.hf.text import token_stream
 from matquant.hf_torch.finite import checked_logits
 from matquant.hf_torch.models import (
@@ -21,7 +23,7 @@ from matquant.hf_torch.models import (
 )
 from matquant.hf_torch.nested_model import load
 from matquant.measure.likelihood import evaluate, log_perplexity, predicted_tokens
-from matquant.measure.request import check_evaluation
+from matquant.measure.request import Request, check_evaluation
 from matquant.measure.tasks import (
     check_tasks,
     find_harness,
@@ -43,104 +45,56 @@ def evaluate_checkpoint(
     directory: Path,
     *,
     bits: Sequence[int],
-    text: Sequence[Path] = (),
-    plan_file: Path | None = None,
-    reference: Path | str | None = None,
-    seq_len: int | None = None,
-    stride: int | None = None,
-    max_tokens: int | None = None,
-    skip_documents: int = 0,
-    tasks: Sequence[str] | None = None,
-    tasks_data: Path | None = None,
-    limit: int | None = None,
-    batch_size: int = 8,
     device: str | None = None,
     json_file: Path | None = None,
     plot_file: Path | None = None,
     show: Show = lambda table: None,
     progress: Callable[[str], None] = lambda line: None,
     report: Count = lambda stage, done, total: None,
+    **options: Any,
 ) -> dict[str, Any]:
     """Evaluate a checkpoint at ``bits``, at a plan and beside its float model; returns and writes the record.
 
-    The record is {"checkpoint": sha256 of its manifest, "log_perplexity": {width: nats per token}, "bits_per_weight":
-    {width: bits}, "reference": nats or None, "tokens": predicted tokens, "context": window}, and with a plan "plan":
-    {"name": of the file, "bits": {path: bits}}. max_tokens: evaluate on the first so many tokens. device None: cuda if
-    there is one.
+    options: fields of ``request.Request``. device None: cuda if there is one. The record is {"checkpoint": sha256 of
+    its manifest, "log_perplexity": {width: nats per token}, "bits_per_weight": {width: bits}, "reference": nats or
+    None, "tokens": predicted tokens, "context": window}, with a plan also "plan": {"name": of the file, "bits": {path:
+    bits}}, with tasks also "tasks": {width: {task: {"metric": what counts, "metrics": {name: fraction of 1},
+    "questions": count, "fingerprint": sha256}}} and "task_average": {width: fraction of 1}.
 
-    tasks: names of eval.tasks.TASKS, on the first ``limit`` questions each; adds "tasks": {width: {task: {"metric":
-    what counts, "metrics": {name: fraction of 1}, "questions": count, "fingerprint": sha256}}} and "task_average":
-    {width: fraction of 1}. The record is written after every task, and results in ``json_file`` that have the same
-    fingerprint are taken from there: a run that was killed continues. progress: told every task in words. report: told
-    the width or task at work, and how much is done of how much. InputError naming the width and the layer where NaN or
-    infinity begins.
+    The record is written after every task, and results in ``json_file`` that have the same fingerprint are taken from
+    there: a run that was killed continues. progress: told every task in words. report: told the width or task at work,
+    and how much is done of how much. InputError naming the width and the layer where NaN or infinity begins.
     """
-    documents = check_evaluation(
-        directory,
-        text=text,
-        plan_file=plan_file,
-        reference=reference,
-        seq_len=seq_len,
-        stride=stride,
-        max_tokens=max_tokens,
-        skip_documents=skip_documents,
-        tasks=tasks,
-        tasks_data=tasks_data,
-        limit=limit,
-        batch_size=batch_size,
-        json_file=json_file,
-        needs_picture=plot_file is not None,
-    )
+    request = Request(**options)
+    documents = check_evaluation(directory, json_file=json_file, needs_picture=plot_file is not None, **options)
     if plot_file is not None:
         check_picture(plot_file)
     place = choose_device(device)
-    data = check_tasks(tasks, tasks_data) if tasks is not None else {}
-    if tasks is not None:
+    data = check_tasks(request.tasks, request.tasks_data) if request.tasks is not None else {}
+    if request.tasks is not None:
         find_harness()  # or say what to install before any work
     checkpoint = open_checkpoint(directory)
     plans = {str(width): Plan(default=width) for width in bits}
     record: dict[str, Any] = {"checkpoint": manifest_sha256(directory)}
-    if plan_file is not None:
-        plans["plan"] = Plan.read(plan_file)
-        record["plan"] = {"name": plan_file.stem, "bits": plans["plan"].resolve(checkpoint.shapes)}
+    if request.plan_file is not None:
+        plans["plan"] = Plan.read(request.plan_file)
+        record["plan"] = {"name": request.plan_file.stem, "bits": plans["plan"].resolve(checkpoint.shapes)}
     widths = {name: plan.resolve(checkpoint.shapes) for name, plan in plans.items()}
     sizes = {name: bits_per_weight(checkpoint, bits_by_path) for name, bits_by_path in widths.items()}
     record |= {"log_perplexity": {}, "bits_per_weight": sizes, "reference": None, "context": None, "tokens": 0}
-    stream = None
-    if text:
-        vocab_size = vocabulary_size(checkpoint.config)
-        stream = token_stream(documents[skip_documents:], load_tokenizer(directory), vocab_size=vocab_size)
-        stream = stream if max_tokens is None else stream[: max_tokens + 1]
+    stream = _stream(directory, checkpoint, documents, request) if request.text else None
     report("loading the model", 0, 0)
     model = load(directory, device=place, check_hashes=False, kernels="none")  # open_checkpoint has just checked them
     if stream is not None:
-        context = seq_len or context_length(model)
-        check_context(model, context)
-        results = evaluate(
-            model, stream, bits=bits, plan=plans.get("plan"), context=context, stride=stride, report=report
-        )
-        tokens = predicted_tokens(stream, context=context, stride=stride)
-        record |= {"log_perplexity": results, "context": context, "tokens": tokens}
-        shown = dict(results)
-        if reference is not None:
-            dtype = next(model.parameters()).dtype
-            report("loading the float model", 0, 0)
-            floating = load_float(reference, dtype=dtype).to(place)
-            told = functools.partial(report, "the float model")
-            record["reference"] = log_perplexity(floating, stream, context=context, stride=stride, report=told)
-            shown = {"float": record["reference"], **results}
-        show(width_table(f"{directory}, {tokens:,} tokens, windows of {context}", shown, sizes))
-    if tasks is not None:
-        known = known_results(json_file)
-        record["tasks"] = {}
-        for name, task, result in _score_tasks(
-            model, directory, widths, data, tasks_data=tasks_data, limit=limit, batch_size=batch_size, known=known,
+        record |= _measure_text(model, stream, request, bits=bits, plan=plans.get("plan"), device=place, report=report)
+        shown = {**({} if request.reference is None else {"float": record["reference"]}), **record["log_perplexity"]}
+        show(width_table(f"{directory}, {record['tokens']:,} tokens, windows of {record['context']}", shown, sizes))
+    if request.tasks is not None:
+        scores = _score_tasks(
+            model, directory, widths, data, request, known=known_results(json_file),
             checkpoint_sha256=record["checkpoint"], progress=progress, report=report,
-        ):  # fmt: skip
-            record["tasks"].setdefault(name, {})[task] = result
-            if json_file is not None:
-                write_json(json_file, record)
-        record["task_average"] = {name: task_average(found) for name, found in record["tasks"].items()}
+        )  # fmt: skip
+        _collect_tasks(record, scores, json_file)
         show(task_table(f"{directory}, zero-shot, percent", record["tasks"], record["task_average"]))
     if plot_file is not None:
         _plot(plot_file, record, directory.name)
@@ -149,15 +103,58 @@ def evaluate_checkpoint(
     return record
 
 
+def _stream(directory: Path, checkpoint: Checkpoint, documents: list[str], request: Request) -> np.ndarray:
+    """Return the tokens that are evaluated, one more than are predicted."""
+    vocab_size = vocabulary_size(checkpoint.config)
+    tokenizer = load_tokenizer(directory)
+    stream = token_stream(documents[request.skip_documents :], tokenizer, vocab_size=vocab_size)
+    return stream if request.max_tokens is None else stream[: request.max_tokens + 1]
+
+
+def _measure_text(
+    model: Any,
+    stream: np.ndarray,
+    request: Request,
+    *,
+    bits: Sequence[int],
+    plan: Plan | None,
+    device: Any,
+    report: Count,
+) -> dict[str, Any]:
+    """Return the entries of the record that text gives: log-perplexity, context, tokens, and the float reference."""
+    context, stride = request.seq_len or context_length(model), request.stride
+    check_context(model, context)
+    results = evaluate(model, stream, bits=bits, plan=plan, context=context, stride=stride, report=report)
+    tokens = predicted_tokens(stream, context=context, stride=stride)
+    found: dict[str, Any] = {"log_perplexity": results, "context": context, "tokens": tokens}
+    if request.reference is not None:
+        dtype = next(model.parameters()).dtype
+        report("loading the float model", 0, 0)
+        floating = load_float(request.reference, dtype=dtype).to(device)
+        told = functools.partial(report, "the float model")
+        found["reference"] = log_perplexity(floating, stream, context=context, stride=stride, report=told)
+    return found
+
+
+def _collect_tasks(
+    record: dict[str, Any], scores: Iterator[tuple[str, str, dict[str, Any]]], json_file: Path | None
+) -> None:
+    """Put every task's result into the record as it comes, and the record into ``json_file`` after each."""
+    record["tasks"] = {}
+    for name, task, result in scores:
+        record["tasks"].setdefault(name, {})[task] = result
+        if json_file is not None:
+            write_json(json_file, record)
+    record["task_average"] = {name: task_average(found) for name, found in record["tasks"].items()}
+
+
 def _score_tasks(
     model: Any,
     directory: Path,
     widths: Mapping[str, Mapping[str, int]],
     data: Mapping[str, str],
+    request: Request,
     *,
-    tasks_data: Path | None,
-    limit: int | None,
-    batch_size: int,
     known: Mapping[str, Any],
     checkpoint_sha256: str,
     progress: Callable[[str], None],
@@ -168,6 +165,7 @@ def _score_tasks(
     data: task -> sha256 of its file. known: fingerprint -> result that need not be computed.
     """
     harness = find_harness()
+    limit, batch_size = request.limit, request.batch_size
     facts = {"checkpoint": checkpoint_sha256, "limit": limit, "batch_size": batch_size, "lm_eval": harness.VERSION}
     keys = {
         (name, task): fingerprint(bits=bits_by_path, task=task, data=sha256, **facts)
@@ -175,7 +173,7 @@ def _score_tasks(
         for task, sha256 in data.items()
     }
     needed = [task for task in data if any(keys[name, task] not in known for name in widths)]
-    with open_tasks(harness, needed, tasks_data) as opened:
+    with open_tasks(harness, needed, request.tasks_data) as opened:
         served = harness.wrap(model, load_tokenizer(directory), batch_size=batch_size)
         for number, ((name, task), key) in enumerate(keys.items(), 1):
             place = f"{number} of {len(keys)}: {task} at {f'int{name}' if name.isdigit() else name}"

@@ -20,7 +20,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from matquant.format.checkpoint import check_writable, open_checkpoint
+from matquant.format.read import open_checkpoint
+from matquant.format.write import check_writable
 from matquant.hf_torch.models import hidden_size
 from matquant.methods.parts.job import Report, source_files
 from matquant.options import distill

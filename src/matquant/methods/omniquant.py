@@ -33,8 +33,8 @@ from matquant.methods.parts import clip, equivalence
 from matquant.methods.parts.blocks import Block, Solved, calibration, run_blocks
 from matquant.methods.parts.job import Job
 from matquant.methods.parts.layer import Layer, check_losses
-from matquant.methods.parts.objective import FLOAT, Width
 from matquant.options.gptq import Settings as GptqSettings
+from matquant.options.objective import FLOAT, Width
 from matquant.options.omniquant import Settings
 
 

@@ -17,16 +17,10 @@ Cost: one forward and backward per width and mix, plus one forward if the float 
 with the same bits as one that was never stopped.
 """
 
-import contextlib
 import copy
 import dataclasses
-import itertools
-import json
-import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,19 +29,21 @@ import torch
 from matquant.core.nest import MASTER_BITS
 from matquant.core.tensor import NestedTensor
 from matquant.hf.text import batch, cut_windows
-from matquant.hf_torch.models import Model, View, check_context, decoder_layers, layer_output, write_weights
-from matquant.methods.parts.fake import Grid, Learned, finish_backward, keep_in_range, nest, start_learning
+from matquant.hf_torch.models import Model, View, check_context, write_weights
+from matquant.methods.parts.fake import Grid, finish_backward, keep_in_range, nest
+from matquant.methods.parts.forward import autocast, first_not_finite, layer_outputs, prepare
 from matquant.methods.parts.job import LOG, Job, fingerprint
 from matquant.methods.parts.masters import chain, release_blocked
-from matquant.methods.parts.objective import FLOAT, Width, hidden_loss, width_loss
-from matquant.methods.parts.sealed import open_sealed, save_sealed
+from matquant.methods.parts.objective import hidden_loss, width_loss
+from matquant.methods.parts.training import STATE, State, learning_rate, make_optimizer, restore, save, start, trim_log
+from matquant.options.objective import FLOAT, Width
 from matquant.options.qat import Schedule, default_lr
 from matquant.system.errors import InputError
-from matquant.system.files import check_space, json_text, write_atomically
-from matquant.system.interrupted import check_same_run, claim
+from matquant.system.files import check_space, json_text
+from matquant.system.interrupted import claim
 
-STATE = "state.safetensors"
 STATE_COPIES = 2  # the state and the next one while it is written
+Term = tuple[str, Width, dict[str, int]]  # a loss of a step: its name, what it is, the plan it is taken at
 
 
 def make_schedule(job: Job) -> Schedule:
@@ -60,35 +56,6 @@ def make_schedule(job: Job) -> Schedule:
         warmup=min(150, max(1, schedule.steps // 10)) if schedule.warmup is None else schedule.warmup,
         learn_clip=job.grid.affine == "learned" if schedule.learn_clip is None else schedule.learn_clip,
     )
-
-
-@dataclass(kw_only=True)
-class State:
-    """The tensors being trained, by path, and how far training has come."""
-
-    masters: dict[str, torch.Tensor]
-    coarse: dict[str, dict[int, torch.Tensor]]
-    learned: dict[str, Learned]
-    rest: dict[str, torch.Tensor]
-    step: int = 0
-
-    def named(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every trained tensor under a unique name."""
-        yield from ((f"{path}/weight", tensor) for path, tensor in self.masters.items())
-        for path, masters in self.coarse.items():
-            yield from ((f"{path}/{bits}/weight", tensor) for bits, tensor in masters.items())
-        yield from ((f"{name}/rest", tensor) for name, tensor in self.rest.items())
-        yield from self.named_learned()
-
-    def named_learned(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The learned clips and affines."""
-        for path, learned in self.learned.items():
-            if learned.clip is not None:
-                yield f"{path}/clip", learned.clip
-            for bits, (reach, centre) in learned.affines.items():
-                yield f"{path}/{bits}/reach", reach
-                if centre is not None:
-                    yield f"{path}/{bits}/centre", centre
 
 
 def run(job: Job) -> Iterator[tuple[str, NestedTensor]]:
@@ -115,7 +82,7 @@ def run(job: Job) -> Iterator[tuple[str, NestedTensor]]:
     teacher = copy.deepcopy(model) if taught else None
     if (work / STATE).is_file():
         restore(state, optimizer, work, mark)
-    _trim_log(work / LOG, state.step)
+    trim_log(work / LOG, state.step)
     prepare(model, views, schedule)
     work.mkdir(parents=True, exist_ok=True)
     with (work / LOG).open("a") as log:
@@ -150,71 +117,6 @@ def _check_mix(schedule: Schedule, trained: Sequence[int], paths: Sequence[str])
         )
 
 
-def start(
-    model: Model,
-    views: Mapping[str, View],
-    grid: Grid,
-    schedule: Schedule,
-    *,
-    trained: Sequence[int],
-    first: Mapping[str, NestedTensor] | None = None,
-) -> State:
-    """Float masters of all weights, and what else is learned, before step 0; from the model or from ``first``."""
-    parameters = dict(model.named_parameters())
-    taken = {view.parameter for view in views.values()}
-    first = first or {}
-    masters = {path: view.of(parameters[view.parameter].detach()).float().clone() for path, view in views.items()}
-    masters |= {path: nested.read(grid.bits) for path, nested in first.items()}
-    several = schedule.masters == "each" and MASTER_BITS in trained
-    own = [bits for bits in trained if bits < MASTER_BITS] if several else []
-    learned = {
-        path: start_learning(
-            w, grid, trained=trained, clip=bool(schedule.learn_clip), nested=first.get(path), name=path
-        )
-        for path, w in masters.items()
-    }
-    if schedule.freeze:  # the grid stays, however its weights move
-        learned = {path: dataclasses.replace(tensors, limit=math.inf) for path, tensors in learned.items()}
-    return State(
-        masters=masters,
-        coarse={path: {bits: weight.clone() for bits in own} for path, weight in masters.items()},
-        learned=learned,
-        rest={name: p for name, p in parameters.items() if name not in taken} if schedule.train_rest else {},
-    )
-
-
-def make_optimizer(state: State, schedule: Schedule) -> torch.optim.Optimizer:
-    """AdamW over everything trained; clips and affines in a group of their own, without decay."""
-    learned = [tensor for _, tensor in state.named_learned()]
-    by_width: dict[int, list[torch.Tensor]] = {MASTER_BITS: [*state.masters.values(), *state.rest.values()]}
-    for masters in state.coarse.values():
-        for bits, tensor in masters.items():
-            by_width.setdefault(bits, []).append(tensor)
-    for tensor in (*learned, *itertools.chain.from_iterable(by_width.values())):
-        tensor.requires_grad_(True)
-    narrowest = min(by_width)
-    groups = [
-        {
-            "params": tensors,
-            "factor": schedule.wide_lr ** ((bits - narrowest) / max(1, MASTER_BITS - narrowest)),
-            "weight_decay": schedule.weight_decay,
-        }
-        for bits, tensors in by_width.items()
-    ]
-    groups += [{"params": learned, "factor": schedule.affine_lr, "weight_decay": 0.0}]
-    groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=schedule.lr or 0.0, betas=(0.9, 0.95), fused=True)
-
-
-def learning_rate(step: int, schedule: Schedule) -> float:
-    """Linear warm-up to ``lr``, then cosine to 0 (App. B)."""
-    peak, warmup, steps = schedule.lr or 0.0, schedule.warmup or 0, schedule.steps
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    done = min(1.0, (step - warmup) / max(1, steps - warmup))
-    return peak * (1 + math.cos(math.pi * done)) / 2
-
-
 def train_step(
     model: Model,
     views: Mapping[str, View],
@@ -234,38 +136,16 @@ def train_step(
     for parameter in model.parameters():
         parameter.grad = None
     nested = _nest(state, grid, objective)
+    teachers = {bits for width in objective for bits in width.teachers}
     losses: dict[str, float] = {}
-    chained = any(state.coarse.values()) or next(state.named_learned(), None) is not None
     for part in range(schedule.accumulate):
         index = state.step * schedule.accumulate + part
         rows = batch(windows, index, size=schedule.batch_size, seed=schedule.seed)
         tokens = torch.from_numpy(rows).to(model.device)
-        inputs, targets = tokens[:, :-1], tokens[:, 1:]
-        logits: dict[int, torch.Tensor] = {}
-        aims: list[torch.Tensor] = []
         terms = _terms(tuple(nested), objective, schedule, index=index)
-        with _autocast(model, schedule):
-            if teacher is not None:
-                with torch.no_grad(), _layer_outputs(teacher, kept=schedule.hidden > 0) as aims:
-                    logits[FLOAT] = teacher(input_ids=inputs, use_cache=False).logits
-            for name, width, plan in terms:
-                write_weights(model, views, ((path, tensor.read(plan[path])) for path, tensor in nested.items()))
-                with _layer_outputs(model, kept=schedule.hidden > 0) as hidden:
-                    output = model(input_ids=inputs, use_cache=False).logits
-                loss = width_loss(output, targets, [logits[bits] for bits in width.teachers], truth=width.truth)
-                if schedule.hidden:
-                    loss = loss + schedule.hidden * hidden_loss(hidden, aims)
-                if not bool(torch.isfinite(loss)):
-                    raise InputError(
-                        f"the loss at {name} bits is not finite at step {state.step + 1}, first in "
-                        f"{_first_not_finite(model, inputs)}; use a smaller --lr and --overwrite"
-                    )
-                torch.autograd.backward(loss * width.weight / schedule.accumulate)
-                losses[name] = losses.get(name, 0.0) + loss.item() / schedule.accumulate
-                if any(width.bits in student.teachers for student in objective):
-                    logits[width.bits] = output.detach()
-                if chained:
-                    _chain_gradients(model, views, state, nested, plan)
+        found = _backward_batch(model, views, state, nested, terms, tokens, schedule, teacher, teachers)
+        for name, loss in found.items():
+            losses[name] = losses.get(name, 0.0) + loss / schedule.accumulate
     _finish_gradients(model, views, state, nested, schedule.pull)
     _drop_frozen(state, schedule.freeze)
     norm = torch.nn.utils.clip_grad_norm_([t for _, t in state.named() if t.grad is not None], schedule.clip_norm)
@@ -302,12 +182,7 @@ def finish(state: State, grid: Grid) -> Iterator[tuple[str, NestedTensor]]:
         yield path, nest(weight.detach(), grid, learned=state.learned[path], coarse=state.coarse[path], name=path)
 
 
-# ------------------------------------------------------------------------------------------------------ inside a step
-
-
-def _terms(
-    paths: Sequence[str], objective: Sequence[Width], schedule: Schedule, *, index: int
-) -> list[tuple[str, Width, dict[str, int]]]:
+def _terms(paths: Sequence[str], objective: Sequence[Width], schedule: Schedule, *, index: int) -> list[Term]:
     """The losses of a batch: their names, what they are and the plans {path: bits} that they are taken at."""
     terms = [(str(width.bits), width, dict.fromkeys(paths, width.bits)) for width in objective]
     if schedule.mix:
@@ -323,6 +198,52 @@ def _nest(state: State, grid: Grid, objective: tuple[Width, ...]) -> dict[str, N
         path: nest(weight.detach(), needed, learned=state.learned[path], coarse=state.coarse[path], name=path)
         for path, weight in state.masters.items()
     }
+
+
+def _backward_batch(
+    model: Model,
+    views: Mapping[str, View],
+    state: State,
+    nested: Mapping[str, NestedTensor],
+    terms: Sequence[Term],
+    tokens: torch.Tensor,
+    schedule: Schedule,
+    teacher: Model | None,
+    teachers: Collection[int],
+) -> dict[str, float]:
+    """Add the gradients of one batch at every term, in their order; returns the losses by the terms' names.
+
+    tokens: int64 [B, T + 1]. teachers: widths whose logits a later term is compared with, kept without a graph.
+    Raises InputError naming the width, the step and the layer for a loss that is not finite.
+    """
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    logits: dict[int, torch.Tensor] = {}
+    aims: list[torch.Tensor] = []
+    losses: dict[str, float] = {}
+    chained = any(state.coarse.values()) or next(state.named_learned(), None) is not None
+    with autocast(model, schedule):
+        if teacher is not None:
+            with torch.no_grad(), layer_outputs(teacher, kept=schedule.hidden > 0) as aims:
+                logits[FLOAT] = teacher(input_ids=inputs, use_cache=False).logits
+        for name, width, plan in terms:
+            write_weights(model, views, ((path, tensor.read(plan[path])) for path, tensor in nested.items()))
+            with layer_outputs(model, kept=schedule.hidden > 0) as hidden:
+                output = model(input_ids=inputs, use_cache=False).logits
+            loss = width_loss(output, targets, [logits[bits] for bits in width.teachers], truth=width.truth)
+            if schedule.hidden:
+                loss = loss + schedule.hidden * hidden_loss(hidden, aims)
+            if not bool(torch.isfinite(loss)):
+                raise InputError(
+                    f"the loss at {name} bits is not finite at step {state.step + 1}, first in "
+                    f"{first_not_finite(model, inputs)}; use a smaller --lr and --overwrite"
+                )
+            torch.autograd.backward(loss * width.weight / schedule.accumulate)
+            losses[name] = loss.item()
+            if width.bits in teachers:
+                logits[width.bits] = output.detach()
+            if chained:
+                _chain_gradients(model, views, state, nested, plan)
+    return losses
 
 
 def _chain_gradients(
@@ -379,89 +300,3 @@ def _drop_frozen(state: State, freeze: int) -> None:
         clip = state.learned[path].clip
         assert clip is not None  # _check_freeze
         clip.grad = None
-
-
-@contextlib.contextmanager
-def _layer_outputs(model: Model, *, kept: bool = True) -> Iterator[list[torch.Tensor]]:
-    """The list that the decoder layers' outputs of a forward are put in, in their order; empty unless ``kept``."""
-    outputs: list[torch.Tensor] = []
-
-    def keep(_: torch.nn.Module, __: Any, output: Any) -> None:
-        outputs.append(layer_output(output))
-
-    hooks = [layer.register_forward_hook(keep) for _, layer in decoder_layers(model)] if kept else []
-    try:
-        yield outputs
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-@torch.no_grad()
-def _first_not_finite(model: Model, inputs: torch.Tensor) -> str:
-    """The first decoder layer that puts out numbers that are not finite."""
-    with _layer_outputs(model) as outputs:
-        model(input_ids=inputs, use_cache=False)
-    names = [name for name, _ in decoder_layers(model)]
-    broken = (name for name, output in zip(names, outputs, strict=True) if not bool(torch.isfinite(output).all()))
-    return next(broken, "the head")
-
-
-def prepare(model: Model, views: Mapping[str, View], schedule: Schedule) -> None:
-    """Evaluation mode: nothing is dropped or drawn at random. Only what is trained asks for gradients."""
-    model.eval()
-    taken = {view.parameter for view in views.values()}
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in taken or schedule.train_rest)
-    if schedule.checkpoint_activations:
-        model.activation_checkpointing_enable({"use_reentrant": False})
-        for _, layer in decoder_layers(model):
-            layer.training = True  # of itself alone: transformers checkpoints no other layer
-            rates = [name for name, value in vars(layer).items() if "dropout" in name and isinstance(value, float)]
-            vars(layer).update(dict.fromkeys(rates, 0.0))
-
-
-def _autocast(model: Model, schedule: Schedule) -> contextlib.AbstractContextManager[Any]:
-    if not schedule.autocast:
-        return contextlib.nullcontext()
-    # Its cache of cast weights would serve the first width's weights to all others: the slots change inside it.
-    return torch.autocast(model.device.type, torch.bfloat16, cache_enabled=False)
-
-
-# ---------------------------------------------------------------------------------------------------- saved training
-
-
-def save(state: State, optimizer: torch.optim.Optimizer, work: Path, mark: Mapping[str, Any]) -> None:
-    """Write everything the next step depends on, atomically."""
-    tensors = {name: tensor.detach() for name, tensor in state.named()}
-    for name, tensor in state.named():
-        for key, value in optimizer.state[tensor].items():
-            tensors[f"{name}//{key}"] = value
-    save_sealed(work / STATE, tensors, {"step": str(state.step), "fingerprint": json_text(mark)})
-
-
-def restore(state: State, optimizer: torch.optim.Optimizer, work: Path, mark: Mapping[str, Any]) -> None:
-    """Continue from a saved state; InputError naming the first setting that differs from the run that wrote it."""
-    with open_sealed(work / STATE, remedy="--overwrite to start again") as (file, metadata):
-        check_same_run(json.loads(metadata["fingerprint"]), mark)
-        state.step = int(metadata["step"])
-        names = set(file.keys())
-        for name, tensor in state.named():
-            with torch.no_grad():
-                tensor.copy_(file.get_tensor(name))
-            moments = [key for key in names if key.startswith(f"{name}//")]
-            optimizer.state[tensor] = {
-                key.rpartition("//")[2]: file.get_tensor(key).to(tensor.device) for key in moments
-            }
-
-
-def _trim_log(log: Path, step: int) -> None:
-    """Drop the records of steps that will be done again; InputError for a damaged log."""
-    if not log.is_file():
-        return
-    lines = [line for line in log.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
-    try:
-        kept = [line for line in lines if json.loads(line)["step"] <= step]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise InputError(f"{log} is damaged; delete it to go on without its records") from None
-    write_atomically(log, b"".join(kept))

@@ -21,13 +21,8 @@ from matquant.core.grid import check_finite, check_group_size
 from matquant.core.nest import MASTER_BITS, UNIFORM
 from matquant.core.spec import Spec
 from matquant.core.tensor import NestedTensor
-from matquant.format.checkpoint import (
-    SHARD_BYTES,
-    check_writable,
-    manifest_sha256,
-    open_checkpoint,
-    write_checkpoint,
-)
+from matquant.format.read import manifest_sha256, open_checkpoint
+from matquant.format.write import SHARD_BYTES, check_writable, write_checkpoint
 from matquant.hf.text import data_sha256, token_stream
 from matquant.hf_torch.layers import select_linears
 from matquant.hf_torch.models import (

@@ -11,7 +11,8 @@ from typing import Any
 
 from matquant.calibration import calibration_text
 from matquant.core.nest import CENTRE, OWN, check_bits, check_grid
-from matquant.format.checkpoint import check_writable, side_files
+from matquant.format.side_files import side_files
+from matquant.format.write import check_writable
 from matquant.hf.source import check_source
 from matquant.hf.text import read_documents
 from matquant.options import METHODS, Method

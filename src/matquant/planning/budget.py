@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from matquant.core.nest import check_bits
-from matquant.format.checkpoint import Checkpoint, plain_bytes, size_bytes
+from matquant.format.read import Checkpoint
+from matquant.format.sizes import plain_bytes, size_bytes
 from matquant.system.errors import InputError, check_positive
 
 Groups = tuple[tuple[str, ...], ...]  # paths that share a width, in the order of the model

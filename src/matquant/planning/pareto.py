@@ -13,7 +13,8 @@ import numpy as np
 from rich.console import RenderableType
 from rich.table import Table
 
-from matquant.format.checkpoint import Checkpoint, bits_per_weight
+from matquant.format.read import Checkpoint
+from matquant.format.sizes import bits_per_weight
 from matquant.planning.budget import bits_budget, check_widths
 from matquant.planning.run import SEARCH, SEARCHED_WIDTHS, check_output, describe, make_plan
 from matquant.planning.search import EVALUATIONS, PAPER_WIDTHS

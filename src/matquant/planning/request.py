@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from matquant.format.checkpoint import open_checkpoint
+from matquant.format.read import open_checkpoint
 from matquant.hf.source import check_source
 from matquant.hf.text import read_documents
 from matquant.system.errors import InputError, check_positive

@@ -10,7 +10,8 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from matquant.core.spec import ABOUT, Plan
-from matquant.format.checkpoint import Checkpoint, bits_per_weight, open_checkpoint, plain_bytes, plan_bytes
+from matquant.format.read import Checkpoint, open_checkpoint
+from matquant.format.sizes import bits_per_weight, plain_bytes, plan_bytes
 from matquant.planning.budget import Budget, bits_budget, by_layer, by_width, check_widths, size_budget
 from matquant.planning.search import EVALUATIONS, PAPER_WIDTHS, search, strategy_plan
 from matquant.planning.strategies import check_strategy

@@ -26,8 +26,8 @@ import numpy as np
 import torch
 
 from matquant.core.nest import MASTER_BITS
-from matquant.format.checkpoint import Checkpoint, manifest_sha256, open_checkpoint
 from matquant.format.manifest import PLAN_CACHE
+from matquant.format.read import Checkpoint, manifest_sha256, open_checkpoint
 from matquant.hf.source import check_source
 from matquant.hf.text import cut_windows, data_sha256, token_stream
 from matquant.hf_torch.finite import check_result

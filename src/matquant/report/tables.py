@@ -5,16 +5,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.backend_bases import FigureCanvasBase
+from matplotlib.figure import Figure
 from rich.table import Table
 
 from matquant.system.errors import InputError
 from matquant.system.files import json_text, replace_when_done, write_atomically
-
-mpl.use("Agg")
-from matplotlib import pyplot as plt
 
 
 def width_table(title: str, log_perplexity: Mapping[str, float], bits_per_weight: Mapping[str, float]) -> Table:
@@ -58,7 +55,8 @@ def plot_widths(
     file: Path, curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, reference: float | None
 ) -> None:
     """Log-perplexity against bits per weight: name -> (bits per weight, log-perplexity); reference: the float model."""
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(7, 4.5), layout="constrained")  # not of pyplot: no backend is chosen, nothing to close
+    axes = figure.subplots()
     for (name, (x, y)), marker in zip(curves.items(), itertools.cycle("osD^vP*X"), strict=False):
         order = np.argsort(x)
         axes.plot(np.asarray(x)[order], np.asarray(y)[order], marker=marker, label=name)
@@ -74,7 +72,8 @@ def plot_widths(
 
 def plot_histograms(file: Path, codes: Mapping[str, np.ndarray]) -> None:
     """Histograms of 8-bit codes (the paper's Fig. 1c): name -> counts of the 256 codes."""
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
     for name, counts in codes.items():
         share = counts / counts.sum()
         mean = float((np.arange(len(counts)) * share).sum())
@@ -84,8 +83,7 @@ def plot_histograms(file: Path, codes: Mapping[str, np.ndarray]) -> None:
     _save(figure, file)
 
 
-def _save(figure: Any, file: Path) -> None:
+def _save(figure: Figure, file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     with replace_when_done(file) as partial:
         figure.savefig(partial, format=file.suffix.lstrip(".") or "png", dpi=130)
-    plt.close(figure)

@@ -29,8 +29,8 @@ from matquant.core.tensor import NestedTensor
 from matquant.hf.text import cut_windows
 from matquant.hf_torch.models import Call, View, decoder_layers, embed, write_weights
 from matquant.methods.parts.job import LOG, Job, fingerprint
-from matquant.methods.parts.objective import FLOAT
 from matquant.methods.parts.sealed import open_sealed, save_sealed
+from matquant.options.objective import FLOAT
 from matquant.system.errors import InputError
 from matquant.system.files import json_text, write_atomically
 from matquant.system.interrupted import check_same_run, claim
@@ -45,27 +45,26 @@ OWN_PAGES_BYTES = 2**20  # tensors from this size on get pages of their own, whi
 class Block:
     """A decoder layer to be solved, and what flows into it.
 
-    module: the layer with its float32 weights, to be left as it is. name: its module name. views: its linears to
-    quantise, by path. inputs: stream -> batches [B, T, H]. call: runs the module on hidden states [B, T, H].
+    B sequences, T tokens, H hidden size.
     """
 
-    index: int
-    count: int
-    name: str
-    module: torch.nn.Module
-    views: Mapping[str, View]
-    inputs: Mapping[int, Sequence[torch.Tensor]]
-    call: Call
-    config: Any
+    index: int  # of the decoder layer, from 0
+    count: int  # decoder layers of the model
+    name: str  # module name of the layer
+    module: torch.nn.Module  # the layer with its float32 weights, to be left as it is
+    views: Mapping[str, View]  # path -> linear layer to quantise
+    inputs: Mapping[int, Sequence[torch.Tensor]]  # stream -> batches [B, T, H]
+    call: Call  # runs the module on hidden states [B, T, H]
+    config: Any  # of the model, as transformers has it
 
 
 @dataclass(frozen=True, kw_only=True)
 class Solved:
-    """A solved block. plain: changed tensors that are not quantised, by parameter name. record: for the log."""
+    """A decoder layer that a method has quantised."""
 
-    nested: Mapping[str, NestedTensor]
-    plain: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    record: Mapping[str, Any] = field(default_factory=dict)
+    nested: Mapping[str, NestedTensor]  # path -> nested weight
+    plain: Mapping[str, torch.Tensor] = field(default_factory=dict)  # parameter name -> changed float tensor
+    record: Mapping[str, Any] = field(default_factory=dict)  # for the log: losses, a notice
 
 
 Solve = Callable[[Job, Block], Solved]
@@ -101,9 +100,9 @@ def run_blocks(
     del hidden
     records: list[Mapping[str, Any]] = []
     for index, (name, module) in enumerate(layers):
-        began = time.perf_counter()
         file = folder / f"{index:05d}.safetensors"
         views = {path: view for path, view in job.views.items() if view.parameter.startswith(f"{name}.")}
+        began = time.perf_counter()
         _materialise(job, name, module)
         if not file.is_file():
             block = Block(
@@ -116,10 +115,7 @@ def run_blocks(
                 call=calls[index],
                 config=job.model.config,
             )
-            solved = solve(job, block)
-            check_losses({int(bits): loss for bits, loss in solved.record.get("loss", {}).items()}, name)
-            record = {**solved.record, "step": index + 1, "steps": len(layers), "block": name}
-            _save(file, solved, record | {"seconds": round(time.perf_counter() - began, 2)}, mark, job)
+            _solve_and_save(job, solve, block, file, mark, began=began)
         solved = _load(file, mark, device=job.device)
         records.append(solved.record)
         job.report(dict(solved.record))
@@ -158,6 +154,14 @@ def calibration(job: Job, *, samples: int, seq_len: int, seed: int) -> torch.Ten
 
 
 # -------------------------------------------------------------------------------------------------------- one block
+
+
+def _solve_and_save(job: Job, solve: Solve, block: Block, file: Path, mark: Mapping[str, Any], *, began: float) -> None:
+    """Solve one block and write it to ``file``. began: when reading its weights did, for the seconds of the log."""
+    solved = solve(job, block)
+    check_losses({int(bits): loss for bits, loss in solved.record.get("loss", {}).items()}, block.name)
+    record = {**solved.record, "step": block.index + 1, "steps": block.count, "block": block.name}
+    _save(file, solved, record | {"seconds": round(time.perf_counter() - began, 2)}, mark, job)
 
 
 def _embed(job: Job, tokens: torch.Tensor, batch_size: int) -> tuple[list[torch.Tensor], list[Call]]:

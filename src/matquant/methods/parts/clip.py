@@ -31,7 +31,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 
 from matquant.core.grid import storable_scale
-from matquant.core.nest import CENTRE, MASTER_BITS
+from matquant.core.nest import CENTRE, MASTER_BITS, sliced_zero
 from matquant.core.tensor import Affine, NestedTensor
 from matquant.methods.parts.fake import Grid, encode_clipped, refit_slice
 
@@ -40,13 +40,11 @@ SMALLEST_FACTOR = 0.01
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Clip:
-    """What is learned of one weight, [N, G] each. gamma None: not clipped; beta None: the grid is symmetric.
+    """What is learned of one weight, tensors [N, G]."""
 
-    nudges: width -> (stretch, offset) of its learned affine; no offset where the zero is in the centre.
-    """
-
-    gamma: torch.Tensor | None = None
-    beta: torch.Tensor | None = None
+    gamma: torch.Tensor | None = None  # clipping ratio of max(W); None: not clipped
+    beta: torch.Tensor | None = None  # clipping ratio of min(W); None: the grid is symmetric
+    # width -> (stretch, offset) of its learned scale and zero-point; no offset where the zero-point is mid-range
     nudges: Mapping[int, tuple[torch.Tensor, torch.Tensor | None]] = dataclasses.field(default_factory=dict)
 
     def tensors(self) -> Iterator[torch.Tensor]:
@@ -57,13 +55,12 @@ class Clip:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Simulated:
-    """A weight as one step sees it. tensor: what would be stored. position [N, K] on the c-bit grid, clamped, and that
-    grid's scale and zero [N, G] carry gradients."""
+    """A weight as one step sees it; all but ``tensor`` carry gradients."""
 
-    tensor: NestedTensor
-    position: torch.Tensor
-    scale: torch.Tensor
-    zero: torch.Tensor
+    tensor: NestedTensor  # what would be stored
+    position: torch.Tensor  # of each weight on the c-bit grid, clamped, [N, K]
+    scale: torch.Tensor  # of that grid, [N, G]
+    zero: torch.Tensor  # its zero-point, [N, G]
 
 
 def start(weight_NK: torch.Tensor, grid: Grid, *, trained: Sequence[int], clip: bool) -> Clip:
@@ -150,8 +147,7 @@ def straight_through(exact: torch.Tensor, surrogate: torch.Tensor) -> torch.Tens
 
 def own_grid(tensor: NestedTensor, grid: Grid) -> Affine:
     """Scale and zero [N, G] of the c-bit grid a tensor was encoded on: ``encode_clipped`` reversed, exactly."""
-    step = 2 ** (MASTER_BITS - grid.bits)
-    return tensor.scale * step, (tensor.zero - step // 2) / step
+    return tensor.scale * 2 ** (MASTER_BITS - grid.bits), sliced_zero(tensor.zero, grid.bits)
 
 
 def _encode(weight_NK: torch.Tensor, grid: Grid, clip: Clip, name: str) -> NestedTensor:

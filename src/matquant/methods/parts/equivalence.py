@@ -36,18 +36,14 @@ TOLERANCE = 1e-3  # of what the layer adds to its input, on average: far above f
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Equivalence:
-    """A row of the table; module names are relative to the decoder layer.
+    """A row of the table; module names are relative to the decoder layer."""
 
-    layout: where the channels lie in a source linear, see LAYOUTS. one_plus: the norm multiplies by 1 + weight.
-    shift: a shift passes unchanged from source to consumers. needs: the config entry this row holds for.
-    """
-
-    source: str
-    consumers: tuple[str, ...]
-    layout: str = "each"
-    one_plus: bool = False
-    shift: bool = False
-    needs: tuple[str, Any] | None = None
+    source: str  # the norm or linear layer that is divided
+    consumers: tuple[str, ...]  # the linear layers it feeds
+    layout: str = "each"  # where the channels lie in a source linear layer, see LAYOUTS
+    one_plus: bool = False  # the norm multiplies by 1 + weight
+    shift: bool = False  # a shift passes unchanged from source to consumers
+    needs: tuple[str, Any] | None = None  # config entry that this row holds for: key, value
 
 
 def _norm(source: str, *consumers: str, **more: Any) -> Equivalence:
@@ -138,24 +134,24 @@ LAYOUTS: Mapping[str, Layout] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Bound:
-    """An equivalence found in one layer; names are full module names. rows [C], columns [K]: see LAYOUTS."""
+    """An equivalence found in one layer; names are full module names."""
 
-    source: str
-    consumers: tuple[str, ...]
-    linear: bool
-    one_plus: bool
-    shift: bool
-    rows: torch.Tensor
-    columns: torch.Tensor
+    source: str  # the norm or linear layer that is divided
+    consumers: tuple[str, ...]  # the linear layers it feeds
+    linear: bool  # the source is a linear layer
+    one_plus: bool  # the norm multiplies by 1 + weight
+    shift: bool  # delta is learned too
+    rows: torch.Tensor  # source row of each channel [C]
+    columns: torch.Tensor  # channel of each consumer column [K]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Transform:
-    """What is learned of one equivalence. s = exp(log_scale), delta = shift * unit; [C] each, shift None: no delta."""
+    """What is learned of one equivalence, tensors [C]."""
 
-    log_scale: torch.Tensor
-    shift: torch.Tensor | None
-    unit: torch.Tensor
+    log_scale: torch.Tensor  # s = exp(log_scale)
+    shift: torch.Tensor | None  # delta = shift * unit; None: no delta
+    unit: torch.Tensor  # what an activation of the channel is worth; not learned
 
 
 def candidates(name: str, tensors: Mapping[str, torch.Tensor], *, config: Any, quantised: set[str]) -> list[Bound]:

@@ -26,8 +26,8 @@ from typing import Any
 
 import torch
 
-from matquant.core.grid import encode, fit_grid, fit_slice, middle, storable_scale
-from matquant.core.nest import CENTRE, MASTER_BITS, OWN, UNIFORM
+from matquant.core.grid import encode, fit_grid, fit_slice, storable_scale
+from matquant.core.nest import CENTRE, MASTER_BITS, OWN, UNIFORM, centred_codes, centred_zero, middle
 from matquant.core.tensor import Affine, NestedTensor
 
 LearnedAffine = tuple[torch.Tensor, torch.Tensor | None]  # reach_r and centre_r [N, G]; None: 0, and not learned
@@ -35,33 +35,28 @@ LearnedAffine = tuple[torch.Tensor, torch.Tensor | None]  # reach_r and centre_r
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Grid:
-    """What all weights of a run have in common. bits: 8, or the width of a dedicated baseline.
+    """How all weights of a run are quantised."""
 
-    affine: where the own scale and zero of the widths ``sliced`` come from: "none" (there are none), "refit" (least
-    squares to the master at every step) or "learned". zeros: whether those widths have an own zero, or that of the
-    middle of their codes (grid.CENTRE). storable: 8-bit scales of 8 significant bits; False is Eq. 1 to
-    the letter, stored in float32. kind: the positions that codes stand for (nest.GRIDS).
-    """
-
-    rule: str
-    bits: int = MASTER_BITS
-    group_size: int | None = None
-    symmetric: bool = True
-    affine: str = "refit"
-    zeros: str = OWN
-    storable: bool = True
-    sliced: tuple[int, ...] = ()
-    kind: str = UNIFORM
+    rule: str  # slicing rule, one of nest.RULES
+    bits: int = MASTER_BITS  # 8, or the width of a dedicated baseline
+    group_size: int | None = None  # in features that share a scale; None: the whole row
+    symmetric: bool = True  # the 8-bit zero-point is mid-range
+    affine: str = (
+        "refit"  # scale and zero-point of the widths ``sliced``: none, refit (least squares each step), learned
+    )
+    zeros: str = OWN  # zero-points of those widths: stored (OWN), or mid-range (CENTRE)
+    storable: bool = True  # 8-bit scales of 8 significant bits; False: Eq. 1 to the letter, stored in float32
+    sliced: tuple[int, ...] = ()  # widths with a scale of their own, unless ``affine`` is none
+    kind: str = UNIFORM  # the positions that codes stand for, one of nest.GRIDS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Learned:
-    """What a weight learns besides itself. clip: [N, G] or None, at most ``limit`` times max|w|; affines: width ->
-    (reach_r, centre_r), [N, G] each."""
+    """What a weight learns besides itself."""
 
-    clip: torch.Tensor | None = None
-    limit: float = 1.0
-    affines: Mapping[int, LearnedAffine] = dataclasses.field(default_factory=dict)
+    clip: torch.Tensor | None = None  # the range gamma*max|w| [N, G]; None: not clipped
+    limit: float = 1.0  # of clip, in units of max|w|
+    affines: Mapping[int, LearnedAffine] = dataclasses.field(default_factory=dict)  # width -> (reach_r, centre_r)
 
 
 def nest(
@@ -72,7 +67,7 @@ def nest(
     coarse: Mapping[int, torch.Tensor] | None = None,
     name: str = "weight",
 ) -> NestedTensor:
-    """Encode a weight on its grid and give the widths ``grid.sliced`` their own affines, as they would be stored.
+    """Encode a weight on its grid, and give the widths ``grid.sliced`` their own affines, as they would be stored.
 
     coarse: masters of narrower widths, whose top bits the codes of ``weight_NK`` are confined to (``confine``).
     """
@@ -112,11 +107,10 @@ def refit_slice(weight_NK: torch.Tensor, tensor: NestedTensor, bits: int, *, zer
 
 
 def confine(encoded: Mapping[int, torch.Tensor]) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
-    """Nested codes of which each width's top bits are its own master's, as far as the narrower ones leave them free.
+    """Combine per-width masters into one nested code: each is clamped into the bin fixed by the next narrower width.
 
-    encoded: width -> 8-bit codes [N, K] of its master. From the narrowest on, each is clamped into the prefix bin of
-    the one before. Returns the codes, and width -> int8 [N, K]: +1 or -1 where that master wanted to be above or below
-    its bin.
+    encoded: width -> 8-bit codes [N, K] of its master. Returns the codes, and width -> int8 [N, K]: +1 or -1 where that
+    master wanted to be above or below its bin.
     """
     blocked: dict[int, torch.Tensor] = {}
     codes: torch.Tensor | None = None
@@ -242,11 +236,15 @@ def encode_clipped(weight_NK: torch.Tensor, grid: Grid, *, gamma: Any, beta: Any
         codes = encode(weight_NK, scale, zero, grid=grid.kind)
         return NestedTensor(codes=codes, scale=scale, zero=zero, rule=grid.rule, grid=grid.kind)
     if grid.symmetric:
-        zero = zero - 0.5
-    step = 2 ** (MASTER_BITS - grid.bits)
-    codes = encode(weight_NK, scale, zero, bits=grid.bits, grid=grid.kind) * step + step // 2
-    own, master = {grid.bits: (scale, zero)}, (scale / step, zero * step + step / 2)
-    return NestedTensor(codes=codes, scale=master[0], zero=master[1], rule=grid.rule, slices=own, grid=grid.kind)
+        zero = torch.full_like(zero, middle(grid.bits))
+    return NestedTensor(
+        codes=centred_codes(encode(weight_NK, scale, zero, bits=grid.bits, grid=grid.kind), grid.bits),
+        scale=scale / 2 ** (MASTER_BITS - grid.bits),
+        zero=centred_zero(zero, grid.bits),
+        rule=grid.rule,
+        slices={grid.bits: (scale, zero)},
+        grid=grid.kind,
+    )
 
 
 def _largest(weight_NK: torch.Tensor, groups: int) -> torch.Tensor:

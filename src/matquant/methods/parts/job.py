@@ -14,7 +14,7 @@ from matquant.core.tensor import NestedTensor
 from matquant.hf.sidefiles import local_directory
 from matquant.hf_torch.models import Model, View
 from matquant.methods.parts.fake import Grid
-from matquant.methods.parts.objective import Width
+from matquant.options.objective import Width
 from matquant.system.interrupted import describe_files
 
 Report = Callable[[dict[str, Any]], None]  # of log records, and of {"notice": text} for people

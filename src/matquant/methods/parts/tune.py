@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from matquant.core.grid import encode
-from matquant.core.nest import MASTER_BITS
+from matquant.core.nest import MASTER_BITS, centred_codes, slice_codes
 from matquant.core.tensor import NestedTensor
 from matquant.methods.parts.blocks import Block
 from matquant.methods.parts.fake import (
@@ -161,8 +161,8 @@ def _finish(weight: _Weight, grid: Grid) -> NestedTensor:
     """The tuned codes as they are stored; widths that were not tuned get the affine that fits the widest master."""
     tensor = weight.nested()
     if grid.bits < MASTER_BITS:
-        step = 2 ** (MASTER_BITS - grid.bits)
-        return dataclasses.replace(tensor, codes=tensor.codes // step * step + step // 2)
+        codes = centred_codes(slice_codes(tensor.codes, grid.bits), grid.bits)
+        return dataclasses.replace(tensor, codes=codes)
     master_NK = weight.masters[max(weight.masters)]
     others = {
         bits: refit_slice(master_NK, tensor, bits, zeros=grid.zeros)

@@ -1,0 +1,232 @@
+"""Open a nested checkpoint, and read its tensors when they are asked for.
+
+The manifest's sizes and hashes are compared first and then the structure (structure.py), so damage is an error that
+names the file and never a wrong model. No numbers are read before they are needed; with ``mmap`` the codes are views of
+the files, which the system pages in. No pickle anywhere.
+Shapes: N out features, K in features, G groups.
+"""
+
+import contextlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from matquant.core.nest import MASTER_BITS, labels_of, middle
+from matquant.core.packing import unpack
+from matquant.core.spec import DAMAGED, Spec
+from matquant.core.tensor import NestedTensor
+from matquant.format.facts import CONFIG, check_depth
+from matquant.format.layout import SLICES, slice_tensors
+from matquant.format.manifest import (
+    AGAIN,
+    INDEX,
+    MADE_BY,
+    MANIFEST,
+    check_files,
+    read_manifest,
+    read_object,
+    regular_file,
+)
+from matquant.format.structure import check_structure
+from matquant.format.tensor_file import DTYPES, read_tensor
+from matquant.system.arguments import check_types
+from matquant.system.errors import InputError
+from matquant.system.files import sha256
+
+HEAD = "lm_head.weight"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """An opened nested checkpoint: its records, and where each tensor lies. Numbers are read when asked for."""
+
+    directory: Path
+    config: Mapping[str, Any]  # config.json without quantization_config
+    spec: Spec  # how the weights are stored, and how they were made
+    ignore: tuple[str, ...]  # module paths of linear layers left unquantised
+    files: Mapping[str, str]  # tensor name -> file name
+    shapes: Mapping[str, tuple[int, int]]  # path -> (N, K)
+    mmap: bool = True  # files are mapped into memory; otherwise tensors are read
+    handles: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)  # file name -> open file
+    # file name -> (where its data begin, its header)
+    headers: dict[str, tuple[int, Any]] = field(default_factory=dict, repr=False, compare=False)
+    # (path, bits) -> bytes of its codes under rule extra
+    packed_sizes: dict[tuple[str, int], int] = field(default_factory=dict, repr=False, compare=False)
+
+    def array(self, name: str) -> np.ndarray:
+        """A stored tensor by its full name, as it lies in the file."""
+        if not self.mmap:
+            return self.mapped(name, DTYPES[self.stored_dtype(name)])
+        file = self.files[name]
+        if file not in self.handles:
+            self.handles[file] = _open_tensors(self.directory / file)
+        try:
+            array: np.ndarray = self.handles[file].get_tensor(name)
+        except (SafetensorError, AttributeError, TypeError, ValueError) as error:  # a dtype that numpy does not have
+            raise InputError(f"{name} in {self.directory / file} cannot be read ({error}); {AGAIN}") from None
+        return array
+
+    def stored_dtype(self, name: str) -> str:
+        """The dtype of a stored tensor as its file names it: F32, F16, BF16, I32, ..."""
+        entry: dict[str, Any] = self._header(name)[1][name]
+        return str(entry["dtype"])
+
+    def stored_shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a stored tensor."""
+        return tuple(self._header(name)[1][name]["shape"])
+
+    def mapped(self, name: str, dtype: Any) -> np.ndarray:
+        """A stored tensor of ``dtype`` as a read-only view of its file, which the system reads when it is looked at.
+
+        Without ``mmap`` it is read now.
+        """
+        start, header = self._header(name)
+        entry = header[name]
+        shape, file = tuple(entry["shape"]), self.directory / self.files[name]
+        if not self.mmap:
+            return read_tensor(file, dtype, start=start + entry["data_offsets"][0], shape=shape)
+        return np.memmap(file, dtype, "r", start + entry["data_offsets"][0], shape)
+
+    def _header(self, name: str) -> tuple[int, Any]:
+        """Where the data of a tensor's file begin, and its header; each file's is read once."""
+        file = self.files[name]
+        if file not in self.headers:
+            with (self.directory / file).open("rb") as stream:  # safetensors checked it when the checkpoint was opened
+                length = int.from_bytes(stream.read(8), "little")
+                self.headers[file] = 8 + length, json.loads(stream.read(length))
+        return self.headers[file]
+
+    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Tensor name -> shape, of all that is not quantised and, as ``path.weight`` [N, K], of all that is."""
+        quantised = {f"{path}.weight": shape for path, shape in self.shapes.items()}
+        return quantised | {name: self.stored_shape(name) for name in self.plain_names()}
+
+    def plain_names(self) -> list[str]:
+        """Names of the tensors that are not part of a quantised weight."""
+        ours = {f"{path}.weight_{part}" for path in self.shapes for part in ("packed", "scale", "shape", "zero_point")}
+        return [name for name, file in self.files.items() if name not in ours and file != SLICES]
+
+    def nested(self, path: str, *, mapped: bool = False) -> NestedTensor:
+        """Return the quantised weight at ``path``, numpy arrays; ``mapped``: codes are a read-only view of the file."""
+        rows, columns = self.shapes[path]
+        stored = self.spec.stored(path)
+        scale = self.array(f"{path}.weight_scale").astype(np.float32) / 2 ** (MASTER_BITS - stored)
+        zero = np.full_like(scale, 2 ** (MASTER_BITS - 1))
+        if f"{path}.weight_zero_point" in self.files:
+            zero = unpack(self.array(f"{path}.weight_zero_point").T, MASTER_BITS, rows).T.astype(np.float32)
+            zero = np.ascontiguousarray(zero)
+        slices = {}
+        for bits in self.spec.slices:
+            own = [self.array(name).astype(np.float32) for name in slice_tensors(path, bits, self.spec)]
+            slices[bits] = own[0], own[1] if len(own) > 1 else np.full_like(own[0], middle(bits))
+        packed = f"{path}.weight_packed"
+        codes = unpack(self.mapped(packed, "<u4") if mapped else self.array(packed).view("<u4"), stored, columns)
+        codes = codes << (MASTER_BITS - stored) if stored < MASTER_BITS else codes
+        codes = labels_of(codes, grid=self.spec.grid)
+        return NestedTensor(
+            codes=codes, scale=scale, zero=zero, rule=self.spec.rule, slices=slices, grid=self.spec.grid
+        )
+
+
+def open_checkpoint(
+    directory: Path | str, *, check_hashes: bool = True, check_sizes: bool | None = None, mmap: bool = True
+) -> Checkpoint:
+    """Open a nested checkpoint after checking its manifest (unless told not to) and its structure.
+
+    check_sizes: of the files, which takes no time; None: with the hashes. mmap False: tensors are read into memory, so
+    that a file that is truncated later does no harm.
+
+    Raises InputError naming the file or tensor at fault and what would do.
+    """
+    check_types(directory=directory, check_hashes=check_hashes, mmap=mmap)
+    where = Path(directory)
+    check_sizes = check_hashes if check_sizes is None else check_sizes
+    manifest = read_manifest(where)
+    check_files(where, manifest["files"], sizes=check_sizes, hashes=check_hashes)
+    return open_listed(where, manifest, mmap=mmap)
+
+
+def open_listed(where: Path, manifest: Mapping[str, Any], *, mmap: bool = True) -> Checkpoint:
+    """Open a checkpoint whose files have been compared with ``manifest``; InputError unless its structure is right."""
+    listed = set(manifest["files"])
+    config = read_object(where / "config.json", CONFIG)
+    quantised = config.pop("quantization_config", None)
+    record = quantised.get("matquant") if isinstance(quantised, dict) else None
+    if not isinstance(quantised, dict) or not isinstance(record, dict):
+        raise InputError(f'{where / "config.json"} has no "matquant" object; {MADE_BY}')
+    spec = Spec.from_json(record, where=str(where / "config.json"))
+    if record["format"] != manifest["format"]:
+        found = f"{where} is in format {manifest['format']} by {MANIFEST} and in {record['format']} by config.json"
+        raise InputError(f"{found}; {AGAIN}")
+    listed = set(manifest["files"])
+    with contextlib.ExitStack() as stack:
+        handles = {file: stack.enter_context(_open_tensors(where / file)) for file in _tensor_files(where, listed)}
+        files = _tensor_names(where, handles)
+        check_depth(config, len(files), where=where / "config.json")
+        shapes = check_structure(where, files, handles, spec)
+    _untie_stored_head(config, files)
+    ignore = quantised.get("ignore")
+    return Checkpoint(
+        directory=where,
+        config=config,
+        spec=spec,
+        ignore=tuple(map(str, ignore)) if isinstance(ignore, list) else (),
+        files=files,
+        shapes=shapes,
+        mmap=mmap,
+    )
+
+
+def manifest_sha256(directory: Path | str) -> str:
+    """sha256 of a checkpoint's manifest, which holds the hashes of all its files: what a result was measured on."""
+    return sha256(Path(directory) / MANIFEST)
+
+
+def _untie_stored_head(config: dict[str, Any], names: Mapping[str, str]) -> None:
+    """Make ``config`` say that a head which is stored is served: then none is tied, as transformers has it too."""
+    if any(name.endswith(HEAD) for name in names):
+        for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+            if part.get("tie_word_embeddings"):
+                part["tie_word_embeddings"] = False
+
+
+def _tensor_files(where: Path, listed: set[str]) -> list[str]:
+    """Names of the files that hold tensors: the model's shards and the slices. Only listed files are read."""
+    index = where / INDEX
+    shards: set[Any] = {"model.safetensors"}
+    if regular_file(where, INDEX) is not None:
+        if index.name not in listed:
+            raise InputError(f"{index} is not listed in {MANIFEST}; {AGAIN}")
+        weight_map = read_object(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+            raise InputError(f"{index} has no weight_map; {AGAIN}")
+        shards = set(weight_map.values())
+    if (where / SLICES).exists():
+        shards.add(SLICES)
+    for shard in sorted(shards):
+        if shard not in listed:
+            raise InputError(f"{where / shard} is not listed in {MANIFEST}; {AGAIN}")
+    return sorted(shards)
+
+
+def _open_tensors(file: Path) -> Any:
+    try:
+        return safe_open(file, "np")
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{file} cannot be read ({error}); {AGAIN}") from None
+
+
+def _tensor_names(where: Path, handles: Mapping[str, Any]) -> dict[str, str]:
+    """Tensor name -> file name."""
+    files: dict[str, str] = {}
+    for file, handle in handles.items():
+        for name in handle.keys():  # noqa: SIM118  (a safetensors handle is no mapping)
+            if name in files:
+                raise InputError(f"{where} has the tensor {name} in {files[name]} and in {file}; {DAMAGED}")
+            files[name] = file
+    return files

@@ -1,0 +1,57 @@
+"""Check that a checkpoint's files hold the tensors that its Spec promises, before any number of them is read.
+
+Only headers and the tiny ``weight_shape`` tensors are looked at, so this takes milliseconds whatever the model's size.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from matquant.core.spec import DAMAGED, Spec
+from matquant.format.layout import expected_tensors
+from matquant.system.errors import InputError
+
+
+def check_structure(
+    where: Path, files: Mapping[str, str], handles: Mapping[str, Any], spec: Spec
+) -> dict[str, tuple[int, int]]:
+    """Return path -> (N, K) of every quantised weight; InputError if a tensor of one is missing or of a wrong kind."""
+    shapes: dict[str, tuple[int, int]] = {}
+    parts = (".weight_packed", ".weight_scale", ".weight_shape", ".weight_zero_point")
+    paths = {name.removesuffix(part) for name in files for part in parts if name.endswith(part)}
+    if not isinstance(spec.stored_bits, int) and set(spec.stored_bits) != paths:
+        other = sorted(set(spec.stored_bits) ^ paths)[0]
+        raise InputError(f"{where} has stored_bits of other weights than it holds: {other}; {DAMAGED}")
+    for path in sorted(paths):
+        name = f"{path}.weight_shape"
+        if name not in files:
+            raise InputError(f"{where} lacks the tensor {name}; {DAMAGED}")
+        stored = handles[files[name]].get_tensor(name)
+        if stored.dtype != np.int64:
+            dtype = handles[files[name]].get_slice(name).get_dtype()
+            raise InputError(f"{name} has dtype {dtype}, {path} needs I64; {DAMAGED}")
+        if stored.shape != (2,) or (stored < 1).any():
+            raise InputError(f"{name} is {stored.tolist()}, not the size of a matrix; {DAMAGED}")
+        rows, columns = (int(n) for n in stored)
+        if columns % (spec.group_size or 1):
+            raise InputError(
+                f"{where} has group_size={spec.group_size}, "
+                f"which does not divide in_features={columns} of {path}; {DAMAGED}"
+            )
+        for name, wanted in expected_tensors(path, rows, columns, spec).items():
+            if name not in files:
+                raise InputError(f"{where} lacks the tensor {name}; {DAMAGED}")
+            entry = handles[files[name]].get_slice(name)
+            if entry.get_dtype() != wanted[1]:
+                raise InputError(f"{name} has dtype {entry.get_dtype()}, {path} needs {wanted[1]}; {DAMAGED}")
+            if list(entry.get_shape()) != wanted[0]:
+                raise InputError(
+                    f"{name} has shape {list(entry.get_shape())}, "
+                    f"{path} of {rows} x {columns} needs {wanted[0]}; {DAMAGED}"
+                )
+        shapes[path] = (rows, columns)
+    if not shapes:
+        raise InputError(f"{where} holds no quantised weight; {DAMAGED}")
+    return shapes

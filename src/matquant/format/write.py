@@ -1,0 +1,148 @@
+"""Write a nested checkpoint: a Hugging Face directory that is a stock int8 model to everyone else.
+
+Stored are the tensors of layout.py in shards, the stock quantization_config with our Spec as the extra key "matquant",
+and a manifest of sha256 sums. Everything goes shard by shard into a temporary sibling directory, is synced, hashed,
+then renamed into place: a crash leaves the old checkpoint or the new one. One shard is in memory at a time. No pickle.
+docs/format.md specifies the files byte by byte.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from matquant.core.spec import Spec
+from matquant.core.tensor import NestedTensor
+from matquant.format.layout import SLICES, slice_tensors, stored_tensors
+from matquant.format.manifest import INDEX, MANIFEST, write_manifest
+from matquant.system.arguments import check_types
+from matquant.system.files import check_replaceable, json_bytes, replace_directory_when_done
+from matquant.system.locks import check_place
+
+SHARD_BYTES = 5 * 10**9  # what transformers itself shards at
+Item = tuple[str, "np.ndarray | NestedTensor"]
+
+
+def write_checkpoint(
+    directory: Path | str,
+    items: Iterable[Item],
+    *,
+    spec: Spec,
+    config: Mapping[str, Any],
+    ignore: Iterable[str],
+    files: Mapping[str, bytes],
+    overwrite: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write a nested checkpoint, one shard in memory at a time.
+
+    items: (path, NestedTensor) for quantised weights and (tensor name, array) for all others, numpy; may be lazy.
+    config: the model's config.json; ignore: module names of linears that stay unquantised; files: further files by
+    name (tokenizer, logs). Raises InputError if ``directory`` exists and ``overwrite`` is false, or the disk is full;
+    nothing is left behind then.
+    """
+    check_types(directory=directory, overwrite=overwrite)
+    target = check_place(directory)  # through a link, the checkpoint it points to is replaced
+    with replace_directory_when_done(target, lambda: check_writable(target, overwrite=overwrite)) as partial:
+        _write_tensors(partial, items, spec=spec, shard_bytes=shard_bytes)
+        quantised = {**config, "quantization_config": quantization_config(spec, ignore)}
+        (partial / "config.json").write_bytes(json_bytes(quantised))
+        for name, content in files.items():
+            (partial / name).write_bytes(content)
+        write_manifest(partial, spec)
+
+
+def check_writable(target: Path, *, overwrite: bool) -> None:
+    """InputError if ``target`` may not be written: it exists without ``overwrite``, or is not a checkpoint of ours."""
+    check_replaceable(target, MANIFEST, "a matquant checkpoint", overwrite=overwrite)
+
+
+def quantization_config(spec: Spec, ignore: Iterable[str]) -> dict[str, Any]:
+    """The stock compressed-tensors description of what is stored, with our Spec as the extra key "matquant"."""
+    stored = spec.stored_bits
+    widths = {stored} if isinstance(stored, int) else set(stored.values())
+    groups = {
+        (bits, spec.symmetric): [] if isinstance(stored, int) else [path for path in stored if stored[path] == bits]
+        for bits in sorted(widths, reverse=True)
+    }
+    config = stock_config(groups, group_size=spec.group_size, ignore=ignore) | {"matquant": spec.to_json()}
+    if not spec.symmetric:
+        # transformers 5.23 mis-shapes packed zero points unless it dequantises while loading.
+        config["dequantize"] = True
+    return config
+
+
+def stock_config(
+    groups: Mapping[tuple[int, bool], Sequence[str]], *, group_size: int | None, ignore: Iterable[str]
+) -> dict[str, Any]:
+    """The quantization_config of compressed-tensors, ``pack-quantized``.
+
+    groups: (bits, whether the zero is in the middle) -> the paths stored so; of a single group they are not listed.
+    """
+    config_groups = {}
+    for number, ((bits, symmetric), paths) in enumerate(groups.items()):
+        weights = {
+            "num_bits": bits,
+            "type": "int",
+            "symmetric": symmetric,
+            "strategy": "channel" if group_size is None else "group",
+            "group_size": group_size,
+            "dynamic": False,
+        }
+        targets = ["Linear"] if len(groups) == 1 else [f"re:^{re.escape(path)}$" for path in paths]
+        config_groups[f"group_{number}"] = {"targets": targets, "weights": weights}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": config_groups,
+        "ignore": sorted(ignore),
+    }
+
+
+def _write_tensors(directory: Path, items: Iterable[Item], *, spec: Spec, shard_bytes: int) -> None:
+    shard: dict[str, np.ndarray] = {}
+    slices: dict[str, np.ndarray] = {}
+    shards: list[list[str]] = []
+    total = 0
+
+    def flush() -> None:
+        save_file(shard, directory / f"shard-{len(shards):05d}", metadata={"format": "pt"})
+        shards.append(list(shard))
+        shard.clear()
+
+    for name, value in items:
+        entries = list(stored_tensors(name, value, spec)) if isinstance(value, NestedTensor) else [(name, value)]
+        size = sum(array.nbytes for _, array in entries)
+        if shard and sum(array.nbytes for array in shard.values()) + size > shard_bytes:
+            flush()
+        # ascontiguousarray alone would turn a scalar into a vector
+        shard.update((key, np.ascontiguousarray(array).reshape(array.shape)) for key, array in entries)
+        total += size
+        if isinstance(value, NestedTensor):
+            for bits, affine in value.slices.items():
+                for (key, dtype), part in zip(slice_tensors(name, bits, spec).items(), affine, strict=False):
+                    slices[key] = part.astype(dtype)
+    flush()
+    if slices:
+        save_file(slices, directory / SLICES)
+    _name_shards(directory, shards, total, index=bool(slices))
+
+
+def _name_shards(directory: Path, shards: list[list[str]], total: int, *, index: bool) -> None:
+    """Give the shards their names; an index lists them if there are several, or if asked for.
+
+    It is asked for beside slices: where there is none, vLLM takes every safetensors file for a part of the model.
+    """
+    names = ["model.safetensors"]
+    if len(shards) > 1:
+        names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    for number, name in enumerate(names):
+        (directory / f"shard-{number:05d}").rename(directory / name)
+    if index or len(shards) > 1:
+        weight_map = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
+        content = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (directory / INDEX).write_bytes(json_bytes(content))

@@ -1,0 +1,57 @@
+"""Forward passes of training: the model in evaluation mode, the outputs of its decoder layers, autocast."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from matquant.hf_torch.models import Model, View, decoder_layers, layer_output
+from matquant.options.qat import Schedule
+
+
+def prepare(model: Model, views: Mapping[str, View], schedule: Schedule) -> None:
+    """Put the model into evaluation mode, without dropout; only what is trained asks for gradients."""
+    model.eval()
+    taken = {view.parameter for view in views.values()}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in taken or schedule.train_rest)
+    if schedule.checkpoint_activations:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+        for _, layer in decoder_layers(model):
+            layer.training = True  # of itself alone: transformers checkpoints no other layer
+            rates = [name for name, value in vars(layer).items() if "dropout" in name and isinstance(value, float)]
+            vars(layer).update(dict.fromkeys(rates, 0.0))
+
+
+def autocast(model: Model, schedule: Schedule) -> contextlib.AbstractContextManager[Any]:
+    if not schedule.autocast:
+        return contextlib.nullcontext()
+    # Its cache of cast weights would serve the first width's weights to all others: the slots change inside it.
+    return torch.autocast(model.device.type, torch.bfloat16, cache_enabled=False)
+
+
+@contextlib.contextmanager
+def layer_outputs(model: Model, *, kept: bool = True) -> Iterator[list[torch.Tensor]]:
+    """Yield a list that collects the decoder layers' outputs of a forward, in their order; empty unless ``kept``."""
+    outputs: list[torch.Tensor] = []
+
+    def keep(_: torch.nn.Module, __: Any, output: Any) -> None:
+        outputs.append(layer_output(output))
+
+    hooks = [layer.register_forward_hook(keep) for _, layer in decoder_layers(model)] if kept else []
+    try:
+        yield outputs
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@torch.no_grad()
+def first_not_finite(model: Model, inputs: torch.Tensor) -> str:
+    """Return the name of the first decoder layer whose output is not finite."""
+    with layer_outputs(model) as outputs:
+        model(input_ids=inputs, use_cache=False)
+    names = [name for name, _ in decoder_layers(model)]
+    broken = (name for name, output in zip(names, outputs, strict=True) if not bool(torch.isfinite(output).all()))
+    return next(broken, "the head")

@@ -1,0 +1,135 @@
+"""What GPTQ knows of a linear layer's inputs: their Hessian H = X^T X, and the factor that compensates errors with it.
+
+H is summed over the calibration tokens, once per decoder layer, from the inputs of the model served at its widest
+width. Linear layers that are given the same tensor share one H and one factor: three quarters of the Cholesky work of
+a Llama layer. The factor is U, upper triangular, with U^T U = (H + damping)^-1 (Frantar et al. 2022, Alg. 1).
+Shapes: K in features, T tokens.
+"""
+
+import functools
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from matquant.methods.parts.blocks import Block
+from matquant.system.errors import InputError
+
+DAMP_LIMIT = 1.0  # more damping than the mean diagonal itself means the Hessian says nothing
+
+
+@dataclass(frozen=True, kw_only=True)
+class Factor:
+    """A damped Hessian, ready for compensation."""
+
+    order_K: torch.Tensor  # columns, most important first
+    upper_KK: torch.Tensor  # U, rows and columns in that order
+    damp: float  # damping it took, in units of the mean diagonal
+
+
+def inverse_factor(hessian_KK: torch.Tensor, *, damp: float, name: str = "weight", reorder: bool = True) -> Factor:
+    """Return U with U^T U = (H + damp * mean diagonal)^-1.
+
+    An H that is not positive definite gets ten times the damping,
+    again and again; InputError when that reaches DAMP_LIMIT. Columns that no input reaches count as the mean.
+    """
+    diagonal = hessian_KK.diagonal()
+    mean = diagonal.mean()
+    if not torch.isfinite(mean) or mean <= 0:
+        raise InputError(f"the Hessian of {name} is {float(mean)} on average; its inputs are broken: use other text")
+    order = (
+        diagonal.argsort(descending=True, stable=True)
+        if reorder
+        else torch.arange(len(diagonal), device=diagonal.device)
+    )
+    ordered = hessian_KK[order][:, order]
+    dead = torch.where(ordered.diagonal() == 0, mean, torch.zeros_like(mean))
+    while damp <= DAMP_LIMIT:
+        damped = ordered + torch.diag(dead + damp * mean)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        if not failed and bool(torch.isfinite(upper).all()):
+            return Factor(order_K=order, upper_KK=upper, damp=damp)
+        damp *= 10
+    raise InputError(f"the Hessian of {name} is not positive definite even with damping {damp / 10:g}; give more text")
+
+
+def collect_hessians(block: Block) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Return X^T X [K, K] of every linear layer's inputs, float32, on the block's device, by the path of a leader, and
+    path -> its leader.
+
+    Linears that are given the same tensor share one. Fused experts see the tokens routed to them.
+    """
+    (states,) = block.inputs.values()
+    sums = _Sums(block)
+    handles = sums.watch()
+    try:
+        with torch.no_grad():
+            for batch in states:
+                sums.given.clear()
+                block.call(block.module, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    missing = sorted(set(block.views) - set(sums.leaders))
+    if missing:
+        raise InputError(f"method 'gptq' does not see the inputs of {missing[0]}; --exclude it, or use --method rtn")
+    for hessian in sums.hessians.values():
+        if not hessian.diagonal().any():
+            hessian.fill_diagonal_(1.0)  # an expert that no token reached: rounded to nearest
+    return sums.hessians, sums.leaders
+
+
+@dataclass
+class _Sums:
+    """The Hessians of a block while its forward passes run, and the hooks that add to them."""
+
+    block: Block
+    hessians: dict[str, torch.Tensor] = field(default_factory=dict)  # leader's path -> X^T X so far
+    leaders: dict[str, str] = field(default_factory=dict)  # path -> the path whose Hessian it shares
+    # Inputs of this forward pass, by id; kept so that their ids stay theirs.
+    given: dict[int, tuple[str, torch.Tensor]] = field(default_factory=dict)
+
+    def watch(self) -> list[Any]:
+        """Hook every linear layer and every module of fused experts that the block quantises; returns the handles."""
+        views = self.block.views
+        paths = {view.parameter.removesuffix(".weight"): path for path, view in views.items()}
+        handles = []
+        for local, module in self.block.module.named_modules():
+            name, hook = f"{self.block.name}.{local}", None
+            if name in paths and isinstance(module, torch.nn.Linear):
+                hook = functools.partial(self._linear, path=paths[name])
+            elif name.rpartition(".")[2] == "experts" and any(
+                v.parameter.startswith(f"{name}.") for v in views.values()
+            ):
+                hook = functools.partial(self._experts, name=name)
+            if hook is not None:
+                handles.append(module.register_forward_pre_hook(hook))
+        return handles
+
+    def _add(self, path: str, inputs: torch.Tensor) -> None:
+        flat = inputs.reshape(-1, inputs.shape[-1])
+        if path not in self.hessians:
+            self.hessians[path] = flat.new_zeros(flat.shape[1], flat.shape[1])
+        self.hessians[path].addmm_(flat.T, flat)
+
+    def _linear(self, module: torch.nn.Module, args: tuple[torch.Tensor, ...], path: str) -> None:
+        leader, _ = self.given.setdefault(id(args[0]), (path, args[0]))
+        self.leaders[path] = leader
+        if leader == path:
+            self._add(path, args[0])
+
+    def _experts(self, module: Any, args: tuple[torch.Tensor, ...], name: str) -> None:
+        tokens, chosen = args[0], args[1]
+        for path, view in self.block.views.items():
+            if view.parameter.rpartition(".")[0] != name:
+                continue
+            parameter = dict(module.named_parameters())[view.parameter.rpartition(".")[2]]
+            expert = view.offset // (parameter.shape[1] * parameter.shape[2])
+            routed = tokens[(chosen == expert).any(-1)]
+            if parameter is module.down_proj:
+                gate, up = (routed @ module.gate_up_proj[expert].T).chunk(2, dim=-1)
+                routed = module.act_fn(gate) * up
+            self.leaders[path] = path
+            self._add(path, routed)

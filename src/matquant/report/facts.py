@@ -1,0 +1,129 @@
+"""The tables of the report: facts about the model, how it was made, its sizes, and what evaluations measured."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from matquant.format.contents import slice_counts
+from matquant.format.read import Checkpoint
+from matquant.format.sizes import bits_per_weight, plain_bytes, plan_bytes
+from matquant.report.values import fixed, is_number, numbers, percent, plan_name, size, width_order
+
+WIDTHS = (8, 6, 4, 3, 2)
+
+
+def model_facts(checkpoint: Checkpoint, weights: int) -> list[tuple[str, str]]:
+    config = checkpoint.config
+    names = {
+        "model_type": "family",
+        "num_hidden_layers": "decoder layers",
+        "hidden_size": "hidden size",
+        "vocab_size": "vocabulary",
+        "max_position_embeddings": "context in tokens",
+    }
+    facts = [
+        (words, f"{config[key]:,}" if type(config[key]) is int else str(config[key]))
+        for key, words in names.items()
+        if key in config
+    ]
+    architectures = config.get("architectures")
+    if isinstance(architectures, list) and architectures:
+        facts.insert(0, ("architecture", str(architectures[0])))
+    return [
+        *facts,
+        ("quantised", f"{weights:,} weights in {len(checkpoint.shapes)} linears"),
+        ("not quantised", size(plain_bytes(checkpoint))),
+    ]
+
+
+def made_facts(checkpoint: Checkpoint) -> list[tuple[str, str]]:
+    spec = checkpoint.spec
+    baseline = f", dedicated to int{spec.baseline_bits}" if spec.baseline_bits else ""
+    return [
+        ("method", f"{spec.method}{baseline}"),
+        ("objective", spec.objective or "none"),
+        ("weights of the widths", ", ".join(f"{weight:g}" for weight in spec.weights) or "none"),
+        ("trained widths", ", ".join(f"int{width}" for width in spec.widths) or "none"),
+        ("slicing rule", spec.rule),
+        ("grid", "symmetric" if spec.symmetric else "asymmetric"),
+        ("weights that share a scale", "an output channel" if spec.group_size is None else f"{spec.group_size}"),
+        ("scales stored as", spec.scale_dtype),
+        ("widths with scales of their own", ", ".join(f"int{width}" for width in spec.slices) or "none"),
+        ("linears quantised", spec.scope),
+        ("optimiser steps", f"{spec.steps:,}"),
+        ("seed", f"{spec.seed}"),
+        ("sha256 of the training tokens", spec.data_sha256 or "none: made without data"),
+    ]
+
+
+def size_rows(
+    checkpoint: Checkpoint, counts: np.ndarray, plans: Mapping[str, Mapping[str, int]]
+) -> list[dict[str, Any]]:
+    """A row per width and plan: honest bytes and bits per weight, and the share of codes beyond the top of it."""
+    uniform = {f"int{bits}": dict.fromkeys(checkpoint.shapes, bits) for bits in shown_widths(checkpoint)}
+    rest = plain_bytes(checkpoint)
+    rows = []
+    for name, widths in (*uniform.items(), *plans.items()):
+        total = plan_bytes(checkpoint, widths)
+        overflow = None
+        if name in uniform:
+            bits = int(name.removeprefix("int"))
+            overflow = float(slice_counts(counts, bits, rule="extra")[2**bits :].sum() / counts.sum())
+        rows.append(
+            {
+                "name": name,
+                "bytes": total,
+                "model_bytes": total + rest,
+                "bits_per_weight": bits_per_weight(checkpoint, widths),
+                "overflow": overflow,
+            }
+        )
+    return rows
+
+
+def shown_widths(checkpoint: Checkpoint) -> list[int]:
+    return sorted({*WIDTHS, *checkpoint.spec.widths}, reverse=True)
+
+
+def result_rows(name: str, record: Mapping[str, Any]) -> dict[str, Any]:
+    """One evaluation: a row per width, with what it measured; "" where it measured nothing."""
+    losses, sizes = numbers(record.get("log_perplexity")), numbers(record.get("bits_per_weight"))
+    average = numbers(record.get("task_average"))
+    found = {width: _scores(results) for width, results in record.get("tasks", {}).items()}
+    tasks = list(dict.fromkeys(task for scores in found.values() for task in scores))
+    questions = {count for scores in found.values() for _, count in scores.values() if type(count) is int}
+
+    def row(label: str, width: str, loss: float | None) -> tuple[str, str, str, str, list[str]]:
+        scores = [found.get(width, {}).get(task, (None, None))[0] for task in tasks]
+        cells = [percent(value) for value in (*scores, average.get(width))] if tasks else []
+        perplexity = "" if loss is None else fixed(math.exp(min(loss, 700)), 3)
+        return label, fixed(sizes.get(width), 3), fixed(loss, 4), perplexity, cells
+
+    reference = record.get("reference")
+    floating = [row("float", "float", reference)] if is_number(reference) else []
+    labels = {width: f"int{width}" if width.isdigit() else plan_name(record) for width in {*losses, *found}}
+    return {
+        "name": name,
+        "tokens": record.get("tokens") or 0,
+        "context": record.get("context"),
+        "has_loss": bool(losses),
+        "tasks": tasks,
+        "questions": ", ".join(f"{count:,}" for count in sorted(questions)),
+        "rows": [
+            *floating,
+            *(row(labels[width], width, losses.get(width)) for width in sorted(labels, key=width_order)),
+        ],
+    }
+
+
+def _scores(results: Any) -> dict[str, tuple[float, Any]]:
+    """Task -> (value of the metric that counts, number of questions), of those that have one."""
+    found = {}
+    for task, result in results.items() if isinstance(results, dict) else ():
+        if isinstance(result, dict) and isinstance(result.get("metrics"), dict):
+            value = result["metrics"].get(result.get("metric"))
+            if is_number(value):
+                found[str(task)] = (float(value), result.get("questions"))
+    return found

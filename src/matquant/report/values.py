@@ -1,0 +1,52 @@
+"""What the report takes from JSON files, and how it writes numbers: anything that is no finite number is left out."""
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from matquant.system.errors import InputError
+from matquant.system.files import read_json
+
+
+def read_object(file: Path, flag: str, key: str = "") -> dict[str, Any]:
+    """A JSON object; it has an object ``key`` if that is asked for."""
+    what = f'a JSON file with "{key}"' if key else "a JSON file"
+    values = read_json(file, flag, give=what)
+    if not isinstance(values, dict) or (key and not isinstance(values.get(key), dict)):
+        found = f'an object with "{key}"' if key else "an object"
+        raise InputError(f"{flag} {file} is not {found}; give {what}")
+    return values
+
+
+def is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def numbers(values: Any) -> dict[str, float]:
+    """The entries of a JSON object that are numbers; of anything else, none."""
+    return {str(key): value for key, value in values.items() if is_number(value)} if isinstance(values, dict) else {}
+
+
+def fixed(value: Any, decimals: int) -> str:
+    return f"{value:,.{decimals}f}" if is_number(value) else ""
+
+
+def percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.2f}"
+
+
+def size(count: float) -> str:
+    """Bytes for people: three digits and a decimal unit."""
+    unit: Callable[[int], str] = ("bytes", "kB", "MB", "GB", "TB").__getitem__
+    power = min(int(math.log10(max(count, 1)) // 3), 4)
+    return f"{count:,.0f} {unit(0)}" if power == 0 else f"{count / 1000**power:.3g} {unit(power)}"
+
+
+def width_order(width: str) -> tuple[bool, int, str]:
+    return not width.isdigit(), -int(width) if width.isdigit() else 0, width
+
+
+def plan_name(record: Mapping[str, Any]) -> str:
+    plan = record.get("plan")
+    return str(plan.get("name", "plan")) if isinstance(plan, dict) else "plan"
