@@ -29,7 +29,8 @@ import typer
 import matquant
 from matquant.format.checkpoint import bits_per_weight, open_checkpoint
 from matquant.hf.text import read_documents, token_stream
-from matquant.hf_torch.models import bf16_is_fast, load_float, load_tokenizer
+from matquant.hf_torch.device import bf16_is_fast
+from matquant.hf_torch.loading import load_float, load_tokenizer
 from matquant.measure.likelihood import evaluate, log_perplexity
 from origin import ROOT, origin
 from trials import Trial, norm_gains, sampled, scheduled, surgery, unchanged

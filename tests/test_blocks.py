@@ -15,7 +15,10 @@ from safetensors.torch import load_file, save_file
 
 import matquant
 from conftest import FAMILIES, OTHERS, Interrupt
-from matquant.hf_torch.models import decoder_layers, embed, layer_output, load_float, open_shards
+from matquant.hf_torch.layers import decoder_layers
+from matquant.hf_torch.layerwise import embed, layer_output
+from matquant.hf_torch.loading import load_float
+from matquant.hf_torch.shards import open_shards
 from matquant.system.errors import InputError
 
 RUN: dict[str, Any] = {"method": "gptq", "samples": 8, "seq_len": 32, "batch_size": 4, "scope": "all"}

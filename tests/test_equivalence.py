@@ -10,8 +10,9 @@ import torch
 import transformers
 
 from conftest import FAMILIES
-from matquant.hf_torch.layers import select_linears
-from matquant.hf_torch.models import decoder_layers, embed, load_float
+from matquant.hf_torch.layers import decoder_layers, select_linears
+from matquant.hf_torch.layerwise import embed
+from matquant.hf_torch.loading import load_float
 from matquant.methods.parts import equivalence
 
 TOKENS = torch.arange(3, 60).reshape(3, 19)

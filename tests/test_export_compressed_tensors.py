@@ -17,7 +17,7 @@ from matquant.core.spec import Plan
 from matquant.export import export
 from matquant.export.containers import CENTRE, EXACT, read_affine
 from matquant.format.checkpoint import Checkpoint, open_checkpoint
-from matquant.hf_torch.models import linear_views
+from matquant.hf_torch.layers import linear_views
 from matquant.system.errors import InputError
 
 TOKENS = torch.arange(3, 13)[None]

@@ -17,7 +17,7 @@ from matquant.engine.sampling import Sampling, choose
 from matquant.format.checkpoint import check_plain, open_checkpoint
 from matquant.format.manifest import write_manifest
 from matquant.hf_torch.finite import checked_logits, describe
-from matquant.hf_torch.models import load_float
+from matquant.hf_torch.loading import load_float
 from matquant.measure.likelihood import log_perplexity
 from matquant.measure.run import evaluate_checkpoint
 from matquant.methods.parts.blocks import check_losses

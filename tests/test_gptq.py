@@ -15,7 +15,8 @@ from matquant.core.grid import fit_grid
 from matquant.core.nest import CENTRE, slice_affine
 from matquant.format.checkpoint import open_checkpoint, verify_checkpoint
 from matquant.hf.text import read_documents, token_stream
-from matquant.hf_torch.models import decoder_layers, load_float, load_tokenizer
+from matquant.hf_torch.layers import decoder_layers
+from matquant.hf_torch.loading import load_float, load_tokenizer
 from matquant.measure.likelihood import log_perplexity
 from matquant.methods.gptq import inverse_factor, nested_codes, nested_gptq, refit_affine, sweep
 from matquant.methods.parts.fake import Grid

@@ -15,7 +15,7 @@ from matquant.format.checkpoint import TOKENS, open_checkpoint, side_files, veri
 from matquant.format.seal import ignored_files
 from matquant.hf.probe import check_tokens
 from matquant.hf.vocabulary import read_vocabulary
-from matquant.hf_torch.models import load_tokenizer
+from matquant.hf_torch.loading import load_tokenizer
 from matquant.system.errors import InputError
 
 MANIFEST = "matquant_manifest.json"

@@ -14,8 +14,10 @@ import matquant
 import oracle
 from conftest import FAMILIES
 from matquant.core.nest import CENTRE, slice_codes
-from matquant.hf_torch.layers import select_linears
-from matquant.hf_torch.models import decoder_layers, embed, load_float, write_weights
+from matquant.hf_torch.layers import decoder_layers, select_linears
+from matquant.hf_torch.layerwise import embed
+from matquant.hf_torch.loading import load_float
+from matquant.hf_torch.views import write_weights
 from matquant.methods import omniquant
 from matquant.methods.parts import clip, fake
 from matquant.methods.parts.blocks import Block, Solved

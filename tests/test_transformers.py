@@ -18,7 +18,8 @@ import matquant
 from conftest import FAMILIES
 from matquant.export import export
 from matquant.format.checkpoint import open_checkpoint, side_files, write_checkpoint
-from matquant.hf_torch.models import linear_views, plain_items
+from matquant.hf_torch.layers import linear_views
+from matquant.hf_torch.views import plain_items
 from matquant.integrations import quantizer
 
 TOKENS = torch.arange(3, 60).reshape(3, 19)

@@ -20,20 +20,13 @@ from matquant.core.nest import MASTER_BITS, check_bits
 from matquant.core.spec import Plan
 from matquant.core.tensor import NestedTensor
 from matquant.format.checkpoint import Checkpoint, nested_side_files, open_checkpoint, write_checkpoint
+from matquant.hf_torch.arrays import nested_to_numpy, nested_to_torch, to_torch
+from matquant.hf_torch.config import config_dtype
+from matquant.hf_torch.layers import linear_views
 from matquant.hf_torch.linear import NestedLinear, describe, find_obstacle
-from matquant.hf_torch.models import (
-    Model,
-    View,
-    build_model,
-    config_dtype,
-    is_linear,
-    linear_views,
-    nested_to_numpy,
-    nested_to_torch,
-    plain_items,
-    to_torch,
-    write_weights,
-)
+from matquant.hf_torch.loading import build_model
+from matquant.hf_torch.ties import Model
+from matquant.hf_torch.views import View, is_linear, plain_items, write_weights
 from matquant.system.arguments import check_types
 from matquant.system.errors import InputError, InputTypeError
 from matquant.system.threads import check_threads

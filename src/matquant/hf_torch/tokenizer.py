@@ -21,7 +21,7 @@ from matquant.format.checkpoint import TOKENS
 from matquant.hf.probe import Record, difference, probe_texts, read_ours, read_probe
 from matquant.hf.sidefiles import collect, local_directory
 from matquant.hf.vocabulary import read_vocabulary
-from matquant.hf_torch.models import load_tokenizer
+from matquant.hf_torch.loading import load_tokenizer
 from matquant.system.errors import InputError
 from matquant.system.files import explain_full_disk, json_bytes
 

@@ -20,7 +20,7 @@ from lm_eval.tasks import TaskManager
 
 from matquant.core.spec import Plan
 from matquant.hf.text import check_ids
-from matquant.hf_torch.models import load_tokenizer
+from matquant.hf_torch.loading import load_tokenizer
 from matquant.hf_torch.nested_model import load
 from matquant.system.errors import InputError
 

@@ -35,7 +35,11 @@ import torch
 from matquant.core.nest import MASTER_BITS
 from matquant.core.tensor import NestedTensor
 from matquant.hf.text import batch, cut_windows
-from matquant.hf_torch.models import Model, View, check_context, decoder_layers, layer_output, write_weights
+from matquant.hf_torch.config import check_context
+from matquant.hf_torch.layers import decoder_layers
+from matquant.hf_torch.layerwise import layer_output
+from matquant.hf_torch.ties import Model
+from matquant.hf_torch.views import View, write_weights
 from matquant.methods.parts.fake import Grid, Learned, finish_backward, keep_in_range, nest, start_learning
 from matquant.methods.parts.job import LOG, Job, fingerprint
 from matquant.methods.parts.masters import chain, release_blocked
