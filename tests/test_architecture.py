@@ -13,7 +13,7 @@ LAYERS = [
     {"system"},
     {"core"},
     {"format"},
-    {"hf"},
+    {"hf", "backends"},
     {"options", "engine", "hf_torch", "report", "export"},
     {"methods", "integrations"},
     {"measure"},

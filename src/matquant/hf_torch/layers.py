@@ -34,7 +34,7 @@ def linear_views(model: Model) -> dict[str, View]:
     views: dict[str, View] = {}
     for name, parameter in _weights(model):
         views.update(checkpoint_views(model, name, parameter))
-    return {path: view for path, view in views.items() if path.rsplit(".", 1)[-1] not in ("gate", "router")}
+    return {path: view for path, view in views.items() if path.rsplit(".", 1)[-1] not in ROUTERS}
 
 
 def whole_experts(model: Model) -> list[str]:

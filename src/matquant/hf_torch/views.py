@@ -23,10 +23,10 @@ from matquant.hf_torch.ties import Model, Parts
 class View:
     """Where a weight [N, K] of the checkpoint lies in a model's parameter."""
 
-    parameter: str
-    shape: tuple[int, int]
-    stride: tuple[int, int]
-    offset: int
+    parameter: str  # its name in the model
+    shape: tuple[int, int]  # N, K
+    stride: tuple[int, int]  # numbers of the parameter from one row, and one column, to the next
+    offset: int  # number of the parameter that is the first of the weight
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
         """This weight inside ``tensor``, a contiguous tensor of the parameter's shape: no copy."""
