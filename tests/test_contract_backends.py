@@ -1,7 +1,8 @@
 """The contract of BACKENDS: every row computes the product with what core/nest.py reads, on all codes at all widths.
 
 Units: rounding of float32 sums, 2^-24 of sum |x| * scale * (|position| + |zero-point|). Any order of summation stays
-within a few units, the neighbouring width is thousands away. The expected product is float64, of core/nest.py's reading.
+within a few units, the neighbouring width is thousands away. The
+expected product is that of core/nest.py's reading, in float64.
 """
 
 import itertools

@@ -250,7 +250,7 @@ def test_calls_that_kernels_cannot_serve_are_refused(checkpoint: Callable[..., P
         ),
         (
             x.double(),
-            "do not support its input: they take float32, bfloat16, float16, not float64; load the model with kernels='none'",
+            "do not support its input: they take float32, bfloat16, float16, not float64; load the model",
         ),
         (x[:, 1:], r"a linear of 48 inputs was given \[1, 47\]; give \[..., K\]"),
     ):
