@@ -16,7 +16,8 @@ import matquant
 from conftest import SMALL, make_tokenizer
 from matquant import _native
 from matquant.format.checkpoint import open_checkpoint, write_checkpoint
-from matquant.hf.architecture import FAMILIES, read_architecture
+from matquant.hf.architecture import read_architecture
+from matquant.hf.families import supported
 
 HEADS = {"head_dim": 8}
 MIXED = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 7}
@@ -340,7 +341,7 @@ CLASSES = {
     "smollm3": transformers.SmolLM3Config,
 }
 OLD_STYLE: list[tuple[str, dict[str, Any]]] = [
-    *((family, {}) for family in FAMILIES),
+    *((family, {}) for family in supported("decode")),
     ("llama", {"rope_theta": 5e5, "rope_scaling": {key: v for key, v in LLAMA3.items() if key != "rope_theta"}}),
     ("llama", {"rope_scaling": {"type": "linear", "factor": 3.0}}),
     ("qwen2", {"use_sliding_window": True, "max_window_layers": 3, "rope_theta": 1e6}),

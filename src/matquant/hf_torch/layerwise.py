@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
+from matquant.hf.families import supported
 from matquant.hf_torch.layers import decoder_layers
 from matquant.hf_torch.ties import Model
 from matquant.system.errors import InputError
 
 Call = Callable[[torch.nn.Module, torch.Tensor], torch.Tensor]  # runs a decoder layer on hidden states
-PER_SEQUENCE = ("bloom", "xglm")  # model types whose layers take arguments of the size of the batch
 
 
 def embed(model: Model, batches: Iterable[torch.Tensor]) -> tuple[list[torch.Tensor], list[Call]]:
@@ -24,7 +24,7 @@ def embed(model: Model, batches: Iterable[torch.Tensor]) -> tuple[list[torch.Ten
     The layers themselves are not run and may be empty; the rest of the decoder must have its numbers. All batches must
     be of one length: positions and masks are those of the first sequence.
     """
-    if model.config.model_type in PER_SEQUENCE:
+    if model.config.model_type in supported("per_sequence"):
         raise InputError(
             f"{type(model).__name__} asked to run layer by layer, but it gives layers an argument for each sequence; "
             "use --method qat or rtn, and --strategy pyramid for plans"
