@@ -19,7 +19,7 @@ from conftest import largest_file
 from matquant.core.packing import pack, unpack
 from matquant.core.spec import Plan
 from matquant.core.tensor import NestedTensor
-from matquant.export import EXPORTERS, export, make_job
+from matquant.export import FORMATS, export, make_job
 from matquant.export.card import RECORD
 from matquant.export.containers import (
     CENTRE,
@@ -335,8 +335,8 @@ def test_a_smaller_nested_checkpoint_of_a_plan_and_of_a_smaller_one(checkpoint: 
 
 
 def test_exporting_twice_gives_the_same_bytes(checkpoint: Path, tmp_path: Path) -> None:
-    for to in EXPORTERS:
-        suffix = EXPORTERS[to].suffix
+    for to in FORMATS:
+        suffix = FORMATS[to].suffix
         if to in ("gptq", "gptq_v2"):
             continue
         places = [tmp_path / f"{to}-{number}{suffix}" for number in range(2)]
@@ -350,11 +350,11 @@ def test_explain_says_of_every_width_what_export_does(checkpoints: dict[str, Pat
     for name in ("prefix", "round", "asymmetric"):
         checkpoint = open_checkpoint(checkpoints[name])
         table = explain(checkpoint, plan=dict.fromkeys(checkpoint.shapes, 3))
-        assert list(table) == list(EXPORTERS)
+        assert list(table) == list(FORMATS)
         for to, outcomes in table.items():
             assert list(outcomes) == ["8", "7", "6", "5", "4", "3", "2", "plan"]
             assert outcomes["plan"] == outcomes["3"]
-            out = tmp_path / f"{name}-{to}{EXPORTERS[to].suffix}"
+            out = tmp_path / f"{name}-{to}{FORMATS[to].suffix}"
             if "refused" in outcomes["4"]:
                 with pytest.raises(InputError) as caught:
                     export(checkpoints[name], out, to=to, bits=4)
@@ -493,7 +493,7 @@ def test_the_example_of_the_document() -> None:
         codes=np.array([[0, 127, 128, 136, 255]], np.uint8), scale=np.ones((1, 1), np.float32),
         zero=np.full((1, 1), 128, np.float32), rule="prefix",
     )  # fmt: skip
-    stored = EXPORTERS["matquant"].encode(tensor, 2, Container(name="top 3", bits=3, zero=FIXED), EXACT).codes
+    stored = FORMATS["matquant"].encode(tensor, 2, Container(name="top 3", bits=3, zero=FIXED), EXACT).codes
     assert stored.tolist() == [[1, 3, 5, 5, 7]]
     assert pack(stored, 3).tobytes().hex(" ") == "59 7b 00 00"
     assert (stored << 5).tolist() == [[32, 96, 160, 160, 224]]

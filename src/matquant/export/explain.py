@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from matquant.export import EXPORTERS, make_job
+from matquant.export import FORMATS, make_job
 from matquant.export.containers import EXACT
 from matquant.format.checkpoint import Checkpoint
 from matquant.system.errors import InputError
@@ -23,16 +23,16 @@ def explain(
     """
     plans = {str(bits): dict.fromkeys(checkpoint.shapes, bits) for bits in WIDTHS}
     plans |= {"plan": dict(plan)} if plan is not None else {}
-    return {to: _outcomes(checkpoint, to, plans, zeros) for to in EXPORTERS}
+    return {to: _outcomes(checkpoint, to, plans, zeros) for to in FORMATS}
 
 
 def _outcomes(
     checkpoint: Checkpoint, to: str, plans: Mapping[str, Mapping[str, int]], zeros: str
 ) -> dict[str, dict[str, Any]]:
-    families = EXPORTERS[to].families
+    families = FORMATS[to].families
     try:
         if families is None or checkpoint.config.get("model_type") in families:
-            EXPORTERS[to].check(checkpoint)
+            FORMATS[to].check(checkpoint)
     except InputError as error:
         return {name: {"refused": str(error)} for name in plans}
     return {name: _outcome(checkpoint, to, wanted, zeros) for name, wanted in plans.items()}
@@ -52,7 +52,7 @@ def render(outcomes: Mapping[str, Mapping[str, Mapping[str, Any]]], title: str) 
     table = Table(title=title)
     table.add_column("")
     for to in outcomes:
-        table.add_column(f"{to}\n{EXPORTERS[to].engines}")
+        table.add_column(f"{to}\n{FORMATS[to].engines}")
     for name in next(iter(outcomes.values())):
         table.add_row(f"int{name}" if name.isdigit() else name, *(_cell(found[name]) for found in outcomes.values()))
     return Group(table, *_reasons(outcomes))
