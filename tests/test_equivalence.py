@@ -11,7 +11,7 @@ import transformers
 
 from conftest import FAMILIES
 from matquant.hf import families
-from matquant.hf.families import ARCHITECTURES, Equivalence, Family
+from matquant.hf.families import ARCHITECTURES, Equivalence, Family, supported
 from matquant.hf_torch.layers import decoder_layers, select_linears
 from matquant.hf_torch.layerwise import embed
 from matquant.hf_torch.loading import load_float
@@ -140,6 +140,10 @@ def bind_first(model: Any, scope: str = "all") -> tuple[tuple[equivalence.Bound,
     tensors = {key: tensor.clone() for key, tensor in tensors.items()}
     quantised = {view.parameter for view in select_linears(model, scope).values()}
     return equivalence.bind(name, tensors, config=model.config, quantised=quantised, run=run)
+
+
+def test_every_family_with_equivalences_is_tried() -> None:
+    assert {FAMILIES[family]().model_type for family in HOLDING} == set(supported("equivalences"))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -119,6 +119,10 @@ def assert_same_logits(found: np.ndarray, expected: np.ndarray, tolerance: float
 # ------------------------------------------------------------------------------------------------------------ exactness
 
 
+def test_every_family_that_is_decoded_is_tried() -> None:
+    assert {make_config().model_type for make_config in CONFIGS.values()} == set(supported("decode"))
+
+
 @pytest.mark.parametrize("case", CONFIGS)
 def test_exact_logits_are_those_of_transformers_with_the_same_slices(
     case: str, checkpoint_of: Callable[..., Path]
