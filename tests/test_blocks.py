@@ -83,7 +83,7 @@ def test_a_model_that_does_not_run_layer_by_layer_is_refused(
 ) -> None:
     """BLOOM gives its layers a bias for every sequence and head, and its configuration names no context."""
     bloom = family_model("bloom")
-    with pytest.raises(InputError, match=r"^BloomForCausalLM asked to run layer by layer, .*; use --method qat or rtn"):
+    with pytest.raises(InputError, match=r"^BloomForCausalLM cannot run one decoder layer .*; use --method qat or rtn"):
         matquant.quantize(bloom, tmp_path / "out", text=[text_file], **RUN)
     matquant.quantize(bloom, tmp_path / "out", text=[text_file], steps=1, batch_size=2, seq_len=32)
 

@@ -118,7 +118,7 @@ def test_it_is_exported_to_what_it_claims(
         with pytest.raises(InputError) as caught:
             export(directory, out, to=to, bits=4)
         assert str(caught.value).startswith(
-            f"--to {to} asked of a {family} model, it works for {', '.join(supported(part))}; give --to "
+            f"--to {to} does not support {family} models, only {', '.join(supported(part))}; give --to "
         )
         assert not list(tmp_path.iterdir())
         return
@@ -147,7 +147,7 @@ def test_its_fused_linears_are_linears_of_one_block(family: str, checkpoint_of: 
 def test_its_layers_are_called_one_after_the_other_or_not_at_all(family: str, model_of: Callable[[str], Path]) -> None:
     model, tokens = load_float(model_of(family), dtype=torch.float32), torch.tensor([IDS])
     if ARCHITECTURES[family].per_sequence:
-        with pytest.raises(InputError, match="it gives layers an argument for each sequence"):
+        with pytest.raises(InputError, match="its layers take an argument for each sequence"):
             embed(model, [tokens])
         return
     (states,), calls = embed(model, [tokens])

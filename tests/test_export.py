@@ -440,9 +440,9 @@ def test_mistakes_are_said_in_three_parts(checkpoints: dict[str, Path], tmp_path
     for options, message in (
         ({"to": "onnx"}, "--to 'onnx' is not a format; give "),
         ({"to": "dense", "bits": 9}, "bits=9 asked of an 8-bit code; use one of 1, 2, 3, 4, 5, 6, 7, 8"),
-        ({"to": "dense", "bits": 4, "plan": Plan()}, "both bits and a plan asked for; give one of them"),
-        ({"to": "dense", "dtype": "int8"}, "dtype='int8' asked for; use float32, float16, bfloat16"),
-        ({"to": "dense", "zeros": "round"}, "zeros='round' asked for; use exact or centre"),
+        ({"to": "dense", "bits": 4, "plan": Plan()}, "bits and a plan cannot be given together; give one of them"),
+        ({"to": "dense", "dtype": "int8"}, "dtype='int8' is not supported; use float32, float16, bfloat16"),
+        ({"to": "dense", "zeros": "round"}, "zeros='round' is not supported; use exact or centre"),
         (
             {"to": "dense", "plan": Plan(bits={"model.up": 4})},
             "the plan names 'model.up', which the model does not quant",
@@ -458,7 +458,10 @@ def test_mistakes_are_said_in_three_parts(checkpoints: dict[str, Path], tmp_path
             export(prefix, out, **options)
         assert message in str(caught.value)
         assert not out.exists()
-    with pytest.raises(InputError, match="asked of an asymmetric checkpoint"):
+    with pytest.raises(
+        InputError,
+        match="zeros='centre' needs a symmetric checkpoint: the zero-points of this one are far",
+    ):
         export(checkpoints["asymmetric"], out, to="compressed-tensors", bits=4, zeros=CENTRE)
     with pytest.raises(InputError, match="the zeros of an asymmetric checkpoint need all 8 bits; give --to"):
         export(checkpoints["asymmetric"], out, to="matquant", bits=4)

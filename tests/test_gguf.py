@@ -423,9 +423,9 @@ def test_a_family_that_llama_cpp_computes_otherwise_is_refused(
     }
     out = tmp_path / "model.gguf"
     known = "llama, mistral, qwen2, qwen3, gemma2"
-    assert refusal(quantised["opt"], out).startswith(f"--to gguf asked of a opt model, it works for {known}; give --to")
+    assert refusal(quantised["opt"], out).startswith(f"--to gguf does not support opt models, only {known}; give --to")
     assert refusal(quantised["gemma2"], out, bits=4) == (
-        "--to gguf asked of query_pre_attn_scalar 256, which llama.cpp's gemma2 does not compute; "
+        "--to gguf does not support query_pre_attn_scalar 256, which llama.cpp's gemma2 does not compute; "
         "give --to mlx or dense"
     )
 

@@ -189,7 +189,7 @@ def test_kernels_with_float_activations_are_the_default(dtype: torch.dtype, chec
 
 def test_dense_weights_are_those_of_torch_and_train(checkpoint: Callable[..., Path]) -> None:
     model = matquant.load(checkpoint("llama"), kernels="none")
-    assert model.kernels == "no kernels: dense weights asked for"
+    assert model.kernels == "no kernels: dense weights were asked for"
     assert type(model.get_submodule(DOWN)) is torch.nn.Linear
     assert model.get_parameter(f"{DOWN}.weight").requires_grad
 
@@ -218,7 +218,7 @@ def test_where_kernels_cannot_be_had_the_weights_are_dense_and_the_reason_is_sai
 def test_where_kernels_asked_for_cannot_be_had_the_reason_is_said(
     kernels: str, family: str, options: dict[str, Any], reason: str, checkpoint: Callable[..., Path]
 ) -> None:
-    message = rf"^kernels='{kernels}' asked of .*, but {reason}; use kernels='auto' or 'none'$"
+    message = rf"^kernels='{kernels}' cannot serve .*: {reason}; use kernels='auto' or 'none'$"
     with pytest.raises(matquant.InputError, match=message):
         matquant.load(checkpoint(family), kernels=kernels, **options)
 
@@ -235,7 +235,7 @@ def test_without_the_native_extension_weights_are_dense(
     missing = "the native extension is missing (No module named 'matquant._native')"
     monkeypatch.setattr(native, "MISSING", missing)
     assert matquant.load(checkpoint("llama")).kernels == f"no kernels: {missing}"
-    with pytest.raises(matquant.InputError, match="but the native extension is missing"):
+    with pytest.raises(matquant.InputError, match=": the native extension is missing"):
         matquant.load(checkpoint("llama"), kernels="int8")
 
 

@@ -74,7 +74,7 @@ def export(
         _check_target(target, FORMATS[to], overwrite=overwrite)
     checkpoint = open_checkpoint(directory)
     if bits is not None and plan is not None:
-        raise InputError("both bits and a plan asked for; give one of them")
+        raise InputError("bits and a plan cannot be given together; give one of them")
     wanted = (plan or Plan(default=bits or MASTER_BITS)).resolve(checkpoint.shapes)
     about = {"base_model": base_model, "measured": _evaluation(measured)}
     job = make_job(checkpoint, to, wanted, zeros=zeros, dtype=dtype, about=about)
@@ -130,12 +130,13 @@ def make_job(
     """Choose a container for every path of ``plan``; InputError with the reasons where none holds a slice."""
     exporter = _exporter(to, checkpoint)
     if zeros not in ZEROS:
-        raise InputError(f"zeros={zeros!r} asked for; use {' or '.join(ZEROS)}")
+        raise InputError(f"zeros={zeros!r} is not supported; use {' or '.join(ZEROS)}")
     if dtype is not None and dtype not in DTYPES:
-        raise InputError(f"dtype={dtype!r} asked for; use {', '.join(DTYPES)}")
+        raise InputError(f"dtype={dtype!r} is not supported; use {', '.join(DTYPES)}")
     if zeros == CENTRE and not checkpoint.spec.symmetric:
         raise InputError(
-            f"zeros={zeros!r} asked of an asymmetric checkpoint, whose zeros are not near the middle; use exact"
+            f"zeros={zeros!r} needs a symmetric checkpoint: the zero-points of this one are far from the middle; "
+            "use exact"
         )
     model = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float32"
     kept = DTYPES.get(dtype or "") or exporter.dense or DTYPES.get(str(model), "F32")
@@ -179,7 +180,7 @@ def _with_scales(exporter: Exporter, dtype: str) -> Exporter:
 
 
 def alternatives(checkpoint: Checkpoint, to: str, path: str, bits: int) -> str:
-    """What would do instead, in words: this format at other widths or with other zeros, formats that hold the slice."""
+    """What to ask for instead, in words: a format that holds the slice, or this one with other bits or zeros."""
 
     def takes(exporter: Exporter, width: int, zeros: str = EXACT) -> bool:
         return not isinstance(exporter.container(checkpoint, path, width, zeros), list)
@@ -209,7 +210,7 @@ def _exporter(to: str, checkpoint: Checkpoint) -> Exporter:
     if not _reads(found, checkpoint):
         every = [name for name, exporter in FORMATS.items() if exporter.families is None]
         works = ", ".join(found.families or ())
-        raise InputError(f"--to {to} asked of a {family} model, it works for {works}; give --to {' or '.join(every)}")
+        raise InputError(f"--to {to} does not support {family} models, only {works}; give --to {' or '.join(every)}")
     return found
 
 

@@ -18,8 +18,8 @@ WIDTHS = (8, 7, 6, 5, 4, 3, 2)
 def explain(
     checkpoint: Checkpoint, *, plan: Mapping[str, int] | None = None, zeros: str = EXACT
 ) -> dict[str, dict[str, Any]]:
-    """format -> {width or "plan": outcome}: {"containers": {name: weights}, "bits_per_weight": honest bits}, or
-    {"refused": why}.
+    """format -> {width or "plan": outcome}, which is {"containers": {name: weights}, "bits_per_weight": number}, all
+    overhead included, or {"refused": why}.
     """
     plans = {str(bits): dict.fromkeys(checkpoint.shapes, bits) for bits in WIDTHS}
     plans |= {"plan": dict(plan)} if plan is not None else {}
@@ -48,7 +48,7 @@ def _outcome(checkpoint: Checkpoint, to: str, plan: Mapping[str, int], zeros: st
 
 
 def render(outcomes: Mapping[str, Mapping[str, Mapping[str, Any]]], title: str) -> RenderableType:
-    """One row per width, one column per format: container and bits per weight; below it why something is refused."""
+    """One row per width, one column per format: container and bits per weight; below it, what is rejected and why."""
     table = Table(title=title)
     table.add_column("")
     for to in outcomes:

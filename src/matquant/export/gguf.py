@@ -5,7 +5,7 @@ own converter has it (a Gguf in hf/families.py says which): names; the rows of L
 whose rotary pairs lie side by side there; Gemma's norm weights, which are stored plus one. The file is written a tensor
 at a time: the gguf package writes everything before the tensors, we the tensors, each at a multiple of 32 bytes.
 
-What llama.cpp computes in another way is refused. It has no sliding windows for any family here but Gemma-2: the
+What llama.cpp computes in another way is rejected. It has no sliding windows for any family here but Gemma-2: the
 context of such a file ends where the window would begin to matter.
 """
 
@@ -111,7 +111,7 @@ def plain(job: Job, name: str) -> Part:
     checkpoint = job.checkpoint
     stored, shape = checkpoint.stored_dtype(name), checkpoint.stored_shape(name)
     if stored not in FLOATS:
-        raise InputError(f"--to gguf asked of {name} of dtype {stored}, it takes {', '.join(FLOATS)}; {INSTEAD}")
+        raise InputError(f"--to gguf does not support {name} of dtype {stored}, only {', '.join(FLOATS)}; {INSTEAD}")
     dtype = "F32" if len(shape) == 1 else job.asked or stored
     offset = _read(checkpoint).family.norm_offset if name.endswith("norm.weight") else 0.0
     order = rows(checkpoint, name.rpartition(".")[0])
@@ -160,13 +160,15 @@ def _architecture(checkpoint: Checkpoint) -> Architecture:
         f"query_pre_attn_scalar {found.attention_scale**-2:g}": not math.isclose(found.attention_scale**-2, expected),
         "no attention caps": gemma and not (found.attention_cap and found.logit_cap),
         "windows in other layers than every second": gemma and not alternating,
-        "a head of its own": gemma and not found.tied,
+        "a head that is not the embedding": gemma and not found.tied,
         f"rotary positions of type {rope['rope_type']}": rope["rope_type"] == "llama3" and not there.interleaved,
-        "yarn with factors of its own": rope["rope_type"] == "yarn" and not set(rope) <= YARN_KEYS,
+        "yarn positions with further factors": rope["rope_type"] == "yarn" and not set(rope) <= YARN_KEYS,
     }
     for problem, holds in problems.items():
         if holds:
-            raise InputError(f"--to gguf asked of {problem}, which llama.cpp's {family} does not compute; {INSTEAD}")
+            raise InputError(
+                f"--to gguf does not support {problem}, which llama.cpp's {family} does not compute; {INSTEAD}"
+            )
     return found
 
 
@@ -196,7 +198,7 @@ def _names(gguf: ModuleType, checkpoint: Checkpoint, architecture: Architecture)
         found = table.get_name(name, try_suffixes=(".weight", ".bias"))
         placeless = name.endswith(".bias") and there.biases is not None and not name.endswith(there.biases)
         if found is None or placeless or (architecture.tied and name.startswith("lm_head.")):
-            raise InputError(f"--to gguf asked of a {family} model with {name}, llama.cpp's has none; {INSTEAD}")
+            raise InputError(f"--to gguf does not support {name}, which llama.cpp's {family} does not have; {INSTEAD}")
         names[name] = found
     return names
 

@@ -88,7 +88,7 @@ def _layer_differences(checkpoint: Checkpoint) -> dict[str, bool]:
             not there.head_dim and head_dim > 0 and heads * head_dim != width
         ),
         "attention or logits without a soft cap": gemma and not all(caps),
-        "a head of its own": gemma and config.get("tie_word_embeddings") is False,
+        "a head that is not the embedding": gemma and config.get("tie_word_embeddings") is False,
         "bidirectional attention": bool(config.get("use_bidirectional_attention")),
         "sliding windows": not there.windows and "sliding_attention" in (config.get("layer_types") or ()),
         "rope_traditional": bool(config.get("rope_traditional")),

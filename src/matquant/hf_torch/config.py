@@ -1,4 +1,4 @@
-"""What config.json says to transformers, whose noise is turned off and whose errors come in our words."""
+"""Read config.json with transformers: without its progress bars and advice, and with its errors in our words."""
 
 import contextlib
 import json

@@ -26,8 +26,8 @@ def embed(model: Model, batches: Iterable[torch.Tensor]) -> tuple[list[torch.Ten
     """
     if model.config.model_type in supported("per_sequence"):
         raise InputError(
-            f"{type(model).__name__} asked to run layer by layer, but it gives layers an argument for each sequence; "
-            "use --method qat or rtn, and --strategy pyramid for plans"
+            f"{type(model).__name__} cannot run one decoder layer at a time: "
+            "its layers take an argument for each sequence; use --method qat or rtn, and --strategy pyramid for plans"
         )
     layers, batches = [layer for _, layer in decoder_layers(model)], list(batches)
     hand_on = _hand_on(model, batches[0][:1, :1])

@@ -62,7 +62,7 @@ def load(
     checkpoint = open_checkpoint(path, check_hashes=check_hashes)
     check_bits(bits)
     served = dtype or config_dtype(checkpoint.config)
-    name, obstacle, activations = DENSE, "dense weights asked for", KERNELS.get(kernels, "float")
+    name, obstacle, activations = DENSE, "dense weights were asked for", KERNELS.get(kernels, "float")
     if kernels != NONE:
         name, obstacle = choose(device, served, activations=activations)
     if not BACKENDS[name].trains:
@@ -81,7 +81,7 @@ def load(
         serve = functools.partial(_write_dense, model, views, tensors)
         model.kernels = f"no kernels: {obstacle}"
     else:
-        raise InputError(f"kernels={kernels!r} asked of {path}, but {obstacle}; use kernels='auto' or {NONE!r}")
+        raise InputError(f"kernels={kernels!r} cannot serve {path}: {obstacle}; use kernels='auto' or {NONE!r}")
     model.bits_by_path = {}
     model.set_bits = functools.partial(_set_bits, model, serve, list(tensors))
     model.save_pretrained = functools.partial(_save, model, views, tensors, checkpoint)

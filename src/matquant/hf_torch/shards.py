@@ -24,20 +24,17 @@ from matquant.system.errors import InputError
 
 @dataclass(frozen=True, kw_only=True)
 class Shards:
-    """A float model whose tensors are read when asked for; ``model`` may have no numbers of its own.
+    """A float model whose tensors are read one at a time."""
 
-    read: parameter or buffer name -> tensor of the stored dtype. dtypes: the same names -> that dtype.
-    """
-
-    model: Model
-    read: Callable[[str], torch.Tensor]
-    dtypes: Mapping[str, torch.dtype]
+    model: Model  # may have no numbers
+    read: Callable[[str], torch.Tensor]  # parameter or buffer name -> tensor of the stored dtype
+    dtypes: Mapping[str, torch.dtype]  # the same names -> that dtype
 
 
 def open_shards(source: Path | str) -> Shards:
     """Open a model for reading tensor by tensor from its safetensors shards.
 
-    A model that has none, or names its tensors in a way of its own, is loaded whole and read from memory.
+    A model without such shards, or with unusual tensor names, is loaded whole and read from memory.
     """
     with loading(source):
         config = float_config(source)

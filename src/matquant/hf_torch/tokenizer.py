@@ -33,11 +33,11 @@ Files = dict[str, bytes]
 
 @dataclass(frozen=True, kw_only=True)
 class Texts:
-    """tokenizer: transformers', None if there is none. files: of the checkpoint, by name. notices: for people."""
+    """A tokenizer, and the files by which a checkpoint keeps it."""
 
-    tokenizer: Any
-    files: Mapping[str, bytes]
-    notices: tuple[str, ...] = ()
+    tokenizer: Any  # transformers'; None if there is none
+    files: Mapping[str, bytes]  # of the checkpoint, by name
+    notices: tuple[str, ...] = ()  # for people
 
 
 def read_texts(source: Path | str, *, needed: bool, vocab_size: int) -> Texts:
