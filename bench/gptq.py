@@ -48,7 +48,7 @@ from matquant.core.nest import MASTER_BITS, slice_codes, slice_values
 from matquant.core.tensor import NestedTensor
 from matquant.hf.text import cut_windows, read_documents, token_stream
 from matquant.hf_torch.layers import select_linears
-from matquant.hf_torch.models import load_float, load_tokenizer
+from matquant.hf_torch.loading import load_float, load_tokenizer
 from matquant.methods.gptq import nested_gptq
 from matquant.methods.parts.affines import refit_affine
 from matquant.methods.parts.fake import Grid

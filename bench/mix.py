@@ -18,7 +18,8 @@ import typer
 import matquant
 from matquant.format.read import open_checkpoint
 from matquant.format.sizes import bits_per_weight
-from matquant.hf_torch.models import decoder_layers, load_float
+from matquant.hf_torch.layers import decoder_layers
+from matquant.hf_torch.loading import load_float
 from matquant.measure.likelihood import log_perplexity
 from matquant.planning.strategies import STRATEGIES, mixes
 from matquant.report.tables import plot_widths

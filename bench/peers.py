@@ -34,7 +34,7 @@ from safetensors.torch import save_file
 
 from environments import TORCH, make_environment
 from matquant.hf.text import read_documents, token_stream
-from matquant.hf_torch.models import load_float, load_tokenizer
+from matquant.hf_torch.loading import load_float, load_tokenizer
 from matquant.measure.likelihood import log_perplexity
 from origin import ROOT, origin
 

@@ -30,7 +30,8 @@ import matquant
 from matquant.format.read import open_checkpoint
 from matquant.format.sizes import bits_per_weight
 from matquant.hf.text import read_documents, token_stream
-from matquant.hf_torch.models import bf16_is_fast, load_float, load_tokenizer
+from matquant.hf_torch.device import bf16_is_fast
+from matquant.hf_torch.loading import load_float, load_tokenizer
 from matquant.measure.likelihood import evaluate, log_perplexity
 from origin import ROOT, origin
 from trials import Trial, norm_gains, sampled, scheduled, surgery, unchanged

@@ -13,7 +13,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
-from matquant.hf_torch.models import write_weights
+from matquant.hf_torch.views import write_weights
 from matquant.methods import qat
 from matquant.methods.parts import forward, training
 from matquant.methods.parts.masters import encode_masters

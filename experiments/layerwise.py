@@ -23,7 +23,7 @@ import torch
 
 from matquant.core.nest import CENTRE, COMPANDED, UNIFORM
 from matquant.hf.text import cut_windows, read_documents, token_stream
-from matquant.hf_torch.models import load_float, load_tokenizer
+from matquant.hf_torch.loading import load_float, load_tokenizer
 from matquant.methods.gptq import nested_gptq
 from matquant.methods.parts.fake import Grid
 from matquant.options.gptq import default_lambda

@@ -18,7 +18,7 @@ import numpy as np
 
 from matquant.core.nest import COMPANDED, MASTER_BITS, UNIFORM, nearest_codes, position_table, slice_positions
 from matquant.hf_torch.layers import select_linears
-from matquant.hf_torch.models import load_float
+from matquant.hf_torch.loading import load_float
 
 CLIPS = tuple(1 - step / 20 for step in range(14))
 WIDTHS = (8, 6, 4, 3, 2)

@@ -127,3 +127,41 @@ def read_gptq(tensors: Mapping[str, np.ndarray], path: str, bits: int, *, less: 
     zeros_GN = bit_fields(tensors[f"{path}.qzeros"], bits, scales_GN.shape[1]) + less
     weight_KN = scales_GN[group_K] * (codes_KN - zeros_GN[group_K])
     return np.ascontiguousarray(weight_KN.T)
+
+
+def read_compressed(tensors: Mapping[str, np.ndarray], path: str, bits: int, *, symmetric: bool) -> np.ndarray:
+    """The weights in float64 of compressed-tensors, pack-quantized: integers of ``bits`` bits plus 2^(bits - 1)."""
+    scales = tensors[f"{path}.weight_scale"].astype(np.float64)
+    rows, columns = tensors[f"{path}.weight_shape"].tolist()
+    codes = bit_fields(tensors[f"{path}.weight_packed"], bits, columns)
+    zeros = np.full(scales.shape, 2 ** (bits - 1))
+    if not symmetric:
+        zeros = bit_fields(np.ascontiguousarray(tensors[f"{path}.weight_zero_point"].T), bits, rows).T
+    repeat = columns // scales.shape[1]
+    weight: np.ndarray = np.repeat(scales, repeat, axis=1) * (codes - np.repeat(zeros, repeat, axis=1))
+    return weight
+
+
+def read_nested(tensors: Mapping[str, np.ndarray], path: str, kept: int, bits: int, *, rule: str) -> np.ndarray:
+    """The ``bits``-bit weights in float64 of a smaller nested checkpoint, which has the top ``kept`` bits of the codes.
+
+    docs/format.md: the stored scale is that of the stored integers, 8-bit zero-points are 128, and a width with its
+    own scale and zero-point has them as ``path.bits.scale`` and ``path.bits.zero``.
+    """
+    rows, columns = tensors[f"{path}.weight_shape"].tolist()
+    code8 = bit_fields(tensors[f"{path}.weight_packed"], kept, columns) << (8 - kept)
+    step = 2 ** (8 - bits)
+    code = {
+        "prefix": code8 // step,
+        "round": np.minimum((2 * code8 + step) // (2 * step), 2**bits - 1),
+        "extra": (2 * code8 + step) // (2 * step),
+    }[rule]
+    if f"{path}.{bits}.scale" in tensors:
+        scale, zero = (tensors[f"{path}.{bits}.{part}"].astype(np.float64) for part in ("scale", "zero"))
+    else:
+        scale = tensors[f"{path}.weight_scale"].astype(np.float64) / 2.0 ** (8 - kept) * step
+        zero = np.full(scale.shape, (128 - ((step - 1) / 2 if rule == "prefix" else 0)) / step)
+    repeat = columns // scale.shape[1]
+    weight: np.ndarray = np.repeat(scale, repeat, axis=1) * (code - np.repeat(zero, repeat, axis=1))
+    assert len(weight) == rows
+    return weight

@@ -15,7 +15,10 @@ from safetensors.torch import load_file, save_file
 
 import matquant
 from conftest import FAMILIES, OTHERS, Interrupt
-from matquant.hf_torch.models import decoder_layers, embed, layer_output, load_float, open_shards
+from matquant.hf_torch.layers import decoder_layers
+from matquant.hf_torch.layerwise import embed, layer_output
+from matquant.hf_torch.loading import load_float
+from matquant.hf_torch.shards import open_shards
 from matquant.system.errors import InputError
 
 RUN: dict[str, Any] = {"method": "gptq", "samples": 8, "seq_len": 32, "batch_size": 4, "scope": "all"}
@@ -80,7 +83,7 @@ def test_a_model_that_does_not_run_layer_by_layer_is_refused(
 ) -> None:
     """BLOOM gives its layers a bias for every sequence and head, and its configuration names no context."""
     bloom = family_model("bloom")
-    with pytest.raises(InputError, match=r"^BloomForCausalLM asked to run layer by layer, .*; use --method qat or rtn"):
+    with pytest.raises(InputError, match=r"^BloomForCausalLM cannot run one decoder layer .*; use --method qat or rtn"):
         matquant.quantize(bloom, tmp_path / "out", text=[text_file], **RUN)
     matquant.quantize(bloom, tmp_path / "out", text=[text_file], steps=1, batch_size=2, seq_len=32)
 

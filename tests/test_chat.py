@@ -18,7 +18,7 @@ from matquant.hf import renderer
 from matquant.hf.renderer import render_template
 from matquant.hf.templates import render
 from matquant.hf.vocabulary import Vocabulary, end_ids, read_vocabulary
-from matquant.hf_torch.models import load_tokenizer
+from matquant.hf_torch.loading import load_tokenizer
 
 
 @pytest.fixture(scope="module")

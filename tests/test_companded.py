@@ -31,7 +31,7 @@ from matquant.export.blocks import CONTAINERS
 from matquant.export.containers import FIXED, Misfit, decode, encode, fit
 from matquant.format.read import open_checkpoint
 from matquant.format.write import write_checkpoint
-from matquant.hf_torch.models import nested_to_numpy
+from matquant.hf_torch.arrays import nested_to_numpy
 from matquant.methods.parts.fake import Grid, nest
 from matquant.system.errors import InputError
 from test_checkpoint import document_tables

@@ -26,7 +26,7 @@ from matquant.engine.chat import Conversation, render
 from matquant.engine.sampling import Sampling, choose, distribution
 from matquant.hf.text import token_stream
 from matquant.hf.vocabulary import TextStream, Vocabulary, read_vocabulary
-from matquant.hf_torch.models import load_tokenizer
+from matquant.hf_torch.loading import load_tokenizer
 from matquant.measure.likelihood import log_perplexity
 
 REFERENCE = Path(__file__).resolve().parents[1] / "examples" / "reference"

@@ -10,8 +10,11 @@ import torch
 import transformers
 
 from conftest import FAMILIES
-from matquant.hf_torch.layers import select_linears
-from matquant.hf_torch.models import decoder_layers, embed, load_float
+from matquant.hf import families
+from matquant.hf.families import ARCHITECTURES, Equivalence, Family, supported
+from matquant.hf_torch.layers import decoder_layers, select_linears
+from matquant.hf_torch.layerwise import embed
+from matquant.hf_torch.loading import load_float
 from matquant.methods.parts import equivalence
 
 TOKENS = torch.arange(3, 60).reshape(3, 19)
@@ -139,6 +142,10 @@ def bind_first(model: Any, scope: str = "all") -> tuple[tuple[equivalence.Bound,
     return equivalence.bind(name, tensors, config=model.config, quantised=quantised, run=run)
 
 
+def test_every_family_with_equivalences_is_tried() -> None:
+    assert {FAMILIES[family]().model_type for family in HOLDING} == set(supported("equivalences"))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_row_of_the_table_holds_on_a_real_layer(family: str, family_model: Callable[[str], Path]) -> None:
     rows, notice = bind_first(lively(family_model(family)))
@@ -146,8 +153,9 @@ def test_every_row_of_the_table_holds_on_a_real_layer(family: str, family_model:
 
 
 def test_a_wrong_row_is_dropped_and_said_so(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wrong = equivalence._linear("mlp.gate_proj", "mlp.down_proj")  # the activation lets nothing through
-    monkeypatch.setattr(equivalence, "FAMILIES", {"llama": (*equivalence.FAMILIES["llama"], wrong)})
+    wrong = Equivalence(source="mlp.gate_proj", consumers=("mlp.down_proj",))  # the activation lets nothing through
+    rows = (*(ARCHITECTURES["llama"].equivalences or ()), wrong)
+    monkeypatch.setitem(ARCHITECTURES, "llama", Family(equivalences=rows))
     rows, notice = bind_first(lively(llama))
     assert len(rows) == 4
     assert notice == (
@@ -157,7 +165,7 @@ def test_a_wrong_row_is_dropped_and_said_so(llama: Path, monkeypatch: pytest.Mon
 
 
 def test_an_unknown_family_is_clipped_only_and_said_so(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(equivalence, "FAMILIES", {"opt": ()})
+    monkeypatch.setattr(families, "ARCHITECTURES", {"opt": Family(equivalences=())})
     assert bind_first(lively(llama)) == ((), "llama has no table of equivalences: clipping only (known: opt)")
 
 

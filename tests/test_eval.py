@@ -11,7 +11,7 @@ import torch
 import matquant
 from matquant.core.spec import Plan
 from matquant.hf.text import batch, cut_windows, read_documents, token_stream
-from matquant.hf_torch.models import load_float, load_tokenizer
+from matquant.hf_torch.loading import load_float, load_tokenizer
 from matquant.measure.likelihood import evaluate, log_perplexity
 from matquant.system.errors import InputError
 

@@ -19,7 +19,7 @@ from conftest import largest_file
 from matquant.core.packing import pack, unpack
 from matquant.core.spec import Plan
 from matquant.core.tensor import NestedTensor
-from matquant.export import EXPORTERS, export, make_job
+from matquant.export import FORMATS, export, make_job
 from matquant.export.card import RECORD
 from matquant.export.containers import (
     CENTRE,
@@ -337,8 +337,8 @@ def test_a_smaller_nested_checkpoint_of_a_plan_and_of_a_smaller_one(checkpoint: 
 
 
 def test_exporting_twice_gives_the_same_bytes(checkpoint: Path, tmp_path: Path) -> None:
-    for to in EXPORTERS:
-        suffix = EXPORTERS[to].suffix
+    for to in FORMATS:
+        suffix = FORMATS[to].suffix
         if to in ("gptq", "gptq_v2"):
             continue
         places = [tmp_path / f"{to}-{number}{suffix}" for number in range(2)]
@@ -352,11 +352,11 @@ def test_explain_says_of_every_width_what_export_does(checkpoints: dict[str, Pat
     for name in ("prefix", "round", "asymmetric"):
         checkpoint = open_checkpoint(checkpoints[name])
         table = explain(checkpoint, plan=dict.fromkeys(checkpoint.shapes, 3))
-        assert list(table) == list(EXPORTERS)
+        assert list(table) == list(FORMATS)
         for to, outcomes in table.items():
             assert list(outcomes) == ["8", "7", "6", "5", "4", "3", "2", "plan"]
             assert outcomes["plan"] == outcomes["3"]
-            out = tmp_path / f"{name}-{to}{EXPORTERS[to].suffix}"
+            out = tmp_path / f"{name}-{to}{FORMATS[to].suffix}"
             if "refused" in outcomes["4"]:
                 with pytest.raises(InputError) as caught:
                     export(checkpoints[name], out, to=to, bits=4)
@@ -442,9 +442,9 @@ def test_mistakes_are_said_in_three_parts(checkpoints: dict[str, Path], tmp_path
     for options, message in (
         ({"to": "onnx"}, "--to 'onnx' is not a format; give "),
         ({"to": "dense", "bits": 9}, "bits=9 asked of an 8-bit code; use one of 1, 2, 3, 4, 5, 6, 7, 8"),
-        ({"to": "dense", "bits": 4, "plan": Plan()}, "both bits and a plan asked for; give one of them"),
-        ({"to": "dense", "dtype": "int8"}, "dtype='int8' asked for; use float32, float16, bfloat16"),
-        ({"to": "dense", "zeros": "round"}, "zeros='round' asked for; use exact or centre"),
+        ({"to": "dense", "bits": 4, "plan": Plan()}, "bits and a plan cannot be given together; give one of them"),
+        ({"to": "dense", "dtype": "int8"}, "dtype='int8' is not supported; use float32, float16, bfloat16"),
+        ({"to": "dense", "zeros": "round"}, "zeros='round' is not supported; use exact or centre"),
         (
             {"to": "dense", "plan": Plan(bits={"model.up": 4})},
             "the plan names 'model.up', which the model does not quant",
@@ -460,7 +460,10 @@ def test_mistakes_are_said_in_three_parts(checkpoints: dict[str, Path], tmp_path
             export(prefix, out, **options)
         assert message in str(caught.value)
         assert not out.exists()
-    with pytest.raises(InputError, match="asked of an asymmetric checkpoint"):
+    with pytest.raises(
+        InputError,
+        match="zeros='centre' needs a symmetric checkpoint: the zero-points of this one are far",
+    ):
         export(checkpoints["asymmetric"], out, to="compressed-tensors", bits=4, zeros=CENTRE)
     with pytest.raises(InputError, match="the zeros of an asymmetric checkpoint need all 8 bits; give --to"):
         export(checkpoints["asymmetric"], out, to="matquant", bits=4)
@@ -495,7 +498,7 @@ def test_the_example_of_the_document() -> None:
         codes=np.array([[0, 127, 128, 136, 255]], np.uint8), scale=np.ones((1, 1), np.float32),
         zero=np.full((1, 1), 128, np.float32), rule="prefix",
     )  # fmt: skip
-    stored = EXPORTERS["matquant"].encode(tensor, 2, Container(name="top 3", bits=3, zero=FIXED), EXACT).codes
+    stored = FORMATS["matquant"].encode(tensor, 2, Container(name="top 3", bits=3, zero=FIXED), EXACT).codes
     assert stored.tolist() == [[1, 3, 5, 5, 7]]
     assert pack(stored, 3).tobytes().hex(" ") == "59 7b 00 00"
     assert (stored << 5).tolist() == [[32, 96, 160, 160, 224]]

@@ -17,7 +17,7 @@ from matquant.core.spec import Plan
 from matquant.export import export
 from matquant.export.containers import CENTRE, EXACT, read_affine
 from matquant.format.read import Checkpoint, open_checkpoint
-from matquant.hf_torch.models import linear_views
+from matquant.hf_torch.layers import linear_views
 from matquant.system.errors import InputError
 
 TOKENS = torch.arange(3, 13)[None]
@@ -110,8 +110,8 @@ def test_a_plan_with_zero_points_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
         export(source, tmp_path / "out", to="compressed-tensors", plan=Plan(default=8, bits={"model.y": 4}))
     assert str(caught.value) == (
-        "--to compressed-tensors asked of uint8, uint4 together, transformers reads zero points only where all linears "
-        "have one type; use one width, or --to mlx or dense"
+        "--to compressed-tensors does not support uint8, uint4 together: transformers reads zero-points only where all "
+        "linear layers have one type; use one width, or --to mlx or dense"
     )
     assert [item.name for item in tmp_path.iterdir()] == ["in"]
 
@@ -124,8 +124,8 @@ def test_experts_of_several_widths_are_refused(checkpoint_of: Any, tmp_path: Pat
     with pytest.raises(InputError) as caught:
         export(source, tmp_path / "out", to="compressed-tensors", plan=Plan(default=None, bits=mixed))
     assert str(caught.value) == (
-        "--to compressed-tensors asked of experts in int4, int2, transformers fuses them and reads one type for all; "
-        "use one width for all experts, or --to dense"
+        "--to compressed-tensors does not support experts in int4, int2: transformers fuses them and reads "
+        "one type for all; use one width for all experts, or --to dense"
     )
     apart = {path: 4 if "experts" in path else 8 for path in paths}
     export(source, tmp_path / "out", to="compressed-tensors", plan=Plan(default=None, bits=apart))

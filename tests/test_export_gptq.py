@@ -129,5 +129,5 @@ def test_groups_that_gptqmodel_does_not_know(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="groups of 24 are no multiples of 16; give --to compressed-tensors or dense"):
         export(odd, tmp_path / "other", to="gptq", bits=4)
     opt = nested_checkpoint(tmp_path / "opt", SHAPES, config={"model_type": "opt"})
-    with pytest.raises(InputError, match="--to gptq asked of a opt model, it works for llama, mistral"):
+    with pytest.raises(InputError, match="--to gptq does not support opt models, only llama, mistral"):
         export(opt, tmp_path / "other", to="gptq", bits=4)

@@ -172,7 +172,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0}
         ({"hidden_act": "gelu"}, "the activation 'gelu'"),
         ({"model_type": "gemma2", "hidden_activation": "silu"}, "the activation 'silu'"),
         ({"model_type": "gemma2", "attn_logit_softcapping": None}, "attention or logits without a soft cap"),
-        ({"model_type": "gemma2", "tie_word_embeddings": False}, "a head of its own"),
+        ({"model_type": "gemma2", "tie_word_embeddings": False}, "a head that is not the embedding"),
         ({"model_type": "qwen2", "hidden_size": 64, "num_attention_heads": 4, "head_dim": 32}, "head_dim 32"),
         ({"layer_types": ["sliding_attention"], "sliding_window": 8}, "sliding windows"),
         ({"rope_traditional": True}, "rope_traditional"),
@@ -233,7 +233,7 @@ def test_what_mlx_cannot_hold_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
         export(opt, tmp_path / "other", to="mlx", bits=4)
     assert str(caught.value).startswith(
-        "--to mlx asked of a opt model, it works for llama, mistral, qwen2, qwen3, gemma2; give --to compressed-tensors"
+        "--to mlx does not support opt models, only llama, mistral, qwen2, qwen3, gemma2; give --to compressed-tensors"
     )
     assert not (tmp_path / "other").exists()
     with pytest.raises(matquant.InputError, match="out exists; give another"):

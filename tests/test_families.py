@@ -16,8 +16,8 @@ from transformers import Gemma3ForCausalLM
 import matquant
 from conftest import FAMILIES, make_tokenizer
 from matquant.format.read import open_checkpoint
-from matquant.hf_torch.layers import select_linears
-from matquant.hf_torch.models import linear_views, load_float
+from matquant.hf_torch.layers import linear_views, select_linears
+from matquant.hf_torch.loading import load_float
 
 TOKENS = torch.arange(3, 60).reshape(3, 19)
 STOCK = """

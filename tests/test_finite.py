@@ -18,7 +18,7 @@ from matquant.format.manifest import write_manifest
 from matquant.format.read import open_checkpoint
 from matquant.format.verify import check_plain
 from matquant.hf_torch.finite import checked_logits, describe
-from matquant.hf_torch.models import load_float
+from matquant.hf_torch.loading import load_float
 from matquant.measure.likelihood import log_perplexity
 from matquant.measure.run import evaluate_checkpoint
 from matquant.methods.parts.blocks import check_losses

@@ -22,9 +22,9 @@ from matquant.core.spec import Plan
 from matquant.export import export
 from matquant.export.blocks import CONTAINERS, LAYOUTS, pack_blocks
 from matquant.export.containers import FIXED, Container, Encoded, Fit, decode
-from matquant.export.gguf import ARCHITECTURES
 from matquant.export.tokens import NORMAL, PATTERNS, UNUSED, read_tokens
 from matquant.format.read import open_checkpoint
+from matquant.hf.families import supported
 from matquant.system.errors import InputError
 
 LARGE: dict[str, Any] = {**SMALL, "hidden_size": 256, "intermediate_size": 288}
@@ -232,7 +232,7 @@ def test_shapes_and_numbers_that_llama_cpp_wants(families: dict[str, Path], tmp_
         notices: list[str] = []
         export(directory, tmp_path / f"{family}.gguf", to="gguf", bits=2, base_model="a/b", notice=notices.append)
         found[family] = metadata(tmp_path / f"{family}.gguf")
-        assert found[family]["general.architecture"] == ARCHITECTURES[family]
+        assert found[family]["general.architecture"] == supported("gguf")[family].name
         assert found[family]["general.file_type"] == gguf.LlamaFileType.MOSTLY_Q2_K
         assert found[family]["general.quantization_version"] == gguf.GGML_QUANT_VERSION
         assert found[family]["general.base_model.0.repo_url"] == "https://huggingface.co/a/b"
@@ -423,9 +423,9 @@ def test_a_family_that_llama_cpp_computes_otherwise_is_refused(
     }
     out = tmp_path / "model.gguf"
     known = "llama, mistral, qwen2, qwen3, gemma2"
-    assert refusal(quantised["opt"], out).startswith(f"--to gguf asked of a opt model, it works for {known}; give --to")
+    assert refusal(quantised["opt"], out).startswith(f"--to gguf does not support opt models, only {known}; give --to")
     assert refusal(quantised["gemma2"], out, bits=4) == (
-        "--to gguf asked of query_pre_attn_scalar 256, which llama.cpp's gemma2 does not compute; "
+        "--to gguf does not support query_pre_attn_scalar 256, which llama.cpp's gemma2 does not compute; "
         "give --to mlx or dense"
     )
 

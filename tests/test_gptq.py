@@ -16,7 +16,8 @@ from matquant.core.nest import CENTRE, slice_affine
 from matquant.format.read import open_checkpoint
 from matquant.format.verify import verify_checkpoint
 from matquant.hf.text import read_documents, token_stream
-from matquant.hf_torch.models import decoder_layers, load_float, load_tokenizer
+from matquant.hf_torch.layers import decoder_layers
+from matquant.hf_torch.loading import load_float, load_tokenizer
 from matquant.measure.likelihood import log_perplexity
 from matquant.methods.gptq import nested_gptq
 from matquant.methods.parts.affines import refit_affine

@@ -12,7 +12,7 @@ import matquant
 from conftest import FAMILIES, Interrupt
 from matquant.format.read import open_checkpoint
 from matquant.hf.text import read_documents, token_stream
-from matquant.hf_torch.models import load_tokenizer
+from matquant.hf_torch.loading import load_tokenizer
 from matquant.measure.run import evaluate_checkpoint
 from matquant.planning.sensitivity import open_losses
 

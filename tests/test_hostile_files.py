@@ -23,7 +23,7 @@ from conftest import FAMILIES, OTHERS
 from matquant import InputError, _native
 from matquant.engine import terminal
 from matquant.engine.chat import ROOM, Conversation
-from matquant.export import EXPORTERS, export
+from matquant.export import FORMATS, export
 from matquant.format.contents import summarise
 from matquant.format.facts import CONFIG, FILES, GENERATION, LARGEST, check_facts
 from matquant.format.manifest import write_manifest
@@ -87,7 +87,7 @@ def readers(directory: Path, text: Path, out: Path) -> dict[str, Callable[[], ob
 
     def exported(to: str) -> None:
         seal(directory)
-        export(directory, out / f"{to}{EXPORTERS[to].suffix}", to=to, bits=4, zeros="centre", overwrite=True)
+        export(directory, out / f"{to}{FORMATS[to].suffix}", to=to, bits=4, zeros="centre", overwrite=True)
 
     return {
         "generate": generate,
@@ -96,7 +96,7 @@ def readers(directory: Path, text: Path, out: Path) -> dict[str, Callable[[], ob
         "plan": plan,
         "inspect": lambda: summarise(open_checkpoint(directory, check_hashes=False)),
         "verify": lambda: (seal(directory), verify_checkpoint(directory)),
-        **{f"export {to}": lambda to=to: exported(to) for to in EXPORTERS},  # type: ignore[misc]
+        **{f"export {to}": lambda to=to: exported(to) for to in FORMATS},  # type: ignore[misc]
     }
 
 

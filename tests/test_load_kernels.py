@@ -12,6 +12,7 @@ import torch
 
 import matquant
 from conftest import FAMILIES
+from matquant.backends import native
 from matquant.core import planes
 from matquant.format.read import open_checkpoint
 from matquant.hf_torch import linear
@@ -161,7 +162,7 @@ def test_the_state_dict_is_that_of_the_dense_model(checkpoint: Callable[..., Pat
     assert set(found) == set(expected)
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name
-    message = r"q_proj.weight asked to be loaded into codes, which are fixed; load the model with kernels='none'"
+    message = r"q_proj.weight cannot be loaded: the codes are fixed; load the model with kernels='none'"
     with pytest.raises(matquant.InputError, match=message):
         model.load_state_dict(found)
 
@@ -188,7 +189,7 @@ def test_kernels_with_float_activations_are_the_default(dtype: torch.dtype, chec
 
 def test_dense_weights_are_those_of_torch_and_train(checkpoint: Callable[..., Path]) -> None:
     model = matquant.load(checkpoint("llama"), kernels="none")
-    assert model.kernels == "no kernels: dense weights asked for"
+    assert model.kernels == "no kernels: dense weights were asked for"
     assert type(model.get_submodule(DOWN)) is torch.nn.Linear
     assert model.get_parameter(f"{DOWN}.weight").requires_grad
 
@@ -217,7 +218,7 @@ def test_where_kernels_cannot_be_had_the_weights_are_dense_and_the_reason_is_sai
 def test_where_kernels_asked_for_cannot_be_had_the_reason_is_said(
     kernels: str, family: str, options: dict[str, Any], reason: str, checkpoint: Callable[..., Path]
 ) -> None:
-    message = rf"^kernels='{kernels}' asked of .*, but {reason}; use kernels='auto' or 'none'$"
+    message = rf"^kernels='{kernels}' cannot serve .*: {reason}; use kernels='auto' or 'none'$"
     with pytest.raises(matquant.InputError, match=message):
         matquant.load(checkpoint(family), kernels=kernels, **options)
 
@@ -232,9 +233,9 @@ def test_without_the_native_extension_weights_are_dense(
     checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     missing = "the native extension is missing (No module named 'matquant._native')"
-    monkeypatch.setattr(linear, "MISSING", missing)
+    monkeypatch.setattr(native, "MISSING", missing)
     assert matquant.load(checkpoint("llama")).kernels == f"no kernels: {missing}"
-    with pytest.raises(matquant.InputError, match="but the native extension is missing"):
+    with pytest.raises(matquant.InputError, match=": the native extension is missing"):
         matquant.load(checkpoint("llama"), kernels="int8")
 
 
@@ -243,9 +244,15 @@ def test_calls_that_kernels_cannot_serve_are_refused(checkpoint: Callable[..., P
     module = model.get_submodule(DOWN)
     x = torch.zeros(1, module.in_features)
     for bad, reason in (
-        (x.to("meta"), "kernels asked on meta, they run on cpu; load the model with kernels='none'"),
-        (x.double(), "kernels asked of torch.float64, they take float32, bfloat16, float16; load the model with"),
-        (x[:, 1:], r"a linear of 48 inputs asked of \[1, 47\]; give \[..., K\]"),
+        (
+            x.to("meta"),
+            "the kernels of this layer do not support its input: they run on cpu, not on meta; load the model with",
+        ),
+        (
+            x.double(),
+            "do not support its input: they take float32, bfloat16, float16, not float64; load the model",
+        ),
+        (x[:, 1:], r"a linear of 48 inputs was given \[1, 47\]; give \[..., K\]"),
     ):
         with pytest.raises(matquant.InputError, match=reason):
             module(bad)

@@ -17,7 +17,7 @@ from matquant.format.side_files import TOKENS, side_files
 from matquant.format.verify import verify_checkpoint
 from matquant.hf.probe import check_tokens
 from matquant.hf.vocabulary import read_vocabulary
-from matquant.hf_torch.models import load_tokenizer
+from matquant.hf_torch.loading import load_tokenizer
 from matquant.system.errors import InputError
 
 MANIFEST = "matquant_manifest.json"

@@ -11,7 +11,7 @@ from matquant.core.grid import encode
 from matquant.core.nest import slice_codes
 from matquant.format.read import open_checkpoint
 from matquant.hf_torch.layers import select_linears
-from matquant.hf_torch.models import load_float
+from matquant.hf_torch.loading import load_float
 from matquant.methods import qat
 from matquant.methods.parts import training
 from matquant.methods.parts.fake import Grid, confine

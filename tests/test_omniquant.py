@@ -14,13 +14,16 @@ import matquant
 import oracle
 from conftest import FAMILIES
 from matquant.core.nest import CENTRE, slice_codes
-from matquant.hf_torch.layers import select_linears
-from matquant.hf_torch.models import decoder_layers, embed, load_float, write_weights
+from matquant.hf_torch.layers import decoder_layers, select_linears
+from matquant.hf_torch.layerwise import embed
+from matquant.hf_torch.loading import load_float
+from matquant.hf_torch.views import write_weights
 from matquant.methods import omniquant
 from matquant.methods.parts import clip, fake
 from matquant.methods.parts.blocks import Block, Solved
 from matquant.methods.parts.fake import Grid
 from matquant.methods.parts.layer import Layer
+from matquant.options.declare import check_values
 from matquant.options.objective import FLOAT, parse_objective
 from matquant.system.errors import InputError
 
@@ -430,6 +433,7 @@ def test_a_diverging_run_names_the_layer_and_the_width(llama: Path) -> None:
 )
 def test_options_that_cannot_be_trained_with_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError) as caught:
+        check_values(omniquant.Settings, options, owner="method 'omniquant'")
     assert str(caught.value) == message
 
 

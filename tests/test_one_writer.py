@@ -18,7 +18,7 @@ import pytest
 
 import matquant
 from matquant import cli
-from matquant.export import EXPORTERS, export
+from matquant.export import FORMATS, export
 from matquant.format import write as write_module
 from matquant.format.manifest import MANIFEST
 from matquant.format.verify import verify_checkpoint
@@ -104,13 +104,13 @@ def test_a_run_inside_a_run_of_the_same_output_is_rejected(llama: Path, text_fil
 
 @pytest.mark.parametrize("to", ["dense", "gguf", "matquant"])
 def test_an_export_holds_its_output(to: str, nested: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    exporter, messages = EXPORTERS[to], []
+    exporter, messages = FORMATS[to], []
     out = tmp_path / f"out{exporter.suffix}"
 
     def intrude() -> None:
         messages.append(in_another_thread(export, nested, out, to=to, overwrite=True))
 
-    monkeypatch.setitem(EXPORTERS, to, dataclasses.replace(exporter, write=before(exporter.write, intrude)))
+    monkeypatch.setitem(FORMATS, to, dataclasses.replace(exporter, write=before(exporter.write, intrude)))
     export(nested, out, to=to)
     assert "another run is writing" in messages[0]
     assert names(tmp_path) == [out.name]

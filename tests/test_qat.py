@@ -23,7 +23,7 @@ from conftest import Interrupt
 from matquant.core.grid import fit_slice
 from matquant.format.read import open_checkpoint
 from matquant.hf_torch.layers import select_linears
-from matquant.hf_torch.models import load_float
+from matquant.hf_torch.loading import load_float
 from matquant.methods import qat
 from matquant.methods.parts import forward, training
 from matquant.methods.parts.fake import Grid, Learned, backward, finish_backward, nest

@@ -17,7 +17,8 @@ from conftest import SMALL, make_tokenizer
 from matquant import _native
 from matquant.format.read import open_checkpoint
 from matquant.format.write import write_checkpoint
-from matquant.hf.architecture import FAMILIES, read_architecture
+from matquant.hf.architecture import read_architecture
+from matquant.hf.families import supported
 
 HEADS = {"head_dim": 8}
 MIXED = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 7}
@@ -117,6 +118,10 @@ def assert_same_logits(found: np.ndarray, expected: np.ndarray, tolerance: float
 
 
 # ------------------------------------------------------------------------------------------------------------ exactness
+
+
+def test_every_family_that_is_decoded_is_tried() -> None:
+    assert {make_config().model_type for make_config in CONFIGS.values()} == set(supported("decode"))
 
 
 @pytest.mark.parametrize("case", CONFIGS)
@@ -341,7 +346,7 @@ CLASSES = {
     "smollm3": transformers.SmolLM3Config,
 }
 OLD_STYLE: list[tuple[str, dict[str, Any]]] = [
-    *((family, {}) for family in FAMILIES),
+    *((family, {}) for family in supported("decode")),
     ("llama", {"rope_theta": 5e5, "rope_scaling": {key: v for key, v in LLAMA3.items() if key != "rope_theta"}}),
     ("llama", {"rope_scaling": {"type": "linear", "factor": 3.0}}),
     ("qwen2", {"use_sliding_window": True, "max_window_layers": 3, "rope_theta": 1e6}),

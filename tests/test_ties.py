@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 import matquant
 from conftest import SMALL, make_tokenizer
-from matquant.hf_torch.models import load_float, open_shards
+from matquant.hf_torch.loading import load_float
+from matquant.hf_torch.shards import open_shards
 from matquant.system.errors import InputError
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"

@@ -30,7 +30,8 @@ from matquant.hf import sidefiles
 from matquant.hf.probe import TEXTS, check_tokens, difference, probe_texts
 from matquant.hf.text import check_ids, read_documents, token_stream
 from matquant.hf.vocabulary import read_vocabulary
-from matquant.hf_torch.models import load_float, load_tokenizer, open_shards
+from matquant.hf_torch.loading import load_float, load_tokenizer
+from matquant.hf_torch.shards import open_shards
 from matquant.hf_torch.tokenizer import Texts, read_texts
 from matquant.measure.run import evaluate_checkpoint
 from matquant.measure.tasks import check_tasks, open_tasks

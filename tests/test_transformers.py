@@ -20,7 +20,8 @@ from matquant.export import export
 from matquant.format.read import open_checkpoint
 from matquant.format.side_files import side_files
 from matquant.format.write import write_checkpoint
-from matquant.hf_torch.models import linear_views, plain_items
+from matquant.hf_torch.layers import linear_views
+from matquant.hf_torch.views import plain_items
 from matquant.integrations import quantizer
 
 TOKENS = torch.arange(3, 60).reshape(3, 19)

@@ -15,7 +15,7 @@ from matquant.core.nest import CENTRE, slice_codes
 from matquant.core.tensor import NestedTensor
 from matquant.format.read import open_checkpoint
 from matquant.hf.text import read_documents, token_stream
-from matquant.hf_torch.models import load_float, load_tokenizer
+from matquant.hf_torch.loading import load_float, load_tokenizer
 from matquant.methods.parts import tune
 from matquant.methods.parts.fake import Grid, nest
 from matquant.methods.parts.masters import encode_masters

@@ -21,7 +21,8 @@ from matquant.format.contents import code_counts
 from matquant.format.read import open_checkpoint
 from matquant.format.sizes import bits_per_weight
 from matquant.hf.text import read_documents, token_stream
-from matquant.hf_torch.models import bf16_is_fast, load_float, load_tokenizer
+from matquant.hf_torch.device import bf16_is_fast
+from matquant.hf_torch.loading import load_float, load_tokenizer
 from matquant.hf_torch.nested_model import load
 from matquant.measure.likelihood import evaluate, log_perplexity
 from matquant.methods.quantize import quantize

@@ -31,7 +31,7 @@ from matquant.core.spec import Plan
 from matquant.export import export
 from matquant.format.read import Checkpoint, open_checkpoint
 from matquant.hf.text import read_documents, token_stream
-from matquant.hf_torch.models import load_tokenizer
+from matquant.hf_torch.loading import load_tokenizer
 from matquant.measure.likelihood import log_perplexity
 from origin import ROOT
 

@@ -22,7 +22,7 @@ from engines.conftest import CACHE, HERE, REFERENCE
 from engines.heads import widen_heads
 from environments import make_environment
 from matquant.export import export
-from matquant.hf_torch.models import load_tokenizer
+from matquant.hf_torch.loading import load_tokenizer
 from origin import ROOT
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(3600)]

@@ -49,7 +49,7 @@ def export(
         Console().print(explaining.render(table, str(directory)))
         return
     if to is None or out is None:
-        raise InputError(f"export needs a format and a place; give --to {' or '.join(exporting.EXPORTERS)} and -o OUT")
+        raise InputError(f"export needs a format and a place; give --to {' or '.join(exporting.FORMATS)} and -o OUT")
     with progress.exporting() as report:
         made = exporting.export(
             directory,

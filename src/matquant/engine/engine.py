@@ -26,8 +26,9 @@ from matquant import _native
 from matquant.core.nest import MASTER_BITS, check_bits
 from matquant.core.planes import ACTIVATIONS
 from matquant.core.spec import Plan
+from matquant.engine.decoder import Decoder, StepByStep
 from matquant.engine.model import load_model
-from matquant.engine.sampling import Sampling, choose
+from matquant.engine.sampling import Sampling
 from matquant.format.facts import GENERATION
 from matquant.format.manifest import side_facts
 from matquant.format.read import open_checkpoint
@@ -173,16 +174,12 @@ class Engine:
         check_given(**given)
         if session is not None and (not isinstance(session, Session) or session.engine is not self):
             raise InputTypeError(f"session={session!r} is not a session of this engine; give what session() returned")
-        ids = self.prompt_ids(prompt)
-        return Completion(
-            self,
-            ids,
-            widths=self.widths(bits, plan),
-            max_tokens=max_tokens,
-            sampling=Sampling.of_model(self.generation_config, **given),
-            text=TextStream(self.vocabulary, after=ids[-CONTEXT_TAIL:], stop=stop),
-            session=session or self.session(min(self.context, len(ids) + max_tokens)),
-        )
+        ids, widths = self.prompt_ids(prompt), self.widths(bits, plan)
+        sampling = Sampling.of_model(self.generation_config, **given)
+        text = TextStream(self.vocabulary, after=ids[-CONTEXT_TAIL:], stop=stop)
+        session = session or self.session(min(self.context, len(ids) + max_tokens))
+        decoder = StepByStep(session, ids, widths=widths, sampling=sampling)
+        return Completion(self, ids, decoder=decoder, text=text, max_tokens=max_tokens)
 
     def generate(self, prompt: str | Sequence[int], **options: Any) -> str:
         """The text that ``stream`` with the same options gives, at once."""
@@ -320,15 +317,7 @@ class Completion:
     """
 
     def __init__(
-        self,
-        engine: Engine,
-        prompt: list[int],
-        *,
-        widths: np.ndarray,
-        max_tokens: int,
-        sampling: Sampling,
-        text: TextStream,
-        session: Session,
+        self, engine: Engine, prompt: Sequence[int], *, decoder: Decoder, text: TextStream, max_tokens: int
     ) -> None:
         self.ids = list(prompt)
         self.prompt_tokens = len(prompt)
@@ -336,29 +325,19 @@ class Completion:
         self.prompt_s = self.decode_s = 0.0
         self.reason = "length"
         self._ended = False
-        self._pieces = self._run(engine, widths, max_tokens, sampling, text, session)
+        self._pieces = self._run(engine, decoder, text, max_tokens)
 
     def __iter__(self) -> Iterator[str]:
         if self._ended:
             raise InUseError("this completion has been read to its end; keep its pieces, or call stream again")
         return self._pieces
 
-    def _run(
-        self,
-        engine: Engine,
-        widths: np.ndarray,
-        max_tokens: int,
-        sampling: Sampling,
-        text: TextStream,
-        session: Session,
-    ) -> Iterator[str]:
-        generator = np.random.default_rng(sampling.seed)
+    def _run(self, engine: Engine, decoder: Decoder, text: TextStream, max_tokens: int) -> Iterator[str]:
         began = time.perf_counter()
-        turn, logits = session.begin(self.ids, widths)
+        decoder.start()
         self.prompt_s = time.perf_counter() - began
         began = time.perf_counter()
-        while self.tokens < max_tokens:
-            token = choose(logits, sampling, generator)
+        for token in decoder:
             self.tokens += 1
             self.decode_s = time.perf_counter() - began
             if token in engine.ends:
@@ -371,9 +350,8 @@ class Completion:
             if text.stopped:
                 self.reason, self._ended = "stop", True
                 return
-            if len(self.ids) > session.capacity or self.tokens == max_tokens:
+            if self.tokens == max_tokens:
                 break
-            logits = session.advance(token, widths, turn=turn)
         rest = text.finish()
         if text.stopped:
             self.reason = "stop"

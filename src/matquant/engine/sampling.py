@@ -22,15 +22,17 @@ LEVELS = (7.0, 14.0)  # nats below the most probable: most of a large vocabulary
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How the next token is chosen. top_k 0, top_p 1, min_p 0: off.
+    """How the next token is chosen."""
 
-    temperature 0, or too small for float32, in which logits are divided by it: greedy, the rest is not used.
-    """
-
+    # what logits are divided by; 0, or too small for float32: greedy, and the rest is not used
     temperature: float = 0.0
+    # keep the k most probable tokens; 0: all
     top_k: int = 0
+    # nucleus sampling: keep the smallest set of tokens whose probabilities add up to p; 1: all
     top_p: float = 1.0
+    # keep tokens at least so many times as probable as the first; 0: all
     min_p: float = 0.0
+    # random seed of the call
     seed: int = 0
 
     def __post_init__(self) -> None:

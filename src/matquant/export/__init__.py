@@ -1,6 +1,7 @@
-"""Hand a slice of a nested checkpoint to another engine: exact, or refused with the reason.
+"""Hand a slice of a nested checkpoint to another engine: exactly, or not at all, with the reason.
 
-One exporter a file; EXPORTERS names them. Nothing here needs torch.
+FORMATS is the table: one file per format, which ends in an Exporter (job.py), and one line here. docs/extending.md adds
+one; tests/test_contract_formats.py holds every row to the promise above. Nothing here needs torch.
 """
 
 import dataclasses
@@ -28,7 +29,7 @@ from matquant.system.files import (
 )
 from matquant.system.locks import check_place, hold
 
-EXPORTERS: dict[str, Exporter] = {
+FORMATS: dict[str, Exporter] = {
     "gguf": gguf.EXPORTER,
     "mlx": mlx.EXPORTER,
     "compressed-tensors": compressed_tensors.EXPORTER,
@@ -57,26 +58,39 @@ def export(
     report: Progress = lambda done, total: None,
     notice: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """Write the ``bits``-bit slice (or ``plan``) of a nested checkpoint in the format ``to``, a name of EXPORTERS.
+    """Write the ``bits``-bit slice (or ``plan``) of a nested checkpoint in the format ``to``, a name of FORMATS.
 
     The weights the engine computes with are those of the slice, after one rounding of scales (and minima) to the
-    format's type; weights no block of the format can hold for their size stay dense, with a notice. zeros=CENTRE
-    moves zeros to the middle of the codes first, for formats that hold no others. dtype: of dense weights, None: the
-    model's; to mlx of scales and biases too, None: float32. measured: a record of ``matquant eval --json`` for the
-    model card. Returns {"out", "bytes", "seconds", "bits_per_weight", "containers": {name: weights}}. InputError, and
-    nothing written, where a slice does not fit.
+    format's type; weights whose size no block of the format fits stay dense, with a notice.
+
+    zeros: CENTRE moves zero-points to the middle of the codes first, for formats that hold no others. dtype: of dense
+    weights, None: the model's; to mlx of scales and biases too, None: float32. measured: a record of ``matquant eval
+    --json`` for the model card. Returns {"out", "bytes", "seconds", "bits_per_weight", "containers": {name: weights}}.
+    InputError, and nothing written, where a slice does not fit.
     """
     began = time.perf_counter()
     target = check_place(out)
-    if to in EXPORTERS:  # before a large checkpoint is read
-        _check_target(target, EXPORTERS[to], overwrite=overwrite)
+    if to in FORMATS:  # before a large checkpoint is read
+        _check_target(target, FORMATS[to], overwrite=overwrite)
     checkpoint = open_checkpoint(directory)
     if bits is not None and plan is not None:
-        raise InputError("both bits and a plan asked for; give one of them")
+        raise InputError("bits and a plan cannot be given together; give one of them")
     wanted = (plan or Plan(default=bits or MASTER_BITS)).resolve(checkpoint.shapes)
     about = {"base_model": base_model, "measured": _evaluation(measured)}
     job = make_job(checkpoint, to, wanted, zeros=zeros, dtype=dtype, about=about)
-    exporter, done, total = job.exporter, 0, 0
+    total = _write(job, target, overwrite=overwrite, report=report, notice=notice)
+    return {
+        "out": str(target),
+        "bytes": total,
+        "seconds": time.perf_counter() - began,
+        "bits_per_weight": job.bits_per_weight(),
+        "containers": dict(sorted(Counter(job.kinds().values()).items())),
+    }
+
+
+def _write(job: Job, target: Path, *, overwrite: bool, report: Progress, notice: Callable[[str], None]) -> int:
+    """Write the export beside ``target`` and put it there when it is whole; returns the bytes of its tensors."""
+    exporter, checkpoint, done, total = job.exporter, job.checkpoint, 0, 0
     check = functools.partial(_check_target, target, exporter, overwrite=overwrite)
     check()  # before the lock, for which missing parents are made
 
@@ -93,20 +107,15 @@ def export(
         check_space(target, total + SPARE_BYTES)
         stay = [path for path, container in job.chosen.items() if container is None]
         if stay and exporter.containers(checkpoint, stay[0]):
-            notice(f"{len(stay)} weights such as {stay[0]} fit no block of {to} and stay dense ({job.dtype})")
+            name = job.about["format"]
+            notice(f"{len(stay)} weights such as {stay[0]} fit no block of {name} and stay dense ({job.dtype})")
         with (
             replace_when_done(target, overwrite=overwrite)
             if exporter.suffix
             else replace_directory_when_done(target, check)
         ) as partial:
             exporter.write(job, partial, written)
-    return {
-        "out": str(target),
-        "bytes": total,
-        "seconds": time.perf_counter() - began,
-        "bits_per_weight": job.bits_per_weight(),
-        "containers": dict(sorted(Counter(job.kinds().values()).items())),
-    }
+    return total
 
 
 def make_job(
@@ -121,12 +130,13 @@ def make_job(
     """Choose a container for every path of ``plan``; InputError with the reasons where none holds a slice."""
     exporter = _exporter(to, checkpoint)
     if zeros not in ZEROS:
-        raise InputError(f"zeros={zeros!r} asked for; use {' or '.join(ZEROS)}")
+        raise InputError(f"zeros={zeros!r} is not supported; use {' or '.join(ZEROS)}")
     if dtype is not None and dtype not in DTYPES:
-        raise InputError(f"dtype={dtype!r} asked for; use {', '.join(DTYPES)}")
+        raise InputError(f"dtype={dtype!r} is not supported; use {', '.join(DTYPES)}")
     if zeros == CENTRE and not checkpoint.spec.symmetric:
         raise InputError(
-            f"zeros={zeros!r} asked of an asymmetric checkpoint, whose zeros are not near the middle; use exact"
+            f"zeros={zeros!r} needs a symmetric checkpoint: the zero-points of this one are far from the middle; "
+            "use exact"
         )
     model = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float32"
     kept = DTYPES.get(dtype or "") or exporter.dense or DTYPES.get(str(model), "F32")
@@ -170,7 +180,7 @@ def _with_scales(exporter: Exporter, dtype: str) -> Exporter:
 
 
 def alternatives(checkpoint: Checkpoint, to: str, path: str, bits: int) -> str:
-    """What would do instead, in words: this format at other widths or with other zeros, formats that hold the slice."""
+    """What to ask for instead, in words: a format that holds the slice, or this one with other bits or zeros."""
 
     def takes(exporter: Exporter, width: int, zeros: str = EXACT) -> bool:
         return not isinstance(exporter.container(checkpoint, path, width, zeros), list)
@@ -179,10 +189,10 @@ def alternatives(checkpoint: Checkpoint, to: str, path: str, bits: int) -> str:
         found = exporter.container(checkpoint, path, bits, EXACT)
         return isinstance(found, Container) or (found is None and not exporter.containers(checkpoint, path))
 
-    exporter, sliced = EXPORTERS[to], [width for width in range(MASTER_BITS, 1, -1) if width != bits]
+    exporter, sliced = FORMATS[to], [width for width in range(MASTER_BITS, 1, -1) if width != bits]
     nearest = sorted(sliced, key=lambda width: (abs(width - bits), -width))
     widths = [width for width in nearest if takes(exporter, width)]
-    formats = [name for name, found in EXPORTERS.items() if _reads(found, checkpoint) and holds(found)]
+    formats = [name for name, found in FORMATS.items() if _reads(found, checkpoint) and holds(found)]
     centre = checkpoint.spec.symmetric and takes(exporter, bits, CENTRE)
     return "give " + ", or ".join(
         [
@@ -194,13 +204,13 @@ def alternatives(checkpoint: Checkpoint, to: str, path: str, bits: int) -> str:
 
 
 def _exporter(to: str, checkpoint: Checkpoint) -> Exporter:
-    if to not in EXPORTERS:
-        raise InputError(f"--to {to!r} is not a format; give {', '.join(EXPORTERS)}")
-    found, family = EXPORTERS[to], checkpoint.config.get("model_type")
+    if to not in FORMATS:
+        raise InputError(f"--to {to!r} is not a format; give {', '.join(FORMATS)}")
+    found, family = FORMATS[to], checkpoint.config.get("model_type")
     if not _reads(found, checkpoint):
-        every = [name for name, exporter in EXPORTERS.items() if exporter.families is None]
+        every = [name for name, exporter in FORMATS.items() if exporter.families is None]
         works = ", ".join(found.families or ())
-        raise InputError(f"--to {to} asked of a {family} model, it works for {works}; give --to {' or '.join(every)}")
+        raise InputError(f"--to {to} does not support {family} models, only {works}; give --to {' or '.join(every)}")
     return found
 
 

@@ -59,13 +59,14 @@ def check(job: Job) -> None:
     names = ", ".join(kind.name for kind in _by_width(kinds.values()))
     if _asymmetric(job) and len(set(kinds.values())) > 1:
         raise InputError(
-            f"--to compressed-tensors asked of {names} together, transformers reads zero points only where all linears "
-            "have one type; use one width, or --to mlx or dense"
+            f"--to compressed-tensors does not support {names} together: transformers reads zero-points only where all "
+            "linear layers have one type; use one width, or --to mlx or dense"
         )
     experts = {kind for path, kind in kinds.items() if ".experts." in path}
     if len(experts) > 1:
+        names = ", ".join(kind.name for kind in _by_width(experts))
         raise InputError(
-            f"--to compressed-tensors asked of experts in {', '.join(kind.name for kind in _by_width(experts))}, "
+            f"--to compressed-tensors does not support experts in {names}: "
             "transformers fuses them and reads one type for all; use one width for all experts, or --to dense"
         )
 

@@ -33,31 +33,24 @@ STEPS = {"F32": 2.0**-24, "F16": 2.0**-11, "BF16": 2.0**-8}  # relative error of
 
 @dataclass(frozen=True, kw_only=True)
 class Container:
-    """An integer type of a format. bits: n. zero: FIXED, INTEGER or MINIMUM, as above.
+    """An integer type of a format."""
 
-    block: neighbouring in features that share a scale; a group must be made of whole blocks. scale: dtype in which d
-    and m are stored. rows: out features must be a multiple of it.
-    """
-
-    name: str
-    bits: int
-    zero: str
-    block: int = 1
-    scale: str = "F16"
-    rows: int = 1
+    name: str  # what people know it by
+    bits: int  # n
+    zero: str  # FIXED, INTEGER or MINIMUM, as above
+    block: int = 1  # neighbouring in features that share a scale; a group must be made of whole blocks
+    scale: str = "F16"  # dtype in which d and m are stored, as safetensors names it
+    rows: int = 1  # what the number of out features must be a multiple of
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
-    """How the codes of a slice become the integers of a container: u = factor * c + shift, w = d * (u - offset).
+    """How the codes of a slice become the integers of a container: u = factor * c + shift, w = d * (u - offset)."""
 
-    factor, shift: uint8 [N, G]. scale: d, float32 [N, G]. offset: float32 [N, G]; 2^(n-1) everywhere if fixed.
-    """
-
-    factor: np.ndarray = field(repr=False)
-    shift: np.ndarray = field(repr=False)
-    scale: np.ndarray = field(repr=False)
-    offset: np.ndarray = field(repr=False)
+    factor: np.ndarray = field(repr=False)  # uint8 [N, G]
+    shift: np.ndarray = field(repr=False)  # uint8 [N, G]
+    scale: np.ndarray = field(repr=False)  # d, float32 [N, G]
+    offset: np.ndarray = field(repr=False)  # float32 [N, G]; 2^(n-1) everywhere if fixed
 
     def minimum(self) -> np.ndarray:
         """m of w = d * u + m, float32 [N, G]."""
@@ -67,10 +60,10 @@ class Fit:
 
 @dataclass(frozen=True, kw_only=True)
 class Encoded:
-    """A weight as a container holds it: integers u, uint8 [N, K], and the scale and offset of Fit."""
+    """A weight as a container holds it."""
 
-    codes: np.ndarray
-    fit: Fit
+    codes: np.ndarray  # the integers u, uint8 [N, K]
+    fit: Fit  # their scale and offset
 
     def reordered(self, rows: np.ndarray | None) -> "Encoded":
         """The same with its rows in the order ``rows``; itself if None."""
@@ -82,11 +75,11 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Misfit:
-    """Why a container does not hold a slice. blocked: only for the weight's size; small: it has too few integers."""
+    """Why a container does not hold a slice."""
 
-    reason: str
-    blocked: bool = False
-    small: bool = False
+    reason: str  # in words
+    blocked: bool = False  # whether it is for the weight's size only
+    small: bool = False  # whether the container has too few integers
 
 
 def largest_block(sizes: Sequence[int], group: int) -> int:

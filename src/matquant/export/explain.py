@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from matquant.export import EXPORTERS, make_job
+from matquant.export import FORMATS, make_job
 from matquant.export.containers import EXACT
 from matquant.format.read import Checkpoint
 from matquant.system.errors import InputError
@@ -18,21 +18,21 @@ WIDTHS = (8, 7, 6, 5, 4, 3, 2)
 def explain(
     checkpoint: Checkpoint, *, plan: Mapping[str, int] | None = None, zeros: str = EXACT
 ) -> dict[str, dict[str, Any]]:
-    """format -> {width or "plan": outcome}: {"containers": {name: weights}, "bits_per_weight": honest bits}, or
-    {"refused": why}.
+    """format -> {width or "plan": outcome}, which is {"containers": {name: weights}, "bits_per_weight": number}, all
+    overhead included, or {"refused": why}.
     """
     plans = {str(bits): dict.fromkeys(checkpoint.shapes, bits) for bits in WIDTHS}
     plans |= {"plan": dict(plan)} if plan is not None else {}
-    return {to: _outcomes(checkpoint, to, plans, zeros) for to in EXPORTERS}
+    return {to: _outcomes(checkpoint, to, plans, zeros) for to in FORMATS}
 
 
 def _outcomes(
     checkpoint: Checkpoint, to: str, plans: Mapping[str, Mapping[str, int]], zeros: str
 ) -> dict[str, dict[str, Any]]:
-    families = EXPORTERS[to].families
+    families = FORMATS[to].families
     try:
         if families is None or checkpoint.config.get("model_type") in families:
-            EXPORTERS[to].check(checkpoint)
+            FORMATS[to].check(checkpoint)
     except InputError as error:
         return {name: {"refused": str(error)} for name in plans}
     return {name: _outcome(checkpoint, to, wanted, zeros) for name, wanted in plans.items()}
@@ -48,11 +48,11 @@ def _outcome(checkpoint: Checkpoint, to: str, plan: Mapping[str, int], zeros: st
 
 
 def render(outcomes: Mapping[str, Mapping[str, Mapping[str, Any]]], title: str) -> RenderableType:
-    """One row per width, one column per format: container and bits per weight; below it why something is refused."""
+    """One row per width, one column per format: container and bits per weight; below it, what is rejected and why."""
     table = Table(title=title)
     table.add_column("")
     for to in outcomes:
-        table.add_column(f"{to}\n{EXPORTERS[to].engines}")
+        table.add_column(f"{to}\n{FORMATS[to].engines}")
     for name in next(iter(outcomes.values())):
         table.add_row(f"int{name}" if name.isdigit() else name, *(_cell(found[name]) for found in outcomes.values()))
     return Group(table, *_reasons(outcomes))

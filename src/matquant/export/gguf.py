@@ -1,11 +1,11 @@
 """GGUF: one file for llama.cpp and what is built on it.
 
 Weights are packed by blocks.py, the tokenizer is read by tokens.py. What differs from the checkpoint, as llama.cpp's
-own converter has it: names; the rows of Llama's and Mistral's queries and keys, whose rotary pairs lie side by side
-there; Gemma's norm weights, which are stored plus one. The file is written a tensor at a time: the gguf package writes
-everything before the tensors, we the tensors, each at a multiple of 32 bytes.
+own converter has it (a Gguf in hf/families.py says which): names; the rows of Llama's and Mistral's queries and keys,
+whose rotary pairs lie side by side there; Gemma's norm weights, which are stored plus one. The file is written a tensor
+at a time: the gguf package writes everything before the tensors, we the tensors, each at a multiple of 32 bytes.
 
-What llama.cpp computes in another way is refused. It has no sliding windows for any family here but Gemma-2: the
+What llama.cpp computes in another way is rejected. It has no sliding windows for any family here but Gemma-2: the
 context of such a file ends where the window would begin to matter.
 """
 
@@ -31,14 +31,12 @@ from matquant.format.manifest import side_facts
 from matquant.format.read import Checkpoint
 from matquant.format.shards import Part, Report, Slot, made
 from matquant.hf.architecture import Architecture, check_sizes, read_architecture
+from matquant.hf.families import Gguf, supported
 from matquant.system.errors import InputError
 from matquant.system.files import json_text
 
 ALIGNMENT = 32  # bytes, GGUF's default
-INTERLEAVED = ("llama", "mistral")  # rotary pairs side by side, rotary frequencies as a tensor, biases everywhere
-ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma2": "gemma2"}
-WINDOWED = "gemma2"
-GEMMA_27B_LAYERS = 46  # by which llama.cpp knows that model, whose attention is scaled by its hidden size
+FAMILIES = supported("gguf")
 ROPE_FACTORS = "rope_freqs.weight"
 LARGEST = 2**31 - 1  # of an integer that llama.cpp keeps in 32 bits
 FILE_TYPES = {"Q2_K": "MOSTLY_Q2_K", "Q3_K": "MOSTLY_Q3_K_S", "Q4_K": "MOSTLY_Q4_K_S", "Q5_K": "MOSTLY_Q5_K_S"}
@@ -67,7 +65,7 @@ def write(job: Job, file: Path, report: Report) -> None:
     names = _names(gguf, checkpoint, architecture)
     parts = [*job.parts(), *_rope_factors(checkpoint, architecture)]
     kinds = {f"{path}.weight": kind.name for path, kind in job.held().items()}
-    with contextlib.closing(gguf.GGUFWriter(file, ARCHITECTURES[checkpoint.config["model_type"]])) as writer:
+    with contextlib.closing(gguf.GGUFWriter(file, _family(checkpoint).name)) as writer:
         _add_general(gguf, writer, job)
         _add_architecture(gguf, writer, checkpoint, architecture)
         _add_tokens(writer, read_tokens(checkpoint.directory, checkpoint.config))
@@ -100,7 +98,7 @@ def slots(path: str, container: Container, shape: tuple[int, int], groups: int) 
 
 def rows(checkpoint: Checkpoint, path: str) -> np.ndarray | None:
     """The order of a weight's rows: rotary pairs, half a head apart here, are neighbours in some families there."""
-    if checkpoint.config["model_type"] not in INTERLEAVED or not path.endswith((".q_proj", ".k_proj")):
+    if not _family(checkpoint).interleaved or not path.endswith((".q_proj", ".k_proj")):
         return None
     architecture = _read(checkpoint)
     heads = architecture.heads if path.endswith(".q_proj") else architecture.kv_heads
@@ -113,7 +111,7 @@ def plain(job: Job, name: str) -> Part:
     checkpoint = job.checkpoint
     stored, shape = checkpoint.stored_dtype(name), checkpoint.stored_shape(name)
     if stored not in FLOATS:
-        raise InputError(f"--to gguf asked of {name} of dtype {stored}, it takes {', '.join(FLOATS)}; {INSTEAD}")
+        raise InputError(f"--to gguf does not support {name} of dtype {stored}, only {', '.join(FLOATS)}; {INSTEAD}")
     dtype = "F32" if len(shape) == 1 else job.asked or stored
     offset = _read(checkpoint).family.norm_offset if name.endswith("norm.weight") else 0.0
     order = rows(checkpoint, name.rpartition(".")[0])
@@ -143,13 +141,18 @@ def _read(checkpoint: Checkpoint) -> Architecture:
     return read_architecture(checkpoint.config, where=checkpoint.directory)
 
 
+def _family(checkpoint: Checkpoint) -> Gguf:
+    """How llama.cpp has the checkpoint's family."""
+    found: Gguf = FAMILIES[checkpoint.config["model_type"]]
+    return found
+
+
 def _architecture(checkpoint: Checkpoint) -> Architecture:
     """What config.json means; InputError if llama.cpp takes it to mean something else."""
     check_sizes(checkpoint.config, checkpoint.weight_shapes(), where=checkpoint.directory)
-    found, config = _read(checkpoint), checkpoint.config
-    family = config["model_type"]
-    gemma = family == WINDOWED
-    expected = found.hidden / found.heads if gemma and found.layers == GEMMA_27B_LAYERS else found.head_dim
+    found, family, there = _read(checkpoint), checkpoint.config["model_type"], _family(checkpoint)
+    gemma = there.gemma
+    expected = found.hidden / found.heads if found.layers == there.scaled_by_hidden else found.head_dim
     alternating = [bool(window) for window in found.windows] == [index % 2 == 0 for index in range(found.layers)]
     rope = _rope(checkpoint)
     problems = {
@@ -157,13 +160,15 @@ def _architecture(checkpoint: Checkpoint) -> Architecture:
         f"query_pre_attn_scalar {found.attention_scale**-2:g}": not math.isclose(found.attention_scale**-2, expected),
         "no attention caps": gemma and not (found.attention_cap and found.logit_cap),
         "windows in other layers than every second": gemma and not alternating,
-        "a head of its own": gemma and not found.tied,
-        f"rotary positions of type {rope['rope_type']}": rope["rope_type"] == "llama3" and family not in INTERLEAVED,
-        "yarn with factors of its own": rope["rope_type"] == "yarn" and not set(rope) <= YARN_KEYS,
+        "a head that is not the embedding": gemma and not found.tied,
+        f"rotary positions of type {rope['rope_type']}": rope["rope_type"] == "llama3" and not there.interleaved,
+        "yarn positions with further factors": rope["rope_type"] == "yarn" and not set(rope) <= YARN_KEYS,
     }
     for problem, holds in problems.items():
         if holds:
-            raise InputError(f"--to gguf asked of {problem}, which llama.cpp's {family} does not compute; {INSTEAD}")
+            raise InputError(
+                f"--to gguf does not support {problem}, which llama.cpp's {family} does not compute; {INSTEAD}"
+            )
     return found
 
 
@@ -178,26 +183,22 @@ def _rope(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _context(checkpoint: Checkpoint, architecture: Architecture) -> int:
     """Positions for which llama.cpp computes the same attention."""
-    if checkpoint.config["model_type"] == WINDOWED:
+    if _family(checkpoint).gemma:
         return architecture.context
     return min([architecture.context, *(window for window in architecture.windows if window)])
 
 
 def _names(gguf: ModuleType, checkpoint: Checkpoint, architecture: Architecture) -> dict[str, str]:
     """llama.cpp's names of all tensors; InputError for one it has no place for."""
-    family = checkpoint.config["model_type"]
-    kind = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == ARCHITECTURES[family])
+    family, there = checkpoint.config["model_type"], _family(checkpoint)
+    kind = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == there.name)
     table = gguf.get_tensor_name_map(kind, architecture.layers)
     names = {ROPE_FACTORS: ROPE_FACTORS}
     for name in (*(f"{path}.weight" for path in checkpoint.shapes), *checkpoint.plain_names()):
         found = table.get_name(name, try_suffixes=(".weight", ".bias"))
-        placeless = (
-            name.endswith(".bias")
-            and family not in INTERLEAVED
-            and not name.endswith(("q_proj.bias", "k_proj.bias", "v_proj.bias"))
-        )
+        placeless = name.endswith(".bias") and there.biases is not None and not name.endswith(there.biases)
         if found is None or placeless or (architecture.tied and name.startswith("lm_head.")):
-            raise InputError(f"--to gguf asked of a {family} model with {name}, llama.cpp's has none; {INSTEAD}")
+            raise InputError(f"--to gguf does not support {name}, which llama.cpp's {family} does not have; {INSTEAD}")
         names[name] = found
     return names
 
@@ -261,7 +262,7 @@ def _add_architecture(gguf: ModuleType, writer: Any, checkpoint: Checkpoint, arc
         writer.add_rope_scaling_factor(float(rope.get("factor") or architecture.context / trained))
     if rope["rope_type"] == "yarn":
         writer.add_rope_scaling_orig_ctx_len(min(int(trained), LARGEST))
-    if checkpoint.config["model_type"] == WINDOWED:
+    if _family(checkpoint).gemma:
         writer.add_sliding_window(max(architecture.windows))
         writer.add_attn_logit_softcapping(architecture.attention_cap)
         writer.add_final_logit_softcapping(architecture.logit_cap)
@@ -293,7 +294,7 @@ EXPORTER = Exporter(
     containers=containers,
     slots=slots,
     tensors=lambda container, encoded: [pack_blocks(container, encoded)],
-    families=tuple(ARCHITECTURES),
+    families=tuple(FAMILIES),
     suffix=".gguf",
     rows=rows,
     plain=plain,

@@ -26,12 +26,12 @@ from matquant.export.directory import write_directory
 from matquant.export.job import Exporter, Job
 from matquant.format.read import Checkpoint
 from matquant.format.shards import Report, Slot
+from matquant.hf.families import supported
 from matquant.system.files import json_bytes
 
 WIDTHS = (2, 3, 4, 8)
 BLOCKS = (1024, 512, 256, 128, 64, 32, 16)  # group sizes
 FILLED = {3: 32}  # width -> what in and out features must be multiples of
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2")
 
 
 def containers(checkpoint: Checkpoint, path: str, *, zero: str) -> list[Container]:
@@ -121,7 +121,7 @@ def write(job: Job, folder: Path, report: Report) -> None:
 def _exporter(zero: str) -> Exporter:
     return Exporter(
         engines="GPTQModel, vLLM" if zero == FIXED else "GPTQModel",
-        families=FAMILIES,
+        families=tuple(supported("gptq")),
         containers=partial(containers, zero=zero),
         slots=slots,
         tensors=tensors,

@@ -19,34 +19,39 @@ DENSE = "dense"  # what a path is stored in that has no container
 
 @dataclass(frozen=True, kw_only=True)
 class Exporter:
-    """A format. Its functions are given the checkpoint and a path or tensor name as the checkpoint has it.
+    """A format: a row of FORMATS. Its functions are given paths and tensor names as the checkpoint has them."""
 
-    engines: what reads it. write: writes the directory, or the one file whose name ends in ``suffix``. containers: what
-    may hold a weight, smallest first; none: it becomes dense. choose, encode: instead, where it is not slices that are
-    held. slots, tensors: the stored tensors of one weight in a container, named after the path in the format, and their
-    arrays. families: model types of config.json that work, None: all. name: what a tensor or path is called there.
-    rows: the order of a weight's out features there, None: as here. plain: a tensor that is not quantised. dense: dtype
-    of the weights no container can hold, None: the model's.
-    typed: a dtype that is asked for is that of scales too. check_plan: InputError for containers that do not go
-    together. check: InputError if the engine would compute another model than the checkpoint, else what users should
-    know.
-    """
-
+    # what reads it, for people
     engines: str
+    # writes the directory, or the one file whose name ends in ``suffix``
     write: "Callable[[Job, Path, Report], None]"
+    # what may hold a weight, smallest first; none: the weight becomes dense
     containers: Callable[[Checkpoint, str], Sequence[Container]] = lambda checkpoint, path: ()
+    # (checkpoint, path, bits, zeros) -> container or why there is none, where it is not slices that are held
     choose: Callable[[Checkpoint, str, int, str], Container | list[Misfit]] | None = None
+    # (tensor, bits, container, zeros) -> the integers and scales that the container holds
     encode: Callable[[NestedTensor, int, Container, str], Encoded] = encode
+    # (name in the format, container, shape, groups) -> the stored tensors of one weight
     slots: Callable[[str, Container, tuple[int, int], int], tuple[Slot, ...]] = lambda *what: ()
+    # the arrays of ``slots``
     tensors: Callable[[Container, Encoded], Sequence[np.ndarray]] = lambda container, encoded: ()
+    # model types of config.json that work; None: all
     families: tuple[str, ...] | None = None
+    # how the name of its file ends; "": it is a directory
     suffix: str = ""
+    # what a tensor or path is called there
     name: Callable[[Checkpoint, str], str] = lambda checkpoint, name: name
+    # the order of a weight's out features there; None: as here
     rows: Callable[[Checkpoint, str], np.ndarray | None] = lambda checkpoint, path: None
+    # a tensor that is not quantised
     plain: "Callable[[Job, str], Part]" = lambda job, name: as_stored(job.checkpoint, name)
+    # dtype of the weights that no container can hold; None: the model's
     dense: str | None = None
+    # whether a dtype that is asked for is that of scales too
     typed: bool = False
+    # InputError for containers that do not go together
     check_plan: "Callable[[Job], None]" = lambda job: None
+    # InputError if the engine would compute another model than the checkpoint, else what users should know
     check: Callable[[Checkpoint], Sequence[str]] = lambda checkpoint: ()
 
     def container(self, checkpoint: Checkpoint, path: str, bits: int, zeros: str) -> Container | list[Misfit] | None:
@@ -59,19 +64,23 @@ class Exporter:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One export. plan: path -> bits. chosen: path -> container, None where the weight becomes dense, in ``dtype``.
+    """One export."""
 
-    asked: the dtype a user asked for, None: the format decides. zeros: EXACT, or CENTRE where zeros are moved to the
-    middle of the codes (``containers.read_affine``). about: facts for the model card.
-    """
-
+    # what is exported
     checkpoint: Checkpoint
+    # to which format
     exporter: Exporter
+    # path -> bits
     plan: Mapping[str, int]
+    # path -> container; None where the weight becomes dense, in ``dtype``
     chosen: Mapping[str, Container | None]
+    # EXACT, or CENTRE where zero-points are moved to the middle of the codes (containers.read_affine)
     zeros: str
+    # of dense weights, as safetensors names it
     dtype: str
+    # the dtype that a user asked for; None: the format decides
     asked: str | None = None
+    # facts for the model card, "format" among them
     about: Mapping[str, Any] = field(default_factory=dict)
 
     def held(self) -> dict[str, Container]:

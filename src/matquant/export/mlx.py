@@ -24,12 +24,12 @@ from matquant.export.directory import write_directory
 from matquant.export.job import Exporter, Job
 from matquant.format.read import Checkpoint
 from matquant.format.shards import Slot
+from matquant.hf.families import Mlx, supported
 from matquant.system.errors import InputError
 
 WIDTHS = (1, 2, 3, 4, 5, 6, 8)
 BLOCKS = (128, 64, 32)
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2")  # with their Hugging Face tensor names
-BIASES = {"llama": (".bias",), "qwen2": ("q_proj.bias", "k_proj.bias", "v_proj.bias")}  # that mlx_lm reads
+FAMILIES = supported("mlx")
 # longrope is not among them: mlx_lm uses long_factor at every length, transformers short_factor up to the length that
 # the model was trained for first.
 ROPES = ("default", "linear", "llama3", "yarn", "dynamic")
@@ -46,6 +46,7 @@ def containers(checkpoint: Checkpoint, path: str) -> list[Container]:
 def check(checkpoint: Checkpoint) -> list[str]:
     """What users should know; InputError if mlx_lm computes another model than transformers, whatever the prompt."""
     config, family = checkpoint.config, checkpoint.config["model_type"]
+    there = _family(config)
     for problem, holds in (_layer_differences(checkpoint) | _position_differences(config)).items():
         if holds:
             raise InputError(
@@ -53,7 +54,7 @@ def check(checkpoint: Checkpoint) -> list[str]:
                 "or --to compressed-tensors"
             )
     notes, window = [], config.get("sliding_window")
-    if window and (family in ("mistral", "gemma2") or "sliding_attention" in (config.get("layer_types") or ())):
+    if window and (there.always_windowed or "sliding_attention" in (config.get("layer_types") or ())):
         notes.append(f"mlx_lm has no sliding window for {family}: beyond {window} tokens it computes another model")
     if _rope(config).get("rope_type") == "dynamic":
         context = config.get("max_position_embeddings")
@@ -64,26 +65,32 @@ def check(checkpoint: Checkpoint) -> list[str]:
     return notes
 
 
+def _family(config: Mapping[str, Any]) -> Mlx:
+    """How mlx_lm has the family of a config.json."""
+    found: Mlx = FAMILIES[config["model_type"]]
+    return found
+
+
 def _layer_differences(checkpoint: Checkpoint) -> dict[str, bool]:
     """Options of attention and feed-forward that mlx_lm's families do not have, and whether the checkpoint has them."""
-    config, family = checkpoint.config, checkpoint.config["model_type"]
-    gemma = family == "gemma2"
+    config, there = checkpoint.config, _family(checkpoint.config)
+    gemma = there.gemma
     key, known = ("hidden_activation", ("gelu_pytorch_tanh",)) if gemma else ("hidden_act", ("silu", "swish"))
     activation = config.get(key) or known[0]
     biases = [name for name in checkpoint.plain_names() if name.endswith(".bias")]
-    extra = [name for name in biases if not name.endswith(BIASES.get(family, ()))]
+    extra = [name for name in biases if not name.endswith(there.biases)]
     heads, width, head_dim = (int(config.get(key) or 0) for key in ("num_attention_heads", "hidden_size", "head_dim"))
     caps = [config.get(key, 1.0) for key in ("attn_logit_softcapping", "final_logit_softcapping")]
     return {
         f"the activation {activation!r}": activation not in known,
         f"biases such as {extra[0] if extra else ''}": bool(extra),
         f"head_dim {head_dim} with hidden_size {width} and {heads} heads": (
-            family == "qwen2" and head_dim > 0 and heads * head_dim != width
+            not there.head_dim and head_dim > 0 and heads * head_dim != width
         ),
         "attention or logits without a soft cap": gemma and not all(caps),
-        "a head of its own": gemma and config.get("tie_word_embeddings") is False,
+        "a head that is not the embedding": gemma and config.get("tie_word_embeddings") is False,
         "bidirectional attention": bool(config.get("use_bidirectional_attention")),
-        "sliding windows": family == "llama" and "sliding_attention" in (config.get("layer_types") or ()),
+        "sliding windows": not there.windows and "sliding_attention" in (config.get("layer_types") or ()),
         "rope_traditional": bool(config.get("rope_traditional")),
     }
 
@@ -93,7 +100,7 @@ def _position_differences(config: Mapping[str, Any]) -> dict[str, bool]:
     rope = _rope(config)
     kind = rope.get("rope_type", "default")
     partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
-    known = ("default",) if config["model_type"] == "gemma2" else ROPES
+    known = ("default",) if _family(config).gemma else ROPES
     # transformers uses the two mscales together or not at all, mlx_lm each with a default.
     mscales = [rope.get(key) for key in ("mscale", "mscale_all_dim")]
     yarn = rope.get("attention_factor") is not None or rope.get("truncate") is False
@@ -163,7 +170,7 @@ def _parameters(kind: Container) -> dict[str, Any]:
 
 EXPORTER = Exporter(
     engines="mlx_lm, LM Studio",
-    families=FAMILIES,
+    families=tuple(FAMILIES),
     containers=containers,
     slots=slots,
     tensors=tensors,

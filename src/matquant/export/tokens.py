@@ -5,7 +5,7 @@ text is cut into words is code in llama.cpp that a name stands for, so what toke
 patterns behind a name (PATTERNS). ``llama``: byte-pair encoding of whole texts as SentencePiece does it, where two
 neighbours may merge if they spell a token, the token with the highest score first. tokenizer.json has merges instead;
 these are the same if every way to cut a token in two is a merge and no two tokens' merges are interleaved, as in every
-tokenizer converted from SentencePiece. Whatever llama.cpp would cut differently is refused, or told where it is rare.
+tokenizer converted from SentencePiece. Whatever llama.cpp would cut differently is rejected, or noted where it is rare.
 
 Source: llama-vocab.cpp of llama.cpp, and the tokenizers library.
 """
@@ -59,24 +59,20 @@ PATTERNS: dict[tuple[tuple[str, ...], bool], str] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Tokens:
-    """What a GGUF file says of a tokenizer. model: llama.cpp's algorithm, ``no_vocab`` if there is none.
+    """What a GGUF file says of a tokenizer."""
 
-    texts, types: of every row of the embedding. scores: only for ``llama``. merges, pre: only for ``gpt2``.
-    special: such as {"bos": 1}. notices: where llama.cpp will do otherwise, for people.
-    """
-
-    model: str
-    texts: Sequence[str] = field(default=(), repr=False)
-    types: Sequence[int] = field(default=(), repr=False)
-    scores: Sequence[float] = field(default=(), repr=False)
-    merges: Sequence[str] = field(default=(), repr=False)
-    pre: str = "default"
-    special: Mapping[str, int] = field(default_factory=dict)
-    adds_bos: bool = False
-    adds_eos: bool = False
-    adds_space: bool = False
-    chat_template: str | None = None
-    notices: tuple[str, ...] = ()
+    model: str  # llama.cpp's algorithm; "no_vocab": there is no tokenizer
+    texts: Sequence[str] = field(default=(), repr=False)  # of every row of the embedding
+    types: Sequence[int] = field(default=(), repr=False)  # of every row of the embedding
+    scores: Sequence[float] = field(default=(), repr=False)  # for "llama" only
+    merges: Sequence[str] = field(default=(), repr=False)  # for "gpt2" only
+    pre: str = "default"  # llama.cpp's name of how text is cut into words, for "gpt2" only
+    special: Mapping[str, int] = field(default_factory=dict)  # such as {"bos": 1}
+    adds_bos: bool = False  # whether a text gets a beginning-of-sequence token
+    adds_eos: bool = False  # whether a text gets an end-of-sequence token
+    adds_space: bool = False  # whether a text gets a space before it
+    chat_template: str | None = None  # Jinja
+    notices: tuple[str, ...] = ()  # where llama.cpp will do otherwise, for people
 
 
 def read_tokens(directory: Path, config: Mapping[str, Any]) -> Tokens:

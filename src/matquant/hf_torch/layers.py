@@ -1,14 +1,68 @@
-"""Which linears are quantised: FFN, attention or all, in any architecture.
+"""What a decoder layer is, and which of its linears are quantised: FFN, attention or all, in any architecture.
 
 A linear under a decoder layer is attention if its path says ``attn`` or ``attention``, else FFN. That rule covers every
 decoder family transformers has, OPT's bare fc1 and fused experts included, without naming one.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
-from matquant.hf_torch.models import Model, View, linear_views, whole_experts
+import torch
+
+from matquant.hf_torch.ties import Model
+from matquant.hf_torch.views import View, checkpoint_views, stored_parts
 from matquant.system.errors import InputError
+
+ROUTERS = ("gate", "router")  # last names of the linears that choose experts; they stay float
+
+
+def decoder_layers(model: Model) -> list[tuple[str, torch.nn.Module]]:
+    """(module name, module) of each decoder layer, in order."""
+    decoder, depth = model.get_decoder(), model.config.get_text_config().num_hidden_layers
+    found = (module for module in decoder.modules() if isinstance(module, torch.nn.ModuleList) and len(module) == depth)
+    layers = next(found)
+    (prefix,) = (name for name, module in model.named_modules() if module is layers)
+    return [(f"{prefix}.{index}", layer) for index, layer in enumerate(layers)]
+
+
+def linear_views(model: Model) -> dict[str, View]:
+    """Every linear weight under the decoder layers, by its module path in the checkpoint.
+
+    Fused experts come out as one path per expert and projection. Routers, embeddings, the head and ``whole_experts``
+    are left out.
+    """
+    views: dict[str, View] = {}
+    for name, parameter in _weights(model):
+        views.update(checkpoint_views(model, name, parameter))
+    return {path: view for path, view in views.items() if path.rsplit(".", 1)[-1] not in ROUTERS}
+
+
+def whole_experts(model: Model) -> list[str]:
+    """Names of the fused experts that a checkpoint has in one tensor (gpt-oss, Llama 4): nobody reads their codes."""
+    stored = {name: stored_parts(model, name, weight)[0] for name, weight in _weights(model) if weight.ndim == 3}
+    return [name for name, parts in stored.items() if any(part.ndim != 2 for part in parts.values())]
+
+
+def _weights(model: Model) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and parameter of every linear and of all fused experts under the decoder layers."""
+    layers = tuple(f"{name}." for name, _ in decoder_layers(model))
+    for name, module in model.named_modules():
+        if not name.startswith(layers):
+            continue
+        if isinstance(module, torch.nn.Linear):
+            yield f"{name}.weight", module.weight
+        elif name.rsplit(".", 1)[-1] == "experts":
+            yield from ((f"{name}.{n}", p) for n, p in module.named_parameters(recurse=False) if p.ndim == 3)
+
+
+def unquantised_linears(model: Model, views: Mapping[str, View]) -> list[str]:
+    """Names of the linear modules that are not among ``views``."""
+    taken = {view.parameter for view in views.values()}
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and f"{name}.weight" not in taken
+    ]
 
 
 def select_linears(model: Model, scope: str, *, exclude: Sequence[str] = ()) -> Mapping[str, View]:

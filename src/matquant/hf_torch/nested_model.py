@@ -1,10 +1,10 @@
 """A nested checkpoint as an ordinary transformers model whose width can be changed in place.
 
-On a CPU every quantised linear is a product of the native kernels (``linear.py``): the codes lie in bit planes, nothing
+On a CPU every quantised linear is a product of the native kernels (backends/): the codes lie in bit planes, nothing
 dense is kept, switching costs nothing and decoding reads ``bits`` bits a weight. Results equal dense weights to float32
 rounding; ``kernels="int8"`` rounds activations too and is faster still (docs/runtime.md).
 
-Where kernels cannot serve, and with ``kernels="none"``, the codes stay in memory beside dense parameters; ``set_bits``
+Where no kernels can serve, and with ``kernels="none"``, the codes stay in memory beside dense parameters; ``set_bits``
 slices them again and writes the parameters, so training and everything else of transformers work bit for bit as
 without us.
 """
@@ -16,26 +16,21 @@ from typing import Any
 
 import torch
 
+from matquant.backends import BACKENDS, DENSE, choose
+from matquant.backends.backend import Backend
 from matquant.core.nest import MASTER_BITS, check_bits
 from matquant.core.spec import Plan
 from matquant.core.tensor import NestedTensor
 from matquant.format.read import Checkpoint, open_checkpoint
 from matquant.format.side_files import nested_side_files
 from matquant.format.write import write_checkpoint
-from matquant.hf_torch.linear import NestedLinear, describe, find_obstacle
-from matquant.hf_torch.models import (
-    Model,
-    View,
-    build_model,
-    config_dtype,
-    is_linear,
-    linear_views,
-    nested_to_numpy,
-    nested_to_torch,
-    plain_items,
-    to_torch,
-    write_weights,
-)
+from matquant.hf_torch.arrays import nested_to_numpy, to_torch
+from matquant.hf_torch.config import config_dtype
+from matquant.hf_torch.layers import linear_views
+from matquant.hf_torch.linear import NestedLinear
+from matquant.hf_torch.loading import build_model
+from matquant.hf_torch.ties import Model
+from matquant.hf_torch.views import View, is_linear, plain_items, write_weights
 from matquant.system.arguments import check_types
 from matquant.system.errors import InputError, InputTypeError
 from matquant.system.threads import check_threads
@@ -65,6 +60,40 @@ def load(
     these activations, or an error; ``none``: dense weights, which can be trained. With kernels no parameter asks for
     gradients. InputError on damage, and where the kernels asked for cannot be had.
     """
+    _check_arguments(path, dtype, device, kernels, check_hashes)
+    check_threads(torch.get_num_threads(), name="torch.get_num_threads()")
+    checkpoint = open_checkpoint(path, check_hashes=check_hashes)
+    check_bits(bits)
+    served = dtype or config_dtype(checkpoint.config)
+    name, obstacle, activations = DENSE, "dense weights were asked for", KERNELS.get(kernels, "float")
+    if kernels != NONE:
+        name, obstacle = choose(device, served, activations=activations)
+    if not BACKENDS[name].trains:
+        tensors = {path: checkpoint.nested(path, mapped=True) for path in checkpoint.shapes}
+        nothing = torch.zeros((), dtype=served)
+        model, views = _build(checkpoint, lambda name: nothing.expand(checkpoint.shapes[name]), served, device)
+        fused = [path for path, view in views.items() if not is_linear(model, view)]
+        name, obstacle = (DENSE, f"{fused[0]} is part of a fused tensor") if fused else (name, obstacle)
+    if not BACKENDS[name].trains:
+        serve = _use_kernels(model, views, tensors, BACKENDS[name], activations)
+        model.kernels = BACKENDS[name].describe(len(views), activations)
+    elif kernels in ("auto", NONE):
+        pack = BACKENDS[name].pack
+        tensors = {path: pack(checkpoint.nested(path), device=device) for path in checkpoint.shapes}
+        model, views = _build(checkpoint, lambda name: torch.zeros(checkpoint.shapes[name]), dtype, device)
+        serve = functools.partial(_write_dense, model, views, tensors)
+        model.kernels = f"no kernels: {obstacle}"
+    else:
+        raise InputError(f"kernels={kernels!r} cannot serve {path}: {obstacle}; use kernels='auto' or {NONE!r}")
+    model.bits_by_path = {}
+    model.set_bits = functools.partial(_set_bits, model, serve, list(tensors))
+    model.save_pretrained = functools.partial(_save, model, views, tensors, checkpoint)
+    model.set_bits(bits, plan=plan)
+    return model
+
+
+def _check_arguments(path: Any, dtype: Any, device: Any, kernels: Any, check_hashes: Any) -> None:
+    """InputError for arguments of ``load`` of a wrong type, and for kernels that there are not."""
     check_types(path=path, check_hashes=check_hashes)
     if dtype is not None and not isinstance(dtype, torch.dtype):
         raise InputTypeError(f"dtype={dtype!r} is of type {type(dtype).__name__}; give a torch.dtype")
@@ -73,32 +102,6 @@ def load(
     if not isinstance(kernels, str) or kernels not in (*KERNELS, NONE):
         kind = InputError if isinstance(kernels, str) else InputTypeError
         raise kind(f"kernels={kernels!r}; use {', '.join(KERNELS)} or {NONE}")
-    check_threads(torch.get_num_threads(), name="torch.get_num_threads()")
-    checkpoint = open_checkpoint(path, check_hashes=check_hashes)
-    check_bits(bits)
-    served = dtype or config_dtype(checkpoint.config)
-    obstacle = "dense weights asked for" if kernels == NONE else find_obstacle(device, served)
-    if not obstacle:
-        tensors = {name: checkpoint.nested(name, mapped=True) for name in checkpoint.shapes}
-        nothing = torch.zeros((), dtype=served)
-        model, views = _build(checkpoint, lambda name: nothing.expand(checkpoint.shapes[name]), served, device)
-        fused = [name for name, view in views.items() if not is_linear(model, view)]
-        obstacle = f"{fused[0]} is part of a fused tensor" if fused else ""
-    if not obstacle:
-        serve = _use_kernels(model, views, tensors, KERNELS[kernels])
-        model.kernels = describe(len(views), KERNELS[kernels])
-    elif kernels in ("auto", NONE):
-        tensors = {name: nested_to_torch(checkpoint.nested(name), device=device) for name in checkpoint.shapes}
-        model, views = _build(checkpoint, lambda name: torch.zeros(checkpoint.shapes[name]), dtype, device)
-        serve = functools.partial(_write_dense, model, views, tensors)
-        model.kernels = f"no kernels: {obstacle}"
-    else:
-        raise InputError(f"kernels={kernels!r} asked of {path}, but {obstacle}; use kernels='auto' or {NONE!r}")
-    model.bits_by_path = {}
-    model.set_bits = functools.partial(_set_bits, model, serve, list(tensors))
-    model.save_pretrained = functools.partial(_save, model, views, tensors, checkpoint)
-    model.set_bits(bits, plan=plan)
-    return model
 
 
 def _build(
@@ -121,7 +124,11 @@ def _build(
 
 
 def _use_kernels(
-    model: Model, views: Mapping[str, View], tensors: Mapping[str, NestedTensor], activations: str
+    model: Model,
+    views: Mapping[str, View],
+    tensors: Mapping[str, NestedTensor],
+    backend: Backend,
+    activations: str,
 ) -> Serve:
     """Put a NestedLinear in the place of every linear of ``tensors``. Nothing of the model asks for gradients then."""
     linears: dict[str, NestedLinear] = {}
@@ -129,7 +136,7 @@ def _use_kernels(
         parent, _, name = views[path].parameter.removesuffix(".weight").rpartition(".")
         block = model.get_submodule(parent)
         dense = getattr(block, name)
-        linears[path] = NestedLinear(tensor, dense.bias, activations=activations, dtype=dense.weight.dtype).eval()
+        linears[path] = NestedLinear(tensor, dense, backend=backend, activations=activations).eval()
         setattr(block, name, linears[path])
     model.requires_grad_(False)
 

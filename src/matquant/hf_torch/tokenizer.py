@@ -21,7 +21,7 @@ from matquant.format.side_files import TOKENS
 from matquant.hf.probe import Record, difference, probe_texts, read_ours, read_probe
 from matquant.hf.sidefiles import collect, local_directory
 from matquant.hf.vocabulary import read_vocabulary
-from matquant.hf_torch.models import load_tokenizer
+from matquant.hf_torch.loading import load_tokenizer
 from matquant.system.errors import InputError
 from matquant.system.files import explain_full_disk, json_bytes
 
@@ -33,11 +33,11 @@ Files = dict[str, bytes]
 
 @dataclass(frozen=True, kw_only=True)
 class Texts:
-    """tokenizer: transformers', None if there is none. files: of the checkpoint, by name. notices: for people."""
+    """A tokenizer, and the files by which a checkpoint keeps it."""
 
-    tokenizer: Any
-    files: Mapping[str, bytes]
-    notices: tuple[str, ...] = ()
+    tokenizer: Any  # transformers'; None if there is none
+    files: Mapping[str, bytes]  # of the checkpoint, by name
+    notices: tuple[str, ...] = ()  # for people
 
 
 def read_texts(source: Path | str, *, needed: bool, vocab_size: int) -> Texts:

@@ -20,7 +20,7 @@ from lm_eval.tasks import TaskManager
 
 from matquant.core.spec import Plan
 from matquant.hf.text import check_ids
-from matquant.hf_torch.models import load_tokenizer
+from matquant.hf_torch.loading import load_tokenizer
 from matquant.hf_torch.nested_model import load
 from matquant.system.errors import InputError
 
@@ -68,7 +68,7 @@ class NestedLM(CheckedLM):
         **options: Any,
     ) -> None:
         if dtype not in DTYPES:
-            raise InputError(f"dtype={dtype!r} asked of {pretrained}; use one of {', '.join(DTYPES)}")
+            raise InputError(f"dtype={dtype!r} is not supported; use one of {', '.join(DTYPES)}")
         if device is None or (device.startswith("cuda") and not torch.cuda.is_available()):
             device = "cpu"  # as the harness's own models: its command line asks for cuda:0 unless told otherwise
         model = load(

@@ -35,7 +35,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from matquant.core.nest import MASTER_BITS
 from matquant.core.spec import Plan
 from matquant.format.read import Checkpoint, open_checkpoint
-from matquant.hf_torch.models import Model
+from matquant.hf_torch.ties import Model
 from matquant.integrations.words import read_words
 from matquant.system.errors import InputError
 
@@ -93,7 +93,7 @@ class MatQuantQuantizer(HfQuantizer):  # type: ignore[misc]
         config, directory = self.quantization_config, model.config.name_or_path
         if getattr(model.config, "distributed_config", None) is not None:
             raise InputError(
-                f"{directory} asked for in parts on several devices, but its codes are sliced whole; "
+                f"{directory} cannot be loaded in parts on several devices: its codes are sliced whole; "
                 "leave tp_plan and distributed_config out, or load, save_pretrained, and load that in parts"
             )
         self.checkpoint = open_checkpoint(directory, check_hashes=config.check_hashes)

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from matquant.core.spec import Plan
+from matquant.hf_torch.config import context_length
 from matquant.hf_torch.finite import check_result
-from matquant.hf_torch.models import context_length
 from matquant.system.arguments import check_given, check_types
 from matquant.system.errors import InputError
 from matquant.system.progress import Count

@@ -12,15 +12,10 @@ from matquant.core.spec import Plan
 from matquant.format.read import Checkpoint, manifest_sha256, open_checkpoint
 from matquant.format.sizes import bits_per_weight
 from matquant.hf.text import token_stream
+from matquant.hf_torch.config import check_context, context_length, vocabulary_size
+from matquant.hf_torch.device import choose_device
 from matquant.hf_torch.finite import checked_logits
-from matquant.hf_torch.models import (
-    check_context,
-    choose_device,
-    context_length,
-    load_float,
-    load_tokenizer,
-    vocabulary_size,
-)
+from matquant.hf_torch.loading import load_float, load_tokenizer
 from matquant.hf_torch.nested_model import load
 from matquant.measure.likelihood import evaluate, log_perplexity, predicted_tokens
 from matquant.measure.request import Request, check_evaluation

@@ -22,7 +22,7 @@ from typing import Any
 
 from matquant.format.read import open_checkpoint
 from matquant.format.write import check_writable
-from matquant.hf_torch.models import hidden_size
+from matquant.hf_torch.loading import hidden_size
 from matquant.methods.parts.job import Report, source_files
 from matquant.options import distill
 from matquant.options.distill import Options

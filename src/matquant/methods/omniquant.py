@@ -27,7 +27,7 @@ from collections.abc import Iterator, Mapping
 import torch
 
 from matquant.core.tensor import NestedTensor
-from matquant.hf_torch.models import check_context
+from matquant.hf_torch.config import check_context
 from matquant.methods import gptq
 from matquant.methods.parts import clip, equivalence
 from matquant.methods.parts.blocks import Block, Solved, calibration, run_blocks

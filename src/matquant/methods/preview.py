@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from matquant.hf_torch.models import decoder_layers
+from matquant.hf_torch.layers import decoder_layers
 from matquant.methods.distill import stages
 from matquant.methods.quantize import Prepared, prepare
 from matquant.options import METHODS

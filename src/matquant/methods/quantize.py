@@ -24,22 +24,15 @@ from matquant.core.tensor import NestedTensor
 from matquant.format.read import manifest_sha256, open_checkpoint
 from matquant.format.write import SHARD_BYTES, check_writable, write_checkpoint
 from matquant.hf.text import data_sha256, token_stream
-from matquant.hf_torch.layers import select_linears
-from matquant.hf_torch.models import (
-    Model,
-    Shards,
-    View,
-    bf16_is_fast,
-    choose_device,
-    context_length,
-    load_float,
-    nested_to_numpy,
-    nested_to_torch,
-    open_shards,
-    plain_items,
-    unquantised_linears,
-)
+from matquant.hf_torch.arrays import nested_to_numpy, nested_to_torch
+from matquant.hf_torch.config import context_length
+from matquant.hf_torch.device import bf16_is_fast, choose_device
+from matquant.hf_torch.layers import select_linears, unquantised_linears
+from matquant.hf_torch.loading import load_float
+from matquant.hf_torch.shards import Shards, open_shards
+from matquant.hf_torch.ties import Model
 from matquant.hf_torch.tokenizer import read_texts
+from matquant.hf_torch.views import View, plain_items
 from matquant.methods import distill
 from matquant.methods.parts.blocks import read_tensor
 from matquant.methods.parts.fake import Grid

@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from matquant.core.nest import check_bits
 from matquant.format.read import Checkpoint
 from matquant.format.sizes import plain_bytes, size_bytes
+from matquant.hf.families import FUSED
 from matquant.system.errors import InputError, check_positive
 
 Groups = tuple[tuple[str, ...], ...]  # paths that share a width, in the order of the model
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
-# Linears that other engines keep in one matrix, and so at one width.
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,17 +30,12 @@ from matquant.format.manifest import PLAN_CACHE
 from matquant.format.read import Checkpoint, manifest_sha256, open_checkpoint
 from matquant.hf.source import check_source
 from matquant.hf.text import cut_windows, data_sha256, token_stream
+from matquant.hf_torch.config import check_context, vocabulary_size
+from matquant.hf_torch.device import choose_device
 from matquant.hf_torch.finite import check_result
-from matquant.hf_torch.models import (
-    check_context,
-    choose_device,
-    decoder_layers,
-    embed,
-    finish,
-    load_float,
-    load_tokenizer,
-    vocabulary_size,
-)
+from matquant.hf_torch.layers import decoder_layers
+from matquant.hf_torch.layerwise import embed, finish
+from matquant.hf_torch.loading import load_float, load_tokenizer
 from matquant.hf_torch.nested_model import load
 from matquant.planning.request import check_losses
 from matquant.system.errors import InputError

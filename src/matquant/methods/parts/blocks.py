@@ -27,7 +27,9 @@ from matquant.core.grid import check_finite
 from matquant.core.nest import UNIFORM
 from matquant.core.tensor import NestedTensor
 from matquant.hf.text import cut_windows
-from matquant.hf_torch.models import Call, View, decoder_layers, embed, write_weights
+from matquant.hf_torch.layers import decoder_layers
+from matquant.hf_torch.layerwise import Call, embed
+from matquant.hf_torch.views import View, write_weights
 from matquant.methods.parts.job import LOG, Job, fingerprint
 from matquant.methods.parts.sealed import open_sealed, save_sealed
 from matquant.options.objective import FLOAT

@@ -14,9 +14,10 @@ architecture stays the stock one.
 Norms and biases are stored in the model's dtype. A folded norm is rounded to it *before* its linears are multiplied, by
 s = weight / weight', so that this rounding is undone as well.
 
-FAMILIES is data: a row per equivalence. A row counts where all the linears it names are quantised; the others, such as
-one norm before experts and a float router, are left as they are. ``bind`` tries each row on the real layer and drops
-those that change its output, so that a variant of a family that nobody foresaw costs accuracy, never correctness.
+Which rows a family has is data (hf/families.py). A row counts where all the linears it names are quantised; the
+others, such as one norm before experts and a float router, are left as they are. ``bind`` tries each row on the real
+layer and drops those that change its output, so that a variant of a family that nobody foresaw costs accuracy, never
+correctness.
 
 Shapes: N out features, K in features, C channels of an equivalence.
 """
@@ -28,70 +29,11 @@ from typing import Any
 
 import torch
 
+from matquant.hf.families import supported
 from matquant.methods.parts.clip import straight_through
 
 LARGEST_SCALE = 1e3
 TOLERANCE = 1e-3  # of what the layer adds to its input, on average: far above float32 rounding, far below a wrong row
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Equivalence:
-    """A row of the table; module names are relative to the decoder layer."""
-
-    source: str  # the norm or linear layer that is divided
-    consumers: tuple[str, ...]  # the linear layers it feeds
-    layout: str = "each"  # where the channels lie in a source linear layer, see LAYOUTS
-    one_plus: bool = False  # the norm multiplies by 1 + weight
-    shift: bool = False  # a shift passes unchanged from source to consumers
-    needs: tuple[str, Any] | None = None  # config entry that this row holds for: key, value
-
-
-def _norm(source: str, *consumers: str, **more: Any) -> Equivalence:
-    return Equivalence(source=source, consumers=consumers, shift=True, **more)
-
-
-def _linear(source: str, consumer: str, **more: Any) -> Equivalence:
-    return Equivalence(source=source, consumers=(consumer,), **more)
-
-
-_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-_GATED = ("mlp.gate_proj", "mlp.up_proj")
-_UP_DOWN = _linear("mlp.up_proj", "mlp.down_proj")
-_VALUE = _linear("self_attn.v_proj", "self_attn.o_proj", layout="value", shift=True)
-_LLAMA = (_norm("input_layernorm", *_QKV), _VALUE, _norm("post_attention_layernorm", *_GATED), _UP_DOWN)
-_GEMMA = (
-    _norm("input_layernorm", *_QKV, one_plus=True),
-    _VALUE,
-    _norm("pre_feedforward_layernorm", *_GATED, one_plus=True),
-    _UP_DOWN,
-)
-
-FAMILIES: Mapping[str, tuple[Equivalence, ...]] = {  # transformers model_type -> rows
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "qwen2": _LLAMA,
-    "qwen3": _LLAMA,
-    "qwen3_moe": _LLAMA,  # its experts have other names: the FFN rows find dense layers only
-    "gemma2": _GEMMA,
-    "gemma3_text": _GEMMA,
-    "phi3": (
-        _norm("input_layernorm", "self_attn.qkv_proj"),
-        _linear("self_attn.qkv_proj", "self_attn.o_proj", layout="value last", shift=True),
-        _norm("post_attention_layernorm", "mlp.gate_up_proj"),
-        _linear("mlp.gate_up_proj", "mlp.down_proj", layout="last"),
-    ),
-    "opt": (
-        _norm("self_attn_layer_norm", *_QKV, needs=("do_layer_norm_before", True)),
-        _linear("self_attn.v_proj", "self_attn.out_proj", layout="value", shift=True),
-        _norm("final_layer_norm", "fc1", needs=("do_layer_norm_before", True)),
-        _linear("fc1", "fc2", needs=("activation_function", "relu")),  # s > 0 passes through a ReLU
-    ),
-    "gpt_neox": (  # GELU lets nothing through
-        _norm("input_layernorm", "attention.query_key_value"),
-        _linear("attention.query_key_value", "attention.dense", layout="value per head", shift=True),
-        _norm("post_attention_layernorm", "mlp.dense_h_to_4h"),
-    ),
-}
 
 
 # (config, source rows N, consumer columns K) -> source row of each channel [C], channel of each consumer column [K]
@@ -160,7 +102,7 @@ def candidates(name: str, tensors: Mapping[str, torch.Tensor], *, config: Any, q
     tensors: the layer's parameters by full name. quantised: full parameter names that become codes.
     """
     found = []
-    for row in FAMILIES.get(config.model_type, ()):
+    for row in supported("equivalences").get(config.model_type, ()):
         if row.needs is not None and getattr(config, row.needs[0]) != row.needs[1]:
             continue
         source, consumers = f"{name}.{row.source}", tuple(f"{name}.{consumer}" for consumer in row.consumers)
@@ -198,8 +140,9 @@ def bind(
     run: parameters by full name -> what the layer adds to its input. Each row is tried with random s and delta on the
     float weights and dropped if that changes by more than TOLERANCE.
     """
-    if config.model_type not in FAMILIES:
-        return (), f"{config.model_type} has no table of equivalences: clipping only (known: {', '.join(FAMILIES)})"
+    known = supported("equivalences")
+    if config.model_type not in known:
+        return (), f"{config.model_type} has no table of equivalences: clipping only (known: {', '.join(known)})"
     rows = candidates(name, tensors, config=config, quantised=quantised)
     generator = torch.Generator().manual_seed(0)
     expected = run(tensors)

@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 
-from matquant.hf_torch.models import Model, View, decoder_layers, layer_output
+from matquant.hf_torch.layers import decoder_layers
+from matquant.hf_torch.layerwise import layer_output
+from matquant.hf_torch.views import Model, View
 from matquant.options.qat import Schedule
 
 

@@ -16,7 +16,7 @@ import torch
 
 from matquant.core.tensor import NestedTensor
 from matquant.hf.text import batch
-from matquant.hf_torch.models import View
+from matquant.hf_torch.views import View
 from matquant.methods.parts.blocks import Block
 from matquant.options.objective import FLOAT
 from matquant.system.errors import InputError

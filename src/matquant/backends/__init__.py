@@ -1,0 +1,31 @@
+"""What multiplies by a nested weight: BACKENDS, of which the first usable row serves.
+
+A backend packs the codes of a weight once and multiplies by any width of them. All rows compute the same product, that
+of ``NestedTensor.read(bits)``; tests/test_contract_backends.py checks it on all codes at every width. To add one, write
+a file here that ends in a Backend, and add a line below (docs/extending.md).
+"""
+
+import torch
+
+from matquant.backends import dense, native
+from matquant.backends.backend import Backend
+
+__all__ = ["BACKENDS", "DENSE", "Backend", "choose"]
+
+BACKENDS: dict[str, Backend] = {
+    "native": native.BACKEND,
+    "dense": dense.BACKEND,
+}
+DENSE = "dense"  # the row that serves everything, and the last one
+
+
+def choose(device: torch.device | str, dtype: torch.dtype, *, activations: str) -> tuple[str, str]:
+    """The first row that serves inputs of ``dtype`` on ``device``, and why the first one before it does not ("")."""
+    reasons: list[str] = []
+    for name, backend in BACKENDS.items():
+        if activations in backend.activations or backend.trains:
+            reason = backend.why_not(device, dtype)
+            if reason is None:
+                return name, (reasons or [""])[0]
+            reasons.append(reason)
+    raise AssertionError("the last row serves everything")

@@ -1,0 +1,66 @@
+"""The native kernels: codes in bit planes, a width reads the first planes only. CPU, no gradients.
+
+torch and the kernels share memory by address, so a call copies nothing that is float32 and contiguous already.
+docs/kernels.md describes the layout and what each width costs.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from matquant.backends.backend import Backend
+from matquant.core.tensor import NestedTensor
+
+try:
+    from matquant.core import planes
+
+    MISSING = ""
+except ImportError as error:  # a source tree that was never built
+    MISSING = f"the native extension is missing ({error})"
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def pack(tensor: NestedTensor, /, *, device: torch.device | str) -> Any:
+    """The weight as bit planes, straight out of a mapped file."""
+    return planes.load_weight(tensor)
+
+
+def matmul(weight: Any, x: torch.Tensor, /, *, bits: int, activations: str) -> torch.Tensor:
+    """x [..., K] of one of DTYPES -> float32 [..., N]. The caller has checked device, dtype and K."""
+    values = x.float().contiguous()  # x itself if it is that already
+    y = torch.empty(*x.shape[:-1], weight.planes.rows, dtype=torch.float32, device="cpu")
+    planes.matmul_at(
+        weight,
+        values.data_ptr(),
+        y.data_ptr(),
+        tokens=x.numel() // weight.planes.columns,
+        bits=bits,
+        activations=activations,
+        threads=torch.get_num_threads(),
+    )
+    return y
+
+
+def why_not(device: torch.device | str, dtype: torch.dtype) -> str | None:
+    """See ``Backend.why_not``."""
+    if MISSING:
+        return MISSING
+    if torch.device(device).type != "cpu":
+        return f"they run on cpu, not on {device}"
+    if dtype not in DTYPES:
+        return f"they take {_names(DTYPES)}, not {_names([dtype])}"
+    return None
+
+
+def describe(count: int, activations: str) -> str:
+    """See ``Backend.describe``."""
+    return f"{planes.isa()} kernels for {count} linears, {activations} activations"
+
+
+def _names(dtypes: Iterable[torch.dtype]) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+BACKEND = Backend(pack=pack, matmul=matmul, why_not=why_not, describe=describe, activations=("float", "int8"))

@@ -1,0 +1,62 @@
+"""Where the ids of new tokens come from: one decoder per way of choosing them.
+
+A decoder yields ids and knows nothing else. Text, stop strings, end-of-sequence tokens, limits and clocks are filters
+around it (``engine.Completion``): whoever has enough of it stops asking. An id costs its step only when the next one is
+asked for, so nothing is computed that nobody reads.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from matquant.engine.sampling import Sampling, choose
+
+
+class Steps(Protocol):
+    """What a decoder asks of a session."""
+
+    capacity: int  # tokens that there is room for
+
+    def begin(self, ids: Sequence[int], widths: np.ndarray) -> tuple[int, np.ndarray]:
+        """Read a prompt: the turn, and the logits of the next token."""
+
+    def advance(self, token: int, widths: np.ndarray, *, turn: int) -> np.ndarray:
+        """Append a token: the logits of the next one."""
+
+
+class Decoder(Protocol):
+    """The seam: ``start`` reads the prompt, iterating yields the ids after it, until the session is full."""
+
+    def start(self) -> None: ...
+
+    def __iter__(self) -> Iterator[int]: ...
+
+
+class StepByStep:
+    """One step per token, chosen from its logits: greedy, or drawn as ``sampling`` says.
+
+    widths: of every matrix, as ``Engine.widths`` gives them; uint8.
+    """
+
+    def __init__(self, session: Steps, prompt: Sequence[int], *, widths: np.ndarray, sampling: Sampling) -> None:
+        self._session = session
+        self._prompt = list(prompt)
+        self._widths = widths
+        self._sampling = sampling
+        self._started: tuple[int, np.ndarray] | None = None
+
+    def start(self) -> None:
+        """Read the prompt."""
+        self._started = self._session.begin(self._prompt, self._widths)
+
+    def __iter__(self) -> Iterator[int]:
+        """Ids until the session is full. Call ``start`` first."""
+        assert self._started is not None, "start first"
+        turn, logits = self._started
+        generator = np.random.default_rng(self._sampling.seed)
+        for _ in range(len(self._prompt), self._session.capacity):
+            token = choose(logits, self._sampling, generator)
+            yield token
+            logits = self._session.advance(token, self._widths, turn=turn)
+        yield choose(logits, self._sampling, generator)  # which nothing follows: it needs no room

@@ -1,0 +1,269 @@
+"""What we know of model families: ARCHITECTURES, one row per ``model_type`` of config.json.
+
+The decode step, the exporters, the equivalences of OmniQuant and the planner read the same row, each a part of it. A
+part that is None is not supported for that family, and its reader's error says so. A family without a row can still
+be quantised, loaded in transformers, and exported to the formats that keep transformers' names.
+
+Sources: transformers 5.23 (configuration and modeling file of each family), llama.cpp (convert_hf_to_gguf.py), mlx_lm
+0.32 (models/), GPTQModel 7.6.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decode:
+    """How the native decode step (native/model.hpp) runs a family. Biases are applied where the checkpoint has them."""
+
+    # the decode step's name of a norm -> the checkpoint's name under the layer
+    norms: Mapping[str, str]
+    # what is added to a stored norm weight
+    norm_offset: float = 0.0
+    # the key of config.json that names the activation
+    activation_key: str = "hidden_act"
+    # whether embeddings are multiplied by sqrt(hidden size)
+    scale_embedding: bool = False
+    # the key of config.json that must be true for windows to count; "": they always do
+    window_switch: str = ""
+    # without layer_types in config.json, all layers but each n-th have a window; 1: all have one, 0: none
+    window_period: int = 0
+    # whether layers may lack rotary positions
+    no_rope: bool = False
+    # whether layers with a window have rotary frequencies of their own
+    local_rope: bool = False
+    # what a key missing from config.json stands for
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Equivalence:
+    """A tensor and the linears that read it, which can be rescaled against each other (methods/parts/equivalence.py).
+
+    Module names are relative to the decoder layer.
+    """
+
+    # the norm or linear whose output channels are divided
+    source: str
+    # the linears that read them, and nothing else does
+    consumers: tuple[str, ...]
+    # where the channels lie in a source linear: a key of LAYOUTS in methods/parts/equivalence.py
+    layout: str = "each"
+    # whether the norm multiplies by 1 + weight
+    one_plus: bool = False
+    # whether a shift passes unchanged from source to consumers
+    shift: bool = False
+    # the entry of config.json, and its value, that this equivalence holds for
+    needs: tuple[str, Any] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gguf:
+    """How llama.cpp has a family."""
+
+    # its name of the architecture
+    name: str
+    # whether rotary pairs lie side by side in queries and keys, and llama3's frequencies are a tensor
+    interleaved: bool = False
+    # endings of the biases that it has a place for; None: all of them
+    biases: tuple[str, ...] | None = ("q_proj.bias", "k_proj.bias", "v_proj.bias")
+    # whether it is Gemma 2's: tanh GELU, soft caps, a tied head, and a window in every second layer
+    gemma: bool = False
+    # number of layers by which it knows the model whose attention is scaled by hidden size / heads; 0: there is none
+    scaled_by_hidden: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mlx:
+    """How mlx_lm has a family."""
+
+    # endings of the biases that it reads
+    biases: tuple[str, ...] = ()
+    # whether it is Gemma 2's: tanh GELU, soft caps, a tied head, default rotary positions only
+    gemma: bool = False
+    # whether it reads head_dim, rather than dividing the hidden size by the number of heads
+    head_dim: bool = True
+    # whether a checkpoint may have windows in layer_types: beyond their length it computes another model
+    windows: bool = True
+    # whether transformers has a window in layers of this family whatever layer_types says
+    always_windowed: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """One row."""
+
+    # for the engine and everything that reads config.json exactly; None: the engine does not decode it
+    decode: Decode | None = None
+    # for OmniQuant; None: it is clipped only
+    equivalences: tuple[Equivalence, ...] | None = None
+    # for --to gguf; None: llama.cpp's converter of it is not reproduced here
+    gguf: Gguf | None = None
+    # for --to mlx; None: not supported
+    mlx: Mlx | None = None
+    # whether GPTQModel has it under transformers' tensor names, for --to gptq and gptq_v2
+    gptq: bool = False
+    # last names of the linears that other engines keep in one matrix, so that a plan gives them one width
+    fused: tuple[tuple[str, ...], ...] = ()
+    # whether its layers take arguments of the size of the batch, so that they cannot be called one after the other
+    per_sequence: bool = False
+
+
+def _norm(source: str, *consumers: str, **more: Any) -> Equivalence:
+    return Equivalence(source=source, consumers=consumers, shift=True, **more)
+
+
+def _linear(source: str, consumer: str, **more: Any) -> Equivalence:
+    return Equivalence(source=source, consumers=(consumer,), **more)
+
+
+LLAMA_NORMS = {"input": "input_layernorm", "ffn": "post_attention_layernorm"}
+GEMMA_NORMS = {
+    "input": "input_layernorm",
+    "attention_out": "post_attention_layernorm",
+    "ffn": "pre_feedforward_layernorm",
+    "ffn_out": "post_feedforward_layernorm",
+}
+HEAD_NORMS = {"query": "self_attn.q_norm", "key": "self_attn.k_norm"}
+GEMMA_DEFAULTS = {
+    "head_dim": 256,
+    "num_key_value_heads": 4,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "tie_word_embeddings": True,
+    "hidden_activation": "gelu_pytorch_tanh",
+}
+
+QKV, GATED = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
+_QKV = tuple(f"self_attn.{name}" for name in QKV)
+_GATED = tuple(f"mlp.{name}" for name in GATED)
+_UP_DOWN = _linear("mlp.up_proj", "mlp.down_proj")
+_VALUE = _linear("self_attn.v_proj", "self_attn.o_proj", layout="value", shift=True)
+_LLAMA = (_norm("input_layernorm", *_QKV), _VALUE, _norm("post_attention_layernorm", *_GATED), _UP_DOWN)
+_GEMMA = (
+    _norm("input_layernorm", *_QKV, one_plus=True),
+    _VALUE,
+    _norm("pre_feedforward_layernorm", *_GATED, one_plus=True),
+    _UP_DOWN,
+)
+
+ARCHITECTURES: dict[str, Family] = {
+    "llama": Family(
+        decode=Decode(norms=LLAMA_NORMS),
+        equivalences=_LLAMA,
+        gguf=Gguf(name="llama", interleaved=True, biases=None),
+        mlx=Mlx(biases=(".bias",), windows=False),
+        gptq=True,
+        fused=(QKV, GATED),
+    ),
+    "mistral": Family(
+        decode=Decode(norms=LLAMA_NORMS, window_period=1, defaults={"num_key_value_heads": 8, "sliding_window": 4096}),
+        equivalences=_LLAMA,
+        gguf=Gguf(name="llama", interleaved=True, biases=None),
+        mlx=Mlx(always_windowed=True),
+        gptq=True,
+        fused=(QKV, GATED),
+    ),
+    "qwen2": Family(
+        decode=Decode(
+            norms=LLAMA_NORMS,
+            window_switch="use_sliding_window",
+            defaults={"num_key_value_heads": 32, "sliding_window": 4096},
+        ),
+        equivalences=_LLAMA,
+        gguf=Gguf(name="qwen2"),
+        mlx=Mlx(biases=("q_proj.bias", "k_proj.bias", "v_proj.bias"), head_dim=False),
+        gptq=True,
+        fused=(QKV, GATED),
+    ),
+    "qwen3": Family(
+        decode=Decode(
+            norms=LLAMA_NORMS | HEAD_NORMS,
+            window_switch="use_sliding_window",
+            defaults={"head_dim": 128, "num_key_value_heads": 32, "sliding_window": 4096},
+        ),
+        equivalences=_LLAMA,
+        gguf=Gguf(name="qwen3"),
+        mlx=Mlx(),
+        gptq=True,
+        fused=(QKV, GATED),
+    ),
+    "qwen3_moe": Family(  # its experts have other names: the equivalences of the FFN find dense layers only
+        equivalences=_LLAMA,
+        fused=(QKV, GATED),
+    ),
+    "mixtral": Family(fused=(QKV, ("w1", "w3"))),
+    "gemma2": Family(
+        decode=Decode(
+            norms=GEMMA_NORMS,
+            norm_offset=1.0,
+            activation_key="hidden_activation",
+            scale_embedding=True,
+            window_period=2,
+            defaults=GEMMA_DEFAULTS | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+        ),
+        equivalences=_GEMMA,
+        gguf=Gguf(name="gemma2", gemma=True, scaled_by_hidden=46),
+        mlx=Mlx(gemma=True, always_windowed=True),
+        gptq=True,
+        fused=(QKV, GATED),
+    ),
+    "gemma3_text": Family(
+        decode=Decode(
+            norms=GEMMA_NORMS | HEAD_NORMS,
+            norm_offset=1.0,
+            activation_key="hidden_activation",
+            scale_embedding=True,
+            window_period=6,
+            local_rope=True,
+            defaults=GEMMA_DEFAULTS | {"rope_theta": 1e6},
+        ),
+        equivalences=_GEMMA,
+        fused=(QKV, GATED),
+    ),
+    "smollm3": Family(
+        decode=Decode(
+            norms=LLAMA_NORMS,
+            window_switch="use_sliding_window",
+            no_rope=True,
+            defaults={"num_key_value_heads": 4, "rope_theta": 2e6, "tie_word_embeddings": True},
+        ),
+        fused=(QKV, GATED),
+    ),
+    "phi3": Family(
+        equivalences=(
+            _norm("input_layernorm", "self_attn.qkv_proj"),
+            _linear("self_attn.qkv_proj", "self_attn.o_proj", layout="value last", shift=True),
+            _norm("post_attention_layernorm", "mlp.gate_up_proj"),
+            _linear("mlp.gate_up_proj", "mlp.down_proj", layout="last"),
+        ),
+    ),
+    "opt": Family(
+        equivalences=(
+            _norm("self_attn_layer_norm", *_QKV, needs=("do_layer_norm_before", True)),
+            _linear("self_attn.v_proj", "self_attn.out_proj", layout="value", shift=True),
+            _norm("final_layer_norm", "fc1", needs=("do_layer_norm_before", True)),
+            _linear("fc1", "fc2", needs=("activation_function", "relu")),  # s > 0 passes through a ReLU
+        ),
+        fused=(QKV,),
+    ),
+    "gpt_neox": Family(
+        equivalences=(  # GELU lets nothing through
+            _norm("input_layernorm", "attention.query_key_value"),
+            _linear("attention.query_key_value", "attention.dense", layout="value per head", shift=True),
+            _norm("post_attention_layernorm", "mlp.dense_h_to_4h"),
+        ),
+    ),
+    "bloom": Family(per_sequence=True),
+    "xglm": Family(fused=(QKV,), per_sequence=True),
+}
+
+# Every family's fused linears. A plan is made from names of weights alone, and no family means another thing by them.
+FUSED = tuple(dict.fromkeys(names for family in ARCHITECTURES.values() for names in family.fused))
+
+
+def supported(part: str) -> dict[str, Any]:
+    """``model_type`` -> the part of that name of its row, for the families that have it."""
+    found = {name: getattr(family, part) for name, family in ARCHITECTURES.items()}
+    return {name: value for name, value in found.items() if value is not None and value is not False}

@@ -1,0 +1,99 @@
+"""A decoder run one layer at a time: what flows into the first layer, how each layer is called, what comes of the last.
+
+The layers themselves are replaced while the decoder around them runs, so that masks, positions and rotary tables are
+transformers' own for every family.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from matquant.hf.families import supported
+from matquant.hf_torch.layers import decoder_layers
+from matquant.hf_torch.ties import Model
+from matquant.system.errors import InputError
+
+Call = Callable[[torch.nn.Module, torch.Tensor], torch.Tensor]  # runs a decoder layer on hidden states
+
+
+def embed(model: Model, batches: Iterable[torch.Tensor]) -> tuple[list[torch.Tensor], list[Call]]:
+    """What flows into the first decoder layer, [B, T, H] per batch of token ids [B, T], and how each layer is called.
+
+    The layers themselves are not run and may be empty; the rest of the decoder must have its numbers. All batches must
+    be of one length: positions and masks are those of the first sequence.
+    """
+    if model.config.model_type in supported("per_sequence"):
+        raise InputError(
+            f"{type(model).__name__} cannot run one decoder layer at a time: "
+            "its layers take an argument for each sequence; use --method qat or rtn, and --strategy pyramid for plans"
+        )
+    layers, batches = [layer for _, layer in decoder_layers(model)], list(batches)
+    hand_on = _hand_on(model, batches[0][:1, :1])
+    hidden: list[torch.Tensor] = []
+    arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def first(states: torch.Tensor, *rest: Any, **named: Any) -> Any:
+        hidden.append(states.detach())
+        return hand_on(states)
+
+    def later(states: torch.Tensor, *rest: Any, **named: Any) -> Any:
+        arguments.append((rest, named))
+        return hand_on(states)
+
+    decoder = model.get_decoder()
+    with torch.no_grad():
+        with _replaced(layers, [later] * len(layers)):
+            decoder(input_ids=batches[0][:1], use_cache=False)
+        with _replaced(layers, [first] + [lambda states, *_, **__: hand_on(states)] * (len(layers) - 1)):
+            for tokens in batches:
+                decoder(input_ids=tokens, use_cache=False)
+
+    def call(rest: tuple[Any, ...], named: dict[str, Any]) -> Call:
+        return lambda layer, states: layer_output(layer(states, *rest, **named))
+
+    return hidden, [call(rest, named) for rest, named in arguments]
+
+
+def layer_output(output: Any) -> torch.Tensor:
+    """The hidden states [B, T, H] in what a decoder layer returns: these, or a tuple that begins with them."""
+    states: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return states
+
+
+_READS_TUPLES: dict[type, bool] = {}  # by class of decoder, which is asked once
+
+
+def _hand_on(model: Model, token: torch.Tensor) -> Callable[[torch.Tensor], Any]:
+    """How a layer must return hidden states for the decoder to read them: as they are, or in a tuple (Falcon)."""
+    decoder = model.get_decoder()
+    if type(decoder) not in _READS_TUPLES:
+        layers = [layer for _, layer in decoder_layers(model)]
+        with torch.no_grad(), _replaced(layers, [lambda states, *_, **__: (states, None)] * len(layers)):
+            try:
+                read = decoder(input_ids=token, use_cache=False)[0]
+            except (AttributeError, TypeError):  # of the norm after the layers, which was given the tuple
+                read = None
+        _READS_TUPLES[type(decoder)] = isinstance(read, torch.Tensor)
+    return (lambda states: (states, None)) if _READS_TUPLES[type(decoder)] else (lambda states: states)
+
+
+def finish(model: Model, tokens: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+    """Logits [B, T, vocab] of what flows out of the last decoder layer, [B, T, H], for token ids [B, T]."""
+    layers, hand_on = [layer for _, layer in decoder_layers(model)], _hand_on(model, tokens[:1, :1])
+    with torch.no_grad(), _replaced(layers, [lambda *_, **__: hand_on(states)] * len(layers)):
+        logits: torch.Tensor = model(input_ids=tokens, use_cache=False).logits
+    return logits
+
+
+@contextlib.contextmanager
+def _replaced(modules: Sequence[torch.nn.Module], forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
+    """Modules with other forward functions."""
+    for module, forward in zip(modules, forwards, strict=True):
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.forward

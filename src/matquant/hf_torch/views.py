@@ -1,0 +1,97 @@
+"""Where the weights of a checkpoint lie inside a model's parameters.
+
+A float model keeps its own classes; we only write other numbers into its parameters. For an ordinary linear a View is
+the whole parameter, for fused mixture-of-experts tensors [E, 2I, H] a strided part of it. Views are found by sending
+index tensors through transformers' own checkpoint conversion, so every family that transformers can save is covered,
+and none is named here.
+
+Shapes: N out features, K in features, E experts, I intermediate size, H hidden size.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.core_model_loading import revert_weight_conversion
+
+from matquant.hf_torch.arrays import to_numpy
+from matquant.hf_torch.ties import Model, Parts
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """Where a weight [N, K] of the checkpoint lies in a model's parameter."""
+
+    parameter: str  # its name in the model
+    shape: tuple[int, int]  # N, K
+    stride: tuple[int, int]  # numbers of the parameter from one row, and one column, to the next
+    offset: int  # number of the parameter that is the first of the weight
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """This weight inside ``tensor``, a contiguous tensor of the parameter's shape: no copy."""
+        return tensor.as_strided(self.shape, self.stride, tensor.storage_offset() + self.offset)
+
+
+def stored_parts(model: Model, name: str, parameter: torch.Tensor) -> Parts:
+    """What a checkpoint has of a parameter, on meta, and whether that is the parameter itself, under whatever name."""
+    whole = parameter.detach().to("meta")
+    parts = revert_weight_conversion(model, {name: whole})
+    return parts, len(parts) == 1 and whole is next(iter(parts.values()))
+
+
+def checkpoint_views(model: Model, name: str, parameter: torch.Tensor) -> dict[str, View]:
+    """The matrices of the checkpoint in a parameter, by module path; empty if it is stored in another form."""
+    parts, renamed = stored_parts(model, name, parameter)
+    if any(part.ndim != 2 for part in parts.values()):
+        return {}
+    if renamed:
+        (key,), (rows, columns) = parts, parameter.shape
+        return {key.removesuffix(".weight"): View(parameter=name, shape=(rows, columns), stride=(columns, 1), offset=0)}
+    index = torch.arange(parameter.numel()).view(parameter.shape)
+    views = {}
+    for key, part in revert_weight_conversion(model, {name: index}).items():
+        rows, columns = part.shape
+        offset = int(part[0, 0])
+        stride = (int(part[1, 0]) - offset if rows > 1 else columns, int(part[0, 1]) - offset if columns > 1 else 1)
+        view = View(parameter=name, shape=(rows, columns), stride=stride, offset=offset)
+        assert torch.equal(view.of(index), part), f"{key} is not a strided part of {name}"
+        views[key.removesuffix(".weight")] = view
+    return views
+
+
+def plain_items(
+    model: Model,
+    views: Mapping[str, View],
+    dtypes: Mapping[str, torch.dtype],
+    *,
+    read: Callable[[str], torch.Tensor] | None = None,
+) -> Iterator[tuple[str, Any]]:
+    """The tensors that are not quantised, under their checkpoint names, as numpy arrays, tied copies left out.
+
+    read: where their numbers are, by name; None: in the model.
+    """
+    taken = {view.parameter for view in views.values()}
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name not in taken and name not in tied:
+            value = tensor if read is None else read(name)
+            stored = value.detach().to(dtypes.get(name, value.dtype))
+            for key, part in revert_weight_conversion(model, {name: stored}).items():
+                yield key, to_numpy(part)
+
+
+def is_linear(model: Model, view: View) -> bool:
+    """Whether ``view`` is the whole weight of a plain linear, not a part of a fused tensor."""
+    module = model.get_submodule(view.parameter.rpartition(".")[0])
+    whole = View(parameter=view.parameter, shape=view.shape, stride=(view.shape[1], 1), offset=0)
+    return type(module) is torch.nn.Linear and view == whole and tuple(module.weight.shape) == view.shape
+
+
+def write_weights(model: Model, views: Mapping[str, View], weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Copy weights [N, K], by path, into the model's parameters."""
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for path, weight in weights:
+            view = views[path]
+            view.of(parameters[view.parameter]).copy_(weight)
