@@ -2,10 +2,6 @@
 // Every instruction set of the machine, width, rule, grid, mode and a table of shapes, batches, groups and shares of threads,
 // each against the definition of a nested weight in plain loops. Buffers are exactly as large as they must be.
 // And decode steps of a small model, which must not allocate once they have run.
-#include "kernels.hpp"
-#include "model.hpp"
-#include "planes.hpp"
-
 #include <atomic>
 #include <cerrno>
 #include <cmath>
@@ -15,6 +11,12 @@
 #include <memory>
 #include <stdexcept>
 #include <vector>
+
+#include "core/memory.hpp"
+#include "core/planes.hpp"
+#include "core/team.hpp"
+#include "decoder/step.hpp"
+#include "kernels/kernels.hpp"
 
 using namespace matquant;
 
@@ -113,7 +115,7 @@ struct Fixture {
 
   void pack_for(int bits, int threads) {
     linear.resident_bits = bits_read(bits, rule);
-    memory = std::make_unique<Memory>(planes_bytes(shape.rows, shape.cols, linear.resident_bits));
+    memory = std::make_unique<Memory>(planes_bytes(shape.rows, shape.cols, linear.resident_bits), Pages::huge);
     place_planes(memory->data(), shape.rows, shape.cols, linear.resident_bits, linear.plane);
     for (int thread = 0; thread < threads; ++thread)
       pack(codes.data(), shape.cols, shape.rows, shape.cols, linear.resident_bits, linear.plane, thread, threads);
@@ -209,7 +211,8 @@ struct Decoder {
   std::vector<float> embedding = std::vector<float>(VOCAB * HIDDEN);
   Model model{HIDDEN, FFN, HEADS, KV, DIM, VOCAB};
 
-  Matrix nested(int rows, int cols) {
+  // Returns the id of a new matrix.
+  int nested(int rows, int cols) {
     held.push_back(std::make_unique<Fixture>(Case{rows, cols, cols, 1}, Rule::prefix));
     Fixture& of = *held.back();
     of.pack_for(8, 1);
@@ -220,7 +223,7 @@ struct Decoder {
     }
     Matrix matrix;
     matrix.nested = &of.linear;
-    return matrix;
+    return model.add(matrix);
   }
 
   Decoder() {
@@ -229,10 +232,16 @@ struct Decoder {
     model.ropes.push_back({frequencies.data(), 1.0f});
     for (int i = 0; i < 2; ++i) {
       Layer layer{};
-      const int rows[kProjections] = {HEADS * DIM, KV * DIM, KV * DIM, HIDDEN, FFN, FFN, HIDDEN};
-      const int cols[kProjections] = {HIDDEN, HIDDEN, HIDDEN, HEADS * DIM, HIDDEN, HIDDEN, FFN};
-      for (int p = 0; p < kProjections; ++p) layer.matrix[p] = nested(rows[p], cols[p]);
-      layer.norms.input = layer.norms.ffn = ones.data();
+      Attention& attention = layer.attention;
+      attention.query = nested(HEADS * DIM, HIDDEN);
+      attention.key = nested(KV * DIM, HIDDEN);
+      attention.value = nested(KV * DIM, HIDDEN);
+      attention.output = nested(HIDDEN, HEADS * DIM);
+      FeedForward& ffn = layer.feed_forward;
+      ffn.gate = nested(FFN, HIDDEN);
+      ffn.up = nested(FFN, HIDDEN);
+      ffn.down = nested(HIDDEN, FFN);
+      attention.norm = ffn.norm = ones.data();
       model.layers.push_back(layer);
     }
     model.embedding = {embedding.data(), DType::f32, VOCAB, HIDDEN};
@@ -261,9 +270,9 @@ void check_sizes() {
   expect_rejected("2^31 heads", [] { Model(64, 160, huge / 2, 1, 32, 96); });
   expect_rejected("a vocabulary of 2^31", [] { Model(64, 160, 4, 2, 32, huge / 2); });
   expect_rejected("a negative size", [] { Model(-64, 160, 4, 2, 32, 96); });
-  Model wide(64, 160, 1, 1, kMostHeadDim, 96);
+  Model wide(64, 160, 1, 1, MOST_HEAD_DIM, 96);
   wide.layers.resize(1 << 12);
-  expect_rejected("a cache of 2^70 bytes", [&] { Cache(wide, kMostCapacity, DType::f32); });
+  expect_rejected("a cache of 2^70 bytes", [&] { Cache(wide, MOST_CAPACITY, DType::f32); });
   expect_rejected("a cache of 2^31 tokens", [&] { Cache(wide, 0x7FFFFFFF, DType::f32); });
   expect_rejected("a workspace of 2^31 tokens", [&] { Workspace(wide, 0x7FFFFFFF, 64, 1); });
   expect_rejected("a workspace of 2^31 threads", [&] { Workspace(wide, 16, 64, 0x7FFFFFFF); });
@@ -273,7 +282,7 @@ void check_sizes() {
 // what there is to make, and the tokens after them nothing.
 int check_steps() {
   const Decoder decoder;
-  const std::size_t matrices = decoder.model.layers.size() * kProjections + 1;
+  const std::size_t matrices = decoder.model.matrices.size();
   std::vector<float> logits(Decoder::VOCAB);
   int steps = 0;
   for (const Activations activations : {Activations::int8, Activations::exact})
