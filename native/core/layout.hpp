@@ -6,15 +6,15 @@
 
 namespace matquant {
 
-constexpr int LANES = 16;            // floats per vector
-constexpr int BLOCK_ROWS = LANES;    // rows of a tile, one per lane; the unit in which threads share a product
-constexpr int TILE_INPUTS = 32;      // inputs of a tile
-constexpr int TILE_QUADS = 8;        // a vector of 64 bytes is 16 rows x 4 inputs; a quad is those four inputs
+constexpr int LANES = 16;              // floats per vector
+constexpr int BLOCK_ROWS = LANES;      // rows of a tile, one per lane; threads share products in this unit
+constexpr int TILE_INPUTS = 32;        // inputs of a tile
+constexpr int TILE_QUADS = 8;          // a vector of 64 bytes is 16 rows x 4 inputs; a quad is those four inputs
 constexpr int VECTOR_BYTES = 64;
-constexpr int LINE_BYTES = 64;       // of a processor's cache
-constexpr int ACTIVATION_GROUP = 128;  // inputs that share one activation scale
+constexpr int LINE_BYTES = 64;         // of the processor's caches
+constexpr int ACTIVATION_GROUP = 128;  // inputs that share an activation scale
 constexpr int ACTIVATION_TILES = ACTIVATION_GROUP / TILE_INPUTS;
-constexpr int PANEL_TOKENS = 8;      // widest panel of an Input
+constexpr int PANEL_TOKENS = 8;        // of the widest panel of an Input
 
 constexpr int PLANE_COUNT = 5;
 constexpr int PLANE_BITS[PLANE_COUNT] = {2, 1, 1, 2, 2};  // most significant first

@@ -8,10 +8,11 @@ namespace {
 
 int panel_of(int tokens) { return tokens <= 1 ? 1 : tokens <= 2 ? 2 : tokens <= 4 ? 4 : PANEL_TOKENS; }
 
-// Tokens filled to whole panels times inputs filled to whole groups.
+// Tokens rounded up to whole panels times inputs rounded up to whole groups.
 std::size_t padded_values(int tokens, int cols) {
   const int panel = panel_of(tokens);
-  return static_cast<std::size_t>(ceil_div(tokens, panel)) * panel * ceil_div(cols, ACTIVATION_GROUP) * ACTIVATION_GROUP;
+  const int groups = ceil_div(cols, ACTIVATION_GROUP);
+  return static_cast<std::size_t>(ceil_div(tokens, panel)) * panel * groups * ACTIVATION_GROUP;
 }
 
 }  // namespace

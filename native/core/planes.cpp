@@ -5,17 +5,17 @@
 namespace matquant {
 namespace {
 
-// A vector of 64 bytes as words, which any machine shifts and masks; no bit leaves its byte after the mask.
+// A vector of 64 bytes as words, which any machine can shift; masks remove the bits that cross into another byte.
 struct Bytes {
   std::uint64_t at[VECTOR_BYTES / 8];
 };
 constexpr std::uint64_t EACH_BYTE = 0x0101010101010101u;
 
-// Where quad q of a tile lies in a byte of each plane; bits below the field are the shift.
+// The bit at which the field of quad q begins, within a byte of a plane.
 constexpr int TWO_BIT_SHIFT[4] = {6, 2, 4, 0};
 constexpr int ONE_BIT_SHIFT[2][TILE_QUADS] = {{5, 1, 4, 0, 6, 2, 7, 3}, {4, 0, 5, 1, 6, 2, 7, 3}};
 
-// The tile's codes as quads. Codes that are not there are 0, and are not read.
+// Copies a tile's codes to quads. Codes past the end are not read and become 0.
 void gather(const std::uint8_t* codes, std::ptrdiff_t stride, int rows, int inputs, Bytes (&quads)[TILE_QUADS]) {
   if (rows < BLOCK_ROWS || inputs < TILE_INPUTS) std::memset(quads, 0, sizeof quads);
   for (int row = 0; row < rows; ++row) {
@@ -28,7 +28,7 @@ void gather(const std::uint8_t* codes, std::ptrdiff_t stride, int rows, int inpu
   }
 }
 
-// The field of the codes `drop` bits above bit 0, BITS wide, of the quads to their places in one vector of a plane.
+// Moves a field of BITS bits, `drop` above bit 0, from the codes of the quads to its places in a vector of a plane.
 template <int BITS, int QUADS>
 void place(const Bytes* quads, int drop, const int (&shifts)[QUADS], std::uint8_t* out) {
   constexpr std::uint64_t FIELD = ((1 << BITS) - 1) * EACH_BYTE;
@@ -59,7 +59,7 @@ void pack(const std::uint8_t* codes, std::ptrdiff_t stride, int rows, int cols, 
           const std::uint8_t* const plane[PLANE_COUNT], int thread, int threads) {
   const std::int64_t blocks = ceil_div(rows, BLOCK_ROWS);
   const int tiles = ceil_div(cols, TILE_INPUTS);
-  // The planes are written once, here, while only their owner has them.
+  // Planes are written only here, before anyone else can see them.
   std::uint8_t* out[PLANE_COUNT];
   for (int at = 0; at < PLANE_COUNT; ++at) out[at] = const_cast<std::uint8_t*>(plane[at]);
   Bytes quads[TILE_QUADS];

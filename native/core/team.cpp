@@ -16,10 +16,10 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-constexpr std::chrono::nanoseconds PATIENCE = std::chrono::microseconds(50);  // about twice what sleeping costs
-constexpr std::chrono::nanoseconds SHORTEST = PATIENCE / 256;  // where spinning has been in vain
-constexpr unsigned RETRY = 64;                                 // one wait in so many is patient all the same
-constexpr int TURNS = 16;                                      // between looks at the clock
+constexpr std::chrono::nanoseconds PATIENCE = std::chrono::microseconds(50);  // about twice the cost of sleeping
+constexpr std::chrono::nanoseconds SHORTEST = PATIENCE / 256;  // after spins that did not pay
+constexpr unsigned RETRY = 64;                                 // one wait in 64 uses the full patience again
+constexpr int TURNS = 16;                                      // of the loop between two looks at the clock
 
 void pause() {
 #if defined(__x86_64__)
@@ -29,7 +29,7 @@ void pause() {
 #endif
 }
 
-// Whether `holds` does within TURNS looks.
+// True if `holds` becomes true within TURNS looks.
 template <class Condition>
 bool look(const Condition& holds) {
   for (int turn = 0; turn < TURNS; ++turn, pause())
@@ -37,7 +37,7 @@ bool look(const Condition& holds) {
   return false;
 }
 
-// Whether `holds` does before `patience` is over.
+// True if `holds` becomes true before `patience` is over.
 template <class Condition>
 bool spin(std::chrono::nanoseconds patience, const Condition& holds) {
   for (const Clock::time_point start = Clock::now(); Clock::now() - start < patience;)
@@ -45,7 +45,7 @@ bool spin(std::chrono::nanoseconds patience, const Condition& holds) {
   return false;
 }
 
-// Teams that nobody uses. Never destroyed: their workers may be asleep in them when the process ends.
+// Idle teams. Never destroyed: workers may be asleep in them when the process ends.
 struct Pool {
   std::mutex mutex;
   std::vector<Team*> idle;
@@ -59,7 +59,7 @@ Pool& pool() {
 }
 
 Pool* make_pool() {
-  // A child of fork() has none of the workers: it forgets the teams, and makes new ones when it needs them.
+  // A child of fork() has no workers: it forgets the teams and makes new ones when it needs them.
   pthread_atfork([] { pool().mutex.lock(); }, [] { pool().mutex.unlock(); },
                  [] {
                    pool().idle.clear();
@@ -70,7 +70,7 @@ Pool* make_pool() {
   return made;
 }
 
-// A team from the pool, given back at the end.
+// A team from the pool, returned at the end of the scope.
 class Borrowed {
  public:
   Borrowed() {
@@ -121,7 +121,7 @@ void Team::arrive(int thread) {
   if (threads() == 1) return;
   std::atomic<unsigned>& mine = members_[thread].barriers;
   const unsigned count = mine.load(std::memory_order_relaxed) + 1;
-  mine.store(count);  // sequentially consistent, as is a sleeper's count: one of both sees the other
+  mine.store(count);  // sequentially consistent, like sleepers_: a sleeper sees this or we see the sleeper
   if (sleepers_.load() > 0 && all_at(count)) wake();
 }
 
@@ -147,7 +147,7 @@ void Team::run(int threads, Call call, const void* work) {
   try {
     for (; workers_ < threads - 1; ++workers_) std::thread(&Team::serve, this, workers_ + 1).detach();
   } catch (const std::system_error&) {
-    throw std::runtime_error("can't start new thread");  // as Python says it
+    throw std::runtime_error("can't start new thread");  // the wording of Python
   }
   call_ = call;
   work_ = work;
@@ -159,7 +159,7 @@ void Team::run(int threads, Call call, const void* work) {
   barrier(0);
 }
 
-// A worker's life.
+// The loop of a worker.
 void Team::serve(int thread) {
   for (unsigned seen = 0;; arrive(thread)) {
     const std::atomic<unsigned>& run = members_[thread].run;
@@ -185,7 +185,7 @@ void Team::sleep(Condition holds) {
 }
 
 void Team::wake() {
-  { const std::lock_guard<std::mutex> lock(mutex_); }  // a sleeper has looked, and sleeps, or has yet to look
+  { const std::lock_guard<std::mutex> lock(mutex_); }  // every sleeper now sleeps, or has yet to check
   changed_.notify_all();
 }
 

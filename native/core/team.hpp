@@ -1,12 +1,12 @@
-// Threads that share one piece of work: a team of the caller and workers that wait for the next one.
+// Threads that share a piece of work: the caller, and workers that then wait for the next piece.
 //
-// Not OpenMP, whose threads cannot be had back after fork(), end the process where one cannot be started, and wait by
-// spinning for as long as the process's environment says. A thread here waits by a short spin, which costs nothing to
-// leave, and then asleep: its core is free for the thread that it waits for. Where spins turn out to be in vain (a
-// busy process beside us, more threads than cores) a thread soon spins hardly at all; where they are not, again.
+// OpenMP does not fit: its threads are lost after fork(), it ends the process if a thread cannot be started, and it
+// spins while waiting for as long as the environment says. A thread here spins briefly and then sleeps, which leaves
+// its core to the thread it waits for. If spinning does not pay (a busy neighbour, more threads than cores) the spins
+// get shorter, and longer again once it does.
 //
-// A team is borrowed for one run() and kept for later ones, so as many exist as ever ran at once. Nothing is allocated
-// but by the first run of a size. After fork() a child makes teams of its own.
+// A team is borrowed for one run() and then kept for later ones, so there are as many teams as ever ran at once. Only
+// the first run of a size allocates. After fork() the child makes new teams.
 #pragma once
 
 #include <atomic>
@@ -18,9 +18,9 @@
 
 namespace matquant {
 
-constexpr int MOST_THREADS = 1024;  // of one run; src/matquant/threads.py allows a few per core
+constexpr int MOST_THREADS = 1024;  // in one run; src/matquant/threads.py allows a few per core
 
-// Threads where the caller names none: OMP_NUM_THREADS if that is a number from 1 on, else the cores it may use.
+// The default number of threads: OMP_NUM_THREADS if it is a positive number, else the cores this process may use.
 int default_threads();
 
 class Team {
@@ -31,7 +31,7 @@ class Team {
   ~Team();
   int threads() const { return threads_.load(std::memory_order_relaxed); }
 
-  // A barrier in two halves: this thread has come to its next one; and so have all.
+  // A barrier in two halves. arrive: this thread has reached its next barrier. await: returns once all threads have.
   void arrive(int thread);
   void await(int thread);
   void barrier(int thread) {
@@ -39,16 +39,16 @@ class Team {
     await(thread);
   }
 
-  // call(work, team, thread) for thread 0 (here) .. threads - 1; returns when all have. `call` must not throw.
-  // std::runtime_error where a thread cannot be started; nothing has been called then.
+  // Runs call(work, team, thread) for thread 0 (the caller) .. threads - 1 and returns when all are done. `call` must
+  // not throw. Throws std::runtime_error if a thread cannot be started; then nothing has been called.
   void run(int threads, Call call, const void* work);
 
  private:
-  // What a thread writes and others wait for, in lines of its own.
+  // State that one thread writes and others wait for, on separate cache lines.
   struct alignas(128) Member {
-    std::atomic<unsigned> barriers{0};  // that it has come to in this run
-    std::atomic<unsigned> run{0};       // the latest that it is to take part in
-    // Its own: how long it spins at a barrier, and how often it has waited at one.
+    std::atomic<unsigned> barriers{0};  // reached in this run
+    std::atomic<unsigned> run{0};       // number of the latest run that it takes part in
+    // Used by the thread alone: how long it spins at a barrier, and how often it has waited at one.
     std::chrono::nanoseconds patience;
     unsigned waits = 0;
     Member();
@@ -61,7 +61,7 @@ class Team {
   void sleep(Condition holds);
   void wake();
 
-  std::atomic<int> threads_{1};  // of this run; a worker on its way out of the last one may still look
+  std::atomic<int> threads_{1};  // of this run; atomic because a worker that leaves the last run may still read it
   int workers_ = 0;
   unsigned runs_ = 0;
   Call call_ = nullptr;
@@ -72,14 +72,14 @@ class Team {
   std::condition_variable changed_;
 };
 
-// Team::run on a borrowed team; std::invalid_argument unless 1 <= threads <= MOST_THREADS.
+// Team::run on a borrowed team. Throws std::invalid_argument unless 1 <= threads <= MOST_THREADS.
 void run_on_team(int threads, Team::Call call, const void* work);
 
-// work(team, thread) on `threads` threads.
+// Runs work(team, thread) on `threads` threads.
 template <class Work>
 void on_threads(int threads, const Work& work) {
-  run_on_team(
-      threads, [](const void* self, Team& team, int thread) { (*static_cast<const Work*>(self))(team, thread); }, &work);
+  const auto call = [](const void* self, Team& team, int thread) { (*static_cast<const Work*>(self))(team, thread); };
+  run_on_team(threads, call, &work);
 }
 
 // Thread `thread`'s share of 0 .. count - 1, cut at multiples of `unit`.

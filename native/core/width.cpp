@@ -3,7 +3,7 @@
 namespace matquant {
 namespace {
 
-// nest.integer_positions: the integer that a code of the companded grid stands for.
+// The integer of a code on the companded grid; as nest.integer_positions.
 constexpr int companded(int bits, int code) {
   if (bits == 7) return (companded(8, 2 * code) + companded(8, 2 * code + 1) - 1) / 2;
   const int from_middle = 2 * code - (1 << bits) + 1, distance = from_middle < 0 ? -from_middle : from_middle;
@@ -25,7 +25,7 @@ constexpr Tables tables_of(int bits) {
                                   : Range::any;
   tables.lift = bits >= 6 ? 2 : bits == 5 ? 1 : 0;
   for (int i = 0; i < 16; ++i) {
-    const int ends = i >> 2 << 4 | (i & 3);  // six bits: the first two and the last two of i, zeros between them
+    const int ends = i >> 2 << 4 | (i & 3);  // six bits: the first two and the last two of i, with zeros between
     int top = 0, rest = 0;
     if (bits <= 2) {
       top = companded(bits, i >> 2 >> (2 - bits));
@@ -56,7 +56,7 @@ constexpr Tables COMPANDED[9] = {{},           tables_of(1), tables_of(2), table
 Width width_of(int bits, Rule rule, Grid grid) {
   const bool rounds = rule != Rule::prefix && bits < 8;
   const int read = bits_read(bits, rule);
-  // Where the lowest bit read lies in a decoded byte (kernel.inl): six bits come two higher than bit 0.
+  // Position of the lowest bit read within a decoded byte (decode.inl): six bits begin at bit 2.
   const int base = read == 6 ? 2 : 0;
   const int shift = base + read - bits;
   const Tables* const tables = grid == Grid::companded ? &COMPANDED[bits] : nullptr;

@@ -11,7 +11,8 @@ namespace matquant {
 constexpr int MOST_CAPACITY = 0x7FFFFC00;  // tokens of a sequence
 
 // f16, or f32 in exact mode. Address space for the whole capacity is reserved; memory is used as tokens come. Throws
-// std::invalid_argument for a capacity outside 1 .. MOST_CAPACITY or a model without layers, std::bad_alloc without space.
+// std::invalid_argument for a capacity outside 1 .. MOST_CAPACITY or a model without layers, and std::bad_alloc if
+// there is no space.
 class Cache {
  public:
   Cache(const Model& model, int capacity, DType dtype);

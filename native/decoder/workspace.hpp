@@ -17,7 +17,7 @@ constexpr const char* PART_NAMES[PARTS] = {"norm",    "quantise",   "qkv",  "att
                                            "gate_up", "activation", "down", "head",      "wait"};
 
 // Reused from step to step, so that steps allocate nothing. Throws std::invalid_argument for sizes outside 1 ..
-// MOST_TOKENS, MOST_CAPACITY or MOST_THREADS, std::bad_alloc without space.
+// MOST_TOKENS, MOST_CAPACITY or MOST_THREADS, and std::bad_alloc if there is no space.
 class Workspace {
  public:
   Workspace(const Model& model, int max_tokens, int capacity, int threads);

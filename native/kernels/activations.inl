@@ -1,13 +1,14 @@
-// Activations to an Input: int8 codes with a scale per token and group, or the floats themselves. Included by kernel.inl.
+// Fills an Input: int8 codes with a scale per token and group, or the floats themselves. Included by kernel.inl.
 
-// Sixteen lanes, lowered by the compiler to what its flags allow.
+// Sixteen lanes, which the compiler lowers to the vectors that its flags allow.
 typedef float FloatLanes __attribute__((vector_size(64)));
 typedef std::int32_t IntLanes __attribute__((vector_size(64)));
 typedef std::int8_t ByteLanes __attribute__((vector_size(16)));
 
-// One group of one token: 128 floats, those past the end 0.
+// Quantises one group of one token: 128 floats, padded with 0.
 void quantise_group(const float* x, std::int8_t* codes, float& scale, std::int32_t* sums) {
-  // The largest magnitude as bits: NaN is above infinity is above all numbers, so neither is lost.
+  // The largest magnitude, compared as bits: NaN ranks above infinity and infinity above all numbers, so neither is
+  // lost.
   IntLanes largest_lanes{};
   for (int i = 0; i < ACTIVATION_GROUP; i += LANES) {
     IntLanes bits;
@@ -20,11 +21,11 @@ void quantise_group(const float* x, std::int8_t* codes, float& scale, std::int32
   for (int i = 0; i < LANES; ++i) largest_bits = lanes[i] > largest_bits ? lanes[i] : largest_bits;
   float largest;
   __builtin_memcpy(&largest, &largest_bits, sizeof largest);
-  // Below 2^-119 the reciprocal would leave float32; such a group is 0.
+  // Below 2^-119 the reciprocal overflows float32; such a group becomes 0.
   const bool nothing = largest < 0x1p-119f;
   scale = nothing ? 0.0f : largest / 127.0f;
   const float inverse = nothing ? 0.0f : 127.0f / largest;
-  constexpr float NEAREST = 0x1.8p23f;  // added, it rounds to the nearest integer, ties to even, in every vector unit
+  constexpr float NEAREST = 0x1.8p23f;  // adding it rounds to the nearest integer, ties to even
   for (int tile = 0; tile < ACTIVATION_TILES; ++tile) {
     IntLanes tile_lanes{};
     for (int i = tile * TILE_INPUTS; i < (tile + 1) * TILE_INPUTS; i += LANES) {
@@ -43,7 +44,7 @@ void quantise_group(const float* x, std::int8_t* codes, float& scale, std::int32
   }
 }
 
-// One group of one token, which is number `at` of the panel that begins at `panel_start`.
+// Prepares one group of one token, number `at` of the panel that begins at `panel_start`.
 MATQUANT_INLINE void prepare_group(const Input& input, const float* x, int token, int group, std::size_t panel_start,
                                    int at) {
   const int panel = input.panel, first = group * ACTIVATION_GROUP;

@@ -1,10 +1,11 @@
-// Planes to the integers that products are made of. Included by kernel.inl.
+// Decodes planes to the integers of the products. Included by kernel.inl.
 //
-// A Reading is how M tokens at a time read the planes of a width; M = 0 is for many tokens: whole integers, to memory.
+// A Reading decodes the planes of a width for products with M tokens at a time. M = 0 decodes whole integers to memory,
+// for many tokens.
 //   read                  bits of the code that it reads
 //   places                sums that its bytes go to; the integer is (sum over places of lifted(bytes)) >> base
-//   range<place>          how large the bytes are
-//   decode(..., sink)     calls sink(quad, place, piece, bytes) for all of the eight vectors of a tile, once or twice each
+//   range<place>          upper bound of the bytes
+//   decode(..., sink)     calls sink(quad, place, piece, bytes) once or twice for each of the eight vectors of a tile
 
 // The planes of one row block.
 struct Streams {
@@ -24,8 +25,8 @@ MATQUANT_INLINE Streams streams_of(const Linear& weight, int block) {
 // Planes that hold the top READ bits.
 constexpr int planes_read(int read) { return read == 2 ? 1 : read == 3 ? 2 : read == 4 ? 3 : read == 6 ? 4 : 5; }
 
-// About 8 KiB ahead of all planes together: one thread then streams at 0.87-0.99 of what the memory gives, instead of
-// 0.57-0.85. It may run past the end of a plane, which a prefetch may.
+// Prefetches about 8 KiB ahead, all planes together: a single thread then streams at 0.87-0.99 of the memory's speed
+// instead of 0.57-0.85. It may run past the end of a plane, which is harmless.
 template <int READ>
 MATQUANT_INLINE void prefetch(const Streams& streams, unsigned tile) {
   constexpr int AHEAD = 8192 / (VECTOR_BYTES * READ);
@@ -40,11 +41,13 @@ MATQUANT_INLINE void prefetch(const Streams& streams, unsigned tile) {
 
 template <int PLANE, int PIECE>
 MATQUANT_INLINE Piece plane_piece(const Streams& streams, unsigned tile, int half = 0) {
-  return load_piece<PIECE>(streams.plane[PLANE] + static_cast<std::size_t>(tile) * tile_bytes(PLANE) + VECTOR_BYTES * half);
+  const std::size_t at = static_cast<std::size_t>(tile) * tile_bytes(PLANE) + VECTOR_BYTES * half;
+  return load_piece<PIECE>(streams.plane[PLANE] + at);
 }
 
-// Calls body(pair, piece, two, nibbles) for the four pairs of quads, 2 * pair in the high nibbles and 2 * pair + 1 in the
-// low ones. nibbles: the top four bits of the codes; of READ = 3 the last one is anything. two: the top two, in place.
+// Calls body(pair, piece, two, nibbles) for the four pairs of quads; quad 2 * pair is in the high nibbles and
+// 2 * pair + 1 in the low ones. nibbles: the top four bits of the codes; the fourth is undefined for READ = 3. two: the
+// top two bits, in the same places.
 template <int READ, class Body>
 MATQUANT_INLINE void each_pair(const Streams& streams, unsigned tile, Body&& body) {
   unroll<4 * PIECES>([&](auto at) MATQUANT_LAMBDA {
@@ -61,7 +64,7 @@ MATQUANT_INLINE void each_pair(const Streams& streams, unsigned tile, Body&& bod
   });
 }
 
-// The last four bits of the codes of a pair, as its nibbles; of READ = 6 the last two are 0.
+// The last four bits of the codes of a pair, as nibbles; for READ = 6 the last two are 0.
 template <int READ, int PAIR, int PIECE>
 MATQUANT_INLINE Piece low_bits(const Streams& streams, unsigned tile) {
   constexpr bool ODD = PAIR % 2 == 1;
@@ -73,8 +76,8 @@ MATQUANT_INLINE Piece low_bits(const Streams& streams, unsigned tile) {
 
 // ------------------------------------------------------------------------------------------------ the uniform grid
 
-// A decoded byte may have its code in place: no shift is spent on reaching bit 0, and bytes of different places go to
-// different sums. SLICED codes are cut from what is read by a Slicer.
+// A decoded byte may keep its code where it is (IN_PLACE): that saves the shift to bit 0, and bytes with codes in
+// different places go to different sums. SLICED codes are computed from the bits read by a Slicer.
 template <int READ, bool SLICED, int M>
 struct Uniform {
   static constexpr bool IN_PLACE = !SLICED && READ <= 4 && ANY_BYTE_IS_FREE && M > 0 && M * (READ == 2 ? 4 : 2) <= 16;
@@ -140,12 +143,13 @@ using Sliced = Uniform<READ, true, M>;
 
 // ---------------------------------------------------------------------------------------------- the companded grid
 
-// Codes are looked up sixteen to a table (Tables in kernels.hpp), every width in those of its own. Up to four bits that
-// is all. Above, an integer has two parts, which products of bytes in 16 bits take one by one: both are small.
+// Codes are looked up in tables of sixteen entries (Tables in width.hpp), which each width has for itself. Above four
+// bits an integer is the sum of two parts. Where products are summed in 16 bits the parts are multiplied separately
+// (SPLIT), because each is small.
 template <int READ, int M>
 struct Companded {
   static constexpr bool SPLIT = READ >= 6 && !ANY_BYTE_IS_FREE && M > 0;
-  // Sums that do not wait for each other, as many as the uniform grid has.
+  // As many independent sums as the uniform grid has.
   static constexpr bool APART = ANY_BYTE_IS_FREE && M > 0 && READ <= 4 && M * (READ == 2 ? 4 : 2) <= 16;
   static constexpr int read = READ;
   static constexpr int places = SPLIT ? 2 : !APART ? 1 : READ == 2 ? 4 : 2;
@@ -186,14 +190,15 @@ struct Companded {
         give<4 * HALF + 3, PIECE>(look_up(rest, low), sink);
       });
     } else {
-      each_pair<READ>(streams, tile, [&](auto pair, auto piece, const Piece& two, const Piece& nibbles) MATQUANT_LAMBDA {
+      each_pair<READ>(streams, tile, [&](auto pair, auto piece, const Piece& two, const Piece& nibbles)
+                                         MATQUANT_LAMBDA {
         constexpr int HIGH = 2 * pair.value, LOW = HIGH + 1, PIECE = piece.value;
         const Piece high = high_nibbles(nibbles), low = keep<0x0F>(nibbles);
         if constexpr (READ <= 4) {
           give<HIGH, PIECE>(look_up(top, high), sink);
           give<LOW, PIECE>(look_up(top, low), sink);
         } else if constexpr (READ == 6) {
-          // The top two bits, then the last two: all that the rest depends on.
+          // The rest depends only on the top two bits and the last two.
           const Piece six = plane_piece<3, PIECE>(streams, tile, pair / 2);
           const Piece ends = select<0xCC>(two, shift<pair.value % 2 == 1 ? 0 : 2>(six));
           give<HIGH, PIECE>(look_up(top, high), look_up(rest, high_nibbles(ends)), sink);
@@ -207,7 +212,7 @@ struct Companded {
     }
   }
 
-  // The last four bits plus a quarter of them, or less it, by the slope of the top four.
+  // The last four bits plus or minus a quarter of them; the top four bits decide the sign.
   MATQUANT_INLINE Piece slope(const Piece& nibbles, const Piece& four) const {
     return add_signed(four, look_up(rest, four), look_up(sign, nibbles));
   }
@@ -228,7 +233,7 @@ struct Companded {
 
 // ------------------------------------------------------------------------------------------------------- to memory
 
-// Integers of the tiles first .. stop of a row block, [tile][quad][16 rows][4 inputs].
+// Writes the integers of the tiles first .. stop - 1 of a row block, [tile][quad][16 rows][4 inputs].
 template <class Reading>
 void decode_tiles(const Streams& streams, const Width& width, unsigned first, unsigned stop, std::uint8_t* out) {
   const Reading reading(width);
@@ -254,7 +259,7 @@ Decode decode_of(int read) {
   }
 }
 
-// Of the codes themselves, whatever the grid.
+// For the codes themselves, whatever the grid.
 Decode code_decode_of(const Width& width) {
   return width.sliced ? decode_of<Sliced>(width.read) : decode_of<Unsliced>(width.read);
 }

@@ -1,4 +1,4 @@
-// Which instruction set serves.
+// Chooses the instruction set.
 #include "kernels/floats.hpp"
 #include "kernels/kernels.hpp"
 
@@ -34,10 +34,11 @@ bool runs_here(const Kernels& table) {
   if (&table == &kernels_scalar) return true;
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c")) return false;
-  if (&table == &kernels_avx2) return true;
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  if (!avx2 || &table == &kernels_avx2) return avx2;
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vnni");
 #elif defined(__aarch64__) && defined(__linux__)
   constexpr unsigned long DOT_PRODUCT = 1UL << 20;  // HWCAP_ASIMDDP
   return (getauxval(AT_HWCAP) & DOT_PRODUCT) != 0;
@@ -57,8 +58,8 @@ void use_kernels(const char* name) {
     }
     if (runs_here(*table)) known += (known.empty() ? "" : ", ") + std::string(table->name);
   }
-  throw std::invalid_argument("MATQUANT_ISA=" + std::string(name) + " is not an instruction set of this machine; use one of " +
-                              known);
+  throw std::invalid_argument("MATQUANT_ISA=" + std::string(name) +
+                              " is not an instruction set of this machine; use one of " + known);
 }
 
 const Kernels& kernels() {

@@ -2,7 +2,7 @@
 //
 // Inputs are summed one after another within a tile, and tiles one after another: the order is the same for every M.
 
-// The inputs of a tile [32][M] that belong to the segment, with zeros for the others; and their sums.
+// Copies the inputs of a tile [32][M] that belong to the segment, zeros for the others, and sums them.
 template <int M>
 MATQUANT_INLINE void mask_tile(const Segment& segment, unsigned tile, const float* x, float* masked, float* sums) {
   for (int token = 0; token < M; ++token) sums[token] = 0.0f;

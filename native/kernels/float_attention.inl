@@ -15,7 +15,7 @@ void rotate(float* x, const float* cosines, const float* sines, int half, float 
 }
 
 // Columns d .. d + 16 * Vectors - 1 of the weighted sums of values, for queries from `query` on. Positions that a query
-// does not see have weight 0; even and odd positions are summed apart.
+// does not see have weight 0. Even and odd positions are summed separately.
 template <int Queries, int Vectors, class T>
 inline void mix(const HeadQueries& a, int query, const T* values, int start, int stop, int d, const float* inverse) {
   const int stride = round_to_lanes(a.dim);
@@ -42,13 +42,13 @@ inline void mix(const HeadQueries& a, int query, const T* values, int start, int
     }
 }
 
-// Positions that some queries see, in whole tiles.
+// Positions that at least one query sees, in whole tiles.
 struct Span {
   int start, stop;
 };
 
-// Scores of the queries from `query` on, for the positions of the span; those that a query does not see get -infinity.
-// `largest` receives the largest one of each lane.
+// Scores the positions of the span for the queries from `query` on; `never`, -infinity, where a query does not see one.
+// largest [Queries]: the largest score of each lane.
 template <int Queries, class T>
 inline void score(const HeadQueries& a, int query, Span span, V never, V* largest) {
   const T* keys = (const T*)a.keys;
@@ -78,7 +78,7 @@ inline void score(const HeadQueries& a, int query, Span span, V never, V* larges
   }
 }
 
-// Replaces `count` scores by their weights e^(score - largest) and returns 1 / their sum.
+// Replaces `count` scores by weights e^(score - largest) and returns 1 / the sum of the weights.
 inline float weigh(float* scores, int count, V never, V largest) {
   const float top = fold(largest, [](float a, float b) { return b > a ? b : a; });
   V total{};

@@ -29,7 +29,7 @@ inline void dots(const T* row, const float* x, int x_stride, int cols, float* y,
 template <class T>
 void dense_as(const Dense& w, const float* x, int x_stride, int tokens, int row_start, int row_stop, float* y,
               int y_stride) {
-  // Blocks of rows that stay in the second-level cache while all tokens pass.
+  // Rows that stay in the second-level cache while they are multiplied with all tokens.
   constexpr int DENSE_ROWS = 32;
 #ifdef __AVX512F__
   constexpr int DENSE_TOKENS = 4;  // 16 accumulators in 32 registers

@@ -43,7 +43,7 @@ inline V load(const Half* p) {
 }
 
 template <class T>
-inline V load_some(const T* p, int count) {  // the first `count` lanes, zeros behind
+inline V load_some(const T* p, int count) {  // the first `count` lanes, then zeros
   if (count == LANES) return load(p);
   T lanes[LANES] = {};
   std::memcpy(lanes, p, count * sizeof(T));
@@ -58,7 +58,7 @@ inline void store_some(float* p, V v, int count) {
     std::memcpy(p, &v, count * sizeof(float));
 }
 
-// To the nearest f16, ties to even; what is too large becomes the largest.
+// Rounds to the nearest f16, ties to even; saturates.
 inline H to_half(V v) {
   v = select(v > 65504.0f, splat(65504.0f), select(v < -65504.0f, splat(-65504.0f), v));
 #if defined(__AVX512F__)
@@ -74,14 +74,14 @@ inline H to_half(V v) {
 #else
   const U sign = (U)v & 0x80000000u, magnitude = (U)v & 0x7fffffffu;
   const U normal = (magnitude + 0xfffu + (magnitude >> 13 & 1u) - (112u << 23)) >> 13;
-  // Adding 1/2 leaves as the last bit 2^-24, which is the last one of a subnormal f16.
+  // After adding 1/2 the last bit is worth 2^-24, as the last bit of a subnormal f16.
   const U small = (U)((V)magnitude + 0.5f) - 0x3f000000u;
   const I is_small = (V)magnitude < 0x1p-14f;
   return __builtin_convertvector((U)select(is_small, (V)small, (V)normal) | sign >> 16, H);
 #endif
 }
 
-// Lanes 0-7 with 8-15, of these 0-3 with 4-7, and so on.
+// Combines lanes 0-7 with 8-15, then 0-3 with 4-7, and so on.
 template <class F>
 inline float fold(V v, F f) {
   float lanes[LANES];
@@ -97,7 +97,7 @@ inline float sum(V v) {
   return fold(v, [](float a, float b) { return a + b; });
 }
 
-// out[i] = f(a[i], b[i]); lanes behind the end see zeros.
+// out[i] = f(a[i], b[i]); lanes past the end are zeros.
 template <class F>
 inline void map(const float* a, const float* b, int n, float* out, F f) {
   int i = 0;

@@ -1,5 +1,5 @@
-// The functions of floats.hpp for one instruction set: compiled once per set, each time with another MATQUANT_FLOATS, the
-// name of the table. The compiler lowers 16-lane vectors to whatever its flags allow.
+// The functions of floats.hpp for one instruction set. Compiled once per set; MATQUANT_FLOATS is the name of its table.
+// The compiler lowers 16-lane vectors to whatever its flags allow.
 #include "kernels/floats.hpp"
 
 #include <cmath>
@@ -39,6 +39,6 @@ uint64_t read(const void* data, size_t bytes) {
 
 extern const FloatKernels MATQUANT_FLOATS;
 const FloatKernels MATQUANT_FLOATS = {rms_norm, add,    silu_times, gelu_times, soft_cap,    widen,
-                                rotate,   attend, dense,      store_key,  store_value, read};
+                                      rotate,   attend, dense,      store_key,  store_value, read};
 
 }  // namespace matquant

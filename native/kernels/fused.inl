@@ -1,5 +1,5 @@
-// One row block times a panel of M tokens: codes are multiplied in the registers in which they were decoded. Included by
-// kernel.inl.
+// One row block times a panel of M tokens. Codes are multiplied in the registers in which they were decoded. Included
+// by kernel.inl.
 
 // Adds the products of a segment to the sums [PLACES][M].
 template <class Reading, int M>
@@ -54,7 +54,7 @@ void block_of_rows(const Linear& weight, const Width& width, const Input& input,
 
 using BlockOfRows = void (*)(const Linear&, const Width&, const Input&, int, int, float*, std::ptrdiff_t);
 
-// READING<READ, M>: how M tokens at a time read the planes.
+// READING<READ, M>: a Reading for M tokens at a time.
 template <template <int, int> class READING, int READ>
 BlockOfRows block_of_rows_of(int panel) {
   constexpr int MOST = fused_tokens(READ);

@@ -1,9 +1,9 @@
 // Row blocks times many tokens: a segment is decoded to memory once and then multiplied with every panel. Included by
 // kernel.inl.
 
-constexpr int GEMM_TOKENS = 128;  // decoded weights serve this many tokens; their float sums stay in L1 and L2
+constexpr int GEMM_TOKENS = 128;  // that share a decoded segment; their float sums stay in L1 and L2
 
-// dots[block][token][16] += x_scale * (codes - c) . x_codes for the tokens TOKEN .. TOKEN + TOKENS of a panel of M.
+// dots[block][token][16] += x_scale * (codes - c) . x_codes for the tokens TOKEN .. TOKEN + TOKENS - 1 of a panel of M.
 template <Range RANGE, int BLOCKS, int M, int TOKEN, int TOKENS>
 MATQUANT_INLINE void multiply_panel(const std::uint8_t* codes, unsigned tiles, int centre, const SegmentCodes<M>& x,
                                     float* dots) {
@@ -33,7 +33,7 @@ MATQUANT_INLINE void multiply_panel(const std::uint8_t* codes, unsigned tiles, i
   });
 }
 
-// BLOCKS row blocks for the tokens first_token .. first_token + 128, in panels of M.
+// BLOCKS row blocks times the tokens first_token .. first_token + 127, in panels of M.
 template <Range RANGE, int BLOCKS, int M>
 void many_tokens(const Linear& weight, const Width& width, const Input& input, int block, int first_token, float* y,
                  std::ptrdiff_t y_stride) {

@@ -1,16 +1,16 @@
-// The kernels of one instruction set. Included by kernel_*.cpp after the vectors they define, inside
-// namespace matquant and an unnamed namespace, so that no line compiled for one machine is linked into another's.
+// The kernels of one instruction set. kernel_*.cpp include this after defining their vectors, inside an unnamed
+// namespace, so that the linker never replaces a function by its copy for another instruction set.
 //
 // Tiles are 16 rows x 32 inputs and a vector holds 16 rows x 4 inputs, byte 4 * row + (input & 3): one dot-product
 // instruction against four activations gives 16 row sums, without horizontal sums (docs/kernels.md).
 //
-// A segment is a run of inputs with one activation scale and one weight scale; sums of codes end with it. Everything
-// after the integers is 16 floats wide, multiplied before it is added, in the order of the segments.
+// A segment is a run of inputs with one activation scale and one weight scale; integer sums end with it. Everything
+// after them is 16 floats wide, multiplied before it is added, in the order of the segments.
 
 #define MATQUANT_LAMBDA __attribute__((always_inline))
 
 // unroll<N>(f) calls f(Index<0>{}) .. f(Index<N-1>{}), so that arrays indexed by it stay in registers.
-// (Their elements have no constructor: GCC 12 would make a loop of it, and a loop keeps the array on the stack.)
+// (Their elements have no constructor: GCC 12 compiles it to a loop, which keeps the array on the stack.)
 template <int VALUE>
 struct Index {
   static constexpr int value = VALUE;
@@ -25,10 +25,10 @@ MATQUANT_INLINE void unroll(Body&& body) {
   }
 }
 
-// The larger of the two is never needed: no std::min, whose one copy could be another instruction set's.
+// Not std::min: the linker could keep a copy compiled for another instruction set.
 MATQUANT_INLINE int smaller(int a, int b) { return a < b ? a : b; }
 
-// Right by COUNT bits, left if that is negative.
+// Shifts right by COUNT bits, or left if COUNT is negative.
 template <int COUNT>
 MATQUANT_INLINE Piece shift(const Piece& a) {
   if constexpr (COUNT < 0)
@@ -79,7 +79,7 @@ void linear_share(const Linear& weight, const Width& width, const Input& input, 
   }
   if constexpr (fused_tokens(2) > 0)
     if (input.tokens <= fused_tokens(width.read)) {
-      // The planes of a block are in the second-level cache when its second panel comes.
+      // The planes of a block are still in the second-level cache for its second panel.
       const BlockOfRows run = block_of_rows_of(width, input.panel);
       for (int block = first; block < stop; ++block)
         for (int panel = 0; panel < ceil_div(input.tokens, input.panel); ++panel)

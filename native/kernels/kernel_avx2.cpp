@@ -1,6 +1,7 @@
-// The kernels for AVX2. vpmaddubsw adds two products of an unsigned and a signed byte in 16 bits and saturates, so how
-// many are summed before they are widened depends on how large the bytes are: 8 up to 16, 4 up to 32, 2 up to 64, 1 up
-// to 128, for 2 * 128 * 127 = 32512. Any byte is taken less 128: |byte| * (sign of the byte applied to x).
+// The kernels for AVX2. vpmaddubsw adds two products of an unsigned and a signed byte in 16 bits and saturates. The
+// bound of the bytes decides how many such sums are added before they are widened: 8 for bytes up to 16, 4 up to 32, 2
+// up to 64, 1 up to 128, as 2 * 128 * 127 = 32512. Larger bytes have 128 subtracted: |byte| * (sign of the byte applied
+// to x).
 #include "kernels/kernels.hpp"
 
 #include <immintrin.h>
@@ -9,12 +10,12 @@ namespace matquant {
 namespace {
 
 constexpr bool ANY_BYTE_IS_FREE = false;
-// So many tokens at most are multiplied with codes in the registers that these were decoded in (docs/kernels.md).
+// Up to this many tokens are multiplied with codes in the registers in which these were decoded (docs/kernels.md).
 constexpr int fused_tokens(int read) { return read <= 4 ? 4 : 1; }
 constexpr int GEMM_BLOCKS = 1;
-constexpr int GEMM_STEP = 4;  // 4 tokens x 2 registers of sums, of 16
+constexpr int GEMM_STEP = 4;  // 4 tokens x 2 registers of sums, out of 16 registers
 
-// Decoded in pieces, rows 0..7 and rows 8..15: sixteen registers hold no more.
+// A vector is decoded in two pieces, rows 0..7 and rows 8..15: there are only sixteen registers.
 constexpr int PIECES = 2;
 using Piece = __m256i;
 struct Bytes {
@@ -54,7 +55,7 @@ template <int FIRST, int SECOND>
 MATQUANT_INLINE Piece select(Piece a, Piece b, Piece c) {
   return _mm256_or_si256(_mm256_or_si256(keep<FIRST>(a), keep<SECOND>(b)), keep<(0xFF & ~(FIRST | SECOND))>(c));
 }
-// Shifts move 16-bit lanes: bits cross bytes, and the caller masks them away.
+// Shifts move 16-bit lanes: bits cross into other bytes, and the caller masks them away.
 template <int COUNT>
 MATQUANT_INLINE Piece right(Piece a) {
   return _mm256_srli_epi16(a, COUNT);
@@ -145,9 +146,9 @@ MATQUANT_INLINE Floats widen_float16(const std::uint16_t* from) {
 
 struct Sum {
   Ints ints, shorts;
-  // The range to use for another one: the fewer there are, the less is compiled.
+  // The range whose code a range can share: fewer ranges mean less to compile.
   static constexpr Range alike(Range range) { return range; }
-  // What the bytes are taken less.
+  // The constant that is subtracted from the bytes.
   static constexpr int taken(Range range) { return range == Range::any ? 128 : 0; }
   // Quads whose products are summed in 16 bits.
   static constexpr int run(Range range) {

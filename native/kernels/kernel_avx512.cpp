@@ -1,4 +1,4 @@
-// The kernels for AVX-512 with VNNI: 64 weights per vpdpbusd, which takes any byte, so codes need not reach bit 0.
+// The kernels for AVX-512 with VNNI: 64 weights per vpdpbusd, which takes any byte, so codes need no shift to bit 0.
 #include "kernels/kernels.hpp"
 
 #include <immintrin.h>
@@ -7,7 +7,7 @@ namespace matquant {
 namespace {
 
 constexpr bool ANY_BYTE_IS_FREE = true;
-// So many tokens at most are multiplied with codes in the registers that these were decoded in (docs/kernels.md).
+// Up to this many tokens are multiplied with codes in the registers in which these were decoded (docs/kernels.md).
 constexpr int fused_tokens(int) { return 24; }
 constexpr int GEMM_BLOCKS = 3;  // 3 x 8 sums in registers
 constexpr int GEMM_STEP = 8;
@@ -19,7 +19,7 @@ struct Ints {
 using Floats = __m512;
 
 MATQUANT_INLINE Bytes load(const std::uint8_t* from) { return _mm512_load_si512(from); }
-constexpr int PIECES = 1;  // bytes are decoded all at once
+constexpr int PIECES = 1;  // a vector is decoded in one piece
 using Piece = Bytes;
 template <int>
 MATQUANT_INLINE Piece load_piece(const std::uint8_t* from) {
@@ -42,7 +42,7 @@ template <int FIRST, int SECOND>
 MATQUANT_INLINE Bytes select(Bytes a, Bytes b, Bytes c) {
   return select<FIRST>(a, select<SECOND>(b, c));
 }
-// Shifts move 16-bit lanes: bits cross bytes, and the caller masks them away.
+// Shifts move 16-bit lanes: bits cross into other bytes, and the caller masks them away.
 template <int COUNT>
 MATQUANT_INLINE Bytes right(Bytes a) {
   return _mm512_srli_epi16(a, COUNT);

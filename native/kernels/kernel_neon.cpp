@@ -1,5 +1,5 @@
-// The kernels for Arm with the dot product (ARMv8.2, every Apple silicon): sdot multiplies signed bytes, so bytes that
-// may exceed 127 are taken less 128.
+// The kernels for Arm with the dot product (ARMv8.2, all Apple silicon). sdot multiplies signed bytes, so bytes that
+// may exceed 127 have 128 subtracted.
 #include "kernels/kernels.hpp"
 
 #include <arm_neon.h>
@@ -8,10 +8,10 @@ namespace matquant {
 namespace {
 
 constexpr bool ANY_BYTE_IS_FREE = false;
-// So many tokens at most are multiplied with codes in the registers that these were decoded in (docs/kernels.md).
+// Up to this many tokens are multiplied with codes in the registers in which these were decoded (docs/kernels.md).
 constexpr int fused_tokens(int) { return 1; }
 constexpr int GEMM_BLOCKS = 1;
-constexpr int GEMM_STEP = 4;  // 4 tokens x 4 registers of sums, of 32
+constexpr int GEMM_STEP = 4;  // 4 tokens x 4 registers of sums, out of 32 registers
 
 #define MATQUANT_FOUR(expression) \
   { {[&](int i) { return (expression); }(0), [&](int i) { return (expression); }(1), \
@@ -29,7 +29,7 @@ struct Floats {
 };
 
 MATQUANT_INLINE Bytes load(const std::uint8_t* from) { return MATQUANT_FOUR(vld1q_u8(from + 16 * i)); }
-constexpr int PIECES = 1;  // bytes are decoded all at once
+constexpr int PIECES = 1;  // a vector is decoded in one piece
 using Piece = Bytes;
 template <int>
 MATQUANT_INLINE Piece load_piece(const std::uint8_t* from) {

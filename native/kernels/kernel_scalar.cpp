@@ -9,7 +9,7 @@ namespace {
 #define MATQUANT_EACH(count) for (int i = 0; i < (count); ++i)
 
 constexpr bool ANY_BYTE_IS_FREE = false;
-// So many tokens at most are multiplied with codes in the registers that these were decoded in (docs/kernels.md).
+// Up to this many tokens are multiplied with codes in the registers in which these were decoded (docs/kernels.md).
 constexpr int fused_tokens(int) { return 0; }
 constexpr int GEMM_BLOCKS = 1;
 constexpr int GEMM_STEP = 8;
@@ -29,7 +29,7 @@ inline Bytes load(const std::uint8_t* from) {
   std::memcpy(out.at, from, 64);
   return out;
 }
-constexpr int PIECES = 1;  // bytes are decoded all at once
+constexpr int PIECES = 1;  // a vector is decoded in one piece
 using Piece = Bytes;
 template <int>
 inline Piece load_piece(const std::uint8_t* from) {
@@ -169,7 +169,7 @@ inline Floats widen_bfloat16(const std::uint16_t* from) {
   }
   return out;
 }
-// Finite numbers: the exponent moves by a multiplication, which is exact, subnormal ones included.
+// For finite numbers: a multiplication moves the exponent, which is exact even for subnormal numbers.
 inline Floats widen_float16(const std::uint16_t* from) {
   Floats out;
   MATQUANT_EACH(16) {
@@ -187,7 +187,7 @@ inline Floats widen_float16(const std::uint16_t* from) {
 
 struct Sum {
   static constexpr Range alike(Range) { return Range::any; }
-  static constexpr int taken(Range) { return 0; }  // what the bytes are taken less
+  static constexpr int taken(Range) { return 0; }  // the constant that is subtracted from the bytes
   Ints ints;
   void clear() { ints = {}; }
   template <Range, int, int>

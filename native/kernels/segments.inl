@@ -1,8 +1,8 @@
-// Segments of a row, the activations of a segment, and what is done with its sums. Included by kernel.inl.
+// Segments of a row, their activations, and the float arithmetic on their sums. Included by kernel.inl.
 
 struct Segment {
   unsigned first, stop;            // inputs
-  unsigned first_tile, stop_tile;  // tiles that hold them
+  unsigned first_tile, stop_tile;  // tiles that contain them
   unsigned group;                  // of weights
   bool ends_group;
 };
@@ -30,14 +30,14 @@ struct Segments {
   }
 };
 
-// Whether no group begins or ends inside a tile.
+// True if no group begins or ends inside a tile.
 MATQUANT_INLINE bool has_whole_tiles(const Linear& weight) {
   return weight.group % TILE_INPUTS == 0 || weight.group == weight.cols;
 }
 
 MATQUANT_INLINE int padded_cols(int cols) { return ceil_div(cols, ACTIVATION_GROUP) * ACTIVATION_GROUP; }
 
-// A panel of activations and what a segment needs of it.
+// Where a panel of activations lies in an Input.
 template <int M>
 struct Panel {
   const std::int8_t* codes;
@@ -54,8 +54,8 @@ struct Panel {
   }
 };
 
-// Codes of a segment: where its first tile's activations lie, and their sums. A segment that begins or ends inside a
-// tile (a group of 16, or of 5) gets a copy in which the other inputs are 0.
+// The activation codes of a segment, from its first tile on, and their sums. A segment that begins or ends inside a
+// tile (groups of 16, or of 5) gets a copy in which the other inputs are 0.
 template <int M>
 struct SegmentCodes {
   const std::int8_t* codes;
@@ -96,7 +96,7 @@ struct SegmentCodes {
 
 struct RowAffine {
   Floats scale;
-  Floats zero;  // of codes less the width's centre
+  Floats zero;  // minus the width's centre
 };
 
 MATQUANT_INLINE RowAffine row_affine(const Linear& weight, const Width& width, int groups, int block, unsigned group) {

@@ -34,7 +34,7 @@ Result<T> new_matrix(std::size_t rows, std::size_t cols, std::unique_ptr<T[]> va
   return Result<T>(data, {rows, cols}, owner);
 }
 
-// A Linear with what it points to.
+// A Linear and the memory it points to.
 class Weight {
  public:
   Weight(Matrix<std::uint8_t> codes, int resident_bits, int rule, int group, int grid)
@@ -43,7 +43,7 @@ class Weight {
       throw std::invalid_argument("the codes of a row are not contiguous");
     linear_.rows = size(codes.shape(0));
     linear_.cols = size(codes.shape(1));
-    if (group < 1) throw std::invalid_argument("a group has at least one input");
+    if (group < 1) throw std::invalid_argument("a group needs at least one input");
     linear_.group = group;
     linear_.rule = static_cast<Rule>(rule);
     linear_.grid = static_cast<Grid>(grid);
@@ -56,8 +56,8 @@ class Weight {
     });
   }
 
-  // scale, zero: [rows, groups], float32, or as bits of bfloat16 and float16. Returns their number, for set_affine:
-  // several widths may share them.
+  // scale, zero: [rows, groups] as float32, or as the bits of bfloat16 and float16. Returns an index for set_affine;
+  // several widths may share it.
   template <class T>
   std::size_t add_values(const Contiguous<T>& scale, const Contiguous<T>& zero) {
     const int groups = linear_.cols / linear_.group;
@@ -116,7 +116,7 @@ Result<std::uint8_t> read_codes(const Weight& weight, int bits, int rule) {
   return new_matrix(rows, cols, std::move(codes));
 }
 
-// The bytes of one plane, [row blocks, bytes of a block].
+// Copies a plane: [row blocks, bytes of a block].
 Result<std::uint8_t> plane_bytes(const Weight& weight, int plane) {
   const Linear& linear = weight.linear();
   if (plane < 0 || plane >= PLANE_COUNT || linear.plane[plane] == nullptr)
@@ -128,7 +128,7 @@ Result<std::uint8_t> plane_bytes(const Weight& weight, int plane) {
   return new_matrix(blocks, bytes, std::move(copy));
 }
 
-// y [tokens, rows] = x [tokens, cols] W^T, by a team; nothing of Python is touched.
+// y [tokens, rows] = x [tokens, cols] W^T on a team of threads. Runs without the interpreter lock.
 void multiply(const Linear& weight, const float* x, int tokens, float* y, int bits, Activations kind, int threads) {
   const std::unique_ptr<void, decltype(&std::free)> workspace(
       std::aligned_alloc(64, input_bytes(tokens, weight.cols, kind)), &std::free);
@@ -144,19 +144,21 @@ void multiply(const Linear& weight, const float* x, int tokens, float* y, int bi
 Result<float> matmul(const Weight& weight, Contiguous<float> x, int bits, int activations, int threads) {
   const Linear& linear_weight = weight.linear();
   if (!serves(linear_weight, bits)) throw std::invalid_argument("that width is not resident");
-  if (x.shape(1) != static_cast<std::size_t>(linear_weight.cols)) throw std::invalid_argument("x is not [tokens, cols]");
+  if (x.shape(1) != static_cast<std::size_t>(linear_weight.cols))
+    throw std::invalid_argument("x is not [tokens, cols]");
   const auto rows = static_cast<std::size_t>(linear_weight.rows);
   if (x.shape(0) > 0x7FFFFF00) throw std::invalid_argument("a product has at most 2^31 tokens");
   auto y = std::make_unique<float[]>(x.shape(0) * rows);
   if (x.shape(0) > 0) {
     const nb::gil_scoped_release released;
-    multiply(linear_weight, x.data(), static_cast<int>(x.shape(0)), y.get(), bits, static_cast<Activations>(activations),
-             threads);
+    multiply(linear_weight, x.data(), static_cast<int>(x.shape(0)), y.get(), bits,
+             static_cast<Activations>(activations), threads);
   }
   return new_matrix(x.shape(0), rows, std::move(y));
 }
 
-// The same between addresses, float32 and contiguous, for tensors of other libraries: 0.2 us, not 2 for each of them.
+// The same for addresses of contiguous float32 arrays of any library: passing an array as an object costs 2 us, an
+// address 0.2.
 void matmul_at(const Weight& weight, std::uintptr_t x, std::uintptr_t y, int tokens, int bits, int activations,
                int threads) {
   if (!serves(weight.linear(), bits)) throw std::invalid_argument("that width is not resident");
@@ -169,7 +171,7 @@ void matmul_at(const Weight& weight, std::uintptr_t x, std::uintptr_t y, int tok
 }  // namespace
 
 void bind_linear(nb::module_& module) {
-  nb::class_<Weight>(module, "Weight", "Planes and affines of one nested weight; the arguments are checked by planes.py.")
+  nb::class_<Weight>(module, "Weight", "Planes and affines of a nested weight; planes.py checks the arguments.")
       .def(nb::init<Matrix<std::uint8_t>, int, int, int, int>(), nb::arg("codes").noconvert(),
            nb::arg("resident_bits"), nb::arg("rule"), nb::arg("group"), nb::arg("grid") = 0)
       .def("add_values", &Weight::add_values<float>, nb::arg("scale").noconvert(), nb::arg("zero").noconvert())
@@ -183,7 +185,7 @@ void bind_linear(nb::module_& module) {
       .def_prop_ro("pointer", [](const Weight& weight) { return reinterpret_cast<std::uintptr_t>(&weight.linear()); })
       .def_prop_ro("bytes", &Weight::bytes);
   module.def("isa", isa);
-  // An empty name: as MATQUANT_ISA or the machine says.
+  // An empty name: MATQUANT_ISA, else the best of the machine.
   module.def("use_isa", [](const char* name) { use_kernels(*name == '\0' ? nullptr : name); });
 }
 

@@ -17,7 +17,7 @@ namespace matquant {
 namespace {
 
 using Raw2 = nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::device::cpu>;  // float32, or 16 bits as uint16
-using Norm = std::optional<Floats1>;
+using Vector = std::optional<Floats1>;  // a bias, or the weights of a norm
 
 DType dtype_of(const std::string& name) {
   if (name == "float32") return DType::f32;
@@ -29,11 +29,12 @@ DType dtype_of(const std::string& name) {
 Dense dense_of(const Raw2& array, const std::string& dtype) {
   const DType kind = dtype_of(dtype);
   require(array.itemsize() == size_of(kind), "the array's items do not have the size of its dtype");
-  require(array.shape(0) <= (size_t)MOST_VALUES && array.shape(1) <= (size_t)MOST_VALUES, "a matrix is too large");
-  return {array.data(), kind, (int)array.shape(0), (int)array.shape(1)};
+  constexpr auto most = static_cast<std::size_t>(MOST_VALUES);
+  require(array.shape(0) <= most && array.shape(1) <= most, "a matrix is too large");
+  return {array.data(), kind, static_cast<int>(array.shape(0)), static_cast<int>(array.shape(1))};
 }
 
-void add_bias(HeldMatrix& held, const std::optional<Floats1>& bias) {
+void add_bias(HeldMatrix& held, const Vector& bias) {
   if (!bias) return;
   require(bias->shape(0) == static_cast<std::size_t>(held.matrix.rows()), "a bias has the wrong length");
   held.matrix.bias = bias->data();
@@ -41,14 +42,14 @@ void add_bias(HeldMatrix& held, const std::optional<Floats1>& bias) {
 }
 
 // resident: copied into huge pages, which stream faster than a mapped file; for matrices that every token reads whole.
-HeldMatrix dense_matrix(const Raw2& array, const std::string& dtype, const std::optional<Floats1>& bias,
+HeldMatrix dense_matrix(const Raw2& array, const std::string& dtype, const Vector& bias,
                         bool resident) {
   HeldMatrix held;
   held.matrix.dense = dense_of(array, dtype);
   if (resident) {
-    const size_t bytes = array.nbytes();
+    const std::size_t bytes = array.nbytes();
     held.memory = std::make_shared<Memory>(bytes, Pages::huge);
-    const char* from = (const char*)array.data();
+    const char* from = static_cast<const char*>(array.data());
     const nb::gil_scoped_release unlocked;
     on_threads(default_threads(), [&](Team& team, int thread) {
       const Share mine = share_of(bytes, thread, team.threads());
@@ -62,9 +63,9 @@ HeldMatrix dense_matrix(const Raw2& array, const std::string& dtype, const std::
   return held;
 }
 
-HeldMatrix nested_matrix(nb::object owner, std::uintptr_t linear, const std::optional<Floats1>& bias) {
+HeldMatrix nested_matrix(nb::object owner, std::uintptr_t linear, const Vector& bias) {
   HeldMatrix held;
-  held.matrix.nested = (const Linear*)linear;
+  held.matrix.nested = reinterpret_cast<const Linear*>(linear);
   held.owners.push_back(owner);
   add_bias(held, bias);
   return held;
@@ -89,53 +90,50 @@ int add_matrix(HeldModel& held, const HeldMatrix& matrix) {
   return held.model.add(matrix.matrix);
 }
 
-const float* keep(HeldModel& held, const Norm& array, int length) {
+const float* keep(HeldModel& held, const Vector& array, int length) {
   if (!array) return nullptr;
   require(array->shape(0) == static_cast<std::size_t>(length), "a vector has the wrong length");
   held.owners.push_back(nb::cast(*array));
   return array->data();
 }
 
-// The seven matrices and six norms of a layer, in this order; the matrices get the next seven ids.
-struct LayerArguments {
-  enum { QUERY, KEY, VALUE, OUTPUT, GATE, UP, DOWN, MATRICES };
-  enum { INPUT, ATTENTION_OUT, FFN, FFN_OUT, QUERY_NORM, KEY_NORM, NORMS };
-};
+// The order in which Python gives the matrices and norms of a layer (families.py).
+enum { QUERY, KEY, VALUE, OUTPUT, GATE, UP, DOWN, MATRICES };
+enum { ATTENTION_NORM, ATTENTION_OUT_NORM, FFN_NORM, FFN_OUT_NORM, QUERY_NORM, KEY_NORM, NORMS };
 
-void check_layer(const Model& m, const std::vector<HeldMatrix*>& matrices, const std::vector<Norm>& norms) {
-  using A = LayerArguments;
-  require(matrices.size() == A::MATRICES && norms.size() == A::NORMS, "a layer has seven matrices and six norms");
-  require(norms[A::INPUT] && norms[A::FFN], "a layer needs the norms before attention and feed-forward");
+void check_layer(const Model& m, const std::vector<HeldMatrix*>& matrices, const std::vector<Vector>& norms) {
+  require(matrices.size() == MATRICES && norms.size() == NORMS, "a layer needs seven matrices and six norms");
+  require(norms[ATTENTION_NORM] && norms[FFN_NORM], "a layer needs the norms before attention and feed-forward");
   const int queries = m.heads * m.head_dim, keys = m.kv_heads * m.head_dim;
-  const int rows[A::MATRICES] = {queries, keys, keys, m.hidden, m.intermediate, m.intermediate, m.hidden};
-  const int cols[A::MATRICES] = {m.hidden, m.hidden, m.hidden, queries, m.hidden, m.hidden, m.intermediate};
-  for (int i = 0; i < A::MATRICES; ++i) check_shape(matrices[i]->matrix, rows[i], cols[i]);
+  const int rows[MATRICES] = {queries, keys, keys, m.hidden, m.intermediate, m.intermediate, m.hidden};
+  const int cols[MATRICES] = {m.hidden, m.hidden, m.hidden, queries, m.hidden, m.hidden, m.intermediate};
+  for (int i = 0; i < MATRICES; ++i) check_shape(matrices[i]->matrix, rows[i], cols[i]);
 }
 
-void add_layer(HeldModel& held, const std::vector<HeldMatrix*>& matrices, const std::vector<Norm>& norms, int window,
+// Its matrices get the next seven ids, in their order.
+void add_layer(HeldModel& held, const std::vector<HeldMatrix*>& matrices, const std::vector<Vector>& norms, int window,
                int rope) {
-  using A = LayerArguments;
   Model& m = held.model;
   check_layer(m, matrices, norms);
   require(window >= 0 && rope >= -1 && rope < static_cast<int>(m.ropes.size()), "window or rope out of range");
   Layer layer{};
   Attention& attention = layer.attention;
-  attention.norm = keep(held, norms[A::INPUT], m.hidden);
-  attention.out_norm = keep(held, norms[A::ATTENTION_OUT], m.hidden);
-  attention.query_norm = keep(held, norms[A::QUERY_NORM], m.head_dim);
-  attention.key_norm = keep(held, norms[A::KEY_NORM], m.head_dim);
+  attention.norm = keep(held, norms[ATTENTION_NORM], m.hidden);
+  attention.out_norm = keep(held, norms[ATTENTION_OUT_NORM], m.hidden);
+  attention.query_norm = keep(held, norms[QUERY_NORM], m.head_dim);
+  attention.key_norm = keep(held, norms[KEY_NORM], m.head_dim);
   attention.window = window;
   attention.rope = rope;
   FeedForward& ffn = layer.feed_forward;
-  ffn.norm = keep(held, norms[A::FFN], m.hidden);
-  ffn.out_norm = keep(held, norms[A::FFN_OUT], m.hidden);
-  attention.query = add_matrix(held, *matrices[A::QUERY]);
-  attention.key = add_matrix(held, *matrices[A::KEY]);
-  attention.value = add_matrix(held, *matrices[A::VALUE]);
-  attention.output = add_matrix(held, *matrices[A::OUTPUT]);
-  ffn.gate = add_matrix(held, *matrices[A::GATE]);
-  ffn.up = add_matrix(held, *matrices[A::UP]);
-  ffn.down = add_matrix(held, *matrices[A::DOWN]);
+  ffn.norm = keep(held, norms[FFN_NORM], m.hidden);
+  ffn.out_norm = keep(held, norms[FFN_OUT_NORM], m.hidden);
+  attention.query = add_matrix(held, *matrices[QUERY]);
+  attention.key = add_matrix(held, *matrices[KEY]);
+  attention.value = add_matrix(held, *matrices[VALUE]);
+  attention.output = add_matrix(held, *matrices[OUTPUT]);
+  ffn.gate = add_matrix(held, *matrices[GATE]);
+  ffn.up = add_matrix(held, *matrices[UP]);
+  ffn.down = add_matrix(held, *matrices[DOWN]);
   m.layers.push_back(layer);
 }
 
@@ -152,9 +150,9 @@ void set_ends(HeldModel& held, const HeldMatrix& embedding, const HeldMatrix& he
   m.head = add_matrix(held, head);
 }
 
-void make_model(HeldModel* self, std::int64_t hidden, std::int64_t intermediate, std::int64_t heads, std::int64_t kv_heads,
-   std::int64_t head_dim, std::int64_t vocab, float norm_eps, float attention_scale, float embedding_scale,
-   float attention_cap, float logit_cap, bool gelu) {
+void make_model(HeldModel* self, std::int64_t hidden, std::int64_t intermediate, std::int64_t heads,
+                std::int64_t kv_heads, std::int64_t head_dim, std::int64_t vocab, float norm_eps,
+                float attention_scale, float embedding_scale, float attention_cap, float logit_cap, bool gelu) {
   new (self) HeldModel(Model(hidden, intermediate, heads, kv_heads, head_dim, vocab));
   Model& m = self->model;
   m.norm_eps = norm_eps, m.attention_scale = attention_scale, m.embedding_scale = embedding_scale;
@@ -174,9 +172,9 @@ void bind_model(nb::module_& module) {
   module.def("nested_matrix", &nested_matrix, nb::arg("owner"), nb::arg("linear"), nb::arg("bias").none());
 
   nb::class_<HeldModel>(module, "Model")
-      .def("__init__", &make_model, nb::kw_only(), nb::arg("hidden"), nb::arg("intermediate"), nb::arg("heads"), nb::arg("kv_heads"),
-          nb::arg("head_dim"), nb::arg("vocab"), nb::arg("norm_eps"), nb::arg("attention_scale"),
-          nb::arg("embedding_scale"), nb::arg("attention_cap"), nb::arg("logit_cap"), nb::arg("gelu"))
+      .def("__init__", &make_model, nb::kw_only(), nb::arg("hidden"), nb::arg("intermediate"), nb::arg("heads"),
+           nb::arg("kv_heads"), nb::arg("head_dim"), nb::arg("vocab"), nb::arg("norm_eps"), nb::arg("attention_scale"),
+           nb::arg("embedding_scale"), nb::arg("attention_cap"), nb::arg("logit_cap"), nb::arg("gelu"))
       .def("add_rope", &add_rope, nb::arg("frequencies"), nb::arg("scale"))
       .def("add_layer", &add_layer, nb::arg("matrices"), nb::arg("norms"), nb::arg("window"), nb::arg("rope"))
       .def("set_ends", &set_ends, nb::arg("embedding"), nb::arg("head"), nb::arg("norm"));

@@ -1,5 +1,5 @@
-// matquant._native. The files of this folder are the only ones that know Python. Importing the module has no effect beyond
-// itself: threads start and the instruction set is chosen when they are first needed.
+// matquant._native. Only the files of this folder know Python. Importing the module changes nothing in the process:
+// threads are started, and the instruction set is chosen, when first needed.
 #include <nanobind/nanobind.h>
 
 namespace matquant {

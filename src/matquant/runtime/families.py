@@ -1,6 +1,6 @@
 """What the decode step needs to know of a model: families as rows of one table, and config.json read through it.
 
-The decode step (native/model.hpp) knows no family. It knows norms that may be absent, windows, rotary frequencies, caps
+The decode step (native/decoder/) knows no family. It knows norms that may be absent, windows, rotary frequencies, caps
 and scales; a Family says under which names a checkpoint has them and what config.json means when it leaves something
 out. Source of every row: transformers 5.23, the model's configuration and modeling file. Biases are applied where the
 checkpoint has them.
@@ -18,7 +18,7 @@ import numpy as np
 
 from matquant.errors import InputError
 
-PROJECTIONS = (  # in the order of native/model.hpp
+PROJECTIONS = (  # in the order of native/python/bind_model.cpp
     *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
     *("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
 )
