@@ -42,7 +42,7 @@ lint: $(READY)
 	$(BIN)/mypy
 
 # torch comes first and exactly: an unpinned one pulls gigabytes of CUDA.
-$(READY): pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/*)
+$(READY): pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/*.cpp native/*/*)
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet torch==2.13.0
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[train,dev]"

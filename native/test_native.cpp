@@ -1,11 +1,8 @@
 // The native tests, without Python: for sanitizers (make test-sanitize) and other machines (make test-neon).
-// Every instruction set of the machine, width, rule, grid, mode and a table of shapes, batches, groups and shares of threads,
-// each against the definition of a nested weight in plain loops. Buffers are exactly as large as they must be.
-// And decode steps of a small model, which must not allocate once they have run.
-#include "kernels.hpp"
-#include "model.hpp"
-#include "planes.hpp"
-
+//
+// Products are compared with the definition of a nested weight in plain loops: for every instruction set of the
+// machine, width, rule, grid and mode, and a table of shapes, groups, batches and numbers of threads. Buffers have
+// exactly the size they need. Decode steps of a small model must not allocate after the first ones.
 #include <atomic>
 #include <cerrno>
 #include <cmath>
@@ -16,13 +13,19 @@
 #include <stdexcept>
 #include <vector>
 
+#include "core/memory.hpp"
+#include "core/planes.hpp"
+#include "core/team.hpp"
+#include "decoder/step.hpp"
+#include "kernels/kernels.hpp"
+
 using namespace matquant;
 
-// Calls of malloc and its kin by anything in this process: operator new and the C++ library included.
+// Calls of malloc and related functions in this process, including those by operator new and the C++ library.
 static std::atomic<long> allocations{0};
 
 #ifdef __SANITIZE_ADDRESS__
-// Of the sanitizer's <sanitizer/allocator_interface.h>, which not every compiler comes with.
+// From <sanitizer/allocator_interface.h>, which not every compiler has.
 extern "C" int __sanitizer_install_malloc_and_free_hooks(void (*)(const volatile void*, std::size_t),
                                                          void (*)(const volatile void*));
 static void count_allocation(const volatile void*, std::size_t) { ++allocations; }
@@ -113,7 +116,7 @@ struct Fixture {
 
   void pack_for(int bits, int threads) {
     linear.resident_bits = bits_read(bits, rule);
-    memory = std::make_unique<Memory>(planes_bytes(shape.rows, shape.cols, linear.resident_bits));
+    memory = std::make_unique<Memory>(planes_bytes(shape.rows, shape.cols, linear.resident_bits), Pages::huge);
     place_planes(memory->data(), shape.rows, shape.cols, linear.resident_bits, linear.plane);
     for (int thread = 0; thread < threads; ++thread)
       pack(codes.data(), shape.cols, shape.rows, shape.cols, linear.resident_bits, linear.plane, thread, threads);
@@ -132,7 +135,8 @@ void expect(bool holds, const char* what, const Fixture& of, int bits, const cha
   if (holds) return;
   if (++failures < 20)
     std::printf("FAILED %s: %s, %d bits, rule %d, grid %d, [%d, %d], groups of %d, %d tokens\n", what, isa, bits,
-                static_cast<int>(of.rule), static_cast<int>(of.linear.grid), of.shape.rows, of.shape.cols, of.shape.group, of.shape.tokens);
+                static_cast<int>(of.rule), static_cast<int>(of.linear.grid), of.shape.rows, of.shape.cols,
+                of.shape.group, of.shape.tokens);
 }
 
 std::vector<float> product(const Fixture& of, int bits, Activations activations, int threads) {
@@ -146,7 +150,7 @@ std::vector<float> product(const Fixture& of, int bits, Activations activations,
   return y;
 }
 
-// What a product must be, within 16 units of 2^-24 sum |x| |w|; the weights of another width or grid must not pass.
+// True if y is the product within 16 units of 2^-24 sum |x| |w|; the weights of another width or grid must not pass.
 bool is_product(const std::vector<float>& y, const Fixture& of, int bits, Grid grid, Activations activations) {
   const Case& shape = of.shape;
   const double step = 1 << (8 - bits), centre = of.rule == Rule::prefix ? (step - 1) / 2 : 0.0;
@@ -169,7 +173,7 @@ bool is_product(const std::vector<float>& y, const Fixture& of, int bits, Grid g
         const int code = slice(of.codes[static_cast<std::size_t>(row) * shape.cols + col], bits, of.rule);
         const double weight = of.scale[at] * step * (position(code, bits, grid) - (of.zero[at] - centre) / step);
         sum += seen[col] * weight;
-        // zeros far from the middle of the codes count with what is subtracted
+        // a zero-point far from the middle of the codes adds a large term that cancels
         magnitude += std::fabs(seen[col]) * (std::fabs(weight) + of.scale[at] * 128);
       }
       if (!(std::fabs(y[static_cast<std::size_t>(token) * shape.rows + row] - sum) <= 16 * 0x1p-24 * magnitude))
@@ -194,14 +198,14 @@ void check(Fixture& of, int bits, const char* isa) {
       expect(!is_product(y, of, bits == 8 ? 7 : bits + 1, grid, activations), "neighbour", of, bits, isa);
       if (of.rule == Rule::prefix) expect(!is_product(y, of, bits, other, activations), "other grid", of, bits, isa);
     }
-    expect(std::memcmp(y.data(), product(of, bits, activations, 3).data(), y.size() * sizeof(float)) == 0, "threads", of,
-           bits, isa);
+    const std::vector<float> shared = product(of, bits, activations, 3);
+    expect(std::memcmp(y.data(), shared.data(), y.size() * sizeof(float)) == 0, "threads", of, bits, isa);
   }
 }
 
 // ------------------------------------------------------------------------------------------------------ decode steps
 
-// Two layers that hold every width: 4 heads over 2 of keys and values, a nested head.
+// Two layers with every width: 4 query heads that share 2 key/value heads, and a nested head.
 struct Decoder {
   static constexpr int HIDDEN = 64, FFN = 160, HEADS = 4, KV = 2, DIM = 32, VOCAB = 96, CAPACITY = 64;
   std::vector<std::unique_ptr<Fixture>> held;
@@ -209,7 +213,8 @@ struct Decoder {
   std::vector<float> embedding = std::vector<float>(VOCAB * HIDDEN);
   Model model{HIDDEN, FFN, HEADS, KV, DIM, VOCAB};
 
-  Matrix nested(int rows, int cols) {
+  // Returns the id of a new matrix.
+  int nested(int rows, int cols) {
     held.push_back(std::make_unique<Fixture>(Case{rows, cols, cols, 1}, Rule::prefix));
     Fixture& of = *held.back();
     of.pack_for(8, 1);
@@ -220,7 +225,7 @@ struct Decoder {
     }
     Matrix matrix;
     matrix.nested = &of.linear;
-    return matrix;
+    return model.add(matrix);
   }
 
   Decoder() {
@@ -229,10 +234,16 @@ struct Decoder {
     model.ropes.push_back({frequencies.data(), 1.0f});
     for (int i = 0; i < 2; ++i) {
       Layer layer{};
-      const int rows[kProjections] = {HEADS * DIM, KV * DIM, KV * DIM, HIDDEN, FFN, FFN, HIDDEN};
-      const int cols[kProjections] = {HIDDEN, HIDDEN, HIDDEN, HEADS * DIM, HIDDEN, HIDDEN, FFN};
-      for (int p = 0; p < kProjections; ++p) layer.matrix[p] = nested(rows[p], cols[p]);
-      layer.norms.input = layer.norms.ffn = ones.data();
+      Attention& attention = layer.attention;
+      attention.query = nested(HEADS * DIM, HIDDEN);
+      attention.key = nested(KV * DIM, HIDDEN);
+      attention.value = nested(KV * DIM, HIDDEN);
+      attention.output = nested(HIDDEN, HEADS * DIM);
+      FeedForward& ffn = layer.feed_forward;
+      ffn.gate = nested(FFN, HIDDEN);
+      ffn.up = nested(FFN, HIDDEN);
+      ffn.down = nested(HIDDEN, FFN);
+      attention.norm = ffn.norm = ones.data();
       model.layers.push_back(layer);
     }
     model.embedding = {embedding.data(), DType::f32, VOCAB, HIDDEN};
@@ -241,7 +252,7 @@ struct Decoder {
   }
 };
 
-// Sizes whose products leave 32 or 64 bits are rejected, and never become small ones.
+// Sizes whose products overflow 32 or 64 bits are rejected; they must not wrap around to small ones.
 template <class Make>
 void expect_rejected(const char* what, Make make) {
   try {
@@ -261,19 +272,20 @@ void check_sizes() {
   expect_rejected("2^31 heads", [] { Model(64, 160, huge / 2, 1, 32, 96); });
   expect_rejected("a vocabulary of 2^31", [] { Model(64, 160, 4, 2, 32, huge / 2); });
   expect_rejected("a negative size", [] { Model(-64, 160, 4, 2, 32, 96); });
-  Model wide(64, 160, 1, 1, kMostHeadDim, 96);
+  Model wide(64, 160, 1, 1, MOST_HEAD_DIM, 96);
+  expect_rejected("a cache of a model without layers", [&] { Cache(wide, 16, DType::f32); });
   wide.layers.resize(1 << 12);
-  expect_rejected("a cache of 2^70 bytes", [&] { Cache(wide, kMostCapacity, DType::f32); });
+  expect_rejected("a cache of 2^70 bytes", [&] { Cache(wide, MOST_CAPACITY, DType::f32); });
   expect_rejected("a cache of 2^31 tokens", [&] { Cache(wide, 0x7FFFFFFF, DType::f32); });
   expect_rejected("a workspace of 2^31 tokens", [&] { Workspace(wide, 0x7FFFFFFF, 64, 1); });
   expect_rejected("a workspace of 2^31 threads", [&] { Workspace(wide, 16, 64, 0x7FFFFFFF); });
 }
 
-// Every mode, number of threads and width, and widths that change by matrix and by step: a prompt and a few tokens make
-// what there is to make, and the tokens after them nothing.
+// Every mode, number of threads and width, and widths that change by matrix and by step: a prompt and the first few
+// tokens may allocate, later tokens must not.
 int check_steps() {
   const Decoder decoder;
-  const std::size_t matrices = decoder.model.layers.size() * kProjections + 1;
+  const std::size_t matrices = decoder.model.matrices.size();
   std::vector<float> logits(Decoder::VOCAB);
   int steps = 0;
   for (const Activations activations : {Activations::int8, Activations::exact})
@@ -295,7 +307,8 @@ int check_steps() {
         ++steps;
         if (allocations == before && std::isfinite(logits[0])) continue;
         ++failures;
-        std::printf("FAILED step: %ld allocations at position %d, %d threads\n", allocations - before, position, threads);
+        std::printf("FAILED step: %ld allocations at position %d, %d threads\n", allocations - before, position,
+                    threads);
       }
     }
   return steps;

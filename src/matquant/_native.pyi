@@ -1,4 +1,4 @@
-"""Types of the extension module (native/bind_linear.cpp, native/bind_model.cpp)."""
+"""Types of the extension module (native/python/)."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -24,7 +24,7 @@ class Weight:
 def isa() -> str: ...
 def use_isa(name: str, /) -> None: ...
 
-# native/bind_model.cpp
+# Models: every matrix that a step multiplies by has an id, in the order in which add_layer and set_ends receive them.
 
 _Vector = NDArray[np.float32]
 
@@ -70,7 +70,7 @@ class Workspace:
 
 def step(
     model: Model,
-    bits: NDArray[np.uint8],
+    bits: NDArray[np.uint8],  # by matrix id
     exact: bool,
     tokens: list[int],
     positions: list[int],

@@ -26,7 +26,7 @@ HEAD, NORM = "lm_head", "model.norm"
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """What is loaded. paths: the module of each width that a step is given. weights: the quantised ones of them.
+    """What is loaded. paths: the module path of each matrix, by its native id. weights: the quantised ones of them.
 
     group_bytes: of the scale and zero of a group; plain_bytes: of the other matrices that each token reads.
     """

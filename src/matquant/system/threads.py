@@ -10,7 +10,7 @@ from matquant.system.errors import InputError, InputTypeError
 
 PER_CORE = 4  # threads allowed for each core
 ALWAYS = 16  # allowed on any machine
-CEILING = 1024  # of native/team.hpp
+CEILING = 1024  # of native/core/team.hpp
 VARIABLE = "OMP_NUM_THREADS"
 
 

@@ -1,0 +1,24 @@
+// Codes as bit planes in memory: [2][1][1][2][2] bits, most significant first. Each plane is a contiguous stream.
+//
+// A tile is 16 rows x 32 inputs. The tiles of a row block follow each other, and so do row blocks. A vector of 64 bytes
+// holds 16 rows x 4 inputs, in byte 4 * row + (input & 3). Quad q of a tile is its inputs 4q .. 4q + 3.
+//   2-bit planes: 128 bytes per tile; vector v has quad 4v in bits 7:6, 4v + 1 in 3:2, 4v + 2 in 5:4, 4v + 3 in 1:0.
+//   1-bit planes: 64 bytes per tile; quads 0..7 in bits 5 1 4 0 6 2 7 3 of the first (bit 5 of the code),
+//                 in bits 4 0 5 1 6 2 7 3 of the second (bit 4).
+// docs/kernels.md has the reasons and an example. Rows and inputs past the end have code 0.
+#pragma once
+
+#include "core/layout.hpp"
+
+namespace matquant {
+
+// Bytes of the planes with the top `resident_bits` (2, 3, 4, 6 or 8) of codes [rows, cols].
+std::size_t planes_bytes(int rows, int cols, int resident_bits);
+// Sets where each plane begins in `memory` [planes_bytes()]; null for planes beyond resident_bits.
+void place_planes(std::uint8_t* memory, int rows, int cols, int resident_bits, const std::uint8_t* plane[PLANE_COUNT]);
+
+// Packs codes [rows, cols], row r at codes + r * stride, into planes: this thread's share. Reads no byte past a row.
+void pack(const std::uint8_t* codes, std::ptrdiff_t stride, int rows, int cols, int resident_bits,
+          const std::uint8_t* const plane[PLANE_COUNT], int thread = 0, int threads = 1);
+
+}  // namespace matquant

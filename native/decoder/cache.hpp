@@ -1,0 +1,30 @@
+// Keys and values of one sequence.
+#pragma once
+
+#include <cstddef>
+
+#include "core/memory.hpp"
+#include "decoder/model.hpp"
+
+namespace matquant {
+
+constexpr int MOST_CAPACITY = 0x7FFFFC00;  // tokens of a sequence
+
+// f16, or f32 in exact mode. Address space for the whole capacity is reserved; memory is used as tokens come. Throws
+// std::invalid_argument for a capacity outside 1 .. MOST_CAPACITY or a model without layers, and std::bad_alloc if
+// there is no space.
+class Cache {
+ public:
+  Cache(const Model& model, int capacity, DType dtype);
+  const int capacity;
+  const DType dtype;
+  void* keys(int layer, int kv_head) const;
+  void* values(int layer, int kv_head) const;
+
+ private:
+  const int kv_heads_;
+  const std::size_t key_bytes_, value_bytes_;  // of one head of one layer
+  const Memory memory_;
+};
+
+}  // namespace matquant

@@ -1,0 +1,80 @@
+#include "decoder/step.hpp"
+
+#include <cmath>
+
+#include "decoder/worker.hpp"
+
+namespace matquant {
+namespace {
+
+// Residuals from the embedding, and the angles of the positions.
+void embed(Worker& worker) {
+  const Model& m = worker.model;
+  const Workspace& space = worker.space;
+  const int half = m.head_dim / 2;
+  const std::size_t row_bytes = m.hidden * size_of(m.embedding.dtype);
+  Share mine = worker.rows_from(0);
+  for (std::int64_t t = mine.start; t < mine.stop; ++t) {
+    const char* row = static_cast<const char*>(m.embedding.data) + worker.rows[t].token * row_bytes;
+    worker.fn.widen(row, m.embedding.dtype, m.embedding_scale, m.hidden, worker.residual(t));
+  }
+  mine = worker.token_share();
+  for (std::int64_t t = mine.start; t < mine.stop; ++t)
+    for (std::size_t r = 0; r < m.ropes.size(); ++r)
+      for (int i = 0; i < half; ++i) {
+        const float angle = static_cast<float>(worker.rows[t].position) * m.ropes[r].frequencies[i];
+        const std::size_t at = (r * space.max_tokens + t) * half + i;
+        space.cosines[at] = std::cos(angle) * m.ropes[r].scale;
+        space.sines[at] = std::sin(angle) * m.ropes[r].scale;
+      }
+  worker.finish(Part::norm);
+}
+
+// Leaves the delta of the last layer to be added.
+void run_layers(Worker& worker) {
+  const Model& m = worker.model;
+  const Workspace& space = worker.space;
+  for (std::size_t index = 0; index < m.layers.size(); ++index) {
+    const Attention& attention = m.layers[index].attention;
+    const FeedForward& ffn = m.layers[index].feed_forward;
+    if (index == 0)
+      worker.norm(attention.norm);
+    else
+      worker.add_and_norm(m.layers[index - 1].feed_forward.out_norm, attention.norm);
+    attend(worker, static_cast<int>(index));
+    worker.fetch_for_norm(ffn.norm, space.gate, m.intermediate);
+    worker.await();
+    worker.add_and_norm(attention.out_norm, ffn.norm);
+    feed_forward(worker, ffn);
+    const bool is_last = index + 1 == m.layers.size();
+    worker.fetch_for_norm(is_last ? m.norm : m.layers[index + 1].attention.norm, space.attended, m.heads * m.head_dim);
+    worker.await();
+  }
+}
+
+void write_logits(Worker& worker, int first_logit, float* logits) {
+  const Model& m = worker.model;
+  if (first_logit == worker.tokens) return;
+  worker.add_and_norm(m.layers.back().feed_forward.out_norm, m.norm, first_logit);
+  worker.project({m.head}, worker.normed(first_logit), worker.tokens - first_logit, {logits});
+  worker.finish(Part::head);
+  if (m.logit_cap == 0) return;
+  const Share mine = share_of(m.vocab, worker.thread, worker.threads, BLOCK_ROWS);
+  for (int t = 0; t < worker.tokens - first_logit; ++t)
+    worker.fn.soft_cap(logits + static_cast<std::size_t>(t) * m.vocab + mine.start, m.logit_cap,
+                       static_cast<int>(mine.stop - mine.start));
+}
+
+}  // namespace
+
+void step(const Model& model, const std::uint8_t* bits, Activations activations, const Row* rows, int tokens,
+          int first_logit, float* logits, Workspace& workspace) {
+  on_threads(workspace.threads, [&, &fn = float_kernels()](Team& team, int thread) {
+    Worker worker(model, bits, activations, rows, tokens, workspace, fn, team, thread);
+    embed(worker);
+    run_layers(worker);
+    write_logits(worker, first_logit, logits);
+  });
+}
+
+}  // namespace matquant

@@ -1,0 +1,42 @@
+// The memory that a step writes besides logits and caches, and where its time goes.
+#pragma once
+
+#include <cstddef>
+
+#include "core/memory.hpp"
+#include "decoder/model.hpp"
+
+namespace matquant {
+
+constexpr int MOST_TOKENS = 1 << 14;  // of a step
+
+// Parts of a step, timed on the first thread. `wait` is its time at barriers, including the prefetches it issues there.
+enum class Part { norm, quantise, qkv, attention, output, gate_up, activation, down, head, wait };
+constexpr int PARTS = 10;
+constexpr const char* PART_NAMES[PARTS] = {"norm",    "quantise",   "qkv",  "attention", "o",
+                                           "gate_up", "activation", "down", "head",      "wait"};
+
+// Reused from step to step, so that steps allocate nothing. Throws std::invalid_argument for sizes outside 1 ..
+// MOST_TOKENS, MOST_CAPACITY or MOST_THREADS, and std::bad_alloc if there is no space.
+class Workspace {
+ public:
+  Workspace(const Model& model, int max_tokens, int capacity, int threads);
+  const int max_tokens, capacity, threads;
+  float *residual, *normed;                                   // [max(max_tokens, threads)][hidden]
+  float *query, *key, *value, *attended, *gate, *up, *delta;  // [max_tokens][their width]
+  float *cosines, *sines;                                     // [ropes][max_tokens][head_dim / 2]
+  float* scores;                                              // [threads][MOST_QUERIES][capacity + LANES]
+  char* input;                                                // of one Input
+  // Memory for the Inputs of a single token: one for each thread, then one that the threads share.
+  char* single_input(int which) const { return single_inputs_ + which * single_input_bytes_; }
+  bool profile = false;
+  double seconds[PARTS] = {};
+
+ private:
+  std::size_t lay_out(const Model& model, char* base);
+  char* single_inputs_;
+  std::size_t single_input_bytes_;
+  Memory memory_;
+};
+
+}  // namespace matquant

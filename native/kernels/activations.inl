@@ -1,0 +1,91 @@
+// Fills an Input: int8 codes with a scale per token and group, or the floats themselves. Included by kernel.inl.
+
+// Sixteen lanes, which the compiler lowers to the vectors that its flags allow.
+typedef float FloatLanes __attribute__((vector_size(64)));
+typedef std::int32_t IntLanes __attribute__((vector_size(64)));
+typedef std::int8_t ByteLanes __attribute__((vector_size(16)));
+
+// Quantises one group of one token: 128 floats, padded with 0.
+void quantise_group(const float* x, std::int8_t* codes, float& scale, std::int32_t* sums) {
+  // The largest magnitude, compared as bits: NaN ranks above infinity and infinity above all numbers, so neither is
+  // lost.
+  IntLanes largest_lanes{};
+  for (int i = 0; i < ACTIVATION_GROUP; i += LANES) {
+    IntLanes bits;
+    __builtin_memcpy(&bits, x + i, sizeof bits);
+    bits &= 0x7FFFFFFF;
+    largest_lanes = bits > largest_lanes ? bits : largest_lanes;
+  }
+  std::int32_t lanes[LANES], largest_bits = 0;
+  __builtin_memcpy(lanes, &largest_lanes, sizeof lanes);
+  for (int i = 0; i < LANES; ++i) largest_bits = lanes[i] > largest_bits ? lanes[i] : largest_bits;
+  float largest;
+  __builtin_memcpy(&largest, &largest_bits, sizeof largest);
+  // Below 2^-119 the reciprocal overflows float32; such a group becomes 0.
+  const bool nothing = largest < 0x1p-119f;
+  scale = nothing ? 0.0f : largest / 127.0f;
+  const float inverse = nothing ? 0.0f : 127.0f / largest;
+  constexpr float NEAREST = 0x1.8p23f;  // adding it rounds to the nearest integer, ties to even
+  for (int tile = 0; tile < ACTIVATION_TILES; ++tile) {
+    IntLanes tile_lanes{};
+    for (int i = tile * TILE_INPUTS; i < (tile + 1) * TILE_INPUTS; i += LANES) {
+      FloatLanes values;
+      __builtin_memcpy(&values, x + i, sizeof values);
+      IntLanes code = ((IntLanes)(values * inverse + NEAREST) & 0x007FFFFF) - 0x00400000;
+      code = code > 127 ? IntLanes{} + 127 : code;
+      code = code < -127 ? IntLanes{} - 127 : code;
+      tile_lanes += code;
+      const ByteLanes bytes = __builtin_convertvector(code, ByteLanes);
+      __builtin_memcpy(codes + i, &bytes, sizeof bytes);
+    }
+    __builtin_memcpy(lanes, &tile_lanes, sizeof lanes);
+    sums[tile] = 0;
+    for (int i = 0; i < LANES; ++i) sums[tile] += lanes[i];
+  }
+}
+
+// Prepares one group of one token, number `at` of the panel that begins at `panel_start`.
+MATQUANT_INLINE void prepare_group(const Input& input, const float* x, int token, int group, std::size_t panel_start,
+                                   int at) {
+  const int panel = input.panel, first = group * ACTIVATION_GROUP;
+  const std::size_t start = panel_start + first;
+  const int inside = token < input.tokens ? smaller(ACTIVATION_GROUP, input.cols - first) : 0;
+  const float* values = x + static_cast<std::size_t>(token) * input.cols + first;
+  alignas(64) float filled[ACTIVATION_GROUP];
+  if (inside < ACTIVATION_GROUP) {
+    for (int i = 0; i < ACTIVATION_GROUP; ++i) filled[i] = i < inside ? values[i] : 0.0f;
+    values = filled;
+  }
+  if (input.activations == Activations::exact) {
+    for (int tile = 0; tile < ACTIVATION_TILES; ++tile) {
+      float sum = 0.0f;
+      for (int i = 0; i < TILE_INPUTS; ++i) sum += values[tile * TILE_INPUTS + i];
+      input.value_sums[(start / TILE_INPUTS + tile) * panel + at] = sum;
+    }
+    for (int i = 0; i < ACTIVATION_GROUP; ++i) input.values[(start + i) * panel + at] = values[i];
+    return;
+  }
+  alignas(64) std::int8_t codes[ACTIVATION_GROUP];
+  std::int32_t sums[ACTIVATION_TILES];
+  quantise_group(values, panel == 1 ? input.codes + start : codes, input.scales[start / ACTIVATION_GROUP * panel + at],
+                 sums);
+  for (int tile = 0; tile < ACTIVATION_TILES; ++tile)
+    input.code_sums[(start / TILE_INPUTS + tile) * panel + at] = sums[tile];
+  input.group_sums[start / ACTIVATION_GROUP * panel + at] = sums[0] + sums[1] + sums[2] + sums[3];
+  if (panel == 1) return;
+  for (int quad = 0; quad < ACTIVATION_GROUP / 4; ++quad)
+    __builtin_memcpy(input.codes + ((start / 4 + quad) * panel + at) * 4, codes + 4 * quad, 4);
+}
+
+void prepare_share(const Input& input, const float* x, int thread, int threads) {
+  const int groups = ceil_div(input.cols, ACTIVATION_GROUP), panel = input.panel;
+  const std::int64_t pieces = static_cast<std::int64_t>(ceil_div(input.tokens, panel)) * panel * groups;
+  const std::int64_t first = pieces * thread / threads, stop = pieces * (thread + 1) / threads;
+  // No division: a group is a few dozen cycles of work.
+  int token = static_cast<int>(first / groups), group = static_cast<int>(first % groups);
+  for (std::int64_t piece = first; piece < stop; ++token, group = 0) {
+    const std::size_t panel_start = static_cast<std::size_t>(token / panel) * groups * ACTIVATION_GROUP;
+    for (const int at = token % panel; group < groups && piece < stop; ++group, ++piece)
+      prepare_group(input, x, token, group, panel_start, at);
+  }
+}

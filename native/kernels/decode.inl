@@ -1,0 +1,269 @@
+// Decodes planes to the integers of the products. Included by kernel.inl.
+//
+// A Reading decodes the planes of a width for products with M tokens at a time. M = 0 decodes whole integers to memory,
+// for many tokens.
+//   read                  bits of the code that it reads
+//   places                sums that its bytes go to; the integer is (sum over places of lifted(bytes)) >> base
+//   range<place>          upper bound of the bytes
+//   decode(..., sink)     calls sink(quad, place, piece, bytes) once or twice for each of the eight vectors of a tile
+
+// The planes of one row block.
+struct Streams {
+  const std::uint8_t* plane[PLANE_COUNT];
+};
+
+MATQUANT_INLINE int tiles_of(int cols) { return ceil_div(cols, TILE_INPUTS); }
+
+MATQUANT_INLINE Streams streams_of(const Linear& weight, int block) {
+  const std::size_t tile = static_cast<std::size_t>(block) * tiles_of(weight.cols);
+  Streams streams{};
+  for (int plane = 0; plane < PLANE_COUNT; ++plane)
+    if (weight.plane[plane] != nullptr) streams.plane[plane] = weight.plane[plane] + tile * tile_bytes(plane);
+  return streams;
+}
+
+// Planes that hold the top READ bits.
+constexpr int planes_read(int read) { return read == 2 ? 1 : read == 3 ? 2 : read == 4 ? 3 : read == 6 ? 4 : 5; }
+
+// Prefetches about 8 KiB ahead, all planes together: a single thread then streams at 0.87-0.99 of the memory's speed
+// instead of 0.57-0.85. It may run past the end of a plane, which is harmless.
+template <int READ>
+MATQUANT_INLINE void prefetch(const Streams& streams, unsigned tile) {
+  constexpr int AHEAD = 8192 / (VECTOR_BYTES * READ);
+  unroll<planes_read(READ)>([&](auto plane) MATQUANT_LAMBDA {
+    const auto at = reinterpret_cast<std::uintptr_t>(streams.plane[plane]) +
+                    static_cast<std::size_t>(tile + AHEAD) * tile_bytes(plane);
+    unroll<PLANE_BITS[plane]>([&](auto line) MATQUANT_LAMBDA {
+      __builtin_prefetch(reinterpret_cast<const void*>(at + VECTOR_BYTES * line), 0, 3);
+    });
+  });
+}
+
+template <int PLANE, int PIECE>
+MATQUANT_INLINE Piece plane_piece(const Streams& streams, unsigned tile, int half = 0) {
+  const std::size_t at = static_cast<std::size_t>(tile) * tile_bytes(PLANE) + VECTOR_BYTES * half;
+  return load_piece<PIECE>(streams.plane[PLANE] + at);
+}
+
+// Calls body(pair, piece, two, nibbles) for the four pairs of quads; quad 2 * pair is in the high nibbles and
+// 2 * pair + 1 in the low ones. nibbles: the top four bits of the codes; the fourth is undefined for READ = 3. two: the
+// top two bits, in the same places.
+template <int READ, class Body>
+MATQUANT_INLINE void each_pair(const Streams& streams, unsigned tile, Body&& body) {
+  unroll<4 * PIECES>([&](auto at) MATQUANT_LAMBDA {
+    constexpr int PAIR = at.value / PIECES, PIECE = at.value % PIECES;
+    constexpr int THIRD[4] = {0, -1, 1, 2}, FOURTH[4] = {0, 1, 2, 3};
+    const Piece two = shift<PAIR % 2 == 1 ? -2 : 0>(plane_piece<0, PIECE>(streams, tile, PAIR / 2));
+    const Piece third = shift<THIRD[PAIR]>(plane_piece<1, PIECE>(streams, tile));
+    if constexpr (READ == 3) {
+      body(Index<PAIR>{}, Index<PIECE>{}, two, select<0xCC>(two, third));
+    } else {
+      const Piece fourth = shift<FOURTH[PAIR]>(plane_piece<2, PIECE>(streams, tile));
+      body(Index<PAIR>{}, Index<PIECE>{}, two, select<0xCC, 0x22>(two, third, fourth));
+    }
+  });
+}
+
+// The last four bits of the codes of a pair, as nibbles; for READ = 6 the last two are 0.
+template <int READ, int PAIR, int PIECE>
+MATQUANT_INLINE Piece low_bits(const Streams& streams, unsigned tile) {
+  constexpr bool ODD = PAIR % 2 == 1;
+  const Piece six = plane_piece<3, PIECE>(streams, tile, PAIR / 2);
+  if constexpr (READ == 6) return keep<0xCC>(shift<ODD ? -2 : 0>(six));
+  const Piece eight = plane_piece<READ == 6 ? 3 : 4, PIECE>(streams, tile, PAIR / 2);
+  return ODD ? select<0xCC>(left<2>(six), eight) : select<0xCC>(six, right<2>(eight));
+}
+
+// ------------------------------------------------------------------------------------------------ the uniform grid
+
+// A decoded byte may keep its code where it is (IN_PLACE): that saves the shift to bit 0, and bytes with codes in
+// different places go to different sums. SLICED codes are computed from the bits read by a Slicer.
+template <int READ, bool SLICED, int M>
+struct Uniform {
+  static constexpr bool IN_PLACE = !SLICED && READ <= 4 && ANY_BYTE_IS_FREE && M > 0 && M * (READ == 2 ? 4 : 2) <= 16;
+  static constexpr int read = READ;
+  static constexpr int places = !IN_PLACE ? 1 : READ == 2 ? 4 : 2;
+  static constexpr int base = READ == 6 && !SLICED && M > 0 ? 2 : IN_PLACE ? 8 - READ : 0;
+  template <int PLACE>
+  static constexpr Range range = READ <= 4 ? Range::to_16 : SLICED ? Range::to_128 : Range::any;
+
+  const Slicer slicer;
+  MATQUANT_INLINE explicit Uniform(const Width& width) : slicer(width) {}
+
+  template <int PLACE>
+  MATQUANT_INLINE Ints lifted(Ints sum) const {
+    constexpr int LIFT[4] = {0, 4, 2, 6};
+    return left<LIFT[PLACE]>(sum);
+  }
+
+  template <class Sink>
+  MATQUANT_INLINE void decode(const Streams& streams, unsigned tile, Sink&& sink) const {
+    const auto give = [&](auto quad, auto place, auto piece, Piece bytes) MATQUANT_LAMBDA {
+      if constexpr (SLICED)
+        bytes = slicer(bytes);
+      else if constexpr (READ == 6 && M == 0)
+        bytes = keep<0x3F>(right<2>(bytes));
+      sink(quad, Index<place.value % places>{}, piece, bytes);
+    };
+    if constexpr (READ == 2) {
+      unroll<2 * PIECES>([&](auto at) MATQUANT_LAMBDA {
+        constexpr int HALF = at.value / PIECES, PIECE = at.value % PIECES;
+        constexpr Index<PIECE> piece{};
+        const Piece two = plane_piece<0, PIECE>(streams, tile, HALF);
+        give(Index<4 * HALF>{}, Index<0>{}, piece, IN_PLACE ? keep<0xC0>(two) : keep<0x03>(right<6>(two)));
+        give(Index<4 * HALF + 1>{}, Index<1>{}, piece, IN_PLACE ? keep<0x0C>(two) : keep<0x03>(right<2>(two)));
+        give(Index<4 * HALF + 2>{}, Index<2>{}, piece, IN_PLACE ? keep<0x30>(two) : keep<0x03>(right<4>(two)));
+        give(Index<4 * HALF + 3>{}, Index<3>{}, piece, keep<0x03>(two));
+      });
+    } else {
+      each_pair<READ>(streams, tile, [&](auto pair, auto piece, const Piece&, const Piece& nibbles) MATQUANT_LAMBDA {
+        Piece high{}, low{};
+        if constexpr (READ == 3) {
+          high = IN_PLACE ? keep<0xE0>(nibbles) : keep<0x07>(right<5>(nibbles));
+          low = IN_PLACE ? keep<0x0E>(nibbles) : keep<0x07>(right<1>(nibbles));
+        } else if constexpr (READ == 4) {
+          high = IN_PLACE ? keep<0xF0>(nibbles) : keep<0x0F>(right<4>(nibbles));
+          low = keep<0x0F>(nibbles);
+        } else {
+          const Piece rest = low_bits<READ, pair.value, piece.value>(streams, tile);
+          high = select<0xF0>(nibbles, right<4>(rest));
+          low = select<0xF0>(left<4>(nibbles), rest);
+        }
+        give(Index<2 * pair.value>{}, Index<0>{}, piece, high);
+        give(Index<2 * pair.value + 1>{}, Index<1>{}, piece, low);
+      });
+    }
+  }
+};
+
+template <int READ, int M>
+using Unsliced = Uniform<READ, false, M>;
+template <int READ, int M>
+using Sliced = Uniform<READ, true, M>;
+
+// ---------------------------------------------------------------------------------------------- the companded grid
+
+// Codes are looked up in tables of sixteen entries (Tables in width.hpp), which each width has for itself. Above four
+// bits an integer is the sum of two parts. Where products are summed in 16 bits the parts are multiplied separately
+// (SPLIT), because each is small.
+template <int READ, int M>
+struct Companded {
+  static constexpr bool SPLIT = READ >= 6 && !ANY_BYTE_IS_FREE && M > 0;
+  // As many independent sums as the uniform grid has.
+  static constexpr bool APART = ANY_BYTE_IS_FREE && M > 0 && READ <= 4 && M * (READ == 2 ? 4 : 2) <= 16;
+  static constexpr int read = READ;
+  static constexpr int places = SPLIT ? 2 : !APART ? 1 : READ == 2 ? 4 : 2;
+  static constexpr int base = 0;
+  template <int PLACE>
+  static constexpr Range range = READ == 2   ? Range::to_16
+                                 : READ == 3 ? Range::to_32
+                                 : READ == 4 ? Range::to_64
+                                 : !SPLIT    ? Range::any
+                                 : PLACE > 0 ? Range::to_64
+                                 : READ == 6 ? Range::to_16
+                                             : Range::to_32;
+
+  const Table top, rest, sign, rest_mask;
+  const int lift;
+  MATQUANT_INLINE explicit Companded(const Width& width)
+      : top(load_table(SPLIT ? width.tables->top : width.tables->top_lifted)),
+        rest(load_table(width.tables->rest)),
+        sign(load_table(width.tables->sign)),
+        rest_mask(load_table(width.tables->rest_mask)),
+        lift(width.tables->lift) {}
+
+  template <int PLACE>
+  MATQUANT_INLINE Ints lifted(Ints sum) const {
+    return SPLIT ? left(sum, lift) : sum;
+  }
+
+  template <class Sink>
+  MATQUANT_INLINE void decode(const Streams& streams, unsigned tile, Sink&& sink) const {
+    if constexpr (READ == 2) {
+      unroll<2 * PIECES>([&](auto at) MATQUANT_LAMBDA {
+        constexpr int HALF = at.value / PIECES, PIECE = at.value % PIECES;
+        const Piece two = plane_piece<0, PIECE>(streams, tile, HALF);
+        const Piece high = high_nibbles(two), low = keep<0x0F>(two);
+        give<4 * HALF, PIECE>(look_up(top, high), sink);
+        give<4 * HALF + 1, PIECE>(look_up(top, low), sink);
+        give<4 * HALF + 2, PIECE>(look_up(rest, high), sink);
+        give<4 * HALF + 3, PIECE>(look_up(rest, low), sink);
+      });
+    } else {
+      each_pair<READ>(streams, tile, [&](auto pair, auto piece, const Piece& two, const Piece& nibbles)
+                                         MATQUANT_LAMBDA {
+        constexpr int HIGH = 2 * pair.value, LOW = HIGH + 1, PIECE = piece.value;
+        const Piece high = high_nibbles(nibbles), low = keep<0x0F>(nibbles);
+        if constexpr (READ <= 4) {
+          give<HIGH, PIECE>(look_up(top, high), sink);
+          give<LOW, PIECE>(look_up(top, low), sink);
+        } else if constexpr (READ == 6) {
+          // The rest depends only on the top two bits and the last two.
+          const Piece six = plane_piece<3, PIECE>(streams, tile, pair / 2);
+          const Piece ends = select<0xCC>(two, shift<pair.value % 2 == 1 ? 0 : 2>(six));
+          give<HIGH, PIECE>(look_up(top, high), look_up(rest, high_nibbles(ends)), sink);
+          give<LOW, PIECE>(look_up(top, low), look_up(rest, keep<0x0F>(ends)), sink);
+        } else {
+          const Piece four = low_bits<READ, pair.value, PIECE>(streams, tile);
+          give<HIGH, PIECE>(look_up(top, high), slope(high, keep(right<4>(four), rest_mask)), sink);
+          give<LOW, PIECE>(look_up(top, low), slope(low, keep(four, rest_mask)), sink);
+        }
+      });
+    }
+  }
+
+  // The last four bits plus or minus a quarter of them; the top four bits decide the sign.
+  MATQUANT_INLINE Piece slope(const Piece& nibbles, const Piece& four) const {
+    return add_signed(four, look_up(rest, four), look_up(sign, nibbles));
+  }
+  template <int QUAD, int PIECE, class Sink>
+  MATQUANT_INLINE static void give(const Piece& bytes, Sink&& sink) {
+    sink(Index<QUAD>{}, Index<QUAD % places>{}, Index<PIECE>{}, bytes);
+  }
+  template <int QUAD, int PIECE, class Sink>
+  MATQUANT_INLINE static void give(const Piece& above, const Piece& below, Sink&& sink) {
+    if constexpr (SPLIT) {
+      sink(Index<QUAD>{}, Index<0>{}, Index<PIECE>{}, below);
+      sink(Index<QUAD>{}, Index<1>{}, Index<PIECE>{}, above);
+    } else {
+      give<QUAD, PIECE>(add_bytes(above, below), sink);
+    }
+  }
+};
+
+// ------------------------------------------------------------------------------------------------------- to memory
+
+// Writes the integers of the tiles first .. stop - 1 of a row block, [tile][quad][16 rows][4 inputs].
+template <class Reading>
+void decode_tiles(const Streams& streams, const Width& width, unsigned first, unsigned stop, std::uint8_t* out) {
+  const Reading reading(width);
+  for (unsigned tile = first; tile < stop; ++tile) {
+    prefetch<Reading::read>(streams, tile);
+    reading.decode(streams, tile, [&](auto quad, auto, auto piece, const Piece& bytes) MATQUANT_LAMBDA {
+      store_piece<piece.value>(out + quad * VECTOR_BYTES, bytes);
+    });
+    out += TILE_QUADS * VECTOR_BYTES;
+  }
+}
+
+using Decode = void (*)(const Streams&, const Width&, unsigned, unsigned, std::uint8_t*);
+
+template <template <int, int> class READING>
+Decode decode_of(int read) {
+  switch (read) {
+    case 2: return decode_tiles<READING<2, 0>>;
+    case 3: return decode_tiles<READING<3, 0>>;
+    case 4: return decode_tiles<READING<4, 0>>;
+    case 6: return decode_tiles<READING<6, 0>>;
+    default: return decode_tiles<READING<8, 0>>;
+  }
+}
+
+// For the codes themselves, whatever the grid.
+Decode code_decode_of(const Width& width) {
+  return width.sliced ? decode_of<Sliced>(width.read) : decode_of<Unsliced>(width.read);
+}
+
+Decode decode_of(const Width& width) {
+  return width.tables != nullptr ? decode_of<Companded>(width.read) : code_decode_of(width);
+}

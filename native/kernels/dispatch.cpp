@@ -1,0 +1,78 @@
+// Chooses the instruction set.
+#include "kernels/floats.hpp"
+#include "kernels/kernels.hpp"
+
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
+
+namespace matquant {
+namespace {
+
+// Best first.
+const Kernels* const TABLES[] = {
+#if defined(__x86_64__)
+    &kernels_avx512,
+    &kernels_avx2,
+#elif defined(__aarch64__)
+    &kernels_neon,
+#endif
+    &kernels_scalar,
+};
+
+std::atomic<const Kernels*> in_use{nullptr};
+
+}  // namespace
+
+bool runs_here(const Kernels& table) {
+  if (&table == &kernels_scalar) return true;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  if (!avx2 || &table == &kernels_avx2) return avx2;
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vnni");
+#elif defined(__aarch64__) && defined(__linux__)
+  constexpr unsigned long DOT_PRODUCT = 1UL << 20;  // HWCAP_ASIMDDP
+  return (getauxval(AT_HWCAP) & DOT_PRODUCT) != 0;
+#else
+  return true;  // every Apple silicon has the dot product
+#endif
+}
+
+void use_kernels(const char* name) {
+  if (name == nullptr) name = std::getenv("MATQUANT_ISA");
+  const bool any = name == nullptr || *name == '\0';
+  std::string known;
+  for (const Kernels* table : TABLES) {
+    if (any ? runs_here(*table) : std::strcmp(table->name, name) == 0 && runs_here(*table)) {
+      in_use.store(table, std::memory_order_release);
+      return;
+    }
+    if (runs_here(*table)) known += (known.empty() ? "" : ", ") + std::string(table->name);
+  }
+  throw std::invalid_argument("MATQUANT_ISA=" + std::string(name) +
+                              " is not an instruction set of this machine; use one of " + known);
+}
+
+const Kernels& kernels() {
+  const Kernels* table = in_use.load(std::memory_order_acquire);
+  if (table == nullptr) {
+    use_kernels(nullptr);
+    table = in_use.load(std::memory_order_acquire);
+  }
+  return *table;
+}
+
+const char* isa() { return kernels().name; }
+
+const FloatKernels& float_kernels() { return *kernels().floats; }
+
+}  // namespace matquant

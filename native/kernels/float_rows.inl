@@ -1,0 +1,61 @@
+// Norms and activations of a row. Included by floats.cpp.
+
+// e^x to 2 ulp: x = n ln 2 + r with |r| <= ln 2 / 2, then the polynomial of Cephes' expf.
+inline V exponential(V x) {
+  x = select(x < -87.0f, splat(-87.0f), x);
+  x = select(x > 88.0f, splat(88.0f), x);
+  const float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  const V n = (x * 1.44269504088896341f + shift) - shift;
+  const V r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+  V p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  return p * (V)((__builtin_convertvector(n, I) + 127) << 23);
+}
+
+inline V hyperbolic_tangent(V x) { return 1.0f - 2.0f / (exponential(2.0f * x) + 1.0f); }
+
+void rms_norm(const float* x, const float* weight, float eps, int n, float* out) {
+  V squares{};
+  int i = 0;
+  for (; i + LANES <= n; i += LANES) squares += load(x + i) * load(x + i);
+  if (i < n) squares += load_some(x + i, n - i) * load_some(x + i, n - i);
+  const float scale = 1.0f / std::sqrt(sum(squares) / n + eps);
+  map(x, weight, n, out, [scale](V a, V w) { return a * scale * w; });
+}
+
+void add(float* x, const float* y, int n) {
+  map(x, y, n, x, [](V a, V b) { return a + b; });
+}
+
+void silu_times(float* gate, const float* up, int n) {
+  map(gate, up, n, gate, [](V g, V u) { return g / (1.0f + exponential(-g)) * u; });
+}
+
+void gelu_times(float* gate, const float* up, int n) {
+  map(gate, up, n, gate, [](V g, V u) {
+    const V inner = 0.7978845608028654f * (g + 0.044715f * g * g * g);
+    return 0.5f * g * (1.0f + hyperbolic_tangent(inner)) * u;
+  });
+}
+
+void soft_cap(float* x, float cap, int n) {
+  map(x, x, n, x, [cap](V a, V) { return cap * hyperbolic_tangent(a / cap); });
+}
+
+template <class T>
+void widen_row(const T* row, float scale, int n, float* out) {
+  int i = 0;
+  for (; i + LANES <= n; i += LANES) store(out + i, load(row + i) * scale);
+  if (i < n) store_some(out + i, load_some(row + i, n - i) * scale, n - i);
+}
+
+void widen(const void* row, DType dtype, float scale, int n, float* out) {
+  if (dtype == DType::f32) widen_row((const float*)row, scale, n, out);
+  if (dtype == DType::bf16) widen_row((const Brain*)row, scale, n, out);
+  if (dtype == DType::f16) widen_row((const Half*)row, scale, n, out);
+}

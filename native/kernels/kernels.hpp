@@ -1,0 +1,38 @@
+// The functions that one instruction set provides. kernel.inl and floats.cpp, compiled once per set, fill the tables;
+// dispatch.cpp chooses among them.
+#pragma once
+
+#include "core/width.hpp"
+
+#define MATQUANT_INLINE inline __attribute__((always_inline))
+
+namespace matquant {
+
+struct FloatKernels;  // floats.hpp
+extern const FloatKernels float_kernels_scalar;
+extern const FloatKernels float_kernels_avx2;
+extern const FloatKernels float_kernels_avx512;
+extern const FloatKernels float_kernels_neon;
+
+struct Kernels {
+  const char* name;
+  void (*prepare)(const Input& input, const float* x, int thread, int threads);
+  void (*linear)(const Linear& weight, const Width& width, const Input& input, float* y, std::ptrdiff_t y_stride,
+                 int thread, int threads);
+  // The r-bit codes as the products read them, [rows, cols].
+  void (*codes)(const Linear& weight, const Width& width, std::uint8_t* codes);
+  const FloatKernels* floats;
+};
+
+extern const Kernels kernels_scalar;
+extern const Kernels kernels_avx2;
+extern const Kernels kernels_avx512;
+extern const Kernels kernels_neon;
+
+// The table in use. The first call chooses it: MATQUANT_ISA, else the best one of the machine.
+const Kernels& kernels();
+// Chooses a table by name (null: as the first call would). Throws std::invalid_argument.
+void use_kernels(const char* name);
+bool runs_here(const Kernels& table);
+
+}  // namespace matquant

@@ -1,0 +1,160 @@
+// Segments of a row, their activations, and the float arithmetic on their sums. Included by kernel.inl.
+
+struct Segment {
+  unsigned first, stop;            // inputs
+  unsigned first_tile, stop_tile;  // tiles that contain them
+  unsigned group;                  // of weights
+  bool ends_group;
+};
+
+// Walks over the segments of a row. No division: a segment is a few dozen cycles of work at two bits.
+struct Segments {
+  unsigned group_inputs, inputs, at = 0, group = 0, group_stop;
+
+  MATQUANT_INLINE explicit Segments(const Linear& weight)
+      : group_inputs(static_cast<unsigned>(weight.group)),
+        inputs(static_cast<unsigned>(weight.cols)),
+        group_stop(group_inputs) {}
+  MATQUANT_INLINE bool more() const { return at < inputs; }
+  MATQUANT_INLINE Segment next() {
+    const unsigned activation_stop = (at | (ACTIVATION_GROUP - 1)) + 1;
+    const unsigned first = at;
+    at = activation_stop < group_stop ? activation_stop : group_stop;
+    const Segment segment = {first,       at, first / TILE_INPUTS, (at + TILE_INPUTS - 1) / TILE_INPUTS, group,
+                             at == group_stop};
+    if (segment.ends_group) {
+      ++group;
+      group_stop += group_inputs;
+    }
+    return segment;
+  }
+};
+
+// True if no group begins or ends inside a tile.
+MATQUANT_INLINE bool has_whole_tiles(const Linear& weight) {
+  return weight.group % TILE_INPUTS == 0 || weight.group == weight.cols;
+}
+
+MATQUANT_INLINE int padded_cols(int cols) { return ceil_div(cols, ACTIVATION_GROUP) * ACTIVATION_GROUP; }
+
+// Where a panel of activations lies in an Input.
+template <int M>
+struct Panel {
+  const std::int8_t* codes;
+  const float* scales;
+  const std::int32_t* sums;
+  const std::int32_t* group_sums;
+
+  Panel(const Input& input, int panel) {
+    const std::size_t padded = static_cast<std::size_t>(padded_cols(input.cols)) * M;
+    codes = input.codes + panel * padded;
+    scales = input.scales + panel * (padded / ACTIVATION_GROUP);
+    sums = input.code_sums + panel * (padded / TILE_INPUTS);
+    group_sums = input.group_sums + panel * (padded / ACTIVATION_GROUP);
+  }
+};
+
+// The activation codes of a segment, from its first tile on, and their sums. A segment that begins or ends inside a
+// tile (groups of 16, or of 5) gets a copy in which the other inputs are 0.
+template <int M>
+struct SegmentCodes {
+  const std::int8_t* codes;
+  int sums[M];
+  float scales[M];
+  alignas(64) std::int8_t masked[ACTIVATION_GROUP * M];
+
+  MATQUANT_INLINE SegmentCodes(const Panel<M>& panel, const Segment& segment, bool whole_tiles) {
+    codes = panel.codes + static_cast<std::size_t>(segment.first_tile) * TILE_INPUTS * M;
+    const std::size_t activation_group = segment.first / ACTIVATION_GROUP;
+    for (int token = 0; token < M; ++token) {
+      scales[token] = panel.scales[activation_group * M + token];
+      sums[token] = panel.group_sums[activation_group * M + token];
+    }
+    if (__builtin_expect(whole_tiles && segment.stop_tile - segment.first_tile == ACTIVATION_TILES, 1)) return;
+    for (int token = 0; token < M; ++token) sums[token] = 0;
+    if (!whole_tiles) {
+      mask(segment);
+      return;
+    }
+    for (unsigned tile = segment.first_tile; tile < segment.stop_tile; ++tile)
+      for (int token = 0; token < M; ++token) sums[token] += panel.sums[static_cast<std::size_t>(tile) * M + token];
+  }
+
+  void mask(const Segment& segment) {
+    const unsigned start = segment.first_tile * TILE_INPUTS;
+    for (unsigned input = start; input < segment.stop_tile * TILE_INPUTS; ++input)
+      for (int token = 0; token < M; ++token) {
+        const unsigned at = ((input - start) / 4 * M + token) * 4 + input % 4;
+        masked[at] = input >= segment.first && input < segment.stop ? codes[at] : std::int8_t{0};
+        sums[token] += masked[at];
+      }
+    codes = masked;
+  }
+};
+
+// ---------------------------------------------------------------------------------------------------- the epilogue
+
+struct RowAffine {
+  Floats scale;
+  Floats zero;  // minus the width's centre
+};
+
+MATQUANT_INLINE RowAffine row_affine(const Linear& weight, const Width& width, int groups, int block, unsigned group) {
+  const Affine& affine = weight.affine[width.bits];
+  const std::size_t at = (static_cast<std::size_t>(block) * groups + group) * 2 * BLOCK_ROWS;
+  Floats scale, zero;
+  if (affine.half) {
+    const auto* values = static_cast<const std::uint16_t*>(affine.values) + at;
+    scale = widen_bfloat16(values);
+    zero = widen_float16(values + BLOCK_ROWS);
+  } else {
+    const auto* values = static_cast<const float*>(affine.values) + at;
+    scale = load_floats(values);
+    zero = load_floats(values + BLOCK_ROWS);
+  }
+  zero = multiply(subtract(zero, broadcast(affine.centre)), broadcast(1.0f / affine.step));  // a power of two: exact
+  return {multiply(scale, broadcast(affine.step)), subtract(zero, broadcast(static_cast<float>(width.centre)))};
+}
+
+// total + scale * (dot - zero * x_sum)
+MATQUANT_INLINE Floats finish(const RowAffine& affine, Floats total, Floats dot, float x_sum) {
+  return add(total, multiply(affine.scale, subtract(dot, multiply(affine.zero, broadcast(x_sum)))));
+}
+
+// The 16 sums of a row block for one token; rows past the end are not written.
+MATQUANT_INLINE void store_rows(float* y, Floats values, int rows) {
+  if (rows >= BLOCK_ROWS) return store_floats(y, values);
+  alignas(64) float all[BLOCK_ROWS];
+  store_floats(all, values);
+  for (int row = 0; row < rows; ++row) y[row] = all[row];
+}
+
+// What a row block and M tokens accumulate: the result, the current group's products, its sum of activations.
+template <int M>
+struct Accumulators {
+  Floats total[M], dot[M];
+  float x_sum[M];
+
+  MATQUANT_INLINE void clear() {
+    unroll<M>([&](auto token) MATQUANT_LAMBDA {
+      total[token] = dot[token] = broadcast(0.0f);
+      x_sum[token] = 0.0f;
+    });
+  }
+  MATQUANT_INLINE void end_group(const RowAffine& affine) {
+    unroll<M>([&](auto token) MATQUANT_LAMBDA {
+      total[token] = finish(affine, total[token], dot[token], x_sum[token]);
+      dot[token] = broadcast(0.0f);
+      x_sum[token] = 0.0f;
+    });
+  }
+  // Writes the results of tokens first_token .. first_token + M - 1; those past the last token are padding.
+  MATQUANT_INLINE void store(const Linear& weight, const Input& input, int first_token, int block, float* y,
+                             std::ptrdiff_t y_stride) const {
+    const int row = block * BLOCK_ROWS;
+    unroll<M>([&](auto at) MATQUANT_LAMBDA {
+      const int token = first_token + at;
+      if (token < input.tokens) store_rows(y + token * y_stride + row, total[at], weight.rows - row);
+    });
+  }
+};

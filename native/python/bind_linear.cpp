@@ -1,0 +1,192 @@
+// Planes and products for Python.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/unique_ptr.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <stdexcept>
+#include <vector>
+
+#include "core/memory.hpp"
+#include "core/planes.hpp"
+#include "core/team.hpp"
+#include "kernels/kernels.hpp"
+
+namespace nb = nanobind;
+
+namespace matquant {
+namespace {
+
+template <class T>
+using Matrix = nb::ndarray<const T, nb::ndim<2>, nb::device::cpu>;  // any strides
+template <class T>
+using Contiguous = nb::ndarray<const T, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+template <class T>
+using Result = nb::ndarray<nb::numpy, T, nb::ndim<2>>;
+
+template <class T>
+Result<T> new_matrix(std::size_t rows, std::size_t cols, std::unique_ptr<T[]> values) {
+  T* data = values.release();
+  nb::capsule owner(data, [](void* at) noexcept { delete[] static_cast<T*>(at); });
+  return Result<T>(data, {rows, cols}, owner);
+}
+
+// A Linear and the memory it points to.
+class Weight {
+ public:
+  Weight(Matrix<std::uint8_t> codes, int resident_bits, int rule, int group, int grid)
+      : memory_(planes_bytes(size(codes.shape(0)), size(codes.shape(1)), resident_bits), Pages::huge) {
+    if (codes.shape(1) > 0 && codes.stride(1) != 1 && codes.shape(1) != 1)
+      throw std::invalid_argument("the codes of a row are not contiguous");
+    linear_.rows = size(codes.shape(0));
+    linear_.cols = size(codes.shape(1));
+    if (group < 1) throw std::invalid_argument("a group needs at least one input");
+    linear_.group = group;
+    linear_.rule = static_cast<Rule>(rule);
+    linear_.grid = static_cast<Grid>(grid);
+    linear_.resident_bits = resident_bits;
+    place_planes(memory_.data(), linear_.rows, linear_.cols, resident_bits, linear_.plane);
+    const nb::gil_scoped_release released;
+    on_threads(default_threads(), [&](Team& team, int thread) {
+      pack(codes.data(), codes.stride(0), linear_.rows, linear_.cols, resident_bits, linear_.plane, thread,
+           team.threads());
+    });
+  }
+
+  // scale, zero: [rows, groups] as float32, or as the bits of bfloat16 and float16. Returns an index for set_affine;
+  // several widths may share it.
+  template <class T>
+  std::size_t add_values(const Contiguous<T>& scale, const Contiguous<T>& zero) {
+    const int groups = linear_.cols / linear_.group;
+    const auto blocks = static_cast<std::size_t>(ceil_div(linear_.rows, BLOCK_ROWS));
+    for (const auto* values : {&scale, &zero})
+      if (size(values->shape(0)) != linear_.rows || size(values->shape(1)) != groups)
+        throw std::invalid_argument("scale and zero are not [rows, groups]");
+    affines_.push_back(std::make_unique<Memory>(sizeof(T) * 2 * BLOCK_ROWS * groups * blocks, Pages::huge));
+    T* out = reinterpret_cast<T*>(affines_.back()->data());
+    for (int row = 0; row < linear_.rows; ++row)
+      for (int group = 0; group < groups; ++group) {
+        const std::size_t from = static_cast<std::size_t>(row) * groups + group;
+        T* to = out + (static_cast<std::size_t>(row / BLOCK_ROWS) * groups + group) * 2 * BLOCK_ROWS + row % BLOCK_ROWS;
+        to[0] = scale.data()[from];
+        to[BLOCK_ROWS] = zero.data()[from];
+      }
+    halves_.push_back(sizeof(T) == 2);
+    return affines_.size() - 1;
+  }
+
+  void set_affine(int bits, std::size_t values, float step, float centre) {
+    if (bits < 1 || bits > 8 || values >= affines_.size()) throw std::invalid_argument("no such width or values");
+    linear_.affine[bits] = {affines_[values]->data(), halves_[values], step, centre};
+  }
+
+  const Linear& linear() const { return linear_; }
+  std::size_t bytes() const {
+    std::size_t total = memory_.bytes();
+    for (const auto& affine : affines_) total += affine->bytes();
+    return total;
+  }
+
+ private:
+  static int size(std::size_t value) {
+    if (value > 0x7FFFFF00) throw std::invalid_argument("a weight has at most 2^31 rows and columns");
+    return static_cast<int>(value);
+  }
+
+  Linear linear_{};
+  Memory memory_;
+  std::vector<std::unique_ptr<Memory>> affines_;
+  std::vector<bool> halves_;
+};
+
+Result<std::uint8_t> read_codes(const Weight& weight, int bits, int rule) {
+  Linear linear = weight.linear();
+  linear.rule = static_cast<Rule>(rule);
+  if (bits < 1 || bits > 8 || bits_read(bits, linear.rule) > linear.resident_bits)
+    throw std::invalid_argument("that width is not resident");
+  const auto rows = static_cast<std::size_t>(linear.rows), cols = static_cast<std::size_t>(linear.cols);
+  auto codes = std::make_unique<std::uint8_t[]>(rows * cols);
+  {
+    const nb::gil_scoped_release released;
+    kernels().codes(linear, width_of(bits, linear.rule), codes.get());
+  }
+  return new_matrix(rows, cols, std::move(codes));
+}
+
+// Copies a plane: [row blocks, bytes of a block].
+Result<std::uint8_t> plane_bytes(const Weight& weight, int plane) {
+  const Linear& linear = weight.linear();
+  if (plane < 0 || plane >= PLANE_COUNT || linear.plane[plane] == nullptr)
+    throw std::invalid_argument("that plane is not resident");
+  const auto blocks = static_cast<std::size_t>(ceil_div(linear.rows, BLOCK_ROWS));
+  const auto bytes = static_cast<std::size_t>(ceil_div(linear.cols, TILE_INPUTS)) * tile_bytes(plane);
+  auto copy = std::make_unique<std::uint8_t[]>(blocks * bytes);
+  std::memcpy(copy.get(), linear.plane[plane], blocks * bytes);
+  return new_matrix(blocks, bytes, std::move(copy));
+}
+
+// y [tokens, rows] = x [tokens, cols] W^T on a team of threads. Runs without the interpreter lock.
+void multiply(const Linear& weight, const float* x, int tokens, float* y, int bits, Activations kind, int threads) {
+  const std::unique_ptr<void, decltype(&std::free)> workspace(
+      std::aligned_alloc(64, input_bytes(tokens, weight.cols, kind)), &std::free);
+  if (workspace == nullptr) throw std::bad_alloc();
+  const Input input = make_input(workspace.get(), tokens, weight.cols, kind);
+  on_threads(threads == 0 ? default_threads() : threads, [&](Team& team, int thread) {
+    prepare(input, x, thread, team.threads());
+    team.barrier(thread);
+    linear(weight, bits, input, y, weight.rows, thread, team.threads());
+  });
+}
+
+Result<float> matmul(const Weight& weight, Contiguous<float> x, int bits, int activations, int threads) {
+  const Linear& linear_weight = weight.linear();
+  if (!serves(linear_weight, bits)) throw std::invalid_argument("that width is not resident");
+  if (x.shape(1) != static_cast<std::size_t>(linear_weight.cols))
+    throw std::invalid_argument("x is not [tokens, cols]");
+  const auto rows = static_cast<std::size_t>(linear_weight.rows);
+  if (x.shape(0) > 0x7FFFFF00) throw std::invalid_argument("a product has at most 2^31 tokens");
+  auto y = std::make_unique<float[]>(x.shape(0) * rows);
+  if (x.shape(0) > 0) {
+    const nb::gil_scoped_release released;
+    multiply(linear_weight, x.data(), static_cast<int>(x.shape(0)), y.get(), bits,
+             static_cast<Activations>(activations), threads);
+  }
+  return new_matrix(x.shape(0), rows, std::move(y));
+}
+
+// The same for addresses of contiguous float32 arrays of any library: passing an array as an object costs 2 us, an
+// address 0.2.
+void matmul_at(const Weight& weight, std::uintptr_t x, std::uintptr_t y, int tokens, int bits, int activations,
+               int threads) {
+  if (!serves(weight.linear(), bits)) throw std::invalid_argument("that width is not resident");
+  if (tokens <= 0) return;
+  const nb::gil_scoped_release released;
+  multiply(weight.linear(), reinterpret_cast<const float*>(x), tokens, reinterpret_cast<float*>(y), bits,
+           static_cast<Activations>(activations), threads);
+}
+
+}  // namespace
+
+void bind_linear(nb::module_& module) {
+  nb::class_<Weight>(module, "Weight", "Planes and affines of a nested weight; planes.py checks the arguments.")
+      .def(nb::init<Matrix<std::uint8_t>, int, int, int, int>(), nb::arg("codes").noconvert(),
+           nb::arg("resident_bits"), nb::arg("rule"), nb::arg("group"), nb::arg("grid") = 0)
+      .def("add_values", &Weight::add_values<float>, nb::arg("scale").noconvert(), nb::arg("zero").noconvert())
+      .def("add_values", &Weight::add_values<std::uint16_t>, nb::arg("scale").noconvert(), nb::arg("zero").noconvert())
+      .def("set_affine", &Weight::set_affine, nb::arg("bits"), nb::arg("values"), nb::arg("step"), nb::arg("centre"))
+      .def("codes", read_codes, nb::arg("bits"), nb::arg("rule"))
+      .def("plane", plane_bytes, nb::arg("plane"))
+      .def("matmul", matmul, nb::arg("x").noconvert(), nb::arg("bits"), nb::arg("activations"), nb::arg("threads"))
+      .def("matmul_at", matmul_at, nb::arg("x"), nb::arg("y"), nb::arg("tokens"), nb::arg("bits"),
+           nb::arg("activations"), nb::arg("threads"))
+      .def_prop_ro("pointer", [](const Weight& weight) { return reinterpret_cast<std::uintptr_t>(&weight.linear()); })
+      .def_prop_ro("bytes", &Weight::bytes);
+  module.def("isa", isa);
+  // An empty name: MATQUANT_ISA, else the best of the machine.
+  module.def("use_isa", [](const char* name) { use_kernels(*name == '\0' ? nullptr : name); });
+}
+
+}  // namespace matquant

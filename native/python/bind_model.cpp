@@ -1,0 +1,183 @@
+// Matrices and models for Python: every argument is checked here.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <cstring>
+#include <memory>
+#include <stdexcept>
+#include <string>
+
+#include "core/team.hpp"
+#include "python/held.hpp"
+
+namespace matquant {
+namespace {
+
+using Raw2 = nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::device::cpu>;  // float32, or 16 bits as uint16
+using Vector = std::optional<Floats1>;  // a bias, or the weights of a norm
+
+DType dtype_of(const std::string& name) {
+  if (name == "float32") return DType::f32;
+  if (name == "bfloat16") return DType::bf16;
+  if (name == "float16") return DType::f16;
+  throw std::invalid_argument("dtype must be float32, bfloat16 or float16");
+}
+
+Dense dense_of(const Raw2& array, const std::string& dtype) {
+  const DType kind = dtype_of(dtype);
+  require(array.itemsize() == size_of(kind), "the array's items do not have the size of its dtype");
+  constexpr auto most = static_cast<std::size_t>(MOST_VALUES);
+  require(array.shape(0) <= most && array.shape(1) <= most, "a matrix is too large");
+  return {array.data(), kind, static_cast<int>(array.shape(0)), static_cast<int>(array.shape(1))};
+}
+
+void add_bias(HeldMatrix& held, const Vector& bias) {
+  if (!bias) return;
+  require(bias->shape(0) == static_cast<std::size_t>(held.matrix.rows()), "a bias has the wrong length");
+  held.matrix.bias = bias->data();
+  held.owners.push_back(nb::cast(*bias));
+}
+
+// resident: copied into huge pages, which stream faster than a mapped file; for matrices that every token reads whole.
+HeldMatrix dense_matrix(const Raw2& array, const std::string& dtype, const Vector& bias,
+                        bool resident) {
+  HeldMatrix held;
+  held.matrix.dense = dense_of(array, dtype);
+  if (resident) {
+    const std::size_t bytes = array.nbytes();
+    held.memory = std::make_shared<Memory>(bytes, Pages::huge);
+    const char* from = static_cast<const char*>(array.data());
+    const nb::gil_scoped_release unlocked;
+    on_threads(default_threads(), [&](Team& team, int thread) {
+      const Share mine = share_of(bytes, thread, team.threads());
+      std::memcpy(held.memory->data() + mine.start, from + mine.start, mine.stop - mine.start);
+    });
+    held.matrix.dense.data = held.memory->data();
+  } else {
+    held.owners.push_back(nb::cast(array));
+  }
+  add_bias(held, bias);
+  return held;
+}
+
+HeldMatrix nested_matrix(nb::object owner, std::uintptr_t linear, const Vector& bias) {
+  HeldMatrix held;
+  held.matrix.nested = reinterpret_cast<const Linear*>(linear);
+  held.owners.push_back(owner);
+  add_bias(held, bias);
+  return held;
+}
+
+void own(HeldModel& held, const HeldMatrix& matrix) {
+  held.owners.insert(held.owners.end(), matrix.owners.begin(), matrix.owners.end());
+  held.memories.push_back(matrix.memory);
+}
+
+void check_shape(const Matrix& matrix, int rows, int cols) {
+  require(matrix.rows() == rows && matrix.cols() == cols, "a matrix has the wrong shape");
+}
+
+// Adds a matrix to the model and returns its id.
+int add_matrix(HeldModel& held, const HeldMatrix& matrix) {
+  std::uint16_t widths = 0;
+  const Linear* const nested = matrix.matrix.nested;
+  for (int bits = 0; bits < 16; ++bits) widths |= (nested == nullptr || serves(*nested, bits)) << bits;
+  own(held, matrix);
+  held.served.push_back(widths);
+  return held.model.add(matrix.matrix);
+}
+
+const float* keep(HeldModel& held, const Vector& array, int length) {
+  if (!array) return nullptr;
+  require(array->shape(0) == static_cast<std::size_t>(length), "a vector has the wrong length");
+  held.owners.push_back(nb::cast(*array));
+  return array->data();
+}
+
+// The order in which Python gives the matrices and norms of a layer (families.py).
+enum { QUERY, KEY, VALUE, OUTPUT, GATE, UP, DOWN, MATRICES };
+enum { ATTENTION_NORM, ATTENTION_OUT_NORM, FFN_NORM, FFN_OUT_NORM, QUERY_NORM, KEY_NORM, NORMS };
+
+void check_layer(const Model& m, const std::vector<HeldMatrix*>& matrices, const std::vector<Vector>& norms) {
+  require(matrices.size() == MATRICES && norms.size() == NORMS, "a layer needs seven matrices and six norms");
+  require(norms[ATTENTION_NORM] && norms[FFN_NORM], "a layer needs the norms before attention and feed-forward");
+  const int queries = m.heads * m.head_dim, keys = m.kv_heads * m.head_dim;
+  const int rows[MATRICES] = {queries, keys, keys, m.hidden, m.intermediate, m.intermediate, m.hidden};
+  const int cols[MATRICES] = {m.hidden, m.hidden, m.hidden, queries, m.hidden, m.hidden, m.intermediate};
+  for (int i = 0; i < MATRICES; ++i) check_shape(matrices[i]->matrix, rows[i], cols[i]);
+}
+
+// Its matrices get the next seven ids, in their order.
+void add_layer(HeldModel& held, const std::vector<HeldMatrix*>& matrices, const std::vector<Vector>& norms, int window,
+               int rope) {
+  Model& m = held.model;
+  check_layer(m, matrices, norms);
+  require(window >= 0 && rope >= -1 && rope < static_cast<int>(m.ropes.size()), "window or rope out of range");
+  Layer layer{};
+  Attention& attention = layer.attention;
+  attention.norm = keep(held, norms[ATTENTION_NORM], m.hidden);
+  attention.out_norm = keep(held, norms[ATTENTION_OUT_NORM], m.hidden);
+  attention.query_norm = keep(held, norms[QUERY_NORM], m.head_dim);
+  attention.key_norm = keep(held, norms[KEY_NORM], m.head_dim);
+  attention.window = window;
+  attention.rope = rope;
+  FeedForward& ffn = layer.feed_forward;
+  ffn.norm = keep(held, norms[FFN_NORM], m.hidden);
+  ffn.out_norm = keep(held, norms[FFN_OUT_NORM], m.hidden);
+  attention.query = add_matrix(held, *matrices[QUERY]);
+  attention.key = add_matrix(held, *matrices[KEY]);
+  attention.value = add_matrix(held, *matrices[VALUE]);
+  attention.output = add_matrix(held, *matrices[OUTPUT]);
+  ffn.gate = add_matrix(held, *matrices[GATE]);
+  ffn.up = add_matrix(held, *matrices[UP]);
+  ffn.down = add_matrix(held, *matrices[DOWN]);
+  m.layers.push_back(layer);
+}
+
+// The embedding, the head, which gets the next id, and the norm before the head.
+void set_ends(HeldModel& held, const HeldMatrix& embedding, const HeldMatrix& head, const Floats1& norm) {
+  Model& m = held.model;
+  require(m.head < 0, "the model has its embedding and head already");
+  require(!embedding.matrix.nested, "the embedding must not be quantised");
+  check_shape(embedding.matrix, m.vocab, m.hidden);
+  check_shape(head.matrix, m.vocab, m.hidden);
+  own(held, embedding);
+  m.embedding = embedding.matrix.dense;
+  m.norm = keep(held, norm, m.hidden);
+  m.head = add_matrix(held, head);
+}
+
+void make_model(HeldModel* self, std::int64_t hidden, std::int64_t intermediate, std::int64_t heads,
+                std::int64_t kv_heads, std::int64_t head_dim, std::int64_t vocab, float norm_eps,
+                float attention_scale, float embedding_scale, float attention_cap, float logit_cap, bool gelu) {
+  new (self) HeldModel(Model(hidden, intermediate, heads, kv_heads, head_dim, vocab));
+  Model& m = self->model;
+  m.norm_eps = norm_eps, m.attention_scale = attention_scale, m.embedding_scale = embedding_scale;
+  m.attention_cap = attention_cap, m.logit_cap = logit_cap, m.gelu = gelu;
+}
+
+void add_rope(HeldModel& held, const Floats1& frequencies, float scale) {
+  held.model.ropes.push_back({keep(held, frequencies, held.model.head_dim / 2), scale});
+}
+
+}  // namespace
+
+void bind_model(nb::module_& module) {
+  nb::class_<HeldMatrix>(module, "Matrix");
+  module.def("dense_matrix", &dense_matrix, nb::arg("data"), nb::arg("dtype"), nb::arg("bias").none(),
+             nb::arg("resident"));
+  module.def("nested_matrix", &nested_matrix, nb::arg("owner"), nb::arg("linear"), nb::arg("bias").none());
+
+  nb::class_<HeldModel>(module, "Model")
+      .def("__init__", &make_model, nb::kw_only(), nb::arg("hidden"), nb::arg("intermediate"), nb::arg("heads"),
+           nb::arg("kv_heads"), nb::arg("head_dim"), nb::arg("vocab"), nb::arg("norm_eps"), nb::arg("attention_scale"),
+           nb::arg("embedding_scale"), nb::arg("attention_cap"), nb::arg("logit_cap"), nb::arg("gelu"))
+      .def("add_rope", &add_rope, nb::arg("frequencies"), nb::arg("scale"))
+      .def("add_layer", &add_layer, nb::arg("matrices"), nb::arg("norms"), nb::arg("window"), nb::arg("rope"))
+      .def("set_ends", &set_ends, nb::arg("embedding"), nb::arg("head"), nb::arg("norm"));
+}
+
+}  // namespace matquant
