@@ -36,9 +36,9 @@ def from_pairs(weight: np.ndarray, heads: int) -> np.ndarray:
     return weight[order]
 
 
-def oracle(tensor: NestedTensor, bits: int, type_name: str, zeros: str = EXACT) -> np.ndarray:
+def oracle(tensor: NestedTensor, bits: int, type_name: str, zero_point: str = EXACT) -> np.ndarray:
     """The slice with its scale and minimum in float16, as the type holds them; float32 where there is no block."""
-    scale, zero = read_affine(tensor, bits, zeros=zeros)
+    scale, zero = read_affine(tensor, bits, zero_point=zero_point)
     codes = np.array([slice_code(code, bits, tensor.rule) for code in range(256)], np.float32)[tensor.codes]
     grouped = codes.reshape(*scale.shape, -1)
     if type_name == "F32":
@@ -63,7 +63,7 @@ def gguf_name(path: str) -> str:
     return f"blk.{layer}.{GGUF_NAMES[rest]}.weight"
 
 
-def assert_holds_the_slices(file: Path, directory: Path, plan: dict[str, int], zeros: str = EXACT) -> None:
+def assert_holds_the_slices(file: Path, directory: Path, plan: dict[str, int], zero_point: str = EXACT) -> None:
     """Every quantised weight of ``file`` is, bit for bit, the slice of the checkpoint, moved if zeros are."""
     checkpoint, weights, types = open_checkpoint(directory), file_weights(file), file_types(file)
     config = checkpoint.config
@@ -71,5 +71,5 @@ def assert_holds_the_slices(file: Path, directory: Path, plan: dict[str, int], z
         found = weights[gguf_name(path)]
         if config["model_type"] in ("llama", "mistral") and path.endswith(("q_proj", "k_proj")):
             found = from_pairs(found, config[f"num_{'attention' if 'q_proj' in path else 'key_value'}_heads"])
-        expected = oracle(checkpoint.nested(path), bits, types[gguf_name(path)], zeros)
+        expected = oracle(checkpoint.nested(path), bits, types[gguf_name(path)], zero_point)
         np.testing.assert_array_equal(found, expected, err_msg=f"{path} at {bits} bits")

@@ -6,10 +6,10 @@ import unicodedata
 from pathlib import Path
 
 import pytest
-from matquant.models import load_tokenizer
-from matquant.text import SEPARATOR, cut_windows, read_documents, token_stream
 
 from matquant.calibration import FILE, calibration_text
+from matquant.hf.text import SEPARATOR, cut_windows, read_documents, token_stream
+from matquant.hf_torch.loading import load_tokenizer
 
 REFERENCE = Path(__file__).resolve().parents[1] / "examples" / "reference" / "model"
 SOURCES = FILE.with_name("SOURCES.md")

@@ -131,7 +131,7 @@ def test_a_format_holds_some_slice(to: str, plain: Path, tmp_path: Path) -> None
 def test_what_a_format_does_not_know_is_rejected(to: str, plain: Path, tmp_path: Path) -> None:
     out = place(tmp_path, to)
     for options, message in (
-        ({"zeros": "middle"}, "zeros='middle' is not supported; use exact or centre"),
+        ({"zero_point": "middle"}, "zero_point='middle' is not supported; use exact or midrange"),
         ({"dtype": "float8"}, "dtype='float8' is not supported; use float32, float16, bfloat16"),
         ({"bits": 4, "plan": Plan(default=4)}, "bits and a plan cannot be given together; give one of them"),
     ):

@@ -169,7 +169,7 @@ def test_centred_zeros_are_the_least_squares_fit_of_the_slice(rule: str, bits: i
 OPTIONS: dict[str, dict[str, Any]] = {
     "prefix": {},
     "prefix plain": {"affine": "none"},
-    "centre": {"zeros": "centre"},
+    "midrange": {"zero_point": "midrange"},
     "round": {"rule": "round", "affine": "none"},
     "extra": {"rule": "extra", "affine": "none"},
     "asymmetric": {"symmetric": False},
@@ -238,7 +238,7 @@ def test_compressed_tensors_is_the_slice_exactly_or_refused(
     assert all("; give --to " in message for message in refused)
     expected = {
         "round": list(WIDTHS), "extra": list(WIDTHS), "groups": list(WIDTHS), "exact scales": list(WIDTHS),
-        "centre": [2, 3, 4, 8],
+        "midrange": [2, 3, 4, 8],
     }  # fmt: skip
     assert held == expected.get(name, [8])
 
@@ -247,7 +247,7 @@ def test_compressed_tensors_is_the_slice_exactly_or_refused(
 def test_with_centred_zeros_prefix_takes_one_bit_more(name: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
     checkpoint = open_checkpoint(checkpoints[name])
     for bits in (2, 3, 4, 6, 7):
-        made = export(checkpoints[name], tmp_path / str(bits), to="compressed-tensors", bits=bits, zeros=CENTRE)
+        made = export(checkpoints[name], tmp_path / str(bits), to="compressed-tensors", bits=bits, zero_point=CENTRE)
         assert made["containers"] == {f"int{bits + 1}": len(checkpoint.shapes)}
         for path in checkpoint.shapes:
             tensor = checkpoint.nested(path)
@@ -292,7 +292,7 @@ def test_a_smaller_nested_checkpoint_slices_as_the_whole_one(
     whole, out = open_checkpoint(checkpoints[name]), tmp_path / "out"
     made = export(checkpoints[name], out, to="matquant", bits=bits)
     part = verify_checkpoint(out)
-    assert (part.spec.format, part.spec.stored_bits) == (3 if name == "centre" else 2, bits + 1)
+    assert (part.spec.format, part.spec.stored_bits) == (3 if name == "midrange" else 2, bits + 1)
     assert part.spec.zeros == whole.spec.zeros
     assert made["bits_per_weight"] < bits_per_weight(whole, dict.fromkeys(whole.shapes, 8)) - (6.8 - bits)
     for path in whole.shapes:
@@ -444,7 +444,7 @@ def test_mistakes_are_said_in_three_parts(checkpoints: dict[str, Path], tmp_path
         ({"to": "dense", "bits": 9}, "bits=9 asked of an 8-bit code; use one of 1, 2, 3, 4, 5, 6, 7, 8"),
         ({"to": "dense", "bits": 4, "plan": Plan()}, "bits and a plan cannot be given together; give one of them"),
         ({"to": "dense", "dtype": "int8"}, "dtype='int8' is not supported; use float32, float16, bfloat16"),
-        ({"to": "dense", "zeros": "round"}, "zeros='round' is not supported; use exact or centre"),
+        ({"to": "dense", "zero_point": "round"}, "zero_point='round' is not supported; use exact or midrange"),
         (
             {"to": "dense", "plan": Plan(bits={"model.up": 4})},
             "the plan names 'model.up', which the model does not quant",
@@ -462,9 +462,9 @@ def test_mistakes_are_said_in_three_parts(checkpoints: dict[str, Path], tmp_path
         assert not out.exists()
     with pytest.raises(
         InputError,
-        match="zeros='centre' needs a symmetric checkpoint: the zero-points of this one are far",
+        match="zero_point='centre' needs a symmetric checkpoint: the zero-points of this one are far",
     ):
-        export(checkpoints["asymmetric"], out, to="compressed-tensors", bits=4, zeros=CENTRE)
+        export(checkpoints["asymmetric"], out, to="compressed-tensors", bits=4, zero_point=CENTRE)
     with pytest.raises(InputError, match="the zeros of an asymmetric checkpoint need all 8 bits; give --to"):
         export(checkpoints["asymmetric"], out, to="matquant", bits=4)
 
@@ -476,8 +476,8 @@ def test_a_refusal_names_what_would_do(checkpoint: Path) -> None:
     for to in remedy.split(", or ")[0].removeprefix("--to ").split(" or "):
         make_job(open_checkpoint(checkpoint), to, {UP: 4})
     assert "--bits 8" in remedy
-    assert "--zeros centre" in remedy
-    make_job(open_checkpoint(checkpoint), "compressed-tensors", {UP: 4}, zeros=CENTRE)
+    assert "--zero-point midrange" in remedy
+    make_job(open_checkpoint(checkpoint), "compressed-tensors", {UP: 4}, zero_point=CENTRE)
 
 
 # Format 2 -------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from matquant.core.grid import decode
 from matquant.core.nest import slice_codes
 from matquant.core.spec import Plan
 from matquant.export import export
-from matquant.export.containers import CENTRE, EXACT, read_affine
+from matquant.export.containers import EXACT, MIDRANGE, read_affine
 from matquant.format.read import Checkpoint, open_checkpoint
 from matquant.hf_torch.layers import linear_views
 from matquant.system.errors import InputError
@@ -36,18 +36,20 @@ def seen(directory: Path) -> dict[str, np.ndarray]:
     return {path: view.of(parameters[view.parameter].detach()).numpy() for path, view in views.items()}
 
 
-def expected(checkpoint: Checkpoint, path: str, bits: int, zeros: str) -> np.ndarray:
+def expected(checkpoint: Checkpoint, path: str, bits: int, zero_point: str) -> np.ndarray:
     tensor = checkpoint.nested(path)
     codes = slice_codes(tensor.codes, bits, rule=tensor.rule)
-    found: np.ndarray = decode(codes, *read_affine(tensor, bits, zeros=zeros))
+    found: np.ndarray = decode(codes, *read_affine(tensor, bits, zero_point=zero_point))
     return found
 
 
-def assert_seen(source: Path, out: Path, plan: Mapping[str, int], zeros: str = EXACT) -> None:
+def assert_seen(source: Path, out: Path, plan: Mapping[str, int], zero_point: str = EXACT) -> None:
     checkpoint, found = open_checkpoint(source), seen(out)
     for path, bits in plan.items():
-        np.testing.assert_array_equal(found[path], expected(checkpoint, path, bits, zeros), err_msg=path)
-        assert not np.array_equal(found[path], expected(checkpoint, path, bits - 1, zeros)), f"{path} of another width"
+        np.testing.assert_array_equal(found[path], expected(checkpoint, path, bits, zero_point), err_msg=path)
+        assert not np.array_equal(found[path], expected(checkpoint, path, bits - 1, zero_point)), (
+            f"{path} of another width"
+        )
 
 
 @pytest.fixture(scope="module")
@@ -79,9 +81,9 @@ def test_every_rule_with_zeros_in_the_middle(
 ) -> None:
     source = checkpoint_of("llama", rule=rule, symmetric=True, **options)
     for bits, width in {8: 8, 6: 6 + (rule != "round"), 2: 2 + (rule != "round")}.items():
-        made = export(source, tmp_path / "out", to="compressed-tensors", bits=bits, zeros=CENTRE, overwrite=True)
+        made = export(source, tmp_path / "out", to="compressed-tensors", bits=bits, zero_point=MIDRANGE, overwrite=True)
         assert made["containers"] == {f"int{width}": 14}
-        assert_seen(source, tmp_path / "out", dict.fromkeys(open_checkpoint(source).shapes, bits), CENTRE)
+        assert_seen(source, tmp_path / "out", dict.fromkeys(open_checkpoint(source).shapes, bits), MIDRANGE)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "phi3", "opt"])

@@ -11,7 +11,7 @@ from exports import nested_checkpoint, read_gptq, read_json, sliced, stored
 from matquant.core.nest import slice_codes
 from matquant.core.spec import Plan
 from matquant.export import export
-from matquant.export.containers import CENTRE, read_affine
+from matquant.export.containers import MIDRANGE, read_affine
 from matquant.format.read import open_checkpoint
 from matquant.system.errors import InputError
 
@@ -23,7 +23,7 @@ PREFIX_CENTRED = {8: 8, 4: 8, 3: 4, 2: 3}  # slice -> container: one bit more, a
 def moved(directory: Path, path: str, bits: int) -> np.ndarray:
     """The slice with its zeros in the middle, in float64."""
     tensor = open_checkpoint(directory).nested(path)
-    scale, zero = (part.astype(np.float64) for part in read_affine(tensor, bits, zeros=CENTRE))
+    scale, zero = (part.astype(np.float64) for part in read_affine(tensor, bits, zero_point=MIDRANGE))
     code = slice_codes(tensor.codes, bits, rule=tensor.rule).astype(np.float64)
     weight: np.ndarray = (code.reshape(len(code), scale.shape[1], -1) - zero[..., None]) * scale[..., None]
     return weight.reshape(code.shape)
@@ -63,7 +63,7 @@ def test_slices_of_rule_round_are_exact(layout: str, options: dict[str, Any], tm
 def test_centred_slices_of_rule_prefix_take_a_bit_more(layout: str, tmp_path: Path) -> None:
     source = nested_checkpoint(tmp_path / "in", {UP: (32, 96)})
     for bits, width in PREFIX_CENTRED.items():
-        made = export(source, tmp_path / "out", to=layout, bits=bits, zeros="centre", overwrite=True)
+        made = export(source, tmp_path / "out", to=layout, bits=bits, zero_point="midrange", overwrite=True)
         assert made["containers"] == {f"{'int' if layout == 'gptq' else 'uint'}{width}": 1}
         weight = read_gptq(stored(tmp_path / "out"), UP, width, less=int(layout == "gptq"))
         np.testing.assert_array_equal(weight, moved(source, UP, bits))

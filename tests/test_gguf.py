@@ -141,20 +141,20 @@ def families(large: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.mark.parametrize("name", MASTERS)
-@pytest.mark.parametrize("zeros", ["exact", "centre"])
+@pytest.mark.parametrize("zero_point", ["exact", "midrange"])
 def test_a_file_holds_the_slices_exactly_or_is_refused(
-    name: str, zeros: str, masters: dict[str, Path], tmp_path: Path
+    name: str, zero_point: str, masters: dict[str, Path], tmp_path: Path
 ) -> None:
     shapes, out, held = open_checkpoint(masters[name]).shapes, tmp_path / "model.gguf", {}
     for bits in (8, 7, 6, 5, 4, 3, 2):
         try:
-            made = export(masters[name], out, to="gguf", bits=bits, zeros=zeros, overwrite=True)
+            made = export(masters[name], out, to="gguf", bits=bits, zero_point=zero_point, overwrite=True)
         except InputError:
             continue
         held[bits] = set(made["containers"])
-        assert_holds_the_slices(out, masters[name], dict.fromkeys(shapes, bits), zeros)
+        assert_holds_the_slices(out, masters[name], dict.fromkeys(shapes, bits), zero_point)
         with pytest.raises(AssertionError):
-            assert_holds_the_slices(out, masters[name], dict.fromkeys(shapes, bits - 1), zeros)
+            assert_holds_the_slices(out, masters[name], dict.fromkeys(shapes, bits - 1), zero_point)
     prefix = {4: {"Q4_K", "Q4_1"}, 2: {"Q2_K", "Q4_1"}} | {3: {"Q4_K", "Q4_1"}, 5: {"Q5_K", "Q5_1"}}
     rounded = {8: {"Q8_0"}, 7: {"Q8_0"}, 6: {"Q6_K", "Q8_0"}, 5: {"Q5_0"}, 4: {"Q4_0"}, 3: {"Q3_K", "Q4_0"}}
     extra = {8: {"Q8_0"}, 7: {"Q8_0"}, 6: {"Q8_0"}, 5: {"Q6_K", "Q8_0"}, 4: {"Q5_0"}, 3: {"Q4_0"}}
@@ -164,19 +164,19 @@ def test_a_file_holds_the_slices_exactly_or_is_refused(
         ("exact scales", "exact"): {8: {"Q8_0"}, **prefix},
         ("prefix plain", "exact"): {8: {"Q8_0"}, **prefix},
         ("asymmetric", "exact"): prefix,
-        ("asymmetric", "centre"): {},
+        ("asymmetric", "midrange"): {},
         ("groups", "exact"): {8: {"Q8_0"}, 5: {"Q5_1"}, **{key: {"Q4_1"} for key in (4, 3, 2)}},
-        ("groups", "centre"): {
+        ("groups", "midrange"): {
             **{key: {"Q8_0"} for key in (8, 7, 6)},
             5: {"Q5_1"},
             4: {"Q4_1"},
             3: {"Q4_0"},
             2: {"Q4_0"},
         },
-        **{("round", zeros): rounded | {2: {"Q2_K", "Q4_0"}} for zeros in ("exact", "centre")},
-        **{("extra", zeros): extra | {2: {"Q3_K", "Q4_0"}} for zeros in ("exact", "centre")},
+        **{("round", zeros): rounded | {2: {"Q2_K", "Q4_0"}} for zeros in ("exact", "midrange")},
+        **{("extra", zeros): extra | {2: {"Q3_K", "Q4_0"}} for zeros in ("exact", "midrange")},
     }
-    assert held == expected.get((name, zeros), moved | {2: {"Q2_K", "Q4_0"}})
+    assert held == expected.get((name, zero_point), moved | {2: {"Q2_K", "Q4_0"}})
 
 
 def test_a_plan_is_exported_path_by_path(masters: dict[str, Path], tmp_path: Path) -> None:

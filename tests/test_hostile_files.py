@@ -87,7 +87,7 @@ def readers(directory: Path, text: Path, out: Path) -> dict[str, Callable[[], ob
 
     def exported(to: str) -> None:
         seal(directory)
-        export(directory, out / f"{to}{FORMATS[to].suffix}", to=to, bits=4, zeros="centre", overwrite=True)
+        export(directory, out / f"{to}{FORMATS[to].suffix}", to=to, bits=4, zero_point="midrange", overwrite=True)
 
     return {
         "generate": generate,

@@ -24,7 +24,7 @@ from engines.conftest import CACHE, HERE, NEW_TOKENS, WIDTHS, Run, Subject
 from environments import make_environment
 from gguf_files import assert_holds_the_slices
 from matquant.core.spec import Plan
-from matquant.export.containers import CENTRE, EXACT
+from matquant.export.containers import EXACT, MIDRANGE
 from matquant.system.errors import InputError
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
@@ -47,24 +47,25 @@ FAMILIES: dict[str, Callable[[], Any]] = {
 
 def check(subject: Subject, names: tuple[str, ...], run: Run, folder: Path, keep: Callable[..., None]) -> None:
     """Export, load, and compare weights, log-perplexity and greedy text with our own slice."""
-    made, zeros = {}, dict.fromkeys(names, EXACT)
+    made, zero_point = {}, dict.fromkeys(names, EXACT)
     for name in names:
         try:
             made[name] = subject.export(name, folder / f"{name}.gguf", to="gguf")
         except InputError:
-            zeros[name] = CENTRE
-            made[name] = subject.export(name, folder / f"{name}.gguf", to="gguf", zeros=CENTRE)
+            zero_point[name] = MIDRANGE
+            made[name] = subject.export(name, folder / f"{name}.gguf", to="gguf", zero_point=MIDRANGE)
     found = run("llamacpp", subject, {name: folder / f"{name}.gguf" for name in names})
     for name, result in found.items():
-        assert_holds_the_slices(folder / f"{name}.gguf", subject.directory, subject.bits(name), zeros[name])
+        assert_holds_the_slices(folder / f"{name}.gguf", subject.directory, subject.bits(name), zero_point[name])
         dense = folder / f"dense-{name}"
-        subject.export(name, dense, to="dense", zeros=zeros[name], dtype="float32")
+        subject.export(name, dense, to="dense", zero_point=zero_point[name], dtype="float32")
         ours = subject.ours(dense, torch.float32)
         together = itertools.takewhile(
             lambda pair: pair[0] == pair[1], zip(result["tokens"], ours["tokens"], strict=True)
         )
         keep(
-            format="gguf", model=subject.name, slice=name, zeros=zeros[name], containers=made[name]["containers"],
+            format="gguf", model=subject.name, slice=name, zero_point=zero_point[name],
+            containers=made[name]["containers"],
             bits_per_weight=made[name]["bits_per_weight"], log_perplexity=result["log_perplexity"],
             ours=ours["log_perplexity"], same_tokens=len(list(together)), of=NEW_TOKENS,
         )  # fmt: skip
@@ -77,7 +78,7 @@ def test_every_slice_of_a_real_model(subject: Subject, run: Run, keep: Callable[
 
 def test_zeros_between_integers_are_refused_where_minima_are_missing(subject: Subject, tmp_path: Path) -> None:
     for name in ("6", "7"):
-        with pytest.raises(InputError, match=r"is no multiple of 1/2.*--zeros centre, which moves the zeros"):
+        with pytest.raises(InputError, match=r"is no multiple of 1/2.*--zero-point midrange, which moves the zeros"):
             subject.export(name, tmp_path / "out.gguf", to="gguf")
 
 

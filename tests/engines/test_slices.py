@@ -18,7 +18,7 @@ from engines.conftest import WIDTHS, Run, Subject, spread, work
 from exports import nested_checkpoint, sliced
 from matquant.core.nest import slice_codes
 from matquant.export import export
-from matquant.export.containers import CENTRE, EXACT, read_affine
+from matquant.export.containers import EXACT, MIDRANGE, read_affine
 from matquant.format.read import open_checkpoint
 from matquant.system.errors import InputError
 
@@ -27,22 +27,22 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
 
 @dataclass(frozen=True)
 class Route:
-    """A format in an engine. zeros: how slices of rule ``prefix`` are exported. dtype: what the engine computes in.
+    """A format in an engine. zero_point: how slices of rule ``prefix`` are exported. dtype: what it computes in.
 
     apart: how far log-perplexity may be from ours, relative.
     """
 
     engine: str
-    zeros: str
+    zero_point: str
     dtype: torch.dtype
     apart: float
 
 
 ROUTES = {
     "mlx": Route("mlx", EXACT, torch.float32, 1e-4),  # before the first product, activations are still bfloat16
-    "compressed-tensors": Route("compressed_tensors", CENTRE, torch.float32, 1e-6),
-    "gptq": Route("gptqmodel", CENTRE, torch.bfloat16, 1e-5),
-    "gptq_v2": Route("gptqmodel", CENTRE, torch.bfloat16, 1e-5),
+    "compressed-tensors": Route("compressed_tensors", MIDRANGE, torch.float32, 1e-6),
+    "gptq": Route("gptqmodel", MIDRANGE, torch.bfloat16, 1e-5),
+    "gptq_v2": Route("gptqmodel", MIDRANGE, torch.bfloat16, 1e-5),
 }
 FAMILIES = {
     "mlx": ("mistral", "qwen2", "qwen3", "gemma2"),
@@ -54,7 +54,9 @@ FAMILIES = {
 def assert_same_weights(found: np.ndarray, subject: Subject, path: str, bits: int, route: Route) -> None:
     """Equal to the slice: bit for bit, or but for one rounding of the minimum where the format stores one."""
     tensor = subject.checkpoint.nested(path)
-    scale, zero = (part[..., None].astype(np.float64) for part in read_affine(tensor, bits, zeros=route.zeros))
+    scale, zero = (
+        part[..., None].astype(np.float64) for part in read_affine(tensor, bits, zero_point=route.zero_point)
+    )
     code = slice_codes(tensor.codes, bits, rule=tensor.rule).astype(np.float64)
     grouped = code.reshape(len(code), scale.shape[1], -1)
     expected = (scale * (grouped - zero)).reshape(code.shape)
@@ -81,14 +83,16 @@ def check(
 ) -> None:
     """Export, run, and compare weights, greedy text and log-perplexity with our own slice."""
     route = ROUTES[to]
-    made = {name: subject.export(name, folder / f"{to}-{name}", to=to, zeros=route.zeros) for name in names}
+    made = {name: subject.export(name, folder / f"{to}-{name}", to=to, zero_point=route.zero_point) for name in names}
     found = run(route.engine, subject, {name: folder / f"{to}-{name}" for name in names})
     for name, result in found.items():
         for path, bits in subject.bits(name).items():
             assert_same_weights(result["weights"][path], subject, path, bits, route)
             with pytest.raises(AssertionError):
                 assert_same_weights(result["weights"][path], subject, path, bits - 1, route)
-        subject.export(name, folder / f"dense-{name}", to="dense", zeros=route.zeros, dtype="float32", overwrite=True)
+        subject.export(
+            name, folder / f"dense-{name}", to="dense", zero_point=route.zero_point, dtype="float32", overwrite=True
+        )
         ours = subject.ours(folder / f"dense-{name}", route.dtype)
         if keep is not None:
             keep(**record(to, subject, name, made[name], result, ours, route))
@@ -110,7 +114,7 @@ def record(
         "format": to,
         "model": subject.name,
         "slice": name,
-        "zeros": route.zeros,
+        "zero_point": route.zero_point,
         "dtype": str(route.dtype).removeprefix("torch."),
         "containers": made["containers"],
         "bits_per_weight": made["bits_per_weight"],
@@ -127,10 +131,10 @@ def test_every_slice_of_a_real_model(
     check(to, (*WIDTHS, "plan"), subject, run, tmp_path, keep)
 
 
-@pytest.mark.parametrize("to", [to for to, route in ROUTES.items() if route.zeros == CENTRE])
+@pytest.mark.parametrize("to", [to for to, route in ROUTES.items() if route.zero_point == MIDRANGE])
 def test_zeros_between_integers_are_refused(to: str, subject: Subject, tmp_path: Path) -> None:
     for name in ("6", "4", "3", "2", "plan"):
-        with pytest.raises(InputError, match=r"is no multiple of 1/2.*--zeros centre, which moves the zeros"):
+        with pytest.raises(InputError, match=r"is no multiple of 1/2.*--zero-point midrange, which moves the zeros"):
             subject.export(name, tmp_path / "out", to=to)
     subject.export("8", tmp_path / "out", to=to)
 

@@ -45,7 +45,7 @@ def export(
     if explain:
         checkpoint = open_checkpoint(directory)
         resolved = wanted.resolve(checkpoint.shapes) if wanted is not None else None
-        table = explaining.explain(checkpoint, plan=resolved, zeros={"midrange": "centre"}.get(zero_point, zero_point))
+        table = explaining.explain(checkpoint, plan=resolved, zero_point=zero_point)
         Console().print(explaining.render(table, str(directory)))
         return
     if to is None or out is None:
@@ -57,7 +57,7 @@ def export(
             to=to,
             bits=bits,
             plan=wanted,
-            zeros={"midrange": "centre"}.get(zero_point, zero_point),
+            zero_point=zero_point,
             dtype=dtype,
             base_model=base_model,
             measured=measured,

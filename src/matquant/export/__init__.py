@@ -16,7 +16,7 @@ from matquant.core.nest import MASTER_BITS
 from matquant.core.spec import Plan
 from matquant.export import compressed_tensors, dense, gguf, gptq, mlx, nested
 from matquant.export.card import RECORD
-from matquant.export.containers import CENTRE, EXACT, ZEROS, Container
+from matquant.export.containers import EXACT, MIDRANGE, ZERO_POINTS, Container
 from matquant.export.job import Exporter, Job
 from matquant.format.read import Checkpoint, open_checkpoint
 from matquant.system.errors import InputError
@@ -50,7 +50,7 @@ def export(
     to: str,
     bits: int | None = None,
     plan: Plan | None = None,
-    zeros: str = EXACT,
+    zero_point: str = EXACT,
     dtype: str | None = None,
     base_model: str | None = None,
     measured: Path | None = None,
@@ -63,8 +63,8 @@ def export(
     The weights the engine computes with are those of the slice, after one rounding of scales (and minima) to the
     format's type; weights whose size no block of the format fits stay dense, with a notice.
 
-    zeros: CENTRE moves zero-points to the middle of the codes first, for formats that hold no others. dtype: of dense
-    weights, None: the model's; to mlx of scales and biases too, None: float32. measured: a record of ``matquant eval
+    zero_point: MIDRANGE moves zero-points to the middle of the codes first, for formats that hold no others. dtype: of
+    dense weights, None: the model's; to mlx of scales and biases too, None: float32. measured: a record of ``matquant eval
     --json`` for the model card. Returns {"out", "bytes", "seconds", "bits_per_weight", "containers": {name: weights}}.
     InputError, and nothing written, where a slice does not fit.
     """
@@ -77,7 +77,7 @@ def export(
         raise InputError("bits and a plan cannot be given together; give one of them")
     wanted = (plan or Plan(default=bits or MASTER_BITS)).resolve(checkpoint.shapes)
     about = {"base_model": base_model, "measured": _evaluation(measured)}
-    job = make_job(checkpoint, to, wanted, zeros=zeros, dtype=dtype, about=about)
+    job = make_job(checkpoint, to, wanted, zero_point=zero_point, dtype=dtype, about=about)
     total = _write(job, target, overwrite=overwrite, report=report, notice=notice)
     return {
         "out": str(target),
@@ -123,26 +123,26 @@ def make_job(
     to: str,
     plan: Mapping[str, int],
     *,
-    zeros: str = EXACT,
+    zero_point: str = EXACT,
     dtype: str | None = None,
     about: Mapping[str, Any] | None = None,
 ) -> Job:
     """Choose a container for every path of ``plan``; InputError with the reasons where none holds a slice."""
     exporter = _exporter(to, checkpoint)
-    if zeros not in ZEROS:
-        raise InputError(f"zeros={zeros!r} is not supported; use {' or '.join(ZEROS)}")
+    if zero_point not in ZERO_POINTS:
+        raise InputError(f"zero_point={zero_point!r} is not supported; use {' or '.join(ZERO_POINTS)}")
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"dtype={dtype!r} is not supported; use {', '.join(DTYPES)}")
-    if zeros == CENTRE and not checkpoint.spec.symmetric:
+    if zero_point == MIDRANGE and not checkpoint.spec.symmetric:
         raise InputError(
-            f"zeros={zeros!r} needs a symmetric checkpoint: the zero-points of this one are far from the middle; "
-            "use exact"
+            f"zero_point={zero_point!r} needs a symmetric checkpoint: the zero-points of this one are far from the middle"
+            "; use exact"
         )
     model = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float32"
     kept = DTYPES.get(dtype or "") or exporter.dense or DTYPES.get(str(model), "F32")
     if exporter.typed and dtype is not None:
         exporter = _with_scales(exporter, kept)
-    chosen = {path: exporter.container(checkpoint, path, bits, zeros) for path, bits in plan.items()}
+    chosen = {path: exporter.container(checkpoint, path, bits, zero_point) for path, bits in plan.items()}
     refused = {path: found for path, found in chosen.items() if isinstance(found, list)}
     if refused:
         path, misfits = next(iter(refused.items()))
@@ -161,7 +161,7 @@ def make_job(
         exporter=exporter,
         plan=plan,
         chosen=containers,
-        zeros=zeros,
+        zero_point=zero_point,
         dtype=kept,
         asked=DTYPES.get(dtype or ""),
         about={"format": to, **(about or {})},
@@ -182,8 +182,8 @@ def _with_scales(exporter: Exporter, dtype: str) -> Exporter:
 def alternatives(checkpoint: Checkpoint, to: str, path: str, bits: int) -> str:
     """What to ask for instead, in words: a format that holds the slice, or this one with other bits or zeros."""
 
-    def takes(exporter: Exporter, width: int, zeros: str = EXACT) -> bool:
-        return not isinstance(exporter.container(checkpoint, path, width, zeros), list)
+    def takes(exporter: Exporter, width: int, zero_point: str = EXACT) -> bool:
+        return not isinstance(exporter.container(checkpoint, path, width, zero_point), list)
 
     def holds(exporter: Exporter) -> bool:  # not only because the weight's size makes it dense
         found = exporter.container(checkpoint, path, bits, EXACT)
@@ -193,12 +193,12 @@ def alternatives(checkpoint: Checkpoint, to: str, path: str, bits: int) -> str:
     nearest = sorted(sliced, key=lambda width: (abs(width - bits), -width))
     widths = [width for width in nearest if takes(exporter, width)]
     formats = [name for name, found in FORMATS.items() if _reads(found, checkpoint) and holds(found)]
-    centre = checkpoint.spec.symmetric and takes(exporter, bits, CENTRE)
+    centre = checkpoint.spec.symmetric and takes(exporter, bits, MIDRANGE)
     return "give " + ", or ".join(
         [
             *([f"--to {' or '.join(formats)}"] if formats else []),
             *([f"--bits {widths[0]}"] if widths else []),
-            *(["--zeros centre, which moves the zeros of the slice"] if centre else []),
+            *(["--zero-point midrange, which moves the zeros of the slice"] if centre else []),
         ]
     )
 

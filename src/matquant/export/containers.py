@@ -26,8 +26,8 @@ from matquant.core.nest import MASTER_BITS, UNIFORM, integer_positions, middle, 
 from matquant.core.tensor import Affine, NestedTensor
 
 FIXED, INTEGER, MINIMUM = "fixed", "integer", "minimum"
-EXACT, CENTRE = "exact", "centre"
-ZEROS = (EXACT, CENTRE)
+EXACT, MIDRANGE = "exact", "midrange"
+ZERO_POINTS = (EXACT, MIDRANGE)
 STEPS = {"F32": 2.0**-24, "F16": 2.0**-11, "BF16": 2.0**-8}  # relative error of rounding to nearest
 
 
@@ -97,9 +97,9 @@ def levels(bits: int, rule: str, grid: str = UNIFORM) -> int:
     return int(2**bits) + (rule == "extra" and bits < MASTER_BITS)
 
 
-def fit(container: Container, tensor: NestedTensor, bits: int, *, zeros: str = EXACT) -> Fit | Misfit:
+def fit(container: Container, tensor: NestedTensor, bits: int, *, zero_point: str = EXACT) -> Fit | Misfit:
     """How ``container`` holds the ``bits``-bit slice of ``tensor``. Codes are looked at only if zeros are moved."""
-    return _fit(container, tensor, bits, read_affine(tensor, bits, zeros=zeros))
+    return _fit(container, tensor, bits, read_affine(tensor, bits, zero_point=zero_point))
 
 
 def _fit(container: Container, tensor: NestedTensor, bits: int, affine: Affine) -> Fit | Misfit:
@@ -148,9 +148,9 @@ def _fit_numbers(container: Container, scale: np.ndarray, zero: np.ndarray, coun
     return _storable(container, found, np.zeros(1))
 
 
-def encode(tensor: NestedTensor, bits: int, container: Container, zeros: str = EXACT) -> Encoded:
+def encode(tensor: NestedTensor, bits: int, container: Container, zero_point: str = EXACT) -> Encoded:
     """The ``bits``-bit slice of ``tensor`` as the integers of a container that holds it: u = factor * c + shift."""
-    found = fit(container, tensor, bits, zeros=zeros)
+    found = fit(container, tensor, bits, zero_point=zero_point)
     assert isinstance(found, Fit)  # it was when the container was chosen
     codes = slice_codes(tensor.codes, bits, rule=tensor.rule)
     if tensor.grid != UNIFORM:
@@ -163,14 +163,14 @@ def encode(tensor: NestedTensor, bits: int, container: Container, zeros: str = E
 
 
 def choose(
-    containers: Iterable[Container], tensor: NestedTensor, bits: int, *, zeros: str = EXACT
+    containers: Iterable[Container], tensor: NestedTensor, bits: int, *, zero_point: str = EXACT
 ) -> Container | list[Misfit] | None:
     """The first of ``containers`` that holds the slice; None if only the weight's size keeps it out of all; else why.
 
     Give them by size, smallest first.
     """
     misfits = []
-    affine = read_affine(tensor, bits, zeros=zeros)  # once: moved zeros look at all codes
+    affine = read_affine(tensor, bits, zero_point=zero_point)  # once: moved zeros look at all codes
     for container in containers:
         found = _fit(container, tensor, bits, affine)
         if isinstance(found, Fit):
@@ -179,8 +179,8 @@ def choose(
     return None if any(misfit.blocked for misfit in misfits) else misfits
 
 
-def read_affine(tensor: NestedTensor, bits: int, *, zeros: str = EXACT) -> tuple[np.ndarray, np.ndarray]:
-    """(scale, zero) of the slice, float32 [N, G]; with zeros=CENTRE the nearest one with its zeros in the middle.
+def read_affine(tensor: NestedTensor, bits: int, *, zero_point: str = EXACT) -> tuple[np.ndarray, np.ndarray]:
+    """(scale, zero) of the slice, float32 [N, G]; with MIDRANGE the nearest one whose zero-points are in the middle.
 
     The middle is (2^r - 1) / 2 under rule ``prefix`` and 2^(r-1) else. Nearest is least squares over the weights of the
     group; the scale keeps 8 significant bits, or stays as it is where that is nearer.
@@ -188,7 +188,7 @@ def read_affine(tensor: NestedTensor, bits: int, *, zeros: str = EXACT) -> tuple
     scale, zero = (np.asarray(part, dtype=np.float32) for part in tensor.affine(bits))
     centre = middle(bits) if tensor.rule == "prefix" and bits < MASTER_BITS else 2.0 ** (bits - 1)
     moved = zero != centre
-    if zeros == EXACT or not moved.any():
+    if zero_point == EXACT or not moved.any():
         return scale, zero
     rows, groups = scale.shape
     code = tensor.positions(bits).reshape(rows, groups, -1)

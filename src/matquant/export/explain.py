@@ -16,18 +16,18 @@ WIDTHS = (8, 7, 6, 5, 4, 3, 2)
 
 
 def explain(
-    checkpoint: Checkpoint, *, plan: Mapping[str, int] | None = None, zeros: str = EXACT
+    checkpoint: Checkpoint, *, plan: Mapping[str, int] | None = None, zero_point: str = EXACT
 ) -> dict[str, dict[str, Any]]:
     """format -> {width or "plan": outcome}, which is {"containers": {name: weights}, "bits_per_weight": number}, all
     overhead included, or {"refused": why}.
     """
     plans = {str(bits): dict.fromkeys(checkpoint.shapes, bits) for bits in WIDTHS}
     plans |= {"plan": dict(plan)} if plan is not None else {}
-    return {to: _outcomes(checkpoint, to, plans, zeros) for to in FORMATS}
+    return {to: _outcomes(checkpoint, to, plans, zero_point) for to in FORMATS}
 
 
 def _outcomes(
-    checkpoint: Checkpoint, to: str, plans: Mapping[str, Mapping[str, int]], zeros: str
+    checkpoint: Checkpoint, to: str, plans: Mapping[str, Mapping[str, int]], zero_point: str
 ) -> dict[str, dict[str, Any]]:
     families = FORMATS[to].families
     try:
@@ -35,12 +35,12 @@ def _outcomes(
             FORMATS[to].check(checkpoint)
     except InputError as error:
         return {name: {"refused": str(error)} for name in plans}
-    return {name: _outcome(checkpoint, to, wanted, zeros) for name, wanted in plans.items()}
+    return {name: _outcome(checkpoint, to, wanted, zero_point) for name, wanted in plans.items()}
 
 
-def _outcome(checkpoint: Checkpoint, to: str, plan: Mapping[str, int], zeros: str) -> dict[str, Any]:
+def _outcome(checkpoint: Checkpoint, to: str, plan: Mapping[str, int], zero_point: str) -> dict[str, Any]:
     try:
-        job = make_job(checkpoint, to, plan, zeros=zeros)
+        job = make_job(checkpoint, to, plan, zero_point=zero_point)
     except InputError as error:
         return {"refused": str(error)}
     containers = Counter(job.kinds().values())

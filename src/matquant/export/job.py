@@ -54,12 +54,18 @@ class Exporter:
     # InputError if the engine would compute another model than the checkpoint, else what users should know
     check: Callable[[Checkpoint], Sequence[str]] = lambda checkpoint: ()
 
-    def container(self, checkpoint: Checkpoint, path: str, bits: int, zeros: str) -> Container | list[Misfit] | None:
+    def container(
+        self, checkpoint: Checkpoint, path: str, bits: int, zero_point: str
+    ) -> Container | list[Misfit] | None:
         """What holds the slice of a weight, None if it becomes dense, or why nothing does."""
         if self.choose is not None:
-            return self.choose(checkpoint, path, bits, zeros)
+            return self.choose(checkpoint, path, bits, zero_point)
         candidates = self.containers(checkpoint, path)
-        return choose(candidates, checkpoint.nested(path, mapped=True), bits, zeros=zeros) if candidates else None
+        return (
+            choose(candidates, checkpoint.nested(path, mapped=True), bits, zero_point=zero_point)
+            if candidates
+            else None
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,8 +80,8 @@ class Job:
     plan: Mapping[str, int]
     # path -> container; None where the weight becomes dense, in ``dtype``
     chosen: Mapping[str, Container | None]
-    # EXACT, or CENTRE where zero-points are moved to the middle of the codes (containers.read_affine)
-    zeros: str
+    # EXACT, or MIDRANGE where zero-points are moved to the middle of the codes (containers.read_affine)
+    zero_point: str
     # of dense weights, as safetensors names it
     dtype: str
     # the dtype that a user asked for; None: the format decides
@@ -107,7 +113,7 @@ class Job:
 
         def make() -> Sequence[np.ndarray]:
             tensor = self.checkpoint.nested(path, mapped=True)
-            encoded = self.exporter.encode(tensor, self.plan[path], container, self.zeros)
+            encoded = self.exporter.encode(tensor, self.plan[path], container, self.zero_point)
             return self.exporter.tensors(container, encoded.reordered(rows))
 
         return Part(slots, make)
@@ -120,7 +126,7 @@ class Job:
 
 def _dense(job: Job, path: str, rows: np.ndarray | None) -> np.ndarray:
     tensor, bits = job.checkpoint.nested(path, mapped=True), job.plan[path]
-    scale, zero = read_affine(tensor, bits, zeros=job.zeros)
+    scale, zero = read_affine(tensor, bits, zero_point=job.zero_point)
     weight: np.ndarray = decode(tensor.positions(bits), scale, zero).astype(FLOATS[job.dtype])
     return weight if rows is None else weight[rows]
 

@@ -24,7 +24,7 @@ from matquant.format.side_files import nested_side_files
 from matquant.format.write import quantization_config
 
 
-def choose(checkpoint: Checkpoint, path: str, bits: int, zeros: str) -> Container | list[Misfit]:
+def choose(checkpoint: Checkpoint, path: str, bits: int, zero_point: str) -> Container | list[Misfit]:
     """The container of the top ``bits`` + 1 bits of the codes at ``path``."""
     if not checkpoint.spec.symmetric:
         return [Misfit("the zeros of an asymmetric checkpoint need all 8 bits")]
@@ -35,7 +35,7 @@ def choose(checkpoint: Checkpoint, path: str, bits: int, zeros: str) -> Containe
     return Container(name=f"top {kept} of 8 bits", bits=kept, zero=FIXED, scale=dtype)
 
 
-def encode(tensor: NestedTensor, bits: int, container: Container, zeros: str) -> Encoded:
+def encode(tensor: NestedTensor, bits: int, container: Container, zero_point: str) -> Encoded:
     """The top bits of the codes; under ``prefix`` the last one is 1."""
     dropped = MASTER_BITS - container.bits
     codes = tensor.codes >> dropped
