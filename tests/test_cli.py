@@ -130,7 +130,8 @@ def start(llama: Path, text_file: Path, tmp_path: Path) -> Arguments:
     """start(*more, model=llama): the arguments of a short training run to tmp_path/out."""
 
     def arguments(*more: object, model: Path | str = llama) -> tuple[object, ...]:
-        return ("quantize", model, "-o", tmp_path / "out", "--text", text_file, *QAT, *more)
+        options = () if "--method" in more else QAT
+        return ("quantize", model, "-o", tmp_path / "out", "--text", text_file, *options, *more)
 
     return arguments
 

@@ -16,24 +16,13 @@ from transformers import AutoModelForCausalLM
 
 import matquant
 from conftest import largest_file
+from matquant.core.nest import CENTRE
 from matquant.core.packing import pack, unpack
 from matquant.core.spec import Plan
 from matquant.core.tensor import NestedTensor
 from matquant.export import FORMATS, export, make_job
 from matquant.export.card import RECORD
-from matquant.export.containers import (
-    CENTRE,
-    EXACT,
-    FIXED,
-    INTEGER,
-    MINIMUM,
-    Container,
-    Fit,
-    Misfit,
-    decode,
-    encode,
-    fit,
-)
+from matquant.export.containers import EXACT, FIXED, INTEGER, MINIMUM, Container, Fit, Misfit, decode, encode, fit
 from matquant.export.explain import explain
 from matquant.format.read import open_checkpoint
 from matquant.format.shards import Part, Slot, write_shards

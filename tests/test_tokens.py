@@ -17,7 +17,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 
 import matquant
 from conftest import make_tokenizer
-from matquant import cli
+from matquant.cli.generate import read_input
 from matquant.cli.verbs import app
 from matquant.core.spec import Plan
 from matquant.engine.chat import render
@@ -511,7 +511,7 @@ def test_a_byte_order_mark_is_dropped_from_every_file_a_user_gives(
         (read,) = tasks["arc_easy"]["dataset_kwargs"]["data_files"].values()
         assert Path(read).read_text() == f"{line}\n{line}\n", "what the harness reads"
     monkeypatch.setattr("sys.stdin", io.StringIO(f"{MARK}he"))
-    assert cli._read_input() == "he"
+    assert read_input() == "he"
     lines = iter([f"{MARK}/quit"])
     out = matquant.quantize(llama, tmp_path / "out", method="rtn")
     marked(out / "chat_template.jinja", "{{ messages[0].content }}")

@@ -38,8 +38,8 @@ def quantize(model: str, out: Path, *, dry_run: bool, **given: Any) -> None:
             options[name] = reader(value) if reader else value
     request = check_request(model, out, **options)  # before torch is imported
     with _resumable():
-        print("\n".join(preview.preview(model, request)), file=sys.stdout if dry_run else sys.stderr)
         if dry_run:
+            print("\n".join(preview.preview(model, request)))
             return
         with progress.quantising() as report:
             written = quantising.run(model, request, report=report)

@@ -7,6 +7,8 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 
+from matquant.system.startup import leave_on_interrupt
+
 VERBS = {  # verb -> the module that declares it, its line in --help
     "quantize": ("quantize", "Make one nested checkpoint of a float model."),
     "eval": ("evaluate", "Measure log-perplexity and zero-shot accuracy at every width."),
@@ -38,7 +40,8 @@ class Verbs(TyperGroup):
 
 def load(verb: str) -> Any:
     """The click command of a verb."""
-    module = importlib.import_module(f"matquant.cli.{VERBS[verb][0]}")
+    with leave_on_interrupt():
+        module = importlib.import_module(f"matquant.cli.{VERBS[verb][0]}")
     single = typer.Typer(add_completion=False, pretty_exceptions_enable=False, context_settings=CONTEXT)
     single.command(verb, help=VERBS[verb][1])(getattr(module, module.COMMANDS[verb]))
     return get_command(single)

@@ -64,9 +64,9 @@ def export(
     format's type; weights whose size no block of the format fits stay dense, with a notice.
 
     zero_point: MIDRANGE moves zero-points to the middle of the codes first, for formats that hold no others. dtype: of
-    dense weights, None: the model's; to mlx of scales and biases too, None: float32. measured: a record of ``matquant eval
-    --json`` for the model card. Returns {"out", "bytes", "seconds", "bits_per_weight", "containers": {name: weights}}.
-    InputError, and nothing written, where a slice does not fit.
+    dense weights, None: the model's; to mlx of scales and biases too, None: float32. measured: a record of
+    ``matquant eval --json`` for the model card. Returns {"out", "bytes", "seconds", "bits_per_weight",
+    "containers": {name: weights}}. InputError, and nothing written, where a slice does not fit.
     """
     began = time.perf_counter()
     target = check_place(out)
@@ -135,8 +135,8 @@ def make_job(
         raise InputError(f"dtype={dtype!r} is not supported; use {', '.join(DTYPES)}")
     if zero_point == MIDRANGE and not checkpoint.spec.symmetric:
         raise InputError(
-            f"zero_point={zero_point!r} needs a symmetric checkpoint: the zero-points of this one are far from the middle"
-            "; use exact"
+            f"zero_point={zero_point!r} needs a symmetric checkpoint: zero-points of this one are far from mid-range; "
+            "use exact"
         )
     model = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float32"
     kept = DTYPES.get(dtype or "") or exporter.dense or DTYPES.get(str(model), "F32")

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from matquant.hf_torch.layers import decoder_layers
-from matquant.methods.distill import stages
-from matquant.methods.quantize import Prepared, prepare
+from matquant.methods.prepare import Prepared, prepare
 from matquant.options import METHODS
 from matquant.options.declare import options_of
+from matquant.options.distill import LR, stages
 from matquant.options.recipes import RECIPES
 from matquant.options.request import Request
 
@@ -28,8 +28,13 @@ PYTHON_BYTES = 400e6  # of the process with torch before any model
 
 
 def preview(model: Path | str, request: Request) -> list[str]:
-    """The lines that are printed before a run starts, and by ``--dry-run``."""
-    prepared = prepare(model, request, with_numbers=False)
+    """The lines of ``--dry-run``, from names and shapes alone."""
+    return describe(prepare(model, request, with_numbers=False))
+
+
+def describe(prepared: Prepared) -> list[str]:
+    """The lines that are printed before a run starts."""
+    request = prepared.request
     choice, common = request.choice, request.common
     lines = []
     if choice.recipe is not None:
@@ -73,7 +78,7 @@ def seconds(prepared: Prepared) -> float:
     if prepared.request.method.stages is None:
         return _method_seconds(prepared, prepared.request.choice.method, prepared.settings, speed)
     total = 0.0
-    for stage in stages(prepared.source, prepared.request.choice.options):
+    for stage in stages(prepared.request.choice.options, default_lr=LR):
         options = {name: value for name, value in stage.items() if name not in ("method", "objective", "weights")}
         record = METHODS[stage["method"]].settings
         total += _method_seconds(prepared, stage["method"], record(**options), speed)

@@ -10,26 +10,23 @@ import importlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from matquant.core.grid import check_finite, check_group_size
+from matquant.core.grid import check_finite
 from matquant.core.nest import MASTER_BITS, UNIFORM
 from matquant.core.spec import Spec
 from matquant.core.tensor import NestedTensor
 from matquant.format.read import manifest_sha256, open_checkpoint
 from matquant.format.write import SHARD_BYTES, check_writable, write_checkpoint
-from matquant.hf.text import data_sha256, token_stream
+from matquant.hf.text import cut_windows, data_sha256, token_stream
 from matquant.hf_torch.arrays import nested_to_numpy, nested_to_torch
-from matquant.hf_torch.config import context_length
-from matquant.hf_torch.device import bf16_is_fast, choose_device
-from matquant.hf_torch.layers import select_linears, unquantised_linears
-from matquant.hf_torch.loading import load_float
-from matquant.hf_torch.shards import Shards, open_shards
+from matquant.hf_torch.device import bf16_is_fast
+from matquant.hf_torch.layers import unquantised_linears
+from matquant.hf_torch.shards import Shards
 from matquant.hf_torch.ties import Model
 from matquant.hf_torch.tokenizer import read_texts
 from matquant.hf_torch.views import View, plain_items
@@ -38,7 +35,8 @@ from matquant.methods.parts.blocks import read_tensor
 from matquant.methods.parts.fake import Grid
 from matquant.methods.parts.job import LOG, Job, Report, source_files
 from matquant.methods.parts.symmetry import choose_symmetry
-from matquant.options.common import AUTO, GROUP_SIZES
+from matquant.methods.prepare import Prepared, prepare
+from matquant.methods.preview import describe
 from matquant.options.request import Request, check_request
 from matquant.system.errors import InputError
 from matquant.system.files import check_space
@@ -84,85 +82,15 @@ def run(model: Path | str, request: Request, *, report: Report = lambda record: 
         if common.threads is not None:
             torch.set_num_threads(common.threads)
         if request.method.stages is not None:
+            report({"settings": describe(prepare(model, request, with_numbers=False))})
             return distill.run(quantize, model, request, report=report)
         prepared = prepare(model, request)
         job, files = _make_job(prepared, report)
+        report({"settings": describe(prepared)})
         method = importlib.import_module(f"matquant.methods.{request.choice.method}")
         _write(prepared, job, method.run(job), files)
         shutil.rmtree(request.work, ignore_errors=True)
         return request.target
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prepared:
-    """A model that is open, and what was derived from it."""
-
-    source: str
-    request: Request
-    shards: Shards  # the model: with its numbers, or without them for methods that work layer by layer
-    device: torch.device
-    views: Mapping[str, View]  # the linear layers to quantise, by module path
-    group_size: int | None  # None for one scale per row
-    options: Mapping[str, Any]  # the method's, with a sequence length that the model can read
-    reasons: Mapping[str, str]  # derived option -> why it has its value
-
-    @property
-    def settings(self) -> Any:
-        """The record of the method's options, None for a method without."""
-        record = self.request.method.settings
-        return record(**self.options) if record else None
-
-
-def prepare(model: Path | str, request: Request, *, with_numbers: bool = True) -> Prepared:
-    """Open the model, choose its layers and derive what depends on it; InputError if the options do not fit it.
-
-    with_numbers: False only looks at names and shapes, whatever the method.
-    """
-    common, chosen = request.common, request.method
-    device = choose_device(common.device)
-    shards = open_shards(model) if chosen.streamed or not with_numbers else _in_memory(model, device)
-    views = select_linears(shards.model, common.scope, exclude=common.exclude)
-    reasons = {}
-    group_size = common.group_size
-    if group_size == AUTO:
-        group_size, reasons["group_size"] = _choose_group_size(views)
-    assert not isinstance(group_size, str)
-    for path, view in views.items():
-        check_group_size(view.shape[1], group_size, name=path)
-    fused = [path for path in views if ".experts." in path]
-    if fused and common.symmetric is False:
-        raise InputError(
-            f"--asymmetric does not go with {fused[0]}, a fused expert, which stock transformers "
-            "cannot read with zero points; leave --asymmetric out, or --exclude experts"
-        )
-    options = dict(request.choice.options)
-    if chosen.settings is not None and "seq_len" not in request.choice.named:
-        context, usual = context_length(shards.model), options.get("seq_len", chosen.settings.seq_len)
-        options["seq_len"] = min(usual, context)
-        if context < usual:
-            reasons["seq_len"] = "the model's context"
-    return Prepared(
-        source=str(model),
-        request=request,
-        shards=shards,
-        device=device,
-        views=views,
-        group_size=group_size,
-        options=options,
-        reasons=reasons,
-    )
-
-
-def _choose_group_size(views: Mapping[str, View]) -> tuple[int | None, str]:
-    """The first of GROUP_SIZES that divides every layer, None if none does; and why."""
-    widths = {view.shape[1]: path for path, view in views.items()}
-    reason = f"divides the rows of all {len(views)} layers"
-    for size in GROUP_SIZES:
-        misfit = next((width for width in widths if width % size), None)
-        if misfit is None:
-            return size, reason
-        reason = f"{size} does not divide in_features={misfit} of {widths[misfit]}"
-    return None, reason
 
 
 def _make_job(prepared: Prepared, report: Report) -> tuple[Job, dict[str, bytes]]:
@@ -182,6 +110,7 @@ def _make_job(prepared: Prepared, report: Report) -> tuple[Job, dict[str, bytes]
     if request.documents:
         stream = token_stream(request.documents, texts.tokenizer, vocab_size=vocab_size)
         prepared = _fit_samples(prepared, len(stream), report)
+        cut_windows(stream, prepared.settings.seq_len)  # rejects a text that is shorter than one
     grid = _make_grid(prepared, report)
     before, first = _first(request, grid, views, prepared.device)
     job = Job(
@@ -294,14 +223,6 @@ def _first(
         )
     first = {path: nested_to_torch(checkpoint.nested(path), device=device) for path in checkpoint.shapes}
     return [checkpoint.spec.method], first
-
-
-def _in_memory(model: Path | str, device: torch.device) -> Shards:
-    """The whole model in float32 on ``device``; dtypes are those of the file."""
-    source = load_float(model)
-    dtypes = {name: tensor.dtype for name, tensor in source.state_dict().items()}
-    source = source.float().to(device)
-    return Shards(model=source, read=lambda name: source.state_dict()[name], dtypes=dtypes)
 
 
 def _stored_bytes(shards: Shards) -> int:

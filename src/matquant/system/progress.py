@@ -177,7 +177,7 @@ def exporting() -> Iterator[Callable[[int, int], None]]:
 
 @contextlib.contextmanager
 def quantising() -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """Yield report(record): loss per width, speed and time left of a training run, notices once."""
+    """Yield report(record): the settings of a run, its loss per width, speed and time left, notices once."""
     console = Console(stderr=True)
     told: list[str] = []
 
@@ -195,6 +195,8 @@ def quantising() -> Iterator[Callable[[Mapping[str, Any]], None]]:
             def write(record: Mapping[str, Any]) -> None:
                 if text := notice(record):
                     log.note(text)
+                for line in record.get("settings", ()):
+                    log.note(line)
                 if "step" not in record:
                     return
                 step, steps = record["step"], record["steps"]
@@ -211,8 +213,9 @@ def quantising() -> Iterator[Callable[[Mapping[str, Any]], None]]:
     task = bar.add_task("quantising", total=None)
 
     def report(record: Mapping[str, Any]) -> None:
-        if text := notice(record):
-            bar.console.print(text, highlight=False, soft_wrap=True, markup=False)
+        for text in (notice(record), *record.get("settings", ())):
+            if text:
+                bar.console.print(text, highlight=False, soft_wrap=True, markup=False)
         if "step" not in record:
             return
         bar.start()  # not before the first step: a rejected run prints its message and nothing else

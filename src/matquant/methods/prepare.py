@@ -1,0 +1,99 @@
+"""The model of a run, opened, and what depends on it: layers, group size, sequence length."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from matquant.core.grid import check_group_size
+from matquant.hf_torch.config import context_length
+from matquant.hf_torch.device import choose_device
+from matquant.hf_torch.layers import select_linears
+from matquant.hf_torch.loading import load_float
+from matquant.hf_torch.shards import Shards, open_shards
+from matquant.hf_torch.views import View
+from matquant.options.common import AUTO, GROUP_SIZES
+from matquant.options.request import Request
+from matquant.system.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A model that is open, and what was derived from it."""
+
+    source: str
+    request: Request
+    shards: Shards  # the model: with its numbers, or without them for methods that work layer by layer
+    device: torch.device
+    views: Mapping[str, View]  # the linear layers to quantise, by module path
+    group_size: int | None  # None for one scale per row
+    options: Mapping[str, Any]  # the method's, with a sequence length that the model can read
+    reasons: Mapping[str, str]  # derived option -> why it has its value
+
+    @property
+    def settings(self) -> Any:
+        """The record of the method's options, None for a method without."""
+        record = self.request.method.settings
+        return record(**self.options) if record else None
+
+
+def prepare(model: Path | str, request: Request, *, with_numbers: bool = True) -> Prepared:
+    """Open the model, choose its layers and derive what depends on it; InputError if the options do not fit it.
+
+    with_numbers: False only looks at names and shapes, whatever the method.
+    """
+    common, chosen = request.common, request.method
+    device = choose_device(common.device)
+    shards = open_shards(model) if chosen.streamed or not with_numbers else _in_memory(model, device)
+    views = select_linears(shards.model, common.scope, exclude=common.exclude)
+    reasons = {}
+    group_size = common.group_size
+    if group_size == AUTO:
+        group_size, reasons["group_size"] = _choose_group_size(views)
+    assert not isinstance(group_size, str)
+    for path, view in views.items():
+        check_group_size(view.shape[1], group_size, name=path)
+    fused = [path for path in views if ".experts." in path]
+    if fused and common.symmetric is False:
+        raise InputError(
+            f"--asymmetric does not go with {fused[0]}, a fused expert, which stock transformers "
+            "cannot read with zero points; leave --asymmetric out, or --exclude experts"
+        )
+    options = dict(request.choice.options)
+    if chosen.settings is not None and "seq_len" not in request.choice.named:
+        context, usual = context_length(shards.model), options.get("seq_len", chosen.settings.seq_len)
+        options["seq_len"] = min(usual, context)
+        if context < usual:
+            reasons["seq_len"] = "the model's context"
+    return Prepared(
+        source=str(model),
+        request=request,
+        shards=shards,
+        device=device,
+        views=views,
+        group_size=group_size,
+        options=options,
+        reasons=reasons,
+    )
+
+
+def _choose_group_size(views: Mapping[str, View]) -> tuple[int | None, str]:
+    """The first of GROUP_SIZES that divides every layer, None if none does; and why."""
+    widths = {view.shape[1]: path for path, view in views.items()}
+    reason = f"divides the rows of all {len(views)} layers"
+    for size in GROUP_SIZES:
+        misfit = next((width for width in widths if width % size), None)
+        if misfit is None:
+            return size, reason
+        reason = f"{size} does not divide in_features={misfit} of {widths[misfit]}"
+    return None, reason
+
+
+def _in_memory(model: Path | str, device: torch.device) -> Shards:
+    """The whole model in float32 on ``device``; dtypes are those of the file."""
+    source = load_float(model)
+    dtypes = {name: tensor.dtype for name, tensor in source.state_dict().items()}
+    source = source.float().to(device)
+    return Shards(model=source, read=lambda name: source.state_dict()[name], dtypes=dtypes)
