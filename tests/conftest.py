@@ -13,6 +13,8 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+import matquant
+
 torch.set_num_threads(1)  # two pytest workers on two cores
 
 SMALL: dict[str, Any] = {
@@ -122,6 +124,12 @@ def data() -> Path:
     if not (directory / "models" / "stories260K").is_dir():
         pytest.skip(f"no third-party data in {directory}; set MATQUANT_DATA")
     return directory
+
+
+def quantize(model: Path | str, out: Path | str, **options: Any) -> Path:
+    """``matquant.quantize``, by default of the feed-forward layers, with one scale per row and by training: the
+    smallest checkpoint there is, which most tests want."""
+    return matquant.quantize(model, out, **{"method": "qat", "scope": "ffn", "group_size": None, **options})
 
 
 @contextlib.contextmanager

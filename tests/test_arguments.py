@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import conftest
 import matquant
 from matquant.engine.sampling import Sampling
 from matquant.system.arguments import check_fields
@@ -41,7 +42,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
 
 @pytest.fixture(scope="module")
 def checkpoint(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return matquant.quantize(llama, tmp_path_factory.mktemp("arguments") / "out", method="rtn", scope="all")
+    return conftest.quantize(llama, tmp_path_factory.mktemp("arguments") / "out", method="rtn", scope="all")
 
 
 @pytest.fixture(scope="module")
@@ -142,11 +143,11 @@ def test_loading_rejects_wrong_types_by_name(checkpoint: Path, tmp_path: Path) -
 def test_quantize_rejects_wrong_types_by_name(name: str, value: Any, llama: Path, tmp_path: Path) -> None:
     also = "bits" if name == "baseline_bits" else name
     with pytest.raises(TypeError, match=rf"^{also}="):
-        matquant.quantize(llama, tmp_path / "out", **{"method": "qat", "text": [llama], name: value})
+        conftest.quantize(llama, tmp_path / "out", **{"method": "qat", "text": [llama], name: value})
     assert list(tmp_path.iterdir()) == []
     for model, out, wrong in ((None, tmp_path, "model"), (llama, 5, "out")):
         with pytest.raises(TypeError, match=rf"^{wrong}="):
-            matquant.quantize(model, out, method="rtn")
+            conftest.quantize(model, out, method="rtn")
 
 
 def test_slices_plans_and_specs_reject_wrong_types_by_name() -> None:

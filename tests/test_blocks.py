@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import matquant
+import conftest
 from conftest import FAMILIES, OTHERS, Interrupt
 from matquant.hf_torch.layers import decoder_layers
 from matquant.hf_torch.layerwise import embed, layer_output
@@ -84,8 +84,8 @@ def test_a_model_that_does_not_run_layer_by_layer_is_refused(
     """BLOOM gives its layers a bias for every sequence and head, and its configuration names no context."""
     bloom = family_model("bloom")
     with pytest.raises(InputError, match=r"^BloomForCausalLM cannot run one decoder layer .*; use --method qat or rtn"):
-        matquant.quantize(bloom, tmp_path / "out", text=[text_file], **RUN)
-    matquant.quantize(bloom, tmp_path / "out", text=[text_file], steps=1, batch_size=2, seq_len=32)
+        conftest.quantize(bloom, tmp_path / "out", text=[text_file], **RUN)
+    conftest.quantize(bloom, tmp_path / "out", text=[text_file], steps=1, batch_size=2, seq_len=32)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3_moe"])
@@ -93,12 +93,12 @@ def test_a_run_resumed_at_a_block_ends_with_the_same_bits(
     family: str, family_model: Callable[[str], Path], text_file: Path, tmp_path: Path
 ) -> None:
     model = family_model(family)
-    whole = matquant.quantize(model, tmp_path / "whole", text=[text_file], **RUN)
+    whole = conftest.quantize(model, tmp_path / "whole", text=[text_file], **RUN)
     with pytest.raises(KeyboardInterrupt):
-        matquant.quantize(model, tmp_path / "killed", text=[text_file], report=Interrupt(print, 1), **RUN)
+        conftest.quantize(model, tmp_path / "killed", text=[text_file], report=Interrupt(print, 1), **RUN)
     assert not (tmp_path / "killed").exists()
     assert len(list((tmp_path / ".killed.work" / "blocks").iterdir())) == 1
-    resumed = matquant.quantize(model, tmp_path / "killed", text=[text_file], resume=True, **RUN)
+    resumed = conftest.quantize(model, tmp_path / "killed", text=[text_file], resume=True, **RUN)
     for file in ("model.safetensors", "matquant_slices.safetensors"):
         assert (whole / file).read_bytes() == (resumed / file).read_bytes()
     assert not (tmp_path / ".killed.work").exists()
@@ -111,7 +111,7 @@ def test_a_run_killed_from_outside_ends_with_the_same_bits(llama: Path, text_fil
         return [sys.executable, "-m", "matquant", "quantize", *where, *options, *more]
 
     options: dict[str, Any] = {"method": "gptq", "samples": 8, "seq_len": 32, "scope": "all", "threads": 1}
-    matquant.quantize(str(llama), tmp_path / "whole", text=[text_file], **options)
+    conftest.quantize(str(llama), tmp_path / "whole", text=[text_file], **options)
     process = subprocess.Popen(command(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     block = tmp_path / ".killed.work" / "blocks" / "00000.safetensors"
     deadline = time.monotonic() + 60
@@ -127,15 +127,15 @@ def test_a_run_killed_from_outside_ends_with_the_same_bits(llama: Path, text_fil
 
 def test_blocks_of_another_run_or_damaged_ones_are_refused(llama: Path, text_file: Path, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
-        matquant.quantize(llama, tmp_path / "out", text=[text_file], report=Interrupt(print, 1), **RUN)
+        conftest.quantize(llama, tmp_path / "out", text=[text_file], report=Interrupt(print, 1), **RUN)
     with pytest.raises(InputError, match=r"--resume with seed=1, the interrupted run had 0; use the same settings, or"):
-        matquant.quantize(llama, tmp_path / "out", text=[text_file], resume=True, seed=1, **RUN)
+        conftest.quantize(llama, tmp_path / "out", text=[text_file], resume=True, seed=1, **RUN)
     block = tmp_path / ".out.work" / "blocks" / "00000.safetensors"
     block.write_bytes(block.read_bytes()[:100])
     with pytest.raises(InputError, match=r"00000\.safetensors is damaged \(.*\); delete it to solve this block again"):
-        matquant.quantize(llama, tmp_path / "out", text=[text_file], resume=True, **RUN)
+        conftest.quantize(llama, tmp_path / "out", text=[text_file], resume=True, **RUN)
     block.unlink()
-    matquant.quantize(llama, tmp_path / "out", text=[text_file], resume=True, **RUN)
+    conftest.quantize(llama, tmp_path / "out", text=[text_file], resume=True, **RUN)
 
 
 def test_a_broken_weight_stops_the_run_at_its_block(llama: Path, text_file: Path, tmp_path: Path) -> None:
@@ -146,6 +146,6 @@ def test_a_broken_weight_stops_the_run_at_its_block(llama: Path, text_file: Path
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "broken" / name).write_bytes((llama / name).read_bytes())
     with pytest.raises(InputError, match=r"model\.layers\.1\.mlp\.up_proj has 1 NaN or infinite weights of"):
-        matquant.quantize(tmp_path / "broken", tmp_path / "out", text=[text_file], **RUN)
+        conftest.quantize(tmp_path / "broken", tmp_path / "out", text=[text_file], **RUN)
     assert not (tmp_path / "out").exists()
     assert (tmp_path / ".out.work" / "blocks" / "00000.safetensors").is_file()

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 
+import conftest
 import matquant
 import oracle
 from matquant.core.nest import (
@@ -114,7 +115,7 @@ def test_every_method_makes_codes_that_stock_transformers_reads_as_our_int8(
     method: str, options: dict[str, object], llama: Path, text_file: Path, tmp_path: Path
 ) -> None:
     text = {} if method == "rtn" else {"text": [text_file]}
-    out = matquant.quantize(
+    out = conftest.quantize(
         llama, tmp_path / "out", method=method, scope="all", group_size=16, grid=COMPANDED, **text, **options
     )
     checkpoint = open_checkpoint(out)
@@ -133,7 +134,7 @@ def test_every_method_makes_codes_that_stock_transformers_reads_as_our_int8(
 
 
 def test_a_checkpoint_read_and_written_again_is_the_same(llama: Path, tmp_path: Path) -> None:
-    out = matquant.quantize(llama, tmp_path / "out", method="rtn", grid=COMPANDED)
+    out = conftest.quantize(llama, tmp_path / "out", method="rtn", grid=COMPANDED)
     matquant.load(out, kernels="none").save_pretrained(tmp_path / "again")
     first, second = open_checkpoint(out), open_checkpoint(tmp_path / "again")
     for path in first.shapes:
@@ -169,7 +170,7 @@ def test_a_narrow_slice_is_held_exactly_by_a_type_with_room_for_its_integers(bit
 )
 def test_what_the_grid_cannot_hold_is_rejected(options: dict[str, object], message: str, llama: Path) -> None:
     with pytest.raises(InputError) as error:
-        matquant.quantize(llama, "unused", method="rtn", **({"grid": COMPANDED} | options))
+        conftest.quantize(llama, "unused", method="rtn", **({"grid": COMPANDED} | options))
     assert str(error.value) == message
 
 

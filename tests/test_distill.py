@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-import matquant
+import conftest
 from conftest import Interrupt
 from matquant.format.verify import verify_checkpoint
 from matquant.methods import distill, gptq, qat
@@ -33,16 +33,16 @@ def weights(directory: Path) -> list[bytes]:
 @pytest.fixture(scope="module")
 def whole(llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a run makes that nothing stops."""
-    return matquant.quantize(llama, tmp_path_factory.mktemp("distill") / "out", text=[text_file], **RUN, **GRID)
+    return conftest.quantize(llama, tmp_path_factory.mktemp("distill") / "out", text=[text_file], **RUN, **GRID)
 
 
 @pytest.fixture
 def run(llama: Path, text_file: Path, tmp_path: Path) -> Run:
-    return functools.partial(matquant.quantize, llama, tmp_path / "out", text=[text_file], **{**RUN, **GRID})
+    return functools.partial(conftest.quantize, llama, tmp_path / "out", text=[text_file], **{**RUN, **GRID})
 
 
 def test_it_is_the_three_commands_of_the_page(whole: Path, llama: Path, text_file: Path, tmp_path: Path) -> None:
-    make = functools.partial(matquant.quantize, llama, text=[text_file], **SIZE, **GRID)
+    make = functools.partial(conftest.quantize, llama, text=[text_file], **SIZE, **GRID)
     each: dict[str, Any] = {"method": "qat", "masters": "each", "pull": 0.5}
     make(tmp_path / "first", method="gptq", tune=2, samples=8)
     make(

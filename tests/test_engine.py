@@ -20,6 +20,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+import conftest
 import matquant
 from conftest import make_tokenizer
 from matquant.engine.chat import Conversation, render
@@ -37,7 +38,7 @@ PROMPT = "Once upon a time, there was"
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded model, quantised."""
     out = tmp_path_factory.mktemp("engine") / "reference"
-    return matquant.quantize(REFERENCE / "model", out, method="rtn", scope="all")
+    return conftest.quantize(REFERENCE / "model", out, method="rtn", scope="all")
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import conftest
 import matquant
 from matquant.core.spec import Plan
 from matquant.hf.text import batch, cut_windows, read_documents, token_stream
@@ -41,7 +42,7 @@ def test_log_perplexity_is_the_mean_over_tokens_predicted_once(stride: int, llam
 
 
 def test_every_width_in_one_process_equals_a_model_loaded_at_that_width(llama: Path, tmp_path: Path) -> None:
-    out = matquant.quantize(llama, tmp_path / "out", method="rtn", scope="all")
+    out = conftest.quantize(llama, tmp_path / "out", method="rtn", scope="all")
     stream = np.random.default_rng(0).integers(0, 256, size=300)
     plan = Plan(default=4, bits={"model.layers.0.mlp.up_proj": 2})
     found = evaluate(matquant.load(out, kernels="none"), stream, bits=(2, 8, 3), plan=plan)
@@ -111,7 +112,7 @@ def test_untrained_eq_6_slices_have_their_known_perplexity(
     scope: str, widths: tuple[int, ...], stories: tuple[Path, np.ndarray], tmp_path: Path
 ) -> None:
     model, stream = stories
-    out = matquant.quantize(
+    out = conftest.quantize(
         model,
         tmp_path / "out",
         method="rtn",

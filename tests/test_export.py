@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
+import conftest
 import matquant
 from conftest import largest_file
 from matquant.core.nest import CENTRE
@@ -171,7 +172,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def checkpoints(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("checkpoints")
-    return {name: matquant.quantize(llama, root / name, method="rtn", **options) for name, options in OPTIONS.items()}
+    return {name: conftest.quantize(llama, root / name, method="rtn", **options) for name, options in OPTIONS.items()}
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import matquant
+import conftest
 from exports import nested_checkpoint
 from matquant.core.grid import decode
 from matquant.core.nest import slice_codes
@@ -60,7 +60,7 @@ def checkpoint_of(family_model: Callable[[str], Path], tmp_path_factory: pytest.
     def get(family: str, **options: Any) -> Path:
         out = root / "-".join([family, *map(str, options.values())])
         if not out.is_dir():
-            matquant.quantize(family_model(family), out, method="rtn", scope="all", **options)
+            conftest.quantize(family_model(family), out, method="rtn", scope="all", **options)
         return out
 
     return get

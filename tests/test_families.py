@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import Gemma3ForCausalLM
 
+import conftest
 import matquant
 from conftest import FAMILIES, make_tokenizer
 from matquant.format.read import open_checkpoint
@@ -82,7 +83,7 @@ def checkpoints(
     asked = {name: (model, {}) for name, model in models.items()}
     asked |= {name: (models["llama"], options) for name, options in GRIDS.items()}
     return {
-        name: matquant.quantize(model, root / name, method="rtn", scope="all", **options)
+        name: conftest.quantize(model, root / name, method="rtn", scope="all", **options)
         for name, (model, options) in asked.items()
     }
 
@@ -189,7 +190,7 @@ def test_of_a_model_that_sees_the_decoder_is_quantised_as_it_is_alone(
     make_tokenizer().save_pretrained(alone)
     codes = []
     for model in (family_model(SEEING), alone):
-        made = matquant.quantize(
+        made = conftest.quantize(
             model, tmp_path / f"{model.name} out", method="gptq", samples=8, seq_len=32, scope="all", text=[text_file]
         )
         checkpoint = open_checkpoint(made)
@@ -214,26 +215,26 @@ def test_scopes_split_the_linears_in_two(family: str, family_model: Callable[[st
 def test_asymmetric_fused_experts_are_refused(family_model: Callable[[str], Path], tmp_path: Path) -> None:
     model = family_model("qwen3_moe")
     with pytest.raises(matquant.InputError) as caught:
-        matquant.quantize(model, tmp_path / "out", method="rtn", symmetric=False)
+        conftest.quantize(model, tmp_path / "out", method="rtn", symmetric=False)
     assert str(caught.value) == (
         "--asymmetric asked for model.layers.0.mlp.experts.0.gate_proj, a fused expert, which stock transformers "
         "cannot read with zero points; leave --asymmetric out, or --exclude experts"
     )
     assert not (tmp_path / "out").exists()
     options = {"method": "rtn", "scope": "all", "symmetric": False}
-    out = matquant.quantize(model, tmp_path / "out", exclude=["experts"], **options)
+    out = conftest.quantize(model, tmp_path / "out", exclude=["experts"], **options)
     assert not any("experts" in path for path in open_checkpoint(out).shapes)
 
 
 def test_experts_that_are_stored_whole_are_to_be_excluded(family_model: Callable[[str], Path], tmp_path: Path) -> None:
     options = {"method": "rtn", "scope": "all"}
     with pytest.raises(matquant.InputError) as caught:
-        matquant.quantize(family_model("gpt_oss"), tmp_path / "out", **options)
+        conftest.quantize(family_model("gpt_oss"), tmp_path / "out", **options)
     assert str(caught.value) == (
         "model.layers.0.mlp.experts.gate_up_proj is one tensor for all experts in the checkpoint, "
         "whose codes no engine reads; --exclude experts"
     )
-    out = matquant.quantize(family_model("gpt_oss"), tmp_path / "out", exclude=["experts"], **options)
+    out = conftest.quantize(family_model("gpt_oss"), tmp_path / "out", exclude=["experts"], **options)
     assert len(open_checkpoint(out).shapes) == 8  # q, k, v and o of two layers
     expected = load_float(family_model("gpt_oss")).state_dict()
     for name, tensor in matquant.load(out, kernels="none").state_dict().items():
@@ -242,7 +243,7 @@ def test_experts_that_are_stored_whole_are_to_be_excluded(family_model: Callable
 
 
 def test_a_stored_scale_of_float32_is_eq_1_to_the_letter(llama: Path, tmp_path: Path) -> None:
-    out = matquant.quantize(llama, tmp_path / "out", method="rtn", scale_dtype="float32", affine="none")
+    out = conftest.quantize(llama, tmp_path / "out", method="rtn", scale_dtype="float32", affine="none")
     checkpoint = open_checkpoint(out)
     path = "model.layers.0.mlp.up_proj"
     weight = load_float(llama).get_parameter(f"{path}.weight").detach().numpy()

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import conftest
 import matquant
 from matquant.engine.sampling import Sampling, choose
 from matquant.format.manifest import write_manifest
@@ -34,7 +35,7 @@ WINDOW = {"seq_len": 16, "max_tokens": 64}
 
 @pytest.fixture(scope="module")
 def made(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return matquant.quantize(llama, tmp_path_factory.mktemp("finite") / "made", method="rtn", scope="all")
+    return conftest.quantize(llama, tmp_path_factory.mktemp("finite") / "made", method="rtn", scope="all")
 
 
 def changed(made: Path, to: Path, name: str, change: Callable[[torch.Tensor], Any]) -> Path:
@@ -137,7 +138,7 @@ def test_gptq_names_the_layer_whose_outputs_overflow(llama: Path, text_file: Pat
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(llama / name, tmp_path / "large")
     with pytest.raises(InputError, match=r"model\.layers\.0.*(int\d|the float model|\d bits)"):
-        matquant.quantize(
+        conftest.quantize(
             tmp_path / "large", tmp_path / "out", method="gptq", text=[text_file], samples=4, seq_len=16, scope="ffn"
         )
     assert not (tmp_path / "out").exists()

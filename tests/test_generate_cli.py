@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+import conftest
 import matquant
 from conftest import Interrupt
 from matquant import cli
@@ -30,7 +31,7 @@ TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}<a
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded model with a chat template."""
-    out = matquant.quantize(REFERENCE, tmp_path_factory.mktemp("cli") / "model", method="rtn", scope="all")
+    out = conftest.quantize(REFERENCE, tmp_path_factory.mktemp("cli") / "model", method="rtn", scope="all")
     manifest = json.loads((out / "matquant_manifest.json").read_text())
     (out / "chat_template.jinja").write_text(TEMPLATE)
     digest = hashlib.sha256(TEMPLATE.encode()).hexdigest()

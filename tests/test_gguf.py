@@ -15,6 +15,7 @@ import torch
 import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
+import conftest
 import matquant
 from conftest import SMALL, largest_file, make_tokenizer
 from gguf_files import assert_holds_the_slices, file_types, file_weights, gguf_name, metadata, oracle
@@ -129,7 +130,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def masters(large: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("masters")
     return {
-        name: matquant.quantize(large["llama"], root / name, method="rtn", scope="all", **options)
+        name: conftest.quantize(large["llama"], root / name, method="rtn", scope="all", **options)
         for name, options in MASTERS.items()
     }
 
@@ -137,7 +138,7 @@ def masters(large: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.fixture(scope="module")
 def families(large: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("families")
-    return {name: matquant.quantize(large[name], root / name, method="rtn", scope="all") for name in CONFIGS}
+    return {name: conftest.quantize(large[name], root / name, method="rtn", scope="all") for name in CONFIGS}
 
 
 @pytest.mark.parametrize("name", MASTERS)
@@ -190,7 +191,7 @@ def test_a_plan_is_exported_path_by_path(masters: dict[str, Path], tmp_path: Pat
 
 
 def test_what_no_block_holds_stays_dense_in_float32(llama: Path, tmp_path: Path) -> None:
-    quantised, notices = matquant.quantize(llama, tmp_path / "q", method="rtn"), []
+    quantised, notices = conftest.quantize(llama, tmp_path / "q", method="rtn"), []
     out = tmp_path / "model.gguf"
     made = export(quantised, out, to="gguf", bits=4, notice=notices.append)  # in_features 32 and 48
     assert made["containers"] == {"Q4_1": 4, "dense": 2}
@@ -419,7 +420,7 @@ def test_a_family_that_llama_cpp_computes_otherwise_is_refused(
     family_model: Callable[[str], Path], tmp_path: Path
 ) -> None:
     quantised = {
-        name: matquant.quantize(family_model(name), tmp_path / name, method="rtn") for name in ("opt", "gemma2")
+        name: conftest.quantize(family_model(name), tmp_path / name, method="rtn") for name in ("opt", "gemma2")
     }
     out = tmp_path / "model.gguf"
     known = "llama, mistral, qwen2, qwen3, gemma2"
@@ -463,7 +464,7 @@ def test_a_tied_head_is_not_written_and_a_model_without_tokenizer_takes_ids(tmp_
     torch.manual_seed(0)
     config = transformers.LlamaConfig(**SMALL, tie_word_embeddings=True)
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "tied")
-    quantised = matquant.quantize(tmp_path / "tied", tmp_path / "q", method="rtn")
+    quantised = conftest.quantize(tmp_path / "tied", tmp_path / "q", method="rtn")
     notices: list[str] = []
     export(quantised, tmp_path / "model.gguf", to="gguf", bits=4, notice=notices.append)
     assert "output.weight" not in file_types(tmp_path / "model.gguf")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import conftest
 import matquant
 import oracle_gptq as oracle
 from matquant.core.grid import fit_grid
@@ -172,7 +173,7 @@ def test_columns_without_input_are_rounded_to_nearest() -> None:
 
 
 def quantize(model: Path, out: Path, text: Path, **changes: Any) -> Path:
-    return matquant.quantize(model, out, text=[text], **{**CALIBRATION, **changes})
+    return conftest.quantize(model, out, text=[text], **{**CALIBRATION, **changes})
 
 
 @pytest.mark.parametrize(
@@ -235,7 +236,7 @@ def test_what_gptq_cannot_do_is_refused(llama: Path, text_file: Path, tmp_path: 
         with pytest.raises(InputError, match=message):
             quantize(llama, tmp_path / "out", text_file, **changes)
     with pytest.raises(InputError, match="method 'gptq' needs text to work with; give --text FILE"):
-        matquant.quantize(llama, tmp_path / "out", method="gptq")
+        conftest.quantize(llama, tmp_path / "out", method="gptq")
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+import conftest
 import matquant
 from conftest import FAMILIES, Interrupt
 from matquant.format.read import open_checkpoint
@@ -64,7 +65,7 @@ def losses(directory: Path) -> list[float]:
 def test_a_method_makes_the_same_checkpoint(name: str, llama: Path, text_file: Path, tmp_path: Path) -> None:
     text = [] if RUNS[name]["method"] == "rtn" else [text_file]
     on = {
-        device: matquant.quantize(llama, tmp_path / device, text=text, device=device, **RUNS[name])
+        device: conftest.quantize(llama, tmp_path / device, text=text, device=device, **RUNS[name])
         for device in ("cpu", "cuda")
     }
     assert equal_codes(on["cpu"], on["cuda"]) > (1 - 1e-9 if not text else 0.97)
@@ -80,7 +81,7 @@ def test_every_family_runs(
     options = {"gptq": GPTQ, "omniquant": RUNS["omniquant"], "qat": EVERYTHING}[method]
     source = family_model(family)
     on = {
-        device: matquant.quantize(source, tmp_path / device, text=[text_file], device=device, **options)
+        device: conftest.quantize(source, tmp_path / device, text=[text_file], device=device, **options)
         for device in ("cpu", "cuda")
     }
     # One code that rounds the other way changes what is made up for after it: 6.5 % in one block of gpt_neox (gptq).
@@ -88,13 +89,13 @@ def test_every_family_runs(
 
 
 def test_qat_from_a_start_resumes_to_the_same_bits(llama: Path, text_file: Path, tmp_path: Path) -> None:
-    first = matquant.quantize(llama, tmp_path / "first", text=[text_file], device="cuda", **GPTQ)
+    first = conftest.quantize(llama, tmp_path / "first", text=[text_file], device="cuda", **GPTQ)
     options = {**EVERYTHING, "start": first, "text": [text_file], "device": "cuda", "save_every": 2}
-    whole = matquant.quantize(llama, tmp_path / "whole", **options)
+    whole = conftest.quantize(llama, tmp_path / "whole", **options)
 
     with pytest.raises(KeyboardInterrupt):
-        matquant.quantize(llama, tmp_path / "killed", report=Interrupt(print, 5), **options)
-    killed = matquant.quantize(llama, tmp_path / "killed", resume=True, **options)
+        conftest.quantize(llama, tmp_path / "killed", report=Interrupt(print, 5), **options)
+    killed = conftest.quantize(llama, tmp_path / "killed", resume=True, **options)
     assert equal_codes(whole, killed) == 1.0
     assert losses(whole) == losses(killed)
 
@@ -104,7 +105,7 @@ def test_a_loaded_model_answers_as_on_the_cpu(
     family: str, family_model: Callable[[str], Path], text_file: Path, tmp_path: Path
 ) -> None:
     source = family_model(family)
-    made = matquant.quantize(source, tmp_path / "made", text=[text_file], device="cuda", **GPTQ)
+    made = conftest.quantize(source, tmp_path / "made", text=[text_file], device="cuda", **GPTQ)
     tokens = torch.from_numpy(token_stream(read_documents([text_file]), load_tokenizer(source))[:64].copy())[None]
     here = matquant.load(made, dtype=torch.float32, kernels="none")
     there = matquant.load(made, dtype=torch.float32, device="cuda")
@@ -122,14 +123,14 @@ def test_a_loaded_model_answers_as_on_the_cpu(
 
 def test_bf16_reads_the_weights_of_each_width(llama: Path, text_file: Path, tmp_path: Path) -> None:
     for name, autocast in (("exact", False), ("rounded", True)):
-        matquant.quantize(llama, tmp_path / name, text=[text_file], device="cuda", **EVERYTHING, autocast=autocast)
+        conftest.quantize(llama, tmp_path / name, text=[text_file], device="cuda", **EVERYTHING, autocast=autocast)
     torch.testing.assert_close(losses(tmp_path / "rounded"), losses(tmp_path / "exact"), rtol=5e-2, atol=5e-2)
 
 
 def test_plans_are_measured_as_on_the_cpu(llama: Path, text_file: Path, tmp_path: Path) -> None:
     found = {}
     for device in ("cpu", "cuda"):  # each its own checkpoint: losses are kept beside it
-        made = matquant.quantize(llama, tmp_path / device, text=[text_file], device="cpu", **GPTQ)
+        made = conftest.quantize(llama, tmp_path / device, text=[text_file], device="cpu", **GPTQ)
         with open_losses(made, [text_file], reference=llama, samples=4, seq_len=32, device=device) as kept:
             mixed = {path: (2, 8)[index % 2] for index, path in enumerate(kept.paths)}
             found[device] = [kept.measure(plan) for plan in (dict.fromkeys(kept.paths, 2), mixed)]
@@ -138,7 +139,7 @@ def test_plans_are_measured_as_on_the_cpu(llama: Path, text_file: Path, tmp_path
 
 
 def test_a_checkpoint_is_evaluated_as_on_the_cpu(llama: Path, text_file: Path, tmp_path: Path) -> None:
-    made = matquant.quantize(llama, tmp_path / "made", text=[text_file], device="cpu", **GPTQ)
+    made = conftest.quantize(llama, tmp_path / "made", text=[text_file], device="cpu", **GPTQ)
     found = {
         device: evaluate_checkpoint(made, bits=(8, 2), text=[text_file], reference=llama, device=device)
         for device in ("cpu", "cuda")

@@ -18,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import conftest
 import matquant
 from conftest import FAMILIES, OTHERS
 from matquant import InputError, _native
@@ -51,7 +52,7 @@ def source(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def checkpoint(source: Path) -> Path:
-    return matquant.quantize(source, source.parent / "checkpoint", method="rtn")
+    return conftest.quantize(source, source.parent / "checkpoint", method="rtn")
 
 
 def edit(file: Path, **values: Any) -> None:
@@ -169,7 +170,7 @@ def test_no_value_in_a_source_models_json_ends_in_a_traceback(source: Path, tmp_
         generator = random.Random(name)
         for key, value, text in mutants(json.loads(whole), generator, count=1):
             (directory / name).write_text(text)
-            run = lambda: matquant.quantize(directory, tmp_path / "out", method="rtn", overwrite=True)  # noqa: E731
+            run = lambda: conftest.quantize(directory, tmp_path / "out", method="rtn", overwrite=True)  # noqa: E731
             assert_one_line(run, f"{key}={value!r} in {name}")
         (directory / name).write_text(whole)
 
@@ -193,7 +194,7 @@ def test_every_damaged_file_of_a_source_model_is_one_line(damage: str, source: P
         content = (directory / name).read_bytes() if (directory / name).is_file() else b'{"a": 1}'
         (directory / name).write_bytes(DAMAGE[damage](content))
         for method, text in (("rtn", {}), ("gptq", {"text": [source / "config.json"], "samples": 1, "seq_len": 8})):
-            run = lambda: matquant.quantize(directory, tmp_path / "out", method=method, overwrite=True, **text)  # noqa: B023, E731
+            run = lambda: conftest.quantize(directory, tmp_path / "out", method=method, overwrite=True, **text)  # noqa: B023, E731
             message = assert_one_line(run, f"{name} {damage} {method}")
             assert name in message, (name, damage)
             assert not (tmp_path / "out").exists()
@@ -204,7 +205,7 @@ def test_damaged_pytorch_weights_are_one_line(content: bytes, source: Path, tmp_
     directory = shutil.copytree(source, tmp_path / "source")
     (directory / "model.safetensors").unlink()
     (directory / "pytorch_model.bin").write_bytes(content)
-    message = assert_one_line(lambda: matquant.quantize(directory, tmp_path / "out", method="rtn"), content)
+    message = assert_one_line(lambda: conftest.quantize(directory, tmp_path / "out", method="rtn"), content)
     assert message.startswith(f"{directory} cannot be loaded as a model ({directory / 'pytorch_model.bin'} is ")
 
 
@@ -214,10 +215,10 @@ def test_an_index_of_a_wrong_shape_is_one_line(kind: str, index: str, source: Pa
     directory = shutil.copytree(source, tmp_path / "source")
     (directory / "model.safetensors").unlink()
     (directory / f"{kind}.index.json").write_text(index)
-    message = assert_one_line(lambda: matquant.quantize(directory, tmp_path / "out", method="rtn"), index)
+    message = assert_one_line(lambda: conftest.quantize(directory, tmp_path / "out", method="rtn"), index)
     assert f"{directory / kind}.index.json" in message
     (directory / f"{kind}.index.json").write_text('{"metadata": {}, "weight_map": {"a": "gone.safetensors"}}')
-    message = assert_one_line(lambda: matquant.quantize(directory, tmp_path / "out", method="rtn"), index)
+    message = assert_one_line(lambda: conftest.quantize(directory, tmp_path / "out", method="rtn"), index)
     named = (
         "gone.safetensors is missing" if kind.endswith("safetensors") else "lists gone.safetensors, which is missing"
     )
@@ -258,7 +259,7 @@ def test_a_value_of_a_wrong_kind_is_named_with_its_file_and_key(
     for method in ("rtn", "gptq"):
         text = {"text": [directory / "config.json"]} if method == "gptq" else {}
         with pytest.raises(InputError) as caught:
-            matquant.quantize(directory, tmp_path / "out", method=method, **text)
+            conftest.quantize(directory, tmp_path / "out", method=method, **text)
         assert str(directory) in str(caught.value)
         assert message.removeprefix("(ValueError: ") in str(caught.value)
 
@@ -315,7 +316,7 @@ def test_sizes_are_compared_with_the_tensors_before_memory_is_taken(
     edit(model / "config.json", **sizes)
     for method in ("rtn", "gptq"):
         text = {"text": [text_file]} if method == "gptq" else {}
-        run = lambda: matquant.quantize(model, tmp_path / "out", method=method, **text)  # noqa: B023, E731
+        run = lambda: conftest.quantize(model, tmp_path / "out", method=method, **text)  # noqa: B023, E731
         assert assert_one_line(run, f"{method} with {sizes}"), f"{method} accepts {sizes}"
 
 
@@ -325,7 +326,7 @@ def test_sizes_of_pytorch_weights_are_compared_too(sizes: dict[str, int], source
     torch.save(load_file(directory / "model.safetensors"), directory / "pytorch_model.bin")
     (directory / "model.safetensors").unlink()
     edit(directory / "config.json", **sizes)
-    run = lambda: matquant.quantize(directory, tmp_path / "out", method="rtn")  # noqa: E731
+    run = lambda: conftest.quantize(directory, tmp_path / "out", method="rtn")  # noqa: E731
     assert "has mismatched keys: model." in assert_one_line(run, sizes)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-import matquant
+import conftest
 from matquant import cli
 from matquant.format.contents import summarise
 from matquant.format.read import manifest_sha256, open_checkpoint
@@ -27,7 +27,7 @@ UP = "model.layers.1.mlp.up_proj"
 
 @pytest.fixture(scope="module")
 def checkpoint(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return matquant.quantize(llama, tmp_path_factory.mktemp("html") / "check<b>point", method="rtn", rule="extra")
+    return conftest.quantize(llama, tmp_path_factory.mktemp("html") / "check<b>point", method="rtn", rule="extra")
 
 
 @pytest.fixture
@@ -185,7 +185,7 @@ def test_what_planning_keeps_is_read(checkpoint: Path, tmp_path: Path) -> None:
 
 def test_a_sliced_rule_says_what_overflow_is(llama: Path, tmp_path: Path) -> None:
     for rule, words in (("prefix", "None: rule “prefix”"), ("round", "rule “round” clamps them")):
-        out = matquant.quantize(llama, tmp_path / rule, method="rtn", rule=rule)
+        out = conftest.quantize(llama, tmp_path / rule, method="rtn", rule=rule)
         write_report(out, tmp_path / "page.html", records={})
         assert words in (tmp_path / "page.html").read_text()
 

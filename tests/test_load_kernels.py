@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import conftest
 import matquant
 from conftest import FAMILIES
 from matquant.backends import native
@@ -45,7 +46,7 @@ def checkpoint(family_model: Callable[[str], Path], tmp_path_factory: pytest.Tem
         out = root / "-".join([family, *map(str, options.values())])
         if out.is_dir():
             return out
-        return matquant.quantize(family_model(family), out, method="rtn", scope="all", **options)
+        return conftest.quantize(family_model(family), out, method="rtn", scope="all", **options)
 
     return get
 

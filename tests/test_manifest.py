@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+import conftest
 import matquant
 from matquant.export import export
 from matquant.format.read import open_checkpoint
@@ -26,7 +27,7 @@ SECRET = "the user's own file"
 
 @pytest.fixture(scope="module")
 def made(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return matquant.quantize(llama, tmp_path_factory.mktemp("manifest") / "made", method="rtn", scope="all")
+    return conftest.quantize(llama, tmp_path_factory.mktemp("manifest") / "made", method="rtn", scope="all")
 
 
 @pytest.fixture
@@ -220,7 +221,7 @@ def test_quantising_rejects_side_files_that_are_links_out_or_no_files(
     source = shutil.copytree(llama, tmp_path / "source")
     message = put(kind, source / name, tmp_path / "outside")
     with pytest.raises(InputError) as caught:
-        matquant.quantize(source, tmp_path / "out", method="rtn")
+        conftest.quantize(source, tmp_path / "out", method="rtn")
     assert message in str(caught.value)
     assert not (tmp_path / "out").exists()
 

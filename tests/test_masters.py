@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-import matquant
+import conftest
 from matquant.core.grid import encode
 from matquant.core.nest import slice_codes
 from matquant.format.read import open_checkpoint
@@ -95,7 +95,7 @@ def test_what_is_held_back_pulls_the_narrower_master(pull: float, llama: Path) -
 def test_training_each_master_lowers_every_width(llama: Path, text_file: Path, tmp_path: Path) -> None:
     records: list[dict[str, Any]] = []
     options = {**RUN, "steps": 40, "lr": 3e-3, "masters": "each", "wide_lr": 0.5, "pull": 0.0}
-    matquant.quantize(llama, tmp_path / "out", text=[text_file], objective="8,4,2", report=records.append, **options)
+    conftest.quantize(llama, tmp_path / "out", text=[text_file], objective="8,4,2", report=records.append, **options)
     assert all(records[-1]["loss"][bits] < share * records[0]["loss"][bits] for bits, share in LOWERED.items())
 
 
@@ -129,7 +129,7 @@ def test_what_masters_cannot_do_is_refused(
     changes: dict[str, Any], message: str, llama: Path, text_file: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(InputError, match=message):
-        matquant.quantize(llama, tmp_path / "out", text=[text_file], **{**RUN, **changes})
+        conftest.quantize(llama, tmp_path / "out", text=[text_file], **{**RUN, **changes})
 
 
 # Starting from a nested checkpoint ------------------------------------------------------------------------------------
@@ -141,10 +141,10 @@ def test_training_starts_from_the_codes_of_a_checkpoint(
 ) -> None:
     """With a vanishing learning rate the codes and affines come out as they went in."""
     calibration: dict[str, Any] = {"samples": 8, "seq_len": 32, "text": [text_file]}
-    first = matquant.quantize(llama, tmp_path / "first", method="gptq", **calibration)
+    first = conftest.quantize(llama, tmp_path / "first", method="gptq", **calibration)
     options: dict[str, Any] = {**RUN, "steps": 1, "lr": 1e-12, "objective": "8,4,2", "masters": masters}
-    out = matquant.quantize(llama, tmp_path / "out", text=[text_file], start=first, **options)
-    plain = matquant.quantize(llama, tmp_path / "plain", text=[text_file], **options)
+    out = conftest.quantize(llama, tmp_path / "out", text=[text_file], start=first, **options)
+    plain = conftest.quantize(llama, tmp_path / "plain", text=[text_file], **options)
     for path in open_checkpoint(first).shapes:
         before, after, other = (open_checkpoint(where).nested(path) for where in (first, out, plain))
         assert (before.codes == after.codes).mean() > 0.999
@@ -155,10 +155,10 @@ def test_training_starts_from_the_codes_of_a_checkpoint(
 
 def test_frozen_widths_keep_their_codes_and_learn_the_rest(llama: Path, text_file: Path, tmp_path: Path) -> None:
     calibration: dict[str, Any] = {"samples": 8, "seq_len": 32, "text": [text_file]}
-    first = matquant.quantize(llama, tmp_path / "first", method="gptq", **calibration)
+    first = conftest.quantize(llama, tmp_path / "first", method="gptq", **calibration)
     options: dict[str, Any] = {**RUN, "lr": 3e-3, "objective": "8,6,4,2", "masters": "each", "start": first}
-    out = matquant.quantize(llama, tmp_path / "out", text=[text_file], freeze=4, **options)
-    free = matquant.quantize(llama, tmp_path / "free", text=[text_file], **options)
+    out = conftest.quantize(llama, tmp_path / "out", text=[text_file], freeze=4, **options)
+    free = conftest.quantize(llama, tmp_path / "free", text=[text_file], **options)
     for path in open_checkpoint(first).shapes:
         before, after, moved = (open_checkpoint(where).nested(path) for where in (first, out, free))
         assert (slice_codes(before.codes, 4) == slice_codes(after.codes, 4)).all()
@@ -171,7 +171,7 @@ def test_frozen_widths_keep_their_codes_and_learn_the_rest(llama: Path, text_fil
 
 
 def test_a_start_that_does_not_fit_is_refused(llama: Path, text_file: Path, tmp_path: Path) -> None:
-    first = matquant.quantize(llama, tmp_path / "first", method="rtn")
+    first = conftest.quantize(llama, tmp_path / "first", method="rtn")
     run = {**RUN, "text": [text_file], "start": first}
     for changes, message in (
         ({"rule": "round"}, "has rule='prefix', this run needs 'round'; make it with that"),
@@ -180,17 +180,17 @@ def test_a_start_that_does_not_fit_is_refused(llama: Path, text_file: Path, tmp_
         ({"scope": "all"}, "do not quantise the same weights: model.layers.0.self_attn"),
     ):
         with pytest.raises(InputError, match=message):
-            matquant.quantize(llama, tmp_path / "out", **{**run, **changes})
+            conftest.quantize(llama, tmp_path / "out", **{**run, **changes})
     with pytest.raises(InputError, match="--start asked of method 'gptq', which starts from the float model"):
-        matquant.quantize(llama, tmp_path / "out", method="gptq", text=[text_file], start=first, samples=8, seq_len=32)
+        conftest.quantize(llama, tmp_path / "out", method="gptq", text=[text_file], start=first, samples=8, seq_len=32)
 
 
 @pytest.mark.parametrize("bits", [2, 3])
 def test_a_dedicated_model_starts_from_its_codes_too(bits: int, llama: Path, text_file: Path, tmp_path: Path) -> None:
     calibration: dict[str, Any] = {"samples": 8, "seq_len": 32, "text": [text_file], "baseline_bits": bits}
-    first = matquant.quantize(llama, tmp_path / "first", method="gptq", **calibration)
+    first = conftest.quantize(llama, tmp_path / "first", method="gptq", **calibration)
     options: dict[str, Any] = {**RUN, "steps": 1, "lr": 1e-12, "baseline_bits": bits}
-    out = matquant.quantize(llama, tmp_path / "out", text=[text_file], start=first, **options)
+    out = conftest.quantize(llama, tmp_path / "out", text=[text_file], start=first, **options)
     for path in open_checkpoint(first).shapes:
         before, after = (open_checkpoint(where).nested(path) for where in (first, out))
         same = slice_codes(before.codes, bits) == slice_codes(after.codes, bits)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-import matquant
+import conftest
 import oracle
 from conftest import FAMILIES
 from matquant.core.nest import CENTRE, slice_codes
@@ -442,10 +442,10 @@ def test_codes_by_gptq_lower_the_loss_and_leave_the_layer_alone(llama: Path, tex
     losses = {}
     for codes in ("round", "gptq"):
         records: list[dict[str, Any]] = []
-        matquant.quantize(
+        conftest.quantize(
             llama, tmp_path / codes, method="omniquant", codes=codes, report=records.append, scope="all", **options
         )
         losses[codes] = sum(records[0]["loss"].values())
     assert losses["gptq"] < losses["round"]
     with pytest.raises(InputError, match="codes='nearest' is not known; use one of round, gptq"):
-        matquant.quantize(llama, tmp_path / "out", method="omniquant", codes="nearest", **options)
+        conftest.quantize(llama, tmp_path / "out", method="omniquant", codes="nearest", **options)

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+import conftest
 import matquant
 from matquant import cli
 from matquant.export import FORMATS, export
@@ -44,7 +45,7 @@ METHODS: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def nested(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint, not to be changed."""
-    return matquant.quantize(llama, tmp_path_factory.mktemp("one") / "nested", method="rtn")
+    return conftest.quantize(llama, tmp_path_factory.mktemp("one") / "nested", method="rtn")
 
 
 def in_another_thread(function: Callable[..., Any], *args: Any, **options: Any) -> str:
@@ -79,7 +80,7 @@ def test_a_second_run_of_an_output_is_rejected_and_the_first_one_is_whole(
     method: str, llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, messages = tmp_path / "out", []
-    run = functools.partial(matquant.quantize, llama, out, text=[text_file])
+    run = functools.partial(conftest.quantize, llama, out, text=[text_file])
 
     def intrude() -> None:
         for other in ({"resume": True}, {"overwrite": True}, {"method": "rtn"}, {"method": "gptq", "resume": True}):
@@ -94,7 +95,7 @@ def test_a_second_run_of_an_output_is_rejected_and_the_first_one_is_whole(
 
 
 def test_a_run_inside_a_run_of_the_same_output_is_rejected(llama: Path, text_file: Path, tmp_path: Path) -> None:
-    run = functools.partial(matquant.quantize, llama, tmp_path / "out", method="qat", text=[text_file])
+    run = functools.partial(conftest.quantize, llama, tmp_path / "out", method="qat", text=[text_file])
     options = METHODS["qat"]
     with pytest.raises(InputError, match="another run is writing"):
         run(report=lambda record: run(overwrite=True, **options), **options)
@@ -207,7 +208,7 @@ def test_an_output_that_appeared_meanwhile_is_not_replaced(
     with monkeypatch.context() as patch:
         patch.setattr(write_module, "write_manifest", before(write_module.write_manifest, appear))
         with pytest.raises(InputError, match="exists; give another -o, or --overwrite to replace it"):
-            matquant.quantize(llama, out, method="rtn")
+            conftest.quantize(llama, out, method="rtn")
     with pytest.raises(InputError, match="exists; give another -o, or --overwrite to replace it"):
         write_late()
     assert (out / "thesis.tex").read_text() == file.read_text() == "years of work"
@@ -225,7 +226,7 @@ def test_a_checkpoint_that_became_something_else_meanwhile_is_not_replaced(
     lose = before(write_module.write_manifest, (out / MANIFEST).unlink)
     monkeypatch.setattr(write_module, "write_manifest", lose)
     with pytest.raises(InputError, match="is not a matquant checkpoint and will not be replaced"):
-        matquant.quantize(llama, out, method="rtn", overwrite=True)
+        conftest.quantize(llama, out, method="rtn", overwrite=True)
     assert names(out) == sorted(set(names(nested)) - {MANIFEST})
     assert names(tmp_path) == ["out"]
 
@@ -246,7 +247,7 @@ def test_what_dead_writers_left_is_deleted_and_what_a_living_one_writes_is_not(t
 
 def test_files_get_the_permissions_of_the_umask(nested: Path, llama: Path, text_file: Path, tmp_path: Path) -> None:
     with umask(0o027):
-        out = matquant.quantize(llama, tmp_path / "out", method="gptq", text=[text_file], **METHODS["gptq"])
+        out = conftest.quantize(llama, tmp_path / "out", method="gptq", text=[text_file], **METHODS["gptq"])
         export(nested, tmp_path / "x.gguf", to="gguf")
         export(nested, tmp_path / "dense", to="dense")
     with umask(0o022):
@@ -315,11 +316,11 @@ def test_an_impossible_output_is_one_sentence_before_any_work(
 def test_an_output_that_is_a_link_to_a_directory_stays_one(llama: Path, nested: Path, tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")
-    matquant.quantize(llama, tmp_path / "link", method="rtn", overwrite=True)
+    conftest.quantize(llama, tmp_path / "link", method="rtn", overwrite=True)
     assert (tmp_path / "link").is_symlink()
     verify_checkpoint(tmp_path / "real")
     with hold(tmp_path / "real"):
-        message = in_another_thread(matquant.quantize, llama, tmp_path / "link", method="rtn", overwrite=True)
+        message = in_another_thread(conftest.quantize, llama, tmp_path / "link", method="rtn", overwrite=True)
     assert message.startswith(f"another run is writing {tmp_path / 'real'}")
     assert names(tmp_path) == ["link", "real"]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-import matquant
+import conftest
 from matquant import cli
 from matquant.system import progress
 from matquant.system.progress import Log, duration
@@ -125,7 +125,7 @@ def test_records_of_training_become_lines(capsys: pytest.CaptureFixture[str]) ->
 
 @pytest.fixture(scope="module")
 def made(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return matquant.quantize(llama, tmp_path_factory.mktemp("progress") / "made", method="rtn", scope="all")
+    return conftest.quantize(llama, tmp_path_factory.mktemp("progress") / "made", method="rtn", scope="all")
 
 
 def run(*arguments: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> tuple[str, str]:

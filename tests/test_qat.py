@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+import conftest
 import matquant
 from conftest import Interrupt
 from matquant.core.grid import fit_slice
@@ -179,7 +180,7 @@ def test_without_a_mix_there_is_none(llama: Path, text_file: Path, tmp_path: Pat
     records: dict[float | None, list[Any]] = {None: [], 0.0: [], 1.0: []}
     for mix, found in records.items():
         options = {**RUN, **({} if mix is None else {"mix": mix})}
-        matquant.quantize(llama, tmp_path / str(mix), text=[text_file], **options, report=found.append)
+        conftest.quantize(llama, tmp_path / str(mix), text=[text_file], **options, report=found.append)
     shards = [(tmp_path / str(mix) / "model.safetensors").read_bytes() for mix in records]
     assert shards[0] == shards[1]
     assert shards[0] != shards[2]
@@ -201,7 +202,7 @@ def test_a_mix_of_nothing_and_a_weight_that_is_none_are_refused(
     options: dict[str, Any], message: str, llama: Path, text_file: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(InputError, match=message):
-        matquant.quantize(llama, tmp_path / "out", text=[text_file], **RUN, **options)
+        conftest.quantize(llama, tmp_path / "out", text=[text_file], **RUN, **options)
 
 
 @pytest.mark.parametrize("fast", [True, False])
@@ -212,7 +213,7 @@ def test_emulated_bf16_is_told(
     monkeypatch.setattr(matquant.methods.quantize, "bf16_is_fast", lambda: fast)
     records: list[dict[str, Any]] = []
     options = {**RUN, "autocast": autocast, "device": "cpu"}
-    matquant.quantize(llama, tmp_path / "out", text=[text_file], **options, report=records.append)
+    conftest.quantize(llama, tmp_path / "out", text=[text_file], **options, report=records.append)
     told = ["emulates it" in record.get("notice", "") for record in records]
     assert told == [autocast and not fast] * RUN["steps"]
 
@@ -331,7 +332,7 @@ def test_plain_training_is_learned_training_with_nothing_learned(llama: Path) ->
 
 def test_training_lowers_the_loss_and_only_touches_what_it_should(llama: Path, text_file: Path, tmp_path: Path) -> None:
     records: list[dict[str, Any]] = []
-    out = matquant.quantize(
+    out = conftest.quantize(
         llama, tmp_path / "out", text=[text_file], **{**RUN, "steps": 40, "lr": 3e-3}, report=records.append
     )
     assert records[-1]["loss"]["2"] < 0.8 * records[0]["loss"]["2"]
@@ -343,7 +344,7 @@ def test_training_lowers_the_loss_and_only_touches_what_it_should(llama: Path, t
 
 
 def test_train_rest_trains_the_rest(llama: Path, text_file: Path, tmp_path: Path) -> None:
-    out = matquant.quantize(llama, tmp_path / "out", text=[text_file], train_rest=True, **RUN)
+    out = conftest.quantize(llama, tmp_path / "out", text=[text_file], train_rest=True, **RUN)
     name = "model.layers.0.self_attn.q_proj.weight"
     assert not torch.equal(
         matquant.load(out, kernels="none").get_parameter(name), load_float(llama).get_parameter(name)
@@ -354,7 +355,7 @@ def test_train_rest_trains_the_rest(llama: Path, text_file: Path, tmp_path: Path
 def test_a_dedicated_baseline_is_its_own_grid_and_reads_back_exactly(
     bits: int, llama: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    out = matquant.quantize(llama, tmp_path / "out", text=[text_file], baseline_bits=bits, affine="none", **RUN)
+    out = conftest.quantize(llama, tmp_path / "out", text=[text_file], baseline_bits=bits, affine="none", **RUN)
     checkpoint = open_checkpoint(out)
     tensor = checkpoint.nested("model.layers.0.mlp.up_proj")
     if bits < 8:
@@ -368,7 +369,7 @@ def test_a_dedicated_baseline_is_its_own_grid_and_reads_back_exactly(
 
 def test_the_same_seed_gives_the_same_bits_and_another_does_not(llama: Path, text_file: Path, tmp_path: Path) -> None:
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
-        matquant.quantize(llama, tmp_path / name, text=[text_file], **{**RUN, "seed": seed})
+        conftest.quantize(llama, tmp_path / name, text=[text_file], **{**RUN, "seed": seed})
     shard = "model.safetensors"
     assert (tmp_path / "a" / shard).read_bytes() == (tmp_path / "b" / shard).read_bytes()
     assert (tmp_path / "a" / shard).read_bytes() != (tmp_path / "c" / shard).read_bytes()
@@ -385,7 +386,7 @@ def test_a_loss_that_is_not_finite_names_width_and_layer_and_keeps_the_saved_sta
 
     monkeypatch.setattr(qat, "write_weights", write)
     with pytest.raises(InputError, match=r"loss at 8 bits is not finite at step 3, first in model\.layers\.1; use a"):
-        matquant.quantize(llama, tmp_path / "out", text=[text_file], **{**RUN, "steps": 8, "save_every": 2})
+        conftest.quantize(llama, tmp_path / "out", text=[text_file], **{**RUN, "steps": 8, "save_every": 2})
     assert (tmp_path / ".out.work" / "state.safetensors").is_file()
     assert not (tmp_path / "out").exists()
 
@@ -400,7 +401,7 @@ def test_a_killed_run_resumes_to_the_same_bits(llama: Path, text_file: Path, tmp
         out = str(tmp_path / "killed")
         return [sys.executable, "-m", "matquant", "quantize", str(llama), "-o", out, "--text", str(text_file), *extra]
 
-    matquant.quantize(str(llama), tmp_path / "whole", text=[text_file], **options)
+    conftest.quantize(str(llama), tmp_path / "whole", text=[text_file], **options)
     log = tmp_path / ".killed.work" / "training.jsonl"
     kills = int.from_bytes(os.urandom(1)) % 15 + 5
     process = subprocess.Popen(command(*flags), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -424,9 +425,9 @@ def test_an_interrupted_run_resumes_to_the_same_bits(
     variant: dict[str, Any], llama: Path, text_file: Path, tmp_path: Path
 ) -> None:
     options: dict[str, Any] = {**RUN, **variant, "save_every": 3, "text": [text_file]}
-    whole = matquant.quantize(llama, tmp_path / "whole", **options)
+    whole = conftest.quantize(llama, tmp_path / "whole", **options)
     with pytest.raises(KeyboardInterrupt):
-        matquant.quantize(llama, tmp_path / "killed", report=Interrupt(print, 4), **options)
-    resumed = matquant.quantize(llama, tmp_path / "killed", resume=True, **options)
+        conftest.quantize(llama, tmp_path / "killed", report=Interrupt(print, 4), **options)
+    resumed = conftest.quantize(llama, tmp_path / "killed", resume=True, **options)
     for file in ("model.safetensors", "matquant_slices.safetensors"):
         assert (whole / file).read_bytes() == (resumed / file).read_bytes()

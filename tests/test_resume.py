@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-import matquant
+import conftest
 from conftest import Interrupt
 from matquant.methods import gptq, qat
 from matquant.methods.parts.sealed import open_sealed, save_sealed
@@ -35,7 +35,7 @@ def stopped(llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.Mo
     def stop(method: str) -> Resume:
         model = shutil.copytree(llama, tmp_path / "model")
         options = {"text": [text_file], "method": method, **RUNS[method]}
-        run = functools.partial(matquant.quantize, model, tmp_path / "out", **options)
+        run = functools.partial(conftest.quantize, model, tmp_path / "out", **options)
         module, name, call = STOPS[method]
         with monkeypatch.context() as patch:
             patch.setattr(module, name, Interrupt(getattr(module, name), call))
@@ -76,7 +76,7 @@ def test_resume_with_another_method_is_rejected_and_loses_nothing(
     for other in ("rtn", "gptq", "omniquant", "qat", "distill"):
         if other != method:
             run = functools.partial(
-                matquant.quantize, tmp_path / "model", tmp_path / "out", text=[text_file], method=other, resume=True
+                conftest.quantize, tmp_path / "model", tmp_path / "out", text=[text_file], method=other, resume=True
             )
             expected = f"^--resume with method='{other}', the interrupted run had '{method}'; use the same settings, or"
             assert_rejected(run, tmp_path, expected)
@@ -84,7 +84,7 @@ def test_resume_with_another_method_is_rejected_and_loses_nothing(
     shutil.copytree(llama, tmp_path / "other")
     if method != "distill":
         other_model = functools.partial(
-            matquant.quantize, tmp_path / "other", tmp_path / "out", text=[text_file], method=method, **RUNS[method]
+            conftest.quantize, tmp_path / "other", tmp_path / "out", text=[text_file], method=method, **RUNS[method]
         )
         assert_rejected(functools.partial(other_model, resume=True), tmp_path, r"^--resume with model=.*/other', the")
     if method != "distill":  # takes seconds
@@ -112,7 +112,7 @@ def test_resume_with_other_text_or_another_start_is_rejected(
         functools.partial(resume, text=[tmp_path / "more.txt"]), tmp_path,
         "^--resume with other text than the interrupted run had; use the same text, or --overwrite to start again$",
     )  # fmt: skip
-    start = matquant.quantize(llama, tmp_path / "start", method="rtn")
+    start = conftest.quantize(llama, tmp_path / "start", method="rtn")
     with pytest.raises(InputError, match=r"^--resume with method='rtn, qat', the interrupted run had 'qat'"):
         resume(start=start)
     with pytest.raises(
@@ -152,7 +152,7 @@ def test_what_a_killed_run_left_unfinished_is_deleted(tmp_path: Path) -> None:
 
 def test_a_rejected_start_of_blocks_keeps_an_interrupted_run(stopped: Callable[[str], Resume], tmp_path: Path) -> None:
     stopped("gptq")
-    run = functools.partial(matquant.quantize, tmp_path / "model", tmp_path / "out", method="gptq", overwrite=True)
+    run = functools.partial(conftest.quantize, tmp_path / "model", tmp_path / "out", method="gptq", overwrite=True)
     (tmp_path / "short.txt").write_text("too short")
     assert_rejected(functools.partial(run, text=[tmp_path / "short.txt"]), tmp_path, "the text has 10 tokens")
 

@@ -12,6 +12,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
+import conftest
 import matquant
 from conftest import SMALL, make_tokenizer
 from matquant import _native
@@ -83,7 +84,7 @@ def checkpoint_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pat
         if not (root / name).is_dir():
             if not (root / f"{name}.float").is_dir():
                 make(CONFIGS[case](), root / f"{name}.float")
-            matquant.quantize(root / f"{name}.float", root / name, method="rtn", **{"scope": "all", **options})
+            conftest.quantize(root / f"{name}.float", root / name, method="rtn", **{"scope": "all", **options})
         return root / name
 
     return get
@@ -193,7 +194,7 @@ def test_matrices_out_of_scope_are_read_in_the_dtype_they_are_stored_in(
     model = AutoModelForCausalLM.from_pretrained(checkpoint_of("llama").with_name("llama.float"))
     model.to(getattr(torch, dtype)).save_pretrained(tmp_path / "half")
     make_tokenizer().save_pretrained(tmp_path / "half")
-    directory = matquant.quantize(tmp_path / "half", tmp_path / "out", method="rtn", scope="ffn")
+    directory = conftest.quantize(tmp_path / "half", tmp_path / "out", method="rtn", scope="ffn")
     engine = matquant.Engine(directory, activations="float", threads=1)
     model = matquant.load(directory, 4, dtype=torch.float32, kernels="none")
     assert_same_logits(native_logits(engine, IDS, 4), transformers_logits(model, IDS), 1e-5)
@@ -213,12 +214,12 @@ def test_a_plan_gives_each_matrix_its_width(checkpoint_of: Callable[..., Path]) 
 
 def test_the_embedded_model_is_exact(tmp_path: Path) -> None:
     source = Path(__file__).resolve().parents[1] / "examples" / "reference" / "model"
-    directory = matquant.quantize(source, tmp_path / "out", method="rtn")
+    directory = conftest.quantize(source, tmp_path / "out", method="rtn")
     assert_model_is_exact(directory)
 
 
 def test_stories260k_is_exact(data: Path, tmp_path: Path) -> None:
-    directory = matquant.quantize(data / "models" / "stories260K", tmp_path / "out", method="rtn", scope="all")
+    directory = conftest.quantize(data / "models" / "stories260K", tmp_path / "out", method="rtn", scope="all")
     assert_model_is_exact(directory)
 
 

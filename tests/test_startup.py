@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import conftest
 import matquant
 from matquant.format import tensor_file
 from matquant.format.read import open_checkpoint
@@ -72,7 +73,7 @@ def test_the_handler_of_ctrl_c_is_put_back() -> None:
 
 @pytest.fixture
 def checkpoint(llama: Path, tmp_path: Path) -> Path:
-    return matquant.quantize(llama, tmp_path / "out", method="rtn", symmetric=False)
+    return conftest.quantize(llama, tmp_path / "out", method="rtn", symmetric=False)
 
 
 def test_without_mmap_a_file_truncated_after_loading_changes_nothing(checkpoint: Path, tmp_path: Path) -> None:

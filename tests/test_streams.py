@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+import conftest
 import matquant
 from matquant import cli
 from matquant.system.streams import accept_any_text
@@ -45,7 +46,7 @@ def checkpoint(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("streams")
     source = shutil.copytree(llama, directory / "source")
     (source / "chat_template.jinja").write_text("«{{ messages[-1].content }}» 🐱", encoding="utf-8")
-    return matquant.quantize(source, directory / "modèle", method="rtn", scope="all")
+    return conftest.quantize(source, directory / "modèle", method="rtn", scope="all")
 
 
 def test_tables_and_help_are_ascii_where_the_terminal_is(checkpoint: Path, run: Run) -> None:

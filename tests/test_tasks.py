@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-import matquant
+import conftest
 from matquant import cli
 from matquant.export import export
 from matquant.format.read import manifest_sha256
@@ -31,7 +31,7 @@ QUESTIONS = {
 
 @pytest.fixture(scope="module")
 def checkpoint(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return matquant.quantize(llama, tmp_path_factory.mktemp("tasks") / "checkpoint", method="rtn")
+    return conftest.quantize(llama, tmp_path_factory.mktemp("tasks") / "checkpoint", method="rtn")
 
 
 @pytest.fixture
@@ -254,7 +254,7 @@ def test_results_equal_the_harness_on_the_dense_slice(
 ) -> None:
     """Exactly, on a real model: every metric at two widths; and the other width's results differ."""
     model, tasks = data / "models" / "stories260K", ["arc_easy", "winogrande"]
-    out = matquant.quantize(model, tmp_path / "out", method="rtn", scope="all")
+    out = conftest.quantize(model, tmp_path / "out", method="rtn", scope="all")
     found = evaluate_checkpoint(out, bits=(4, 2), tasks=tasks, tasks_data=data / "zeroshot", limit=20, device="cpu")
     for bits in (4, 2):
         dense = tmp_path / f"dense{bits}"
@@ -279,7 +279,7 @@ def test_the_harness_command_line_knows_matquant(
     monkeypatch.setattr(evaluator, "add_env_info", lambda results: None)
     monkeypatch.setattr("lm_eval.evaluator.get_git_commit_hash", lambda: "")
     monkeypatch.setattr(ours.NestedLM, "get_model_info", lambda self: {})  # it asks the hub
-    out = matquant.quantize(data / "models" / "stories260K", tmp_path / "out", method="rtn", scope="all")
+    out = conftest.quantize(data / "models" / "stories260K", tmp_path / "out", method="rtn", scope="all")
     expected = evaluate_checkpoint(out, bits=(2,), tasks=["arc_easy"], tasks_data=data / "zeroshot", limit=20)
     task = tmp_path / "tasks" / "mine.yaml"
     task.parent.mkdir()

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import conftest
 import matquant
 from matquant import _native, cli
 from matquant.core.planes import load_weight, matmul
@@ -23,7 +24,7 @@ Command = Callable[..., tuple[int, str]]
 
 @pytest.fixture(scope="module")
 def checkpoint(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return matquant.quantize(llama, tmp_path_factory.mktemp("threads") / "out", method="rtn", scope="all")
+    return conftest.quantize(llama, tmp_path_factory.mktemp("threads") / "out", method="rtn", scope="all")
 
 
 @pytest.fixture
@@ -58,7 +59,7 @@ def test_more_threads_than_a_few_per_core_are_rejected(
     x = np.ones((1, 64), np.float32)
     for use in (
         lambda: matquant.Engine(checkpoint, threads=count),
-        lambda: matquant.quantize(llama, tmp_path / "out", method="rtn", threads=count),
+        lambda: conftest.quantize(llama, tmp_path / "out", method="rtn", threads=count),
         lambda: matmul(load_weight(weight()), x, bits=8, threads=count),
     ):
         with pytest.raises(InputError) as caught:

@@ -13,6 +13,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+import conftest
 import matquant
 from conftest import SMALL, make_tokenizer
 from matquant.hf_torch.loading import load_float
@@ -67,7 +68,7 @@ def test_a_stored_head_that_differs_from_tied_embeddings_is_served_everywhere(
     method: str, tied: Path, tmp_path: Path, text_file: Path
 ) -> None:
     source = changed(tied, tmp_path / "model", add_head)
-    out = matquant.quantize(source, tmp_path / "out", method=method, text=[text_file], **METHODS[method])
+    out = conftest.quantize(source, tmp_path / "out", method=method, text=[text_file], **METHODS[method])
     assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
     stored = load_file(source / "model.safetensors")[HEAD]
     assert np.array_equal(matquant.open_checkpoint(out).array(HEAD), stored.numpy())
@@ -95,7 +96,7 @@ def test_the_streamed_and_the_whole_model_decide_alike(tied: Path, tmp_path: Pat
 
 def test_a_head_alone_is_the_embedding_too(tied: Path, tmp_path: Path) -> None:
     source = changed(tied, tmp_path / "model", move_head)
-    out = matquant.quantize(source, tmp_path / "out", method="rtn")
+    out = conftest.quantize(source, tmp_path / "out", method="rtn")
     checkpoint = matquant.open_checkpoint(out)
     assert checkpoint.config["tie_word_embeddings"] is True
     assert HEAD not in checkpoint.files
@@ -112,7 +113,7 @@ def test_a_head_that_is_neither_stored_nor_tied_is_rejected_with_what_to_add(tie
 
 
 def test_a_checkpoint_that_stores_a_head_is_opened_as_untied(tied: Path, tmp_path: Path) -> None:
-    out = matquant.quantize(changed(tied, tmp_path / "model", add_head), tmp_path / "out", method="rtn")
+    out = conftest.quantize(changed(tied, tmp_path / "model", add_head), tmp_path / "out", method="rtn")
     config = json.loads((out / "config.json").read_text())
     nested = {**config, "tie_word_embeddings": True, "text_config": {"tie_word_embeddings": True}}
     (out / "config.json").write_text(json.dumps(nested))

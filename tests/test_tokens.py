@@ -15,6 +15,7 @@ import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
+import conftest
 import matquant
 from conftest import make_tokenizer
 from matquant.cli.generate import read_input
@@ -307,8 +308,8 @@ def hub(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_hub_id_brings_its_tokenizer_template_and_generation_config(hub: Path, llama: Path, tmp_path: Path) -> None:
-    out = matquant.quantize("acme/tiny", tmp_path / "out", method="rtn")
-    local = matquant.quantize(llama, tmp_path / "local", method="rtn")
+    out = conftest.quantize("acme/tiny", tmp_path / "out", method="rtn")
+    local = conftest.quantize(llama, tmp_path / "local", method="rtn")
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", TOKENS):
         assert (out / name).read_bytes() == (local / name).read_bytes()
         assert not (out / name).is_symlink()
@@ -322,7 +323,7 @@ def test_a_hub_id_without_tokenizer_is_quantised_with_a_notice(hub: Path, tmp_pa
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (hub / name).unlink()
     records: list[dict[str, Any]] = []
-    out = matquant.quantize("acme/tiny", tmp_path / "out", method="rtn", report=records.append)
+    out = conftest.quantize("acme/tiny", tmp_path / "out", method="rtn", report=records.append)
     assert (out / "generation_config.json").is_file()
     assert records[0]["notice"].startswith("acme/tiny has no usable tokenizer (")
 
@@ -338,7 +339,7 @@ def bare(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     files = words_of(byte_level()) | {"added_tokens.json": {f"<{index}>": index for index in range(259, 302)}}
     config = {"tokenizer_class": "GPT2Tokenizer", **ENDS}
     write_files(folder / "model", {"config.json": (llama / "config.json").read_text(), **files, CONFIG: config})
-    return matquant.quantize(folder / "model", folder / "out", method="rtn")
+    return conftest.quantize(folder / "model", folder / "out", method="rtn")
 
 
 CONFIG = "tokenizer_config.json"
@@ -364,7 +365,7 @@ def test_a_token_beyond_the_vocabulary_is_one_sentence_in_every_verb(
     calls: dict[str, Callable[[], Any]] = {
         "eval": lambda: evaluate_checkpoint(bare, bits=[8], text=[text]),
         "plan": lambda: open_losses(bare, [text]),
-        "quantize": lambda: matquant.quantize(bare.parent / "model", tmp_path / "out", method="gptq", text=[text]),
+        "quantize": lambda: conftest.quantize(bare.parent / "model", tmp_path / "out", method="gptq", text=[text]),
         "report": lambda: app(
             ["report", str(bare), "-o", str(tmp_path / "r.html"), "--text", str(text)], standalone_mode=False
         ),
@@ -513,7 +514,7 @@ def test_a_byte_order_mark_is_dropped_from_every_file_a_user_gives(
     monkeypatch.setattr("sys.stdin", io.StringIO(f"{MARK}he"))
     assert read_input() == "he"
     lines = iter([f"{MARK}/quit"])
-    out = matquant.quantize(llama, tmp_path / "out", method="rtn")
+    out = conftest.quantize(llama, tmp_path / "out", method="rtn")
     marked(out / "chat_template.jinja", "{{ messages[0].content }}")
     matquant.seal_checkpoint(out)
     options = {"engine": {"check_hashes": False}, "system": "", "bits": None, "plan": None}
@@ -525,8 +526,8 @@ def test_a_model_directory_whose_files_have_byte_order_marks_is_as_one_without(l
     for file in source.glob("*.json"):
         marked(file, file.read_text())
     marked(source / "chat_template.jinja", "{{ messages[0].content }}")
-    out = matquant.quantize(source, tmp_path / "out", method="rtn")
-    clean = matquant.quantize(llama, tmp_path / "clean", method="rtn")
+    out = conftest.quantize(source, tmp_path / "out", method="rtn")
+    clean = conftest.quantize(llama, tmp_path / "clean", method="rtn")
     for name in ("tokenizer.json", CONFIG, "generation_config.json", "model.safetensors", TOKENS):
         assert (out / name).read_bytes() == (clean / name).read_bytes()
     assert render(read_vocabulary(out), [{"role": "user", "content": "Hi"}]) == "Hi"

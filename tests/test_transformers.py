@@ -14,6 +14,7 @@ import transformers
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM
 
+import conftest
 import matquant
 from conftest import FAMILIES
 from matquant.export import export
@@ -53,7 +54,7 @@ def assert_same_weights(found: Any, expected: Any) -> None:
 @pytest.fixture(scope="module")
 def checkpoints(family_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("checkpoints")
-    return {name: matquant.quantize(family_model(name), root / name, method="rtn", scope="all") for name in FAMILIES}
+    return {name: conftest.quantize(family_model(name), root / name, method="rtn", scope="all") for name in FAMILIES}
 
 
 @pytest.fixture
@@ -87,7 +88,7 @@ def test_from_pretrained_gives_the_slice_and_saves_it(
     ],
 )
 def test_every_kind_of_checkpoint_is_read(options: dict[str, Any], llama: Path, tmp_path: Path) -> None:
-    out = matquant.quantize(llama, tmp_path / "out", method="rtn", scope="all", **options)
+    out = conftest.quantize(llama, tmp_path / "out", method="rtn", scope="all", **options)
     for bits in (8, 4, 2):
         assert_same_weights(read(out, bits=bits), matquant.load(out, bits=bits, kernels="none"))
 
@@ -118,11 +119,11 @@ def test_a_plan_reaches_each_expert(checkpoints: dict[str, Path]) -> None:
 
 def test_experts_that_are_not_quantised_are_read(family_model: Callable[[str], Path], tmp_path: Path) -> None:
     source, exclude = family_model("qwen3_moe"), [r"layers\.1\.mlp\.experts", r"experts.*down_proj"]
-    out = matquant.quantize(source, tmp_path / "out", method="rtn", scope="all", exclude=exclude)
+    out = conftest.quantize(source, tmp_path / "out", method="rtn", scope="all", exclude=exclude)
     assert "model.layers.0.mlp.experts.2.down_proj.weight" in open_checkpoint(out).plain_names()
     assert_same_weights(read(out, bits=3), matquant.load(out, 3, kernels="none"))
     with pytest.raises(matquant.InputError) as caught:
-        matquant.quantize(source, tmp_path / "split", method="rtn", exclude=[r"experts\.[02]\.up_proj"])
+        conftest.quantize(source, tmp_path / "split", method="rtn", exclude=[r"experts\.[02]\.up_proj"])
     assert str(caught.value) == (
         "--exclude takes model.layers.0.mlp.experts.0.up_proj out of model.layers.0.mlp.experts.gate_up_proj, "
         "which transformers reads as one; exclude all of it or none"

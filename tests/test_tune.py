@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import conftest
 import matquant
 from conftest import Interrupt
 from matquant.core.grid import encode
@@ -29,13 +30,13 @@ WIDTHS = (8, 6, 4, 3, 2)
 def run(model: Path, text: Path, out: Path, **changes: Any) -> tuple[Path, list[dict[str, Any]]]:
     """The checkpoint and its records."""
     records: list[dict[str, Any]] = []
-    return matquant.quantize(model, out, text=[text], report=records.append, **{**RUN, **changes}), records
+    return conftest.quantize(model, out, text=[text], report=records.append, **{**RUN, **changes}), records
 
 
 def run_plain(model: Path, text: Path, out: Path, **changes: Any) -> Path:
     """The checkpoint of the pass alone."""
     tuning = ("tune", "lr")
-    return matquant.quantize(model, out, text=[text], **{n: RUN[n] for n in RUN if n not in tuning}, **changes)
+    return conftest.quantize(model, out, text=[text], **{n: RUN[n] for n in RUN if n not in tuning}, **changes)
 
 
 def distances(model: Path, text: Path, directory: Path, widths: tuple[int, ...]) -> dict[int, float]:
@@ -175,12 +176,12 @@ def test_a_dedicated_width_is_tuned_alone(bits: int, llama: Path, text_file: Pat
 
 def test_a_tuned_run_resumed_at_a_block_ends_with_the_same_bits(llama: Path, text_file: Path, tmp_path: Path) -> None:
     options = {**RUN, "tune": 4, "text": [text_file]}
-    whole = matquant.quantize(llama, tmp_path / "whole", **options)
+    whole = conftest.quantize(llama, tmp_path / "whole", **options)
     with pytest.raises(KeyboardInterrupt):
-        matquant.quantize(llama, tmp_path / "killed", report=Interrupt(print, 1), **options)
+        conftest.quantize(llama, tmp_path / "killed", report=Interrupt(print, 1), **options)
     with pytest.raises(InputError, match="--resume with tune=5, the interrupted run had 4"):
-        matquant.quantize(llama, tmp_path / "killed", resume=True, **{**options, "tune": 5})
-    resumed = matquant.quantize(llama, tmp_path / "killed", resume=True, **options)
+        conftest.quantize(llama, tmp_path / "killed", resume=True, **{**options, "tune": 5})
+    resumed = conftest.quantize(llama, tmp_path / "killed", resume=True, **options)
     for file in ("model.safetensors", "matquant_slices.safetensors"):
         assert (whole / file).read_bytes() == (resumed / file).read_bytes()
 

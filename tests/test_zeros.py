@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+import conftest
 import matquant
 from exports import sliced
 from matquant.export import export
@@ -32,7 +33,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 def make(model: Path, out: Path, text: Path, **options: Any) -> Path:
-    return matquant.quantize(
+    return conftest.quantize(
         model, out, text=[] if options["method"] == "rtn" else [text], zero_point="midrange", **options
     )
 
@@ -59,7 +60,7 @@ def test_they_cost_half_the_bytes_of_scales_and_zeros(llama: Path, tmp_path: Pat
     for group_size in (None, 16):
         own, centre = (
             open_checkpoint(
-                matquant.quantize(
+                conftest.quantize(
                     llama,
                     tmp_path / f"{zero_point}{group_size}",
                     method="rtn",
@@ -82,7 +83,7 @@ def test_they_cost_half_the_bytes_of_scales_and_zeros(llama: Path, tmp_path: Pat
 
 
 def test_own_zeros_are_still_format_1_and_have_no_key(llama: Path, tmp_path: Path) -> None:
-    record = open_checkpoint(matquant.quantize(llama, tmp_path / "out", method="rtn")).spec.to_json()
+    record = open_checkpoint(conftest.quantize(llama, tmp_path / "out", method="rtn")).spec.to_json()
     assert record["format"] == 1
     assert "zeros" not in record
 
@@ -96,14 +97,14 @@ def test_own_zeros_are_still_format_1_and_have_no_key(llama: Path, tmp_path: Pat
 def test_a_record_that_does_not_fit_the_files_is_damage(
     change: dict[str, Any], message: str, llama: Path, tmp_path: Path
 ) -> None:
-    out = matquant.quantize(llama, tmp_path / "out", method="rtn", zero_point="midrange")
+    out = conftest.quantize(llama, tmp_path / "out", method="rtn", zero_point="midrange")
     edit_record(out, lambda record: record.update(change))
     with pytest.raises(InputError, match=message):
         open_checkpoint(out)
 
 
 def test_zeros_that_are_said_to_be_stored_are_missed(llama: Path, tmp_path: Path) -> None:
-    out = matquant.quantize(llama, tmp_path / "out", method="rtn", zero_point="midrange")
+    out = conftest.quantize(llama, tmp_path / "out", method="rtn", zero_point="midrange")
 
     def change(record: dict[str, Any]) -> None:
         record["format"] = 1
@@ -119,12 +120,12 @@ def test_training_goes_on_with_the_zeros_it_started_with(llama: Path, text_file:
     second = make(llama, tmp_path / "second", text_file, **METHODS["qat each"], start=first)
     assert verify_checkpoint(second).spec.zeros == "centre"
     with pytest.raises(InputError, match="has zeros='centre', this run needs 'own'; make it with that"):
-        matquant.quantize(llama, tmp_path / "third", text=[text_file], start=first, **METHODS["qat each"])
+        conftest.quantize(llama, tmp_path / "third", text=[text_file], start=first, **METHODS["qat each"])
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_one_bit_more_holds_a_slice_exactly_without_moving_its_zeros(bits: int, llama: Path, tmp_path: Path) -> None:
-    out = matquant.quantize(llama, tmp_path / "out", method="rtn", zero_point="midrange")
+    out = conftest.quantize(llama, tmp_path / "out", method="rtn", zero_point="midrange")
     made = export(out, tmp_path / "small", to="compressed-tensors", bits=bits)
     config = json.loads((tmp_path / "small" / "config.json").read_text())["quantization_config"]
     weights = config["config_groups"]["group_0"]["weights"]
@@ -133,13 +134,13 @@ def test_one_bit_more_holds_a_slice_exactly_without_moving_its_zeros(bits: int, 
     assert made["bits_per_weight"] == pytest.approx(
         bits_per_weight(checkpoint, dict.fromkeys(checkpoint.shapes, bits)) + 1, abs=0.35
     )
-    own = matquant.quantize(llama, tmp_path / "own", method="rtn")
+    own = conftest.quantize(llama, tmp_path / "own", method="rtn")
     with pytest.raises(InputError):
         export(own, tmp_path / "refused", to="compressed-tensors", bits=bits)
 
 
 def test_the_runtime_serves_them(llama: Path, tmp_path: Path) -> None:
-    out = matquant.quantize(llama, tmp_path / "out", method="rtn", zero_point="midrange")
+    out = conftest.quantize(llama, tmp_path / "out", method="rtn", zero_point="midrange")
     engine = matquant.Engine(out, activations="float")
     dense = matquant.load(out, 2, kernels="none")
     tokens = [5, 6, 7, 8, 9, 10]
