@@ -1,13 +1,13 @@
-"""What the tools a user would pick instead reach on the same model, the same text and honestly counted bits.
+"""Other quantisers on the same model, the same text, with all bits per weight counted.
 
-    python bench/peers.py setup [NAME]...         an environment per tool under MATQUANT_PEERS (default .peers/)
-    python bench/peers.py run [--only NAME]...    quantise and evaluate what is not yet in bench/peers.jsonl
-    python bench/peers.py report                  print the tables
+    python experiments/peers.py setup [NAME]...         an environment per tool under MATQUANT_PEERS (default .peers/)
+    python experiments/peers.py run [--only NAME]...    quantise and evaluate what is not yet in experiments/peers.jsonl
+    python experiments/peers.py report                  print the tables
 
-All are "one-shot": a float model, 128 windows of 512 training tokens, no training of the model. Every linear of the
-decoder layers is quantised, the rest stays float. A tool runs in a process and an environment of its own
-(bench/peers/with_*.py), writes the weights that its stored form stands for and the bytes of that form, and all of them
-are evaluated here, in one way: in the float model, float32, with our log_perplexity.
+All are one-shot: a float model, 128 calibration sequences of 512 tokens, no training of the model. Every linear layer
+of the decoder is quantised, the rest stays float. Each tool runs in a separate process and environment
+(experiments/peers/with_*.py) and writes the dequantised weights and the bytes of its stored form. All are evaluated
+here in the same way: in the float model, float32, with our log_perplexity.
 
     bits per weight = 8 * bytes stored for these linears (codes, scales, zeros, g_idx, block headers) / their weights
 
@@ -32,14 +32,17 @@ import typer
 from safetensors.numpy import load_file
 from safetensors.torch import save_file
 
-from environments import TORCH, make_environment
 from matquant.hf.text import read_documents, token_stream
 from matquant.hf_torch.models import load_float, load_tokenizer
 from matquant.measure.likelihood import log_perplexity
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))
+from environments import TORCH, make_environment
 from origin import ROOT, origin
 
-RECORDS = ROOT / "bench" / "peers.jsonl"
-WORKERS = ROOT / "bench" / "peers"
+RECORDS = ROOT / "experiments" / "peers.jsonl"
+WORKERS = ROOT / "experiments" / "peers"
+SHARED = ROOT / "bench" / "peers"  # llama_gguf.py
 CACHE = Path(os.environ.get("MATQUANT_PEERS", ROOT / ".peers")).resolve()
 DATA = Path(os.environ.get("MATQUANT_DATA", ROOT.parent / "shared" / "data"))
 REFERENCE = ROOT / "examples" / "reference"
@@ -234,7 +237,7 @@ def _run_worker(peer: str, folder: Path, job: dict[str, Any]) -> tuple[dict[str,
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "job.json").write_text(json.dumps(job))
         command = [CACHE / peer / "venv" / "bin" / "python", WORKERS / f"with_{peer}.py", folder]
-        environment = {**os.environ, **ENVIRONMENT, "OMP_NUM_THREADS": str(job["threads"])}
+        environment = {**os.environ, **ENVIRONMENT, "OMP_NUM_THREADS": str(job["threads"]), "PYTHONPATH": str(SHARED)}
         with (folder / "log.txt").open("w") as log:
             code = subprocess.run(command, stdout=log, stderr=log, env=environment, check=False).returncode
         if code != 0:
