@@ -13,14 +13,16 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from matquant.planning.run import SEARCH
 from matquant.planning.strategies import STRATEGIES
 from matquant.report.tables import plot_widths
 from plan import FREE, interpolate
-from quality import ATTENTION, CELLS, CODISTILLATION, ROOT, SETTINGS, TEST, WIDTHS, chosen, records
+from quality import ATTENTION, CELLS, CODISTILLATION, SETTINGS, TEST, WIDTHS, chosen, records
 
+ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "experiments" / "results.md"
 PLAN_PICTURES = {  # of plan.json -> its picture in docs/
     "reference, qat+ joint plans": "plans-embedded.png",
