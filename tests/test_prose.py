@@ -42,17 +42,17 @@ TELLS = {
 }
 BARE = r"^(Of|Their|These|This|Those|That)\b"  # a help text that starts so has lost its subject
 TOO_MANY_FIGURES = r"(\b\d+\.\d{3,}\b.*){4}"  # in a line of prose: a table
-IN_SOURCE = (r"\bhonest bits\b", r"\bsaid openly\b", r"\bwhat multiplies\b", r"\bunasked\b", r"\bbest that we made\b")
+IN_SOURCE = (r"\bsaid openly\b", r"\bunasked\b", r"\bbest that we made\b")
 
 
 def prose(text: str) -> Iterator[tuple[int, str]]:
-    """Line number and line of everything but fenced code and link targets."""
+    """Line number and line of everything but code and link targets."""
     fenced = False
     for number, line in enumerate(text.splitlines(), start=1):
         if line.startswith("```"):
             fenced = not fenced
         elif not fenced:
-            yield number, re.sub(r"\]\([^)]*\)", "]", line)
+            yield number, re.sub(r"`[^`]*`|\]\([^)]*\)", "", line)
 
 
 def tells(text: str) -> list[str]:
