@@ -302,7 +302,7 @@ def main(
             lambdas = ", ".join(f"{bits}: {weight:g}" for bits, weight in weights.items())
             table = Table(
                 *("variant", "weighted", "plain", *(f"int{bits}" for bits in weights), "layers", "better"),
-                title=f"{model_name}, lambda {lambdas}: relative output error, {len(linears)} linears",
+                title=f"{model_name}, lambda {lambdas}: relative output error, {len(linears)} layers",
                 caption="layers: mean ratio of weighted errors to MatGPTQ's; better: where it is below 1",
             )
             for variant, row in rows.items():

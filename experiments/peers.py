@@ -9,7 +9,7 @@ of the decoder is quantised, the rest stays float. Each tool runs in a separate 
 (experiments/peers/with_*.py) and writes the dequantised weights and the bytes of its stored form. All are evaluated
 here in the same way: in the float model, float32, with our log_perplexity.
 
-    bits per weight = 8 * bytes stored for these linears (codes, scales, zeros, g_idx, block headers) / their weights
+    bits per weight = 8 * bytes stored for these layers (codes, scales, zeros, g_idx, block headers) / their weights
 
 g_idx, which GPTQModel stores though nothing needs it without reordering, is also listed apart. ``bits`` of a record is
 the nominal width. A finished job under MATQUANT_PEERS/jobs is not run again: remove its folder to do so.
@@ -75,7 +75,7 @@ CMAKE = (
     *("-DGGML_OPENMP=OFF", "-DLLAMA_CURL=OFF", "-DLLAMA_OPENSSL=OFF", "-DLLAMA_BUILD_TESTS=OFF"),
     *("-DLLAMA_BUILD_EXAMPLES=OFF", "-DLLAMA_BUILD_SERVER=OFF"),
 )
-ENVIRONMENT = {"GPTQMODEL_CPU_WORKERS": "2"}  # its default on two cores is one, and then it refuses to start
+ENVIRONMENT = {"GPTQMODEL_CPU_WORKERS": "2"}  # its default on two cores is one, with which it does not start
 
 AUTOROUND = {"iters": 200, "group_size": 128, "sym": True}
 # peer -> rows of (setting, options, nominal bits)
@@ -107,7 +107,7 @@ SETTINGS: dict[str, tuple[tuple[str, dict[str, Any], tuple[int, ...]], ...]] = {
     ),
     "gptqmodel": (
         ("g128, sym, defaults", {"group_size": 128, "sym": True}, (2, 3, 4, 8)),
-        # Its default act_group_aware refuses whole rows.
+        # Its default act_group_aware does not support one group per row.
         ("per channel, sym", {"group_size": -1, "sym": True, "act_group_aware": False}, (2, 3, 4)),
         ("g128, asym, gptq_v2", {"group_size": 128, "sym": False, "format": "gptq_v2"}, (2, 3, 4, 8)),
     ),
@@ -186,12 +186,12 @@ def run(
 
 
 def decoder_linears(model: Any) -> list[str]:
-    """Paths of all linears inside decoder layers."""
+    """Return the paths of all linear layers of the decoder."""
     return [n for n, module in model.named_modules() if isinstance(module, torch.nn.Linear) and ".layers." in n]
 
 
 def _load(name: str) -> tuple[Any, np.ndarray]:
-    """The float32 model and the evaluation tokens; its weights and calibration windows go to the cache."""
+    """The float32 model and the evaluation tokens; its weights and calibration sequences go to the cache."""
     directory, train, valid, dropped, windows = MODELS[name]
     model, tokenizer = load_float(directory, dtype=torch.float32), load_tokenizer(directory)
     CACHE.mkdir(parents=True, exist_ok=True)
@@ -289,7 +289,7 @@ def _install(model: Any, weights: dict[str, np.ndarray]) -> None:
 def _measure(
     model: Any, stream: np.ndarray, original: dict[str, torch.Tensor], parts: dict[str, int]
 ) -> dict[str, Any]:
-    """Quality, size and how far the weights moved: |W' - W| / |W| over all linears."""
+    """Quality, size and how far the weights moved: |W' - W| / |W| over all layers."""
     moved = sum(float((model.get_submodule(p).weight.detach() - w).square().sum()) for p, w in original.items())
     norm = sum(float(w.square().sum()) for w in original.values())
     count = sum(weight.numel() for weight in original.values())

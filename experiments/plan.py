@@ -104,7 +104,7 @@ def run(model: str, cell: str = "", samples: int = 16, widths: str = ",".join(ma
 
 
 def interpolate(bits: float, uniform: Mapping[str, Mapping[str, float]]) -> float:
-    """Held-out log-perplexity on the straight line between the uniform widths around ``bits``."""
+    """Held-out log-perplexity interpolated from the uniform widths around ``bits``."""
     points = sorted((point["bits_per_weight"], point["held_out"]) for point in uniform.values())
     return float(np.interp(bits, [size for size, _ in points], [value for _, value in points]))
 

@@ -332,14 +332,14 @@ def _from_gptq() -> dict[str, Cell]:
             models=("reference",),
         ),
         "qat+ all plans first": Cell(
-            what="QAT from nested GPTQ, mid-range zero-points, mixes, hidden states, 600 steps, all layers",
+            what="QAT from nested GPTQ, mid-range zero-points, --mix, --hidden, 600 steps, all layers",
             options={**plans, "start": "gptq+ all even centre", "affine_lr": 0.5, "steps": 600},
             rates=(1e-3,),
             models=STORIES,
             default=False,
         ),
         "qat+ all plans": Cell(
-            what="QAT from nested GPTQ, mid-range zero-points, mixes, hidden states, 600 steps, then 300 in which int2 "
+            what="QAT from nested GPTQ, mid-range zero-points, --mix, --hidden, 600 steps, then 300 in which int2 "
             "keeps its codes, all layers",
             options={**plans, **FREED, "start": "qat+ all plans first", "affine_lr": 0.625, "steps": 300},
             rates=(8e-4,),
@@ -379,18 +379,18 @@ CELLS: dict[str, Cell] = {
         rates=(5e-4,),
     ),
     "qat+ joint even mix": Cell(
-        what="... from nested GPTQ with lambda 1, with mixes",
+        what="... from nested GPTQ with lambda 1, with --mix",
         options={**BEST, "start": "gptq+ joint even", "mix": 2.0},
         rates=(5e-4,),
     ),
-    "qat+ joint mix": Cell(what="... with mixes", options={**BEST, "mix": 2.0}, rates=(5e-4,)),
+    "qat+ joint mix": Cell(what="... with --mix", options={**BEST, "mix": 2.0}, rates=(5e-4,)),
     "qat+ joint even centre": Cell(
         what="... from nested GPTQ with lambda 1, mid-range zero-points",
         options={**BEST, "start": "gptq+ joint even centre", "zero_point": "midrange"},
         rates=(5e-4,),
     ),
     "qat+ joint even plans": Cell(
-        what="... from nested GPTQ with lambda 1, mid-range zero-points, with mixes and hidden states, 900 steps",
+        what="... from nested GPTQ with lambda 1, mid-range zero-points, with --mix and --hidden, 900 steps",
         options={
             **BEST,
             **PLANS,
@@ -401,7 +401,7 @@ CELLS: dict[str, Cell] = {
         rates=(5e-4,),
     ),
     "qat+ joint plans": Cell(
-        what="... mid-range zero-points, with mixes and hidden states",
+        what="... mid-range zero-points, with --mix and --hidden",
         options={**BEST, **PLANS, "start": "gptq+ joint centre"},
         rates=(5e-4,),
     ),

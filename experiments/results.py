@@ -138,7 +138,7 @@ Values = Callable[[str, int], float]  # cell, width -> log-perplexity
 
 @dataclass(frozen=True, kw_only=True)
 class Relation:
-    """What the paper says and where, and the same asked of our models.
+    """A relation that the paper reports, and whether it holds for our models.
 
     cells: those it needs. holds: whether it does. difference: where it is that one is better than another, by how much,
     relative; its opposite is then "reversed".
@@ -499,7 +499,7 @@ OURS_ALL = (
 
 
 def _peers(best: Best) -> list[str]:
-    """Peers and ours on all linears of the decoder layers; and the picture."""
+    """Return the tables of peers and ours on all layers, and draw the picture."""
     peers = _peer_records()
     lines = [
         "## Peers: all layers, same text",
@@ -637,7 +637,7 @@ def _plans(best: Best) -> list[str]:
                 line = interpolate(used, found["uniform"])
                 cells.append(f"{values[way]['held_out'] - line:+.4f} @ {used:.3f}")
             rows.append([bits, *cells])
-        header = ["bits", *names, "search, above the line @ bits used", "not fused"]
+        header = ["bits", *names, "search, above interpolated @ bits used", "not fused"]
         lines += [f"{model}, `{_command(found)}`, cell {found['cell']!r}:", "", *_table(header, rows), ""]
         lines += [*_plan_claims(found), ""]
         if name not in PLAN_PICTURES:
