@@ -47,7 +47,13 @@ def main(
     seq_len: Annotated[int, typer.Option(help="Tokens per sequence.")] = 512,
 ) -> None:
     """Measure and print."""
-    options: dict[str, object] = {"samples": samples, "seq_len": seq_len, "objective": "8,4", "scope": scope}
+    options: dict[str, object] = {
+        "samples": samples,
+        "seq_len": seq_len,
+        "objective": "8,4",
+        "scope": scope,
+        "group_size": None,
+    }
     if method == "omniquant":
         options["steps"] = 2
     results = {}

@@ -1,11 +1,11 @@
-"""A whole model at every width: tokens per second against the streaming limit, its own int8, and llama.cpp beside it.
+"""Tokens per second of a model at every width, compared with the streaming limit, its int8 and llama.cpp.
 
     python bench/decode.py setup      llama.cpp for this processor, in an environment under MATQUANT_PEERS (.peers/)
     python bench/decode.py run        measure: a record per thread count and group size in bench/decode.jsonl
     python bench/decode.py report     the newest records against their targets
     python bench/decode.py plot       docs/roofline.png
 
-The model has the shape of Llama-3.2-1B (its own head, 32000 tokens) and random weights: codes of all decoder linears
+The model has the shape of Llama-3.2-1B (its own head, 32000 tokens) and random weights: codes of all decoder layers
 and of the head quantised, embedding bf16. llama.cpp gets random blocks of the type of the same nominal width for every
 matrix. --shape tiny only shows that everything runs.
 
@@ -111,7 +111,7 @@ def setup() -> None:
 def run(
     threads: Annotated[list[int] | None, typer.Option(help="Thread counts; 1 and 2 by default.")] = None,
     group: Annotated[
-        list[int] | None, typer.Option(help="Group sizes, 0 for whole rows; 0 and 128 by default.")
+        list[int] | None, typer.Option(help="Group sizes, 0 for one group per row; 0 and 128 by default.")
     ] = None,
     shape: Annotated[str, typer.Option(help=f"One of {', '.join(SHAPES)}.")] = "llama-3.2-1b",
     rounds: Annotated[int, typer.Option(help="Bursts of each kind.")] = 7,
@@ -345,10 +345,10 @@ def burst(stretch: Callable[[], Sample], seconds: float) -> list[Sample]:
 
 
 def decode_burst(session: Session, schedule: Sequence[np.ndarray], seconds: float) -> dict[str, list[Sample]]:
-    """Decoding after the first CONTEXT tokens of the cache, by what is measured.
+    """Return samples of decoding after the first CONTEXT tokens of the cache, by name.
 
-    decode, linears: tokens/s of whole steps, and of their linears alone, waits for other threads included. outside,
-    wait: shares of a step's time, outside the linears, and (counted with these) waiting.
+    decode, linears: tokens/s of steps, and of their linear layers alone, waits for other threads included. outside,
+    wait: shares of a step's time, outside the linear layers, and waiting (counted with the layers).
     """
     parts_of: dict[str, list[Sample]] = {"linears": [], "outside": [], "wait": []}
 
@@ -396,8 +396,8 @@ def first_token_s(directory: Path, threads: int, kind: str) -> float:
 # column -> (key of a width's row, format, targets by width)
 COLUMNS: dict[str, tuple[str, str, dict[int, float]]] = {
     "tokens/s": ("tok_s", ".1f", {}),
-    "linears of the limit": ("linear_fraction", ".2f", dict.fromkeys(WIDTHS, LINEAR_TARGET)),
-    "outside linears": ("outside", ".1%", {}),
+    "layers of the limit": ("linear_fraction", ".2f", dict.fromkeys(WIDTHS, LINEAR_TARGET)),
+    "outside layers": ("outside", ".1%", {}),
     "over int8": ("over_int8", ".2f", STEP_TARGETS),
     "llama.cpp": ("peer_tok_s", ".1f", {}),
     "over it": ("over_peer", ".2f", DECODE_TARGETS),

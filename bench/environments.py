@@ -1,4 +1,4 @@
-"""Environments of other tools: each in a folder of its own, made once."""
+"""Virtual environments of other tools, one folder each, made once."""
 
 import os
 import subprocess

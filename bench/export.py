@@ -1,14 +1,13 @@
-"""Exports of a whole model: seconds, bytes per second and peak memory, beside the converters of the formats' own tools.
+"""Exports of a model: seconds, bytes per second and peak memory, compared with the converters of the formats' tools.
 
     python bench/export.py setup      llama.cpp, as bench/decode.py has it, and mlx_lm
     python bench/export.py run        measure: bench/export.json
 
-The model is that of bench/decode.py: the shape of Llama-3.2-1B, random codes, all linears and the head quantised, the
+The model is that of bench/decode.py: the shape of Llama-3.2-1B, random codes, all layers and the head quantised, the
 embedding bf16. The other tool starts from the 8-bit slice in bf16 in the form it reads, and keeps the embedding;
 scales of MLX are bf16, as its converter's. Correctness first: the files must hold the same tensors in the same types.
-Then both take turns, each in a process of its own, so that a change of load meets both. Ours checks the checkpoint's
-hashes and syncs what it wrote, the other does neither. Memory is anonymous memory, sampled; mapped files come and go
-as the system likes.
+Then both take turns in separate processes, so that a change of load meets both. Only ours checks the checkpoint's
+hashes and syncs its output. Memory is sampled anonymous memory, without mapped files.
 """
 
 import dataclasses

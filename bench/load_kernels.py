@@ -46,7 +46,7 @@ def quantise_random(hidden: int, intermediate: int, layers: int, *, out: Path) -
     AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(out / "float")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (out / "float" / name).write_bytes((REFERENCE / name).read_bytes())
-    return matquant.quantize(out / "float", out / "nested", method="rtn", scope="all")
+    return matquant.quantize(out / "float", out / "nested", method="rtn", group_size=None)
 
 
 def token_ms(model: Any, tokens: int) -> float:

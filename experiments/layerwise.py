@@ -17,6 +17,7 @@ import json
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -85,7 +86,8 @@ def main() -> None:
     args = parser.parse_args()
     if not args.cache.is_file():
         args.cache.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(args.cache, **collect(args.model, args.text))
+        collected: dict[str, Any] = collect(args.model, args.text)
+        np.savez(args.cache, **collected)
     arrays = dict(np.load(args.cache))
     grid = Grid(rule="prefix", group_size=args.group_size, affine="refit", zeros=CENTRE, sliced=(2, 3, 4))
     rows: dict[str, dict[int, float]] = {}
@@ -97,7 +99,8 @@ def main() -> None:
         print(f"{name:34}", *cells, f"{time.perf_counter() - began:5.0f} s", flush=True)
 
     for kind in (UNIFORM, COMPANDED):
-        began, found = time.perf_counter(), {}
+        began = time.perf_counter()
+        found: dict[int, float] = {}
         for bits in WIDTHS:
             one = dataclasses.replace(grid, kind=kind, bits=bits, sliced=(bits,) if bits < 8 else ())
             found |= errors(arrays, one, {bits: 1.0}, sweeps=args.sweeps)

@@ -2,9 +2,9 @@
 
     python experiments/thresholds.py [MODEL] [--group-size 64] [-o docs/grids.png]
 
-Weights are those of all decoder linears of MODEL, each divided by the largest magnitude of its group. The table has the
-relative squared error of rounding to nearest per width, with a least-squares scale for each group at 2 to 4 bits, and
-that of a uniform quantiser of that width alone whose clipping is the best of CLIPS for each group.
+Weights are those of all linear layers of MODEL's decoder, each divided by the largest magnitude of its group. The table
+has the relative squared error of rounding to nearest per width, with a least-squares scale for each group at 2 to 4
+bits, and that of a uniform quantiser of that width alone with the best of CLIPS for each group.
 """
 
 import argparse

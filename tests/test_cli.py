@@ -331,7 +331,9 @@ def test_a_window_longer_than_the_context_is_refused(
     model = family_model("opt")  # it has no positions beyond its context
     conftest.quantize(model, tmp_path / "opt", method="rtn")
     text = ("--text", text_file, "--seq-len", "65")
-    refuse("quantize", model, "-o", tmp_path / "out", "--method", "qat", "--steps", "1", *text, naming=("seq_len=65", "64"))
+    refuse(
+        "quantize", model, "-o", tmp_path / "out", "--method", "qat", "--steps", "1", *text, naming=("seq_len=65", "64")
+    )
     refuse("eval", tmp_path / "opt", "--bits", "8", *text, naming=("seq_len=65", "64"))
 
 

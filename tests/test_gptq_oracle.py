@@ -375,8 +375,8 @@ def test_the_error_matgptq_propagates_is_not_weighted_by_lambda() -> None:
 
 @functools.cache
 def benchmark() -> dict[str, Any]:
-    """The names of bench/gptq.py."""
-    return runpy.run_path(str(Path(__file__).resolve().parents[1] / "bench" / "gptq.py"))
+    """The names of experiments/matgptq.py."""
+    return runpy.run_path(str(Path(__file__).resolve().parents[1] / "experiments" / "matgptq.py"))
 
 
 @pytest.mark.parametrize("reorder", [False, True])

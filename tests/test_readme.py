@@ -14,18 +14,22 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-def blocks(language: str) -> list[str]:
-    found = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)
+CONCEPTS = (ROOT / "docs" / "concepts.md").read_text()
+
+
+def blocks(language: str, text: str = README) -> list[str]:
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
     return [block for name, block in found if name == language]
 
 
+@pytest.mark.parametrize("text", [README, CONCEPTS], ids=["README", "concepts"])
 def test_the_python_blocks_run_and_print_what_they_say(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     said = []
-    for block in blocks("python"):
+    for block in blocks("python", text):
         exec(compile(block, "README.md", "exec"), {})
         said += [line.split("#", 1)[1].split() for line in block.splitlines() if line.startswith("print(")]
     assert capsys.readouterr().out.split() == [word for line in said for word in line]
@@ -38,30 +42,17 @@ def test_the_commands_run(
     shutil.copytree(llama, model)
     (model / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
     monkeypatch.setattr("sys.stdin", io.StringIO("Hello!\n/bits 2\nGo on.\n/quit\n"))
-    names = {
-        "MODEL": model,
-        "OUT": tmp_path / "OUT",
-        "FAST": tmp_path / "FAST",
-        "BEST": tmp_path / "BEST",
-        "corpus.txt": text_file,
-        "heldout.txt": text_file,
-        "SLICE": tmp_path / "SLICE",
-        "CT": tmp_path / "CT",
-        "APPLE": tmp_path / "APPLE",
-        "model.gguf": tmp_path / "model.gguf",
-        "SMALL": tmp_path / "SMALL",
-        "plan.json": tmp_path / "plan.json",
-        "report.html": tmp_path / "report.html",
-    }
+    made = ("OUT", "BEST", "PORTABLE", "SLICE", "CT", "APPLE", "SMALL", "model.gguf", "plan.json", "report.html")
+    texts = dict.fromkeys(("a.txt", "b.txt", "heldout.txt"), text_file)
+    names = {"MODEL": model, **texts, **{name: tmp_path / name for name in made}}
     commands = [line for block in blocks("") for line in block.splitlines() if line.startswith("matquant ")]
-    assert len(commands) == 17
+    assert len(commands) == 18
     for line in commands:
         words = [str(names.get(word, word)) for word in shlex.split(line, comments=True)]
         if words[1] == "quantize":
-            words = ["16" if word == "128" else word for word in words]  # rows here are too short for groups of 128
-            calibrated = "gptq" in words or "distill" in words
-            words += ["--samples", "8", "--seq-len", "32"] if calibrated else ["--seq-len", "16"]
-            words += [] if "gptq" in words else ["--steps", "2"]
+            words += ["--samples", "8", "--seq-len", "32"]
+            words += ["--steps", "2", "--tune", "2"] if "best" in words else []
+            words += ["--group-size", "channel"] if "--portable" in words else []  # rows are too short for MLX's blocks
         words += ["--tokens", "4", "--rounds", "1"] if words[1] == "bench" else []
         monkeypatch.setattr("sys.argv", words)
         with pytest.raises(SystemExit) as ended:

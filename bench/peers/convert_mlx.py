@@ -1,8 +1,8 @@
-"""Worker: mlx_lm.convert in its own environment. ``python convert_mlx.py MODEL OUT BITS GROUP_SIZE`` prints
+"""Worker: mlx_lm.convert in a separate environment. ``python convert_mlx.py MODEL OUT BITS GROUP_SIZE`` prints
 
     {"seconds": of the conversion without imports, "cpu_s": of the process, "versions": {...}}
 
-MODEL is a float Hugging Face directory. Linears are quantised, the embedding is copied, as in the checkpoints of
+MODEL is a float Hugging Face directory. Linear layers are quantised, the embedding is copied, as in the checkpoints of
 bench/decode.py.
 """
 

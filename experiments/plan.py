@@ -1,16 +1,17 @@
-"""What plans are worth: the search against the paper's strategies and uniform widths on held-out text (Figure 2).
+"""The plan search against the paper's strategies and uniform widths on held-out text (Figure 2).
 
-    python bench/plan.py run MODEL                  stories260K or reference
-    python bench/plan.py growth                     time and evaluations against layers and widths
+    python experiments/plan.py run MODEL                  stories260K or reference
+    python experiments/plan.py growth                     time and evaluations against layers and widths
 
-``run`` makes the best nested checkpoint of bench/quality.py once ($MATQUANT_CACHE, else ~/.cache/matquant) and measures
-every plan on one resident copy: calibration on the training text, figures on the TEST tokens of bench/quality.py. Both
-write bench/plan.json, from which bench/results.py makes docs/results.md and its pictures.
+``run`` makes the best nested checkpoint of experiments/quality.py once ($MATQUANT_CACHE, else ~/.cache/matquant) and
+measures every plan on one resident copy: calibration on the training text, figures on the TEST tokens of
+experiments/quality.py. Both write experiments/plan.json, from which experiments/results.py makes tables and pictures.
 """
 
 import json
 import math
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Mapping
@@ -31,10 +32,12 @@ from matquant.planning.run import SEARCH, SEARCHED_WIDTHS, make_plan
 from matquant.planning.search import PAPER_WIDTHS
 from matquant.planning.sensitivity import SIDECAR, Losses, open_losses
 from matquant.planning.strategies import STRATEGIES
-from origin import ROOT, origin
 from quality import CELLS, CONTEXT, SETTINGS, float_log_perplexity, held_out, kept_at, make
 
-RECORD = ROOT / "bench" / "plan.json"
+sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))
+from origin import ROOT, origin
+
+RECORD = ROOT / "experiments" / "plan.json"
 BEST = {"stories260K": "qat+ joint even plans", "reference": "qat+ joint plans"}
 BUDGETS = (2.5, 3.0, 3.5, 4.0, 5.0)
 FREE = "search, not fused"
@@ -48,7 +51,7 @@ app = typer.Typer(add_completion=False)
 
 @app.command()
 def run(model: str, cell: str = "", samples: int = 16, widths: str = ",".join(map(str, SEARCHED_WIDTHS))) -> None:
-    """All budgets of one model, from a fresh file of losses; ``cell`` of bench/quality.py instead of the best."""
+    """All budgets of one model, from a fresh file of losses; ``cell`` of experiments/quality.py instead of the best."""
     torch.set_num_threads(1)
     searched = tuple(map(int, widths.split(",")))
     name = cell or BEST[model]
@@ -102,7 +105,7 @@ def run(model: str, cell: str = "", samples: int = 16, widths: str = ",".join(ma
 
 
 def interpolate(bits: float, uniform: Mapping[str, Mapping[str, float]]) -> float:
-    """Held-out log-perplexity on the straight line between the uniform widths around ``bits``."""
+    """Held-out log-perplexity interpolated from the uniform widths around ``bits``."""
     points = sorted((point["bits_per_weight"], point["held_out"]) for point in uniform.values())
     return float(np.interp(bits, [size for size, _ in points], [value for _, value in points]))
 
@@ -140,7 +143,7 @@ def _random_checkpoint(directory: Path, layers: int) -> Path:
     model.save_pretrained(directory / "float")
     for file in source.glob("token*"):
         shutil.copy(file, directory / "float")
-    return matquant.quantize(directory / "float", directory / "out", method="rtn", scope="all")
+    return matquant.quantize(directory / "float", directory / "out", method="rtn", group_size=None)
 
 
 def _write(part: str, record: dict[str, Any]) -> None:

@@ -1,15 +1,15 @@
-"""What the tools a user would pick instead reach on the same model, the same text and honestly counted bits.
+"""Other quantisers on the same model, the same text, with all bits per weight counted.
 
-    python bench/peers.py setup [NAME]...         an environment per tool under MATQUANT_PEERS (default .peers/)
-    python bench/peers.py run [--only NAME]...    quantise and evaluate what is not yet in bench/peers.jsonl
-    python bench/peers.py report                  print the tables
+    python experiments/peers.py setup [NAME]...         an environment per tool under MATQUANT_PEERS (default .peers/)
+    python experiments/peers.py run [--only NAME]...    quantise and evaluate what is not yet in experiments/peers.jsonl
+    python experiments/peers.py report                  print the tables
 
-All are "one-shot": a float model, 128 windows of 512 training tokens, no training of the model. Every linear of the
-decoder layers is quantised, the rest stays float. A tool runs in a process and an environment of its own
-(bench/peers/with_*.py), writes the weights that its stored form stands for and the bytes of that form, and all of them
-are evaluated here, in one way: in the float model, float32, with our log_perplexity.
+All are one-shot: a float model, 128 calibration sequences of 512 tokens, no training of the model. Every linear layer
+of the decoder is quantised, the rest stays float. Each tool runs in a separate process and environment
+(experiments/peers/with_*.py) and writes the dequantised weights and the bytes of its stored form. All are evaluated
+here in the same way: in the float model, float32, with our log_perplexity.
 
-    bits per weight = 8 * bytes stored for these linears (codes, scales, zeros, g_idx, block headers) / their weights
+    bits per weight = 8 * bytes stored for these layers (codes, scales, zeros, g_idx, block headers) / their weights
 
 g_idx, which GPTQModel stores though nothing needs it without reordering, is also listed apart. ``bits`` of a record is
 the nominal width. A finished job under MATQUANT_PEERS/jobs is not run again: remove its folder to do so.
@@ -32,14 +32,17 @@ import typer
 from safetensors.numpy import load_file
 from safetensors.torch import save_file
 
-from environments import TORCH, make_environment
 from matquant.hf.text import read_documents, token_stream
 from matquant.hf_torch.loading import load_float, load_tokenizer
 from matquant.measure.likelihood import log_perplexity
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))
+from environments import TORCH, make_environment
 from origin import ROOT, origin
 
-RECORDS = ROOT / "bench" / "peers.jsonl"
-WORKERS = ROOT / "bench" / "peers"
+RECORDS = ROOT / "experiments" / "peers.jsonl"
+WORKERS = ROOT / "experiments" / "peers"
+SHARED = ROOT / "bench" / "peers"  # llama_gguf.py
 CACHE = Path(os.environ.get("MATQUANT_PEERS", ROOT / ".peers")).resolve()
 DATA = Path(os.environ.get("MATQUANT_DATA", ROOT.parent / "shared" / "data"))
 REFERENCE = ROOT / "examples" / "reference"
@@ -72,7 +75,7 @@ CMAKE = (
     *("-DGGML_OPENMP=OFF", "-DLLAMA_CURL=OFF", "-DLLAMA_OPENSSL=OFF", "-DLLAMA_BUILD_TESTS=OFF"),
     *("-DLLAMA_BUILD_EXAMPLES=OFF", "-DLLAMA_BUILD_SERVER=OFF"),
 )
-ENVIRONMENT = {"GPTQMODEL_CPU_WORKERS": "2"}  # its default on two cores is one, and then it refuses to start
+ENVIRONMENT = {"GPTQMODEL_CPU_WORKERS": "2"}  # its default on two cores is one, with which it does not start
 
 AUTOROUND = {"iters": 200, "group_size": 128, "sym": True}
 # peer -> rows of (setting, options, nominal bits)
@@ -104,7 +107,7 @@ SETTINGS: dict[str, tuple[tuple[str, dict[str, Any], tuple[int, ...]], ...]] = {
     ),
     "gptqmodel": (
         ("g128, sym, defaults", {"group_size": 128, "sym": True}, (2, 3, 4, 8)),
-        # Its default act_group_aware refuses whole rows.
+        # Its default act_group_aware does not support one group per row.
         ("per channel, sym", {"group_size": -1, "sym": True, "act_group_aware": False}, (2, 3, 4)),
         ("g128, asym, gptq_v2", {"group_size": 128, "sym": False, "format": "gptq_v2"}, (2, 3, 4, 8)),
     ),
@@ -183,12 +186,12 @@ def run(
 
 
 def decoder_linears(model: Any) -> list[str]:
-    """Paths of all linears inside decoder layers."""
+    """Return the paths of all linear layers of the decoder."""
     return [n for n, module in model.named_modules() if isinstance(module, torch.nn.Linear) and ".layers." in n]
 
 
 def _load(name: str) -> tuple[Any, np.ndarray]:
-    """The float32 model and the evaluation tokens; its weights and calibration windows go to the cache."""
+    """The float32 model and the evaluation tokens; its weights and calibration sequences go to the cache."""
     directory, train, valid, dropped, windows = MODELS[name]
     model, tokenizer = load_float(directory, dtype=torch.float32), load_tokenizer(directory)
     CACHE.mkdir(parents=True, exist_ok=True)
@@ -234,7 +237,7 @@ def _run_worker(peer: str, folder: Path, job: dict[str, Any]) -> tuple[dict[str,
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "job.json").write_text(json.dumps(job))
         command = [CACHE / peer / "venv" / "bin" / "python", WORKERS / f"with_{peer}.py", folder]
-        environment = {**os.environ, **ENVIRONMENT, "OMP_NUM_THREADS": str(job["threads"])}
+        environment = {**os.environ, **ENVIRONMENT, "OMP_NUM_THREADS": str(job["threads"]), "PYTHONPATH": str(SHARED)}
         with (folder / "log.txt").open("w") as log:
             code = subprocess.run(command, stdout=log, stderr=log, env=environment, check=False).returncode
         if code != 0:
@@ -286,7 +289,7 @@ def _install(model: Any, weights: dict[str, np.ndarray]) -> None:
 def _measure(
     model: Any, stream: np.ndarray, original: dict[str, torch.Tensor], parts: dict[str, int]
 ) -> dict[str, Any]:
-    """Quality, size and how far the weights moved: |W' - W| / |W| over all linears."""
+    """Quality, size and how far the weights moved: |W' - W| / |W| over all layers."""
     moved = sum(float((model.get_submodule(p).weight.detach() - w).square().sum()) for p, w in original.items())
     norm = sum(float(w.square().sum()) for w in original.values())
     count = sum(weight.numel() for weight in original.values())

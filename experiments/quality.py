@@ -1,13 +1,13 @@
-"""How good each method is on real models: one JSON line per cell, resumable, and the tables of docs/results.md.
+"""How good each method is on real models: one JSON line per cell, resumable.
 
-    python bench/quality.py cells                                  what there is
-    python bench/quality.py run MODEL [CELL]... [--seed N]         train and evaluate what has no record yet
+    python experiments/quality.py cells                                  what there is
+    python experiments/quality.py run MODEL [CELL]... [--seed N]         train and evaluate what has no record yet
 
-A cell is a method with its options (CELLS), on a model (SETTINGS); its records in bench/quality.jsonl are one for each
-learning rate and seed. Every cell of a model and method sees the same text in the same order for the same number of
-steps. A learning rate is chosen on SELECT tokens by the cell's own objective, with seed 0; the figures are
-those of the disjoint TEST tokens. Other seeds run at that rate and in the first one's precision. bench/results.py makes
-docs/results.md of the records.
+A cell is a method with its options (CELLS), on a model (SETTINGS); experiments/quality.jsonl has a record of it for
+every learning rate and seed. Every cell of a model and method sees the same text in the same order for the same number
+of steps. A learning rate is chosen on SELECT tokens by the cell's own objective, with seed 0; the figures are those of
+the disjoint TEST tokens. Other seeds run at that rate and in the first one's precision. Records of cells that are no
+longer here keep their figures (experiments/log.md); experiments/results.py writes experiments/results.md.
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ import json
 import os
 import resource
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Iterable, Mapping
@@ -33,10 +34,11 @@ from matquant.hf.text import read_documents, token_stream
 from matquant.hf_torch.device import bf16_is_fast
 from matquant.hf_torch.loading import load_float, load_tokenizer
 from matquant.measure.likelihood import evaluate, log_perplexity
-from origin import ROOT, origin
-from trials import Trial, norm_gains, sampled, scheduled, surgery, unchanged
 
-RECORDS = ROOT / "bench" / "quality.jsonl"
+sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))
+from origin import ROOT, origin
+
+RECORDS = ROOT / "experiments" / "quality.jsonl"
 DATA = Path(os.environ.get("MATQUANT_DATA", ROOT.parent / "shared" / "data"))
 CACHE = Path(os.environ.get("MATQUANT_CACHE", Path.home() / ".cache" / "matquant"))
 WIDTHS = (8, 6, 4, 3, 2)
@@ -86,13 +88,14 @@ SETTINGS = {
 TEST = {"stories260K": 117 * CONTEXT, "reference": 80 * CONTEXT}  # tokens, the first ones
 SELECT = {"stories260K": 60 * CONTEXT, "reference": 40 * CONTEXT}  # tokens, the ones after them
 
+FFN: Options = {"method": "qat", "scope": "ffn", "group_size": None}  # the paper's setting; a cell's options go over it
 PLAIN: Options = {"affine": "none"}
 PAPER: Options = {**PLAIN, "rule": "round", "objective": "8,4,2"}
 EVEN: Options = {"weights": (1.0, 1.0, 1.0)}
 RATES = (1e-3, 2e-3, 4e-3)
 LOW = (1.25e-4, 2.5e-4, 5e-4, 1e-3)
 WARM: dict[int, tuple[float, ...]] = {8: LOW, 6: LOW, 4: LOW, 3: (2.5e-4, 5e-4, *RATES), 2: (5e-4, *RATES)}
-CALIBRATION = 128 * CONTEXT  # tokens, what peers calibrate with (bench/peers.py)
+CALIBRATION = 128 * CONTEXT  # tokens, what peers calibrate with (experiments/peers.py)
 CODISTILLATION = ("8,4,8->2", "8,4,2,8->2", "8,4,2,8->4;2")
 ATTENTION = tuple(
     f"qat all {row}" for row in ("int8", "int4", "int3", "int2", "joint", "single", "single 3")
@@ -102,15 +105,15 @@ STORIES = ("stories260K",)
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """What is made of a model: how it is called in the tables, the options of quantize, the learning rates tried.
-    default: whether it is run without being named. trial: what changes the library while it is made."""
+    """A checkpoint to make: its name in the tables, the options of quantize, the learning rates to try.
+
+    default: whether it runs without being named."""
 
     what: str
     options: Options
     rates: tuple[float | None, ...] = (None,)
     models: tuple[str, ...] = tuple(SETTINGS)
     default: bool = True
-    trial: Trial = unchanged
 
 
 def _paper(
@@ -215,25 +218,25 @@ def _one_pass() -> dict[str, Cell]:
         "gptq+ joint centre": Cell(
             what="nested, prefix, mid-range zero-points", options={**gptq, "zero_point": "midrange"}
         ),
-        "gptq+ all": Cell(what="nested GPTQ, all linears", options={**gptq, "scope": "all"}),
+        "gptq+ all": Cell(what="nested GPTQ, all layers", options={**gptq, "scope": "all"}),
         "gptq+ all even centre": Cell(
-            what="nested GPTQ, lambda 1, mid-range zero-points, all linears",
+            what="nested GPTQ, lambda 1, mid-range zero-points, all layers",
             options={**gptq, "scope": "all", "weights": (1.0,) * 5, "zero_point": "midrange"},
             models=STORIES,
         ),
         "gptq+ all 128": Cell(
-            what="nested GPTQ, all linears, groups of 128",
+            what="nested GPTQ, all layers, groups of 128",
             options={**gptq, "scope": "all", "group_size": 128, "affine": "none"},
             models=("reference",),
         ),
         "gptq+ tuned": Cell(what="nested GPTQ, tuned", options={**gptq, **TUNED}, models=("reference",)),
         "gptq+ tuned all 128 centre": Cell(
-            what="nested GPTQ, tuned, all linears, groups of 128, mid-range zero-points",
+            what="nested GPTQ, tuned, all layers, groups of 128, mid-range zero-points",
             options={**gptq, **TUNED, "scope": "all", "group_size": 128, "zero_point": "midrange"},
             models=("reference",),
         ),
         "gptq+ tuned all centre": Cell(
-            what="nested GPTQ, tuned, all linears, mid-range zero-points",
+            what="nested GPTQ, tuned, all layers, mid-range zero-points",
             options={**gptq, "tune": TUNED["tune"], "scope": "all", "zero_point": "midrange"},
             models=STORIES,
         ),
@@ -263,37 +266,12 @@ PLANS: Options = {"zero_point": "midrange", "mix": 2.0, "hidden": 1.0}
 
 EVENLY: Options = {**BEST, "start": "gptq+ joint even"}
 EVERY: Options = {"objective": "8,6,4,3,2,fp->8;6;4;3;2", "weights": (1.0,) * 5}
-FREED: Options = {**EVERY, "freeze": 2, "wide_lr": 0.25}  # the bits below int2's and all affines
+FREED: Options = {**EVERY, "freeze": 2, "wide_lr": 0.25}  # the bits below int2's and all per-width scales
 LAST: Options = {**EVERY, "freeze": 4, "wide_lr": 1.0, "affine_lr": 10.0}  # the last phase, whatever it starts from
 
 
-def _candidates() -> dict[str, Cell]:
-    """Changes to "qat+ joint even", one at a time and at as many steps: what was thought to help all widths at once."""
-    last = {**LAST, "steps": 60, "lr": 5e-5, "start": "qat+ try 240 steps"}
-    changes: dict[str, tuple[str, Options, Trial]] = {
-        "truth alone": ("no teacher: 8,4,3,2", {"objective": "8,4,3,2"}, unchanged),
-        "teacher alone": ("the float model alone: fp->8;4;3;2", {"objective": "fp->8;4;3;2"}, unchanged),
-        "between widths": ("int8 as teacher: 8,4,3,2,8->4;3;2", {"objective": "8,4,3,2,8->4;3;2"}, unchanged),
-        "one master": ("one master for all widths", {"masters": "one"}, unchanged),
-        "no pull": ("low bits free, no pull on the narrow masters", {"pull": 0.0}, unchanged),
-        "refitted": ("affines refitted at every step, not learned", {"affine": "refit"}, unchanged),
-        "sampled": ("widths sampled: 8, 2 and one between in a step", {}, sampled),
-        "scheduled": ("lambda schedule: wide widths from 0.1 to 1", {}, scheduled),
-        "surgery": ("gradient surgery: a pull only where signs agree", {}, surgery),
-        "norm gains": ("norm gains of their own for each width (not stored)", {}, norm_gains),
-        "240 steps": ("240 steps instead of 300", {"steps": 240}, unchanged),
-        "last phase": ("240 steps, then 60 of low bits and affines alone", last, unchanged),
-    }
-    return {
-        f"qat+ try {name}": Cell(
-            what=what, options={**EVENLY, **more}, rates=(more.get("lr", 5e-4),), models=STORIES, trial=trial
-        )
-        for name, (what, more, trial) in changes.items()
-    }
-
-
 def _from_gptq() -> dict[str, Cell]:
-    """Dedicated models that start from a dedicated GPTQ pass, and ours on all linears."""
+    """Dedicated models that start from a dedicated GPTQ pass, and ours on all layers."""
     own: Options = {"method": "qat", "affine": "learned"}
     cells = {}
     for bits in (4, 3, 2):
@@ -319,7 +297,7 @@ def _from_gptq() -> dict[str, Cell]:
     plans = {**everything, **PLANS, "mix": 3.0}
     return cells | {
         "qat+ all distilled": Cell(
-            what="nested GPTQ, tuned, distilled on the peers' calibration text, mid-range zero-points, all linears",
+            what="nested GPTQ, tuned, distilled on the peers' calibration text, mid-range zero-points, all layers",
             options={**distilled, "start": "gptq+ tuned all centre"},
             rates=(5e-4,),
             models=STORIES,
@@ -331,20 +309,20 @@ def _from_gptq() -> dict[str, Cell]:
             models=("reference",),
         ),
         "qat+ all one-shot": Cell(
-            what="nested GPTQ, tuned, distilled, then low bits and affines alone, mid-range zero-points, all linears",
+            what="nested GPTQ, tuned, distilled, then low bits and scales alone, mid-range zero-points, all layers",
             options={**last, "start": "qat+ all distilled", "zero_point": "midrange"},
             rates=(5e-5,),
             models=STORIES,
         ),
         "qat+ all one-shot 128": Cell(
-            what="nested GPTQ, tuned, distilled, then low bits and affines alone, groups of 128, mid-range "
-            "zero-points, all linears",
+            what="nested GPTQ, tuned, distilled, then low bits and scales alone, groups of 128, mid-range zero-points, "
+            "all layers",
             options={**centred, "start": "qat+ all distilled 128"},
             rates=(5e-5,),
             models=("reference",),
         ),
         "distill trained 128": Cell(
-            what="--method distill --freeze 2, 150 steps and 100, groups of 128, mid-range zero-points, all linears",
+            what="--method distill --freeze 2, 150 steps and 100, groups of 128, mid-range zero-points, all layers",
             options={
                 "method": "distill",
                 "scope": "all",
@@ -356,21 +334,21 @@ def _from_gptq() -> dict[str, Cell]:
             models=("reference",),
         ),
         "qat+ all plans first": Cell(
-            what="QAT from nested GPTQ, mid-range zero-points, mixes, hidden states, 600 steps, all linears",
+            what="QAT from nested GPTQ, mid-range zero-points, --mix, --hidden, 600 steps, all layers",
             options={**plans, "start": "gptq+ all even centre", "affine_lr": 0.5, "steps": 600},
             rates=(1e-3,),
             models=STORIES,
             default=False,
         ),
         "qat+ all plans": Cell(
-            what="QAT from nested GPTQ, mid-range zero-points, mixes, hidden states, 600 steps, then 300 in which int2 "
-            "keeps its codes, all linears",
+            what="QAT from nested GPTQ, mid-range zero-points, --mix, --hidden, 600 steps, then 300 in which int2 "
+            "keeps its codes, all layers",
             options={**plans, **FREED, "start": "qat+ all plans first", "affine_lr": 0.625, "steps": 300},
             rates=(8e-4,),
             models=STORIES,
         ),
         "qat+ all last 128 centre": Cell(
-            what="nested GPTQ, tuned, then low bits and affines alone, groups of 128, mid-range zero-points",
+            what="nested GPTQ, tuned, then low bits and scales alone, groups of 128, mid-range zero-points, all layers",
             options=centred,
             rates=(5e-5,),
             models=("reference",),
@@ -381,7 +359,7 @@ def _from_gptq() -> dict[str, Cell]:
 CELLS: dict[str, Cell] = {
     "rtn": Cell(what="round to nearest, sliced (prefix)", options={"method": "rtn", **PLAIN}),
     "rtn round": Cell(what="round to nearest, sliced (Eq. 6)", options={"method": "rtn", **PLAIN, "rule": "round"}),
-    "rtn refit": Cell(what="round to nearest, affines refitted", options={"method": "rtn"}),
+    "rtn refit": Cell(what="round to nearest, scales and zero-points refitted", options={"method": "rtn"}),
     **_one_pass(),
     **_matrix(),
     **_ours("omniquant", {"objective": "8,4,3,2", "weights": FOUR}, STEADY, CLIPPED),
@@ -403,18 +381,18 @@ CELLS: dict[str, Cell] = {
         rates=(5e-4,),
     ),
     "qat+ joint even mix": Cell(
-        what="... from nested GPTQ with lambda 1, with mixes",
+        what="... from nested GPTQ with lambda 1, with --mix",
         options={**BEST, "start": "gptq+ joint even", "mix": 2.0},
         rates=(5e-4,),
     ),
-    "qat+ joint mix": Cell(what="... with mixes", options={**BEST, "mix": 2.0}, rates=(5e-4,)),
+    "qat+ joint mix": Cell(what="... with --mix", options={**BEST, "mix": 2.0}, rates=(5e-4,)),
     "qat+ joint even centre": Cell(
         what="... from nested GPTQ with lambda 1, mid-range zero-points",
         options={**BEST, "start": "gptq+ joint even centre", "zero_point": "midrange"},
         rates=(5e-4,),
     ),
     "qat+ joint even plans": Cell(
-        what="... from nested GPTQ with lambda 1, mid-range zero-points, with mixes and hidden states, 900 steps",
+        what="... from nested GPTQ with lambda 1, mid-range zero-points, with --mix and --hidden, 900 steps",
         options={
             **BEST,
             **PLANS,
@@ -425,11 +403,10 @@ CELLS: dict[str, Cell] = {
         rates=(5e-4,),
     ),
     "qat+ joint plans": Cell(
-        what="... zeros in the centre, with mixes and hidden states",
+        what="... mid-range zero-points, with --mix and --hidden",
         options={**BEST, **PLANS, "start": "gptq+ joint centre"},
         rates=(5e-4,),
     ),
-    **_candidates(),
     **_from_gptq(),
 }
 
@@ -452,7 +429,7 @@ def run(
     seed: Annotated[int, typer.Option(help="Order of the data; after 0, at the rate that 0 chose.")] = 0,
     threads: Annotated[int, typer.Option(help="CPU threads; part of what makes runs repeat bit for bit.")] = 1,
     keep: Annotated[
-        bool, typer.Option("--keep", help="Leave the checkpoint that bench/plan.py makes where it looks for it.")
+        bool, typer.Option("--keep", help="Leave the checkpoint that experiments/plan.py makes where it looks for it.")
     ] = False,
 ) -> None:
     """Run the cells that have no record yet."""
@@ -501,7 +478,7 @@ def make(model: str, name: str, lr: float | None, seed: int, out: Path, *, more:
     """Write the checkpoint of a cell to ``out``; beside it may lie what it starts from. more: options over its own."""
     setting, text = SETTINGS[model], [SETTINGS[model].text]
     options = _options(model, name, lr, seed, more or {})
-    text = text if options.get("method", "qat") != "rtn" else []
+    text = text if options["method"] != "rtn" else []
     if "tokens" in options:  # of the text, whole documents
         text = [_beginning(setting, options.pop("tokens"), out.parent / "text.txt")]
     return _quantize(model, options, seed, text, out)
@@ -517,9 +494,9 @@ def _quantize(model: str, options: Options, seed: int, text: list[Path], out: Pa
 
 
 def _options(model: str, name: str, lr: float | None, seed: int, more: Options) -> Options:
-    """Those of a model's text, over them a cell's own, over them ``more``."""
-    own = dict(CELLS[name].options)
-    method = own.get("method", "qat")
+    """Those of the paper's setting, over them the model's, the cell's own and ``more``."""
+    own = {**FFN, **CELLS[name].options}
+    method = own["method"]
     options = {**SETTINGS[model].training.get(method, {}), **({"seed": seed} if method != "rtn" else {})}
     return {**options, **({"lr": lr} if lr is not None else {}), **own, **more}
 
@@ -534,13 +511,12 @@ def _measure(
 ) -> dict[str, Any]:
     options = _options(model, name, lr, seed, more)
     began, cpu_s = time.perf_counter(), time.process_time()
-    with tempfile.TemporaryDirectory() as folder, CELLS[name].trial() as ready:
+    with tempfile.TemporaryDirectory() as folder:
         out = make(model, name, lr, seed, Path(folder) / "out", more=more)
         seconds, cpu_s = time.perf_counter() - began, time.process_time() - cpu_s
         peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         checkpoint = open_checkpoint(out)
         served = matquant.load(out, dtype=torch.float32, kernels="none", device=DEVICE)
-        ready(served)
         baseline = options.get("baseline_bits", 8)
         widths = (baseline,) if baseline < 8 else WIDTHS
         sizes = {str(b): bits_per_weight(checkpoint, dict.fromkeys(checkpoint.shapes, b)) for b in widths}

@@ -1,6 +1,6 @@
-"""Worker: AutoRound in its own environment. ``python with_autoround.py FOLDER`` reads FOLDER/job.json.
+"""Worker: AutoRound in a separate environment. ``python with_autoround.py FOLDER`` reads FOLDER/job.json.
 
-options: what AutoRound takes (iters, group_size, sym, enable_alg_ext). The calibration windows are given with a mask
+options: what AutoRound takes (iters, group_size, sym, enable_alg_ext). The calibration sequences have a mask
 of ones: without it AutoRound masks every token equal to the pad token, here also the beginning of each document.
 """
 

@@ -1,6 +1,6 @@
-"""Worker: llama.cpp in its own environment. ``python with_llamacpp.py FOLDER`` reads FOLDER/job.json.
+"""Worker: llama.cpp in a separate environment. ``python with_llamacpp.py FOLDER`` reads FOLDER/job.json.
 
-Writes the model as a float32 GGUF, lets llama-imatrix see the calibration windows, calls llama-quantize and reads the
+Writes the model as a float32 GGUF, gives llama-imatrix the calibration sequences, calls llama-quantize and reads the
 tensors back with gguf's own dequantisation. options: type (llama-quantize's name) and pure (one type throughout).
 
 llama-imatrix takes text, not tokens. So that it sees exactly the windows of the others, the GGUF's vocabulary names
@@ -50,7 +50,7 @@ def main(folder: Path) -> None:
     context = ["-c", str(ids_SL.shape[1]), "-b", str(ids_SL.shape[1]), "-t", threads]
     files = ["-m", str(source), "-f", str(folder / "text.txt"), "-o", str(importance)]
     subprocess.run([tools / "llama-imatrix", *files, *context, "--parse-special"], check=True)
-    # The embedding and a tied or separate head stay float: the comparison is of the decoder's linears.
+    # The embedding and a tied or separate head stay float: only the decoder's layers are compared.
     float_types = ["--token-embedding-type", "f32", "--output-tensor-type", "f32"]
     pure = ["--pure"] if job["options"].get("pure") else []
     arguments = [*pure, "--imatrix", importance, *float_types, source, target, job["options"]["type"], threads]
