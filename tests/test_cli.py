@@ -284,7 +284,7 @@ def with_text(request: pytest.FixtureRequest, llama: Path, checkpoint: Path, tmp
     def arguments(file: Path, *more: object) -> tuple[object, ...]:
         if request.param == "eval":
             return ("eval", checkpoint, "--bits", "8", "--text", file, *more)
-        return ("quantize", llama, "-o", tmp_path / "out", "--steps", "1", "--text", file, *more)
+        return ("quantize", llama, "-o", tmp_path / "out", "--method", "qat", "--steps", "1", "--text", file, *more)
 
     return arguments
 
@@ -293,7 +293,7 @@ def test_a_missing_text_is_named(refuse: Refuse, with_text: Arguments, tmp_path:
     for file in (tmp_path / "nowhere.txt", tmp_path):
         message = f"--text {file}: no such file; give a UTF-8 text file"
         refuse(*with_text(file), message=message)
-        refuse(*with_text(text_file, file), message=message)
+        refuse(*with_text(text_file, "--text", file), message=message)
         refuse(*with_text(text_file, "--text", file), message=message)
 
 
@@ -449,7 +449,7 @@ def test_weights_that_are_no_numbers_are_refused(weights: str, refuse: Refuse, s
 
 
 @pytest.mark.parametrize(("flag", "message"), [
-    ("--rule", "rule='nope' is not a slicing rule; use one of prefix, round, extra"),
+    ("--rule", "rule='nope' is not known; use one of prefix, round, extra"),
     ("--scope", "scope='nope' is not known; use one of ffn, attention, all"),
     ("--recipe", "recipe='nope' is not known; use one of fast, balanced, best, paper"),
     ("--method", "method='nope' is not known; use one of rtn, gptq, omniquant, qat, distill"),
@@ -862,8 +862,9 @@ def test_a_damaged_state_is_refused(interrupted: Path, refuse: Refuse, start: Ar
 
 def test_quantising_says_what_it_wrote_and_what_to_try(run: Run, llama: Path, checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    result = run("quantize", llama, "-o", out, "--method", "rtn")
-    assert (result.code, result.err.strip()) == (0, "")
+    result = run("quantize", llama, "-o", out, "--method", "rtn", *SMALL)
+    assert result.code == 0
+    assert result.err.startswith("method       rtn: round to nearest; needs no text\nlayers       6 (--scope ffn)")
     assert result.out == f"wrote {out}; try: matquant eval {out} --text FILE\n"
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
     assert_same_model(out, checkpoint)
@@ -1214,9 +1215,12 @@ def test_the_curve_is_a_record_and_a_picture(run: Run, make: Arguments, tmp_path
         (("--tokens-per-second", "-1"), ("tokens_per_second=-1.0; give a number above 0",)),
         (("--size", "much"), ("--size 'much' is not a size; give a number and one of B, KB, MB, GB, KiB, MiB, GiB",)),
         (("--bits-per-weight", "4"), ("--strategy search measures losses and no text is given; give --text FILE",)),
-        (("--pareto",), ("--pareto measures losses and no text is given; give --text FILE",)),
-        (("--pareto", "--size", "1GB"), ("--pareto is for all strategies and budgets, and one is given; leave",)),
-        (("--plot", "a.png", "--size", "1GB"), ("--baselines and --plot are of the picture, and none is drawn; give",)),
+        (("--pareto",), ("--pareto measures losses and needs text; give --text FILE",)),
+        (
+            ("--pareto", "--size", "1GB"),
+            ("--pareto covers all strategies and budgets; leave --strategy",),
+        ),
+        (("--plot", "a.png", "--size", "1GB"), ("--baselines and --plot need --pareto",)),
         (("--strategy", "best", "--size", "1GB"), ("--strategy 'best' is not known; use one of search, pyramid,",)),
         (("--widths", "4,2", "--size", "1GB"), ("--widths 4,2 are not ascending; give them as in 2,4,8",)),
         (("--widths", "2,9", "--size", "1GB"), ("bits=9 asked of an 8-bit code; use one of 1, 2, 3, 4, 5, 6, 7, 8",)),
@@ -1457,6 +1461,18 @@ def test_the_help_of_a_verb_has_one_line_for_each_flag(verb: str, run: Run) -> N
         wrapped = [line for line, flag in zip(lines, flags, strict=True) if flag is None]
         assert wrapped == [], "these lines continue the one before"
     assert [flag[1] for flag in flags if flag] == FLAGS[verb]
+
+
+@pytest.mark.parametrize("stray", ["more.txt", "--nonsense"])
+def test_a_stray_word_is_an_error(stray: str, run: Run, llama: Path, text_file: Path, tmp_path: Path) -> None:
+    for words in (
+        ("quantize", llama, "-o", tmp_path / "out", "--text", text_file),
+        ("eval", llama, "--text", text_file),
+    ):
+        result = run(*words, stray)
+        assert (result.code, result.out) == (2, "")
+        assert stray in result.err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_first_panel_of_quantize_is_a_newcomers(run: Run) -> None:

@@ -201,7 +201,6 @@ def test_refusals_that_need_no_model_come_before_torch_is_imported(
         ("quantize", "./no/such", *out, *text),
         ("quantize", model, "-o", str(tmp_path / "exists"), *text),
         ("quantize", model, *out, "--recipe", "paper"),
-        ("quantize", model, "stray", *out),
         ("quantize", model, *out, *no_text),
         ("quantize", model, *out, "--text", str(tmp_path / "latin1.txt")),
         ("quantize", model, *out, *text, "--resume"),

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from matquant.core.grid import check_group_size
-from matquant.hf_torch.config import context_length
+from matquant.hf_torch.config import check_context, context_length
 from matquant.hf_torch.device import choose_device
 from matquant.hf_torch.layers import select_linears
 from matquant.hf_torch.loading import load_float
@@ -67,6 +67,8 @@ def prepare(model: Path | str, request: Request, *, with_numbers: bool = True) -
         options["seq_len"] = min(usual, context)
         if context < usual:
             reasons["seq_len"] = "the model's context"
+    if chosen.settings is not None:
+        check_context(shards.model, options["seq_len"])
     return Prepared(
         source=str(model),
         request=request,

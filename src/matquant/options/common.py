@@ -24,9 +24,7 @@ def read_group_size(text: str) -> int | str | None:
     if text == CHANNEL:
         return None
     if not text.isdecimal():
-        raise InputError(
-            f"--group-size {text!r} is none of 'auto', 'channel' and a number; give one of them, such as 128"
-        )
+        raise InputError(f"--group-size {text!r} is not a number, 'auto' or 'channel'; give one of these")
     return int(text)
 
 

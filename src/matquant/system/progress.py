@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self, TextIO
 
 from rich.console import Console
@@ -175,6 +175,36 @@ def exporting() -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
+class Settings:
+    """Lines printed once, when work has begun or QUIET_S have passed: a rejected run prints its error alone."""
+
+    def __init__(self, show: Callable[[str], None]) -> None:
+        self._show = show
+        self._lines: Sequence[str] = ()
+        self._lock = threading.Lock()
+        self._timer: threading.Timer | None = None
+
+    def hold(self, lines: Sequence[str]) -> None:
+        """Keep ``lines`` until then."""
+        self._lines = lines
+        self._timer = threading.Timer(QUIET_S, self.release)
+        self._timer.daemon = True
+        self._timer.start()
+
+    def release(self) -> None:
+        """Print them now."""
+        with self._lock:
+            lines, self._lines = self._lines, ()
+        for line in lines:
+            self._show(line)
+
+    def close(self) -> None:
+        """Print them no more."""
+        self._lines = ()
+        if self._timer is not None:
+            self._timer.cancel()
+
+
 @contextlib.contextmanager
 def quantising() -> Iterator[Callable[[Mapping[str, Any]], None]]:
     """Yield report(record): the settings of a run, its loss per width, speed and time left, notices once."""
@@ -190,15 +220,16 @@ def quantising() -> Iterator[Callable[[Mapping[str, Any]], None]]:
         return f"note: {text}"
 
     if not console.is_terminal:
-        with Log("quantize") as log:
+        with Log("quantize") as log, contextlib.closing(Settings(log.note)) as settings:
 
             def write(record: Mapping[str, Any]) -> None:
                 if text := notice(record):
                     log.note(text)
-                for line in record.get("settings", ()):
-                    log.note(line)
+                if "settings" in record:
+                    settings.hold(record["settings"])
                 if "step" not in record:
                     return
+                settings.release()
                 step, steps = record["step"], record["steps"]
                 quiet, unit = "unit" in record, "block" if "block" in record else record.get("unit", "step")
                 words = [record.get("stage", ""), f"{unit} {step:,} of {steps:,}", _facts(record)]
@@ -212,12 +243,19 @@ def quantising() -> Iterator[Callable[[Mapping[str, Any]], None]]:
     bar = _bar(console, *COUNTED)
     task = bar.add_task("quantising", total=None)
 
+    def say(text: str) -> None:
+        bar.console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+    settings = Settings(say)
+
     def report(record: Mapping[str, Any]) -> None:
-        for text in (notice(record), *record.get("settings", ())):
-            if text:
-                bar.console.print(text, highlight=False, soft_wrap=True, markup=False)
+        if text := notice(record):
+            say(text)
+        if "settings" in record:
+            settings.hold(record["settings"])
         if "step" not in record:
             return
+        settings.release()
         bar.start()  # not before the first step: a rejected run prints its message and nothing else
         text = "  ".join(part for part in (record.get("stage", ""), _facts(record)) if part)
         bar.update(task, completed=record["step"], total=record["steps"], description=text)
@@ -225,6 +263,7 @@ def quantising() -> Iterator[Callable[[Mapping[str, Any]], None]]:
     try:
         yield report
     finally:
+        settings.close()
         if bar.live.is_started:
             bar.stop()
 
