@@ -29,13 +29,13 @@ TopK = Annotated[
 TopP = Annotated[
     float | None,
     Option(
-        help="Nucleus sampling: the smallest set of tokens whose probabilities add up to p.",
+        help="Nucleus sampling: the fewest tokens that hold p.",
         show_default="as temperature",
     ),
 ]
 MinP = Annotated[
     float | None,
-    Option(help="Leave out tokens less probable than p times the most probable one.", show_default="as temperature"),
+    Option(help="Skip tokens below p times the largest probability.", show_default="as temperature"),
 ]
 Seed = Annotated[int | None, Option(help="Random seed for sampling.", show_default="0")]
 Stop = Annotated[
