@@ -1,6 +1,7 @@
 """The shape of the code: imports point one way, and the base package never needs torch."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ LAYERS = [
     {"core"},
     {"format"},
     {"hf", "backends"},
+    {"calibration"},
     {"options", "engine", "hf_torch", "report", "export"},
     {"methods", "integrations"},
     {"measure"},
@@ -22,7 +24,7 @@ LAYERS = [
     {"cli"},
     {"__init__", "__main__"},
 ]
-WITHOUT_TORCH = ("system", "core", "format", "hf", "options", "engine", "export")  # every file of them
+WITHOUT_TORCH = ("system", "core", "format", "hf", "calibration", "options", "engine", "export")  # every file of them
 HEAVY = {  # package -> who imports it: files, or a folder whose files may; the quantizer is what transformers calls
     "transformers": ["hf_torch", "integrations/quantizer.py"],
     "accelerate": ["hf_torch/shards.py"],
@@ -149,3 +151,34 @@ def test_half_bins_are_found(source: str) -> None:
 )  # fmt: skip
 def test_other_halves_are_left_alone(source: str) -> None:
     assert halves(source) == []
+
+
+MOST_LINES, MOST_OF_A_FUNCTION = 400, 60
+NATIVE = sorted(file for file in (SOURCE.parents[1] / "native").rglob("*") if file.suffix in (".cpp", ".hpp", ".inl"))
+OPENING = re.compile(r"^( {0,2})(?!namespace|struct|class|enum|union|extern)[\w~].*\{$")
+
+
+def functions(file: Path) -> dict[str, int]:
+    """Name or first line of every function -> its lines, from the signature to the end."""
+    if file.suffix == ".py":
+        nodes = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.FunctionDef)]
+        return {node.name: (node.end_lineno or 0) - node.lineno + 1 for node in nodes}
+    lines, found = file.read_text().splitlines(), {}
+    for number, line in enumerate(lines):
+        if opened := OPENING.match(line):
+            rest = lines[number + 1 :]
+            found[line] = 2 + next((n for n, end in enumerate(rest) if end.startswith(f"{opened[1]}}}")), len(rest))
+    return found
+
+
+@pytest.mark.parametrize("file", [*FILES, *NATIVE], ids=lambda file: str(file.relative_to(SOURCE.parents[1])))
+def test_files_and_functions_can_be_held_in_mind(file: Path) -> None:
+    assert len(file.read_text().splitlines()) <= MOST_LINES
+    assert {name: lines for name, lines in functions(file).items() if lines > MOST_OF_A_FUNCTION} == {}
+
+
+def test_long_functions_are_found(tmp_path: Path) -> None:
+    (tmp_path / "a.cpp").write_text("int f(int x) {\n" + "  ++x;\n" * 70 + "}\n")
+    (tmp_path / "a.py").write_text("def f(x):\n" + "    x += 1\n" * 70)
+    assert functions(tmp_path / "a.cpp") == {"int f(int x) {": 72}
+    assert functions(tmp_path / "a.py") == {"f": 71}

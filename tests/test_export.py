@@ -17,13 +17,24 @@ from transformers import AutoModelForCausalLM
 import conftest
 import matquant
 from conftest import largest_file
-from matquant.core.nest import CENTRE
 from matquant.core.packing import pack, unpack
 from matquant.core.spec import Plan
 from matquant.core.tensor import NestedTensor
 from matquant.export import FORMATS, export, make_job
 from matquant.export.card import RECORD
-from matquant.export.containers import EXACT, FIXED, INTEGER, MINIMUM, Container, Fit, Misfit, decode, encode, fit
+from matquant.export.containers import (
+    EXACT,
+    FIXED,
+    INTEGER,
+    MIDRANGE,
+    MINIMUM,
+    Container,
+    Fit,
+    Misfit,
+    decode,
+    encode,
+    fit,
+)
 from matquant.export.explain import explain
 from matquant.format.read import open_checkpoint
 from matquant.format.shards import Part, Slot, write_shards
@@ -147,7 +158,7 @@ def test_centred_zeros_are_the_least_squares_fit_of_the_slice(rule: str, bits: i
     weight = tensor.read(bits)
     steps = slice_codes(tensor, bits) - centre
     best = float((weight * steps).sum() / (steps * steps).sum())
-    moved = encode(tensor, bits, container, CENTRE)
+    moved = encode(tensor, bits, container, MIDRANGE)
     found = decode(container, moved)
     scale = found[steps != 0][0] / steps[steps != 0][0]
     np.testing.assert_allclose(scale, best, rtol=2**-8)
@@ -237,7 +248,7 @@ def test_compressed_tensors_is_the_slice_exactly_or_refused(
 def test_with_centred_zeros_prefix_takes_one_bit_more(name: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
     checkpoint = open_checkpoint(checkpoints[name])
     for bits in (2, 3, 4, 6, 7):
-        made = export(checkpoints[name], tmp_path / str(bits), to="compressed-tensors", bits=bits, zero_point=CENTRE)
+        made = export(checkpoints[name], tmp_path / str(bits), to="compressed-tensors", bits=bits, zero_point=MIDRANGE)
         assert made["containers"] == {f"int{bits + 1}": len(checkpoint.shapes)}
         for path in checkpoint.shapes:
             tensor = checkpoint.nested(path)
@@ -452,9 +463,9 @@ def test_mistakes_are_said_in_three_parts(checkpoints: dict[str, Path], tmp_path
         assert not out.exists()
     with pytest.raises(
         InputError,
-        match="zero_point='centre' needs a symmetric checkpoint: the zero-points of this one are far",
+        match="zero_point='midrange' needs a symmetric checkpoint: zero-points of this one are far",
     ):
-        export(checkpoints["asymmetric"], out, to="compressed-tensors", bits=4, zero_point=CENTRE)
+        export(checkpoints["asymmetric"], out, to="compressed-tensors", bits=4, zero_point=MIDRANGE)
     with pytest.raises(InputError, match="the zeros of an asymmetric checkpoint need all 8 bits; give --to"):
         export(checkpoints["asymmetric"], out, to="matquant", bits=4)
 
@@ -467,7 +478,7 @@ def test_a_refusal_names_what_would_do(checkpoint: Path) -> None:
         make_job(open_checkpoint(checkpoint), to, {UP: 4})
     assert "--bits 8" in remedy
     assert "--zero-point midrange" in remedy
-    make_job(open_checkpoint(checkpoint), "compressed-tensors", {UP: 4}, zero_point=CENTRE)
+    make_job(open_checkpoint(checkpoint), "compressed-tensors", {UP: 4}, zero_point=MIDRANGE)
 
 
 # Format 2 -------------------------------------------------------------------------------------------------------------

@@ -13,10 +13,9 @@ from matquant.export import FORMATS
 from matquant.format.read import open_checkpoint
 from matquant.hf.families import ARCHITECTURES
 from matquant.options import METHODS
-from matquant.options.declare import RUN
 
 TEXT = (Path(__file__).resolve().parents[1] / "docs" / "extending.md").read_text()
-TABLES = {"METHODS": METHODS, "RUN": RUN, "FORMATS": FORMATS, "BACKENDS": BACKENDS, "ARCHITECTURES": ARCHITECTURES}
+TABLES = {"METHODS": METHODS, "FORMATS": FORMATS, "BACKENDS": BACKENDS, "ARCHITECTURES": ARCHITECTURES}
 UP = "model.layers.0.mlp.up_proj"
 
 
@@ -37,7 +36,6 @@ def test_the_examples_run_and_do_what_they_say(llama: Path, tmp_path: Path, monk
             table.update(before[name])  # type: ignore[attr-defined]
     assert added == {
         "METHODS": {"clipped"},
-        "RUN": {"clipped"},
         "FORMATS": {"bytes"},
         "BACKENDS": {"double"},
         "ARCHITECTURES": {"seed_oss"},

@@ -12,11 +12,12 @@ import torch
 import conftest
 import matquant
 import oracle_gptq as oracle
+from matquant.calibration import calibration_text
 from matquant.core.grid import fit_grid
 from matquant.core.nest import CENTRE, slice_affine
 from matquant.format.read import open_checkpoint
 from matquant.format.verify import verify_checkpoint
-from matquant.hf.text import read_documents, token_stream
+from matquant.hf.text import data_sha256, read_documents, token_stream
 from matquant.hf_torch.layers import decoder_layers
 from matquant.hf_torch.loading import load_float, load_tokenizer
 from matquant.measure.likelihood import log_perplexity
@@ -226,17 +227,21 @@ def test_calibration_text_that_is_too_small_says_how_much_is_needed(
 def test_what_gptq_cannot_do_is_refused(llama: Path, text_file: Path, tmp_path: Path) -> None:
     for changes, message in (
         ({"objective": "8,4,2,8->2"}, "method 'gptq' has no distillation"),
-        ({"affine": "learned"}, "method 'gptq' learns nothing by gradient"),
+        ({"affine": "learned"}, "--affine learned needs a method that trains, method 'gptq' does not"),
         ({"damp": 0.0}, "damp=0.0"),
         (
             {"steps": 3},
-            "method 'gptq' has no option 'steps'; it has samples, seq_len, batch_size, damp, sweeps, tune, lr, pull, ",
+            r"method 'gptq' has no option 'steps'; did you mean 'sweeps'\? It has samples, seq_len, batch_size, damp, ",
         ),
     ):
         with pytest.raises(InputError, match=message):
             quantize(llama, tmp_path / "out", text_file, **changes)
-    with pytest.raises(InputError, match="method 'gptq' needs text to work with; give --text FILE"):
-        conftest.quantize(llama, tmp_path / "out", method="gptq")
+
+
+def test_without_text_it_uses_the_calibration_text_of_the_package(llama: Path, tmp_path: Path) -> None:
+    made = verify_checkpoint(conftest.quantize(llama, tmp_path / "out", method="gptq", samples=8, seq_len=32))
+    tokenizer = load_tokenizer(llama)
+    assert made.spec.data_sha256 == data_sha256(token_stream(calibration_text(), tokenizer))
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])

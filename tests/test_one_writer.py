@@ -298,7 +298,7 @@ def test_an_impossible_output_is_one_sentence_before_any_work(
     Path("file").write_text("mine")
     Path("dangling").symlink_to("nowhere")
     Path("loop").symlink_to("loop")
-    monkeypatch.setattr("matquant.methods.quantize.load_float", None)
+    monkeypatch.setattr("matquant.methods.prepare.load_float", None)
     verbs = [("quantize", llama, "--method", "rtn"), ("export", nested, "--to", "dense")]
     if "exists" not in IMPOSSIBLE[place]:
         verbs += [("plan", nested, "--strategy", "pyramid", "--bits-per-weight", "5"), ("report", nested)]

@@ -398,8 +398,9 @@ def test_a_killed_run_resumes_to_the_same_bits(llama: Path, text_file: Path, tmp
     flags = [part for part in flags if part != "True"]
 
     def command(*extra: str) -> list[str]:
-        out = str(tmp_path / "killed")
-        return [sys.executable, "-m", "matquant", "quantize", str(llama), "-o", out, "--text", str(text_file), *extra]
+        out, small = str(tmp_path / "killed"), ["--method", "qat", "--scope", "ffn", "--group-size", "channel"]
+        where = [str(llama), "-o", out, "--text", str(text_file)]
+        return [sys.executable, "-m", "matquant", "quantize", *where, *small, *extra]
 
     conftest.quantize(str(llama), tmp_path / "whole", text=[text_file], **options)
     log = tmp_path / ".killed.work" / "training.jsonl"

@@ -195,7 +195,7 @@ def test_bf16_tunes_too(llama: Path, text_file: Path, tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"tune": -1}, "tune=-1; give a number of at least 0"),
-        ({"tune": 0}, "lr=0.01 is of the tuning and tune is 0; give --tune STEPS too"),
+        ({"tune": 0}, "--lr has no effect without --tune; add --tune STEPS"),
         ({"pull": 1.5}, "pull=1.5; give a number from 0 to 1"),
         ({"lr": 0.0}, "lr=0.0"),
         ({"rule": "round"}, "tune=30 needs nested bins, rule 'round' has none; use rule 'prefix'"),

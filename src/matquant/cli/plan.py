@@ -1,5 +1,7 @@
 """``matquant plan``."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -75,13 +77,20 @@ def plan(
     check_losses(directory, text, **chosen)  # before torch is imported
     if not pareto:
         run.check_plan(directory, out, **one, widths=options["widths"], evaluations=evaluations)
-    with (
-        progress.counted("plan") as count,
-        sensitivity.open_losses(directory, text, device=device, notice=notice, **chosen) as losses,
-    ):
-        losses.report = lambda done: count("plans measured", done, losses.expected)
+    with _losses(directory, text, device, chosen) as losses:
         if pareto:
             record = curves.run(directory, out, losses=losses, baselines=baselines, plot=plot, **options)
         else:
             record = run.run(directory, out, losses=losses, **one, **options)
     print(json_text(record))
+
+
+@contextmanager
+def _losses(directory: Path, text: list[Path], device: str | None, chosen: dict[str, Any]) -> Iterator[Any]:
+    """Losses of plans on calibration text, with a line of progress."""
+    with (
+        progress.counted("plan") as count,
+        sensitivity.open_losses(directory, text, device=device, notice=notice, **chosen) as losses,
+    ):
+        losses.report = lambda done: count("plans measured", done, losses.expected)
+        yield losses

@@ -9,7 +9,7 @@ import functools
 import importlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from matquant.methods.parts.symmetry import choose_symmetry
 from matquant.methods.prepare import Prepared, prepare
 from matquant.methods.preview import describe
 from matquant.options.request import Request, check_request
+from matquant.system.arguments import check_types
 from matquant.system.errors import InputError
 from matquant.system.files import check_space
 from matquant.system.interrupted import check_work
@@ -70,12 +71,14 @@ def quantize(
 
     Raises InputError before any work for whatever can be known before it, and never leaves a half-written checkpoint.
     """
-    return run(model, check_request(model, out, recipe=recipe, method=method, **options), report=report)
+    check_types(model=model, out=out)
+    with hold(out):
+        return run(model, check_request(model, out, recipe=recipe, method=method, **options), report=report)
 
 
 def run(model: Path | str, request: Request, *, report: Report = lambda record: None) -> Path:
     """``quantize`` for a request that was checked. InputError if another run writes the same place."""
-    with hold(request.target):
+    with hold(request.target, again=True):
         common = request.common
         check_writable(request.target, overwrite=common.overwrite)
         check_work(request.target, method=request.choice.method, resume=common.resume, overwrite=common.overwrite)
@@ -87,10 +90,17 @@ def run(model: Path | str, request: Request, *, report: Report = lambda record: 
         prepared = prepare(model, request)
         job, files = _make_job(prepared, report)
         report({"settings": describe(prepared)})
-        method = importlib.import_module(f"matquant.methods.{request.choice.method}")
-        _write(prepared, job, method.run(job), files)
+        _write(prepared, job, _method(request)(job), files)
         shutil.rmtree(request.work, ignore_errors=True)
         return request.target
+
+
+def _method(request: Request) -> Callable[[Job], Nested]:
+    """What chooses the codes: the row's own function, or ``run`` of the module of the method's name."""
+    if request.method.run is not None:
+        return request.method.run
+    found: Callable[[Job], Nested] = importlib.import_module(f"matquant.methods.{request.choice.method}").run
+    return found
 
 
 def _make_job(prepared: Prepared, report: Report) -> tuple[Job, dict[str, bytes]]:

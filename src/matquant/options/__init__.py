@@ -28,6 +28,7 @@ class Method:
     needs_corpus: bool = False  # calibration text is too little for it
     streamed: bool = False  # works layer by layer, the model stays on disk
     learns_affine: bool = True  # has gradients for per-width scales
+    run: Callable[[Any], Any] | None = None  # Job -> nested tensors by path, None: run() of methods/NAME.py
     affine: str  # default of --affine
     objective: str = ""  # default of --objective
     lambdas: Callable[[int], float] | None = None  # its weight of a width, None for the objective's

@@ -74,16 +74,16 @@ def check_request(
     _check_common_types(given)
     choice = choose(given, recipe=recipe, method=method)
     target = check_place(out)
+    common = choice.common
     request = Request(choice=choice, target=target, work=work_folder(target))
+    check_work(target, method=choice.method, resume=common.resume, overwrite=common.overwrite)
     request = _check_cascade(request) if request.method.stages else _check_method(request)
     _check_grid(request)
     _check_options(request)
     documents = _read_text(request)
-    common = choice.common
     check_writable(target, overwrite=common.overwrite)
     side_files(model)  # rejects pipes and links that leave the directory
     check_source(model)
-    check_work(target, method=choice.method, resume=common.resume, overwrite=common.overwrite)
     return dataclasses.replace(request, documents=documents() if documents else ())
 
 
