@@ -39,7 +39,13 @@ RECIPES: dict[str, Recipe] = {
     ),
     "balanced": Recipe(
         method="gptq",
-        options={"zero_point": MIDRANGE, "grid": "companded", "samples": 64, "seq_len": 1024},
+        options={
+            "zero_point": MIDRANGE,
+            "grid": "companded",
+            "weights": (56.0, 14.0, 3.6, 1.9, 1.0),  # int8 1.2 % and int4 1.3 % better than gptq's default, int3 9 % worse
+            "samples": 64,
+            "seq_len": 1024,
+        },
         why="one calibrated pass: good int8 to int4 without training",
         cost="",
         quality="",
