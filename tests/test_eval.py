@@ -56,7 +56,7 @@ def test_a_text_shorter_than_a_window_is_refused(llama: Path) -> None:
     with pytest.raises(InputError) as caught:
         log_perplexity(load_float(llama), np.zeros(64, dtype=np.int64), context=64)
     assert str(caught.value) == (
-        "the text has 64 tokens, shorter than one window of 64 + 1; give more text or a smaller --seq-len"
+        "the text has 64 tokens, shorter than one sequence of 64 + 1; give more text or a smaller --seq-len"
     )
 
 

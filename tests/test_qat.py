@@ -194,7 +194,7 @@ def test_without_a_mix_there_is_none(llama: Path, text_file: Path, tmp_path: Pat
         ({"hidden": math.inf}, r"^hidden=inf; give a number of at least 0$"),
         (
             {"mix": 1.0, "objective": "2"},
-            r"^mix=1 needs two widths and two linears, widths \[2\] and 6 linears are trained; leave mix out$",
+            r"^mix=1 needs two widths and two layers, found widths \[2\] and 6 layers; drop mix$",
         ),
     ],
 )

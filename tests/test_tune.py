@@ -179,7 +179,7 @@ def test_a_tuned_run_resumed_at_a_block_ends_with_the_same_bits(llama: Path, tex
     whole = conftest.quantize(llama, tmp_path / "whole", **options)
     with pytest.raises(KeyboardInterrupt):
         conftest.quantize(llama, tmp_path / "killed", report=Interrupt(print, 1), **options)
-    with pytest.raises(InputError, match="--resume with tune=5, the interrupted run had 4"):
+    with pytest.raises(InputError, match="--resume needs tune=4 as in the interrupted run, found 5"):
         conftest.quantize(llama, tmp_path / "killed", resume=True, **{**options, "tune": 5})
     resumed = conftest.quantize(llama, tmp_path / "killed", resume=True, **options)
     for file in ("model.safetensors", "matquant_slices.safetensors"):
@@ -195,10 +195,10 @@ def test_bf16_tunes_too(llama: Path, text_file: Path, tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"tune": -1}, "tune=-1; give a number of at least 0"),
-        ({"tune": 0}, "lr=0.01 is of the tuning and tune is 0; give --tune STEPS too"),
+        ({"tune": 0}, "--lr has no effect without --tune; add --tune STEPS"),
         ({"pull": 1.5}, "pull=1.5; give a number from 0 to 1"),
         ({"lr": 0.0}, "lr=0.0"),
-        ({"rule": "round"}, "tune=30 needs nested bins, rule 'round' has none; use rule 'prefix'"),
+        ({"rule": "round"}, "tune=30 needs nested bins, which rule 'round' does not have; use rule 'prefix'"),
         (
             {"lr": 1e9},
             r"training of model.layers.0 diverged: its loss at \d bits is (nan|inf) at step 2 of 30; use a",

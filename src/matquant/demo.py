@@ -52,7 +52,7 @@ def run(out: Path, console: Console) -> None:
     model, text = REFERENCE / "model", REFERENCE / "text"
     if not model.is_dir():
         raise InputError(
-            f"the embedded model is not at {model}, because wheels leave it out; run the demo from a clone of the repository"
+            f"the embedded model is not at {model}, because wheels leave it out; run the demo from a clone"
         )
     stream = token_stream(read_documents([text / "valid.txt"]), load_tokenizer(model))[: HELD_OUT + 1]
     steps = STEPS if bf16_is_fast() else STEPS_FP32

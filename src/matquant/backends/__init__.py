@@ -20,8 +20,7 @@ DENSE = "dense"  # the last row, which supports everything
 
 
 def choose(device: torch.device | str, dtype: torch.dtype, *, activations: str) -> tuple[str, str]:
-    """Return the first backend that supports ``dtype`` on ``device``, and why the first row does not ("" if it
-    does)."""
+    """Return the first backend for ``dtype`` on ``device``, and why the first row does not serve ("" if it does)."""
     reasons: list[str] = []
     for name, backend in BACKENDS.items():
         if activations in backend.activations or backend.trains:

@@ -45,8 +45,7 @@ def export(
     ] = False,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace OUT.")] = False,
 ) -> None:
-    """Write a slice for llama.cpp, MLX, vLLM, transformers or GPTQModel; slices that do not fit exactly are
-    rejected."""
+    """Write a slice for llama.cpp, MLX, vLLM, transformers or GPTQModel, if the format holds it exactly."""
     wanted = Plan.read(plan) if plan is not None else None
     if explain:
         checkpoint = open_checkpoint(directory)

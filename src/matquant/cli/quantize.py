@@ -98,8 +98,7 @@ def _annotation(option: Option, shown: str) -> Any:
 
 
 def _command_line_type(option: Option) -> Any:
-    """Return the type typer reads: a list for repeated options, text for options that we parse or that have several
-    types."""
+    """Return typer's type: a list for repeated options, text for options that we parse or with several types."""
     if option.declared.parse is not None:
         return str
     kinds = [kind for kind in _members(option.type) if kind is not type(None)]

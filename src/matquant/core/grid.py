@@ -54,8 +54,7 @@ def check_finite(weight_NK: Any, *, name: str = "weight") -> None:
 
 
 def check_group_size(in_features: int, group_size: int | None, *, name: str = "weight") -> int:
-    """Return the group length for a row of ``in_features`` (None: one group per row); ValueError if it does not
-    divide."""
+    """Return the group length of a row (``group_size`` None: the whole row); ValueError if it does not divide."""
     if group_size is None:
         return in_features
     if group_size < 1 or in_features % group_size:

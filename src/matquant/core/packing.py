@@ -58,7 +58,6 @@ def words(columns: int, bits: int) -> int:
 
 
 def _masks(lane: int, width: int, *, upper: int) -> tuple[np.uint64, np.uint64]:
-    """Return masks of the lowest ``width`` bits of every other lane of ``lane`` bits, and of as many bits ``upper``
-    above."""
+    """Return masks of the low ``width`` bits of every other lane, and of as many bits ``upper`` above."""
     low = sum(((1 << width) - 1) << shift for shift in range(0, 64, 2 * lane))
     return np.uint64(low), np.uint64(low << upper)

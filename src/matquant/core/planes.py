@@ -122,7 +122,7 @@ def matmul(weight: Weight, x_TK: Floats, *, bits: int, activations: str = "int8"
     check_bits(bits)
     if bits > weight.max_bits:
         raise InputError(
-            f"bits={bits} needs max_bits={bits}, this weight was loaded with max_bits={weight.max_bits}; load it with more"
+            f"bits={bits} exceeds max_bits={weight.max_bits} of this weight; load it with a larger max_bits"
         )
     if activations not in ACTIVATIONS:
         raise InputError(f"activations={activations!r} is not known; use one of {', '.join(ACTIVATIONS)}")
@@ -167,13 +167,12 @@ def _pack(codes_NK: Codes, resident_bits: int, *, rule: str, group: int | None, 
 def _check_resident(planes: Planes, bits: int, rule: str) -> None:
     if bits_read(bits, rule=rule) > planes.resident_bits:
         raise InputError(
-            f"bits={bits} is more than the {planes.resident_bits} bits that these planes hold; pack with a larger max_bits"
+            f"bits={bits} exceeds the {planes.resident_bits} bits of these planes; pack with a larger max_bits"
         )
 
 
 def _set_affine(native: _native.Weight, bits: int, values: int, step: int, centre: float, *, grid: str) -> None:
-    """Set scales times ``step`` and zero-points minus ``centre``, in units of the integers that the kernels multiply
-    by."""
+    """Set scales times ``step`` and zero-points minus ``centre``, in units of the kernels' integers."""
     _, unit, offset = integer_positions(bits, grid)
     native.set_affine(bits, values, step * unit, centre + step * offset)
 

@@ -32,7 +32,7 @@ def _known_only(record: type, values: Mapping[str, Any], *, where: str, also: Se
         if key not in known:
             nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
             raise InputError(
-                f"{where} has the key {key!r}, which format {values.get('format', 1)} does not have; nearest: {nearest!r}"
+                f"{where} has the unknown key {key!r} (format {values.get('format', 1)}); nearest: {nearest!r}"
             )
     return dict(values)
 
@@ -181,8 +181,7 @@ class Plan:
 
     @classmethod
     def over(cls, bits: int, plan: "Mapping[str, int] | Plan | Path | str | None") -> "Plan":
-        """Build a Plan from user input: a uniform width with optional per-path overrides; a Plan or plan file is used
-        as is."""
+        """Build a Plan: a uniform width with optional per-path overrides; a Plan or plan file is used as is."""
         if isinstance(plan, Plan):
             return plan
         if isinstance(plan, (Path, str)):
@@ -192,8 +191,7 @@ class Plan:
         return cls(default=bits, bits=dict(plan or {}))
 
     def resolve(self, paths: Iterable[str]) -> dict[str, int]:
-        """Return the width of every path; InputError if the plan names a path the model does not have, or misses
-        one."""
+        """Return the width of every path; InputError if the plan names an unknown path or misses one."""
         known = list(paths)
         unknown = [path for path in self.bits if path not in set(known)]
         if unknown:
@@ -216,8 +214,7 @@ class Plan:
 
     @classmethod
     def read(cls, file: Path | str) -> Self:
-        """Read {"default": bits, "bits": {path: bits}, "about": {fact: value}} from a JSON file; every key is
-        optional."""
+        """Read {"default": bits, "bits": {path: bits}, "about": {fact: value}} from a JSON file. All optional."""
         where, give = Path(file), '{"default": 4, "bits": {...}}'
         values = read_json(where, "--plan", give=give, missing='a JSON file {"default": 4, "bits": {path: bits}}')
         if not isinstance(values, dict) or not isinstance(values.get("bits", {}), dict):

@@ -26,8 +26,7 @@ class Steps(Protocol):
 
 
 class Decoder(Protocol):
-    """The interface of a decoder: ``start`` reads the prompt, iterating yields the ids after it until the session is
-    full."""
+    """The interface of a decoder: ``start`` reads the prompt, iterating yields new ids until the session is full."""
 
     def start(self) -> None: ...
 

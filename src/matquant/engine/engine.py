@@ -121,8 +121,7 @@ class Engine:
     # ------------------------------------------------------------------------------------------------- generating
 
     def prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
-        """Return the ids of a prompt; an empty text becomes the beginning-of-sequence token. InputError if it does not
-        fit."""
+        """Return the ids of a prompt; "" becomes the beginning-of-sequence token. InputError if it is too long."""
         check_types(prompt=prompt)
         ids = self.vocabulary.prompt(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
         if not ids:
@@ -260,8 +259,7 @@ class Session:
             self._lock.release()
 
     def begin(self, ids: Sequence[int], widths: np.ndarray) -> tuple[int, np.ndarray]:
-        """Read the ``ids`` that are not in the cache yet; return the turn that ``advance`` needs, and the last
-        logits."""
+        """Read the ``ids`` that are not cached yet; return the turn that ``advance`` needs, and the last logits."""
         with self._alone():
             self._turn += 1
             known = self.match(ids)
@@ -269,8 +267,7 @@ class Session:
             return self._turn, self._extend(ids[known:], widths)
 
     def advance(self, token: int, widths: np.ndarray, *, turn: int) -> np.ndarray:
-        """Append a token of the completion that began at ``turn``; InUseError if something else used the session
-        since."""
+        """Append a token of the completion that began at ``turn``; InUseError if others used the session since."""
         with self._alone():
             if turn != self._turn:
                 raise InUseError("another completion has used this session; use one session per completion")

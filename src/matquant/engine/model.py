@@ -147,8 +147,7 @@ def _tensor(name: str, tensors: Mapping[str, np.ndarray], where: Path) -> np.nda
 def _check_names(
     checkpoint: Checkpoint, tensors: Mapping[str, np.ndarray], architecture: Architecture, paths: Sequence[str]
 ) -> None:
-    """Raise InputError if the checkpoint has a tensor that would go unused: then it is not of the family that it
-    claims."""
+    """Raise InputError for an unused tensor: then the checkpoint is not of the family that it claims."""
     prefixes = [f"model.layers.{layer}." for layer in range(architecture.layers)]
     norms = [f"{prefix}{name}" for prefix in prefixes for name in architecture.family.norms.values()]
     known = {f"{path}.weight" for path in (*paths, *norms, EMBEDDING, HEAD, NORM)} | {f"{path}.bias" for path in paths}

@@ -53,8 +53,7 @@ class Sampling:
 
     @classmethod
     def of_model(cls, generation: Mapping[str, Any], **given: float | None) -> Self:
-        """Return the options of generation_config.json (greedy unless it has do_sample), overridden by those
-        ``given``."""
+        """Return the options of generation_config.json (greedy without do_sample), overridden by those ``given``."""
         asked: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
         names = [entry.name for entry in dataclasses.fields(cls) if entry.name not in asked]
         values: dict[str, Any] = {}

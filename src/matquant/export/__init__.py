@@ -90,8 +90,7 @@ def export(
 
 
 def _write(job: Job, target: Path, *, overwrite: bool, report: Progress, notice: Callable[[str], None]) -> int:
-    """Write the export beside ``target``, move it into place when it is complete, and return the bytes of its
-    tensors."""
+    """Write the export beside ``target``, move it into place when complete, and return its tensors' bytes."""
     exporter, checkpoint, done, total = job.exporter, job.checkpoint, 0, 0
     check = functools.partial(_check_target, target, exporter, overwrite=overwrite)
     check()  # before locking, which makes missing parent directories
@@ -184,8 +183,7 @@ def _with_scales(exporter: Exporter, dtype: str) -> Exporter:
 
 
 def alternatives(checkpoint: Checkpoint, to: str, path: str, bits: int) -> str:
-    """Return what to use instead, in words: a format that holds the slice, or this one with other bits or
-    zero-points."""
+    """Return the alternatives: a format that holds the slice, or this one with other bits or zero-points."""
 
     def takes(exporter: Exporter, width: int, zero_point: str = EXACT) -> bool:
         return not isinstance(exporter.container(checkpoint, path, width, zero_point), list)
@@ -199,7 +197,7 @@ def alternatives(checkpoint: Checkpoint, to: str, path: str, bits: int) -> str:
     widths = [width for width in nearest if takes(exporter, width)]
     formats = [name for name, found in FORMATS.items() if _reads(found, checkpoint) and holds(found)]
     centre = checkpoint.spec.symmetric and takes(exporter, bits, MIDRANGE)
-    return "give " + ", or ".join(
+    return "use " + ", or ".join(
         [
             *([f"--to {' or '.join(formats)}"] if formats else []),
             *([f"--bits {widths[0]}"] if widths else []),
@@ -215,7 +213,7 @@ def _exporter(to: str, checkpoint: Checkpoint) -> Exporter:
     if not _reads(found, checkpoint):
         every = [name for name, exporter in FORMATS.items() if exporter.families is None]
         works = ", ".join(found.families or ())
-        raise InputError(f"--to {to} does not support {family} models, only {works}; give --to {' or '.join(every)}")
+        raise InputError(f"--to {to} does not support {family} models, only {works}; use --to {' or '.join(every)}")
     return found
 
 

@@ -125,7 +125,7 @@ def _q3_k(codes: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _k_scales(codes: np.ndarray) -> np.ndarray:
-    # four sub-scales of 6 bits each, their minima in the same way, then the lower nibbles of the other four scales and minima
+    # four sub-scales of 6 bits, four minima of 6 bits, then the lower nibbles of the other four scales and minima
     return _constant(codes, [1] * 8 + [ONES] * 4)
 
 

@@ -43,8 +43,7 @@ def model_card(job: Job) -> str:
 
 
 def _measured(evaluation: Mapping[str, Any] | None) -> list[tuple[str, float, float | None, float | None]]:
-    """Return (width, bits per weight, log-perplexity, task average) for every width in a ``matquant eval --json``
-    record."""
+    """Return (width, bits per weight, log-perplexity, task average) for every width in an evaluation record."""
     if evaluation is None:
         return []
     losses, averages = evaluation.get("log_perplexity", {}), evaluation.get("task_average", {})

@@ -22,8 +22,7 @@ from matquant.system.errors import InputError
 
 
 def containers(checkpoint: Checkpoint, path: str) -> list[Container]:
-    """Return containers of 1 to 8 bits, with a fixed zero-point, or integer zero-points if the checkpoint is
-    asymmetric."""
+    """Return containers of 1 to 8 bits, with integer zero-points if the checkpoint is asymmetric, else fixed ones."""
     name, zero = ("int", FIXED) if checkpoint.spec.symmetric else ("uint", INTEGER)
     scale = checkpoint.stored_dtype(f"{path}.weight_scale")
     return [Container(name=f"{name}{bits}", bits=bits, zero=zero, scale=scale) for bits in range(1, 9)]

@@ -150,8 +150,7 @@ def _fit_numbers(container: Container, scale: np.ndarray, zero: np.ndarray, coun
 
 
 def encode(tensor: NestedTensor, bits: int, container: Container, zero_point: str = EXACT) -> Encoded:
-    """Encode the ``bits``-bit slice of ``tensor`` as the integers of a container that holds it: u = factor * c +
-    shift."""
+    """Encode the ``bits``-bit slice as the integers of a container that holds it: u = factor * c + shift."""
     found = fit(container, tensor, bits, zero_point=zero_point)
     assert isinstance(found, Fit)  # it was when the container was chosen
     codes = slice_codes(tensor.codes, bits, rule=tensor.rule)

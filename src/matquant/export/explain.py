@@ -45,7 +45,7 @@ def _outcome(checkpoint: Checkpoint, to: str, plan: Mapping[str, int], zero_poin
         job = make_job(checkpoint, to, plan, zero_point=zero_point)
     except InputError as error:
         return {"rejected": str(error)}
-        containers = Counter(job.kinds().values())
+    containers = Counter(job.kinds().values())
     return {"containers": dict(containers.most_common()), "bits_per_weight": job.bits_per_weight()}
 
 

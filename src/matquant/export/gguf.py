@@ -98,8 +98,7 @@ def slots(path: str, container: Container, shape: tuple[int, int], groups: int) 
 
 
 def rows(checkpoint: Checkpoint, path: str) -> np.ndarray | None:
-    """Return the order of a weight's rows: rotary pairs, half a head apart here, are adjacent in some llama.cpp
-    families."""
+    """Return the order of a weight's rows: rotary pairs are half a head apart here, adjacent in some families there."""
     if not _family(checkpoint).interleaved or not path.endswith((".q_proj", ".k_proj")):
         return None
     architecture = _read(checkpoint)

@@ -76,8 +76,7 @@ def tensors(container: Container, encoded: Encoded) -> Sequence[np.ndarray]:
 
 
 def quantization_config(job: Job) -> dict[str, Any]:
-    """Return the quantisation for both JSON files: the most frequent width, and in ``dynamic`` the paths that
-    differ."""
+    """Return the quantisation for both JSON files: the most frequent width, and ``dynamic`` for paths that differ."""
     checkpoint = job.checkpoint
     kinds = job.held()
     usual = Counter(kind.bits for kind in kinds.values()).most_common(1)[0][0]

@@ -49,8 +49,7 @@ def encode(tensor: NestedTensor, bits: int, container: Container, zero_point: st
 
 
 def write(job: Job, folder: Path, report: Report) -> None:
-    """Write the nested checkpoint: shards, config.json, the scales and zero-points of the remaining widths, the
-    manifest."""
+    """Write the nested checkpoint: shards, config.json, the remaining slices, the manifest."""
     checkpoint, widest = job.checkpoint, max(job.plan.values())
     kept = {path: container.bits for path, container in job.held().items()}
     stored: int | dict[str, int] = kept if len(set(kept.values())) > 1 else min(kept.values())

@@ -120,7 +120,7 @@ def _texts(file: Path, vocabulary: Vocabulary, given: Mapping[str, Any], size: i
     for text, index in vocabulary.tokenizer.get_vocab(with_added_tokens=True).items():
         if index >= size:
             raise InputError(
-                f"{file} has token {index} ({text!r}), but the embedding has {size} rows; copy the model's own tokenizer"
+                f"{file} has token {index} ({text!r}), but the embedding has {size} rows; copy the model's tokenizer"
             )
         texts[index], types[index] = text, NORMAL
         if BYTE_TOKEN.fullmatch(text) and given["model"].get("byte_fallback"):
@@ -184,7 +184,7 @@ def _pre(file: Path, vocabulary: Vocabulary, given: Mapping[str, Any]) -> str:
             f"lead to the token {missed!r}; {INSTEAD}"
         )
     raise InputError(
-        f"{file} splits text by {' then '.join(patterns) or 'nothing'}, for which llama.cpp has no pre-tokenizer; {INSTEAD}"
+        f"{file} splits text by {' then '.join(patterns) or 'nothing'}, which llama.cpp does not support; {INSTEAD}"
     )
 
 

@@ -1,5 +1,4 @@
-"""Summarise a checkpoint: widths, rule, bits per weight (all overhead included), overflow, histograms. Needs no
-torch."""
+"""Summarise a checkpoint: rule, bits per weight (all overhead included), overflow, histograms. Needs no torch."""
 
 from typing import Any
 

@@ -65,8 +65,7 @@ def regular_file(directory: Path, name: str) -> Path | None:
 
 
 def _belongs(real: Path, home: Path) -> bool:
-    """Return whether a resolved path is inside ``home``, or in the blobs of the hub cache that ``home`` is a snapshot
-    of."""
+    """Return whether a resolved path is inside ``home``, or in the hub cache's blobs if ``home`` is a snapshot."""
     blobs = home.parent.parent / "blobs"
     return real.is_relative_to(home) or (home.parent.name == "snapshots" and real.is_relative_to(blobs))
 
@@ -124,8 +123,7 @@ def write_manifest(directory: Path, spec: Spec) -> None:
 
 
 def read_manifest(where: Path) -> dict[str, Any]:
-    """Read a checkpoint's manifest; InputError unless its format is known and it lists files by name, size and
-    sha256."""
+    """Read a checkpoint's manifest; InputError for unknown formats and entries without name, size and sha256."""
     if not where.is_dir():
         raise InputError(f"{where}: no such directory; {MADE_BY}")
     if regular_file(where, MANIFEST) is None:

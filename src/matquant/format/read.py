@@ -160,7 +160,7 @@ def open_listed(where: Path, manifest: Mapping[str, Any], *, mmap: bool = True) 
         raise InputError(f'{where / "config.json"} has no "matquant" object; {MADE_BY}')
     spec = Spec.from_json(record, where=str(where / "config.json"))
     if record["format"] != manifest["format"]:
-        found = f"{where} is in format {manifest['format']} according to {MANIFEST}, but {record['format']} according to config.json"
+        found = f"{where} has format {manifest['format']} in {MANIFEST}, but {record['format']} in config.json"
         raise InputError(f"{found}; {AGAIN}")
     listed = set(manifest["files"])
     with contextlib.ExitStack() as stack:
@@ -182,8 +182,7 @@ def open_listed(where: Path, manifest: Mapping[str, Any], *, mmap: bool = True) 
 
 
 def manifest_sha256(directory: Path | str) -> str:
-    """Return the sha256 of a checkpoint's manifest, which holds the hashes of all its files: it identifies a
-    checkpoint."""
+    """Return the sha256 of a checkpoint's manifest, which identifies the checkpoint: it holds all files' hashes."""
     return sha256(Path(directory) / MANIFEST)
 
 
@@ -196,8 +195,7 @@ def _untie_stored_head(config: dict[str, Any], names: Mapping[str, str]) -> None
 
 
 def _tensor_files(where: Path, listed: set[str]) -> list[str]:
-    """Return the names of the files that hold tensors: the model's shards and the slices. Only listed files are
-    read."""
+    """Return the listed files that hold tensors: the model's shards and the slices."""
     index = where / INDEX
     shards: set[Any] = {"model.safetensors"}
     if regular_file(where, INDEX) is not None:

@@ -66,8 +66,7 @@ def made(parts: Iterable[Part]) -> Iterator[tuple[Part, Sequence[np.ndarray]]]:
 def write_shards(
     directory: Path, parts: Sequence[Part], *, report: Report, index: bool = False, shard_bytes: int = SHARD_BYTES
 ) -> None:
-    """Write all parts as model.safetensors in ``directory``, or as shards. index: write an index even for a single
-    shard."""
+    """Write all parts as model.safetensors in ``directory``, or as shards. index: write one even for a single shard."""
     shards: list[list[Part]] = [[]]
     for part in parts:
         if shards[-1] and sum(p.bytes for p in shards[-1]) + part.bytes > shard_bytes:

@@ -50,6 +50,5 @@ def bits_per_weight(checkpoint: Checkpoint, plan: Mapping[str, int]) -> float:
 
 
 def plain_bytes(checkpoint: Checkpoint) -> int:
-    """Return the bytes of the tensors that are not quantised (embeddings, norms, biases, linear layers outside the
-    scope)."""
+    """Return the bytes of the unquantised tensors (embeddings, norms, biases, linear layers outside the scope)."""
     return sum(checkpoint.array(name).nbytes for name in checkpoint.plain_names())

@@ -61,8 +61,7 @@ def check_writable(target: Path, *, overwrite: bool) -> None:
 
 
 def quantization_config(spec: Spec, ignore: Iterable[str]) -> dict[str, Any]:
-    """Return the stock compressed-tensors description of the stored tensors, with our Spec as the extra key
-    "matquant"."""
+    """Return the stock compressed-tensors quantization_config, with our Spec as the extra key "matquant"."""
     stored = spec.stored_bits
     widths = {stored} if isinstance(stored, int) else set(stored.values())
     groups = {

@@ -1,5 +1,4 @@
-"""Models on the Hugging Face hub: the only file that imports huggingface_hub, which transformers and tokenizers
-need."""
+"""Models on the Hugging Face hub: the only file that imports huggingface_hub."""
 
 import contextlib
 from collections.abc import Sequence
@@ -44,7 +43,7 @@ def find_snapshot(name: str) -> Path | None:
         ) from None
     except errors.EntryNotFoundError:
         raise InputError(
-            f"{name} on the hub has no config.json, so it is a LoRA adapter, a set of GGUF files or not a language model; "
+            f"{name} on the hub has no config.json, so it is a LoRA adapter, GGUF files or not a language model; "
             "give a float Hugging Face model"
         ) from None
     except Exception as error:  # the client's transport raises many types

@@ -24,7 +24,8 @@ def frequencies(given: Mapping[str, Any], head_dim: int, values: Mapping[str, An
     if rope.get("partial_rotary_factor", 1.0) != 1.0 or kind not in ("default", "linear", "llama3", "yarn"):
         raise InputError(
             f"{where} has rotary positions of type {kind!r}, partial_rotary_factor "
-            f"{rope.get('partial_rotary_factor', 1.0)}; the engine supports default, linear, llama3 and yarn with partial_rotary_factor 1"
+            f"{rope.get('partial_rotary_factor', 1.0)}, but the engine supports "
+            "only default, linear, llama3 and yarn with partial_rotary_factor 1"
         )
     try:
         with np.errstate(all="ignore"):
@@ -40,8 +41,7 @@ def frequencies(given: Mapping[str, Any], head_dim: int, values: Mapping[str, An
 
 
 def _compute(kind: str, rope: Mapping[str, Any], head_dim: int, values: Mapping[str, Any]) -> Rope:
-    """Return frequencies and factor of one of the four types; KeyError for a missing key, ArithmeticError or NaN if
-    wrong."""
+    """Return frequencies and factor of a type; KeyError for a missing key, ArithmeticError or NaN for wrong values."""
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     powers = np.float32(rope["rope_theta"]) ** exponents
     if kind == "linear":

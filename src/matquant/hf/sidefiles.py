@@ -21,8 +21,7 @@ TIKTOKEN = {"tiktoken": "tiktoken"}
 
 
 def collect(source: Path | str) -> dict[str, bytes]:
-    """Return tokenizer, template and generation files of a model directory or hub id, by name, without byte-order
-    marks."""
+    """Return a model's tokenizer, template and generation files, by name, without byte-order marks."""
     directory = local_directory(source)
     files = {} if directory is None else side_files(directory)
     return {name: _without_mark(name, content) for name, content in files.items()}

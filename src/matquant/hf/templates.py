@@ -78,8 +78,7 @@ def _choose(vocabulary: Vocabulary, wanted: str | None, *, has_tools: bool) -> s
 
 
 def _plain(value: Any) -> Any:
-    """Convert ``value`` to JSON types only: other objects have methods that the sandbox does not know to be
-    dangerous."""
+    """Convert ``value`` to JSON types: other objects may have dangerous methods that the sandbox does not know."""
     if value is None or type(value) in (str, int, float, bool):
         return value
     for kind in (str, int, float):

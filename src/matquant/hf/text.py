@@ -55,8 +55,7 @@ def token_stream(documents: Sequence[str], tokenizer: Any, *, vocab_size: int | 
 def check_ids(
     ids: Sequence[int] | np.ndarray, *, vocab_size: int, text_of: Callable[[int], str | None] = lambda token: None
 ) -> None:
-    """Raise InputError for the first token id outside an embedding of ``vocab_size`` rows. text_of: the text of a
-    token."""
+    """Raise InputError for the first id outside an embedding of ``vocab_size`` rows. text_of: the text of a token."""
     found = np.asarray(ids)
     outside = found[(found < 0) | (found >= vocab_size)] if found.size else found
     if outside.size:

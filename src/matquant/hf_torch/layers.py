@@ -38,8 +38,7 @@ def linear_views(model: Model) -> dict[str, View]:
 
 
 def whole_experts(model: Model) -> list[str]:
-    """Return the fused experts that a checkpoint stores in one tensor (gpt-oss, Llama 4): no engine reads their
-    codes."""
+    """Return fused experts that checkpoints store in one tensor (gpt-oss, Llama 4): no engine reads their codes."""
     stored = {name: stored_parts(model, name, weight)[0] for name, weight in _weights(model) if weight.ndim == 3}
     return [name for name, parts in stored.items() if any(part.ndim != 2 for part in parts.values())]
 

@@ -58,8 +58,7 @@ def embed(model: Model, batches: Iterable[torch.Tensor]) -> tuple[list[torch.Ten
 
 
 def layer_output(output: Any) -> torch.Tensor:
-    """Return the hidden states [B, T, H] from a decoder layer's output, which is these or a tuple that begins with
-    them."""
+    """Return the hidden states [B, T, H] from a decoder layer's output, which may be a tuple that begins with them."""
     states: torch.Tensor = output[0] if isinstance(output, tuple) else output
     return states
 

@@ -43,8 +43,7 @@ class NestedLinear(torch.nn.Module):
         return torch.from_numpy(self._tensor.read(self.bits)).to(device=self.device, dtype=self.dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return x [..., K] -> [..., N] in the dtype of x. InputError for devices and dtypes that the backend does not
-        support."""
+        """Return x [..., K] -> [..., N] in the dtype of x. InputError for unsupported devices and dtypes."""
         self._check(x)
         tokens = x.numel() // self.in_features
         many = self.activations == "float" and x.dtype == torch.bfloat16 and tokens >= DENSE_TOKENS

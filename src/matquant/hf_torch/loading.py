@@ -66,8 +66,7 @@ def hidden_size(source: Path | str) -> int:
 def build_model(
     config: Mapping[str, Any], state: Mapping[str, torch.Tensor], *, directory: Path, dtype: torch.dtype | None
 ) -> Model:
-    """Build a model of ``config`` with the weights ``state`` (checkpoint names); InputError for missing or wrong
-    weights."""
+    """Build a model of ``config`` with weights ``state`` (checkpoint names); InputError for missing or wrong ones."""
     with quiet():
         parsed = parse_config(config)
         try:

@@ -130,8 +130,7 @@ def _use_kernels(
     backend: Backend,
     activations: str,
 ) -> Serve:
-    """Replace every linear layer in ``tensors`` by a NestedLinear. Afterwards nothing in the model requires
-    gradients."""
+    """Replace every layer in ``tensors`` by a NestedLinear. Afterwards no parameter requires gradients."""
     linears: dict[str, NestedLinear] = {}
     for path, tensor in tensors.items():
         parent, _, name = views[path].parameter.removesuffix(".weight").rpartition(".")

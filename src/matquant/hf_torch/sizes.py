@@ -87,8 +87,7 @@ def compare_sizes(source: object, config: Any, shapes: Shapes) -> None:
 
 
 def check_loaded(info: Mapping[str, Any], source: object, problems: Iterable[str], remedy: str) -> None:
-    """Raise InputError if transformers met one of ``problems`` while loading: a weight missing, mismatched or
-    unused."""
+    """Raise InputError if loading met one of ``problems``: a weight missing, mismatched or unused."""
     for problem in problems:
         names = sorted(key if isinstance(key, str) else str(key[0]) for key in info[problem])
         if names:

@@ -51,8 +51,7 @@ def head_name(model: Model) -> str | None:
 
 
 def plain_names(model: Model, stored: Mapping[str, Parts], files: Files) -> dict[str, Parts]:
-    """Return the parts of tied parameters that files store under the model's own names, if these differ from the
-    usual."""
+    """Return the parts of tied parameters stored under the model's own names, if these differ from the usual."""
     return {
         name: ({name: torch.empty(files[name][1], dtype=files[name][2], device="meta")}, True)
         for name in tied_weights(model)

@@ -96,8 +96,7 @@ def _read_ours(files: Files, texts: Sequence[str]) -> Record | None:
 
 
 def _with_names(files: Files, special: Mapping[str, Any]) -> Files:
-    """Return the files, with CONFIG holding the special tokens that transformers takes from other files or its
-    class."""
+    """Return the files, with the special tokens from other files or transformers' class added to CONFIG."""
     config: dict[str, Any] = json.loads(files[CONFIG]) if CONFIG in files else {}
     given = {key: value.get("content") if isinstance(value, dict) else value for key, value in config.items()}
     lacking = {key: text for key, text in special.items() if isinstance(text, str) and given.get(key) != text}
@@ -115,8 +114,7 @@ def _as_transformers_has_it(files: Files, backend: Tokenizer) -> Files:
 
 
 def _check_mended(source: Path | str, files: Files, wanted: Record, texts: Sequence[str]) -> Record:
-    """Return the probe by our reader; InputError unless it and transformers both get the wanted result from
-    ``files``."""
+    """Return the probe by our reader; InputError unless it and transformers both agree with ``wanted``."""
     found = _read_ours(files, texts)
     differs = f"no {FILE}" if found is None else difference(wanted, found)
     if differs is None:

@@ -34,8 +34,7 @@ class View:
 
 
 def stored_parts(model: Model, name: str, parameter: torch.Tensor) -> Parts:
-    """Return the parts of a parameter in a checkpoint, on meta, and whether it is the parameter itself, perhaps
-    renamed."""
+    """Return a parameter's parts in a checkpoint, on meta, and whether it is stored whole, perhaps renamed."""
     whole = parameter.detach().to("meta")
     parts = revert_weight_conversion(model, {name: whole})
     return parts, len(parts) == 1 and whole is next(iter(parts.values()))

@@ -123,8 +123,7 @@ class MatQuantQuantizer(HfQuantizer):  # type: ignore[misc]
         return list(super().update_weight_conversions(weight_conversions, model))
 
     def _process_model_after_weight_loading(self, model: Model, **_: Any) -> Model:
-        """Restore the conversions of a model that was never quantised: transformers saves with the conversions it
-        loaded with."""
+        """Restore the conversions of an unquantised model: transformers saves with the conversions it loaded with."""
         model._weight_conversions = [entry for entry in self.conversions if entry.was_used()]
         return model
 
@@ -148,8 +147,7 @@ class _Slice(ConversionOps):  # type: ignore[misc]
         model: Model,
         **_: Any,
     ) -> dict[str, Any]:
-        """Convert tensors by pattern, such as "experts.*.up_proj.weight_packed", to weights by
-        "experts.*.up_proj.weight"."""
+        """Convert tensors by pattern ("experts.*.up_proj.weight_packed") to weights by "experts.*.up_proj.weight"."""
         quantizer, dtype = self.hf_quantizer, model.get_parameter(full_layer_name).dtype
         found = {}
         for pattern in (pattern for pattern in source_patterns if pattern.endswith("weight")):

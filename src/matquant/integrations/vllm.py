@@ -95,7 +95,7 @@ class NestedConfig(QuantizationConfig):  # type: ignore[misc]
         if inside is not None:
             raise InputError(
                 f"{self.directory} quantises {inside}, which is part of a {type(layer).__name__} in vLLM; "
-                "the plugin supports only linear layers: quantise with --exclude experts, or serve a slice that transformers saved"
+                "the plugin supports only linear layers: quantise with --exclude experts, or export with --to dense"
             )
         return None
 

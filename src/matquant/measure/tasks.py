@@ -26,8 +26,8 @@ from matquant.system.files import MARK, read_text
 
 
 class Task(NamedTuple):
-    """A task. metric: enters Task Avg. template: the harness's task file. split: evaluated split. fields: fields of its
-    data."""
+    """A task. metric: enters Task Avg. template: the harness's task file. split: the evaluated one.
+    fields: of its data."""
 
     metric: str
     template: str

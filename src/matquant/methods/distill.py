@@ -4,8 +4,8 @@
 2. distillation of every width, each with a separate master, from the float model's logits and hidden states only
    (qat.py). Cross-entropy would overfit the short calibration text;
 3. a last phase, with cross-entropy too: the codes up to 4 bits stay fixed, and only the lower bits, scales and
-   zero-points are trained. No two widths share what is trained, so no width improves at another's expense. With a corpus
-   only the 2-bit codes stay fixed: then int3 and int4 gain more than they lose to each other (docs/methods.md).
+   zero-points are trained. No two widths share what is trained, so no width improves at another's expense. With a
+   corpus only the 2-bit codes stay fixed: then int3 and int4 gain more than they lose to each other (docs/methods.md).
 
 This is the best one-shot method that we measured (docs/methods.md). Cost: gptq's, then ``steps`` of QAT over four
 widths and two thirds of them over five. The stages' checkpoints stay in the work directory until the end, so that an
@@ -86,8 +86,7 @@ def _staged(report: Report, name: str) -> Report:
 
 @contextlib.contextmanager
 def _recorded(folder: Path, mark: Mapping[str, Any], *, resume: bool) -> Iterator[None]:
-    """Record the run while its stages are made. A run that ends before its first stage begins leaves everything
-    unchanged."""
+    """Record the run while its stages are made; leave everything unchanged if it ends before the first stage."""
     before = folder.with_name(f".{folder.name}.before")
     if not resume and folder.is_dir():
         shutil.rmtree(before, ignore_errors=True)

@@ -199,8 +199,7 @@ def _step(
 
 
 def _loss(output: torch.Tensor, outputs: Mapping[int, torch.Tensor], width: Width) -> torch.Tensor:
-    """Return the mean of a width's squared distances to its targets: the truth, if it is one, and its teachers'
-    outputs."""
+    """Return the mean squared distance to a width's targets: the truth, if it is one, and its teachers' outputs."""
     sources = [FLOAT] * width.truth + list(width.teachers)
     return torch.stack([(output - outputs[source]).square().mean() for source in sources]).mean()
 
@@ -208,8 +207,7 @@ def _loss(output: torch.Tensor, outputs: Mapping[int, torch.Tensor], width: Widt
 def _evaluate(
     job: Job, settings: Settings, layer: Layer, learned: _Learned, targets: list[torch.Tensor]
 ) -> dict[int, float]:
-    """Return ||F_r - F||^2 / ||F||^2 over all batches, by width, against the float layer's output for every
-    objective."""
+    """Return ||F_r - F||^2 / ||F||^2 over all batches, by width, against the float layer for every objective."""
     with torch.no_grad():
         changed = learned.fold(layer)
         nested = {

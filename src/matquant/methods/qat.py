@@ -70,7 +70,7 @@ def run(job: Job) -> Iterator[tuple[str, NestedTensor]]:
     check_context(model, schedule.seq_len)
     if schedule.masters == "each" and grid.rule != "prefix":
         raise InputError(
-            f"masters='each' needs nested bins, which rule {grid.rule!r} does not have; use rule 'prefix' or masters 'one'"
+            f"masters='each' needs nested bins, not rule {grid.rule!r}; use rule 'prefix' or masters 'one'"
         )
     _check_freeze(schedule, [width.bits for width in job.objective])
     _check_mix(schedule, [width.bits for width in job.objective], list(views))
@@ -114,7 +114,7 @@ def _check_freeze(schedule: Schedule, trained: Sequence[int]) -> None:
 def _check_mix(schedule: Schedule, trained: Sequence[int], paths: Sequence[str]) -> None:
     if schedule.mix and min(len(trained), len(paths)) < 2:
         raise InputError(
-            f"mix={schedule.mix:g} needs two widths and two linear layers, found widths {trained} and {len(paths)} layers; "
+            f"mix={schedule.mix:g} needs two widths and two layers, found widths {trained} and {len(paths)} layers; "
             "drop mix"
         )
 

@@ -148,8 +148,7 @@ def _fit_samples(prepared: Prepared, tokens: int, report: Report) -> Prepared:
 
 
 def _make_grid(prepared: Prepared, report: Report) -> Grid:
-    """Return the grid of all weights; symmetric unless the user chose otherwise, or rtn is better on an asymmetric
-    grid."""
+    """Return the grid of all weights; by default symmetric, or for rtn the better one."""
     request, common = prepared.request, prepared.request.common
     baseline = common.baseline_bits
     grid = Grid(
@@ -199,8 +198,7 @@ def _make_spec(prepared: Prepared, grid: Grid, before: list[str], stream: np.nda
 def _first(
     request: Request, grid: Grid, views: Mapping[str, View], device: torch.device
 ) -> tuple[list[str], dict[str, NestedTensor]]:
-    """Return the method of ``--start`` and its nested tensors on ``device``; InputError unless qat can continue from
-    it."""
+    """Return ``--start``'s method and nested tensors on ``device``; InputError unless qat can continue from it."""
     start = request.common.start
     if start is None:
         return [], {}

@@ -120,8 +120,7 @@ def by_panel(records: Mapping[str, Any]) -> Iterator[tuple[Option, str]]:
 
 
 def default_in_words(owners: Mapping[str, Option]) -> str:
-    """Return the default of an option in words, by owner where owners differ; "" for none and for a switch that is
-    off."""
+    """Return an option's default in words, by owner where owners differ; "" for none and for a switch that is off."""
     words = {owner: _in_words(one) for owner, one in owners.items()}
     different = list(dict.fromkeys(words.values()))
     if len(different) == 1:

@@ -12,11 +12,8 @@ from matquant.system.errors import InputError
 Options = dict[str, Any]
 NAME = "distill"
 LR = 5e-4  # upper limit: best on the embedded model, no worse than others on stories260K
-SLOWER = {
-    4: 10.0,
-    3: 2.5,
-    2: 2.5,
-}  # freeze -> factor by which the last phase's learning rate is below the distillation's
+# freeze -> factor by which the last phase's learning rate is below the distillation's
+SLOWER = {4: 10.0, 3: 2.5, 2: 2.5}
 OWN = ("freeze", "lr", "samples", "steps", "tune")  # apply to the whole method; the others go to every stage
 TUNING = ("autocast", "batch_size", "seed", "seq_len")  # options shared with gptq
 

@@ -60,7 +60,7 @@ RECIPES: dict[str, Recipe] = {
             "scope": "ffn",
             "group_size": None,
         },
-        why="the paper's joint training of the feed-forward layers (Eq. 6 and 7), for comparison; needs a training corpus",
+        why="the paper's joint training of the feed-forward layers (Eq. 6 and 7), for comparison; needs a corpus",
         cost="",
         quality="",
     ),

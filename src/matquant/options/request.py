@@ -189,7 +189,7 @@ def _check_zero_point(zero_point: str, *, affine: str, rule: str, symmetric: boo
     for name, found, wanted in (("rule", rule, "prefix"), ("symmetric", symmetric, True)):
         if found != wanted:
             raise InputError(
-                f"zero_point={zero_point!r} does not work with {name}={found!r}, whose codes are not symmetric about 0; "
+                f"zero_point={zero_point!r} does not work with {name}={found!r}, whose codes are not symmetric; "
                 f"use zero_point={STORED!r}, or {name}={wanted!r}"
             )
     if affine == "none":

@@ -21,8 +21,7 @@ UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """A limit on a plan's cost. costs: (path, bits) -> integer cost. asked: the budget in words. least: a cost in
-    words."""
+    """A limit on a plan's cost. costs: (path, bits) -> integer. asked: the budget in words. least: a cost in words."""
 
     limit: int
     costs: Mapping[tuple[str, int], int]
@@ -100,8 +99,7 @@ def by_layer(paths: Iterable[str]) -> Groups:
 
 
 def by_width(paths: Iterable[str], *, fused: bool) -> Groups:
-    """Return the paths that share a width, in order: with ``fused`` those of FUSED in a block, and all experts of a
-    layer."""
+    """Return the paths that share a width, in order: with ``fused`` those of FUSED, and all experts of a layer."""
     groups: dict[str, list[str]] = {}
     for path in (path for layer in by_layer(paths) for path in layer):
         groups.setdefault(group_name(path) if fused else path, []).append(path)

@@ -37,8 +37,7 @@ def measure_curves(
     fused: bool = True,
     evaluations: int,
 ) -> dict[str, list[dict[str, Any]]]:
-    """Return curve name -> points, each {"bits_per_weight", "bytes", "loss", "log_perplexity", "bits": {path:
-    width}}."""
+    """Measure curve name -> [{"bits_per_weight", "bytes", "loss", "log_perplexity", "bits": {path: width}}]."""
     curves: dict[str, list[dict[str, Any]]] = {}
 
     def add(name: str, plan: Mapping[str, int]) -> float:

@@ -18,8 +18,7 @@ def check_losses(
     seq_len: int | None,
     seed: int,
 ) -> list[str]:
-    """Return the documents of ``text``; InputError if text, reference or checkpoint cannot be read (hashes are not
-    checked)."""
+    """Return the documents of ``text``; InputError if text, reference or checkpoint is unusable (hashes aside)."""
     check_positive(samples=samples, seq_len=1 if seq_len is None else seq_len)
     if seed < 0:
         raise InputError(f"seed={seed} is not valid; use a number of at least 0")

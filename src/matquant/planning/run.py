@@ -103,7 +103,7 @@ def read_budget(
     given = [value for value in (bits_per_weight, size, tokens_per_second) if value is not None]
     if len(given) != 1:
         raise InputError(
-            f"found {len(given)} budgets, need one; give one of --bits-per-weight, --size and --tokens-per-second, or --pareto"
+            f"found {len(given)} budgets; give one of --bits-per-weight, --size and --tokens-per-second, or --pareto"
         )
     if bits_per_weight is not None:
         return bits_budget(checkpoint, bits_per_weight, widths=widths)
@@ -151,8 +151,7 @@ def make_plan(
 
 
 def describe(checkpoint: Checkpoint, plan: Mapping[str, int], losses: "Losses | None") -> dict[str, float]:
-    """Return the bits per weight (all overhead included) and model bytes of a plan, and its losses if they are
-    measured."""
+    """Return a plan's bits per weight (all overhead included), model bytes, and losses if they are measured."""
     total = plan_bytes(checkpoint, plan) + plain_bytes(checkpoint)
     facts = {"bits_per_weight": bits_per_weight(checkpoint, plan), "bytes": int(-(-total // 1))}
     if losses is not None:

@@ -68,8 +68,7 @@ def search(
 
 
 def sensitivities(losses: Measured, groups: Groups, widths: Sequence[int]) -> np.ndarray:
-    """Return the loss of every group at every width with all else at 8 bits, minus the loss at 8 bits: float64 [groups,
-    widths]."""
+    """Return every group's loss at every width, all else at 8 bits, minus the 8-bit loss: float64 [groups, widths]."""
     everything = dict.fromkeys(losses.paths, MASTER_BITS)
     zero = losses.loss(everything)
     return np.array(

@@ -186,7 +186,7 @@ class Forward:
         vocabulary = model.config.get_text_config().vocab_size
         if teacher is not None and self._p[0].shape[-1] != vocabulary:
             raise InputError(
-                f"--reference {teacher.config.name_or_path} has {self._p[0].shape[-1]} tokens in its vocabulary, the checkpoint "
+                f"--reference {teacher.config.name_or_path} has a vocabulary of {self._p[0].shape[-1]}, the checkpoint "
                 f"{vocabulary}; give the model that it was made from"
             )
         self._entropy = [-torch.special.xlogy(p, p).sum(-1) for p in self._p]

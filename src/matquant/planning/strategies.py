@@ -55,8 +55,7 @@ def check_strategy(strategy: str) -> Callable[[int], list[int]]:
 
 
 def _edges(layers: int, widths: int) -> np.ndarray:
-    """Return all ways to cut the layers into a run per width, as the runs' starts and the last end: [count, widths +
-    1]."""
+    """Return all ways to cut the layers into a run per width: starts and the last end, [count, widths + 1]."""
     cuts = np.array(list(itertools.combinations_with_replacement(range(layers + 1), widths - 1)), dtype=np.int64)
     return np.pad(np.pad(cuts, ((0, 0), (1, 0))), ((0, 0), (0, 1)), constant_values=layers)
 

@@ -61,8 +61,7 @@ def made_facts(checkpoint: Checkpoint) -> list[tuple[str, str]]:
 def size_rows(
     checkpoint: Checkpoint, counts: np.ndarray, plans: Mapping[str, Mapping[str, int]]
 ) -> list[dict[str, Any]]:
-    """Return a row per width and plan: bytes, bits per weight (all overhead included), and the share of overflowing
-    codes."""
+    """Return a row per width and plan: bytes, bits per weight (all overhead included), and share of overflow."""
     uniform = {f"int{bits}": dict.fromkeys(checkpoint.shapes, bits) for bits in shown_widths(checkpoint)}
     rest = plain_bytes(checkpoint)
     rows = []

@@ -79,8 +79,7 @@ def sensitivities(file: Path, sha256: str) -> Mapping[str, Any]:
 
 
 def heat_map(values: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return KL and its shade, paths x widths; shades are logarithmic from smallest to largest. None without
-    numbers."""
+    """Return KL and its shade, paths x widths, logarithmic from smallest to largest; None without numbers."""
     table = {str(path): numbers(row) for path, row in values.items()}
     widths = sorted({width for row in table.values() for width in row}, key=width_order)
     positive = [value for row in table.values() for value in row.values() if value > 0]

@@ -21,8 +21,7 @@ Curves = dict[str, list[tuple[float, float]]]  # name -> (bits per weight, nats)
 
 
 def curves(pareto: Path | None, records: Mapping[str, Mapping[str, Any]]) -> tuple[Curves, float | None]:
-    """Return name -> [(bits per weight, nats)] from the Pareto file, else from the evaluations, and the float model's
-    nats."""
+    """Return name -> [(bits per weight, nats)] from the Pareto file or the evaluations, and the float model's nats."""
     found: Curves = {}
     if pareto is not None:
         values = read_object(pareto, "--pareto", "curves")

@@ -54,8 +54,7 @@ def check_picture(file: Path) -> None:
 def plot_widths(
     file: Path, curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, reference: float | None
 ) -> None:
-    """Plot log-perplexity against bits per weight: name -> (bits per weight, log-perplexity); reference: the float
-    model's."""
+    """Plot curves, name -> (bits per weight, log-perplexity); reference: the float model's log-perplexity."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")  # without pyplot: no backend to choose, nothing to close
     axes = figure.subplots()
     for (name, (x, y)), marker in zip(curves.items(), itertools.cycle("osD^vP*X"), strict=False):

@@ -71,8 +71,7 @@ def claim(work: Path, mark: Mapping[str, Any], *, resume: bool) -> None:
 
 
 def check_same_run(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
-    """Raise InputError naming the first setting in which an interrupted run differs from the run that would continue
-    it."""
+    """Raise InputError naming the first setting in which an interrupted run differs from the one that resumes it."""
     for key in sorted(set(ours) | set(theirs), key=lambda key: (key not in FIRST, key)):
         if ours.get(key) == theirs.get(key):
             continue
@@ -110,8 +109,7 @@ def _changed_file(theirs: Mapping[str, str], ours: Mapping[str, str], model: str
 
 
 def _records(work: Path) -> Iterator[dict[str, Any]]:
-    """Yield the records of the runs in a work folder; InputError if a record is damaged, or missing beside some
-    work."""
+    """Yield the records of the runs in a work folder; InputError if a record is damaged or missing."""
     files = [work / RECORD] if (work / RECORD).is_file() else sorted(work.glob(f"*/{RECORD}"))
     if not files and any(not file.name.endswith(".partial") for file in work.iterdir()):
         raise InputError(

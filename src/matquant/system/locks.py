@@ -250,8 +250,7 @@ def _read_owner(descriptor: int) -> dict[str, Any]:
 
 
 def _busy(file: Path, target: Path, owner: dict[str, Any], *, certain: bool) -> str:
-    """Return why ``target`` is not ours. certain: a run is at work; else only its lock file is there, perhaps left
-    over."""
+    """Return why ``target`` is in use. certain: a run is at work; else its lock file may be left over."""
     who = f"process {owner['pid']}" if owner else "an unknown process"
     if owner and owner.get("host") != HOST:
         who += f" on {owner.get('host')}"

@@ -36,8 +36,7 @@ Count = Callable[[str, int, int], None]  # stage, done, total
 
 
 class Log:
-    """Progress lines of one command for a file or a pipe. A context manager: a thread repeats the last line every
-    minute."""
+    """Progress lines for a file or a pipe. A context manager: a thread repeats the last line every minute."""
 
     def __init__(self, verb: str, *, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self._verb, self._stream, self._clock = verb, stream or sys.stderr, clock

@@ -31,8 +31,7 @@ REMEDIES = {
 
 @contextlib.contextmanager
 def leave_on_interrupt() -> Iterator[None]:
-    """Within this context Ctrl-C ends the process silently with exit code 130. Other threads than the main one are
-    unaffected."""
+    """End the process silently with exit code 130 on Ctrl-C. Has no effect outside the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

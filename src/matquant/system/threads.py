@@ -25,8 +25,7 @@ def most_threads() -> int:
 
 
 def check_threads(threads: int | None, *, name: str = "threads") -> int:
-    """Return ``threads``; for None, OMP_NUM_THREADS or all cores. InputError below 1 and far above the number of
-    cores."""
+    """Return ``threads``; for None, OMP_NUM_THREADS or all cores. InputError below 1 and far above the cores."""
     if threads is None:
         return check_environment() or cores()
     if type(threads) is not int or threads < 1:

@@ -191,8 +191,7 @@ def _advance(
     hidden: list[torch.Tensor],
     stream: int,
 ) -> None:
-    """Replace a stream's hidden states by the block's outputs. The float stream comes first, because others change
-    weights."""
+    """Replace a stream's hidden states by the block's outputs. The float stream comes first: others change weights."""
     if stream != FLOAT:
         parameters = dict(job.model.named_parameters())
         with torch.no_grad():

@@ -15,12 +15,12 @@ learning rate of 1e-3 that factor cannot leave 0.94..0.99 in 1220 steps.)
 with the roundings of code, slice, zero-point and scale passed straight through, so that it reaches gamma and beta
 through the scale, and W through the codes *and* through its maxima. The per-width scale and zero-point:
 
-    refit     least squares to W at every step (fit_slice). Its gradient treats scale and zero-point as a fixed ratio of the
-              grid's: as a constant, it would not see that a smaller step makes a smaller error (int2 perplexity of
+    refit     least squares to W at every step (fit_slice). Its gradient treats scale and zero-point as a fixed ratio
+              of the grid's: as a constant, it would not see that a smaller step makes a smaller error (int2 perplexity of
               stories260K after 300 steps of clipping: 31.1 for the constant, 19.7 for the ratio, 20.2 for the exact
               gradient of least squares)
-    learned   as refit, with scale_r times exp(stretch) and zero_r plus offset, both learned, both 0 at the start; a mid-range
-              zero-point has no offset
+    learned   as refit, with scale_r times exp(stretch) and zero_r plus offset, both learned, both 0 at the start; a
+              mid-range zero-point has no offset
 
 Shapes: N out features, K in features, G groups.
 """
@@ -90,8 +90,7 @@ def keep_in_range(clip: Clip) -> None:
 
 
 def nest(weight_NK: torch.Tensor, grid: Grid, clip: Clip, *, name: str = "weight") -> NestedTensor:
-    """Encode a weight on its clipped grid, with the scales and zero-points of ``grid.sliced``, as it would be
-    stored."""
+    """Encode a weight on its clipped grid, with the scales and zero-points of ``grid.sliced``, as stored."""
     with torch.no_grad():
         weight_NK = weight_NK.detach()
         tensor = _encode(weight_NK, grid, clip, name)

@@ -148,8 +148,8 @@ def start_learning(
         affines[bits] = (scale * middle(bits), None if grid.zeros == CENTRE else scale * (middle(bits) - zero))
     if nested is None:
         return Learned(clip=_largest(weight_NK, tensor.scale.shape[1]) if clip else None, affines=affines)
-    # Slightly less, so that its scale is not rounded up to the next storable one. The codes of ``nested`` need not reach
-    # the ends of their grid.
+    # Slightly less, so that its scale is not rounded up to the next storable one. The codes of ``nested`` may not
+    # reach the ends of their grid.
     reached = nested.scale * 2 ** (MASTER_BITS - grid.bits) * middle(grid.bits) * (1 - 1e-6)
     return Learned(clip=reached if clip else None, limit=1.5, affines=affines)
 

@@ -122,8 +122,7 @@ class Layer(torch.nn.Module):
 def check_losses(
     losses: Mapping[int, float], name: str, when: str, *, limits: Mapping[int, float] | None = None
 ) -> None:
-    """Raise InputError naming the layer and the width if a loss is not finite, or is above twice its limit and above 1,
-    the size of the layer's output."""
+    """Raise InputError if a loss is not finite, or is above twice its limit and above 1, the layer output's size."""
     for bits, loss in losses.items():
         if not math.isfinite(loss) or (limits and loss > max(1.0, 2 * limits[bits])):
             raise InputError(

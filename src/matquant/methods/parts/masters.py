@@ -19,8 +19,7 @@ Masters = Mapping[int, torch.Tensor]  # width -> float master [N, K]
 
 
 def encode_masters(masters: Masters, nested: NestedTensor) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
-    """Return the nested codes of masters on the 8-bit grid of ``nested``, and where each was blocked; see
-    ``confine``."""
+    """Return the nested codes of masters on the grid of ``nested``, and where each was blocked; see ``confine``."""
     scale, zero, grid = nested.scale, nested.zero, nested.grid
     return confine({bits: encode(master.detach(), scale, zero, grid=grid) for bits, master in masters.items()})
 

@@ -161,8 +161,7 @@ def _gradients(
 
 
 def _finish(weight: _Weight, grid: Grid) -> NestedTensor:
-    """Return the tuned codes as stored; widths that were not tuned get the scale and zero-point that fit the widest
-    master."""
+    """Return the tuned codes as stored; the scales of widths that were not tuned are fitted to the widest master."""
     tensor = weight.nested()
     if grid.bits < MASTER_BITS:
         codes = centred_codes(slice_codes(tensor.codes, grid.bits), grid.bits)
