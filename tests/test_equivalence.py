@@ -159,7 +159,8 @@ def test_a_wrong_row_is_dropped_and_said_so(llama: Path, monkeypatch: pytest.Mon
     rows, notice = bind_first(lively(llama))
     assert len(rows) == 4
     assert notice == (
-        "the equivalent transformations of model.layers.0.mlp.gate_proj do not hold for this llama model and are skipped"
+        "the equivalent transformations of model.layers.0.mlp.gate_proj "
+        "do not hold for this llama model and are skipped"
     )
 
 

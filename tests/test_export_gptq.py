@@ -78,8 +78,8 @@ def test_integer_zeros_need_the_second_version(tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
         export(source, tmp_path / "other", to="gptq", bits=8)
     assert re.match(
-        rf"--to gptq cannot hold {re.escape(UP)} at 8 bits, rule round, exactly \(1 of 1 weights\): zero-point \d+ needs "
-        r"integers -?\d+ to \d+ in int8; use --to mlx or compressed-tensors or gptq_v2 or dense",
+        rf"--to gptq cannot hold {re.escape(UP)} at 8 bits, rule round, exactly \(1 of 1 weights\): zero-point \d+ "
+        r"needs integers -?\d+ to \d+ in int8; use --to mlx or compressed-tensors or gptq_v2 or dense",
         str(caught.value),
     )
     with pytest.raises(

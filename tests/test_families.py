@@ -217,8 +217,8 @@ def test_asymmetric_fused_experts_are_refused(family_model: Callable[[str], Path
     with pytest.raises(matquant.InputError) as caught:
         conftest.quantize(model, tmp_path / "out", method="rtn", symmetric=False)
     assert str(caught.value) == (
-        "--asymmetric does not work with model.layers.0.mlp.experts.0.gate_proj, a fused expert, which stock transformers "
-        "cannot read with zero-points; drop --asymmetric, or use --exclude experts"
+        "--asymmetric does not work with model.layers.0.mlp.experts.0.gate_proj, a fused expert, "
+        "which stock transformers cannot read with zero-points; drop --asymmetric, or use --exclude experts"
     )
     assert not (tmp_path / "out").exists()
     options = {"method": "rtn", "scope": "all", "symmetric": False}

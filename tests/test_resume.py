@@ -78,7 +78,8 @@ def test_resume_with_another_method_is_rejected_and_loses_nothing(
             run = functools.partial(
                 conftest.quantize, tmp_path / "model", tmp_path / "out", text=[text_file], method=other, resume=True
             )
-            expected = f"^--resume needs method='{method}' as in the interrupted run, found '{other}'; use the same settings, or"
+            expected = f"^--resume needs method='{method}' as in the interrupted run, found '{other}'; "
+            expected += "use the same settings, or"
             assert_rejected(run, tmp_path, expected)
             assert_rejected(functools.partial(run, overwrite=True), tmp_path, expected)
     shutil.copytree(llama, tmp_path / "other")

@@ -16,9 +16,9 @@ with the roundings of code, slice, zero-point and scale passed straight through,
 through the scale, and W through the codes *and* through its maxima. The per-width scale and zero-point:
 
     refit     least squares to W at every step (fit_slice). Its gradient treats scale and zero-point as a fixed ratio
-              of the grid's: as a constant, it would not see that a smaller step makes a smaller error (int2 perplexity of
-              stories260K after 300 steps of clipping: 31.1 for the constant, 19.7 for the ratio, 20.2 for the exact
-              gradient of least squares)
+              of the grid's: as a constant, it would not see that a smaller step makes a smaller error (int2 perplexity
+              of stories260K after 300 steps of clipping: 31.1 for the constant, 19.7 for the ratio, 20.2 for the
+              exact gradient of least squares)
     learned   as refit, with scale_r times exp(stretch) and zero_r plus offset, both learned, both 0 at the start; a
               mid-range zero-point has no offset
 

@@ -143,7 +143,8 @@ def bind(
     if config.model_type not in known:
         return (
             (),
-            f"{config.model_type} has no equivalent transformations, only clipping is learned (known: {', '.join(known)})",
+            f"{config.model_type} has no equivalent transformations, "
+            f"only clipping is learned (known: {', '.join(known)})",
         )
     rows = candidates(name, tensors, config=config, quantised=quantised)
     generator = torch.Generator().manual_seed(0)
