@@ -15,7 +15,8 @@ by least squares (``fit_slice``). They cost 4 bytes per group, nothing in a kern
 untrained Gaussian rows by 20 %. With zeros "centre" the zero-point is fixed at mid-range, (2^r - 1)/2, and not stored:
 2 bytes per group, and integers of r + 1 bits hold the slice exactly.
 
-The code runs on numpy arrays and torch tensors. Shapes: N out features, K in features, G groups of K/G features.
+The code runs on numpy arrays and torch tensors.
+Shapes: N out features, K in features, G groups of K/G features.
 """
 
 import math

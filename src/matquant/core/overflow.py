@@ -29,8 +29,8 @@ Why blocks of 64 rows: a kernel must not decode a whole tensor to reach one row.
 they cost 0.0005 and 0.004. A block starts at a whole byte and needs nothing from the blocks before it.
 
 Limits: positions are coded as if independent. Clustered overflow could be stored in less, and above half of all weights
-the bitmap's 1 bit is not the minimum. Cost: one core counts the bytes of 10^8 weights in 0.5 s. Shapes: N out features,
-K in features, B = ceil(N / 64) blocks.
+the bitmap's 1 bit is not the minimum. Cost: one core counts the bytes of 10^8 weights in 0.5 s.
+Shapes: N out features, K in features, B = ceil(N / 64) blocks.
 """
 
 from collections.abc import Iterator

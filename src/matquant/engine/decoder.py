@@ -59,6 +59,5 @@ class StepByStep:
             token = choose(logits, self._sampling, generator)
             yield token
             logits = self._session.advance(token, self._widths, turn=turn)
-        yield choose(
-            logits, self._sampling, generator
-        )  # the last token: nothing follows it, so it takes no room in the session
+        # the last token: nothing follows it, so it takes no room in the session
+        yield choose(logits, self._sampling, generator)

@@ -199,9 +199,8 @@ def read_affine(tensor: NestedTensor, bits: int, *, zero_point: str = EXACT) -> 
     product = square - (zero + centre) * mean + zero * centre
     variance = square - 2 * centre * mean + centre * centre
     fitted = storable_scale(scale * np.maximum(product, 0) / np.where(variance > 0, variance, 1))
-    error = [
-        trial * (trial * variance - 2 * scale * product) for trial in (fitted, scale)
-    ]  # squared error, up to a constant
+    # squared error, up to a constant
+    error = [trial * (trial * variance - 2 * scale * product) for trial in (fitted, scale)]
     better = moved & (variance > 0) & (product > 0) & (error[0] < error[1])
     return np.where(better, fitted, scale), np.full_like(zero, centre)
 

@@ -88,15 +88,8 @@ TEXT = Kind("a string", lambda value: isinstance(value, str))
 OBJECT = object_of({})
 SPECIAL_TOKEN = Kind('a string or an object with a string "content"', _is_special_token)
 CHAT_TEMPLATE = Kind("a string, or named strings", _is_chat_template)
-DTYPES = (
-    "float32",
-    "bfloat16",
-    "float16",
-    "float64",
-    "float",
-    "half",
-    "double",
-)  # torch's names, which transformers uses
+# torch's names, which transformers uses
+DTYPES = ("float32", "bfloat16", "float16", "float64", "float", "half", "double")
 DTYPE = Kind(", ".join(DTYPES[:4]), lambda value: value in DTYPES if isinstance(value, str) else False)
 
 _ROPE: Table = {

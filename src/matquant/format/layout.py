@@ -11,7 +11,8 @@ compressed-tensors W8A16 (``pack-quantized``) and lie in the model's shards:
     p.<bits>.zero          fp16 [N, G]            per-width zero-point, unless it is mid-range
 
 The writer, the reader's structure check and the size count take names and dtypes from here. docs/format.md specifies
-the files byte by byte. Shapes: N out features, K in features, G groups.
+the files byte by byte.
+Shapes: N out features, K in features, G groups.
 """
 
 from collections.abc import Iterator

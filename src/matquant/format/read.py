@@ -2,7 +2,8 @@
 
 The manifest's sizes and hashes are compared first, then the structure (structure.py), so damage is an error that names
 the file and never a wrong model. No numbers are read before they are needed; with ``mmap`` the codes are views of the
-files, which the system pages in. Pickle is never used. Shapes: N out features, K in features, G groups.
+files, which the system pages in. Pickle is never used.
+Shapes: N out features, K in features, G groups.
 """
 
 import contextlib

@@ -40,13 +40,8 @@ from matquant.integrations.words import read_words
 from matquant.system.errors import InputError
 
 METHOD = "matquant"
-STORED = (
-    "weight",
-    "weight_packed",
-    "weight_scale",
-    "weight_shape",
-    "weight_zero_point",
-)  # all are collected, two are used
+# all are collected, two are used
+STORED = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
 
 Tensors = dict[str, list[torch.Tensor]]  # by pattern, in the order of their names in the checkpoint
 

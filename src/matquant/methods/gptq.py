@@ -94,9 +94,8 @@ def nested_gptq(
     slices = dict(start.slices) | {bits: refit(bits) for bits in own}
     if dedicated:
         codes = centred_codes(codes, grid.bits)  # as fake.nest stores them
-    codes = labels_of(
-        stored_codes(codes, grid=grid.kind), grid=grid.kind
-    )  # of codes with equal positions, the one that is read back
+    # of codes with equal positions, the one that is read back
+    codes = labels_of(stored_codes(codes, grid=grid.kind), grid=grid.kind)
     return dataclasses.replace(start, codes=codes, slices=slices)
 
 

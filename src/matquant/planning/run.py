@@ -110,9 +110,8 @@ def read_budget(
     if size is not None:
         return size_budget(checkpoint, size, widths=widths)
     assert tokens_per_second is not None
-    speed = importlib.import_module(
-        "matquant.planning.speed"
-    )  # imports the engine and its kernels, which only this budget needs
+    # imports the engine and its kernels, which only this budget needs
+    speed = importlib.import_module("matquant.planning.speed")
     budget: Budget = speed.speed_budget(checkpoint.directory, tokens_per_second, widths=widths)
     return budget
 

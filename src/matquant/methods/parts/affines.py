@@ -2,7 +2,8 @@
 
 Before the pass, each row (or group) gets the clipping ratio from CLIPS with the least summed error over widths. After
 it, the scale and zero-point of each width are refitted in the norm of H, which is least squares in the layer's
-*outputs*. Shapes: N out features, K in features, G groups.
+*outputs*.
+Shapes: N out features, K in features, G groups.
 """
 
 import dataclasses

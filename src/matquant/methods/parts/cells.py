@@ -6,8 +6,8 @@ Each width r has a target t_r, and one code serves all widths:
 
 Each term falls until its best slice and rises after it, so the best q lies between the choices of the single widths.
 Inside a *cell* (a run of codes whose slices are all equal) only the 8-bit term changes. So the candidates are the 8-bit
-choice clamped into each cell in between: usually one code, rarely more than ten. Shapes: N out features, R widths, C
-cells, J candidate codes, Q the 256 codes.
+choice clamped into each cell in between: usually one code, rarely more than ten.
+Shapes: N out features, R widths, C cells, J candidate codes, Q the 256 codes.
 """
 
 import functools

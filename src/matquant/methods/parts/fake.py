@@ -16,7 +16,8 @@ Backward, with g the gradient of ``read`` and the rounding and the slice passed 
 as in learned step size quantisation (Esser et al. 2020). ``clip`` is gamma*max|w| of MatQuant Eq. 3. All learned
 tensors are in the units of the weights, and a change of any of them moves no weight by more than that change, so that
 one learning rate fits every width and model size. The grid is fitted to the master at every step. A dedicated c-bit
-baseline works the same way with a c-bit grid. Shapes: N out features, K in features, G groups.
+baseline works the same way with a c-bit grid.
+Shapes: N out features, K in features, G groups.
 """
 
 import dataclasses

@@ -2,8 +2,8 @@
 
 H is summed over the calibration tokens, once per decoder layer, from the inputs of the model at its widest width.
 Linear layers with the same input share one H and one factor, which saves a quarter of the Cholesky work of a Llama
-layer. The factor is U, upper triangular, with U^T U = (H + damping)^-1 (Frantar et al. 2022, Alg. 1). Shapes: K in
-features, T tokens.
+layer. The factor is U, upper triangular, with U^T U = (H + damping)^-1 (Frantar et al. 2022, Alg. 1).
+Shapes: K in features, T tokens.
 """
 
 import functools

@@ -2,8 +2,8 @@
 
 ``run`` replaces the layer's parameters by folded norms and simulated weights (torch.func.functional_call), so that one
 pass of autograd reaches their inputs and the layer itself is never changed. Weights are addressed by path; parts of
-fused parameters (experts) are assembled. Shapes: B sequences, T tokens, H hidden features, N out features, K in
-features.
+fused parameters (experts) are assembled.
+Shapes: B sequences, T tokens, H hidden features, N out features, K in features.
 """
 
 import contextlib

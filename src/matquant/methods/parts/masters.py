@@ -2,8 +2,8 @@
 
 A width may have a separate master, W_r. Codes are nested by clamping each wider master into the bin of the next
 narrower one (fake.confine), from the narrowest on. The gradient of a width goes only to its master (``chain``). Where
-the clamp blocks a master, its gradient times ``pull`` goes to the next narrower one (``release_blocked``). Shapes: N
-out features, K in features.
+the clamp blocks a master, its gradient times ``pull`` goes to the next narrower one (``release_blocked``).
+Shapes: N out features, K in features.
 """
 
 import itertools
