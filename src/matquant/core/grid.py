@@ -81,13 +81,14 @@ def fit_grid(
 ) -> tuple[Any, Any]:
     """Fit the min-max grid of Eq. 1, clipped as in Eq. 3, to each group of each row.
 
-    weight_NK: floats [N, K], numpy or torch. gamma, beta: clipping factors in (0, 1], scalars or [N, G]. symmetric: one
-    range max|w| on both sides, zero-point at 2^(bits-1). Otherwise, with ``integer_zero``, the range is widened to
-    contain 0 and the zero-point rounded to an integer; without it, exactly Eq. 1 and Eq. 3 (float32 then loses the
-    half-step guarantee on narrow groups far from 0, and a group whose clipped range is empty uses |max| as its range).
-    storable: round scales to 8 significant bits in the range of fp16. They are rounded up, so that no weight is
-    clipped. Returns (scale_NG, zero_NG), float32. Raises ValueError on NaN or infinite weights and on group sizes that
-    do not divide K, both naming ``name``.
+    weight_NK: floats [N, K], numpy or torch. gamma, beta: clipping factors in (0, 1], scalars or [N, G].
+    symmetric: one range max|w| on both sides, zero-point at 2^(bits-1). Otherwise, with ``integer_zero``, the range is
+    widened to contain 0 and the zero-point rounded to an integer; without it, exactly Eq. 1 and Eq. 3 (float32 then
+    loses the half-step guarantee on narrow groups far from 0, and a group whose clipped range is empty uses |max| as
+    its range).
+    storable: round scales up to 8 significant bits in the range of fp16. Up, so that no weight is clipped by it.
+    Returns (scale_NG, zero_NG), float32. Raises ValueError on NaN or infinite weights and on group sizes that do not
+    divide K, both naming ``name``.
     """
     check_bits(bits)
     check_finite(weight_NK, name=name)

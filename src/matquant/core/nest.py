@@ -141,11 +141,10 @@ def check_grid(grid: str, *, rule: str = "prefix", symmetric: bool = True) -> No
 
 
 def slice_positions(codes: Any, bits: int, *, rule: str = "prefix", grid: str = UNIFORM) -> Any:
-    """Return positions of the ``bits``-bit slice of 8-bit codes, in units of the r-bit code: the code itself if
-    uniform.
+    """Return positions of the ``bits``-bit slice of 8-bit codes, in units of the r-bit code.
 
-    codes: as in ``slice_codes``. Returns float32 of the same kind and shape. Raises as ``slice_codes`` does, and for
-    unknown grids.
+    codes: as in ``slice_codes``. Returns float32 of the same kind and shape; the codes themselves on a uniform grid.
+    Raises as ``slice_codes`` does, and for unknown grids.
     """
     return positions(slice_codes(codes, bits, rule=rule), bits, grid=grid)
 

@@ -65,8 +65,8 @@ class Weight:
 def pack(codes_NK: Codes, *, max_bits: int = MASTER_BITS) -> Planes:
     """Pack codes into planes, keeping the planes that hold the top ``max_bits`` bits.
 
-    codes_NK: uint8 [N, K]; columns must be contiguous, rows need not be (a view of a file). Read once, straight into
-    planes. Raises InputError for other dtypes, shapes and widths.
+    codes_NK: uint8 [N, K]; columns must be contiguous, rows need not be (a view of a file). They are read once.
+    Raises InputError for other dtypes, shapes and widths.
     """
     return _pack(codes_NK, bits_read(max_bits, rule="prefix"), rule="prefix", group=None, grid=UNIFORM)
 

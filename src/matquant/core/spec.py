@@ -164,8 +164,7 @@ class Spec:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Bits per module path (Mix'n'Match): ``bits[path]``, or ``default`` for paths not listed (None: all must be
-    listed).
+    """Bits per module path (Mix'n'Match): ``bits[path]``, or ``default`` for other paths (None: list all).
 
     about: how it was made (keys ABOUT), for people to read only.
     """

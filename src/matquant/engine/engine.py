@@ -316,8 +316,7 @@ class Session:
 
 
 class Completion:
-    """Text being generated: iterate over its pieces, once. Afterwards ``reason`` tells why it ended: "stop" or
-    "length".
+    """Text being generated: iterate over its pieces, once. Afterwards ``reason`` is "stop" or "length".
 
     ids: the ids of the prompt and the new tokens. prompt_tokens, tokens: counts. prompt_s, decode_s: seconds.
     """

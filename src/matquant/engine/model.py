@@ -28,8 +28,7 @@ HEAD, NORM = "lm_head", "model.norm"
 class Model:
     """A loaded model. paths: the module path of each matrix, by native id. weights: the quantised matrices.
 
-    group_bytes: bytes of a group's scale and zero-point. plain_bytes: bytes of the other matrices that each token
-    reads.
+    group_bytes: bytes of a group's scale and zero-point. plain_bytes: of the other matrices that each token reads.
     """
 
     native: _native.Model

@@ -1,8 +1,7 @@
 """Per-width scales and zero-points of GPTQ: clipping before the pass, the refit after it.
 
 Before the pass, each row (or group) gets the clipping ratio from CLIPS with the least summed error over widths. After
-it, the scale and zero-point of each width are refitted in the norm of H, which is least squares in the layer's
-*outputs*.
+it, the scale and zero-point of each width are refitted in the norm of H, which is least squares in the outputs.
 Shapes: N out features, K in features, G groups.
 """
 
