@@ -78,9 +78,9 @@ def test_a_last_message_is_left_open_as_in_transformers(ours: Vocabulary, theirs
     arguments |= {"continue_final_message": "reasoning_content"}
     expected = theirs.apply_chat_template([USER, answers[1]], tokenize=False, **arguments)
     assert render(ours, [USER, answers[1]], **arguments) == expected
-    with pytest.raises(matquant.InputError, match="the last message has no 'content' to continue; give it some"):
+    with pytest.raises(matquant.InputError, match="the last message has no 'content' to continue; add some"):
         render(ours, [USER, {"role": "assistant"}], continue_final_message=True, chat_template=TEMPLATES["chatml"])
-    with pytest.raises(matquant.InputError, match="drops some of the last message"):
+    with pytest.raises(matquant.InputError, match="drops a part of the last message"):
         render(ours, [USER], continue_final_message=True, chat_template="{% set x = messages[0].content %}")
 
 
@@ -94,7 +94,7 @@ def test_objects_reach_a_template_as_plain_data(ours: Vocabulary, theirs: PreTra
     }
     messages = [{"role": "user", "content": Text("text"), "size": (1, 2.5, True, None)}]
     assert render(ours, messages, **arguments) == theirs.apply_chat_template(messages, tokenize=False, **arguments)
-    with pytest.raises(TypeError, match="tools has an entry that is no dict; give a list of dicts"):
+    with pytest.raises(TypeError, match="tools has an entry that is not a dict; give a list of dicts"):
         render(ours, messages, chat_template="x", tools=[len])  # type: ignore[list-item]
     with pytest.raises(matquant.InputError, match="the conversation is empty; give at least one message"):
         render(ours, [], chat_template="x")
@@ -172,8 +172,8 @@ FAILING = {
     "{{ '{:>10000000000}'.format(1) }}": "needs more than|Too many",
     "{{ messages * 10 ** 9 }}": "needs more than",
     "{% for i in range(300) %}{{ 'x' * 100000 }}{% endfor %}": "writes more than 16,777,216 characters",
-    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}": "it calls itself without an end",
-    "{{ " + "(" * 5000 + " }}": "it calls itself without an end",
+    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}": "infinite recursion",
+    "{{ " + "(" * 5000 + " }}": "infinite recursion",
     "{% include '/etc/passwd' %}": "no loader",
     "{{ ''.__class__.__mro__ }}": "unsafe",
     "{{ namespace(__init__=1) }}": "a namespace cannot have '__init__'",
@@ -205,7 +205,7 @@ def test_a_template_that_never_ends_is_stopped_in_any_thread() -> None:
     with ThreadPoolExecutor(len(ENDLESS)) as threads:
         jobs = [threads.submit(render_template, template, {}) for template in ENDLESS.values()]
         failures = [str(job.exception()) for job in jobs]
-    expected = "the model's chat template is not done after 0.5 s; replace the template, or use matquant generate"
+    expected = "the model's chat template did not finish within 0.5 s; replace the template, or use matquant generate"
     assert failures == [expected] * len(ENDLESS)
     assert render_template("still {{ x }}", {"x": "alive"}) == "still alive"
 
@@ -254,7 +254,7 @@ def test_conversations_that_are_too_deep_or_too_long_are_one_line(
     with pytest.raises(matquant.InputError, match="nested too deeply for a chat template; give plain lists"):
         render(ours, [{"role": "user", "content": deep}], chat_template="x")
     monkeypatch.setattr(renderer, "REQUEST_BYTES", 1000)
-    with pytest.raises(matquant.InputError, match="bytes, at most 1,000 can be rendered; shorten the conversation"):
+    with pytest.raises(matquant.InputError, match="bytes, but at most 1,000 can be rendered; shorten the conversation"):
         render(ours, [{"role": "user", "content": "x" * 1000}], chat_template="x")
 
 
@@ -264,7 +264,7 @@ def test_a_renderer_that_cannot_start_is_one_line(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(matquant.InputError, match="the process that renders chat templates cannot be started"):
         render_template("x", {})
     monkeypatch.setattr("sys.executable", "/bin/false")
-    with pytest.raises(matquant.InputError, match=r"chat templates does not start \(exit code 1\); check that /bin/f"):
+    with pytest.raises(matquant.InputError, match=r"chat templates did not start \(exit code 1\); check that /bin/f"):
         render_template("x", {})
 
 
@@ -317,7 +317,9 @@ def test_a_panic_while_encoding_is_one_line(tmp_path: Path) -> None:
     file = tokenizer_with(tmp_path, {}, {}) / "tokenizer.json"
     slow = {"type": "Split", "pattern": {"Regex": "(a+)+$b"}, "behavior": "Isolated", "invert": False}
     file.write_text(json.dumps(json.loads(file.read_text()) | {"pre_tokenizer": slow}))
-    with pytest.raises(matquant.InputError, match=r"the tokenizer cannot read this text .*; change the text, or copy"):
+    with pytest.raises(
+        matquant.InputError, match=r"the tokenizer cannot encode this text .*; change the text, or copy"
+    ):
         read_vocabulary(tmp_path).plain("a" * 50)
 
 

@@ -1120,7 +1120,9 @@ def assert_verify_finds_number(sample: Path, name: str, value: float) -> None:
     open_checkpoint(sample)
     with pytest.raises(InputError) as caught:
         verify_checkpoint(sample)
-    assert str(caught.value) == f"{UP} has a scale or zero that is not a positive number; write the checkpoint again"
+    assert (
+        str(caught.value) == f"{UP} has a scale or zero-point that is not a positive number; write the checkpoint again"
+    )
 
 
 @pytest.mark.parametrize("version", [5, 6, 1000, "1", "4", None, 1.5, True, 0, -1, [1]])
@@ -1134,7 +1136,7 @@ def test_a_format_that_is_not_known_is_refused(version: Any, sample: Path) -> No
 
 def test_a_manifest_and_a_record_of_different_formats_are_damage(sample: Path) -> None:
     edit_json(sample / MANIFEST, lambda manifest: manifest.update(format=2))
-    by = f"{sample} is in format 2 by {MANIFEST} and in 1 by config.json"
+    by = f"{sample} has format 2 in {MANIFEST}, but 1 in config.json"
     assert_rejected(sample, f"{by}; copy it again or write the checkpoint again")
 
 
@@ -1154,7 +1156,7 @@ def test_a_record_without_format_is_refused(sample: Path) -> None:
 ])  # fmt: skip
 def test_an_unknown_key_is_named_with_the_nearest(unknown: str, nearest: str | None, sample: Path) -> None:
     edit_record(sample, lambda record: record.update({unknown: 1}))
-    start = f"{sample / 'config.json'} has the key {unknown!r}, which format 1 does not; nearest: "
+    start = f"{sample / 'config.json'} has the unknown key {unknown!r} (format 1); nearest: "
     if nearest is None:
         assert_rejected_naming(sample, start)
     else:
@@ -1324,7 +1326,7 @@ def test_what_exists_is_not_replaced_without_being_asked(sample: Path, tmp_path:
         before = contents(target) if target.is_dir() else target.read_bytes()
         with pytest.raises(InputError) as caught:
             write_sample(target, seed=1)
-        assert str(caught.value) == f"{target} exists; give another -o, or --overwrite to replace it"
+        assert str(caught.value) == f"{target} exists; use another -o, or --overwrite to replace it"
         assert (contents(target) if target.is_dir() else target.read_bytes()) == before
     assert_only(tmp_path, "sample", "empty", "file")
 
@@ -1341,9 +1343,9 @@ def test_what_is_no_checkpoint_is_never_replaced(overwrite: bool, original: Path
     for name in names:
         with pytest.raises(InputError) as caught:
             write_sample(tmp_path / name, overwrite=overwrite)
-        reason = "is not a matquant checkpoint and will not be replaced; give another -o"
+        reason = "is not a matquant checkpoint and will not be replaced; use another -o"
         if not overwrite:
-            reason = "exists; give another -o, or --overwrite to replace it"
+            reason = "exists; use another -o, or --overwrite to replace it"
         assert str(caught.value) == f"{tmp_path / name} {reason}"
     assert_only(tmp_path, *names)
     assert_only(tmp_path / "photos", "cat.png")
@@ -1483,6 +1485,7 @@ def test_a_crash_at_any_line_without_an_old_checkpoint_leaves_nothing_or_the_new
     assert outcomes[False] > 100
 
 
+@pytest.mark.slow
 def test_a_crash_leaves_a_checkpoint_where_directories_cannot_be_exchanged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1535,7 +1538,7 @@ def assert_full_disk_is_said(target: Path, **options: Any) -> None:
         write_sample(target, seed=1, **options)
     assert str(caught.value) == (
         f"{target} was not written: no space left on the device ({FREE} bytes free); "
-        "free some space or give another place"
+        "free some space, or use another path"
     )
 
 

@@ -246,7 +246,7 @@ def test_a_model_without_linears_in_scope_is_refused(refuse: Refuse, start: Argu
     model.save_pretrained(tmp_path / "gpt2")  # its linears are Conv1D
     for scope in ("ffn", "attention", "all"):
         message = (
-            f"GPT2LMHeadModel has no linear in scope '{scope}' (0 linears under its decoder layers); "
+            f"GPT2LMHeadModel has no linear layer in scope '{scope}' (found 0 in its decoder layers); "
             "use another --scope"
         )
         refuse(*start("--scope", scope, "--method", "rtn", model=tmp_path / "gpt2"), message=message)
@@ -262,7 +262,7 @@ def test_a_weight_that_is_no_number_is_named(
         tensors[f"{UP}.weight"][7, 0] = value
 
     edit_weights(broken, change)
-    message = f"{UP} has 2 NaN or infinite weights of 1536; repair the tensor or exclude this path"
+    message = f"{UP} has 2 NaN or infinite weights out of 1536; repair the tensor, or exclude this module path"
     refuse(*start("--method", method, model=broken), message=message)
 
 
@@ -319,7 +319,7 @@ def test_a_text_shorter_than_a_window_is_refused(
     window = ("--seq-len", "32")
     file.write_text("x" * 31)  # and a beginning of sequence: 32 tokens, one too few
     more = "give more text or a smaller --seq-len"
-    message = f"the text has 32 tokens, shorter than one window of 32 + 1; {more}"
+    message = f"the text has 32 tokens, shorter than one sequence of 32 + 1; {more}"
     refuse(*with_text(file, *window), message=message)
     file.write_text("x" * 32)
     assert run(*with_text(file, *window)).code == 0
@@ -362,19 +362,19 @@ def test_text_is_needed(refuse: Refuse, llama: Path, checkpoint: Path, tmp_path:
 def test_evaluating_at_a_width_outside_1_to_8_is_refused(
     bits: str, wrong: int, refuse: Refuse, checkpoint: Path, text_file: Path
 ) -> None:
-    message = f"bits={wrong} asked of an 8-bit code; use one of 1, 2, 3, 4, 5, 6, 7, 8"
+    message = f"bits={wrong} is not a width; use one of 1 to 8"
     refuse("eval", checkpoint, "--text", text_file, "--bits", bits, message=message)
 
 
 @pytest.mark.parametrize("bits", ["", "x", "4.5", "8,,2", "8;2", "8,"])
 def test_widths_that_are_no_numbers_are_refused(bits: str, refuse: Refuse, checkpoint: Path, text_file: Path) -> None:
-    message = f"--bits {bits!r} is not a list of numbers; give them with commas, such as 8,4,2"
+    message = f"--bits {bits!r} is not a list of numbers; separate them with commas, such as 8,4,2"
     refuse("eval", checkpoint, "--text", text_file, "--bits", bits, message=message)
 
 
 @pytest.mark.parametrize("bits", [0, 9, -2])
 def test_a_baseline_outside_1_to_8_is_refused(bits: int, refuse: Refuse, start: Arguments) -> None:
-    message = f"bits={bits} asked of an 8-bit code; use one of 1, 2, 3, 4, 5, 6, 7, 8"
+    message = f"bits={bits} is not a width; use one of 1 to 8"
     refuse(*start("--baseline-bits", bits), message=message)
 
 
@@ -394,8 +394,8 @@ UNREADABLE: list[tuple[str, int, str]] = [
     ("8,4.0", 2, "cannot read '4.0'"),
     ("8,2->4", 2, "width 4 cannot learn from width 2"),
     ("8,4,4->4", 4, "width 4 cannot learn from width 4"),
-    ("8,4,4", 4, "cannot read '4' without a teacher, or it comes twice"),
-    ("8,4;2", 2, "cannot read '4;2' without a teacher, or it comes twice"),
+    ("8,4,4", 4, "'4' names no teacher, or names it twice"),
+    ("8,4;2", 2, "'4;2' names no teacher, or names it twice"),
     ("8, x", 3, "cannot read 'x'"),
 ]
 
@@ -415,7 +415,7 @@ def test_widths_without_8_are_refused(refuse: Refuse, start: Arguments) -> None:
     for objective, widths in (("4,2", "4, 2"), ("6,4,2,fp->2", "6, 4, 2"), ("4,4->2", "4, 2")):
         message = (
             f"objective {objective!r} trains widths {widths} but not 8, which the checkpoint stores; "
-            "add 8, or name one width alone for single precision"
+            "add 8, or name a single width for single precision (S.P.)"
         )
         refuse(*start("--objective", objective), message=message)
 
@@ -428,20 +428,20 @@ def test_a_teacher_that_is_not_trained_is_refused(refuse: Refuse, start: Argumen
 @pytest.mark.parametrize("weights", ["1,1", "1,1,1,1", "1"])
 def test_weights_are_one_for_each_width(weights: str, refuse: Refuse, start: Arguments) -> None:
     count = weights.count(",") + 1
-    message = f"{count} weights for the 3 widths 8, 4, 2; give one for each, in that order"
+    message = f"{count} weights for the 3 widths 8, 4, 2; give one per width, in that order"
     refuse(*start("--weights", weights), message=message)
 
 
 @pytest.mark.parametrize("weights", ["-1,1,1", "1,1,-0.5", "0,0,0", "nan,1,1", "1,inf,1"])
 def test_weights_are_numbers_of_at_least_0(weights: str, refuse: Refuse, start: Arguments) -> None:
     shown = ", ".join(str(float(weight)) for weight in weights.split(","))
-    message = f"weights {shown}; give numbers of at least 0, not all 0"
+    message = f"weights {shown} are not valid; use numbers of at least 0, not all 0"
     refuse(*start("--weights", weights), message=message)
 
 
 @pytest.mark.parametrize("weights", ["", "a,b,c", "1,,1", "1 1 1"])
 def test_weights_that_are_no_numbers_are_refused(weights: str, refuse: Refuse, start: Arguments) -> None:
-    message = f"--weights {weights!r} is not a list of numbers; give them with commas, such as 8,4,2"
+    message = f"--weights {weights!r} is not a list of numbers; separate them with commas, such as 8,4,2"
     refuse(*start("--weights", weights), message=message)
 
 
@@ -456,7 +456,7 @@ def test_weights_that_are_no_numbers_are_refused(weights: str, refuse: Refuse, s
     ("--affine", "affine='nope' is not known; use one of none, refit, learned"),
     ("--scale-dtype", "scale_dtype='nope' is not known; use one of bfloat16, float32"),
     ("--zero-point", "zero_point='nope' is not known; use one of stored, midrange"),
-    ("--group-size", "--group-size 'nope' is not a number, 'auto' or 'channel'; give one of these"),
+    ("--group-size", "--group-size 'nope' is not a group size; use a number, 'auto' or 'channel'"),
 ])  # fmt: skip
 def test_a_choice_that_is_not_known_is_refused(flag: str, message: str, refuse: Refuse, start: Arguments) -> None:
     refuse(*start(flag, "nope"), message=message)
@@ -467,17 +467,16 @@ def test_a_choice_that_is_not_known_is_refused(flag: str, message: str, refuse: 
     [
         (
             ("--rule", "round"),
-            "does not go with rule='round', whose codes do not lie evenly about 0; "
-            "use zero_point='stored', or rule='prefix'",
+            "does not work with rule='round', whose codes are not symmetric; use zero_point='stored', or rule='prefix'",
         ),
         (
             ("--asymmetric",),
-            "does not go with symmetric=False, whose codes do not lie evenly about 0; "
+            "does not work with symmetric=False, whose codes are not symmetric; "
             "use zero_point='stored', or symmetric=True",
         ),
         (
             ("--affine", "none"),
-            "does not go with affine='none', by which no width has a zero-point of its own; use affine='refit'",
+            "needs per-width scales, found affine='none'; use affine='refit'",
         ),
     ],
 )
@@ -488,7 +487,7 @@ def test_midrange_zero_points_need_codes_that_lie_about_it(
 
 
 def test_rounding_learns_nothing(refuse: Refuse, start: Arguments) -> None:
-    message = "--affine learned needs a method that trains, method 'rtn' does not; use --affine refit or none"
+    message = "--affine learned needs a method that trains, found method 'rtn'; use --affine refit or none"
     refuse(*start("--method", "rtn", "--affine", "learned"), message=message)
 
 
@@ -496,7 +495,8 @@ def test_a_group_size_that_does_not_divide_is_refused(refuse: Refuse, start: Arg
     gate, down = "model.layers.0.mlp.gate_proj", "model.layers.0.mlp.down_proj"
     for size, width, path, fits in ((7, 32, gate, "16, 32"), (64, 32, gate, "16, 32"), (32, 48, down, "16")):
         message = (
-            f"group_size={size} does not divide in_features={width} of {path}; use one of {fits} or exclude this path"
+            f"group_size={size} does not divide in_features={width} of {path}; "
+            f"use one of {fits}, or exclude this module path"
         )
         refuse(*start("--group-size", size), message=message)
     refuse(*start("--group-size", "0"), naming=("group_size=0", gate))
@@ -504,7 +504,7 @@ def test_a_group_size_that_does_not_divide_is_refused(refuse: Refuse, start: Arg
 
 @pytest.mark.parametrize("size", ["-16", "16.0", "²", "", "channels"])
 def test_a_group_size_that_is_no_number_is_refused(size: str, refuse: Refuse, start: Arguments) -> None:
-    message = f"--group-size {size!r} is not a number, 'auto' or 'channel'; give one of these"
+    message = f"--group-size {size!r} is not a group size; use a number, 'auto' or 'channel'"
     refuse(*start("--group-size", size), message=message)
 
 
@@ -531,7 +531,7 @@ def test_measuring_on_a_device_that_is_not_there_is_refused(
 ) -> None:
     more = {"eval": (), "plan": ("-o", tmp_path / "p", "--bits-per-weight", 4), "report": ("-o", tmp_path / "r.html")}
     arguments = (verb, checkpoint, *more[verb], "--text", text_file, "--device", "cuda:99")
-    refuse(*arguments, naming=("device='cuda:99' is not there", "use one of cpu"))
+    refuse(*arguments, naming=("device='cuda:99' is not available", "use one of cpu"))
 
 
 def test_a_device_whose_memory_is_full_is_named(
@@ -541,7 +541,7 @@ def test_a_device_whose_memory_is_full_is_named(
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 8.00 GiB. See ...")
 
     monkeypatch.setattr("matquant.measure.run.load", load)
-    message = "CUDA out of memory. Tried to allocate 2.00 GiB; give fewer or shorter sequences at once, or --device cpu"
+    message = "CUDA out of memory. Tried to allocate 2.00 GiB; use a smaller --batch-size or --seq-len, or --device cpu"
     refuse("eval", checkpoint, "--text", text_file, message=message)
 
 
@@ -560,7 +560,7 @@ def test_counts_of_an_evaluation_are_above_0(
 
 
 def test_a_stride_beyond_the_window_is_refused(refuse: Refuse, checkpoint: Path, text_file: Path) -> None:
-    message = "stride=65 is outside 1..64, the window; use a value inside"
+    message = "stride=65 is outside 1..64, the sequence length; use a value inside"
     refuse("eval", checkpoint, "--text", text_file, "--stride", "65", message=message)
 
 
@@ -618,7 +618,7 @@ def test_an_output_that_exists_is_not_replaced_without_being_asked(
 ) -> None:
     out = copy.rename(tmp_path / "out")
     for method in ("rtn", "qat"):
-        message = f"{out} exists; give another -o, or --overwrite to replace it"
+        message = f"{out} exists; use another -o, or --overwrite to replace it"
         refuse(*start("--method", method), message=message)
     assert run(*start("--method", "rtn", "--overwrite", "--rule", "round")).code == 0
     assert verify_checkpoint(out).spec.rule == "round"
@@ -642,7 +642,7 @@ def test_an_output_that_is_no_checkpoint_is_never_replaced(refuse: Refuse, start
     out = tmp_path / "out"
     out.mkdir()
     (out / "thesis.tex").write_text("years of work")
-    message = f"{out} is not a matquant checkpoint and will not be replaced; give another -o"
+    message = f"{out} is not a matquant checkpoint and will not be replaced; use another -o"
     refuse(*start("--overwrite"), message=message)
     shutil.rmtree(out)
     out.write_text("years of work")
@@ -676,7 +676,7 @@ def test_a_full_disk_is_said_and_leaves_nothing(
     monkeypatch.setattr(where, fail)
     message = (
         f"{tmp_path / 'out'} was not written: no space left on the device ({10**12} bytes free); "
-        "free some space or give another place"
+        "free some space, or use another path"
     )
     before = snapshot(tmp_path)
     result = run(*start("--method", "rtn"))
@@ -696,7 +696,7 @@ def test_a_disk_that_is_too_small_is_said_before_any_work(
     monkeypatch.setattr(shutil, "disk_usage", lambda _directory: usage)
     message = (
         f"{tmp_path / 'out'} needs about {needed} bytes, its disk has {needed - 1} free; "
-        "free some space or give another place"
+        "free some space, or use another path"
     )
     for method in ("rtn", "qat"):
         refuse(*start("--method", method), message=message)
@@ -746,20 +746,23 @@ def test_an_interrupted_run_says_how_to_go_on(run: Run, start: Arguments, monkey
     monkeypatch.setattr(qat, "train_step", Interrupt(qat.train_step, 2))
     result = run(*start())
     assert result.code == 130
-    assert result.err.splitlines()[-1] == "interrupted; if it was training, the same command with --resume continues"
+    assert (
+        result.err.splitlines()[-1]
+        == "interrupted; to continue a run that had begun its work, repeat the command with --resume"
+    )
 
 
 def test_an_interrupted_run_is_neither_lost_nor_continued_unasked(
     interrupted: Path, refuse: Refuse, start: Arguments
 ) -> None:
-    message = f"{interrupted} holds an interrupted run; --resume to continue it, or --overwrite to start again"
+    message = f"{interrupted} holds an interrupted run; use --resume to continue it, or --overwrite to start again"
     refuse(*start(), message=message)
 
 
 def test_there_is_nothing_to_resume_without_an_interrupted_run(
     refuse: Refuse, start: Arguments, tmp_path: Path
 ) -> None:
-    message = f"--resume found no interrupted run in {tmp_path / '.out.work'}; leave --resume out to start one"
+    message = f"--resume found no interrupted run in {tmp_path / '.out.work'}; drop --resume to start one"
     refuse(*start("--resume"), message=message)
     refuse(*start("--resume", "--overwrite"), message=message)
     refuse(*start("--resume", "--method", "rtn"), message=message)
@@ -783,8 +786,8 @@ def test_a_run_is_not_resumed_with_other_settings(
 ) -> None:
     assert (interrupted / "state.safetensors").is_file()
     message = (
-        f"--resume with {name}={ours}, the interrupted run had {theirs}; "
-        "use the same settings, or --overwrite to start again"
+        f"--resume needs {name}={theirs} as in the interrupted run, found {ours}; "
+        "use the same settings, or use --overwrite to start again"
     )
     refuse(*start("--resume", flag, given), message=message)
 
@@ -849,7 +852,7 @@ def test_a_failed_start_keeps_an_interrupted_run(
     short.write_text("too short")
     for flag in ("--resume", "--overwrite"):
         refuse(*start, flag, "--text", nowhere, message=f"--text {nowhere}: no such file; give a UTF-8 text file")
-        refuse(*start, flag, "--text", short, naming=("the text has 10 tokens, shorter than one window of 16 + 1",))
+        refuse(*start, flag, "--text", short, naming=("the text has 10 tokens, shorter than one sequence of 16 + 1",))
         refuse(*start, flag, "--text", text_file, "--scope", "nope", naming=("scope='nope' is not known",))
 
 
@@ -1140,7 +1143,7 @@ def test_a_plan_that_cannot_be_read_is_named(refuse: Refuse, plan: Arguments, tm
 
 def test_a_plan_with_a_width_outside_1_to_8_is_refused(refuse: Refuse, plan: Arguments) -> None:
     for wrong in (0, 9, "4", 4.0, None, [2]):
-        message = f"bits={wrong!r} asked of an 8-bit code; use one of 1, 2, 3, 4, 5, 6, 7, 8"
+        message = f"bits={wrong!r} is not a width; use one of 1 to 8"
         for content in ({"bits": {UP: wrong}}, {"default": wrong}):
             arguments = plan(content)
             refuse(*arguments, message=message)
@@ -1148,7 +1151,7 @@ def test_a_plan_with_a_width_outside_1_to_8_is_refused(refuse: Refuse, plan: Arg
 
 def test_a_plan_with_an_unknown_key_names_the_nearest(refuse: Refuse, plan: Arguments, tmp_path: Path) -> None:
     arguments = plan({"defualt": 4})
-    message = f"{tmp_path / 'plan.json'} has the key 'defualt', which format 1 does not; nearest: 'default'"
+    message = f"{tmp_path / 'plan.json'} has the unknown key 'defualt' (format 1); nearest: 'default'"
     refuse(*arguments, message=message)
 
 
@@ -1212,35 +1215,38 @@ def test_the_curve_is_a_record_and_a_picture(run: Run, make: Arguments, tmp_path
 @pytest.mark.parametrize(
     ("more", "parts"),
     [
-        ((), ("0 budgets given; give one of --bits-per-weight, --size and --tokens-per-second, or --pareto",)),
-        (("--bits-per-weight", "3", "--size", "1GB"), ("2 budgets given; give one of",)),
+        ((), ("found 0 budgets; give one of --bits-per-weight, --size and --tokens-per-second, or --pareto",)),
+        (("--bits-per-weight", "3", "--size", "1GB"), ("found 2 budgets; give one of",)),
         (("--bits-per-weight", "0"), ("bits_per_weight=0.0; give a number above 0",)),
         (("--bits-per-weight", "nan"), ("bits_per_weight=nan; give a number above 0",)),
         (("--tokens-per-second", "-1"), ("tokens_per_second=-1.0; give a number above 0",)),
         (("--size", "much"), ("--size 'much' is not a size; give a number and one of B, KB, MB, GB, KiB, MiB, GiB",)),
-        (("--bits-per-weight", "4"), ("--strategy search measures losses and no text is given; give --text FILE",)),
-        (("--pareto",), ("--pareto measures losses and needs text; give --text FILE",)),
+        (("--bits-per-weight", "4"), ("--strategy search measures losses, which needs text; give --text FILE",)),
+        (("--pareto",), ("--pareto measures losses, which needs text; give --text FILE",)),
         (
             ("--pareto", "--size", "1GB"),
-            ("--pareto covers all strategies and budgets; leave --strategy",),
+            ("--pareto covers all strategies and budgets; drop --strategy",),
         ),
         (("--plot", "a.png", "--size", "1GB"), ("--baselines and --plot need --pareto",)),
         (("--strategy", "best", "--size", "1GB"), ("--strategy 'best' is not known; use one of search, pyramid,",)),
         (("--widths", "4,2", "--size", "1GB"), ("--widths 4,2 are not ascending; give them as in 2,4,8",)),
-        (("--widths", "2,9", "--size", "1GB"), ("bits=9 asked of an 8-bit code; use one of 1, 2, 3, 4, 5, 6, 7, 8",)),
-        (("--widths", "two", "--size", "1GB"), ("--widths 'two' is not a list of numbers; give them with commas",)),
+        (("--widths", "2,9", "--size", "1GB"), ("bits=9 is not a width; use one of 1 to 8",)),
+        (("--widths", "two", "--size", "1GB"), ("--widths 'two' is not a list of numbers; separate them with commas",)),
         (
             ("--strategy", "pyramid", "--bits-per-weight", "1"),
             (
-                "1 bits per weight asked, the smallest plan of the widths 2,4,8 has",
-                " bits per weight; give a budget that allows it, or other",
+                "1 bits per weight is below the smallest plan of the widths 2,4,8, which has",
+                " bits per weight; use a larger budget, or other",
             ),
         ),
         (
             ("--strategy", "pyramid", "--tokens-per-second", "1e9"),
-            ("1e+09 tokens per second asked, the smallest plan of the widths 2,4,8 has", " tokens per second; give"),
+            (
+                "1e+09 tokens per second is below the smallest plan of the widths 2,4,8, which has",
+                " tokens per second; give",
+            ),
         ),
-        (("text", "--bits-per-weight", "1"), ("1 bits per weight asked, the smallest plan of the widths 2,3,4,6,8",)),
+        (("text", "--bits-per-weight", "1"), ("1 bits per weight is below the smallest plan of the widths 2,3,4,6,8",)),
         (("text", "--bits-per-weight", "5", "--evaluations", "-1"), ("--evaluations -1; give a number of at least 0",)),
         (("text", "--bits-per-weight", "5", "--seed", "-1"), ("seed=-1; give a number of at least 0",)),
         (("text", "--bits-per-weight", "5", "--samples", "0"), ("samples=0; give a number above 0",)),

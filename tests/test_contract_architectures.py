@@ -91,8 +91,8 @@ def test_the_engine_decodes_what_it_claims(family: str, checkpoint_of: Callable[
         with pytest.raises(InputError) as caught:
             matquant.Engine(directory)
         assert str(caught.value) == (
-            f"{directory} is a {family} model, which the runtime does not decode; "
-            f"it decodes {', '.join(supported('decode'))}; use matquant.load for others"
+            f"{directory} is a {family} model, which the engine does not support; "
+            f"it supports {', '.join(supported('decode'))}; use matquant.load for others"
         )
         return
     engine = matquant.Engine(directory, activations="float", threads=1)
@@ -119,7 +119,7 @@ def test_it_is_exported_to_what_it_claims(
         with pytest.raises(InputError) as caught:
             export(directory, out, to=to, bits=4)
         assert str(caught.value).startswith(
-            f"--to {to} does not support {family} models, only {', '.join(supported(part))}; give --to "
+            f"--to {to} does not support {family} models, only {', '.join(supported(part))}; use --to "
         )
         assert not list(tmp_path.iterdir())
         return
@@ -148,7 +148,7 @@ def test_its_fused_linears_are_linears_of_one_block(family: str, checkpoint_of: 
 def test_its_layers_are_called_one_after_the_other_or_not_at_all(family: str, model_of: Callable[[str], Path]) -> None:
     model, tokens = load_float(model_of(family), dtype=torch.float32), torch.tensor([IDS])
     if ARCHITECTURES[family].per_sequence:
-        with pytest.raises(InputError, match="its layers take an argument for each sequence"):
+        with pytest.raises(InputError, match="its layers take arguments per sequence"):
             embed(model, [tokens])
         return
     (states,), calls = embed(model, [tokens])

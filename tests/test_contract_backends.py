@@ -132,7 +132,7 @@ def test_a_row_says_of_every_device_and_dtype_whether_it_serves() -> None:
 
 def test_the_first_row_that_serves_is_chosen_and_the_reason_of_the_one_before_is_kept() -> None:
     assert choose("cpu", torch.bfloat16, activations="int8") == ("native", "")
-    assert choose("meta", torch.float32, activations="float") == (DENSE, "they run on cpu, not on meta")
+    assert choose("meta", torch.float32, activations="float") == (DENSE, "kernels run on cpu, found meta")
     assert choose("cpu", torch.float64, activations="int8") == (
         DENSE,
         "they take float32, bfloat16, float16, not float64",

@@ -133,7 +133,7 @@ def test_what_a_format_does_not_know_is_rejected(to: str, plain: Path, tmp_path:
     for options, message in (
         ({"zero_point": "middle"}, "zero_point='middle' is not supported; use exact or midrange"),
         ({"dtype": "float8"}, "dtype='float8' is not supported; use float32, float16, bfloat16"),
-        ({"bits": 4, "plan": Plan(default=4)}, "bits and a plan cannot be given together; give one of them"),
+        ({"bits": 4, "plan": Plan(default=4)}, "bits and a plan exclude each other; use one of them"),
     ):
         with pytest.raises(InputError) as caught:
             export(plain, out, to=to, **options)

@@ -23,6 +23,7 @@ from matquant.system.errors import InputError
 SMALLEST = {"samples": 4, "seq_len": 16, "batch_size": 2, "steps": 2, "tune": 1, "save_every": 1}
 OPTIONAL = {("gptq", "tune")}  # what a method does more by itself only if asked
 
+ALL = 14  # linear layers of the tiny model
 Make = Callable[..., Checkpoint]
 
 
@@ -57,22 +58,23 @@ def weights(checkpoint: Checkpoint) -> dict[str, bytes]:
 def test_every_rule_is_served_or_rejected_by_name(method: str, make: Make) -> None:
     for rule in RULES:
         if METHODS[method].stages is not None and rule != "prefix":
-            with pytest.raises(InputError, match=f"rule='{rule}' does not go with method {method!r}"):
+            with pytest.raises(InputError, match=f"rule='{rule}' does not work with method  {method!r}"):
                 make(rule=rule)
         else:
-            assert make(rule=rule).spec.rule == rule
+            spec = make(rule=rule, group_size=None).spec
+            assert (spec.rule, spec.group_size) == (rule, None)
 
 
 def test_every_scope_takes_its_layers(method: str, make: Make) -> None:
-    found = {scope: set(make(scope=scope).shapes) for scope in SCOPES}
-    assert found["ffn"] | found["attention"] == found["all"]
+    found = {scope: set(make(scope=scope).shapes) for scope in SCOPES if scope != "all"}  # all of them: below
     assert not found["ffn"] & found["attention"]
+    assert len(found["ffn"]) + len(found["attention"]) == ALL
     assert all("self_attn" in path for path in found["attention"])
 
 
 def test_group_sizes_divide_every_layer_or_are_rejected_with_the_layer(make: Make) -> None:
-    assert make().spec.group_size == 16  # auto: rows are 32 and 48 long
-    assert make(group_size=None).spec.group_size is None
+    made = make()
+    assert (made.spec.group_size, len(made.shapes)) == (16, ALL)  # auto: rows are 32 and 48 long
     assert make(group_size=8).spec.group_size == 8
     with pytest.raises(InputError, match=r"group_size=5 does not divide in_features=32 of model\.layers\.\d"):
         make(group_size=5)

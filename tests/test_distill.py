@@ -120,7 +120,7 @@ def test_a_stopped_run_goes_on_in_the_stage_it_was_in(
         stop(stage, functools.partial(run, resume=stage != "1/3", report=records.append), monkeypatch)
         begun.append(records[0]["stage"])
         assert [file.name for file in tmp_path.iterdir()] == [".out.work"]
-        with pytest.raises(InputError, match=r"holds an interrupted run; --resume to continue it"):
+        with pytest.raises(InputError, match=r"holds an interrupted run; use --resume to continue it"):
             run()
     records = []
     out = run(resume=True, report=records.append)
@@ -137,7 +137,7 @@ def test_stages_of_other_settings_are_not_taken(
     other = tmp_path.parent / f"{tmp_path.name}.txt"
     other.write_text(text_file.read_text() + "And more.")
     for changed in ({}, {"seed": 4, "zero_point": "stored"}, {"seed": 4, "steps": 7}, {"seed": 4, "text": [other]}):
-        with pytest.raises(InputError, match=r"--resume with other settings or text than those of the interrupted run"):
+        with pytest.raises(InputError, match=r"--resume needs the settings and text of the interrupted run"):
             run(resume=True, **changed)
     for refused in ({"scope": "nope"}, {"group_size": 5}, {"steps": 0}, {"text": [tmp_path / "nowhere"]}):
         with pytest.raises(InputError):
@@ -150,15 +150,18 @@ def test_stages_of_other_settings_are_not_taken(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"objective": "8,4,2"}, "objective='8,4,2' does not go with method 'distill', whose stages have their own"),
-        ({"symmetric": False}, "symmetric=False does not go with method 'distill', whose stages have their own"),
-        ({"baseline_bits": 2}, "baseline_bits=2 does not go with method 'distill', whose stages have their own"),
+        (
+            {"objective": "8,4,2"},
+            "objective='8,4,2' does not work with method 'distill', whose stages set it themselves",
+        ),
+        ({"symmetric": False}, "symmetric=False does not work with method 'distill', whose stages set it themselves"),
+        ({"baseline_bits": 2}, "baseline_bits=2 does not work with method 'distill', whose stages set it themselves"),
         ({"pull": 0.3}, "method 'distill' has no option 'pull'; it has steps, batch_size, seq_len, lr"),
         ({"steps": 0}, "steps=0"),
         ({"lr": 0.0}, "lr=0"),
-        ({"freeze": 6}, "freeze=6 is not known to method 'distill'; use one of 4 (little text), 3, 2 (a corpus)"),
+        ({"freeze": 6}, "freeze=6 is not supported by method 'distill'; use 4 (little text), 3 or 2 (a corpus)"),
         ({"tune": -1}, "tune=-1; give a number of at least 0"),
-        ({"samples": 10**6}, "windows of 16 tokens need"),
+        ({"samples": 10**6}, "sequences of 16 tokens need"),
         ({"resume": True}, "--resume found no interrupted run"),
     ],
 )

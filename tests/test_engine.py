@@ -168,14 +168,14 @@ def test_generation_config_is_followed_and_overridden(reference: Path, tmp_path:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"bits": 9}, "bits=9 asked of an 8-bit code; use one of 1, 2, 3, 4, 5, 6, 7, 8"),
+        ({"bits": 9}, "bits=9 is not a width; use one of 1 to 8"),
         ({"plan": {"nothing": 2}}, "the plan names 'nothing', which the model does not quantise; nearest: "),
         ({"bits": 2, "plan": matquant.Plan()}, "bits=2 and a plan with default 8; give one of them"),
-        ({"prompt": PROMPT * 90}, "the prompt has 630 tokens, the context of {path} is 512; shorten it"),
+        ({"prompt": PROMPT * 90}, "the prompt has 630 tokens, more than the context of {path}, 512; shorten it"),
         ({"prompt": [1, 4096]}, "token 4096 is outside the vocabulary of 4096; use the model's own tokenizer"),
         ({"prompt": "a\udcff"}, "the text is not UTF-8 (at character 1); convert it"),
         ({"max_tokens": 0}, "max_tokens=0; give a number above 0"),
-        ({"stop": ["x", ""]}, "--stop '' is empty; give the text to stop at"),
+        ({"stop": ["x", ""]}, "--stop '' is empty; give a text to stop at"),
         ({"temperature": -1}, "temperature=-1; give a number at least 0"),
         ({"top_p": 0.0}, "top_p=0.0; give a number above 0 and at most 1"),
         ({"top_k": -1}, "top_k=-1; give a number an integer of at least 0"),
@@ -191,7 +191,7 @@ def test_what_cannot_be_generated_is_refused(arguments: dict[str, Any], message:
 
 def test_what_cannot_be_opened_is_refused(reference: Path, tmp_path: Path) -> None:
     for options, message in (
-        ({"max_bits": 0}, "bits=0 asked of an 8-bit code"),
+        ({"max_bits": 0}, "bits=0 is not a width"),
         ({"activations": "bf16"}, "activations='bf16'; use int8 or float"),
         ({"threads": 0}, "threads=0; give a number above 0"),
     ):
@@ -213,8 +213,8 @@ def test_an_engine_with_fewer_bits_holds_less_and_refuses_more(reference: Path, 
     with pytest.raises(matquant.InputError) as caught:
         narrow.generate(PROMPT, bits=6)
     assert str(caught.value) == (
-        "bits=6 asked of an engine with max_bits=4, for model.layers.0.self_attn.q_proj; "
-        "ask for fewer bits, or open it with more"
+        "bits=6 for model.layers.0.self_attn.q_proj exceeds max_bits=4 of this engine; "
+        "use fewer bits or a larger max_bits"
     )
 
 
@@ -358,7 +358,7 @@ def test_scores_are_the_log_probabilities_of_transformers(reference: Path, exact
     np.testing.assert_allclose(found, expected[np.arange(len(ids) - 1), ids[1:]], atol=2e-4)
     np.testing.assert_array_equal(exact.score(ids, bits=4), found)
     for wrong in ([5], list(range(1, 515))):
-        with pytest.raises(matquant.InputError, match="tokens to score; give 2 to 513, the context and one"):
+        with pytest.raises(matquant.InputError, match="tokens; give 2 to 513 \\(the context plus one\\)"):
             exact.score(wrong)
 
 
@@ -405,11 +405,11 @@ def test_templates_are_rendered_as_transformers_does(reference: Path, tmp_path: 
         assert render(read_vocabulary(directory), messages) == expected
     config = json.loads((reference / "tokenizer_config.json").read_text()) | {"chat_template": TEMPLATE}
     old = read_vocabulary(changed(reference, tmp_path / "old", tokenizer_config__json=config))
-    with pytest.raises(matquant.InputError, match=r"refuses this conversation \(what role is this\); change it"):
+    with pytest.raises(matquant.InputError, match=r"rejects this conversation \(what role is this\); change it"):
         render(old, [{"role": "tool", "content": "x"}])
     for hostile in ("{{ ''.__class__.__mro__ }}", "{{ messages.append(1) }}", "{% for"):
         attack = read_vocabulary(changed(reference, tmp_path / hostile[3:6], chat_template__jinja=hostile))
-        with pytest.raises(matquant.InputError, match="the model's chat template refuses"):
+        with pytest.raises(matquant.InputError, match="the model's chat template rejects"):
             render(attack, messages)
     with pytest.raises(matquant.InputError, match="the model has no chat template; use matquant generate"):
         render(read_vocabulary(reference), messages)

@@ -159,14 +159,17 @@ def test_a_wrong_row_is_dropped_and_said_so(llama: Path, monkeypatch: pytest.Mon
     rows, notice = bind_first(lively(llama))
     assert len(rows) == 4
     assert notice == (
-        "this llama does not behave as its table of equivalences says at model.layers.0.mlp.gate_proj: "
-        "it is left as it is"
+        "the equivalent transformations of model.layers.0.mlp.gate_proj "
+        "do not hold for this llama model and are skipped"
     )
 
 
 def test_an_unknown_family_is_clipped_only_and_said_so(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(families, "ARCHITECTURES", {"opt": Family(equivalences=())})
-    assert bind_first(lively(llama)) == ((), "llama has no table of equivalences: clipping only (known: opt)")
+    assert bind_first(lively(llama)) == (
+        (),
+        "llama has no equivalent transformations, only clipping is learned (known: opt)",
+    )
 
 
 @pytest.mark.parametrize(

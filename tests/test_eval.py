@@ -56,7 +56,7 @@ def test_a_text_shorter_than_a_window_is_refused(llama: Path) -> None:
     with pytest.raises(InputError) as caught:
         log_perplexity(load_float(llama), np.zeros(64, dtype=np.int64), context=64)
     assert str(caught.value) == (
-        "the text has 64 tokens, shorter than one window of 64 + 1; give more text or a smaller --seq-len"
+        "the text has 64 tokens, shorter than one sequence of 64 + 1; give more text or a smaller --seq-len"
     )
 
 
@@ -103,8 +103,8 @@ def test_stories260k_has_its_known_perplexity(stories: tuple[Path, np.ndarray]) 
 @pytest.mark.parametrize(
     ("scope", "widths"),
     [
-        ("ffn", (4, 2)),
-        pytest.param("ffn", (8, 6, 3), marks=pytest.mark.slow),
+        ("ffn", (2,)),
+        pytest.param("ffn", (8, 6, 4, 3), marks=pytest.mark.slow),
         pytest.param("all", (8, 6, 4, 3, 2), marks=pytest.mark.slow),
     ],
 )

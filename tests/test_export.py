@@ -133,19 +133,19 @@ def test_a_scale_beyond_the_type_is_a_misfit(scale: float) -> None:
 def test_sizes_that_no_block_divides_are_told_from_numbers_that_do_not_fit() -> None:
     tensor = nested(7.5, "prefix", 4)
     assert fit(Container(name="B", bits=4, zero=MINIMUM, block=96), tensor, 4) == Misfit(
-        "in_features=256 is no multiple of 96 (B)", blocked=True
+        "in_features=256 is not a multiple of 96 (B)", blocked=True
     )
     assert fit(Container(name="B", bits=4, zero=MINIMUM, rows=2), tensor, 4) == Misfit(
-        "out_features=1 is no multiple of 2 (B)", blocked=True
+        "out_features=1 is not a multiple of 2 (B)", blocked=True
     )
     assert fit(Container(name="B", bits=4, zero=FIXED, block=96), tensor, 4) == Misfit(
-        "zero 7.5 asks for integers -7 to 23 in B"
+        "zero-point 7.5 needs integers -7 to 23 in B"
     )
     grouped = NestedTensor(
         codes=tensor.codes, scale=np.ones((1, 4), np.float32), zero=np.full((1, 4), 128, np.float32), rule="prefix"
     )
     assert fit(Container(name="B", bits=4, zero=MINIMUM, block=128), grouped, 4) == Misfit(
-        "groups of 64 are no multiples of 128"
+        "groups of 64 are not multiples of 128"
     )
 
 
@@ -236,7 +236,7 @@ def test_compressed_tensors_is_the_slice_exactly_or_refused(
             np.testing.assert_array_equal(weight, checkpoint.nested(path).read(bits))
         file = (tmp_path / str(bits) / "model.safetensors").stat().st_size
         assert made["bytes"] <= file < made["bytes"] + 20_000
-    assert all("; give --to " in message for message in refused)
+    assert all("; use --to " in message for message in refused)
     expected = {
         "round": list(WIDTHS), "extra": list(WIDTHS), "groups": list(WIDTHS), "exact scales": list(WIDTHS),
         "midrange": [2, 3, 4, 8],
@@ -431,9 +431,9 @@ def test_a_disk_that_is_full_half_way_leaves_nothing_new(to: str, checkpoint: Pa
 def test_targets_that_exist_are_kept(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    with pytest.raises(InputError, match="exists; give another -o, or --overwrite to replace it"):
+    with pytest.raises(InputError, match="exists; use another -o, or --overwrite to replace it"):
         export(checkpoint, tmp_path / "mine", to="dense")
-    with pytest.raises(InputError, match="is not an export of matquant and will not be replaced; give another -o"):
+    with pytest.raises(InputError, match="is not an export of matquant and will not be replaced; use another -o"):
         export(checkpoint, tmp_path / "mine", to="dense", overwrite=True)
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
 
@@ -442,8 +442,8 @@ def test_mistakes_are_said_in_three_parts(checkpoints: dict[str, Path], tmp_path
     out, prefix = tmp_path / "out", checkpoints["prefix"]
     for options, message in (
         ({"to": "onnx"}, "--to 'onnx' is not a format; give "),
-        ({"to": "dense", "bits": 9}, "bits=9 asked of an 8-bit code; use one of 1, 2, 3, 4, 5, 6, 7, 8"),
-        ({"to": "dense", "bits": 4, "plan": Plan()}, "bits and a plan cannot be given together; give one of them"),
+        ({"to": "dense", "bits": 9}, "bits=9 is not a width; use one of 1 to 8"),
+        ({"to": "dense", "bits": 4, "plan": Plan()}, "bits and a plan exclude each other; use one of them"),
         ({"to": "dense", "dtype": "int8"}, "dtype='int8' is not supported; use float32, float16, bfloat16"),
         ({"to": "dense", "zero_point": "round"}, "zero_point='round' is not supported; use exact or midrange"),
         (
@@ -454,7 +454,7 @@ def test_mistakes_are_said_in_three_parts(checkpoints: dict[str, Path], tmp_path
         (
             {"to": "compressed-tensors", "bits": 6},
             "--to compressed-tensors cannot hold model.layers.0.mlp.down_proj at 6 bits, rule prefix, exactly (6 of 6 "
-            "weights): zero 31.625 is no multiple of 1/2; give --to ",
+            "weights): zero-point 31.625 is not a multiple of 1/2; use --to ",
         ),
     ):
         with pytest.raises(InputError) as caught:
@@ -466,7 +466,7 @@ def test_mistakes_are_said_in_three_parts(checkpoints: dict[str, Path], tmp_path
         match="zero_point='midrange' needs a symmetric checkpoint: zero-points of this one are far",
     ):
         export(checkpoints["asymmetric"], out, to="compressed-tensors", bits=4, zero_point=MIDRANGE)
-    with pytest.raises(InputError, match="the zeros of an asymmetric checkpoint need all 8 bits; give --to"):
+    with pytest.raises(InputError, match="the zero-points of an asymmetric checkpoint need all 8 bits; use --to"):
         export(checkpoints["asymmetric"], out, to="matquant", bits=4)
 
 

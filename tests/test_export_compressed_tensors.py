@@ -100,7 +100,7 @@ def test_asymmetric_zeros(options: dict[str, Any], checkpoint_of: Any, tmp_path:
     source = checkpoint_of("llama", rule="round", symmetric=False, **options)
     export(source, tmp_path / "out", to="compressed-tensors", bits=8)
     assert_seen(source, tmp_path / "out", dict.fromkeys(open_checkpoint(source).shapes, 8))
-    with pytest.raises(InputError, match="is no multiple of 1/2; give --to dense, or --bits"):
+    with pytest.raises(InputError, match="is not a multiple of 1/2; use --to dense, or --bits"):
         export(source, tmp_path / "other", to="compressed-tensors", bits=4)
     assert not (tmp_path / "other").exists()
 
@@ -112,8 +112,8 @@ def test_a_plan_with_zero_points_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
         export(source, tmp_path / "out", to="compressed-tensors", plan=Plan(default=8, bits={"model.y": 4}))
     assert str(caught.value) == (
-        "--to compressed-tensors does not support uint8, uint4 together: transformers reads zero-points only where all "
-        "linear layers have one type; use one width, or --to mlx or dense"
+        "--to compressed-tensors does not support uint8, uint4 together: transformers reads zero-points only if all "
+        "layers have one type; use one width, or --to mlx or dense"
     )
     assert [item.name for item in tmp_path.iterdir()] == ["in"]
 
@@ -126,7 +126,7 @@ def test_experts_of_several_widths_are_refused(checkpoint_of: Any, tmp_path: Pat
     with pytest.raises(InputError) as caught:
         export(source, tmp_path / "out", to="compressed-tensors", plan=Plan(default=None, bits=mixed))
     assert str(caught.value) == (
-        "--to compressed-tensors does not support experts in int4, int2: transformers fuses them and reads "
+        "--to compressed-tensors does not support experts in int4, int2: transformers fuses experts and reads "
         "one type for all; use one width for all experts, or --to dense"
     )
     apart = {path: 4 if "experts" in path else 8 for path in paths}

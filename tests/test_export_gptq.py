@@ -78,12 +78,12 @@ def test_integer_zeros_need_the_second_version(tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
         export(source, tmp_path / "other", to="gptq", bits=8)
     assert re.match(
-        rf"--to gptq cannot hold {re.escape(UP)} at 8 bits, rule round, exactly \(1 of 1 weights\): zero \d+ asks for "
-        r"integers -?\d+ to \d+ in int8; give --to mlx or compressed-tensors or gptq_v2 or dense",
+        rf"--to gptq cannot hold {re.escape(UP)} at 8 bits, rule round, exactly \(1 of 1 weights\): zero-point \d+ "
+        r"needs integers -?\d+ to \d+ in int8; use --to mlx or compressed-tensors or gptq_v2 or dense",
         str(caught.value),
     )
     with pytest.raises(
-        InputError, match=r"zero [\d.]+ is no multiple of 1/2; give --to gguf or mlx or dense, or --bits 7$"
+        InputError, match=r"zero-point [\d.]+ is not a multiple of 1/2; use --to gguf or mlx or dense, or --bits 7$"
     ):
         export(source, tmp_path / "other", to="gptq_v2", bits=4)
     assert not (tmp_path / "other").exists()
@@ -126,7 +126,7 @@ def test_groups_that_gptqmodel_does_not_know(tmp_path: Path) -> None:
     weight = read_gptq(stored(tmp_path / "out"), UP, 4, less=1)
     np.testing.assert_array_equal(weight, sliced(open_checkpoint(source), UP, 4))
     odd = nested_checkpoint(tmp_path / "odd", {UP: (32, 96)}, rule="round", own=False, group_size=24)
-    with pytest.raises(InputError, match="groups of 24 are no multiples of 16; give --to compressed-tensors or dense"):
+    with pytest.raises(InputError, match="groups of 24 are not multiples of 16; use --to compressed-tensors or dense"):
         export(odd, tmp_path / "other", to="gptq", bits=4)
     opt = nested_checkpoint(tmp_path / "opt", SHAPES, config={"model_type": "opt"})
     with pytest.raises(InputError, match="--to gptq does not support opt models, only llama, mistral"):

@@ -94,7 +94,7 @@ def test_a_plan_names_the_paths_that_differ(tmp_path: Path) -> None:
     notices: list[str] = []
     plan = Plan(default=4, bits={"model.y": 7, ODD: 2})
     made = export(source, tmp_path / "out", to="mlx", plan=plan, notice=notices.append)
-    assert notices == [f"1 weights such as {ODD} fit no block of mlx and stay dense (BF16)"]
+    assert notices == [f"1 weights such as {ODD} do not fit the blocks of mlx and stay dense (BF16)"]
     config = read_json(tmp_path / "out" / "config.json")
     assert config["quantization"] == config["quantization_config"]
     assert config["quantization"] == {
@@ -172,7 +172,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0}
         ({"hidden_act": "gelu"}, "the activation 'gelu'"),
         ({"model_type": "gemma2", "hidden_activation": "silu"}, "the activation 'silu'"),
         ({"model_type": "gemma2", "attn_logit_softcapping": None}, "attention or logits without a soft cap"),
-        ({"model_type": "gemma2", "tie_word_embeddings": False}, "a head that is not the embedding"),
+        ({"model_type": "gemma2", "tie_word_embeddings": False}, "an untied head"),
         ({"model_type": "qwen2", "hidden_size": 64, "num_attention_heads": 4, "head_dim": 32}, "head_dim 32"),
         ({"layer_types": ["sliding_attention"], "sliding_window": 8}, "sliding windows"),
         ({"rope_traditional": True}, "rope_traditional"),
@@ -225,7 +225,7 @@ def test_what_mlx_cannot_hold_is_refused(tmp_path: Path) -> None:
         export(source, tmp_path / "out", to="mlx", bits=4)
     assert str(caught.value).startswith(
         "--to mlx cannot hold model.x at 4 bits, rule prefix, exactly (1 of 1 weights): "
-        "groups of 48 are no multiples of 32; give --to dense"
+        "groups of 48 are not multiples of 32; use --to dense"
     )
     source = nested_checkpoint(tmp_path / "extra", SHAPES, rule="extra")
     export(source, tmp_path / "out", to="mlx", bits=8)
@@ -233,10 +233,10 @@ def test_what_mlx_cannot_hold_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
         export(opt, tmp_path / "other", to="mlx", bits=4)
     assert str(caught.value).startswith(
-        "--to mlx does not support opt models, only llama, mistral, qwen2, qwen3, gemma2; give --to compressed-tensors"
+        "--to mlx does not support opt models, only llama, mistral, qwen2, qwen3, gemma2; use --to compressed-tensors"
     )
     assert not (tmp_path / "other").exists()
-    with pytest.raises(matquant.InputError, match="out exists; give another"):
+    with pytest.raises(matquant.InputError, match="out exists; use another"):
         export(source, tmp_path / "out", to="mlx", bits=4)
 
 

@@ -217,8 +217,8 @@ def test_asymmetric_fused_experts_are_refused(family_model: Callable[[str], Path
     with pytest.raises(matquant.InputError) as caught:
         conftest.quantize(model, tmp_path / "out", method="rtn", symmetric=False)
     assert str(caught.value) == (
-        "--asymmetric does not go with model.layers.0.mlp.experts.0.gate_proj, a fused expert, which stock "
-        "transformers cannot read with zero points; leave --asymmetric out, or --exclude experts"
+        "--asymmetric does not work with model.layers.0.mlp.experts.0.gate_proj, a fused expert, "
+        "which stock transformers cannot read with zero-points; drop --asymmetric, or use --exclude experts"
     )
     assert not (tmp_path / "out").exists()
     options = {"method": "rtn", "scope": "all", "symmetric": False}
@@ -231,8 +231,8 @@ def test_experts_that_are_stored_whole_are_to_be_excluded(family_model: Callable
     with pytest.raises(matquant.InputError) as caught:
         conftest.quantize(family_model("gpt_oss"), tmp_path / "out", **options)
     assert str(caught.value) == (
-        "model.layers.0.mlp.experts.gate_up_proj is one tensor for all experts in the checkpoint, "
-        "whose codes no engine reads; --exclude experts"
+        "model.layers.0.mlp.experts.gate_up_proj is one tensor for all experts, "
+        "whose codes no engine reads; use --exclude experts"
     )
     out = conftest.quantize(family_model("gpt_oss"), tmp_path / "out", exclude=["experts"], **options)
     assert len(open_checkpoint(out).shapes) == 8  # q, k, v and o of two layers

@@ -88,8 +88,11 @@ def test_every_option_of_generate_arrives(checkpoint: Path, run: Run, tmp_path: 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--bits", 9), "bits=9 asked of an 8-bit code; use one of 1, 2, 3, 4, 5, 6, 7, 8"),
-        (("--bits", 8, "--max-bits", 4), "bits=8 asked of an engine with max_bits=4, for model.layers.0."),
+        (("--bits", 9), "bits=9 is not a width; use one of 1 to 8"),
+        (
+            ("--bits", 8, "--max-bits", 4),
+            "bits=8 for model.layers.0.self_attn.q_proj exceeds max_bits=4 of this engine",
+        ),
         (("--bits", 2, "--plan", "{plan}"), "--bits 2 and --plan "),
         (("--plan", "nowhere.json"), "--plan nowhere.json: no such file; give a JSON file"),
         (("--max-tokens", 0), "max_tokens=0; give a number above 0"),
@@ -145,8 +148,8 @@ def test_chat_switches_the_width_and_remembers(
     assert " + 8 tokens at int8, " in notes[1]
     assert notes[2] == "int2 from here on"
     assert " + 8 tokens at int2, " in notes[3]
-    assert notes[4] == "bits=9 asked of an 8-bit code; use one of 1, 2, 3, 4, 5, 6, 7, 8"
-    assert notes[5] == "'/help' is no command; /bits N switches the width, /quit ends"
+    assert notes[4] == "bits=9 is not a width; use one of 1 to 8"
+    assert notes[5] == "'/help' is not a command; /bits N switches the width, /quit ends"
     assert notes[6].startswith("the prompt has ")
     assert notes[6].endswith(" is 512; shorten it")
     assert " + 8 tokens at int2, " in notes[7], "what did not fit is forgotten"
@@ -195,7 +198,7 @@ def test_chat_without_a_template_says_what_would_do(checkpoint: Path, run: Run, 
     code, out, err = run("chat", bare)
     assert (code, out) == (2, "")
     assert err == (
-        "error: the model has no chat template; use matquant generate, or put chat_template.jinja beside it\n"
+        "error: the model has no chat template; use matquant generate, or add chat_template.jinja to its directory\n"
     )
 
 
@@ -212,5 +215,7 @@ def test_bench_measures_every_width_and_the_limit(checkpoint: Path, run: Run) ->
         assert row["gb_s"] == pytest.approx(row["tok_s"] * row["mb_per_token"] / 1e3)
         assert 0 < row["overhead"] < 1
     assert record["widths"]["8"]["mb_per_token"] > 1.5 * record["widths"]["2"]["mb_per_token"]
-    assert "small enough for the last-level cache" in out
-    assert run("bench", checkpoint, "--tokens", 600)[2].startswith("error: 16 + 600 tokens in a context of 512")
+    assert "the model fits the last-level cache" in out
+    assert run("bench", checkpoint, "--tokens", 600)[2].startswith(
+        "error: --context 16 and --tokens 600 exceed the context of 512"
+    )

@@ -195,7 +195,7 @@ def test_what_no_block_holds_stays_dense_in_float32(llama: Path, tmp_path: Path)
     out = tmp_path / "model.gguf"
     made = export(quantised, out, to="gguf", bits=4, notice=notices.append)  # in_features 32 and 48
     assert made["containers"] == {"Q4_1": 4, "dense": 2}
-    assert notices == [f"2 weights such as {DOWN} fit no block of gguf and stay dense (F32)"]
+    assert notices == [f"2 weights such as {DOWN} do not fit the blocks of gguf and stay dense (F32)"]
     checkpoint = open_checkpoint(quantised)
     assert_holds_the_slices(out, quantised, dict.fromkeys(checkpoint.shapes, 4))
     assert file_types(out)["blk.0.ffn_down.weight"] == "F32"
@@ -366,14 +366,14 @@ def test_tokenizers_that_llama_cpp_cannot_follow_are_refused(tmp_path: Path) -> 
     cases: list[tuple[dict[str, Any], str]] = [
         (
             {"pre_tokenizer": split(r"\w+")},
-            r"cuts text by \w+, llama.cpp has no such pre-tokenizer; give --to mlx or dense",
+            r"splits text by \w+, which llama.cpp does not support; use --to mlx or dense",
         ),
-        ({"pre_tokenizer": pre_tokenizers.ByteLevel(add_prefix_space=True)}, "llama.cpp has no such pre-tokenizer"),
+        ({"pre_tokenizer": pre_tokenizers.ByteLevel(add_prefix_space=True)}, "which llama.cpp does not support"),
         ({"normalizer": normalizers.Lowercase()}, "normalises text (Lowercase), llama.cpp's gpt2 tokenizer does not"),
-        ({"post_processor": double}, "adds the tokens [257, 257] to every text, llama.cpp adds bos and eos"),
+        ({"post_processor": double}, "adds the tokens [257, 257] to every text, but llama.cpp adds only bos and eos"),
         (
             {"pre_tokenizer": split(tekken), "merges": []},
-            "has ignore_merges=False, llama.cpp's tekken has not, and merges do not lead to the token 'he'",
+            "has ignore_merges=False, unlike llama.cpp's tekken, and merges do not lead to the token 'he'",
         ),
     ]
     for number, (changes, message) in enumerate(cases):
@@ -413,7 +413,7 @@ def refusal(directory: Path, out: Path, **options: Any) -> str:
 def test_an_asymmetric_master_has_no_container_at_8_and_6_bits(masters: dict[str, Path], tmp_path: Path) -> None:
     message = refusal(masters["asymmetric"], tmp_path / "model.gguf", bits=8)
     assert "--to gguf cannot hold model.layers.0" in message
-    assert re.search(r"; give --to mlx or compressed-tensors or (gptq_v2 or )?dense, or --bits 5$", message), message
+    assert re.search(r"; use --to mlx or compressed-tensors or (gptq_v2 or )?dense, or --bits 5$", message), message
 
 
 def test_a_family_that_llama_cpp_computes_otherwise_is_refused(
@@ -424,10 +424,10 @@ def test_a_family_that_llama_cpp_computes_otherwise_is_refused(
     }
     out = tmp_path / "model.gguf"
     known = "llama, mistral, qwen2, qwen3, gemma2"
-    assert refusal(quantised["opt"], out).startswith(f"--to gguf does not support opt models, only {known}; give --to")
+    assert refusal(quantised["opt"], out).startswith(f"--to gguf does not support opt models, only {known}; use --to")
     assert refusal(quantised["gemma2"], out, bits=4) == (
         "--to gguf does not support query_pre_attn_scalar 256, which llama.cpp's gemma2 does not compute; "
-        "give --to mlx or dense"
+        "use --to mlx or dense"
     )
 
 
@@ -443,7 +443,7 @@ def test_without_its_package_gguf_is_refused_and_the_others_work(
 
     monkeypatch.setattr(importlib, "import_module", missing)
     assert refusal(masters["prefix"], tmp_path / "model.gguf") == (
-        "--to gguf needs the package gguf, it is not installed; pip install 'matquant[export]'"
+        "--to gguf needs the package gguf, which is not installed; pip install 'matquant[export]'"
     )
     export(masters["prefix"], tmp_path / "dense", to="dense")
 
@@ -453,7 +453,7 @@ def test_a_disk_that_fills_up_leaves_the_old_file(limit: int, masters: dict[str,
     out = tmp_path / "model.gguf"
     export(masters["prefix"], out, to="gguf", bits=2)
     before = out.read_bytes()
-    assert refusal(masters["prefix"], out).endswith("exists; give another -o, or --overwrite to replace it")
+    assert refusal(masters["prefix"], out).endswith("exists; use another -o, or --overwrite to replace it")
     with largest_file(limit):
         message = refusal(masters["prefix"], out, overwrite=True)
     assert "no space left on the device" in message
@@ -468,5 +468,5 @@ def test_a_tied_head_is_not_written_and_a_model_without_tokenizer_takes_ids(tmp_
     notices: list[str] = []
     export(quantised, tmp_path / "model.gguf", to="gguf", bits=4, notice=notices.append)
     assert "output.weight" not in file_types(tmp_path / "model.gguf")
-    assert notices[0] == "there is no tokenizer.json: the file takes token ids, not text"
+    assert notices[0] == "there is no tokenizer.json, so the file takes token ids, not text"
     assert metadata(tmp_path / "model.gguf")["tokenizer.ggml.model"] == "no_vocab"

@@ -924,7 +924,7 @@ def test_nan_and_infinite_weights_are_counted_and_named(dtype: str, kind: str) -
     for count, (row, column, value) in enumerate([(0, 0, np.nan), (1, 5, np.inf), (3, 31, -np.inf)], start=1):
         weight_NK[row, column] = value
         bad = of_kind(weight_NK, kind)
-        text = f"has {count} NaN or infinite weights of 128; repair the tensor or exclude this path"
+        text = f"has {count} NaN or infinite weights out of 128; repair the tensor, or exclude this module path"
         for symmetric in (True, False):
             assert_rejected(f"weight {text}", grid.fit_grid, bad, symmetric=symmetric)
         assert_rejected(f"mlp.up_proj {text}", grid.fit_grid, bad, name="mlp.up_proj", group_size=16)

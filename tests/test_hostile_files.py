@@ -379,7 +379,7 @@ def test_a_huge_context_works_in_chat_and_generate(context: int, checkpoint: Pat
     assert talk._session.capacity == ROOM
     assert "".join(talk.ask("hi")) is not None
     assert_one_line(readers(directory, tmp_path, tmp_path)["export gguf"], context)
-    with pytest.raises(InputError, match=rf"no memory for a sequence of {10**12} tokens; ask for fewer"):
+    with pytest.raises(InputError, match=rf"not enough memory for a sequence of {10**12} tokens; use fewer"):
         engine.session(10**12)
 
 
@@ -402,7 +402,7 @@ def test_chat_takes_the_room_of_its_context_option(
     notes = capsys.readouterr().err.splitlines()
     assert code == 0
     assert " tokens at int8, " in notes[1]
-    assert "tokens and there is room for 10; start a new one, or give a larger --context (at most 64)" in notes[2]
+    assert "tokens, more than the 10 it may have; start a new one, or use a larger --context (at most 64)" in notes[2]
 
 
 @pytest.mark.parametrize(

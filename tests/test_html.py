@@ -201,11 +201,11 @@ def test_what_cannot_be_used_is_refused(checkpoint: Path, inputs: dict[str, Any]
 
     here = manifest_sha256(checkpoint)[:12]
     refused(
-        f"other was measured on the checkpoint 0123…, {checkpoint} is {here}…; evaluate this one, or give that one's "
-        "directory",
+        f"other was measured on checkpoint 0123…, but {checkpoint} is {here}…; evaluate this checkpoint, "
+        "or give the directory of the other",
         records={"other": {"checkpoint": "0123"}},
     )
-    refused(f"-o {tmp_path} is a directory; give the name of an HTML file", out=tmp_path)
+    refused(f"-o {tmp_path} is a directory; use the name of an HTML file", out=tmp_path)
     missing = tmp_path / "missing.json"
     refused(f'--pareto {missing}: no such file; give a JSON file with "curves"', pareto=missing)
     broken = tmp_path / "broken.json"
@@ -230,7 +230,7 @@ def test_a_record_that_is_none_is_refused(tmp_path: Path) -> None:
     file.write_text('{"log_perplexity": {}, "tasks": []}')
     with pytest.raises(InputError) as caught:
         read_record(file)
-    assert str(caught.value) == f"--eval {file} has no object 'tasks'; give what matquant eval --json wrote"
+    assert str(caught.value) == f"--eval {file} has no object 'tasks'; give a file that matquant eval --json wrote"
 
 
 def test_the_command_line_writes_a_page_without_torch(checkpoint: Path, inputs: dict[str, Any], tmp_path: Path) -> None:

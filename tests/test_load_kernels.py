@@ -190,13 +190,13 @@ def test_kernels_with_float_activations_are_the_default(dtype: torch.dtype, chec
 
 def test_dense_weights_are_those_of_torch_and_train(checkpoint: Callable[..., Path]) -> None:
     model = matquant.load(checkpoint("llama"), kernels="none")
-    assert model.kernels == "no kernels: dense weights were asked for"
+    assert model.kernels == "no kernels: kernels='none' was given"
     assert type(model.get_submodule(DOWN)) is torch.nn.Linear
     assert model.get_parameter(f"{DOWN}.weight").requires_grad
 
 
 OBSTACLES = [
-    ("llama", {"device": "meta"}, "they run on cpu, not on meta"),
+    ("llama", {"device": "meta"}, "kernels run on cpu, found meta"),
     ("llama", {"dtype": torch.float64}, "they take float32, bfloat16, float16, not float64"),
     ("qwen3_moe", {}, r"model.layers.0.mlp.experts.0.\w+ is part of a fused tensor"),
 ]
@@ -247,13 +247,13 @@ def test_calls_that_kernels_cannot_serve_are_refused(checkpoint: Callable[..., P
     for bad, reason in (
         (
             x.to("meta"),
-            "the kernels of this layer do not support its input: they run on cpu, not on meta; load the model with",
+            "the kernels of this layer do not support its input: kernels run on cpu, found meta; load the model with",
         ),
         (
             x.double(),
             "do not support its input: they take float32, bfloat16, float16, not float64; load the model",
         ),
-        (x[:, 1:], r"a linear of 48 inputs was given \[1, 47\]; give \[..., K\]"),
+        (x[:, 1:], r"the input must be \[..., 48\], found \[1, 47\]"),
     ):
         with pytest.raises(matquant.InputError, match=reason):
             module(bad)

@@ -56,7 +56,7 @@ def test_sealing_accepts_edited_added_and_removed_small_files_and_says_which(cop
     _, changes = matquant.seal_checkpoint(copy)
     assert [str(change).split(" (")[0] for change in changes] == [
         "changed: generation_config.json",
-        "dropped: matquant_tokens.json, the record of how the earlier tokenizer cut text",
+        "dropped: matquant_tokens.json, the record of the earlier tokenizer's tokens",
         "missing: tokenizer_config.json",
         "added: chat_template.jinja",
     ]
@@ -79,10 +79,10 @@ def test_sealing_twice_changes_nothing(copy: Path) -> None:
 
 def test_sealing_an_edited_tokenizer_drops_the_record_of_the_earlier_one(copy: Path) -> None:
     edit(copy / "tokenizer_config.json", add_bos_token=True)
-    with pytest.raises(InputError, match="has another tokenizer than when it was made"):
+    with pytest.raises(InputError, match="has a different tokenizer than when it was made"):
         check_tokens(copy)
     found = [str(change) for change in matquant.seal_checkpoint(copy)[1]]
-    assert f"dropped: {TOKENS}, the record of how the earlier tokenizer cut text" in found
+    assert f"dropped: {TOKENS}, the record of the earlier tokenizer's tokens" in found
     check_tokens(copy)
     assert matquant.seal_checkpoint(copy)[1] == []
 
@@ -112,7 +112,10 @@ def set_rule(directory: Path, rule: str) -> None:
     [
         (lambda out: flip(out / "model.safetensors"), "model.safetensors is damaged: sha256"),
         (lambda out: (out / "model.safetensors").unlink(), "model.safetensors is missing; copy it again or"),
-        (lambda out: (out / "config.json").unlink(), "config.json is missing; put it back"),
+        (
+            lambda out: (out / "config.json").unlink(),
+            "config.json is missing and a checkpoint cannot be read without it; put it back",
+        ),
         (lambda out: (out / "config.json").write_text("{"), "config.json is not JSON"),
         (lambda out: (out / "generation_config.json").write_text("[1]"), "generation_config.json is not a JSON object"),
         (lambda out: set_rule(out, "nearest"), "rule='nearest'"),
@@ -184,7 +187,7 @@ def put(kind: str, file: Path, outside: Path) -> str:
     if kind == "link":
         outside.write_text(SECRET)
         file.symlink_to(outside)
-        return "outside the directory; replace the link by a copy"
+        return "outside the directory; replace the link with a copy"
     if kind == "pipe":
         os.mkfifo(file)
         return "is a named pipe, where a file is expected"

@@ -117,12 +117,12 @@ def test_wide_masters_learn_at_their_own_rate(llama: Path) -> None:
     ("changes", "message"),
     [
         ({"masters": "two"}, "masters='two' is not known; use one of one, each"),
-        ({"masters": "each", "rule": "round"}, "masters='each' needs nested bins, rule 'round' has none; use rule"),
+        ({"masters": "each", "rule": "round"}, "masters='each' needs nested bins, not rule 'round'; use rule"),
         ({"pull": 2.0}, "pull=2.0; give a number from 0 to 1"),
         ({"freeze": -1}, "freeze=-1; give a number of at least 0"),
-        ({"freeze": 4}, "freeze=4 needs a master for each width, masters is 'one'; use masters 'each'"),
-        ({"freeze": 3, "masters": "each"}, "freeze=3 is none of the widths trained, .8, 4, 2.; freeze one of them"),
-        ({"freeze": 4, "masters": "each", "learn_clip": False}, "freeze=4 keeps codes on the grid they start with"),
+        ({"freeze": 4}, "freeze=4 needs a master for each width, found masters='one'; use masters='each'"),
+        ({"freeze": 3, "masters": "each"}, "freeze=3 is not one of the trained widths, .8, 4, 2.; use one of them"),
+        ({"freeze": 4, "masters": "each", "learn_clip": False}, "freeze=4 needs a fixed grid"),
     ],
 )
 def test_what_masters_cannot_do_is_refused(
@@ -174,10 +174,10 @@ def test_a_start_that_does_not_fit_is_refused(llama: Path, text_file: Path, tmp_
     first = conftest.quantize(llama, tmp_path / "first", method="rtn")
     run = {**RUN, "text": [text_file], "start": first}
     for changes, message in (
-        ({"rule": "round"}, "has rule='prefix', this run needs 'round'; make it with that"),
-        ({"group_size": 16}, "has group_size=None, this run needs 16; make it with that"),
-        ({"baseline_bits": 2}, "has baseline_bits=8, this run needs 2; make it with that"),
-        ({"scope": "all"}, "do not quantise the same weights: model.layers.0.self_attn"),
+        ({"rule": "round"}, "has rule='prefix', this run needs 'round'; quantise it again with 'round'"),
+        ({"group_size": 16}, "has group_size=None, this run needs 16; quantise it again with 16"),
+        ({"baseline_bits": 2}, "has baseline_bits=8, this run needs 2; quantise it again with 2"),
+        ({"scope": "all"}, "quantise different weights:  model.layers.0.self_attn"),
     ):
         with pytest.raises(InputError, match=message):
             conftest.quantize(llama, tmp_path / "out", **{**run, **changes})

@@ -329,7 +329,7 @@ def test_slice_affine_equals_the_oracle_and_reads_slices_as_the_grid_reads_value
 
 
 def wrong_width(bits: object) -> str:
-    return f"bits={bits!r} asked of an 8-bit code; use one of 1, 2, 3, 4, 5, 6, 7, 8"
+    return f"bits={bits!r} is not a width; use one of 1 to 8"
 
 
 def wrong_rule(rule: object) -> str:

@@ -27,8 +27,8 @@ BROKEN = {
     "8,,2": ("cannot read ''", 2),
     "8,x": ("cannot read 'x'", 2),
     "8->": ("cannot read '8->'", 0),
-    "8,4;2": ("cannot read '4;2' without a teacher, or it comes twice", 2),
-    "8,4,4": ("cannot read '4' without a teacher, or it comes twice", 4),
+    "8,4;2": ("'4;2' names no teacher, or names it twice", 2),
+    "8,4,4": ("'4' names no teacher, or names it twice", 4),
     "9": ("width 9 is outside 1..8", 0),
     "8,0": ("width 0 is outside 1..8", 2),
     "8,2->4": ("width 4 cannot learn from width 2", 2),
@@ -55,7 +55,7 @@ def test_several_widths_without_8_are_refused() -> None:
         parse_objective("4,2")
     assert str(caught.value) == (
         "objective '4,2' trains widths 4, 2 but not 8, which the checkpoint stores; "
-        "add 8, or name one width alone for single precision"
+        "add 8, or name a single width for single precision (S.P.)"
     )
 
 
@@ -78,9 +78,9 @@ def test_lambdas_follow_the_order_of_first_mention() -> None:
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        ([1.0], "1 weights for the 3 widths 8, 4, 2; give one for each, in that order"),
-        ([1.0, -1.0, 1.0], "weights 1.0, -1.0, 1.0; give numbers of at least 0, not all 0"),
-        ([0.0, 0.0, 0.0], "weights 0.0, 0.0, 0.0; give numbers of at least 0, not all 0"),
+        ([1.0], "1 weights for the 3 widths 8, 4, 2; give one per width, in that order"),
+        ([1.0, -1.0, 1.0], "weights 1.0, -1.0, 1.0 are not valid; use numbers of at least 0, not all 0"),
+        ([0.0, 0.0, 0.0], "weights 0.0, 0.0, 0.0 are not valid; use numbers of at least 0, not all 0"),
     ],
 )
 def test_wrong_lambdas_are_refused(weights: list[float], message: str) -> None:

@@ -88,7 +88,7 @@ def test_a_second_run_of_an_output_is_rejected_and_the_first_one_is_whole(
 
     monkeypatch.setattr(write_module, "_write_tensors", before(write_module._write_tensors, intrude))
     run(method=method, **METHODS[method])
-    expected = f"another run is writing {out} (process {os.getpid()}); wait until it has ended, or give another path"
+    expected = f"another run is writing {out} (process {os.getpid()}); wait until it has ended, or use another path"
     assert messages == [expected] * 4
     verify_checkpoint(out)
     assert names(tmp_path) == ["out"]
@@ -207,14 +207,14 @@ def test_an_output_that_appeared_meanwhile_is_not_replaced(
 
     with monkeypatch.context() as patch:
         patch.setattr(write_module, "write_manifest", before(write_module.write_manifest, appear))
-        with pytest.raises(InputError, match="exists; give another -o, or --overwrite to replace it"):
+        with pytest.raises(InputError, match="exists; use another -o, or --overwrite to replace it"):
             conftest.quantize(llama, out, method="rtn")
-    with pytest.raises(InputError, match="exists; give another -o, or --overwrite to replace it"):
+    with pytest.raises(InputError, match="exists; use another -o, or --overwrite to replace it"):
         write_late()
     assert (out / "thesis.tex").read_text() == file.read_text() == "years of work"
     assert (names(tmp_path), names(out)) == (["out", "out.gguf"], ["thesis.tex"])
     (tmp_path / "new").mkdir()
-    with pytest.raises(InputError, match="exists; give another -o, or --overwrite to replace it"):
+    with pytest.raises(InputError, match="exists; use another -o, or --overwrite to replace it"):
         files_module._rename_to_new(tmp_path / "new", out)  # what appears after the last check
     assert names(out) == ["thesis.tex"]
 
@@ -273,18 +273,18 @@ def umask(value: int) -> Iterator[None]:
 # Places ---------------------------------------------------------------------------------------------------------------
 
 IMPOSSIBLE = {
-    "/": "is the root directory; give the name of a new file or directory",
-    "file/x": "is not a directory; give another path",
-    "file/x/y": "is not a directory; give another path",
+    "/": "is the root directory; use the name of a new file or directory",
+    "file/x": "is not a directory; use another path",
+    "file/x/y": "is not a directory; use another path",
     "dangling": "is a link to nowhere, which does not exist; delete the link",
     "loop": "is a link to loop, which does not exist; delete the link",
     "loop/x": "cannot be written",
-    "/dev/null": "is neither a file nor a directory and will not be replaced; give another path",
-    "/proc/x": "cannot be written (No such file or directory); give another path",
-    "x" * 300: "cannot be written (File name too long); give another path",
-    "..": "exists; give another -o, or --overwrite to replace it",
-    ".": "exists; give another -o, or --overwrite to replace it",
-    "file": "exists; give another -o, or --overwrite to replace it",
+    "/dev/null": "is neither a file nor a directory and will not be replaced; use another path",
+    "/proc/x": "cannot be written (No such file or directory); use another path",
+    "x" * 300: "cannot be written (File name too long); use another path",
+    "..": "exists; use another -o, or --overwrite to replace it",
+    ".": "exists; use another -o, or --overwrite to replace it",
+    "file": "exists; use another -o, or --overwrite to replace it",
 }
 
 

@@ -354,7 +354,7 @@ def test_a_plan_is_written_where_the_losses_cannot_be_kept(
     assert json.loads(printed.splitlines()[-1])["strategy"] == "search"
     assert json.loads(out.read_text())["bits"]
     assert err.count("note: ") == 1
-    assert f"{checkpoint / SIDECAR} is not kept, so another search measures again (" in err
+    assert f"{checkpoint / SIDECAR} cannot be written, so another search will measure again (" in err
     assert ("no space left" if kind == "full" else text) in err
     assert sorted(checkpoint.iterdir()) == before
 
@@ -397,8 +397,8 @@ def test_a_size_counts_the_whole_model(checkpoint: Path) -> None:
         size_budget(opened, "1KB", widths=(2, 4)).table(by_layer(opened.shapes), (2, 4))
     least = plain_bytes(opened) + math.ceil(sum(size_bytes(opened, path, 2) for path in opened.shapes))
     assert str(caught.value) == (
-        f"1KB asked, the smallest plan of the widths 2,4 has {least} bytes ({plain_bytes(opened)} of them not "
-        "quantised); give a budget that allows it, or other --widths"
+        f"1KB is below the smallest plan of the widths 2,4, which has {least} bytes ({plain_bytes(opened)} of them not "
+        "quantised); use a larger budget, or other --widths"
     )
 
 
@@ -478,8 +478,7 @@ def test_a_plan_wider_than_the_engine_is_refused(checkpoint: Path) -> None:
     with pytest.raises(InputError) as caught:
         Engine(checkpoint, max_bits=4).score([1, 2], plan=plan)
     assert str(caught.value) == (
-        "bits=6 asked of an engine with max_bits=4, for model.layers.1.mlp.up_proj; "
-        "ask for fewer bits, or open it with more"
+        "bits=6 for model.layers.1.mlp.up_proj exceeds max_bits=4 of this engine; use fewer bits or a larger max_bits"
     )
 
 
@@ -493,4 +492,4 @@ def test_facts_of_a_plan_are_read_strictly(about: Any, what: str, tmp_path: Path
     with pytest.raises(InputError) as caught:
         Plan.read(file)
     assert f"--plan {file} has {what}" in str(caught.value)
-    assert '"about" may have strategy, budget,' in str(caught.value)
+    assert '"about" may hold strategy, budget,' in str(caught.value)

@@ -198,9 +198,9 @@ for max_bits in (8, 4):
 
 
 @pytest.mark.parametrize(("codes", "said"), [
-    (np.zeros((2, 3), np.int8), "planes asked of int8 [2, 3]; give uint8 codes [N, K]"),
-    (np.zeros(3, np.uint8), "planes asked of uint8 [3]; give uint8 codes [N, K]"),
-    (np.zeros((0, 3), np.uint8), "planes asked of uint8 [0, 3]; give uint8 codes [N, K]"),
+    (np.zeros((2, 3), np.int8), "planes need uint8 codes [N, K], found int8 [2, 3]"),
+    (np.zeros(3, np.uint8), "planes need uint8 codes [N, K], found uint8 [3]"),
+    (np.zeros((0, 3), np.uint8), "planes need uint8 codes [N, K], found uint8 [0, 3]"),
 ])  # fmt: skip
 def test_what_is_not_codes_is_refused(codes: Codes, said: str) -> None:
     with pytest.raises(InputError) as caught:
@@ -212,19 +212,19 @@ def test_a_width_that_is_not_resident_is_refused() -> None:
     planes = pack(random_codes((3, 5)), max_bits=4)
     with pytest.raises(InputError) as caught:
         unpack(planes, bits=5)
-    assert str(caught.value) == "bits=5 asked of planes that hold 4 bits; pack with a larger max_bits"
+    assert str(caught.value) == "bits=5 exceeds the 4 bits of these planes; pack with a larger max_bits"
     ones = np.ones((3, 1), np.float32)
     weight = load_weight(NestedTensor(codes=random_codes((3, 5)), scale=ones, zero=ones, rule="round"), max_bits=4)
     assert weight.planes.resident_bits == 6
     with pytest.raises(InputError) as caught:
         matmul(weight, np.ones((1, 5), np.float32), bits=5)
-    assert str(caught.value) == "bits=5 asked of a weight loaded with max_bits=4; load it with more"
+    assert str(caught.value) == "bits=5 exceeds max_bits=4 of this weight; load it with a larger max_bits"
     with pytest.raises(InputError) as caught:
         matmul(weight, np.ones((1, 4), np.float32), bits=4)
-    assert str(caught.value) == "a product with a weight of 5 inputs asked of float32 [1, 4]; give float32 [T, 5]"
+    assert str(caught.value) == "x_TK must be float32 [T, 5], found float32 [1, 4]"
     with pytest.raises(InputError) as caught:
         matmul(weight, np.ones((1, 5), np.float32), bits=4, activations="int4")
-    assert str(caught.value) == "activations='int4' asked; use one of int8, float"
+    assert str(caught.value) == "activations='int4' is not known; use one of int8, float"
 
 
 def test_the_worked_example_of_the_document_holds() -> None:

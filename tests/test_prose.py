@@ -1,5 +1,6 @@
-"""README, docs/ and help texts: plain English, links that resolve, commands that parse, pages of limited length."""
+"""README, docs/, help texts and strings in src/: plain English; links resolve, commands parse, pages are short."""
 
+import ast
 import re
 import runpy
 import shlex
@@ -43,6 +44,21 @@ TELLS = {
 BARE = r"^(Of|Their|These|This|Those|That)\b"  # a help text that starts so has lost its subject
 TOO_MANY_FIGURES = r"(\b\d+\.\d{3,}\b.*){4}"  # in a line of prose: a table
 IN_SOURCE = (r"\bsaid openly\b", r"\bunasked\b", r"\bbest that we made\b")
+IN_STRINGS = (  # in string literals, docstrings and templates of src/
+    r"\basked of\b",
+    r"\bwas asked for\b",
+    r"\b(is|are|was|were|be|been) refused\b",
+    r"\brefus(es|al|ing)\b",
+    r"\bhonest\b",
+    r"\bof (its|their|our|one's) own\b",
+    r"\bwhat would do\b",
+    r"\bwhat multiplies\b",
+    r"\blinears\b",
+    r"\bis said\b",
+    r"\btold to\b",
+    r"\bzeros? (in|at) the (centre|middle)\b",
+    r"\bcalibration windows\b|\bwindows of\b",
+)
 
 
 def prose(text: str) -> Iterator[tuple[int, str]]:
@@ -119,6 +135,33 @@ def test_source_has_none_of_the_worst_phrases() -> None:
     for file in sorted((ROOT / "src").rglob("*.py")):
         for pattern in IN_SOURCE:
             assert not re.search(pattern, file.read_text()), f"{file.relative_to(ROOT)}: {pattern}"
+
+
+def strings(source: str) -> Iterator[tuple[int, str]]:
+    """Line number and text of every string literal, docstrings and the fixed parts of f-strings included."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.lineno, re.sub(r"\s+", " ", node.value)
+
+
+def test_strings_in_source_have_no_tells() -> None:
+    found = []
+    for file in sorted((ROOT / "src").rglob("*.py")):
+        for number, text in strings(file.read_text()):
+            for pattern in IN_STRINGS:
+                if re.search(pattern, text, flags=re.IGNORECASE):
+                    found.append(f"{file.relative_to(ROOT)}:{number}: {pattern}")
+    for template in sorted((ROOT / "src").rglob("*.jinja")):
+        for pattern in IN_STRINGS:
+            if re.search(pattern, template.read_text(), flags=re.IGNORECASE):
+                found.append(f"{template.relative_to(ROOT)}: {pattern}")
+    assert found == []
+
+
+def test_tells_in_strings_are_found_wherever_they_are() -> None:
+    source = '''"""Of its\n    own."""\nx = f"{1} is refused"\n# is refused: only a comment\n'''
+    found = [text for _, text in strings(source) if any(re.search(p, text, re.IGNORECASE) for p in IN_STRINGS)]
+    assert len(found) == 2
 
 
 # --------------------------------------------------------------------------------------------------------------- links

@@ -78,7 +78,8 @@ def test_resume_with_another_method_is_rejected_and_loses_nothing(
             run = functools.partial(
                 conftest.quantize, tmp_path / "model", tmp_path / "out", text=[text_file], method=other, resume=True
             )
-            expected = f"^--resume with method='{other}', the interrupted run had '{method}'; use the same settings, or"
+            expected = f"^--resume needs method='{method}' as in the interrupted run, found '{other}'; "
+            expected += "use the same settings, or"
             assert_rejected(run, tmp_path, expected)
             assert_rejected(functools.partial(run, overwrite=True), tmp_path, expected)
     shutil.copytree(llama, tmp_path / "other")
@@ -98,7 +99,9 @@ def test_a_run_interrupted_before_it_saved_anything_is_recognised(
     monkeypatch.setitem(STOPS, "qat", (qat, "train_step", 1))
     resume = stopped("qat")
     assert not (tmp_path / ".out.work" / "state.safetensors").exists()
-    assert_rejected(functools.partial(resume, seed=1), tmp_path, "^--resume with seed=1, the interrupted run had 0;")
+    assert_rejected(
+        functools.partial(resume, seed=1), tmp_path, "^--resume needs seed=0 as in the interrupted run, found 1;"
+    )
     assert_rejected(functools.partial(resume, method="rtn"), tmp_path, "^--resume with method='rtn', the interrupted")
     resume()
 
@@ -110,13 +113,14 @@ def test_resume_with_other_text_or_another_start_is_rejected(
     (tmp_path / "more.txt").write_text(text_file.read_text() + "More.")
     assert_rejected(
         functools.partial(resume, text=[tmp_path / "more.txt"]), tmp_path,
-        "^--resume with other text than the interrupted run had; use the same text, or --overwrite to start again$",
+        "^--resume needs the text of the interrupted run, found other text; "
+        "use the same text, or use --overwrite to start again$",
     )  # fmt: skip
     start = conftest.quantize(llama, tmp_path / "start", method="rtn")
-    with pytest.raises(InputError, match=r"^--resume with method='rtn, qat', the interrupted run had 'qat'"):
+    with pytest.raises(InputError, match=r"^--resume needs method='qat' as in the interrupted run, found 'rtn, qat'"):
         resume(start=start)
     with pytest.raises(
-        InputError, match=r"^--resume with another --start checkpoint than the interrupted run had; use"
+        InputError, match=r"^--resume needs the --start checkpoint of the interrupted run, found another; use"
     ):
         interrupted.check_same_run({"start": "a"}, {"start": "b"})
 
@@ -129,7 +133,7 @@ def test_work_of_an_earlier_version_is_rejected_in_one_sentence(
     (record,) = [file for file in (tmp_path / ".out.work").rglob("run.json") if ".2.work" not in str(file)]
     for damage in ("", "{}", '{"format": 2, "run": {}}', "\0"):
         record.write_text(damage)
-        assert_rejected(resume, tmp_path, rf"^{re.escape(str(record))} is damaged; --overwrite to start again$")
+        assert_rejected(resume, tmp_path, rf"^{re.escape(str(record))} is damaged; use --overwrite to start again$")
     record.unlink()
     expected = "was left by an earlier version of matquant and cannot be continued; finish it with that version, or"
     assert_rejected(resume, tmp_path, expected)
@@ -226,7 +230,7 @@ def test_every_flipped_bit_of_a_sealed_file_is_noticed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("method", "names", "remedy"), [
     ("qat", ["state.safetensors"], "--overwrite to start again"),
     ("gptq", ["blocks/00000.safetensors"], "delete it to solve this block again"),
-    ("distill", ["*/1/model.safetensors", "*/1/config.json"], "delete .*/1, a finished stage, to make it again"),
+    ("distill", ["*/1/model.safetensors", "*/1/config.json"], "delete the finished stage .*/1 to make it again"),
 ])  # fmt: skip
 def test_one_flipped_bit_in_finished_work_is_named(
     method: str, names: list[str], remedy: str, stopped: Callable[[str], Resume], tmp_path: Path
@@ -244,7 +248,7 @@ def test_a_damaged_log_of_training_is_named(stopped: Callable[[str], Resume], tm
     resume, log = stopped("qat"), tmp_path / ".out.work" / "training.jsonl"
     for damage in (b"\xff\n", b"{}\n", b"[]\n"):
         log.write_bytes(damage)
-        assert_rejected(resume, tmp_path, r"training\.jsonl is damaged; delete it to go on without its records$")
+        assert_rejected(resume, tmp_path, r"training\.jsonl is damaged; delete it to continue without its records$")
     log.unlink()
     out = resume()
     assert [json.loads(line)["step"] for line in (out / "training.jsonl").read_text().splitlines()] == [3]

@@ -384,12 +384,12 @@ def test_what_an_old_config_leaves_out_means_what_transformers_says(family: str,
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "opt"}, "is a opt model, which the runtime does not decode; it decodes llama, mistral, "),
+        ({"model_type": "opt"}, "is a opt model, which the engine does not support; it supports llama, mistral, "),
         ({"hidden_size": None}, "has hidden_size=None in config.json; it must be an integer above 0"),
         ({"num_key_value_heads": 3}, "has 32 heads, 3 key/value heads and head_dim 16; heads must be a multiple"),
         ({"layer_types": ["full_attention"]}, "has 1 layer_types for 8 layers; repair config.json"),
-        ({"hidden_act": "gelu"}, "has the activation 'gelu'; the runtime has silu, swish, gelu_pytorch_tanh"),
-        ({"partial_rotary_factor": 0.5}, "has partial_rotary_factor=0.5, which the runtime does not decode"),
+        ({"hidden_act": "gelu"}, "has the activation 'gelu'; the engine supports silu, swish, gelu_pytorch_tanh"),
+        ({"partial_rotary_factor": 0.5}, "has partial_rotary_factor=0.5, which the engine does not support"),
         ({"rope_scaling": {"type": "dynamic"}}, "has rotary positions of type 'dynamic', partial_rotary_factor 1.0"),
         ({"rope_scaling": {"type": "linear"}}, "has linear rotary positions without 'factor'; repair config.json"),
     ],
@@ -410,7 +410,7 @@ def test_a_tensor_that_would_go_unused_is_refused(checkpoint_of: Callable[..., P
     with pytest.raises(matquant.InputError) as caught:
         matquant.Engine(tmp_path / "out")
     assert str(caught.value) == (
-        f"{tmp_path / 'out'} has model.layers.0.self_attn.k_norm.weight, which the runtime's llama does not; "
+        f"{tmp_path / 'out'} has model.layers.0.self_attn.k_norm.weight, which the engine's llama does not use; "
         "use matquant.load"
     )
 
@@ -431,9 +431,9 @@ def test_a_config_of_other_sizes_is_refused(checkpoint_of: Callable[..., Path], 
     items = [(path, opened.nested(path)) for path in opened.shapes]
     items += [(name, opened.array(name)) for name in opened.plain_names()]
     for key, value, reason in (
-        ("num_key_value_heads", 4, "model.layers.0.self_attn.k_proj.weight is 16 x 32, by config.json 32 x 32"),
-        ("vocab_size", 299, "model.embed_tokens.weight is 300 x 32, by config.json 299 x 32"),
-        ("head_dim", 16, "model.layers.0.self_attn.q_proj.weight is 32 x 32, by config.json 64 x 32"),
+        ("num_key_value_heads", 4, "model.layers.0.self_attn.k_proj.weight is 16 x 32, config.json needs 32 x 32"),
+        ("vocab_size", 299, "model.embed_tokens.weight is 300 x 32, config.json needs 299 x 32"),
+        ("head_dim", 16, "model.layers.0.self_attn.q_proj.weight is 32 x 32, config.json needs 64 x 32"),
     ):
         config, out = {**opened.config, key: value}, tmp_path / key
         write_checkpoint(out, items, spec=opened.spec, config=config, ignore=(), files={})

@@ -100,7 +100,7 @@ REJECTED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         ("cannot be loaded as a model (model-1-of-1.safetensors is missing)",),
     ),
     "gguf": ({"model.gguf": "GGUF"}, ("has no config.json but GGUF files for llama.cpp", FLOAT)),
-    "gguf with config": ({"config.json": LLAMA, "q4.gguf": "GGUF"}, ("no weights but q4.gguf", FLOAT)),
+    "gguf with config": ({"config.json": LLAMA, "q4.gguf": "GGUF"}, ("no weights except q4.gguf", FLOAT)),
     "nothing": ({"readme.txt": "hello"}, ("has no config.json; give a Hugging Face model directory or a hub id",)),
 }
 
@@ -157,7 +157,7 @@ def no_such_model(*arguments: Any, **options: Any) -> None:
     [
         (unreachable, False, "the hub cannot be reached (no route)"),
         (no_such_model, False, "neither a local directory nor a model on the hub"),
-        (lambda *a, **k: pytest.fail("asked the hub"), True, "HF_HUB_OFFLINE forbids to ask the hub"),
+        (lambda *a, **k: pytest.fail("asked the hub"), True, "HF_HUB_OFFLINE forbids network access"),
     ],
 )
 def test_a_mistyped_path_with_one_slash_asks_the_hub_once_at_most_and_names_the_nearest(

@@ -107,7 +107,7 @@ def test_input_that_is_not_utf8_is_one_line(checkpoint: Path, run: Run) -> None:
     assert code == 2
     assert err.splitlines()[1:] == ["error: the input is not UTF-8 (invalid continuation byte at byte 3); convert it"]
     code, _, err = run("generate", checkpoint, "--prompt", "-", stdin=b"caf\xe9\n")
-    assert (code, err) == (2, "error: --prompt -: not UTF-8 (invalid continuation byte at byte 3); convert it\n")
+    assert (code, err) == (2, "error: standard input is not UTF-8 (invalid continuation byte at byte 3); convert it\n")
 
 
 @pytest.mark.parametrize("missing", ["stdin", "stdout", "stderr"])

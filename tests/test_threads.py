@@ -55,7 +55,7 @@ def test_more_threads_than_a_few_per_core_are_rejected(
     count: int, checkpoint: Path, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(counting, "cores", lambda: 2)
-    message = f"={count} is too many for 2 cores; use at most 16, best one per core"
+    message = f"={count} is too many for 2 cores; use at most 16, ideally one per core"
     x = np.ones((1, 64), np.float32)
     for use in (
         lambda: matquant.Engine(checkpoint, threads=count),
@@ -90,7 +90,7 @@ def test_too_many_threads_end_a_command_with_one_line(
     if verb != "verify":
         assert command(verb, *where, "--threads", 70000) == (
             2,
-            "error: threads=70000 is too many for 2 cores; use at most 16, best one per core\n",
+            "error: threads=70000 is too many for 2 cores; use at most 16, ideally one per core\n",
         )
     monkeypatch.setenv("OMP_NUM_THREADS", "70000")
     code, told = command(verb, *where)
@@ -192,7 +192,7 @@ def test_a_completion_is_read_once(checkpoint: Path) -> None:
     reply = matquant.Engine(checkpoint, threads=1).stream("The cat", max_tokens=6)
     first = next(iter(reply))
     assert first + "".join(reply)
-    with pytest.raises(InUseError, match="read to its end"):
+    with pytest.raises(InUseError, match="read already"):
         list(reply)
 
 
@@ -203,7 +203,7 @@ def test_a_session_is_rewound_to_what_it_holds(length: int, checkpoint: Path) ->
     session.extend([1, 2], engine.widths(8))
     with pytest.raises(InputError) as caught:
         session.rewind(length)
-    assert str(caught.value) == f"length={length} to rewind a session of 2 tokens to; give 0 to that"
+    assert str(caught.value) == f"cannot rewind a session of 2 tokens to length={length}; use 0 to 2"
     session.rewind(2)
     session.rewind(0)
     assert session.ids == []

@@ -245,12 +245,12 @@ UNUSABLE: dict[str, tuple[Files, str]] = {
     ),
     "SentencePiece": (
         {"tokenizer.model": "\n\x05<unk>", "tokenizer_config.json": {"tokenizer_class": "LlamaTokenizer"}},
-        "has its tokenizer in tokenizer.model, which transformers needs sentencepiece protobuf to read; "
+        "has its tokenizer in tokenizer.model, which needs sentencepiece protobuf; "
         "pip install sentencepiece protobuf, or put tokenizer.json beside the model",
     ),
     "tiktoken": (
         {"tokenizer.model": "IQ== 0\n"},
-        "has its tokenizer in tokenizer.model, which transformers needs tiktoken to read; "
+        "has its tokenizer in tokenizer.model, which needs tiktoken; "
         "pip install tiktoken, or put tokenizer.json beside the model",
     ),
     "code of its own": (
@@ -277,7 +277,7 @@ def test_a_tokenizer_that_cannot_be_built_is_named_and_refused_where_text_is_nee
         read_texts(source, needed=True, vocab_size=300)
     assert message in str(caught.value)
     texts = read_texts(source, needed=False, vocab_size=300)
-    rest = "its tokenizer.json is copied unchecked" if "tokenizer.json" in files else "takes token ids only"
+    rest = "its tokenizer.json is copied unchecked" if "tokenizer.json" in files else "takes only token ids"
     assert texts.notices[0].startswith(str(caught.value))
     assert texts.notices[0].endswith(rest)
     assert TOKENS not in texts.files
@@ -447,11 +447,11 @@ def test_verify_finds_a_tokenizer_that_gives_other_tokens_than_when_it_was_made(
     with pytest.raises(InputError) as caught:
         check_tokens(verify_checkpoint(changed).directory)
     assert str(caught.value) == (
-        f"{changed} has another tokenizer than when it was made (tokens of 'Hello world': [220, 39, 68, 75, 75, 78, "
-        "220, 86, 78, 81, 75, 67] instead of [39, 68, 75, 75, 78, 220, 86, 78, 81, 75, 67]); "
+        f"{changed} has a different tokenizer than when it was made (tokens of 'Hello world': [220, 39, 68, 75, 75, "
+        "78, 220, 86, 78, 81, 75, 67] instead of [39, 68, 75, 75, 78, 220, 86, 78, 81, 75, 67]); "
         "copy tokenizer.json and tokenizer_config.json again, or quantise again"
     )
-    with pytest.raises(InputError, match="has another tokenizer than when it was made"):
+    with pytest.raises(InputError, match="has a different tokenizer than when it was made"):
         app(["verify", str(changed)], standalone_mode=False)
     (changed / TOKENS).unlink()
     check_tokens(changed)  # as in checkpoints made before there was a record

@@ -82,9 +82,9 @@ def test_overrides_are_bits_and_a_plan(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"bits": 9}, "bits=9 asked of an 8-bit code; use one of 1, 2, 3, 4, 5, 6, 7, 8"),
-        ({"bits": "4"}, "bits='4' asked of an 8-bit code; use one of 1, 2, 3, 4, 5, 6, 7, 8"),
-        ({"bit": 4}, "quantization_config has the key 'bit', matquant has none; nearest: 'bits'"),
+        ({"bits": 9}, "bits=9 is not a width; use one of 1 to 8"),
+        ({"bits": "4"}, "bits='4' is not a width; use one of 1 to 8"),
+        ({"bit": 4}, "quantization_config has the key 'bit', which matquant does not know; nearest: 'bits'"),
         ({"plan": 4}, "quantization_config has plan=4; give {path: bits} or the name of a plan file"),
         (
             {"plan": "no.json"},
@@ -107,5 +107,5 @@ def test_a_plan_that_splits_stacked_weights_is_refused() -> None:
         check_stacked(prefix, paths, {paths[0]: 8, paths[1]: 4, paths[2]: 4, "model.other": 2})
     assert str(caught.value) == (
         f"the plan has q_proj at 8, k_proj at 4, v_proj at 4 bits in {prefix}, which is one weight in vLLM; "
-        "give them one width, such as 8, as matquant plan does unless told --no-fused"
+        "give them one width, such as 8, as matquant plan does without --no-fused"
     )

@@ -119,7 +119,7 @@ def test_training_goes_on_with_the_zeros_it_started_with(llama: Path, text_file:
     first = make(llama, tmp_path / "first", text_file, **METHODS["gptq"])
     second = make(llama, tmp_path / "second", text_file, **METHODS["qat each"], start=first)
     assert verify_checkpoint(second).spec.zeros == "centre"
-    with pytest.raises(InputError, match="has zeros='centre', this run needs 'own'; make it with that"):
+    with pytest.raises(InputError, match="has zeros='centre', this run needs 'own'; quantise it again with 'own'"):
         conftest.quantize(llama, tmp_path / "third", text=[text_file], start=first, **METHODS["qat each"])
 
 

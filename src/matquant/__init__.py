@@ -69,5 +69,5 @@ def __getattr__(name: str) -> Any:
         raise importlib.import_module("matquant.system.errors").InputError(
             f"matquant.{name} needs {error.name}, which is not installed; pip install 'matquant[train]'"
         ) from None
-    globals()[name] = found = getattr(module, name)  # so that it is not asked for again
+    globals()[name] = found = getattr(module, name)  # later accesses skip this function
     return found

@@ -1,8 +1,8 @@
-"""The main job on the embedded model: one checkpoint by the default recipe, a prompt at every width, a comparison.
+"""Demo on the embedded model: one checkpoint by the default recipe, a prompt at every width, a comparison.
 
 All rows of the table see the same text (sampled from the embedded model itself, examples/reference/text). The trained
-ones have the same number of steps; the dedicated int2 model has the best of three learning rates, MatQuant 8,4,2 the
-better of two, in short trials of 40 and 60 steps.
+rows run the same number of steps. Learning rates were tuned in short trials of 40 and 60 steps: three values for the
+dedicated int2 model, two for MatQuant 8,4,2.
 """
 
 import re
@@ -51,7 +51,9 @@ def run(out: Path, console: Console) -> None:
     """Quantise, answer, compare and draw; checkpoints and pictures go to ``out``."""
     model, text = REFERENCE / "model", REFERENCE / "text"
     if not model.is_dir():
-        raise InputError(f"the embedded model is not at {model}; it is left out of wheels: run the demo from a clone")
+        raise InputError(
+            f"the embedded model is not at {model}, because wheels leave it out; run the demo from a clone"
+        )
     stream = token_stream(read_documents([text / "valid.txt"]), load_tokenizer(model))[: HELD_OUT + 1]
     steps = STEPS if bf16_is_fast() else STEPS_FP32
     results: dict[str, dict[str, float]] = {}
@@ -70,15 +72,13 @@ def run(out: Path, console: Console) -> None:
     console.print(_table(results, directories, reference, steps))
     _draw(out, results, directories, reference)
     write_json(out / "demo.json", {"log_perplexity": results, "reference": reference, "steps": steps})
-    console.print(
-        f"pictures: {out / 'log_perplexity.png'}, {out / 'histograms.png'}; checkpoints and demo.json beside them"
-    )
+    console.print(f"wrote {out / 'log_perplexity.png'}, {out / 'histograms.png'}, the checkpoints and demo.json")
 
 
 def _quantise(
     model: Path, out: Path, text: list[Path], options: dict[str, Any], steps: int, report: Callable[[Any], None]
 ) -> None:
-    """Make one checkpoint; rows that are trained have ``steps`` steps."""
+    """Make one checkpoint; trained rows run ``steps`` steps."""
     more: dict[str, Any] = {"steps": steps, "autocast": bf16_is_fast()} if options.get("method") == "qat" else {}
     if options.get("method") != "rtn":
         more["text"] = text
@@ -90,7 +90,7 @@ def _reporter(progress: Progress, task: TaskID) -> Callable[[dict[str, Any]], No
 
 
 def _evaluate(directory: Path, stream: np.ndarray, *, only: int | None) -> dict[str, float]:
-    """Log-perplexity by width; a dedicated baseline of less than 8 bits has only its own."""
+    """Return log-perplexity by width; a dedicated baseline below 8 bits is evaluated only at its width."""
     widths = WIDTHS if only in (None, 8) else (only,)
     return evaluate(load(directory, dtype=torch.float32, kernels="none"), stream, bits=widths, context=512)
 
@@ -113,7 +113,7 @@ def _table(results: dict[str, dict[str, float]], directories: dict[str, Path], r
 
 
 def _sentences(directory: Path) -> dict[int, str]:
-    """The prompt continued by one greedy sentence at each width, all from one resident checkpoint."""
+    """Continue the prompt by one greedy sentence at each width, all from one resident checkpoint."""
     engine = Engine(directory)
     sentences = {}
     for width in ANSWERED:

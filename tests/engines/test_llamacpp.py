@@ -78,7 +78,9 @@ def test_every_slice_of_a_real_model(subject: Subject, run: Run, keep: Callable[
 
 def test_zeros_between_integers_are_refused_where_minima_are_missing(subject: Subject, tmp_path: Path) -> None:
     for name in ("6", "7"):
-        with pytest.raises(InputError, match=r"is no multiple of 1/2.*--zero-point midrange, which moves the zeros"):
+        with pytest.raises(
+            InputError, match=r"is not a multiple of 1/2.*--zero-point midrange, which moves the slice's zero-points"
+        ):
             subject.export(name, tmp_path / "out.gguf", to="gguf")
 
 

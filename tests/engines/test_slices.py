@@ -134,7 +134,9 @@ def test_every_slice_of_a_real_model(
 @pytest.mark.parametrize("to", [to for to, route in ROUTES.items() if route.zero_point == MIDRANGE])
 def test_zeros_between_integers_are_refused(to: str, subject: Subject, tmp_path: Path) -> None:
     for name in ("6", "4", "3", "2", "plan"):
-        with pytest.raises(InputError, match=r"is no multiple of 1/2.*--zero-point midrange, which moves the zeros"):
+        with pytest.raises(
+            InputError, match=r"is not a multiple of 1/2.*--zero-point midrange, which moves the slice's zero-points"
+        ):
             subject.export(name, tmp_path / "out", to=to)
     subject.export("8", tmp_path / "out", to=to)
 

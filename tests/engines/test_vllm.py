@@ -57,8 +57,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("experts", {"bits": 3}),
 ]
 MISTAKES: list[tuple[str, dict[str, Any], str]] = [
-    ("stories", {"bits": 9}, "bits=9 asked of an 8-bit code; use one of 1, 2, 3, 4, 5, 6, 7, 8"),
-    ("stories", {"bit": 4}, "quantization_config has the key 'bit', matquant has none; nearest: 'bits'"),
+    ("stories", {"bits": 9}, "bits=9 is not a width; use one of 1 to 8"),
+    ("stories", {"bit": 4}, "quantization_config has the key 'bit', which matquant does not know; nearest: 'bits'"),
     (
         "stories",
         {"plan": {"model.layers.0.mlp.up": 2}},
@@ -71,7 +71,7 @@ MISTAKES: list[tuple[str, dict[str, Any], str]] = [
         "the plan has gate_proj at 4, up_proj at 8 bits in model.layers.0.mlp.gate_up_proj, which is one weight in",
     ),
     ("float", {"bits": 4}, "has no matquant_manifest.json; give a checkpoint made by matquant quantize"),
-    ("moe", {"bits": 4}, "the plugin serves linears: quantise with --exclude experts, or serve a slice"),
+    ("moe", {"bits": 4}, "the plugin supports only linear layers: quantise with --exclude experts, or export"),
 ]
 
 

@@ -1,7 +1,7 @@
-"""What multiplies by a nested weight: BACKENDS, of which the first usable row serves.
+"""Backends that multiply by nested weights: BACKENDS, in order of preference.
 
-A backend packs the codes of a weight once and multiplies by any width of them. All rows compute the same product, that
-of ``NestedTensor.read(bits)``; tests/test_contract_backends.py checks it on all codes at every width. To add one, write
+A backend packs the codes of a weight once and multiplies by any width of them. All backends compute the same product as
+``NestedTensor.read(bits)``; tests/test_contract_backends.py checks this on all codes at every width. To add one, write
 a file here that ends in a Backend, and add a line below (docs/extending.md).
 """
 
@@ -16,11 +16,11 @@ BACKENDS: dict[str, Backend] = {
     "native": native.BACKEND,
     "dense": dense.BACKEND,
 }
-DENSE = "dense"  # the row that serves everything, and the last one
+DENSE = "dense"  # the last row, which supports everything
 
 
 def choose(device: torch.device | str, dtype: torch.dtype, *, activations: str) -> tuple[str, str]:
-    """The first row that serves inputs of ``dtype`` on ``device``, and why the first one before it does not ("")."""
+    """Return the first backend for ``dtype`` on ``device``, and why the first row does not serve ("" if it does)."""
     reasons: list[str] = []
     for name, backend in BACKENDS.items():
         if activations in backend.activations or backend.trains:
@@ -28,4 +28,4 @@ def choose(device: torch.device | str, dtype: torch.dtype, *, activations: str) 
             if reason is None:
                 return name, (reasons or [""])[0]
             reasons.append(reason)
-    raise AssertionError("the last row serves everything")
+    raise AssertionError("the last row supports everything")

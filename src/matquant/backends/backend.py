@@ -28,15 +28,15 @@ class Matmul(Protocol):
 class Backend:
     """One way to multiply by a nested weight at any width."""
 
-    # nested weight -> what ``matmul`` multiplies by
+    # nested weight -> packed weight for ``matmul``
     pack: Pack
-    # the product with a packed weight; never asked for gradients unless ``trains``
+    # the product with a packed weight; gradients are needed only if ``trains``
     matmul: Matmul
     # why inputs of this dtype on this device are not supported, as half a sentence; None if they are
     why_not: Callable[[torch.device | str, torch.dtype], str | None]
-    # (number of linears, activations) -> what multiplies, in words that are shown once
+    # (number of layers, activations) -> description of the kernels in use, shown once
     describe: Callable[[int, str], str]
-    # the kinds of activations that ``matmul`` knows
+    # the kinds of activations that ``matmul`` supports
     activations: tuple[str, ...]
-    # whether a model keeps ordinary parameters, which a switch of width rewrites, and which can be trained
+    # whether a model keeps ordinary parameters, which can be trained and which a switch of width rewrites
     trains: bool = False

@@ -1,7 +1,7 @@
-"""torch's own product with the slice as an ordinary float weight: any device, any dtype, gradients, no memory saved.
+"""torch's product with the slice as an ordinary float weight: any device, any dtype, gradients, no memory saved.
 
-A model on this backend keeps its linears; their parameters are rewritten when the width changes, which is why it is as
-fast as a float model and can be trained. ``matmul`` makes the weight anew for each call.
+A model on this backend keeps its linear layers and rewrites their parameters when the width changes, so it is as fast
+as a float model and can be trained. ``matmul`` makes the weight again for each call.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ from matquant.core.tensor import NestedTensor
 
 
 def pack(tensor: NestedTensor, /, *, device: torch.device | str) -> NestedTensor:
-    """The same nested tensor with torch tensors on ``device``, copies."""
+    """Copy a nested tensor to torch tensors on ``device``."""
 
     def move(array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.array(array)).to(device)
@@ -31,7 +31,7 @@ def pack(tensor: NestedTensor, /, *, device: torch.device | str) -> NestedTensor
 
 
 def matmul(weight: Any, x: torch.Tensor, /, *, bits: int, activations: str) -> torch.Tensor:
-    """x [..., K] -> [..., N] of its dtype."""
+    """Return x [..., K] -> [..., N] in the dtype of x."""
     return torch.nn.functional.linear(x, weight.read(bits).to(x.dtype))
 
 
@@ -39,7 +39,7 @@ BACKEND = Backend(
     pack=pack,
     matmul=matmul,
     why_not=lambda device, dtype: None,
-    describe=lambda count, activations: f"dense weights for {count} linears",
+    describe=lambda count, activations: f"dense weights for {count} layers",
     activations=("float",),
     trains=True,
 )

@@ -1,7 +1,7 @@
-"""The native kernels: codes in bit planes, a width reads the first planes only. CPU, no gradients.
+"""The native kernels: codes in bit planes, of which a width reads only the first. CPU, no gradients.
 
-torch and the kernels share memory by address, so a call copies nothing that is float32 and contiguous already.
-docs/kernels.md describes the layout and what each width costs.
+torch and the kernels share memory by address, so a call copies nothing that is already float32 and contiguous.
+docs/kernels.md describes the layout and the cost of each width.
 """
 
 from collections.abc import Iterable
@@ -23,13 +23,13 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def pack(tensor: NestedTensor, /, *, device: torch.device | str) -> Any:
-    """The weight as bit planes, straight out of a mapped file."""
+    """Pack the weight into bit planes, straight from a mapped file."""
     return planes.load_weight(tensor)
 
 
 def matmul(weight: Any, x: torch.Tensor, /, *, bits: int, activations: str) -> torch.Tensor:
-    """x [..., K] of one of DTYPES -> float32 [..., N]. The caller has checked device, dtype and K."""
-    values = x.float().contiguous()  # x itself if it is that already
+    """Return x [..., K] of one of DTYPES -> float32 [..., N]. The caller has checked device, dtype and K."""
+    values = x.float().contiguous()  # no copy if x is float32 and contiguous
     y = torch.empty(*x.shape[:-1], weight.planes.rows, dtype=torch.float32, device="cpu")
     planes.matmul_at(
         weight,
@@ -48,15 +48,15 @@ def why_not(device: torch.device | str, dtype: torch.dtype) -> str | None:
     if MISSING:
         return MISSING
     if torch.device(device).type != "cpu":
-        return f"they run on cpu, not on {device}"
+        return f"kernels run on cpu, found {device}"
     if dtype not in DTYPES:
-        return f"they take {_names(DTYPES)}, not {_names([dtype])}"
+        return f"kernels take {_names(DTYPES)}, found {_names([dtype])}"
     return None
 
 
 def describe(count: int, activations: str) -> str:
     """See ``Backend.describe``."""
-    return f"{planes.isa()} kernels for {count} linears, {activations} activations"
+    return f"{planes.isa()} kernels for {count} layers, {activations} activations"
 
 
 def _names(dtypes: Iterable[torch.dtype]) -> str:

@@ -1,14 +1,14 @@
-"""Calibration text that ships with the package, for quantising a model without a text of one's own.
+"""Calibration text that ships with the package, for quantising a model without your own text.
 
-Calibration measures which inputs a layer sees, so the text should look like what the model will be given: modern prose
-and dialogue, some older prose, code, and many languages and scripts. ``text.xz`` holds 404 such documents, 404 kB in
-150 kB compressed: at least 109 windows of 1,024 tokens with a vocabulary of 49,152. The documents are in a fixed random
+Calibration measures the inputs of a layer, so the text should look like the model's later input: modern prose and
+dialogue, some older prose, code, and many languages and scripts. ``text.xz`` holds 404 such documents, 404 kB in 150 kB
+compressed: at least 109 sequences of 1,024 tokens with a vocabulary of 49,152. The documents are in a fixed random
 order that spreads each kind evenly, so that any prefix of a few thousand tokens is mixed too.
 
 Everything is in the public domain or written for this project; ``SOURCES.md`` beside this file lists each part with its
 licence. ``xz -dc text.xz`` gives the plain text, documents separated by ``<|endoftext|>``.
 
-Limits. It covers no domain in depth. For a model that serves one domain, calibrate with text of that domain. The text
+Limits: it covers no domain in depth. For a model that serves one domain, calibrate with text of that domain. The text
 is too short to train on, and much of it is famous, so never measure perplexity on it.
 """
 

@@ -1,4 +1,4 @@
-"""The command line: one file a verb, which parses and prints. What a verb does is in the package it calls."""
+"""The command line: one file per verb, which only parses and prints. The work is in the packages it calls."""
 
 import sys
 
@@ -25,8 +25,8 @@ def main() -> None:
             _fail(short)
         if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported for this
             raise
-        reason = ". ".join(str(error).split(". ")[:2])  # what was asked for; then come pages of advice
-        _fail(f"{reason}; give fewer or shorter sequences at once, or --device cpu")
+        reason = ". ".join(str(error).split(". ")[:2])  # the allocation that failed; pages of advice follow
+        _fail(f"{reason}; use a smaller --batch-size or --seq-len, or --device cpu")
 
 
 def _fail(message: str) -> None:

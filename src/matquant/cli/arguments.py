@@ -19,22 +19,23 @@ Text = Annotated[
         help="UTF-8 text, documents separated by <|endoftext|>; repeat for several files.",
     ),
 ]
-Device = Annotated[str | None, Option(help="cpu or cuda.", show_default="cuda if there is one")]
+Device = Annotated[str | None, Option(help="Device: cpu or cuda.", show_default="cuda if there is one")]
 PlanFile = Annotated[
     Path | None, Option("--plan", metavar="FILE", help="A mixed-precision plan: bits per module path.")
 ]
-Threads = Annotated[int | None, Option(help="CPU threads.", show_default="OMP_NUM_THREADS, else all")]
+Threads = Annotated[int | None, Option(help="Number of CPU threads.", show_default="OMP_NUM_THREADS, else all")]
 Activations = Annotated[str, Option(help="Arithmetic of activations: int8, or float (exact and slow).")]
 CheckHashes = Annotated[
     bool, Option("--check-hashes/--no-check-hashes", help="Check the checkpoint's hashes before reading it.")
 ]
 Mmap = Annotated[
-    bool, Option("--mmap/--no-mmap", help="Map the files, or read them: safe where they may be truncated.")
+    bool,
+    Option("--mmap/--no-mmap", help="Memory-map the files, or read them into memory: safe if they may be truncated."),
 ]
 
 
 def widths(text: str) -> list[int]:
-    """The widths of ``--bits 8,4,2``."""
+    """Parse the widths of ``--bits 8,4,2``."""
     found: list[int] = numbers(text, int, "--bits")
     for width in found:
         check_bits(width)
@@ -42,13 +43,15 @@ def widths(text: str) -> list[int]:
 
 
 def numbers(text: str, kind: type, flag: str) -> list[Any]:
-    """Numbers separated by commas; InputError naming ``flag``."""
+    """Parse numbers separated by commas; InputError naming ``flag``."""
     try:
         return [kind(part) for part in text.split(",")]
     except ValueError:
-        raise InputError(f"{flag} {text!r} is not a list of numbers; give them with commas, such as 8,4,2") from None
+        raise InputError(
+            f"{flag} {text!r} is not a list of numbers; separate them with commas, such as 8,4,2"
+        ) from None
 
 
 def notice(text: str) -> None:
-    """A line for people, on stderr."""
+    """Print a notice on stderr."""
     print(f"note: {text}", file=sys.stderr)

@@ -20,15 +20,15 @@ COMMANDS = {"bench": "bench"}
 def bench(
     directory: Directory,
     bits: Annotated[str, Option(help="Widths to measure.")] = "8,6,4,3,2",
-    tokens: Annotated[int, Option(help="Tokens per sample.")] = 32,
-    rounds: Annotated[int, Option(help="Samples per width, taken in turns.")] = 7,
-    context: Annotated[int, Option(help="Tokens before the first one that is timed.")] = 16,
+    tokens: Annotated[int, Option(help="Tokens decoded per sample.")] = 32,
+    rounds: Annotated[int, Option(help="Samples per width; widths take turns.")] = 7,
+    context: Annotated[int, Option(help="Tokens already in the context when timing starts.")] = 16,
     threads: Threads = None,
     activations: Activations = "int8",
     check_hashes: CheckHashes = True,
     mmap: Mmap = True,
 ) -> None:
-    """Measure tokens per second at every width, against the speed of memory; the last line is JSON."""
+    """Measure tokens per second at every width, and compare with memory bandwidth; the last line is JSON."""
     measured = widths(bits)
     engine = engines.Engine(
         directory,

@@ -29,20 +29,27 @@ def evaluate(
         int | None, Option(help="Sequence length in tokens.", show_default="the model's context")
     ] = None,
     stride: Annotated[
-        int | None, Option(help="Tokens between the starts of two sequences.", show_default="no overlap")
+        int | None, Option(help="Stride in tokens between the starts of two sequences.", show_default="no overlap")
     ] = None,
-    max_tokens: Annotated[int | None, Option(help="Evaluate only the first so many tokens.")] = None,
-    skip_documents: Annotated[int, Option(help="Skip the first so many documents.")] = 0,
+    max_tokens: Annotated[int | None, Option(help="Evaluate at most this many tokens.")] = None,
+    skip_documents: Annotated[int, Option(help="Skip this many documents at the start of the text.")] = 0,
     tasks: Annotated[str | None, Option(metavar="NAMES", help="Zero-shot tasks, such as arc_easy,boolq.")] = None,
     tasks_data: Annotated[
         Path | None,
-        Option(metavar="DIR", help="Folder of the tasks' data, arc_easy.jsonl and so on.", show_default="the hub"),
+        Option(
+            metavar="DIR", help="Directory with the tasks' data (arc_easy.jsonl and so on).", show_default="the hub"
+        ),
     ] = None,
-    limit: Annotated[int | None, Option(help="Evaluate only the first so many questions of a task.")] = None,
-    batch_size: Annotated[int, Option(help="Answers of a task per forward pass.")] = 8,
+    limit: Annotated[int | None, Option(help="Evaluate at most this many questions per task.")] = None,
+    batch_size: Annotated[int, Option(help="Answers per forward pass.")] = 8,
     device: Device = None,
     json_file: Annotated[
-        Path | None, Option("--json", metavar="FILE", help="Also write the record here; finished tasks are kept.")
+        Path | None,
+        Option(
+            "--json",
+            metavar="FILE",
+            help="Also write the record to this file, and reuse the finished tasks that it holds.",
+        ),
     ] = None,
     plot: Annotated[Path | None, Option(metavar="FILE", help="Draw log-perplexity against bits per weight.")] = None,
 ) -> None:

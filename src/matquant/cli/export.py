@@ -18,16 +18,21 @@ COMMANDS = {"export": "export"}
 
 def export(
     directory: Directory,
-    to: Annotated[str | None, Option(help="gguf, mlx, compressed-tensors, gptq, gptq_v2, dense or matquant.")] = None,
+    to: Annotated[
+        str | None, Option(help="Format: gguf, mlx, compressed-tensors, gptq, gptq_v2, dense or matquant.")
+    ] = None,
     out: Annotated[Path | None, Option("--out", "-o", metavar="OUT", help="File or directory to write.")] = None,
     bits: Annotated[int | None, Option(help="Width to export.", show_default="8")] = None,
     plan: PlanFile = None,
     zero_point: Annotated[
-        str, Option(help="exact, or midrange: move zero-points to mid-range for formats that store none.")
+        str, Option(help="Zero-points: exact, or midrange (moved to mid-range, for formats that store none).")
     ] = "exact",
     dtype: Annotated[
         str | None,
-        Option(help="Dense weights (mlx: scales too): float32, bfloat16 or float16.", show_default="the model's"),
+        Option(
+            help="Dtype of dense weights (and of mlx's scales): float32, bfloat16 or float16.",
+            show_default="the model's",
+        ),
     ] = None,
     base_model: Annotated[
         str | None, Option(metavar="ID", help="Hub id of the float model, for the model card.")
@@ -36,11 +41,11 @@ def export(
         Path | None, Option(metavar="FILE", help="A record of matquant eval --json, for the model card.")
     ] = None,
     explain: Annotated[
-        bool, Option("--explain", help="Print what every format makes of every width, and write nothing.")
+        bool, Option("--explain", help="Print how every format would store every width, and write nothing.")
     ] = False,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace OUT.")] = False,
 ) -> None:
-    """Write a slice for llama.cpp, MLX, vLLM, transformers or GPTQModel, exactly or not at all."""
+    """Write a slice for llama.cpp, MLX, vLLM, transformers or GPTQModel, if the format holds it exactly."""
     wanted = Plan.read(plan) if plan is not None else None
     if explain:
         checkpoint = open_checkpoint(directory)
@@ -49,7 +54,7 @@ def export(
         Console().print(explaining.render(table, str(directory)))
         return
     if to is None or out is None:
-        raise InputError(f"export needs a format and a place; give --to {' or '.join(exporting.FORMATS)} and -o OUT")
+        raise InputError(f"export needs --to and -o; give --to {' or '.join(exporting.FORMATS)} and -o OUT")
     with progress.exporting() as report:
         made = exporting.export(
             directory,

@@ -20,27 +20,25 @@ COMMANDS = {"generate": "generate", "chat": "chat"}
 FROM_MODEL = "generation_config.json, else greedy"
 
 Bits = Annotated[int | None, Option(help="Width to decode at.", show_default="--max-bits")]
-MaxBits = Annotated[int, Option(help="Keep in memory only the bits that widths up to this one need.")]
-MaxTokens = Annotated[int, Option(help="New tokens at most.")]
+MaxBits = Annotated[int, Option(help="Widest width to serve; only the bits that it needs are kept in memory.")]
+MaxTokens = Annotated[int, Option(help="Maximum number of new tokens.")]
 Temperature = Annotated[float | None, Option(help="Sampling temperature; 0 is greedy.", show_default=FROM_MODEL)]
 TopK = Annotated[
-    int | None, Option(help="Sample from the k most probable tokens; 0: from all.", show_default="as temperature")
+    int | None, Option(help="Sample from the k most probable tokens; 0 for all.", show_default="as temperature")
 ]
 TopP = Annotated[
     float | None,
     Option(
-        help="Nucleus sampling: the fewest tokens that hold p.",
+        help="Nucleus sampling: the smallest set of tokens whose probabilities add up to p.",
         show_default="as temperature",
     ),
 ]
 MinP = Annotated[
     float | None,
-    Option(help="Skip tokens below p times the largest probability.", show_default="as temperature"),
+    Option(help="Drop tokens less probable than p times the most probable one.", show_default="as temperature"),
 ]
 Seed = Annotated[int | None, Option(help="Random seed for sampling.", show_default="0")]
-Stop = Annotated[
-    list[str] | None, Option(metavar="TEXT", help="Stop at this text, which is not shown; repeat for several.")
-]
+Stop = Annotated[list[str] | None, Option(metavar="TEXT", help="Stop before this text; repeat for several.")]
 
 
 def generate(
@@ -75,7 +73,7 @@ def generate(
             engine=engine,
             **sampling,
         )
-    except KeyboardInterrupt:  # wherever it is
+    except KeyboardInterrupt:  # at any point
         code = INTERRUPTED
     raise typer.Exit(code)
 
@@ -87,7 +85,11 @@ def chat(
     system: Annotated[str, Option(metavar="TEXT", help="System message.")] = "",
     context: Annotated[
         int | None,
-        Option(metavar="N", help="Longest conversation in tokens.", show_default="the model's context, 32768 at most"),
+        Option(
+            metavar="N",
+            help="Maximum length of the conversation in tokens.",
+            show_default="the model's context, 32768 at most",
+        ),
     ] = None,
     max_tokens: MaxTokens = 1024,
     temperature: Temperature = None,
@@ -121,7 +123,7 @@ def chat(
 
 
 def _engine(max_bits: int, threads: int | None, activations: str, check_hashes: bool, mmap: bool) -> dict[str, Any]:
-    """How the engine is opened."""
+    """Return the options that open the engine."""
     return {
         "max_bits": max_bits,
         "threads": threads,
@@ -134,13 +136,13 @@ def _engine(max_bits: int, threads: int | None, activations: str, check_hashes: 
 def _sampling(
     temperature: float | None, top_k: int | None, top_p: float | None, min_p: float | None, seed: int | None
 ) -> dict[str, Any]:
-    """How the next token is chosen."""
+    """Return the sampling options that were given."""
     return {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
 
 
 def read_input() -> str:
-    """Standard input as text; InputError if it is not UTF-8."""
+    """Read standard input as text; InputError if it is not UTF-8."""
     try:
         return sys.stdin.read().removeprefix(MARK)
     except UnicodeDecodeError as error:
-        raise InputError(f"--prompt -: not UTF-8 ({error.reason} at byte {error.start}); convert it") from None
+        raise InputError(f"standard input is not UTF-8 ({error.reason} at byte {error.start}); convert it") from None

@@ -27,15 +27,17 @@ COMMANDS = {"plan": "plan"}
 def plan(
     directory: Directory,
     out: Annotated[
-        Path, Option("--out", "-o", metavar="FILE", help="Plan to write; with --pareto the curves as JSON.")
+        Path, Option("--out", "-o", metavar="FILE", help="Plan file to write; with --pareto, the curves as JSON.")
     ],
-    strategy: Annotated[str, Option(help="search, pyramid, reverse-pyramid, increasing or decreasing.")] = "search",
+    strategy: Annotated[
+        str, Option(help="Strategy: search, pyramid, reverse-pyramid, increasing or decreasing.")
+    ] = "search",
     bits_per_weight: Annotated[
         float | None, Option(metavar="B", help="Budget: bits per quantised weight, all overhead included.")
     ] = None,
-    size: Annotated[str | None, Option(metavar="S", help="Or a budget for the whole model, such as 1.1GB.")] = None,
+    size: Annotated[str | None, Option(metavar="S", help="Budget: size of the whole model, such as 1.1GB.")] = None,
     tokens_per_second: Annotated[
-        float | None, Option(metavar="T", help="Or a decoding speed on this machine, which is measured first.")
+        float | None, Option(metavar="T", help="Budget: decoding speed on this machine, which is measured first.")
     ] = None,
     text: Text = None,
     reference: Annotated[
@@ -45,19 +47,23 @@ def plan(
     widths: Annotated[
         str | None, Option(help="Widths that a plan may use.", show_default="search 2,3,4,6,8, others 2,4,8")
     ] = None,
-    fused: Annotated[bool, Option("--fused/--no-fused", help="Give q, k and v one width, and gate and up one.")] = True,
-    samples: Annotated[int, Option(help="Calibration sequences.")] = 8,
+    fused: Annotated[
+        bool, Option("--fused/--no-fused", help="Give q, k and v the same width, and gate and up the same width.")
+    ] = True,
+    samples: Annotated[int, Option(help="Number of calibration sequences.")] = 8,
     seq_len: Annotated[
         int | None, Option(help="Sequence length in tokens.", show_default="the model's context, 512 at most")
     ] = None,
     seed: Annotated[int, Option(help="Random seed for the choice of sequences.")] = 0,
     device: Device = None,
-    evaluations: Annotated[int, Option(metavar="N", help="Plans that the search measures at most.")] = 100,
+    evaluations: Annotated[int, Option(metavar="N", help="Maximum number of plans that the search measures.")] = 100,
     pareto: Annotated[
         bool, Option("--pareto", help="Instead of one plan, write the Pareto frontier and a picture.")
     ] = False,
-    baselines: Annotated[Path | None, Option(metavar="FILE", help="Points to add to the picture.")] = None,
-    plot: Annotated[Path | None, Option(metavar="FILE", help="The picture.", show_default="-o with .png")] = None,
+    baselines: Annotated[Path | None, Option(metavar="FILE", help="JSON file of points to add to the picture.")] = None,
+    plot: Annotated[
+        Path | None, Option(metavar="FILE", help="File name of the picture.", show_default="-o with .png")
+    ] = None,
 ) -> None:
     """Choose a width for each layer to fit a budget; the last line is JSON."""
     budget = {"bits_per_weight": bits_per_weight, "size": size, "tokens_per_second": tokens_per_second}
@@ -65,11 +71,11 @@ def plan(
     options: dict[str, Any] = {"fused": fused, "evaluations": evaluations, "show": Console().print}
     options |= {"widths": None if widths is None else numbers(widths, int, "--widths")}
     if pareto and (strategy != "search" or any(value is not None for value in budget.values())):
-        raise InputError("--pareto covers all strategies and budgets; leave --strategy and the budget out")
+        raise InputError("--pareto covers all strategies and budgets; drop --strategy and the budget")
     if not pareto and (baselines or plot):
         raise InputError("--baselines and --plot need --pareto")
     if pareto and not text:
-        raise InputError("--pareto measures losses and needs text; give --text FILE")
+        raise InputError("--pareto measures losses, which needs text; give --text FILE")
     if not text:
         print(json_text(run.run(directory, out, **one, **options)))
         return

@@ -1,4 +1,4 @@
-"""``matquant quantize``: its options are those that options/ declares."""
+"""``matquant quantize``, with the options that options/ declares."""
 
 import inspect
 import sys
@@ -47,7 +47,7 @@ def quantize(model: str, out: Path, *, dry_run: bool, **given: Any) -> None:
 
 
 def _signature() -> inspect.Signature:
-    """The parameters of the command: MODEL, OUT, the recipe and the method, and every declared option."""
+    """Return the parameters of the command: MODEL, OUT, the recipe, the method, and every declared option."""
     methods = "; ".join(f"{name}: {method.summary}" for name, method in METHODS.items())
     recipes = "; ".join(f"{name}: {recipe.why}" for name, recipe in RECIPES.items())
     fixed: dict[str, Any] = {
@@ -61,7 +61,9 @@ def _signature() -> inspect.Signature:
         "dry_run": Annotated[
             bool,
             typer.Option(
-                "--dry-run", help="Print what would be done, with time and memory, and stop.", rich_help_panel=BASICS
+                "--dry-run",
+                help="Print the settings, with estimated time and memory, and stop.",
+                rich_help_panel=BASICS,
             ),
         ],
         "method": Annotated[
@@ -81,7 +83,7 @@ def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
 
 
 def _annotation(option: Option, shown: str) -> Any:
-    """How typer reads an option; None stands for one that is not given."""
+    """Return typer's annotation of an option; None means that it was not given."""
     declared = option.declared
     return Annotated[
         _command_line_type(option) | None,
@@ -96,7 +98,7 @@ def _annotation(option: Option, shown: str) -> Any:
 
 
 def _command_line_type(option: Option) -> Any:
-    """A repeated option is a list; what is parsed, and what has several types, arrives as text."""
+    """Return typer's type: a list for repeated options, text for options that we parse or with several types."""
     if option.declared.parse is not None:
         return str
     kinds = [kind for kind in _members(option.type) if kind is not type(None)]
@@ -111,11 +113,13 @@ def _members(kind: Any) -> Sequence[Any]:
 
 @contextmanager
 def _resumable() -> Iterator[None]:
-    """Ctrl-C ends a run with 130 and the way to continue it."""
+    """Exit with code 130 on Ctrl-C, and say how to continue."""
     try:
         yield
     except KeyboardInterrupt:
-        print("interrupted; if it was training, the same command with --resume continues", file=sys.stderr)
+        print(
+            "interrupted; to continue a run that had begun its work, repeat the command with --resume", file=sys.stderr
+        )
         raise typer.Exit(INTERRUPTED) from None
 
 

@@ -28,7 +28,7 @@ def report(
     pareto: Annotated[Path | None, Option(metavar="FILE", help="Curves written by matquant plan --pareto.")] = None,
     sensitivity: Annotated[Path | None, Option(metavar="FILE", help="KL divergence per module path and width.")] = None,
     text: Text = None,
-    max_tokens: Annotated[int | None, Option(help="Evaluate only the first so many tokens of the text.")] = None,
+    max_tokens: Annotated[int | None, Option(help="Evaluate at most this many tokens of the text.")] = None,
     device: Device = None,
 ) -> None:
     """Write one HTML page: sizes, quality, plans and histograms."""

@@ -1,4 +1,4 @@
-"""The verbs of the command line: a table, of which only the one that is used gets imported."""
+"""The verbs of the command line, as a table: only the module of the verb in use is imported."""
 
 import importlib
 from typing import Any
@@ -25,7 +25,7 @@ VERBS = {  # verb -> the module that declares it, its line in --help
 
 
 class Verbs(TyperGroup):
-    """A group whose commands are imported when they are run; listing them needs the table alone."""
+    """A group that imports a command only when it runs; listing commands needs only the table."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         return list(VERBS)
@@ -39,7 +39,7 @@ class Verbs(TyperGroup):
 
 
 def load(verb: str) -> Any:
-    """The click command of a verb."""
+    """Return the click command of a verb."""
     with leave_on_interrupt():
         module = importlib.import_module(f"matquant.cli.{VERBS[verb][0]}")
     single = typer.Typer(add_completion=False, pretty_exceptions_enable=False, context_settings=CONTEXT)
@@ -60,4 +60,4 @@ app = typer.Typer(
 
 @app.callback()
 def _no_options() -> None:
-    """The group itself takes no options."""
+    """Declare that the group itself takes no options."""

@@ -1,1 +1,1 @@
-"""The definition: nested codes, their grids and how they are stored. The same lines run on numpy and torch arrays."""
+"""The definition of nested codes, their grids and their storage. The same code runs on numpy and torch arrays."""

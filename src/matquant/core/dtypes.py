@@ -5,5 +5,6 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-FLOATS: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}  # that exports can write
-ANY_FLOAT = ("F64", *FLOATS)  # that a model may be stored in
+# dtypes that exports can write
+FLOATS: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+ANY_FLOAT = ("F64", *FLOATS)  # dtypes that a model may be stored in

@@ -1,6 +1,6 @@
 """Float weights <-> 8-bit codes: fit a grid, encode, decode, and refit a slice.
 
-A weight row (or group of a row) is stored as codes q with a scale and a zero: w = scale * (q - zero). The grid is
+A weight row (or group of a row) is stored as codes q with a scale and a zero-point: w = scale * (q - zero). The grid is
 min-max (MatQuant Eq. 1), optionally clipped (Eq. 3):
 
     scale = (gamma*max - beta*min) / (2^c - 1),   zero = -beta*min / scale
@@ -10,12 +10,13 @@ Symmetric grids (the default: the file is then a stock int8 file) take max = -mi
 Scales are rounded up to 8 significant bits inside the range of fp16, so that scale * 2^k is the same number in bf16,
 fp16 and fp32 and a slice is bit-exact in every engine.
 
-An r-bit slice may carry a scale and zero of its own, w = scale_r * (code_r - zero_r), fitted to the float weights by
-least squares (``fit_slice``). It costs 4 bytes per group, nothing in a kernel, and takes 20 % off the int2 error of
-untrained Gaussian rows. With zeros "centre" the zero is the middle of the codes, (2^r - 1)/2, and is not stored: 2
-bytes per group, and integers of r + 1 bits hold the slice exactly.
+An r-bit slice may have a per-width scale and zero-point, w = scale_r * (code_r - zero_r), fitted to the float weights
+by least squares (``fit_slice``). They cost 4 bytes per group, nothing in a kernel, and reduce the int2 error of
+untrained Gaussian rows by 20 %. With zeros "centre" the zero-point is fixed at mid-range, (2^r - 1)/2, and not stored:
+2 bytes per group, and integers of r + 1 bits hold the slice exactly.
 
-The lines run on numpy arrays and torch tensors. Shapes: N out features, K in features, G groups of K/G features.
+The code runs on numpy arrays and torch tensors.
+Shapes: N out features, K in features, G groups of K/G features.
 """
 
 import math
@@ -39,7 +40,7 @@ from matquant.system.errors import InputError
 SMALLEST_SCALE = 2.0**-24  # the smallest positive fp16 number
 LARGEST_SCALE = 65280.0  # the largest fp16 number with 8 significant bits
 LARGEST_ZERO = 65504.0  # the largest fp16 number
-GROUP_SIZES = (16, 32, 64, 128, 256)  # what other engines can read
+GROUP_SIZES = (16, 32, 64, 128, 256)  # sizes that other engines can read
 
 
 def check_finite(weight_NK: Any, *, name: str = "weight") -> None:
@@ -48,20 +49,20 @@ def check_finite(weight_NK: Any, *, name: str = "weight") -> None:
     bad = int(xp.sum(xp.astype(~xp.isfinite(weight_NK), xp.int64)))
     if bad:
         raise InputError(
-            f"{name} has {bad} NaN or infinite weights of {math.prod(weight_NK.shape)}; "
-            "repair the tensor or exclude this path"
+            f"{name} has {bad} NaN or infinite weights out of {math.prod(weight_NK.shape)}; "
+            "repair the tensor, or exclude this module path"
         )
 
 
 def check_group_size(in_features: int, group_size: int | None, *, name: str = "weight") -> int:
-    """The group length for a row of ``in_features`` (None: the whole row); ValueError if it does not divide."""
+    """Return the group length of a row (``group_size`` None: the whole row); ValueError if it does not divide."""
     if group_size is None:
         return in_features
     if group_size < 1 or in_features % group_size:
         fits = ", ".join(str(size) for size in GROUP_SIZES if in_features % size == 0) or "channel"
         raise InputError(
             f"group_size={group_size} does not divide in_features={in_features} of {name}; "
-            f"use one of {fits} or exclude this path"
+            f"use one of {fits}, or exclude this module path"
         )
     return group_size
 
@@ -81,9 +82,10 @@ def fit_grid(
     """Fit the min-max grid of Eq. 1, clipped as in Eq. 3, to each group of each row.
 
     weight_NK: floats [N, K], numpy or torch. gamma, beta: clipping factors in (0, 1], scalars or [N, G].
-    symmetric: one range max|w| on both sides, zero at 2^(bits-1). Otherwise, with ``integer_zero``, the range is
-    widened to contain 0 and the zero rounded to an integer; without it, exactly Eq. 1 and Eq. 3 (float32 then loses the
-    half-step guarantee on narrow groups far from 0, and a group whose clipped range is empty takes |max| for it).
+    symmetric: one range max|w| on both sides, zero-point at 2^(bits-1). Otherwise, with ``integer_zero``, the range is
+    widened to contain 0 and the zero-point rounded to an integer; without it, exactly Eq. 1 and Eq. 3 (float32 then
+    loses the half-step guarantee on narrow groups far from 0, and a group whose clipped range is empty uses |max| as
+    its range).
     storable: round scales up to 8 significant bits in the range of fp16. Up, so that no weight is clipped by it.
     Returns (scale_NG, zero_NG), float32. Raises ValueError on NaN or infinite weights and on group sizes that do not
     divide K, both naming ``name``.
@@ -97,7 +99,7 @@ def fit_grid(
     high = xp.astype(gamma * xp.max(grouped, axis=-1), xp.float32)
     low = xp.astype(beta * xp.min(grouped, axis=-1), xp.float32)
     top_code = 2**bits - 1
-    # Each end is divided before they are added: their sum may leave float32.
+    # Divide each end before adding them: their sum may overflow float32.
     if symmetric:
         step = xp.maximum(xp.abs(high), xp.abs(low)) / top_code * 2
     elif integer_zero:
@@ -119,8 +121,8 @@ def fit_grid(
 
 
 def encode(weight_NK: Any, scale_NG: Any, zero_NG: Any, *, bits: int = 8, grid: str = UNIFORM) -> Any:
-    """Codes of weights: clamp(floor(w/scale + zero + 1/2), 0, 2^bits - 1) as uint8 [N, K] (Eq. 1), or, on another grid
-    than the uniform one, the code whose position is nearest to w/scale + zero."""
+    """Encode weights as clamp(floor(w/scale + zero + 1/2), 0, 2^bits - 1), uint8 [N, K] (Eq. 1), or, on a grid that is
+    not uniform, as the code whose position is nearest to w/scale + zero."""
     check_bits(bits)
     xp = array_namespace(weight_NK)
     position = _grouped(xp.astype(weight_NK, xp.float32), scale_NG) / scale_NG[..., None] + zero_NG[..., None]
@@ -128,7 +130,7 @@ def encode(weight_NK: Any, scale_NG: Any, zero_NG: Any, *, bits: int = 8, grid: 
 
 
 def decode(positions_NK: Any, scale_NG: Any, zero_NG: Any) -> Any:
-    """Weights scale * (positions - zero), float32 [N, K], of codes or positions of any numeric dtype."""
+    """Return the weights scale * (positions - zero), float32 [N, K], of codes or positions of any numeric dtype."""
     xp = array_namespace(scale_NG)
     grouped = _grouped(xp.astype(positions_NK, xp.float32), scale_NG)
     return xp.reshape((grouped - zero_NG[..., None]) * scale_NG[..., None], positions_NK.shape)
@@ -146,18 +148,20 @@ def fit_slice(
     storable: bool = True,
     grid: str = UNIFORM,
 ) -> tuple[Any, Any]:
-    """Least-squares scale and zero of one width: min over each group of sum (w - scale_r*(position_r - zero_r))^2.
+    """Fit scale and zero-point of one width: min over each group of sum (w - scale_r*(position_r - zero_r))^2.
 
-    weight_NK: the float weights the codes stand for; codes_NK: their 8-bit codes; scale, zero: the 8-bit grid [N, G].
-    zeros: OWN, or CENTRE for the zero (2^r - 1)/2 and the scale that is best with it. storable: scale_r rounded to 8
-    significant bits in the range of fp16, an own zero_r then refitted and rounded to float16.
+    weight_NK: the float weights; codes_NK: their 8-bit codes; scale, zero: the 8-bit grid [N, G].
+
+    zeros: OWN, or CENTRE for the mid-range zero-point (2^r - 1)/2 and the scale that is best with it. storable: scale_r
+    is rounded to 8 significant bits in the range of fp16; a stored zero_r is then refitted and rounded to float16.
+
     A group whose sliced codes are all equal, or whose best slope is not positive, keeps the default scale of
-    ``slice_affine`` and gets the zero that puts its mean right. Returns (scale_r, zero_r), float32 [N, G].
+    ``slice_affine`` and gets the zero-point that makes its mean exact. Returns (scale_r, zero_r), float32 [N, G].
     """
     xp = array_namespace(weight_NK)
     weight = _grouped(xp.astype(weight_NK, xp.float32), scale)
     code = _grouped(slice_positions(codes_NK, bits, rule=rule, grid=grid), scale)
-    if zeros == CENTRE:  # the means that a zero of its own would have been fitted to
+    if zeros == CENTRE:  # in place of the means that a stored zero-point would be fitted to
         mean_weight, mean_code = xp.zeros_like(scale), xp.full_like(scale, middle(bits))
     else:
         mean_weight, mean_code = xp.mean(weight, axis=-1), xp.mean(code, axis=-1)
@@ -173,7 +177,7 @@ def fit_slice(
     fitted = storable_scale(fitted)
     if zeros == CENTRE:
         return fitted, mean_code
-    # A nearly constant group far from 0 can ask for a zero beyond float16.
+    # A nearly constant group far from 0 can need a zero-point beyond float16.
     holds = xp.abs(mean_code - mean_weight / fitted) < LARGEST_ZERO
     fitted = xp.where(holds, fitted, storable_scale(default))
     zero_r = mean_code - mean_weight / fitted
@@ -195,7 +199,7 @@ def storable_scale(scale: Any, *, up: bool = False) -> Any:
 
 
 def _grouped(values_NK: Any, scale_NG: Any) -> Any:
-    """View [N, K] as [N, G, K/G], G taken from the scale."""
+    """View [N, K] as [N, G, K/G], with G from the scale."""
     xp = array_namespace(values_NK)
     rows, columns = values_NK.shape
     groups = scale_NG.shape[-1]

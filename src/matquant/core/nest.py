@@ -1,38 +1,38 @@
-"""The definition of a nested weight: an 8-bit code, and how it is read at fewer bits.
+"""The definition of a nested weight: an 8-bit code, and how to read it at fewer bits.
 
-A model is stored once, as 8-bit codes q in 0..255. Its r-bit model is made of the r-bit codes that a *rule* slices
-out of them. With d = 2^(8-r):
+A model is stored once, as 8-bit codes q in 0..255. A *rule* slices the r-bit codes of its r-bit model out of them. With
+d = 2^(8-r):
 
     rule       r-bit code                        value on the 8-bit grid    source
     prefix     floor(q / d), the top r bits      code*d + (d-1)/2           ours: exactly nested, bin centres
     round      min(floor(q/d + 1/2), 2^r - 1)    code*d                     MatQuant Eq. 6
     extra      floor(q/d + 1/2)                  code*d                     MatQuant Eq. 8: 2^r + 1 values
 
-Rounding is half up, as the paper's text asks ("the (r+1)th bit decides"); numpy.round and torch.round are half-to-even
+Rounding is half up, as in the paper's text ("the (r+1)th bit decides"); numpy.round and torch.round are half-to-even
 and differ at q = d/2. ``round`` and ``extra`` need bit r+1 of the code, ``prefix`` reads exactly r bits.
 
 A *grid* is the table of positions that the 256 codes stand for, symmetric about its middle; codes are labels in the
-order of their positions. Slices are cut from labels, so a grid decides where the thresholds of a width lie, and the
-position of a slice is the middle of its bin. For rule ``prefix`` only:
+order of their positions. Slices are taken from labels, so the grid sets the thresholds of a width, and the position of
+a slice is the middle of its bin. For rule ``prefix`` only:
 
     grid         position of label q
     uniform      q
     companded    labels about the middle lie 3/4 apart, those in the outer half 5/4: with x = 2 q - 255,
                  floor(128 + sign(x) (3 |x| + 2 max(0, |x| - 128)) / 8), an integer 0..255
 
-Weights have tails. On a uniform grid an int2 threshold is a half of the range: either the grid covers the tails and
-most weights share two of the four bins, or int8 loses its outliers. The companded one puts it at 3/8 for every width,
-which is where the error of int2, int3 and int4 is smallest for groups of 64 real weights (SmolLM2-135M, slopes 1 to
-2.6 tried: docs/concepts.md). Its 8-bit positions are still integers 0..255, so what is stored is an ordinary int8
-tensor; at 2 to 6 bits the positions are 0..11, 27, 59, 123 and 251 in quarters of the distance of two codes
-(``integer_positions``), with steps of 3, 4 across the bend, and 5.
+Weights have tails. On a uniform grid an int2 threshold is at half the range: either the grid covers the tails and most
+weights share two of the four bins, or int8 loses its outliers. The companded grid puts the threshold at 3/8 for every
+width, where the error of int2, int3 and int4 is smallest for groups of 64 real weights (SmolLM2-135M, slopes 1 to 2.6
+tried: docs/concepts.md). Its 8-bit positions are still integers 0..255, so the stored tensor is ordinary int8; at 2 to
+6 bits the positions are 0..11, 27, 59, 123 and 251 in quarters of the distance of two codes (``integer_positions``),
+with steps of 3, 4 across the bend, and 5.
 
-Every half of this arithmetic has a name here and is written nowhere else (tests/test_architecture.py looks for it):
-``middle`` of the codes of a width, ``bin_centre`` of the codes that share a slice, ``centred_codes`` and
+Every one-half in this arithmetic is a named function here and occurs nowhere else (tests/test_architecture.py checks
+that): ``middle`` of the codes of a width, ``bin_centre`` of the codes that share a slice, ``centred_codes`` and
 ``centred_zero`` for codes stored at the centre of their bin, ``round_half_up``.
 
-The same lines run on numpy arrays and on torch tensors. Everything else in the project (training, files, kernels,
-exporters) is tested equal to this file on all 256 codes.
+The same code runs on numpy arrays and on torch tensors. Tests compare everything else in the project (training, files,
+kernels, exporters) with this file on all 256 codes.
 """
 
 import functools
@@ -50,14 +50,14 @@ GRIDS = (UNIFORM, COMPANDED)
 MASTER_BITS = 8
 RESOLUTION = 8  # thresholds between neighbouring positions of a grid are multiples of 1/8 of a code
 OWN, CENTRE = "own", "centre"
-ZEROS = (OWN, CENTRE)  # of slices with a scale of their own: a zero of their own, or the middle of their codes
+ZEROS = (OWN, CENTRE)  # zero-points of slices with a per-width scale: stored, or mid-range
 
 
 def check_bits(bits: int) -> None:
     """Raise ValueError unless ``bits`` is an integer width 1..8."""
     if type(bits) is not int or not 1 <= bits <= MASTER_BITS:
         kind = InputError if type(bits) is int else InputTypeError
-        raise kind(f"bits={bits!r} asked of an 8-bit code; use one of 1, 2, 3, 4, 5, 6, 7, 8")
+        raise kind(f"bits={bits!r} is not a width; use one of 1 to 8")
 
 
 def check_rule(rule: str) -> None:
@@ -111,7 +111,7 @@ def slice_codes(codes: Any, bits: int, *, rule: str = "prefix") -> Any:
     codes: numpy array or torch tensor of any integer dtype and shape, values 0..255.
     Returns r-bit codes of the same kind, dtype and shape: 0..2^r - 1, or 0..2^r under ``extra``. At 8 bits it is
     ``codes`` itself, not a copy.
-    Raises ValueError for a width outside 1..8 or an unknown rule, TypeError for a dtype that cannot hold them.
+    Raises ValueError for a width outside 1..8 or an unknown rule, TypeError for a dtype that cannot hold the codes.
     """
     check_bits(bits)
     check_rule(rule)
@@ -132,7 +132,7 @@ def slice_codes(codes: Any, bits: int, *, rule: str = "prefix") -> Any:
 
 
 def check_grid(grid: str, *, rule: str = "prefix", symmetric: bool = True) -> None:
-    """Raise ValueError unless ``grid`` is one of GRIDS and goes with ``rule`` and the zero in the middle."""
+    """Raise ValueError unless ``grid`` is one of GRIDS and works with ``rule`` and ``symmetric``."""
     if grid not in GRIDS:
         raise InputError(f"grid={grid!r} is not a grid; use one of {', '.join(GRIDS)}")
     for name, found, wanted in (("rule", rule, "prefix"), ("symmetric", symmetric, True)):
@@ -141,15 +141,16 @@ def check_grid(grid: str, *, rule: str = "prefix", symmetric: bool = True) -> No
 
 
 def slice_positions(codes: Any, bits: int, *, rule: str = "prefix", grid: str = UNIFORM) -> Any:
-    """Positions of the ``bits``-bit slice of 8-bit codes, in units of the r-bit code: the code itself if uniform.
+    """Return positions of the ``bits``-bit slice of 8-bit codes, in units of the r-bit code.
 
-    codes as in ``slice_codes``; returns float32 of the same kind and shape. Errors as there, and for other grids.
+    codes: as in ``slice_codes``. Returns float32 of the same kind and shape; the codes themselves on a uniform grid.
+    Raises as ``slice_codes`` does, and for unknown grids.
     """
     return positions(slice_codes(codes, bits, rule=rule), bits, grid=grid)
 
 
 def positions(codes: Any, bits: int, *, grid: str = UNIFORM) -> Any:
-    """Positions of ``bits``-bit codes, float32, in units of the code. Raises ValueError for an unknown grid."""
+    """Return positions of ``bits``-bit codes, float32, in units of the code. Raises ValueError for an unknown grid."""
     check_grid(grid)
     xp = array_namespace(codes)
     if grid == UNIFORM:
@@ -159,9 +160,9 @@ def positions(codes: Any, bits: int, *, grid: str = UNIFORM) -> Any:
 
 
 def nearest_codes(position: Any, bits: int, *, grid: str = UNIFORM) -> Any:
-    """The ``bits``-bit codes whose positions are nearest, the upper one if two are: uint8.
+    """Return the nearest ``bits``-bit codes to positions, uint8; of two equally near the upper one.
 
-    position: floats in units of the code, any shape. Of codes with one position (companded, 8 bits) the lowest.
+    position: floats in units of the code, any shape. Of codes that share a position (companded, 8 bits) the lowest.
     """
     check_bits(bits)
     check_grid(grid)
@@ -174,7 +175,7 @@ def nearest_codes(position: Any, bits: int, *, grid: str = UNIFORM) -> Any:
 
 @functools.cache
 def position_table(bits: int, grid: str) -> np.ndarray:
-    """The position of every ``bits``-bit code, float32 [2^bits], in units of the code; not to be written to."""
+    """Return the position of every ``bits``-bit code, float32 [2^bits], in units of the code; read only."""
     check_bits(bits)
     check_grid(grid)
     codes = np.arange(2**bits, dtype=np.float32)
@@ -193,9 +194,9 @@ def position_table(bits: int, grid: str) -> np.ndarray:
 
 
 def integer_positions(bits: int, grid: str) -> tuple[np.ndarray, float, float]:
-    """Positions as the smallest integers: (uint8 [2^bits], unit, offset), position = unit * integer + offset.
+    """Return positions as the smallest integers: (uint8 [2^bits], unit, offset), position = unit * integer + offset.
 
-    For kernels and formats of other engines. Uniform: the codes, 1.0, 0.0.
+    For kernels and other engines' formats. Uniform: the codes, 1.0, 0.0.
     """
     exact = position_table(bits, grid)
     unit = 1.0 if grid == UNIFORM or bits == MASTER_BITS else 0.5 if bits == MASTER_BITS - 1 else 0.25
@@ -204,18 +205,18 @@ def integer_positions(bits: int, grid: str) -> tuple[np.ndarray, float, float]:
 
 
 def stored_codes(labels: Any, *, grid: str = UNIFORM) -> Any:
-    """The ordinary int8 codes, uint8, that a file stores for 8-bit labels: their positions."""
+    """Return the ordinary int8 codes, uint8, that a file stores for 8-bit labels: their positions."""
     return labels if grid == UNIFORM else _look_up(position_table(MASTER_BITS, grid).astype(np.uint8), labels)
 
 
 def labels_of(stored: Any, *, grid: str = UNIFORM) -> Any:
-    """The labels, uint8, of stored codes: the lowest of those that share a position. Positions that no label has, which
-    no checkpoint of ours holds, give the next label."""
+    """Return the labels, uint8, of stored codes: the lowest of those that share a position. A position without a label,
+    which no checkpoint of ours holds, gives the next label."""
     return stored if grid == UNIFORM else _look_up(_nearest_table(MASTER_BITS, grid)[::RESOLUTION], stored)
 
 
 def _look_up(table: np.ndarray, codes: Any) -> Any:
-    """Entries of a table of 256 for uint8 codes, without a larger copy of these where that can be."""
+    """Look up uint8 codes in a table of 256 entries, if possible without a larger copy of the codes."""
     if isinstance(codes, np.ndarray):
         return table[codes]
     xp = array_namespace(codes)
@@ -224,7 +225,7 @@ def _look_up(table: np.ndarray, codes: Any) -> Any:
 
 @functools.cache
 def _nearest_table(bits: int, grid: str) -> np.ndarray:
-    """The nearest code of each cell of 1/RESOLUTION from 0 on, uint8 [RESOLUTION * 2^bits]."""
+    """Return the nearest code of each cell of 1/RESOLUTION from 0 on, uint8 [RESOLUTION * 2^bits]."""
     table = position_table(bits, grid)
     distinct, first = np.unique(table, return_index=True)
     thresholds = (distinct[1:] + distinct[:-1]) / 2
@@ -233,9 +234,9 @@ def _nearest_table(bits: int, grid: str) -> np.ndarray:
 
 
 def slice_values(codes: Any, bits: int, *, rule: str = "prefix", grid: str = UNIFORM) -> Any:
-    """Positions on the 8-bit grid of the ``bits``-bit slice of 8-bit codes.
+    """Return positions on the 8-bit grid of the ``bits``-bit slice of 8-bit codes.
 
-    codes as in ``slice_codes``; returns float32 of the same kind and shape. Same errors.
+    codes: as in ``slice_codes``. Returns float32 of the same kind and shape. Raises as ``slice_codes`` does.
     """
     check_types(codes=codes)
     step = 2 ** (MASTER_BITS - bits) if type(bits) is int and 1 <= bits <= MASTER_BITS else 1
@@ -244,7 +245,7 @@ def slice_values(codes: Any, bits: int, *, rule: str = "prefix", grid: str = UNI
 
 
 def slice_affine(scale: Any, zero: Any, bits: int, *, rule: str = "prefix") -> tuple[Any, Any]:
-    """The scale and zero of the r-bit codes that stand for the same numbers as the 8-bit ``scale`` and ``zero``.
+    """Return the scale and zero-point of the r-bit codes that follow from the 8-bit ``scale`` and ``zero``.
 
     Returns (scale_r, zero_r), both float, such that scale_r * (code_r - zero_r) = scale * (value_r - zero) for every
     code. Any shapes; arrays, tensors or floats.

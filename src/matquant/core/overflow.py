@@ -1,22 +1,22 @@
-"""Count the bytes that r-bit codes of rule ``extra`` take: 2^r + 1 values, the overflowing ones included.
+"""Count the bytes that r-bit codes of rule ``extra`` take: 2^r + 1 values, including the overflow.
 
-Nothing of ours stores these bytes: a checkpoint holds the 8-bit codes, and a width is counted as it could be stored.
-docs/format.md has that form byte by byte; tests/packing_extra.py writes and reads it, and holds this count to it.
+We never store these bytes: a checkpoint holds the 8-bit codes, and this counts a width as it could be stored.
+docs/format.md specifies that form byte by byte; tests/packing_extra.py writes and reads it, and checks this count.
 
-An r-bit field holds 2^r values; the one more of MatQuant's Eq. 8 lives beside it. The dense part holds
-min(code, 2^r - 1), which is the ``round`` model of Eq. 6; the overflow set says which weights are really 2^r. The
-paper's average bits, r + overflow fraction p (2.05 at int2 in Table 7), charge one bit for each overflowing weight and
-nothing for saying which ones they are. That takes at least H(p) = -p log2 p - (1-p) log2(1-p) bits per weight if they
-lie at random (0.286 at p = 5 %), so no stored int2 model with 5 % overflow is below 2.286 bits.
+An r-bit field holds 2^r values; the additional value of MatQuant's Eq. 8 is stored beside it. The dense part holds
+min(code, 2^r - 1), which is the ``round`` model of Eq. 6; the overflow set lists the weights that are really 2^r. The
+paper's average bits, r + overflow fraction p (2.05 at int2 in Table 7), count one bit for each overflowing weight and
+nothing for its position. Positions take at least H(p) = -p log2 p - (1-p) log2(1-p) bits per weight if they are random
+(0.286 at p = 5 %), so no stored int2 model with 5 % overflow is below 2.286 bits.
 
 The bytes: dense rows, each padded to a whole byte; one byte of parameter b; for each block of 64 rows its number of
 overflowing weights and of unary bytes; then per block the gaps in a Golomb-Rice code (Golomb 1966, Rice 1979). A gap g
 is the number of other weights since the one before in row-major order, or since the start of the block. Its quotient
 floor(g / 2^b) is a unary field (zeros, then a one), its remainder b plain bits. Unary fields and remainders are kept
-apart, so that numpy decodes without a loop over weights. At b = 0 the unary bits are the plain bitmap. b is the same
-for the whole tensor, and the one that makes it shortest.
+apart, so that numpy decodes without a loop over weights. At b = 0 the unary bits are the plain bitmap. One b, the one
+that makes the result shortest, serves the whole tensor.
 
-Bits per weight beside r, table included, overflowing weights drawn at random (tests/test_overflow.py checks them):
+Bits per weight in addition to r, table included, with random overflowing weights (tests/test_overflow.py checks them):
 
     overflow         1.7 %    2.2 %    2.9 %      5 %
     paper's count   0.0170   0.0220   0.0290   0.0500
@@ -28,8 +28,8 @@ Why blocks of 64 rows: a kernel must not decode a whole tensor to reach one row.
 64 / K bits per weight, 0.031 at K = 2048 and 0.25 at K = 256, up to most of what the set itself costs; for 64 rows
 they cost 0.0005 and 0.004. A block starts at a whole byte and needs nothing from the blocks before it.
 
-Limits: the positions are coded as if independent; where overflow comes in clusters less would do, and above half of
-all weights the bitmap's 1 bit is not the least. Cost: on one core the bytes of 10^8 weights are counted in 0.5 s.
+Limits: positions are coded as if independent. Clustered overflow could be stored in less, and above half of all weights
+the bitmap's 1 bit is not the minimum. Cost: one core counts the bytes of 10^8 weights in 0.5 s.
 Shapes: N out features, K in features, B = ceil(N / 64) blocks.
 """
 
@@ -63,12 +63,12 @@ def packed_bytes(codes_NK: NDArray[np.uint8], bits: int) -> int:
 
 
 def _gaps(block: NDArray[np.uint8], bits: int) -> Gaps:
-    """Weights between one overflowing weight of a block and the next, int64 [number of overflowing weights]."""
+    """Return the number of weights between neighbouring overflowing weights of a block, int64 [overflowing weights]."""
     return np.diff(np.flatnonzero(block == 2**bits), prepend=-1) - 1
 
 
 def _lengths(gaps: Gaps) -> Gaps:
-    """Bytes of the unary fields and of the remainders of a block at every parameter, int64 [2, PARAMETERS]."""
+    """Return the bytes of a block's unary fields and remainders at every parameter, int64 [2, PARAMETERS]."""
     quotients = np.zeros(PARAMETERS, np.int64)  # their sum
     for parameter in range(PARAMETERS):
         quotients[parameter] = gaps.sum()
@@ -79,7 +79,7 @@ def _lengths(gaps: Gaps) -> Gaps:
 
 
 def _shortest(lengths: Gaps) -> int:
-    """The smallest parameter of those with the fewest bytes."""
+    """Return the smallest of the parameters with the fewest bytes."""
     return int(lengths.sum(axis=0).argmin())
 
 
@@ -92,24 +92,24 @@ def _dense_bytes(rows: int, columns: int, bits: int) -> int:
 
 
 def _fixed_bytes(rows: int, columns: int, bits: int) -> int:
-    """Bytes that do not depend on the codes: dense part, parameter, table."""
+    """Return the bytes that do not depend on the codes: dense part, parameter, table."""
     return _dense_bytes(rows, columns, bits) + 1 + TABLE_ENTRY * -(-rows // BLOCK_ROWS)
 
 
 def check_size(shape: tuple[int, ...], bits: int) -> None:
     if type(bits) is not int or not 1 <= bits < MASTER_BITS:
-        raise InputError(f"bits={bits!r} asked of extra precision; use one of 1, 2, 3, 4, 5, 6, 7")
+        raise InputError(f"bits={bits!r} is not a width of extra precision; use one of 1 to 7")
     if len(shape) != 2 or min(shape) < 0 or BLOCK_ROWS * shape[1] > LARGEST_BLOCK:
         widest = LARGEST_BLOCK // BLOCK_ROWS
-        raise InputError(f"extra precision asked of codes of shape {shape}; give [N, K] with K up to {widest}")
+        raise InputError(f"extra precision needs codes [N, K] with K up to {widest}, found shape {shape}")
 
 
 def check_codes(codes_NK: NDArray[np.uint8], bits: int) -> None:
     check_size(codes_NK.shape, bits)
     if codes_NK.dtype != np.uint8:
-        raise InputError(f"extra precision asked of codes of dtype {codes_NK.dtype}; give uint8")
+        raise InputError(f"extra precision needs uint8 codes, found {codes_NK.dtype}")
     if codes_NK.size and codes_NK.max() > 2**bits:
         raise InputError(
-            f"extra precision of {bits} bits asked of the code {codes_NK.max()}; "
-            f'give slice_codes(codes, {bits}, rule="extra"), which are 0..{2**bits}'
+            f"extra precision at {bits} bits needs codes 0..{2**bits}, found {codes_NK.max()}; "
+            f'use slice_codes(codes, {bits}, rule="extra")'
         )

@@ -1,4 +1,4 @@
-"""Dense bit packing, lowest bit first: what compressed-tensors, GPTQ, MLX and smaller nested checkpoints store.
+"""Dense bit packing, lowest bit first, as in compressed-tensors, GPTQ, MLX and smaller nested checkpoints.
 
 Code k of a row is the n bits from bit n k of the row on, bit 0 of a byte being the lowest; rows are padded with zero
 bits to whole 32-bit words, little endian.
@@ -9,11 +9,11 @@ import numpy as np
 WORD = 32
 BYTE = 8  # bits of an unpacked code
 LANES = (8, 16, 32)
-CACHED = 2**17  # codes packed at once: with what is made on the way they stay in a second-level cache
+CACHED = 2**17  # codes packed at once: with temporaries they fit the second-level cache
 
 
 def pack(codes_NK: np.ndarray, bits: int) -> np.ndarray:
-    """uint8 codes [N, K] below 2^bits as uint32 words [N, ceil(K * bits / 32)]."""
+    """Pack uint8 codes [N, K] below 2^bits into uint32 words [N, ceil(K * bits / 32)]."""
     rows, columns = codes_NK.shape
     packed = np.empty((rows, words(columns, bits)), dtype="<u4")
     step = max(1, CACHED // columns)
@@ -37,7 +37,7 @@ def _pack(codes_NK: np.ndarray, bits: int) -> np.ndarray:
 
 
 def unpack(words_NW: np.ndarray, bits: int, columns: int) -> np.ndarray:
-    """The uint8 codes [N, columns] inside uint32 words: the reverse of ``pack``."""
+    """Unpack the uint8 codes [N, columns] from uint32 words: the reverse of ``pack``."""
     if bits == BYTE:
         return np.ascontiguousarray(words_NW).view(np.uint8)[:, :columns]
     rows, blocks = len(words_NW), -(-columns // WORD)
@@ -53,11 +53,11 @@ def unpack(words_NW: np.ndarray, bits: int, columns: int) -> np.ndarray:
 
 
 def words(columns: int, bits: int) -> int:
-    """How many 32-bit words a row of ``columns`` codes takes."""
+    """Return the number of 32-bit words that a row of ``columns`` codes takes."""
     return -(-columns * bits // WORD)
 
 
 def _masks(lane: int, width: int, *, upper: int) -> tuple[np.uint64, np.uint64]:
-    """The lowest ``width`` bits of every other lane of ``lane`` bits, and as many bits ``upper`` above them."""
+    """Return masks of the low ``width`` bits of every other lane, and of as many bits ``upper`` above."""
     low = sum(((1 << width) - 1) << shift for shift in range(0, 64, 2 * lane))
     return np.uint64(low), np.uint64(low << upper)

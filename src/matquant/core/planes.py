@@ -1,15 +1,15 @@
 """Bit planes: one copy of the codes in memory, from which the kernels read any width.
 
-The 8-bit codes of a weight are cut into planes of 2, 1, 1, 2 and 2 bits, most significant first, each one contiguous
-stream in huge pages. A product at r bits reads the first planes only, so int2 moves a quarter of the bytes of int8 and
+The 8-bit codes of a weight are split into planes of 2, 1, 1, 2 and 2 bits, most significant first, each a contiguous
+stream in huge pages. A product at r bits reads only the first planes, so int2 moves a quarter of the bytes of int8 and
 switching costs nothing:
 
-    width              1, 2    3    4    5, 6    7, 8        (``round`` and ``extra`` read one bit more than they serve)
+    width              1, 2    3    4    5, 6    7, 8        (``round`` and ``extra`` read one bit more)
     bits per weight    2       3    4    6       8
 
-Planes hold labels whatever the grid; kernels look up what a label stands for (``nest.integer_positions``).
+Planes hold labels on every grid; kernels look up the position of a label (``nest.integer_positions``).
 
-docs/kernels.md describes the layout. The affine of a width, scale_r and zero_r, is applied after the sum over inputs.
+docs/kernels.md describes the layout. The scale and zero-point of a width are applied after the sum over inputs.
 Shapes: N out features, K in features, G groups, T tokens.
 """
 
@@ -27,7 +27,7 @@ from matquant.system.errors import InputError
 from matquant.system.threads import check_threads
 
 ACTIVATIONS = ("int8", "float")
-RESIDENT_BITS = (2, 3, 4, 6, 8)  # what the first one, two, ... planes hold
+RESIDENT_BITS = (2, 3, 4, 6, 8)  # bits in the first one, two, ... planes
 
 Codes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
@@ -44,13 +44,13 @@ class Planes:
 
     @property
     def bytes(self) -> int:
-        """Bytes of memory, affines and padding included."""
+        """Return the bytes of memory, including scales, zero-points and padding."""
         return self.native.bytes
 
 
 @dataclass(frozen=True)
 class Weight:
-    """A nested weight ready to be multiplied by: planes, and the affines of the widths up to ``max_bits``."""
+    """A nested weight ready for products: planes, and the scales and zero-points of the widths up to ``max_bits``."""
 
     planes: Planes
     rule: str
@@ -58,21 +58,21 @@ class Weight:
 
     @property
     def pointer(self) -> int:
-        """Address of the ``matquant::Linear``, valid while this record lives."""
+        """Return the address of the ``matquant::Linear``, valid while this record lives."""
         return self.planes.native.pointer
 
 
 def pack(codes_NK: Codes, *, max_bits: int = MASTER_BITS) -> Planes:
-    """Codes to planes, keeping the planes that hold the top ``max_bits`` bits.
+    """Pack codes into planes, keeping the planes that hold the top ``max_bits`` bits.
 
-    codes_NK: uint8 [N, K]; rows may be apart (a view of a file), columns may not. Read once, straight into planes.
+    codes_NK: uint8 [N, K]; columns must be contiguous, rows need not be (a view of a file). They are read once.
     Raises InputError for other dtypes, shapes and widths.
     """
     return _pack(codes_NK, bits_read(max_bits, rule="prefix"), rule="prefix", group=None, grid=UNIFORM)
 
 
 def unpack(planes: Planes, *, bits: int = MASTER_BITS) -> Codes:
-    """The top ``bits`` bits of the codes, uint8 [N, K]: ``slice_codes(codes, bits, rule="prefix")``.
+    """Return the top ``bits`` bits of the codes, uint8 [N, K]: ``slice_codes(codes, bits, rule="prefix")``.
 
     Raises InputError for widths that are not resident.
     """
@@ -81,7 +81,7 @@ def unpack(planes: Planes, *, bits: int = MASTER_BITS) -> Codes:
 
 
 def bits_read(bits: int, *, rule: str) -> int:
-    """Bits of the code that planes must hold, and a kernel reads, to serve ``bits`` bits under ``rule``."""
+    """Return how many bits of the code planes must hold, and a kernel reads, for ``bits`` bits under ``rule``."""
     check_bits(bits)
     check_rule(rule)
     needed = bits if rule == "prefix" or bits == MASTER_BITS else bits + 1
@@ -89,10 +89,10 @@ def bits_read(bits: int, *, rule: str) -> int:
 
 
 def load_weight(tensor: NestedTensor, *, max_bits: int = MASTER_BITS) -> Weight:
-    """Pack a nested tensor (numpy) with the affines of all widths up to ``max_bits``.
+    """Pack a nested tensor (numpy) with the scales and zero-points of all widths up to ``max_bits``.
 
-    From ``checkpoint.nested(path, mapped=True)`` it is packed straight out of the memory-mapped file. Its scales and
-    zeros take 16 bits each where bfloat16 and float16 hold them exactly, and widths without their own share them.
+    ``checkpoint.nested(path, mapped=True)`` is packed straight from the memory-mapped file. Scales and zero-points take
+    16 bits each where bfloat16 and float16 hold them exactly; widths without per-width ones share the 8-bit grid's.
     Raises InputError as ``pack`` does.
     """
     check_bits(max_bits)
@@ -105,7 +105,7 @@ def load_weight(tensor: NestedTensor, *, max_bits: int = MASTER_BITS) -> Weight:
         values = _add_values(planes.native, tensor.scale, tensor.zero)
         for bits in derived:
             step = 2 ** (MASTER_BITS - bits)
-            centre = bin_centre(bits, rule=tensor.rule)  # what nest.slice_affine does, left to the kernel
+            centre = bin_centre(bits, rule=tensor.rule)  # the kernel does what nest.slice_affine would
             _set_affine(planes.native, bits, values, step, centre, grid=tensor.grid)
     for bits, (scale, zero) in own.items():
         _set_affine(planes.native, bits, _add_values(planes.native, scale, zero), 1, 0.0, grid=tensor.grid)
@@ -113,22 +113,21 @@ def load_weight(tensor: NestedTensor, *, max_bits: int = MASTER_BITS) -> Weight:
 
 
 def matmul(weight: Weight, x_TK: Floats, *, bits: int, activations: str = "int8", threads: int = 0) -> Floats:
-    """x_TK @ W.T with the weights read at ``bits`` bits: float32 [T, N].
+    """Return x_TK @ W.T with the weights read at ``bits`` bits: float32 [T, N].
 
-    x_TK: float32 [T, K]. activations: ``int8`` (per token and 128 inputs, dynamic) or ``float``. threads: 0 for
-    OMP_NUM_THREADS or all cores; they do not change the result, nor do the other tokens or the instruction set.
+    x_TK: float32 [T, K]. activations: ``int8`` (dynamic, per token and 128 inputs) or ``float``. threads: 0 for
+    OMP_NUM_THREADS or all cores. The result does not depend on threads, on the other tokens or on the instruction set.
     Raises InputError for widths that are not resident and for other shapes and dtypes.
     """
     check_bits(bits)
     if bits > weight.max_bits:
-        raise InputError(f"bits={bits} asked of a weight loaded with max_bits={weight.max_bits}; load it with more")
-    if activations not in ACTIVATIONS:
-        raise InputError(f"activations={activations!r} asked; use one of {', '.join(ACTIVATIONS)}")
-    if x_TK.ndim != 2 or x_TK.shape[1] != weight.planes.columns or x_TK.dtype != np.float32:
         raise InputError(
-            f"a product with a weight of {weight.planes.columns} inputs asked of {x_TK.dtype} {list(x_TK.shape)}; "
-            f"give float32 [T, {weight.planes.columns}]"
+            f"bits={bits} exceeds max_bits={weight.max_bits} of this weight; load it with a larger max_bits"
         )
+    if activations not in ACTIVATIONS:
+        raise InputError(f"activations={activations!r} is not known; use one of {', '.join(ACTIVATIONS)}")
+    if x_TK.ndim != 2 or x_TK.shape[1] != weight.planes.columns or x_TK.dtype != np.float32:
+        raise InputError(f"x_TK must be float32 [T, {weight.planes.columns}], found {x_TK.dtype} {list(x_TK.shape)}")
     if threads != 0:
         check_threads(threads)
     kind = ACTIVATIONS.index(activations)
@@ -136,15 +135,15 @@ def matmul(weight: Weight, x_TK: Floats, *, bits: int, activations: str = "int8"
 
 
 def matmul_at(weight: Weight, x: int, y: int, *, tokens: int, bits: int, activations: str, threads: int) -> None:
-    """``matmul`` between addresses: x of float32 [tokens, K], y of float32 [tokens, N], contiguous, on this machine.
+    """Run ``matmul`` between addresses: x float32 [tokens, K], y float32 [tokens, N], contiguous, in this process.
 
-    For tensors of other libraries, a fraction of a microsecond a call. Nothing can be checked: that is the caller's.
+    For other libraries' tensors; a call costs a fraction of a microsecond. The caller must check everything.
     """
     weight.planes.native.matmul_at(x, y, tokens, bits, ACTIVATIONS.index(activations), threads)
 
 
 def isa() -> str:
-    """The instruction set in use: avx512, avx2, neon or scalar, the best of the machine or $MATQUANT_ISA.
+    """Return the instruction set in use: avx512, avx2, neon or scalar, the machine's best or $MATQUANT_ISA.
 
     Raises InputError if MATQUANT_ISA names one that this machine does not have.
     """
@@ -157,7 +156,7 @@ def isa() -> str:
 def _pack(codes_NK: Codes, resident_bits: int, *, rule: str, group: int | None, grid: str) -> Planes:
     isa()
     if codes_NK.ndim != 2 or codes_NK.dtype != np.uint8 or 0 in codes_NK.shape:
-        raise InputError(f"planes asked of {codes_NK.dtype} {list(codes_NK.shape)}; give uint8 codes [N, K]")
+        raise InputError(f"planes need uint8 codes [N, K], found {codes_NK.dtype} {list(codes_NK.shape)}")
     rows, columns = codes_NK.shape
     if columns > 1 and codes_NK.strides[1] != 1:
         codes_NK = np.ascontiguousarray(codes_NK)
@@ -168,12 +167,12 @@ def _pack(codes_NK: Codes, resident_bits: int, *, rule: str, group: int | None, 
 def _check_resident(planes: Planes, bits: int, rule: str) -> None:
     if bits_read(bits, rule=rule) > planes.resident_bits:
         raise InputError(
-            f"bits={bits} asked of planes that hold {planes.resident_bits} bits; pack with a larger max_bits"
+            f"bits={bits} exceeds the {planes.resident_bits} bits of these planes; pack with a larger max_bits"
         )
 
 
 def _set_affine(native: _native.Weight, bits: int, values: int, step: int, centre: float, *, grid: str) -> None:
-    """Scales times ``step`` and zeros less ``centre``, in units of the integers that the kernels multiply by."""
+    """Set scales times ``step`` and zero-points minus ``centre``, in units of the kernels' integers."""
     _, unit, offset = integer_positions(bits, grid)
     native.set_affine(bits, values, step * unit, centre + step * offset)
 

@@ -1,4 +1,4 @@
-"""What reaches disk besides numbers: Spec (how a checkpoint was made and is read) and Plan (bits per path).
+"""The records stored besides numbers: Spec (how a checkpoint was made and is read) and Plan (bits per module path).
 
 Both are frozen, keyword-only, and read from JSON strictly: an unknown key raises and names the nearest known one.
 """
@@ -15,15 +15,15 @@ from matquant.system.arguments import check_given, check_types
 from matquant.system.errors import InputError, InputTypeError
 from matquant.system.files import read_json
 
-FORMAT_VERSION = 4  # the newest read
+FORMAT_VERSION = 4  # the newest that we read
 SINCE = {
     "stored_bits": 2,
     "zeros": 3,
     "grid": 4,
-}  # the format a key came with; a record is written in the oldest that does
+}  # the format that introduced a key; a record is written in the oldest format that holds it
 DAMAGED = "the checkpoint is damaged: write it again"
 SCALE_DTYPES = ("bfloat16", "float32")
-ABOUT = ("strategy", "budget", "bits_per_weight", "bytes", "loss", "log_perplexity")  # of a plan
+ABOUT = ("strategy", "budget", "bits_per_weight", "bytes", "loss", "log_perplexity")  # facts in a plan's "about"
 
 
 def _known_only(record: type, values: Mapping[str, Any], *, where: str, also: Sequence[str] = ()) -> dict[str, Any]:
@@ -32,7 +32,7 @@ def _known_only(record: type, values: Mapping[str, Any], *, where: str, also: Se
         if key not in known:
             nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
             raise InputError(
-                f"{where} has the key {key!r}, which format {values.get('format', 1)} does not; nearest: {nearest!r}"
+                f"{where} has the unknown key {key!r} (format {values.get('format', 1)}); nearest: {nearest!r}"
             )
     return dict(values)
 
@@ -50,7 +50,7 @@ def _is_stored(value: Any) -> bool:
     return all(_is_int(width, 2, MASTER_BITS) for width in widths)
 
 
-# What each key of a record must be: a test and its words.
+# The allowed values of each key of a record: a test and its description.
 _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "rule": (lambda v: isinstance(v, str), "a string"),
     "widths": (_all_ints, "a list of integers"),
@@ -73,7 +73,7 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def check_format(version: Any, *, where: object) -> None:
-    """InputError unless ``version`` is a format this package reads."""
+    """Raise InputError unless ``version`` is a format this package reads."""
     if not _is_int(version, 1, FORMAT_VERSION):
         raise InputError(
             f"{where} is in format {version!r}; this matquant reads formats up to {FORMAT_VERSION}: upgrade matquant"
@@ -84,14 +84,14 @@ def check_format(version: Any, *, where: object) -> None:
 class Spec:
     """How the codes of a checkpoint are read and how they were made: the "matquant" object of config.json.
 
-    rule: slicing rule. widths: the widths trained (any of 1..8 can be read).
-    slices: widths with affines of their own in matquant_slices.safetensors. group_size: None for one group per row.
-    symmetric: the 8-bit zero is 128. scale_dtype: how exactly 8-bit scales are kept (bfloat16: exact in every engine;
-    float32: the formulas to the letter). scope: which linears. method, objective, weights, baseline_bits, steps, seed,
-    data_sha256: how it was made. method: after those of what it started from ("gptq, qat"); the others are the last
-    one's. data_sha256: over the tokens trained on; empty without data. stored_bits: top bits of a code that are stored,
-    the others are 0: of all paths, or of each. zeros: of the widths in ``slices``: "own", or "centre" for (2^r - 1)/2,
-    which is not stored. grid: the positions that codes stand for (nest.GRIDS).
+    rule: slicing rule. widths: the widths trained (any of 1..8 can be read). slices: widths with a per-width scale and
+    zero-point in matquant_slices.safetensors. group_size: None for one group per row. symmetric: the 8-bit zero-point
+    is 128. scale_dtype: dtype of the 8-bit scales (bfloat16: exact in every engine; float32: the exact formulas).
+    scope: which linear layers. method, objective, weights, baseline_bits, steps, seed, data_sha256: how it was made.
+    method: lists the methods of its starting checkpoints too ("gptq, qat"); the other keys are the last method's.
+    data_sha256: over the training tokens; empty without data. stored_bits: number of top bits stored of each code, for
+    all paths or by path; the lower bits are 0. zeros: zero-points of the widths in ``slices``: "own" (stored), or
+    "centre" for mid-range, (2^r - 1)/2, which is not stored. grid: the positions that codes stand for (nest.GRIDS).
     """
 
     rule: str
@@ -126,13 +126,13 @@ class Spec:
 
     @property
     def format(self) -> int:
-        """The version of the file format that this record needs."""
+        """Return the version of the file format that this record needs."""
         given = {"stored_bits": self.stored_bits != MASTER_BITS, "zeros": self.zeros != OWN}
         given["grid"] = self.grid != UNIFORM
         return max([1, *(SINCE[key] for key, is_given in given.items() if is_given)])
 
     def stored(self, path: str) -> int:
-        """How many top bits of the codes at ``path`` are stored."""
+        """Return how many top bits of the codes at ``path`` are stored."""
         return self.stored_bits if isinstance(self.stored_bits, int) else self.stored_bits[path]
 
     def to_json(self) -> dict[str, Any]:
@@ -147,7 +147,7 @@ class Spec:
         version = known.pop("format")
         for key, since in SINCE.items():
             if key in known and version < since:
-                raise InputError(f"{where} has the key {key!r}, which format {version} does not; {DAMAGED}")
+                raise InputError(f"{where} has the key {key!r}, which format {version} does not have; {DAMAGED}")
         for name in ("rule", "widths"):
             if name not in known:
                 raise InputError(f"{where} lacks {name!r}; {DAMAGED}")
@@ -164,9 +164,9 @@ class Spec:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Bits per module path (Mix'n'Match): ``bits[path]``, or ``default`` for paths not listed (None: list them all).
+    """Bits per module path (Mix'n'Match): ``bits[path]``, or ``default`` for other paths (None: list all).
 
-    about: facts of how it was made (ABOUT), for people; nothing depends on them.
+    about: how it was made (keys ABOUT), for people to read only.
     """
 
     default: int | None = MASTER_BITS
@@ -180,7 +180,7 @@ class Plan:
 
     @classmethod
     def over(cls, bits: int, plan: "Mapping[str, int] | Plan | Path | str | None") -> "Plan":
-        """What users ask for: ``bits``, or a plan {path: bits} over them; a Plan or the file of one says it all."""
+        """Build a Plan: a uniform width with optional per-path overrides; a Plan or plan file is used as is."""
         if isinstance(plan, Plan):
             return plan
         if isinstance(plan, (Path, str)):
@@ -190,7 +190,7 @@ class Plan:
         return cls(default=bits, bits=dict(plan or {}))
 
     def resolve(self, paths: Iterable[str]) -> dict[str, int]:
-        """The width of every path; InputError if the plan names a path the model does not have, or misses one."""
+        """Return the width of every path; InputError if the plan names an unknown path or misses one."""
         known = list(paths)
         unknown = [path for path in self.bits if path not in set(known)]
         if unknown:
@@ -207,13 +207,13 @@ class Plan:
         return {path: self.bits.get(path, self.default or MASTER_BITS) for path in known}
 
     def to_json(self) -> dict[str, Any]:
-        """What ``read`` reads; keys that say nothing are left out."""
+        """Return the JSON object that ``read`` reads, without empty keys."""
         values = {"default": self.default, "bits": dict(self.bits), "about": dict(self.about)}
         return {key: value for key, value in values.items() if value not in (None, {})}
 
     @classmethod
     def read(cls, file: Path | str) -> Self:
-        """Read {"default": bits, "bits": {path: bits}, "about": {fact: value}} from a JSON file, any of them absent."""
+        """Read {"default": bits, "bits": {path: bits}, "about": {fact: value}} from a JSON file. All optional."""
         where, give = Path(file), '{"default": 4, "bits": {...}}'
         values = read_json(where, "--plan", give=give, missing='a JSON file {"default": 4, "bits": {path: bits}}')
         if not isinstance(values, dict) or not isinstance(values.get("bits", {}), dict):
@@ -226,8 +226,8 @@ class Plan:
 
 
 def _check_about(about: Any, *, where: Path) -> None:
-    """InputError unless ``about`` is an object of known facts, texts and numbers."""
-    give = f'"about" may have {", ".join(ABOUT)}, texts or numbers'
+    """Raise InputError unless ``about`` is an object of known facts, each a text or a number."""
+    give = f'"about" may hold {", ".join(ABOUT)} as texts or numbers'
     if not isinstance(about, dict):
         raise InputError(f"--plan {where} has about={about!r}, which is not an object; {give}")
     for key, value in about.items():

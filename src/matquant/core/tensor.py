@@ -1,4 +1,4 @@
-"""One nested weight matrix: codes, their grid, and the affines of the widths that have their own.
+"""One nested weight matrix: codes, their grid, and per-width scales and zero-points.
 
 Shapes: N out features, K in features, G groups.
 """
@@ -21,7 +21,7 @@ class NestedTensor:
 
     codes: uint8 [N, K]; scale, zero: float32 [N, G] of the 8-bit grid, w = scale * (position - zero). The position of a
     code is the code itself unless ``grid`` says otherwise (nest.py).
-    slices: width -> (scale_r, zero_r) in units of the r-bit code, for widths with an affine of their own.
+    slices: width -> (scale_r, zero_r) in units of the r-bit code, for widths with a per-width scale and zero-point.
     Arrays are all numpy or all torch.
     """
 
@@ -33,21 +33,21 @@ class NestedTensor:
     grid: str = UNIFORM
 
     def affine(self, bits: int) -> Affine:
-        """(scale_r, zero_r) of the ``bits``-bit slice: its own, or the one that follows from the 8-bit grid."""
+        """Return (scale_r, zero_r) of the ``bits``-bit slice: per-width, or as it follows from the 8-bit grid."""
         if bits in self.slices:
             return self.slices[bits]
         return slice_affine(self.scale, self.zero, bits, rule=self.rule)
 
     def read(self, bits: int = MASTER_BITS) -> Any:
-        """The ``bits``-bit weights, float32 [N, K]: scale_r * (slice_positions(codes) - zero_r)."""
+        """Return the ``bits``-bit weights, float32 [N, K]: scale_r * (slice_positions(codes) - zero_r)."""
         return decode(self.positions(bits), *self.affine(bits))
 
     def positions(self, bits: int) -> Any:
-        """Positions of the ``bits``-bit slice, float32 [N, K], in units of the r-bit code."""
+        """Return positions of the ``bits``-bit slice, float32 [N, K], in units of the r-bit code."""
         return slice_positions(self.codes, bits, rule=self.rule, grid=self.grid)
 
     def overflow(self, bits: int) -> float:
-        """Fraction of weights in the extra bucket 2^r of rule ``extra`` (0.0 for the other rules)."""
+        """Return the fraction of weights in the extra bucket 2^r of rule ``extra`` (0.0 for the other rules)."""
         xp = array_namespace(self.codes)
         over = slice_codes(self.codes, bits, rule=self.rule) >> bits
         return float(xp.mean(xp.astype(over, xp.float32))) if bits < MASTER_BITS else 0.0

@@ -1,4 +1,4 @@
-"""Serving: the native decode step and what surrounds it. numpy and C++, never torch."""
+"""Serving: the native decode step and the code around it, in numpy and C++. Never imports torch."""
 
 from matquant.engine.engine import Engine
 

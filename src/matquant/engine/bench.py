@@ -1,9 +1,9 @@
-"""How fast a checkpoint decodes at each width, against what reading its weights alone would cost.
+"""Measure how fast a checkpoint decodes at each width, compared with the time to read its weights.
 
 A decoded token reads every weight once, so tokens/s times bytes per token cannot exceed the speed at which this machine
 streams memory. That limit is measured in the same run: in every round the widths and the stream take turns, so that a
-change of the machine's load meets all of them. Medians are over rounds in which the process had its cores for
-itself (CPU time at least 97 % of wall time times threads), if there were three.
+change of the machine's load affects all of them. Medians are over rounds in which the process had its cores to itself
+(CPU time at least 97 % of wall time times threads), if there were at least three.
 """
 
 import statistics
@@ -22,12 +22,12 @@ from matquant.system.errors import InputError, check_positive
 STREAM_BYTES = 256 * 2**20  # far above any cache
 CACHED_BYTES = 64 * 10**6  # below this a model's weights may stay in the last-level cache
 UNDISTURBED = 0.97
-LINEARS = ("qkv", "o", "gate_up", "down", "head", "wait")  # threads wait for the longest share of these
+LINEARS = ("qkv", "o", "gate_up", "down", "head", "wait")  # "wait": idle time until the slowest thread is done
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One timed stretch: value (tokens/s or bytes/s) and whether nothing else had the cores."""
+    """One timed interval: value (tokens/s or bytes/s), and whether the process had its cores to itself."""
 
     value: float
     undisturbed: bool
@@ -39,12 +39,14 @@ def bench(
     """Decode ``tokens`` tokens at each width in each round, after ``context`` tokens of prompt.
 
     Returns {"stream_gb_s", "undisturbed", "threads", "isa", "widths": {width: {"tok_s", "mb_per_token", "gb_s",
-    "fraction", "overhead", "parts_us"}}}: fraction is gb_s over stream_gb_s, overhead the share of a step's time that
-    is not spent in linears, parts_us microseconds per token and part of the step.
+    "fraction", "overhead", "parts_us"}}}: fraction is gb_s over stream_gb_s, overhead the share of a step's time
+    outside linear layers, parts_us microseconds per token and part of the step.
     """
     check_positive(tokens=tokens, rounds=rounds, context=context)
     if context + tokens > engine.context:
-        raise InputError(f"{context} + {tokens} tokens in a context of {engine.context}; give fewer")
+        raise InputError(
+            f"--context {context} and --tokens {tokens} exceed the context of {engine.context} tokens; use fewer"
+        )
     session = engine.session(context + tokens)
     prompt = [token % engine.model.architecture.vocab for token in range(1, context + 1)]
     widths = {width: engine.widths(width) for width in bits}
@@ -90,9 +92,9 @@ def bench(
 
 
 def table(record: dict[str, Any], title: str) -> Table:
-    """The record for people."""
+    """Return the record as a table."""
     made = Table(title=title, title_justify="left")
-    for name in ("width", "tokens/s", "MB per token", "GB/s", "of the limit", "outside linears"):
+    for name in ("width", "tokens/s", "MB per token", "GB/s", "of the limit", "other"):
         made.add_column(name, justify="right")
     for width, row in record["widths"].items():
         made.add_row(
@@ -108,13 +110,13 @@ def table(record: dict[str, Any], title: str) -> Table:
         f"{record['undisturbed']:.0%} of the samples undisturbed"
     ]
     if any(row["mb_per_token"] * 1e6 < CACHED_BYTES for row in record["widths"].values()):
-        notes.append("small enough for the last-level cache: the limit, measured in memory, does not bind it")
+        notes.append("the model fits the last-level cache, so it can exceed the limit, which is measured in memory")
     made.caption, made.caption_justify = "\n".join(notes), "left"
     return made
 
 
 def timed(work: Callable[[], object], amount: float, threads: int) -> Sample:
-    """One call of ``work`` as amount per second."""
+    """Time one call of ``work``, as amount per second."""
     wall, cpu = time.perf_counter(), time.process_time()
     work()
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
@@ -122,6 +124,6 @@ def timed(work: Callable[[], object], amount: float, threads: int) -> Sample:
 
 
 def median(samples: Sequence[Sample]) -> float:
-    """Of the undisturbed samples, or of all if those are fewer than three."""
+    """Return the median of the undisturbed samples, or of all if fewer than three are undisturbed."""
     clean = [sample.value for sample in samples if sample.undisturbed]
     return statistics.median(clean if len(clean) >= 3 else [sample.value for sample in samples])

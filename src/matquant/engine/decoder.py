@@ -1,8 +1,8 @@
-"""Where the ids of new tokens come from: one decoder per way of choosing them.
+"""Decoders: each is one way to choose the ids of new tokens.
 
 A decoder yields ids and knows nothing else. Text, stop strings, end-of-sequence tokens, limits and clocks are filters
-around it (``engine.Completion``): whoever has enough of it stops asking. An id costs its step only when the next one is
-asked for, so nothing is computed that nobody reads.
+around it (``engine.Completion``), which stop iterating when they have enough. A step runs only when the next id is
+requested, so no step is wasted.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,19 +14,19 @@ from matquant.engine.sampling import Sampling, choose
 
 
 class Steps(Protocol):
-    """What a decoder asks of a session."""
+    """The part of a session that a decoder uses."""
 
-    capacity: int  # tokens that there is room for
+    capacity: int  # maximum number of tokens
 
     def begin(self, ids: Sequence[int], widths: np.ndarray) -> tuple[int, np.ndarray]:
-        """Read a prompt: the turn, and the logits of the next token."""
+        """Read a prompt; return the turn and the logits of the next token."""
 
     def advance(self, token: int, widths: np.ndarray, *, turn: int) -> np.ndarray:
-        """Append a token: the logits of the next one."""
+        """Append a token; return the logits of the next one."""
 
 
 class Decoder(Protocol):
-    """The seam: ``start`` reads the prompt, iterating yields the ids after it, until the session is full."""
+    """The interface of a decoder: ``start`` reads the prompt, iterating yields new ids until the session is full."""
 
     def start(self) -> None: ...
 
@@ -34,9 +34,9 @@ class Decoder(Protocol):
 
 
 class StepByStep:
-    """One step per token, chosen from its logits: greedy, or drawn as ``sampling`` says.
+    """One step per token: greedy, or sampled as ``sampling`` says.
 
-    widths: of every matrix, as ``Engine.widths`` gives them; uint8.
+    widths: the width of every matrix as ``Engine.widths`` returns them, uint8.
     """
 
     def __init__(self, session: Steps, prompt: Sequence[int], *, widths: np.ndarray, sampling: Sampling) -> None:
@@ -51,7 +51,7 @@ class StepByStep:
         self._started = self._session.begin(self._prompt, self._widths)
 
     def __iter__(self) -> Iterator[int]:
-        """Ids until the session is full. Call ``start`` first."""
+        """Yield ids until the session is full. Call ``start`` first."""
         assert self._started is not None, "start first"
         turn, logits = self._started
         generator = np.random.default_rng(self._sampling.seed)
@@ -59,4 +59,5 @@ class StepByStep:
             token = choose(logits, self._sampling, generator)
             yield token
             logits = self._session.advance(token, self._widths, turn=turn)
-        yield choose(logits, self._sampling, generator)  # which nothing follows: it needs no room
+        # the last token: nothing follows it, so it takes no room in the session
+        yield choose(logits, self._sampling, generator)

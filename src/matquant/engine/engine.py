@@ -1,15 +1,15 @@
-"""The engine: one copy of a nested checkpoint in memory, any number of sessions, any width per call. No torch.
+"""The engine: one copy of a nested checkpoint in memory, any number of sessions, any width per call. Needs no torch.
 
     engine = matquant.Engine("OUT")
     engine.generate("Once upon a time", bits=2)
     engine.score("Once upon a time", bits=8)
 
-A Session has its own key/value cache and workspace; the weights are shared and never copied, so sessions at different
+A Session has its own key/value cache and workspace. The weights are shared and never copied, so sessions at different
 widths can run at once from several threads (a step does not hold the interpreter lock). Results depend neither on the
-number of threads nor on what else runs.
+number of threads nor on other sessions.
 
-Activations: "int8" (dynamic, per token and group of 128 inputs, fp16 cache) or "float" (float32 throughout: the exact
-model that the codes stand for, much slower).
+Activations: "int8" (dynamic, per token and group of 128 inputs, fp16 cache) or "float" (float32 throughout: exactly the
+model that the codes define, much slower).
 """
 
 import contextlib
@@ -40,7 +40,7 @@ from matquant.system.threads import check_threads
 
 CHUNK = 128  # tokens of a prompt per step
 SCORE_VALUES = 2**24  # logits held at once while scoring
-MOST_TOKENS = 2**31 - 2**10  # of a sequence: positions are 32-bit numbers
+MOST_TOKENS = 2**31 - 2**10  # limit of a sequence: positions are 32-bit numbers
 CONTEXT_TAIL = 8  # tokens of the prompt that the text of the first new token may depend on
 
 PlanLike = Plan | Mapping[str, int] | None
@@ -49,9 +49,9 @@ PlanLike = Plan | Mapping[str, int] | None
 class Engine:
     """A nested checkpoint ready to decode.
 
-    path: a checkpoint directory. max_bits: keep only the planes that widths up to this need. threads: None for
-    OMP_NUM_THREADS or all cores this process may use. activations: "int8" or "float". check_hashes, mmap: as
-    ``open_checkpoint``. InputError for what cannot be decoded.
+    path: a checkpoint directory. max_bits: keep only the planes that widths up to this one need. threads: None for
+    OMP_NUM_THREADS or all cores this process may use. activations: "int8" or "float". check_hashes, mmap: as in
+    ``open_checkpoint``. InputError for checkpoints that cannot be decoded.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Engine:
         check_types(path=path, activations=activations, check_hashes=check_hashes, mmap=mmap)
         check_bits(max_bits)
         if activations not in ACTIVATIONS:
-            raise InputError(f"activations={activations!r}; use {' or '.join(ACTIVATIONS)}")
+            raise InputError(f"activations={activations!r} is not known; use {' or '.join(ACTIVATIONS)}")
         threads = check_threads(threads)
         checkpoint = open_checkpoint(path, check_hashes=check_hashes, mmap=mmap)
         self.path = checkpoint.directory
@@ -83,36 +83,36 @@ class Engine:
 
     @property
     def vocabulary(self) -> Vocabulary:
-        """The tokenizer, read when text is first needed."""
+        """Return the tokenizer, read when text is first needed."""
         if self._vocabulary is None:
             self._vocabulary = read_vocabulary(self.path)
         return self._vocabulary
 
     @functools.cached_property
     def ends(self) -> frozenset[int]:
-        """The ids at which a reply ends."""
+        """Return the ids at which a reply ends."""
         return end_ids(self._config, self.generation_config, self.vocabulary)
 
     # ----------------------------------------------------------------------------------------------------- widths
 
     def widths(self, bits: int | None = None, plan: PlanLike = None) -> np.ndarray:
-        """The width of every matrix of a step, uint8: ``bits`` (None: max_bits), or a plan over it."""
+        """Return the width of every matrix of a step, uint8: ``bits`` (None: max_bits), or a plan over it."""
         if not isinstance(plan, Plan):
             check_given(plan=plan)
             plan = Plan(default=self.max_bits if bits is None else bits, bits=dict(plan or {}))
         elif bits is not None:
-            raise InputError(f"bits={bits} and a plan with default {plan.default}; give one of them")
+            raise InputError(f"bits={bits} and a plan with default {plan.default} exclude each other; use one of them")
         resolved = plan.resolve(self.model.weights)
         for path, width in resolved.items():
             if width > self.max_bits:
                 raise InputError(
-                    f"bits={width} asked of an engine with max_bits={self.max_bits}, for {path}; "
-                    "ask for fewer bits, or open it with more"
+                    f"bits={width} for {path} exceeds max_bits={self.max_bits} of this engine; "
+                    "use fewer bits or a larger max_bits"
                 )
         return np.array([resolved.get(path, MASTER_BITS) for path in self.model.paths], dtype=np.uint8)
 
     def session(self, capacity: int | None = None) -> "Session":
-        """An empty sequence with room for ``capacity`` tokens (None: the model's context)."""
+        """Return an empty session with room for ``capacity`` tokens (None: the model's context)."""
         check_given(capacity=capacity)
         if capacity is not None:
             check_positive(capacity=capacity)
@@ -121,7 +121,7 @@ class Engine:
     # ------------------------------------------------------------------------------------------------- generating
 
     def prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
-        """The ids of a prompt; an empty text becomes the beginning-of-sequence token. InputError if it does not fit."""
+        """Return the ids of a prompt; "" becomes the beginning-of-sequence token. InputError if it is too long."""
         check_types(prompt=prompt)
         ids = self.vocabulary.prompt(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
         if not ids:
@@ -133,7 +133,7 @@ class Engine:
         self._check_ids(ids)
         if len(ids) > self.context:
             raise InputError(
-                f"the prompt has {len(ids)} tokens, the context of {self.path} is {self.context}; shorten it"
+                f"the prompt has {len(ids)} tokens, more than the context of {self.path}, {self.context}; shorten it"
             )
         return ids
 
@@ -141,7 +141,7 @@ class Engine:
         check_ids(ids, vocab_size=self.model.architecture.vocab, text_of=self._token_text)
 
     def _token_text(self, token: int) -> str | None:
-        """The text of a token, None if there is no such token or no tokenizer."""
+        """Return the text of a token, None if there is no such token or no tokenizer."""
         if not (self.path / "tokenizer.json").is_file():
             return None
         text: str | None = self.vocabulary.tokenizer.id_to_token(token)
@@ -164,16 +164,18 @@ class Engine:
     ) -> "Completion":
         """Generate text piece by piece, whole characters only: iterate over the result.
 
-        Sampling options left None are those of generation_config.json if it has do_sample, else greedy. Ends at an
-        end-of-sequence token, a stop text (not part of the text), max_tokens or the end of the context. session: one
-        whose cache holds a beginning of the prompt, to be continued.
+        Sampling options that are None come from generation_config.json if it has do_sample, else decoding is greedy.
+        Ends at an end-of-sequence token, a stop text (not part of the text), max_tokens or the end of the context.
+        session: a session to continue, whose cache holds the start of the prompt.
         """
         check_types(max_tokens=max_tokens, stop=stop)
         check_positive(max_tokens=max_tokens)
         given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
         check_given(**given)
         if session is not None and (not isinstance(session, Session) or session.engine is not self):
-            raise InputTypeError(f"session={session!r} is not a session of this engine; give what session() returned")
+            raise InputTypeError(
+                f"session={session!r} is not a session of this engine; use one that session() returned"
+            )
         ids, widths = self.prompt_ids(prompt), self.widths(bits, plan)
         sampling = Sampling.of_model(self.generation_config, **given)
         text = TextStream(self.vocabulary, after=ids[-CONTEXT_TAIL:], stop=stop)
@@ -182,22 +184,21 @@ class Engine:
         return Completion(self, ids, decoder=decoder, text=text, max_tokens=max_tokens)
 
     def generate(self, prompt: str | Sequence[int], **options: Any) -> str:
-        """The text that ``stream`` with the same options gives, at once."""
+        """Return all the text that ``stream`` yields with the same options."""
         return "".join(self.stream(prompt, **options))
 
     # --------------------------------------------------------------------------------------------------- scoring
 
     def score(self, text: str | Sequence[int], *, bits: int | None = None, plan: PlanLike = None) -> np.ndarray:
-        """Log-probabilities (nats, float64) of each token given those before it.
+        """Return the log-probability (nats, float64) of each token given the tokens before it.
 
-        A text is a document: it begins with the beginning-of-sequence token if the tokenizer has one, which is given
-        and not scored. Of n ids the last n - 1 are scored. InputError for less than two ids or more than the context
-        and one.
+        A text is a document: it begins with the beginning-of-sequence token if the tokenizer has one, which is not
+        scored. Of n ids the last n - 1 are scored. InputError for fewer than two ids or more than the context plus one.
         """
         check_types(document=text)
         ids = self.vocabulary.document(text) if isinstance(text, str) else [int(token) for token in text]
         if not 2 <= len(ids) <= self.context + 1:
-            raise InputError(f"{len(ids)} tokens to score; give 2 to {self.context + 1}, the context and one")
+            raise InputError(f"cannot score {len(ids)} tokens; give 2 to {self.context + 1} (the context plus one)")
         self._check_ids(ids)
         widths = self.widths(bits, plan)
         session = self.session(len(ids) - 1)
@@ -214,10 +215,10 @@ class Engine:
 
 
 class Session:
-    """One sequence: the tokens in its cache, and what a step writes.
+    """One sequence: the tokens in its cache, and the workspace of a step.
 
-    It serves one thread, and one completion, at a time: InUseError for a second one. A completion that is left half-way
-    gives way to the next one.
+    It serves one thread, and one completion, at a time: InUseError for a second one. An unfinished completion is
+    abandoned when the next one starts.
     """
 
     def __init__(self, engine: Engine, capacity: int) -> None:
@@ -231,16 +232,16 @@ class Session:
             self._cache = _native.Cache(native, capacity, engine.exact)
             self.workspace = _native.Workspace(native, CHUNK, capacity, engine.threads)
         except MemoryError:
-            raise InputError(f"no memory for a sequence of {capacity} tokens; ask for fewer") from None
+            raise InputError(f"not enough memory for a sequence of {capacity} tokens; use fewer") from None
         self._caches = [self._cache]
         self._logits = self.workspace.logits
         self._lock = threading.Lock()
-        self._turn = 0  # changes whenever somebody else than the completion under way uses the session
+        self._turn = 0  # changes when anyone but the current completion uses the session
 
     def extend(self, ids: Sequence[int], widths: np.ndarray, *, all_logits: bool = False) -> np.ndarray:
         """Append tokens and return the logits after the last one, float32 [vocab], or after each, [tokens, vocab].
 
-        The former are overwritten by the next call.
+        The next call overwrites the logits after the last one.
         """
         check_types(ids=ids, widths=widths, all_logits=all_logits)
         with self._alone():
@@ -249,16 +250,16 @@ class Session:
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
-        """Keeps other threads out; InUseError if one is in."""
+        """Keep other threads out; InUseError if another thread is using the session."""
         if not self._lock.acquire(blocking=False):
-            raise InUseError("this session is in use by another thread; give each thread a session of its engine")
+            raise InUseError("this session is in use by another thread; use one session per thread")
         try:
             yield
         finally:
             self._lock.release()
 
     def begin(self, ids: Sequence[int], widths: np.ndarray) -> tuple[int, np.ndarray]:
-        """Read ``ids`` as far as they are not in the cache: the turn that ``advance`` needs, and the last logits."""
+        """Read the ``ids`` that are not cached yet; return the turn that ``advance`` needs, and the last logits."""
         with self._alone():
             self._turn += 1
             known = self.match(ids)
@@ -266,15 +267,17 @@ class Session:
             return self._turn, self._extend(ids[known:], widths)
 
     def advance(self, token: int, widths: np.ndarray, *, turn: int) -> np.ndarray:
-        """Append a token of the completion that began at ``turn``; InUseError if the session was used since."""
+        """Append a token of the completion that began at ``turn``; InUseError if others used the session since."""
         with self._alone():
             if turn != self._turn:
-                raise InUseError("another completion has used this session; give each of them a session of its own")
+                raise InUseError("another completion has used this session; use one session per completion")
             return self._extend([token], widths)
 
     def _extend(self, ids: Sequence[int], widths: np.ndarray, *, all_logits: bool = False) -> np.ndarray:
         if len(self.ids) + len(ids) > self.capacity:
-            raise InputError(f"{len(self.ids) + len(ids)} tokens in a sequence of {self.capacity}; start a longer one")
+            raise InputError(
+                f"{len(self.ids) + len(ids)} tokens exceed the session's capacity of {self.capacity}; open a larger one"
+            )
         every = np.empty((len(ids), len(self._logits)), dtype=np.float32) if all_logits else None
         for start in range(0, len(ids), CHUNK):
             chunk = list(ids[start : start + CHUNK])
@@ -296,24 +299,26 @@ class Session:
         return self._logits if every is None else every
 
     def rewind(self, length: int) -> None:
-        """Forget the tokens from ``length`` on. InputError unless it is from 0 to the number of tokens."""
+        """Forget the tokens from ``length`` on. InputError unless ``length`` is from 0 to the number of tokens."""
         check_types(length=length)
         with self._alone():
             if not 0 <= length <= len(self.ids):
-                raise InputError(f"length={length} to rewind a session of {len(self.ids)} tokens to; give 0 to that")
+                raise InputError(
+                    f"cannot rewind a session of {len(self.ids)} tokens to length={length}; use 0 to {len(self.ids)}"
+                )
             self._turn += 1
             del self.ids[length:]
 
     def match(self, ids: Sequence[int]) -> int:
-        """How many tokens of ``ids`` are in the cache already, at most all but one."""
+        """Return how many tokens of ``ids`` are in the cache already, at most all but one."""
         same = next((n for n, (a, b) in enumerate(zip(self.ids, ids, strict=False)) if a != b), len(self.ids))
         return min(same, len(ids) - 1, len(self.ids))
 
 
 class Completion:
-    """Text being generated: iterate over its pieces, once. Afterwards ``reason`` says why it ended: "stop" or "length".
+    """Text being generated: iterate over its pieces, once. Afterwards ``reason`` is "stop" or "length".
 
-    ids: the prompt's and the new tokens'. prompt_tokens, tokens: counts. prompt_s, decode_s: seconds.
+    ids: the ids of the prompt and the new tokens. prompt_tokens, tokens: counts. prompt_s, decode_s: seconds.
     """
 
     def __init__(
@@ -329,7 +334,7 @@ class Completion:
 
     def __iter__(self) -> Iterator[str]:
         if self._ended:
-            raise InUseError("this completion has been read to its end; keep its pieces, or call stream again")
+            raise InUseError("this completion has been read already; keep its pieces, or call stream again")
         return self._pieces
 
     def _run(self, engine: Engine, decoder: Decoder, text: TextStream, max_tokens: int) -> Iterator[str]:

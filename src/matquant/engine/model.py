@@ -1,7 +1,7 @@
-"""A nested checkpoint as the native decode step holds it: planes of the quantised weights, the rest as stored.
+"""Load a nested checkpoint for the native decode step: planes of the quantised weights, the rest as stored.
 
-Quantised weights are packed from the memory-mapped file into planes, once; every width is read from these. The other
-matrices that each token reads (head, linears out of scope) are copied into huge pages in the dtype of the file; an
+Quantised weights are packed once from the memory-mapped file into planes, which serve every width. The other matrices
+that each token reads (head, linear layers outside the scope) are copied into huge pages in the file's dtype; an
 embedding that is not also the head stays memory-mapped. Norm weights are small and become float32.
 """
 
@@ -26,9 +26,9 @@ HEAD, NORM = "lm_head", "model.norm"
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """What is loaded. paths: the module path of each matrix, by its native id. weights: the quantised ones of them.
+    """A loaded model. paths: the module path of each matrix, by native id. weights: the quantised matrices.
 
-    group_bytes: of the scale and zero of a group; plain_bytes: of the other matrices that each token reads.
+    group_bytes: bytes of a group's scale and zero-point. plain_bytes: of the other matrices that each token reads.
     """
 
     native: _native.Model
@@ -40,7 +40,7 @@ class Model:
     plain_bytes: int
 
     def bytes_per_token(self, widths: np.ndarray) -> int:
-        """Bytes of weights that decoding one token reads at ``widths`` (one per path)."""
+        """Return the bytes of weights that decoding one token reads at ``widths`` (one per path)."""
         total = self.plain_bytes
         for path, bits in zip(self.paths, widths.tolist(), strict=True):
             if path in self.weights:
@@ -51,7 +51,7 @@ class Model:
 
 
 def load_model(checkpoint: Checkpoint, *, max_bits: int) -> Model:
-    """Build the native model; InputError if the checkpoint is of a family, or has a tensor, that it cannot run."""
+    """Build the native model; InputError if it does not support the checkpoint's family or one of its tensors."""
     where = checkpoint.directory
     check_sizes(checkpoint.config, checkpoint.weight_shapes(), where=where)
     architecture = read_architecture(checkpoint.config, where=where)
@@ -107,7 +107,7 @@ def _fill(
     tensors: Mapping[str, np.ndarray],
     where: Path,
 ) -> None:
-    """Give the native model its layers and ends."""
+    """Add the layers, the embedding, the last norm and the head to the native model."""
 
     def vector(name: str, offset: float = 0.0) -> np.ndarray:
         return np.ascontiguousarray(_tensor(name, tensors, where).astype(np.float32) + np.float32(offset))
@@ -121,7 +121,7 @@ def _fill(
             return _native.nested_matrix(weights[path], weights[path].pointer, bias)
         stored = _tensor(f"{path}.weight", tensors, where)
         data = stored if stored.dtype == np.float32 else stored.view(np.uint16)
-        # Huge pages stream faster than a mapped file, and are worth a copy if a token reads all of it.
+        # Huge pages stream faster than a mapped file, and are worth a copy if every token reads the whole matrix.
         return _native.dense_matrix(data, stored.dtype.name, bias, resident and stored.nbytes >= HUGE_PAGE_BYTES)
 
     for layer in range(architecture.layers):
@@ -146,7 +146,7 @@ def _tensor(name: str, tensors: Mapping[str, np.ndarray], where: Path) -> np.nda
 def _check_names(
     checkpoint: Checkpoint, tensors: Mapping[str, np.ndarray], architecture: Architecture, paths: Sequence[str]
 ) -> None:
-    """InputError if the checkpoint has a tensor that would go unused: then the family is not what it says."""
+    """Raise InputError for an unused tensor: then the checkpoint is not of the family that it claims."""
     prefixes = [f"model.layers.{layer}." for layer in range(architecture.layers)]
     norms = [f"{prefix}{name}" for prefix in prefixes for name in architecture.family.norms.values()]
     known = {f"{path}.weight" for path in (*paths, *norms, EMBEDDING, HEAD, NORM)} | {f"{path}.bias" for path in paths}
@@ -154,19 +154,19 @@ def _check_names(
     if unused:
         kind = checkpoint.config["model_type"]
         raise InputError(
-            f"{checkpoint.directory} has {unused[0]}, which the runtime's {kind} does not; use matquant.load"
+            f"{checkpoint.directory} has {unused[0]}, which the engine's {kind} does not use; use matquant.load"
         )
 
 
 def _plain_tensors(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
-    """Every tensor that is not part of a quantised weight, as a read-only view of its memory-mapped file."""
+    """Return every tensor that is not part of a quantised weight, as a read-only view of its memory-mapped file."""
     tensors = {}
     for name in checkpoint.plain_names():
         stored = checkpoint.stored_dtype(name)
         if stored not in DTYPES:
             raise InputError(
                 f"{name} of {checkpoint.directory} has dtype {stored}; "
-                f"the runtime reads {', '.join(DTYPES)}; store it as one of them"
+                f"the engine reads {', '.join(DTYPES)}; store it as one of these"
             )
         tensors[name] = np.asarray(checkpoint.mapped(name, DTYPES[stored]))
     return tensors

@@ -1,8 +1,8 @@
-"""Logits to the next token: greedy, or drawn from a distribution that temperature, top-k, top-p and min-p shape.
+"""Choose the next token from logits: greedy, or sampled with temperature, top-k, top-p and min-p.
 
-Applied in this order, as transformers does: logits / temperature; the k most probable; of these the smallest set that
-holds probability p; of these the ones at least min_p times as probable as the first. Drawn with one uniform number per
-token from a generator seeded once per call, so the same seed gives the same text.
+The steps are those of transformers, in this order: divide logits by the temperature; keep the k most probable tokens;
+keep the smallest set whose probabilities add up to top_p; drop tokens less probable than min_p times the first. Each
+token takes one uniform number from a generator seeded once per call, so the same seed gives the same text.
 """
 
 import dataclasses
@@ -17,22 +17,23 @@ from matquant.system.arguments import check_types
 from matquant.system.errors import InputError
 
 SMALLEST_TEMPERATURE = float(np.finfo(np.float32).smallest_normal)
-LEVELS = (7.0, 14.0)  # nats below the most probable: most of a large vocabulary is far below, and need not be sorted
+# nats below the most probable token: most of a large vocabulary is further below and need not be sorted
+LEVELS = (7.0, 14.0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How the next token is chosen."""
+    """Sampling options."""
 
-    # what logits are divided by; 0, or too small for float32: greedy, and the rest is not used
+    # divides the logits; 0, or too small for float32: greedy, and the other options are not used
     temperature: float = 0.0
     # keep the k most probable tokens; 0: all
     top_k: int = 0
     # nucleus sampling: keep the smallest set of tokens whose probabilities add up to p; 1: all
     top_p: float = 1.0
-    # keep tokens at least so many times as probable as the first; 0: all
+    # drop tokens less probable than this times the first; 0: keep all
     min_p: float = 0.0
-    # random seed of the call
+    # random seed for sampling
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -50,7 +51,7 @@ class Sampling:
 
     @classmethod
     def of_model(cls, generation: Mapping[str, Any], **given: float | None) -> Self:
-        """What generation_config.json says, greedy unless it has do_sample; then what is ``given`` (None: not)."""
+        """Return the options of generation_config.json (greedy without do_sample), overridden by those ``given``."""
         asked: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
         names = [entry.name for entry in dataclasses.fields(cls) if entry.name not in asked]
         values: dict[str, Any] = {}
@@ -65,7 +66,7 @@ class Sampling:
 
 
 def choose(logits: np.ndarray, sampling: Sampling, generator: np.random.Generator) -> int:
-    """The next token id from logits [vocab], float32. InputError if they are not finite."""
+    """Return the next token id from logits [vocab], float32. InputError if they are not finite."""
     largest = float(logits.max())
     if not math.isfinite(largest):
         raise InputError(
@@ -81,8 +82,8 @@ def choose(logits: np.ndarray, sampling: Sampling, generator: np.random.Generato
 
 
 def distribution(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.ndarray]:
-    """The candidate ids and their probabilities, float64, summing to 1."""
-    with np.errstate(over="ignore"):  # far below the first one is as good as never
+    """Return the candidate ids and their probabilities, float64, summing to 1."""
+    with np.errstate(over="ignore"):  # tokens far below the first underflow to probability 0
         shifted = (logits - logits.max()) / np.float32(sampling.temperature)
     if sampling.top_k == 0 and sampling.top_p == 1 and sampling.min_p == 0:
         weights = np.exp(shifted)
@@ -101,7 +102,7 @@ def distribution(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np
 
 
 def _candidates(shifted: np.ndarray, total: float, sampling: Sampling) -> np.ndarray:
-    """Ids of at least all tokens that will be kept. shifted: nats, 0 for the most probable."""
+    """Return the ids of a superset of the tokens to keep. shifted: nats, 0 for the most probable."""
     for level in LEVELS:
         ids = np.flatnonzero(shifted >= -level)
         if sampling.top_k:

@@ -1,4 +1,4 @@
-"""What ``matquant generate`` and ``matquant chat`` do on a terminal."""
+"""Run ``matquant generate`` and ``matquant chat`` on a terminal."""
 
 import sys
 from collections.abc import Callable
@@ -20,7 +20,7 @@ COMMANDS = "/bits N switches the width, /quit ends"
 def generate(
     directory: Path, prompt: str, *, bits: int | None, plan: Path | None, engine: dict[str, Any], **options: Any
 ) -> int:
-    """Stream the continuation of ``prompt`` to stdout, how fast it went to stderr; returns the exit code."""
+    """Stream the continuation of ``prompt`` to stdout and its speed to stderr; return the exit code."""
     served = _open(directory, bits, plan, engine)
     reply = served.stream(prompt, bits=bits, plan=_read_plan(plan, bits), **options)
     _, code = _show(reply, _width(served, bits, plan))
@@ -38,7 +38,7 @@ def chat(
     read: Callable[[str], str] = input,
     **options: Any,
 ) -> int:
-    """Talk to the model until /quit or the end of the input; returns the exit code."""
+    """Talk to the model until /quit or the end of the input; return the exit code."""
     if context is not None:
         check_positive(context=context)
     renderer.warm()
@@ -72,7 +72,7 @@ def chat(
 
 
 def _open(directory: Path, bits: int | None, plan: Path | None, engine: dict[str, Any]) -> Engine:
-    """The engine, after refusing what needs no model to be refused."""
+    """Check the options that need no model, then return the engine."""
     if bits is not None:
         check_bits(bits)
     _read_plan(plan, bits)
@@ -81,7 +81,7 @@ def _open(directory: Path, bits: int | None, plan: Path | None, engine: dict[str
 
 def _read_plan(file: Path | None, bits: int | None) -> Plan | None:
     if file is not None and bits is not None:
-        raise InputError(f"--bits {bits} and --plan {file}; give one of them")
+        raise InputError(f"--bits {bits} and --plan {file} exclude each other; use one of them")
     return Plan.read(file) if file is not None else None
 
 
@@ -90,10 +90,10 @@ def _width(engine: Engine, bits: int | None, plan: Path | None) -> str:
 
 
 def _command(engine: Engine, text: str) -> int:
-    """The width that /bits N asks for."""
+    """Return the width that /bits N selects."""
     name, _, number = text.partition(" ")
     if name != "/bits" or not number.strip().isdecimal():
-        raise InputError(f"{text!r} is no command; {COMMANDS}")
+        raise InputError(f"{text!r} is not a command; {COMMANDS}")
     bits = int(number)
     check_bits(bits)
     engine.widths(bits)
@@ -101,7 +101,7 @@ def _command(engine: Engine, text: str) -> int:
 
 
 def _show(reply: Completion, width: str) -> tuple[str, int]:
-    """Print a reply as it comes; what was printed of it, and the exit code."""
+    """Print a reply as it comes; return the printed text and the exit code."""
     shown: list[str] = []
     code = 0
     try:

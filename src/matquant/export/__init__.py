@@ -1,7 +1,8 @@
-"""Hand a slice of a nested checkpoint to another engine: exactly, or not at all, with the reason.
+"""Export a slice of a nested checkpoint to another engine: exactly, or rejected with the reason.
 
-FORMATS is the table: one file per format, which ends in an Exporter (job.py), and one line here. docs/extending.md adds
-one; tests/test_contract_formats.py holds every row to the promise above. Nothing here needs torch.
+FORMATS is the table: one file per format, which ends in an Exporter (job.py), and one line here. docs/extending.md
+shows how to add a format; tests/test_contract_formats.py checks the promise above for every row. Nothing here needs
+torch.
 """
 
 import dataclasses
@@ -39,8 +40,8 @@ FORMATS: dict[str, Exporter] = {
     "matquant": nested.EXPORTER,
 }
 DTYPES = {name: short for short, name in dense.NAMES.items()}
-Progress = Callable[[int, int], None]  # bytes written so far, of how many
-SPARE_BYTES = 10**6  # for the files beside the tensors
+Progress = Callable[[int, int], None]  # bytes written so far, total
+SPARE_BYTES = 10**6  # space for the files besides the tensors
 
 
 def export(
@@ -60,13 +61,13 @@ def export(
 ) -> dict[str, Any]:
     """Write the ``bits``-bit slice (or ``plan``) of a nested checkpoint in the format ``to``, a name of FORMATS.
 
-    The weights the engine computes with are those of the slice, after one rounding of scales (and minima) to the
-    format's type; weights whose size no block of the format fits stay dense, with a notice.
+    The engine computes with the weights of the slice, after one rounding of scales (and minima) to the format's type.
+    Weights whose size does not fit the format's blocks stay dense, with a notice.
 
-    zero_point: MIDRANGE moves zero-points to the middle of the codes first, for formats that hold no others. dtype: of
-    dense weights, None: the model's; to mlx of scales and biases too, None: float32. measured: a record of
-    ``matquant eval --json`` for the model card. Returns {"out", "bytes", "seconds", "bits_per_weight",
-    "containers": {name: weights}}. InputError, and nothing written, where a slice does not fit.
+    zero_point: MIDRANGE moves zero-points to mid-range first, for formats that store none. dtype: dtype of dense
+    weights, None: the model's; for mlx also of scales and biases, None: float32. measured: a record of ``matquant eval
+    --json`` for the model card. Returns {"out", "bytes", "seconds", "bits_per_weight", "containers": {name: weights}}.
+    If a slice does not fit, InputError is raised and nothing is written.
     """
     began = time.perf_counter()
     target = check_place(out)
@@ -74,7 +75,7 @@ def export(
         _check_target(target, FORMATS[to], overwrite=overwrite)
     checkpoint = open_checkpoint(directory)
     if bits is not None and plan is not None:
-        raise InputError("bits and a plan cannot be given together; give one of them")
+        raise InputError("bits and a plan exclude each other; use one of them")
     wanted = (plan or Plan(default=bits or MASTER_BITS)).resolve(checkpoint.shapes)
     about = {"base_model": base_model, "measured": _evaluation(measured)}
     job = make_job(checkpoint, to, wanted, zero_point=zero_point, dtype=dtype, about=about)
@@ -89,10 +90,10 @@ def export(
 
 
 def _write(job: Job, target: Path, *, overwrite: bool, report: Progress, notice: Callable[[str], None]) -> int:
-    """Write the export beside ``target`` and put it there when it is whole; returns the bytes of its tensors."""
+    """Write the export beside ``target``, move it into place when complete, and return its tensors' bytes."""
     exporter, checkpoint, done, total = job.exporter, job.checkpoint, 0, 0
     check = functools.partial(_check_target, target, exporter, overwrite=overwrite)
-    check()  # before the lock, for which missing parents are made
+    check()  # before locking, which makes missing parent directories
 
     def written(count: int) -> None:
         nonlocal done
@@ -108,7 +109,9 @@ def _write(job: Job, target: Path, *, overwrite: bool, report: Progress, notice:
         stay = [path for path, container in job.chosen.items() if container is None]
         if stay and exporter.containers(checkpoint, stay[0]):
             name = job.about["format"]
-            notice(f"{len(stay)} weights such as {stay[0]} fit no block of {name} and stay dense ({job.dtype})")
+            notice(
+                f"{len(stay)} weights such as {stay[0]} do not fit the blocks of {name} and stay dense ({job.dtype})"
+            )
         with (
             replace_when_done(target, overwrite=overwrite)
             if exporter.suffix
@@ -127,7 +130,7 @@ def make_job(
     dtype: str | None = None,
     about: Mapping[str, Any] | None = None,
 ) -> Job:
-    """Choose a container for every path of ``plan``; InputError with the reasons where none holds a slice."""
+    """Choose a container for every path of ``plan``; InputError with the reasons if no container holds a slice."""
     exporter = _exporter(to, checkpoint)
     if zero_point not in ZERO_POINTS:
         raise InputError(f"zero_point={zero_point!r} is not supported; use {' or '.join(ZERO_POINTS)}")
@@ -171,7 +174,7 @@ def make_job(
 
 
 def _with_scales(exporter: Exporter, dtype: str) -> Exporter:
-    """The same exporter with scales of ``dtype``."""
+    """Return the same exporter with scales of ``dtype``."""
 
     def containers(checkpoint: Checkpoint, path: str) -> list[Container]:
         return [dataclasses.replace(found, scale=dtype) for found in exporter.containers(checkpoint, path)]
@@ -180,12 +183,12 @@ def _with_scales(exporter: Exporter, dtype: str) -> Exporter:
 
 
 def alternatives(checkpoint: Checkpoint, to: str, path: str, bits: int) -> str:
-    """What to ask for instead, in words: a format that holds the slice, or this one with other bits or zeros."""
+    """Return the alternatives: a format that holds the slice, or this one with other bits or zero-points."""
 
     def takes(exporter: Exporter, width: int, zero_point: str = EXACT) -> bool:
         return not isinstance(exporter.container(checkpoint, path, width, zero_point), list)
 
-    def holds(exporter: Exporter) -> bool:  # not only because the weight's size makes it dense
+    def holds(exporter: Exporter) -> bool:  # formats that would make it dense for its size do not count
         found = exporter.container(checkpoint, path, bits, EXACT)
         return isinstance(found, Container) or (found is None and not exporter.containers(checkpoint, path))
 
@@ -194,11 +197,11 @@ def alternatives(checkpoint: Checkpoint, to: str, path: str, bits: int) -> str:
     widths = [width for width in nearest if takes(exporter, width)]
     formats = [name for name, found in FORMATS.items() if _reads(found, checkpoint) and holds(found)]
     centre = checkpoint.spec.symmetric and takes(exporter, bits, MIDRANGE)
-    return "give " + ", or ".join(
+    return "use " + ", or ".join(
         [
             *([f"--to {' or '.join(formats)}"] if formats else []),
             *([f"--bits {widths[0]}"] if widths else []),
-            *(["--zero-point midrange, which moves the zeros of the slice"] if centre else []),
+            *(["--zero-point midrange, which moves the slice's zero-points"] if centre else []),
         ]
     )
 
@@ -210,7 +213,7 @@ def _exporter(to: str, checkpoint: Checkpoint) -> Exporter:
     if not _reads(found, checkpoint):
         every = [name for name, exporter in FORMATS.items() if exporter.families is None]
         works = ", ".join(found.families or ())
-        raise InputError(f"--to {to} does not support {family} models, only {works}; give --to {' or '.join(every)}")
+        raise InputError(f"--to {to} does not support {family} models, only {works}; use --to {' or '.join(every)}")
     return found
 
 
@@ -222,11 +225,11 @@ def _check_target(target: Path, exporter: Exporter, *, overwrite: bool) -> None:
     if not exporter.suffix:
         check_replaceable(target, RECORD, "an export of matquant", overwrite=overwrite)
     elif target.is_dir():
-        raise InputError(f"{target} is a directory, a file is written; give -o NAME{exporter.suffix}")
+        raise InputError(f"{target} is a directory, but this format is a file; use -o NAME{exporter.suffix}")
     elif target.exists() and not overwrite:
-        raise InputError(f"{target} exists; give another -o, or --overwrite to replace it")
+        raise InputError(f"{target} exists; use another -o, or --overwrite to replace it")
     elif not target.parent.is_dir():
-        raise InputError(f"{target.parent} is no directory; make it, or give another -o")
+        raise InputError(f"{target.parent} is not a directory; create it, or use another -o")
 
 
 def _evaluation(file: Path | None) -> dict[str, Any] | None:

@@ -1,9 +1,9 @@
 """GGUF's block types: integers and their scale, as llama.cpp stores them.
 
 Source: ggml-common.h and ggml-quants.c of llama.cpp. A block is 32 or 256 neighbouring in features of a row, and a
-group is made of whole blocks. Types with a K cut their 256 into sub-blocks with small integer scales of their own; ours
-are all one, because our scale is the same throughout. In ggml's terms w = d * (u - 2^(n-1)), or w = d * u + m, which
-types with a K store as w = d * u - dmin.
+group is made of whole blocks. K types split their 256 features into sub-blocks with small integer scales; we set them
+all to one, because our scale is the same in the whole block. In ggml's terms w = d * (u - 2^(n-1)), or w = d * u + m,
+which K types store as w = d * u - dmin.
 
 u: the integers 0..2^n - 1 of a container (containers.py), uint8. B blocks.
 """
@@ -15,7 +15,7 @@ import numpy as np
 
 from matquant.export.containers import FIXED, MINIMUM, Container, Encoded
 
-CHUNK = 2**19  # codes packed at a time: they and their blocks stay in cache
+CHUNK = 2**19  # codes packed at once: they and their blocks fit the cache
 HALF = "<f2"
 SMALL, LARGE = 32, 256
 NEGATIVE = "dmin"
@@ -32,7 +32,7 @@ LAYOUTS: dict[str, np.dtype[Any]] = {
     "Q5_1": np.dtype([("d", HALF), ("m", HALF), ("qh", "u1", 4), ("qs", "u1", 16)]),
     "Q6_K": np.dtype([("ql", "u1", 128), ("qh", "u1", 64), ("scales", "u1", 16), ("d", HALF)]),
     "Q8_0": np.dtype([("d", HALF), ("qs", "u1", 32)]),
-}  # smallest first by bits per weight, of two equal ones that with the fixed zero
+}  # smallest bits per weight first; of two equal types the one with the fixed zero-point
 
 
 def _container(name: str) -> Container:
@@ -47,12 +47,12 @@ CONTAINERS = tuple(_container(name) for name in LAYOUTS)
 
 
 def row_bytes(container: Container, columns: int) -> int:
-    """Bytes of a row of ``columns`` integers."""
+    """Return the bytes of a row of ``columns`` integers."""
     return columns // container.block * LAYOUTS[container.name].itemsize
 
 
 def pack_blocks(container: Container, encoded: Encoded) -> np.ndarray:
-    """The blocks of a weight [N, K] as llama.cpp stores them, uint8 [N, ``row_bytes``]."""
+    """Pack a weight [N, K] into blocks as llama.cpp stores them, uint8 [N, ``row_bytes``]."""
     rows, columns = encoded.codes.shape
     layout, per_row = LAYOUTS[container.name], columns // container.block
     blocks = np.empty((rows, per_row), dtype=layout)
@@ -71,7 +71,7 @@ def pack_blocks(container: Container, encoded: Encoded) -> np.ndarray:
 
 
 def _together(codes: np.ndarray, shifts: Sequence[int]) -> np.ndarray:
-    """The second last axis of ``codes`` in one byte: entry i moved up by shifts[i] bits."""
+    """Combine the second last axis of ``codes`` into one byte: entry i is shifted left by shifts[i] bits."""
     found = codes[..., 0, :].copy()
     for index, shift in enumerate(shifts[1:], start=1):
         found |= codes[..., index, :] << np.uint8(shift)
@@ -79,17 +79,17 @@ def _together(codes: np.ndarray, shifts: Sequence[int]) -> np.ndarray:
 
 
 def _nibbles(codes: np.ndarray, width: int) -> np.ndarray:
-    """Two neighbouring stretches of ``width`` codes below 16 in one stretch of bytes."""
+    """Pack two neighbouring runs of ``width`` codes below 16 into one run of bytes."""
     return _together(codes.reshape(len(codes), -1, 2, width), (0, 4)).reshape(len(codes), -1)
 
 
 def _pairs(codes: np.ndarray) -> np.ndarray:
-    """Four stretches of 32 codes below 4 in one stretch of bytes."""
+    """Pack four runs of 32 codes below 4 into one run of bytes."""
     return _together(codes.reshape(len(codes), -1, 4, 32), (0, 2, 4, 6)).reshape(len(codes), -1)
 
 
 def _single(codes: np.ndarray) -> np.ndarray:
-    """Eight stretches of 32 codes below 2 in one stretch of bytes."""
+    """Pack eight runs of 32 codes below 2 into one run of bytes."""
     return _together(codes.reshape(len(codes), 8, 32), range(8))
 
 
@@ -116,7 +116,7 @@ def _q2_k(codes: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _q3_k(codes: np.ndarray) -> dict[str, np.ndarray]:
-    # sub-scales are stored plus 32: of 33 the lower four bits in 8 bytes, the upper two in 4
+    # sub-scales are stored plus 32: the lower four bits of 33 in 8 bytes, the upper two in 4
     return {
         "qs": _pairs(_low(codes, 2)),
         "hmask": _single(_high(codes, 2)),
@@ -125,7 +125,7 @@ def _q3_k(codes: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _k_scales(codes: np.ndarray) -> np.ndarray:
-    # four sub-scales in 6 bits each, their minima alike, then the lower nibbles of the other four scales and minima
+    # four sub-scales of 6 bits, four minima of 6 bits, then the lower nibbles of the other four scales and minima
     return _constant(codes, [1] * 8 + [ONES] * 4)
 
 

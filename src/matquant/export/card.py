@@ -1,4 +1,4 @@
-"""What travels with an export for people and for tools: a record of how it was made, and a model card."""
+"""The record and the model card of an export."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ RECORD = "matquant_export.json"
 
 
 def record(job: Job) -> dict[str, Any]:
-    """Where an export comes from and what became of every path, as JSON."""
+    """Return how an export was made and the container of every path, as JSON values."""
     return {
         "checkpoint": manifest_sha256(job.checkpoint.directory),
         "format": job.about["format"],
@@ -26,7 +26,7 @@ def record(job: Job) -> dict[str, Any]:
 
 
 def model_card(job: Job) -> str:
-    """README.md: front matter for hubs, the recipe, what it costs and what was measured."""
+    """Return README.md: front matter for hubs, the recipe, sizes and measurements."""
     environment = Environment(loader=PackageLoader("matquant", "export"), undefined=StrictUndefined, trim_blocks=True)
     return environment.get_template("card.md.jinja").render(
         spec=job.checkpoint.spec,
@@ -43,7 +43,7 @@ def model_card(job: Job) -> str:
 
 
 def _measured(evaluation: Mapping[str, Any] | None) -> list[tuple[str, float, float | None, float | None]]:
-    """(width, bits per weight, log-perplexity, task average) of every width of a record of ``matquant eval --json``."""
+    """Return (width, bits per weight, log-perplexity, task average) for every width in an evaluation record."""
     if evaluation is None:
         return []
     losses, averages = evaluation.get("log_perplexity", {}), evaluation.get("task_average", {})

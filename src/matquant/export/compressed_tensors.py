@@ -1,7 +1,7 @@
 """compressed-tensors, ``pack-quantized``: a directory that stock transformers and vLLM load.
 
 Source: compressed-tensors 0.20 (pack_to_int32): integers of n bits plus 2^(n-1), lowest bits first along in features;
-zero points packed the same way along out features. One config group for each container in use.
+zero-points are packed the same way along out features. Every container in use gets one config group.
 """
 
 from collections.abc import Iterable, Sequence
@@ -22,14 +22,14 @@ from matquant.system.errors import InputError
 
 
 def containers(checkpoint: Checkpoint, path: str) -> list[Container]:
-    """1 to 8 bits, with the zero in the middle, or with integer zeros if the checkpoint is asymmetric."""
+    """Return containers of 1 to 8 bits, with integer zero-points if the checkpoint is asymmetric, else fixed ones."""
     name, zero = ("int", FIXED) if checkpoint.spec.symmetric else ("uint", INTEGER)
     scale = checkpoint.stored_dtype(f"{path}.weight_scale")
     return [Container(name=f"{name}{bits}", bits=bits, zero=zero, scale=scale) for bits in range(1, 9)]
 
 
 def slots(path: str, container: Container, shape: tuple[int, int], groups: int) -> tuple[Slot, ...]:
-    """The tensors of one weight [N, K]."""
+    """Return the tensors of one weight [N, K]."""
     rows, columns = shape
     found: tuple[Slot, ...] = (
         Slot(f"{path}.weight_packed", "I32", (rows, words(columns, container.bits))),
@@ -42,7 +42,7 @@ def slots(path: str, container: Container, shape: tuple[int, int], groups: int) 
 
 
 def tensors(container: Container, encoded: Encoded) -> Sequence[np.ndarray]:
-    """The arrays of ``slots``."""
+    """Return the arrays of ``slots``."""
     found = [
         pack(encoded.codes, container.bits).view(np.int32),
         encoded.fit.scale.astype(FLOATS[container.scale]),
@@ -54,25 +54,25 @@ def tensors(container: Container, encoded: Encoded) -> Sequence[np.ndarray]:
 
 
 def check(job: Job) -> None:
-    """InputError for containers that transformers does not read together."""
+    """Raise InputError for containers that transformers does not read together."""
     kinds = job.held()
     names = ", ".join(kind.name for kind in _by_width(kinds.values()))
     if _asymmetric(job) and len(set(kinds.values())) > 1:
         raise InputError(
-            f"--to compressed-tensors does not support {names} together: transformers reads zero-points only where all "
-            "linear layers have one type; use one width, or --to mlx or dense"
+            f"--to compressed-tensors does not support {names} together: transformers reads zero-points only if all "
+            "layers have one type; use one width, or --to mlx or dense"
         )
     experts = {kind for path, kind in kinds.items() if ".experts." in path}
     if len(experts) > 1:
         names = ", ".join(kind.name for kind in _by_width(experts))
         raise InputError(
             f"--to compressed-tensors does not support experts in {names}: "
-            "transformers fuses them and reads one type for all; use one width for all experts, or --to dense"
+            "transformers fuses experts and reads one type for all; use one width for all experts, or --to dense"
         )
 
 
 def config(job: Job) -> dict[str, Any]:
-    """config.json with one config group for every container in use."""
+    """Return config.json with one config group for every container in use."""
     checkpoint, chosen = job.checkpoint, job.held()
     groups = {
         (kind.bits, kind.zero == FIXED): [path for path, container in chosen.items() if container == kind]
@@ -80,7 +80,7 @@ def config(job: Job) -> dict[str, Any]:
     }
     quantization = stock_config(groups, group_size=checkpoint.spec.group_size, ignore=checkpoint.ignore)
     if _asymmetric(job):
-        quantization["dequantize"] = True  # without it transformers 5.23 mis-shapes packed zero points
+        quantization["dequantize"] = True  # without it transformers 5.23 gives packed zero-points wrong shapes
     return {**checkpoint.config, "quantization_config": quantization}
 
 

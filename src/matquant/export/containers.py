@@ -1,16 +1,17 @@
-"""Which integer type of a foreign format holds a slice exactly, and as which integers.
+"""Find an integer type of another format that holds a slice exactly, and the integers to store.
 
-A slice is w = scale * (c - zero) with codes c in 0..levels - 1. Foreign formats store integers u of n bits and mean
+A slice is w = scale * (c - zero) with codes c in 0..levels - 1. Other formats store integers u of n bits that stand for
 
     fixed      w = d * (u - 2^(n-1))
     integer    w = d * (u - o), o an integer 0..2^n - 1 stored per group
     minimum    w = d * u + m, m a float stored per group
 
-Positions on a companded grid are first written as integers p in quarters of a code (nest.integer_positions), which take
-p for c, scale / 4 for scale and 4 zero - 1/2 for zero: int2 is then 0..11 and needs 4 bits, int3 5, int4 6, int6 8.
-``minimum`` holds every slice of at most 2^n levels: u = c, d = scale, m = -scale * zero. The others hold it where zero
-is a multiple of 1/2: with f the 1 or 2 that makes f * zero an integer, u = f * c + shift and d = scale / f. Nothing is
-rounded but d and m, once, to the type the format stores them in. What does not fit is rejected with the reason.
+Positions on a companded grid are first written as integers p in quarters of a code (nest.integer_positions), with p for
+c, scale / 4 for scale and 4 zero - 1/2 for zero: int2 is then 0..11 and needs 4 bits, int3 5, int4 6, int6 8.
+``minimum`` holds every slice of at most 2^n levels: u = c, d = scale, m = -scale * zero. The others hold a slice if
+zero is a multiple of 1/2: with f = 1 or 2 such that f * zero is an integer, u = f * c + shift and d = scale / f. Only d
+and m are rounded, once, to the type in which the format stores them. Slices that do not fit are rejected with the
+reason.
 
 N out features, K in features, G groups (K / G neighbouring in features of a row share a scale).
 """
@@ -35,12 +36,12 @@ STEPS = {"F32": 2.0**-24, "F16": 2.0**-11, "BF16": 2.0**-8}  # relative error of
 class Container:
     """An integer type of a format."""
 
-    name: str  # what people know it by
+    name: str  # its common name
     bits: int  # n
     zero: str  # FIXED, INTEGER or MINIMUM, as above
     block: int = 1  # neighbouring in features that share a scale; a group must be made of whole blocks
     scale: str = "F16"  # dtype in which d and m are stored, as safetensors names it
-    rows: int = 1  # what the number of out features must be a multiple of
+    rows: int = 1  # the number of out features must be a multiple of this
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,20 +54,20 @@ class Fit:
     offset: np.ndarray = field(repr=False)  # float32 [N, G]; 2^(n-1) everywhere if fixed
 
     def minimum(self) -> np.ndarray:
-        """m of w = d * u + m, float32 [N, G]."""
+        """Return m of w = d * u + m, float32 [N, G]."""
         found: np.ndarray = -self.scale * self.offset
         return found
 
 
 @dataclass(frozen=True, kw_only=True)
 class Encoded:
-    """A weight as a container holds it."""
+    """A weight as stored in a container."""
 
     codes: np.ndarray  # the integers u, uint8 [N, K]
     fit: Fit  # their scale and offset
 
     def reordered(self, rows: np.ndarray | None) -> "Encoded":
-        """The same with its rows in the order ``rows``; itself if None."""
+        """Return the weight with its rows in the order ``rows``; itself if None."""
         if rows is None:
             return self
         parts = {name: getattr(self.fit, name)[rows] for name in ("factor", "shift", "scale", "offset")}
@@ -78,17 +79,17 @@ class Misfit:
     """Why a container does not hold a slice."""
 
     reason: str  # in words
-    blocked: bool = False  # whether it is for the weight's size only
+    blocked: bool = False  # whether only the weight's size is the reason
     small: bool = False  # whether the container has too few integers
 
 
 def largest_block(sizes: Sequence[int], group: int) -> int:
-    """The first of ``sizes``, largest first, of which a group of in features is made; the last if none fits."""
+    """Return the first of ``sizes`` (largest first) that divides a group of in features; the last if none does."""
     return next((size for size in sizes if group % size == 0), sizes[-1])
 
 
 def levels(bits: int, rule: str, grid: str = UNIFORM) -> int:
-    """How many integers the positions of a slice span.
+    """Return how many integers the positions of a slice span.
 
     2^r, or 2^r + 1 under rule ``extra`` below 8 bits, or more on a grid whose positions are not evenly spaced.
     """
@@ -98,12 +99,12 @@ def levels(bits: int, rule: str, grid: str = UNIFORM) -> int:
 
 
 def fit(container: Container, tensor: NestedTensor, bits: int, *, zero_point: str = EXACT) -> Fit | Misfit:
-    """How ``container`` holds the ``bits``-bit slice of ``tensor``. Codes are looked at only if zeros are moved."""
+    """Fit the ``bits``-bit slice of ``tensor`` to ``container``. Codes are read only if zero-points are moved."""
     return _fit(container, tensor, bits, read_affine(tensor, bits, zero_point=zero_point))
 
 
 def _fit(container: Container, tensor: NestedTensor, bits: int, affine: Affine) -> Fit | Misfit:
-    """``fit`` with the scale and zero that the slice is to have."""
+    """Fit with the given scale and zero-point of the slice."""
     rows, columns = tensor.codes.shape
     scale, zero = affine
     _, unit, offset = integer_positions(bits, tensor.grid)
@@ -112,16 +113,16 @@ def _fit(container: Container, tensor: NestedTensor, bits: int, affine: Affine) 
     if isinstance(found, Misfit):
         return found
     if columns % container.block:
-        return Misfit(f"in_features={columns} is no multiple of {container.block} ({container.name})", blocked=True)
+        return Misfit(f"in_features={columns} is not a multiple of {container.block} ({container.name})", blocked=True)
     if rows % container.rows:
-        return Misfit(f"out_features={rows} is no multiple of {container.rows} ({container.name})", blocked=True)
+        return Misfit(f"out_features={rows} is not a multiple of {container.rows} ({container.name})", blocked=True)
     if group % container.block:
-        return Misfit(f"groups of {group} are no multiples of {container.block}")
+        return Misfit(f"groups of {group} are not multiples of {container.block}")
     return found
 
 
 def _fit_numbers(container: Container, scale: np.ndarray, zero: np.ndarray, count: int) -> Fit | Misfit:
-    """How ``container`` holds ``count`` levels of this scale and zero, whatever the size of the weight."""
+    """Fit ``count`` levels of this scale and zero-point to ``container``, whatever the size of the weight."""
     top = 2**container.bits - 1
     if count - 1 > top:
         return Misfit(f"{count} levels do not fit {container.bits} bits", small=True)
@@ -131,7 +132,7 @@ def _fit_numbers(container: Container, scale: np.ndarray, zero: np.ndarray, coun
     doubled = 2 * zero
     between = doubled != np.floor(doubled)
     if between.any():
-        return Misfit(f"zero {float(zero[between][0]):g} is no multiple of 1/2")
+        return Misfit(f"zero-point {float(zero[between][0]):g} is not a multiple of 1/2")
     factor = np.where(zero == np.floor(zero), 1.0, 2.0).astype(np.float32)
     if container.zero == FIXED:
         offset = np.full_like(zero, 2 ** (container.bits - 1))
@@ -142,14 +143,14 @@ def _fit_numbers(container: Container, scale: np.ndarray, zero: np.ndarray, coun
     last = shift + factor * (count - 1)
     if shift.min() < 0 or last.max() > top or offset.max() > top:
         return Misfit(
-            f"zero {float(zero.flat[0]):g} asks for integers {shift.min():g} to {last.max():g} in {container.name}"
+            f"zero-point {float(zero.flat[0]):g} needs integers {shift.min():g} to {last.max():g} in {container.name}"
         )
     found = Fit(factor=factor.astype(np.uint8), shift=shift.astype(np.uint8), scale=scale / factor, offset=offset)
     return _storable(container, found, np.zeros(1))
 
 
 def encode(tensor: NestedTensor, bits: int, container: Container, zero_point: str = EXACT) -> Encoded:
-    """The ``bits``-bit slice of ``tensor`` as the integers of a container that holds it: u = factor * c + shift."""
+    """Encode the ``bits``-bit slice as the integers of a container that holds it: u = factor * c + shift."""
     found = fit(container, tensor, bits, zero_point=zero_point)
     assert isinstance(found, Fit)  # it was when the container was chosen
     codes = slice_codes(tensor.codes, bits, rule=tensor.rule)
@@ -165,12 +166,13 @@ def encode(tensor: NestedTensor, bits: int, container: Container, zero_point: st
 def choose(
     containers: Iterable[Container], tensor: NestedTensor, bits: int, *, zero_point: str = EXACT
 ) -> Container | list[Misfit] | None:
-    """The first of ``containers`` that holds the slice; None if only the weight's size keeps it out of all; else why.
+    """Return the first of ``containers`` that holds the slice; None if only the weight's size prevents it; else the
+    reasons.
 
-    Give them by size, smallest first.
+    containers: in order of size, smallest first.
     """
     misfits = []
-    affine = read_affine(tensor, bits, zero_point=zero_point)  # once: moved zeros look at all codes
+    affine = read_affine(tensor, bits, zero_point=zero_point)  # once: moving zero-points reads all codes
     for container in containers:
         found = _fit(container, tensor, bits, affine)
         if isinstance(found, Fit):
@@ -180,10 +182,10 @@ def choose(
 
 
 def read_affine(tensor: NestedTensor, bits: int, *, zero_point: str = EXACT) -> tuple[np.ndarray, np.ndarray]:
-    """(scale, zero) of the slice, float32 [N, G]; with MIDRANGE the nearest one whose zero-points are in the middle.
+    """Return (scale, zero) of the slice, float32 [N, G]; with MIDRANGE, the nearest ones with mid-range zero-points.
 
-    The middle is (2^r - 1) / 2 under rule ``prefix`` and 2^(r-1) else. Nearest is least squares over the weights of the
-    group; the scale keeps 8 significant bits, or stays as it is where that is nearer.
+    Mid-range is (2^r - 1) / 2 under rule ``prefix`` and 2^(r-1) otherwise. Nearest means least squares over the weights
+    of the group; the scale keeps 8 significant bits, or stays unchanged where that is nearer.
     """
     scale, zero = (np.asarray(part, dtype=np.float32) for part in tensor.affine(bits))
     centre = middle(bits) if tensor.rule == "prefix" and bits < MASTER_BITS else 2.0 ** (bits - 1)
@@ -197,13 +199,14 @@ def read_affine(tensor: NestedTensor, bits: int, *, zero_point: str = EXACT) -> 
     product = square - (zero + centre) * mean + zero * centre
     variance = square - 2 * centre * mean + centre * centre
     fitted = storable_scale(scale * np.maximum(product, 0) / np.where(variance > 0, variance, 1))
-    error = [trial * (trial * variance - 2 * scale * product) for trial in (fitted, scale)]  # squared, less a constant
+    # squared error, up to a constant
+    error = [trial * (trial * variance - 2 * scale * product) for trial in (fitted, scale)]
     better = moved & (variance > 0) & (product > 0) & (error[0] < error[1])
     return np.where(better, fitted, scale), np.full_like(zero, centre)
 
 
 def decode(container: Container, encoded: Encoded) -> np.ndarray:
-    """The weights a format's reader sees, float32 [N, K]: d and m (or d and o) as the container stores them."""
+    """Return the weights that a reader of the format sees, float32 [N, K]: d and m (or d and o) as stored."""
     rows, columns = encoded.codes.shape
     scale = _rounded(encoded.fit.scale, container.scale)
     grouped = encoded.codes.reshape(rows, scale.shape[1], -1).astype(np.float32)
@@ -221,7 +224,7 @@ def _rounded(values: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def _storable(container: Container, found: Fit, minimum: np.ndarray) -> Fit | Misfit:
-    """The fit, or a Misfit if its scales or minima do not survive rounding to the container's type."""
+    """Return the fit, or a Misfit if its scales or minima cannot be rounded to the container's type."""
     for name, values in (("scale", found.scale), ("minimum", minimum)):
         bad = ~(np.abs(_rounded(values, container.scale) - values) <= STEPS[container.scale] * np.abs(values))
         if bad.any():

@@ -1,4 +1,4 @@
-"""Dense weights: the slice as an ordinary float Hugging Face model, for every tool there is."""
+"""Dense weights: the slice as an ordinary float Hugging Face model, which every tool reads."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def plain(job: Job, name: str) -> Part:
-    """A tensor that is not quantised, floats in the dtype of the export."""
+    """Return a tensor that is not quantised, with floats in the dtype of the export."""
     checkpoint = job.checkpoint
     stored, shape = checkpoint.stored_dtype(name), checkpoint.stored_shape(name)
     if stored not in FLOATS:
@@ -20,13 +20,13 @@ def plain(job: Job, name: str) -> Part:
 
 
 def config(job: Job) -> dict[str, Any]:
-    """config.json without any quantisation."""
+    """Return config.json without quantisation."""
     kept = {key: value for key, value in job.checkpoint.config.items() if key != "torch_dtype"}
     return {**kept, "dtype": NAMES[job.dtype]}
 
 
 EXPORTER = Exporter(
-    engines="everything that reads Hugging Face models",
+    engines="any tool that reads Hugging Face models",
     plain=plain,
     write=lambda job, folder, report: write_directory(job, folder, config(job), report),
 )

@@ -1,4 +1,4 @@
-"""What all exported directories have: shards, config.json, and the files that travel along."""
+"""Write the parts that all exported directories share: shards, config.json and the small files."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +14,7 @@ from matquant.system.files import json_bytes
 def write_directory(job: Job, folder: Path, config: Mapping[str, Any], report: Report, *, index: bool = False) -> None:
     """Fill ``folder`` with the tensors of ``job``, ``config``, tokenizer files, a record and a model card.
 
-    index: list the tensors even of a single shard.
+    index: write an index even for a single shard.
     """
     write_shards(folder, job.parts(), report=report, index=index)
     (folder / "config.json").write_bytes(json_bytes(config))

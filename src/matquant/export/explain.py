@@ -1,4 +1,4 @@
-"""What every format would make of every width of a checkpoint: the table of ``matquant export --explain``."""
+"""Report how every format would store every width of a checkpoint: the table of ``matquant export --explain``."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -18,8 +18,10 @@ WIDTHS = (8, 7, 6, 5, 4, 3, 2)
 def explain(
     checkpoint: Checkpoint, *, plan: Mapping[str, int] | None = None, zero_point: str = EXACT
 ) -> dict[str, dict[str, Any]]:
-    """format -> {width or "plan": outcome}, which is {"containers": {name: weights}, "bits_per_weight": number}, all
-    overhead included, or {"refused": why}.
+    """Return format -> {width or "plan": outcome}.
+
+    An outcome is {"containers": {name: weights}, "bits_per_weight": number, all overhead included} or {"rejected":
+    reason}.
     """
     plans = {str(bits): dict.fromkeys(checkpoint.shapes, bits) for bits in WIDTHS}
     plans |= {"plan": dict(plan)} if plan is not None else {}
@@ -34,7 +36,7 @@ def _outcomes(
         if families is None or checkpoint.config.get("model_type") in families:
             FORMATS[to].check(checkpoint)
     except InputError as error:
-        return {name: {"refused": str(error)} for name in plans}
+        return {name: {"rejected": str(error)} for name in plans}
     return {name: _outcome(checkpoint, to, wanted, zero_point) for name, wanted in plans.items()}
 
 
@@ -42,13 +44,13 @@ def _outcome(checkpoint: Checkpoint, to: str, plan: Mapping[str, int], zero_poin
     try:
         job = make_job(checkpoint, to, plan, zero_point=zero_point)
     except InputError as error:
-        return {"refused": str(error)}
+        return {"rejected": str(error)}
     containers = Counter(job.kinds().values())
     return {"containers": dict(containers.most_common()), "bits_per_weight": job.bits_per_weight()}
 
 
 def render(outcomes: Mapping[str, Mapping[str, Mapping[str, Any]]], title: str) -> RenderableType:
-    """One row per width, one column per format: container and bits per weight; below it, what is rejected and why."""
+    """Return a table, one row per width and one column per format, and the reasons of the rejections below it."""
     table = Table(title=title)
     table.add_column("")
     for to in outcomes:
@@ -59,11 +61,11 @@ def render(outcomes: Mapping[str, Mapping[str, Mapping[str, Any]]], title: str) 
 
 
 def _cell(outcome: Mapping[str, Any]) -> str:
-    if "refused" in outcome:
-        return "refused"
+    if "rejected" in outcome:
+        return "rejected"
     return f"{', '.join(outcome['containers'])}\n{outcome['bits_per_weight']:.3f}"
 
 
 def _reasons(outcomes: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Iterable[str]:
     for found in outcomes.values():
-        yield from dict.fromkeys(outcome["refused"] for outcome in found.values() if "refused" in outcome)
+        yield from dict.fromkeys(outcome["rejected"] for outcome in found.values() if "rejected" in outcome)

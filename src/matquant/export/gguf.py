@@ -1,12 +1,13 @@
 """GGUF: one file for llama.cpp and what is built on it.
 
-Weights are packed by blocks.py, the tokenizer is read by tokens.py. What differs from the checkpoint, as llama.cpp's
-own converter has it (a Gguf in hf/families.py says which): names; the rows of Llama's and Mistral's queries and keys,
-whose rotary pairs lie side by side there; Gemma's norm weights, which are stored plus one. The file is written a tensor
-at a time: the gguf package writes everything before the tensors, we the tensors, each at a multiple of 32 bytes.
+blocks.py packs the weights, tokens.py reads the tokenizer. As in llama.cpp's converter, the file differs from the
+checkpoint by family (the Gguf in hf/families.py): in tensor names; in the row order of Llama's and Mistral's queries
+and keys, whose rotary pairs are adjacent in llama.cpp; and in Gemma's norm weights, which are stored plus one. The file
+is written a tensor at a time: the gguf package writes everything before the tensors, and we write the tensors, each at
+a multiple of 32 bytes.
 
-What llama.cpp computes in another way is rejected. It has no sliding windows for any family here but Gemma-2: the
-context of such a file ends where the window would begin to matter.
+Models that llama.cpp would run differently are rejected. Of the families here, it has sliding windows only for Gemma-2:
+for other families with windows, the context of the file ends where the window would begin to matter.
 """
 
 import contextlib
@@ -38,21 +39,21 @@ from matquant.system.files import json_text
 ALIGNMENT = 32  # bytes, GGUF's default
 FAMILIES = supported("gguf")
 ROPE_FACTORS = "rope_freqs.weight"
-LARGEST = 2**31 - 1  # of an integer that llama.cpp keeps in 32 bits
+LARGEST = 2**31 - 1  # largest integer that llama.cpp keeps in 32 bits
 FILE_TYPES = {"Q2_K": "MOSTLY_Q2_K", "Q3_K": "MOSTLY_Q3_K_S", "Q4_K": "MOSTLY_Q4_K_S", "Q5_K": "MOSTLY_Q5_K_S"}
 YARN_KEYS = {"rope_type", "rope_theta", "factor", "original_max_position_embeddings"}
 SAMPLING = {"temperature": "temp", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
 
 
 def check(checkpoint: Checkpoint) -> Sequence[str]:
-    """What users should know of this checkpoint as a GGUF file; InputError if llama.cpp would compute another model."""
+    """Return notices about this checkpoint as a GGUF file; InputError if llama.cpp would run it differently."""
     gguf = _package()
     architecture = _architecture(checkpoint)
     _names(gguf, checkpoint, architecture)
     context = _context(checkpoint, architecture)
     shorter = (
         f"llama.cpp has no sliding window for {checkpoint.config['model_type']}: "
-        f"the context is {context}, where the window begins to matter, instead of {architecture.context}"
+        f"the context is cut from {architecture.context} to {context} tokens, where the window begins to matter"
     )
     notices = read_tokens(checkpoint.directory, checkpoint.config).notices
     return (*notices, *([shorter] if context < architecture.context else []))
@@ -71,7 +72,7 @@ def write(job: Job, file: Path, report: Report) -> None:
         _add_tokens(writer, read_tokens(checkpoint.directory, checkpoint.config))
         for slot in (slot for part in parts for slot in part.slots):
             kind = gguf.GGMLQuantizationType[kinds.get(slot.name, slot.dtype)]
-            given = np.dtype(np.uint8 if slot.name in kinds else np.float32)  # shapes of blocks are given in bytes
+            given = np.dtype(np.uint8 if slot.name in kinds else np.float32)  # shapes of blocks are in bytes
             writer.add_tensor_info(names[slot.name], slot.shape, given, slot.bytes, raw_dtype=kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -87,17 +88,17 @@ def write(job: Job, file: Path, report: Report) -> None:
 
 
 def containers(checkpoint: Checkpoint, path: str) -> Sequence[Container]:
-    """All block types."""
+    """Return all block types."""
     return CONTAINERS
 
 
 def slots(path: str, container: Container, shape: tuple[int, int], groups: int) -> tuple[Slot, ...]:
-    """The one tensor of a weight [N, K], in bytes."""
+    """Return the one tensor of a weight [N, K], in bytes."""
     return (Slot(f"{path}.weight", "U8", (shape[0], row_bytes(container, shape[1]))),)
 
 
 def rows(checkpoint: Checkpoint, path: str) -> np.ndarray | None:
-    """The order of a weight's rows: rotary pairs, half a head apart here, are neighbours in some families there."""
+    """Return the order of a weight's rows: rotary pairs are half a head apart here, adjacent in some families there."""
     if not _family(checkpoint).interleaved or not path.endswith((".q_proj", ".k_proj")):
         return None
     architecture = _read(checkpoint)
@@ -107,7 +108,7 @@ def rows(checkpoint: Checkpoint, path: str) -> np.ndarray | None:
 
 
 def plain(job: Job, name: str) -> Part:
-    """A tensor that is not quantised: vectors and norms in float32, matrices as stored or in the dtype asked for."""
+    """Return a tensor that is not quantised: vectors and norms in float32, matrices as stored or in the given dtype."""
     checkpoint = job.checkpoint
     stored, shape = checkpoint.stored_dtype(name), checkpoint.stored_shape(name)
     if stored not in FLOATS:
@@ -130,7 +131,7 @@ def _package() -> ModuleType:
         return importlib.import_module("gguf")
     except ImportError:
         raise InputError(
-            "--to gguf needs the package gguf, it is not installed; pip install 'matquant[export]'"
+            "--to gguf needs the package gguf, which is not installed; pip install 'matquant[export]'"
         ) from None
 
 
@@ -142,13 +143,13 @@ def _read(checkpoint: Checkpoint) -> Architecture:
 
 
 def _family(checkpoint: Checkpoint) -> Gguf:
-    """How llama.cpp has the checkpoint's family."""
+    """Return llama.cpp's description of the checkpoint's family."""
     found: Gguf = FAMILIES[checkpoint.config["model_type"]]
     return found
 
 
 def _architecture(checkpoint: Checkpoint) -> Architecture:
-    """What config.json means; InputError if llama.cpp takes it to mean something else."""
+    """Return the architecture in config.json; InputError if llama.cpp would read it differently."""
     check_sizes(checkpoint.config, checkpoint.weight_shapes(), where=checkpoint.directory)
     found, family, there = _read(checkpoint), checkpoint.config["model_type"], _family(checkpoint)
     gemma = there.gemma
@@ -158,11 +159,11 @@ def _architecture(checkpoint: Checkpoint) -> Architecture:
     problems = {
         f"{family} models with another activation": found.gelu != gemma,
         f"query_pre_attn_scalar {found.attention_scale**-2:g}": not math.isclose(found.attention_scale**-2, expected),
-        "no attention caps": gemma and not (found.attention_cap and found.logit_cap),
-        "windows in other layers than every second": gemma and not alternating,
-        "a head that is not the embedding": gemma and not found.tied,
+        "attention without soft caps": gemma and not (found.attention_cap and found.logit_cap),
+        "sliding windows in other layers than every second": gemma and not alternating,
+        "an untied head": gemma and not found.tied,
         f"rotary positions of type {rope['rope_type']}": rope["rope_type"] == "llama3" and not there.interleaved,
-        "yarn positions with further factors": rope["rope_type"] == "yarn" and not set(rope) <= YARN_KEYS,
+        "yarn with non-default factors": rope["rope_type"] == "yarn" and not set(rope) <= YARN_KEYS,
     }
     for problem, holds in problems.items():
         if holds:
@@ -173,7 +174,7 @@ def _architecture(checkpoint: Checkpoint) -> Architecture:
 
 
 def _rope(checkpoint: Checkpoint) -> dict[str, Any]:
-    """rope_parameters of config.json with rope_type and rope_theta, keys without a value left out."""
+    """Return rope_parameters of config.json with rope_type and rope_theta, without keys that have no value."""
     config = checkpoint.config
     given = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kept = {key: value for key, value in given.items() if value is not None and key != "type"}
@@ -182,14 +183,14 @@ def _rope(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _context(checkpoint: Checkpoint, architecture: Architecture) -> int:
-    """Positions for which llama.cpp computes the same attention."""
+    """Return the number of positions for which llama.cpp computes the same attention."""
     if _family(checkpoint).gemma:
         return architecture.context
     return min([architecture.context, *(window for window in architecture.windows if window)])
 
 
 def _names(gguf: ModuleType, checkpoint: Checkpoint, architecture: Architecture) -> dict[str, str]:
-    """llama.cpp's names of all tensors; InputError for one it has no place for."""
+    """Return llama.cpp's names of all tensors; InputError for a tensor without a name there."""
     family, there = checkpoint.config["model_type"], _family(checkpoint)
     kind = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == there.name)
     table = gguf.get_tensor_name_map(kind, architecture.layers)
@@ -204,7 +205,7 @@ def _names(gguf: ModuleType, checkpoint: Checkpoint, architecture: Architecture)
 
 
 def _rope_factors(checkpoint: Checkpoint, architecture: Architecture) -> list[Part]:
-    """How many times slower than by theta alone each rotary pair turns, where llama3's rule changes it."""
+    """Return the factor by which llama3's rule slows each rotary pair, compared with theta alone."""
     rope = _rope(checkpoint)
     if rope["rope_type"] != "llama3":
         return []
@@ -218,7 +219,7 @@ def _rope_factors(checkpoint: Checkpoint, architecture: Architecture) -> list[Pa
 
 
 def _add_general(gguf: ModuleType, writer: Any, job: Job) -> None:
-    """What the file is, where it comes from, and the model card."""
+    """Add general metadata: type, origin and the model card."""
     base = job.about.get("base_model")
     kinds = Counter(kind.name for kind in job.held().values()).most_common(1)
     common = kinds[0][0] if kinds else "F32"
@@ -242,7 +243,7 @@ def _add_general(gguf: ModuleType, writer: Any, job: Job) -> None:
 
 
 def _add_architecture(gguf: ModuleType, writer: Any, checkpoint: Checkpoint, architecture: Architecture) -> None:
-    """The shape of the model, as llama.cpp wants to know it."""
+    """Add the shape of the model as llama.cpp reads it."""
     rope = _rope(checkpoint)
     writer.add_vocab_size(architecture.vocab)
     writer.add_context_length(min(_context(checkpoint, architecture), LARGEST))
@@ -269,7 +270,7 @@ def _add_architecture(gguf: ModuleType, writer: Any, checkpoint: Checkpoint, arc
 
 
 def _add_tokens(writer: Any, tokens: Tokens) -> None:
-    """The tokenizer."""
+    """Add the tokenizer."""
     writer.add_tokenizer_model(tokens.model)
     if not tokens.texts:
         return

@@ -1,13 +1,13 @@
 """The GPTQ layouts: a directory that GPTQModel loads, and engines that know its kernels.
 
-A linear [N, K] is four tensors: qweight int32 [K * bits / 32, N] and qzeros int32 [G, N * bits / 32] hold integers one
-after the other from the lowest bit up, scales fp16 [G, N], g_idx int32 [K] the group of every in feature.
+A linear layer [N, K] is four tensors: qweight int32 [K * bits / 32, N] and qzeros int32 [G, N * bits / 32] hold
+integers one after the other from the lowest bit up, scales fp16 [G, N], g_idx int32 [K] the group of every in feature.
 
-    gptq      zeros in the middle of the integers, stored less one
-    gptq_v2   any integer zero, stored as it is
+    gptq      mid-range zero-points, stored minus one
+    gptq_v2   any integer zero-point, stored unchanged
 
-Widths are 2, 3, 4 and 8; last words may be partly filled, but not of 3-bit integers. Groups are those that GPTQModel
-knows, so larger ones have their scales repeated. Source: GPTQModel 7.6 (nn_modules/qlinear, quantization/config.py).
+Widths are 2, 3, 4 and 8; the last word may be partly filled, except for 3-bit integers. GPTQModel supports only some
+group sizes, so larger groups repeat their scales. Source: GPTQModel 7.6 (nn_modules/qlinear, quantization/config.py).
 """
 
 import re
@@ -31,11 +31,11 @@ from matquant.system.files import json_bytes
 
 WIDTHS = (2, 3, 4, 8)
 BLOCKS = (1024, 512, 256, 128, 64, 32, 16)  # group sizes
-FILLED = {3: 32}  # width -> what in and out features must be multiples of
+FILLED = {3: 32}  # width -> in and out features must be multiples of this
 
 
 def containers(checkpoint: Checkpoint, path: str, *, zero: str) -> list[Container]:
-    """All widths, in groups of the largest size that ours are made of; whole rows if ours are."""
+    """Return all widths, in the largest group size that divides ours; one group per row if ours is."""
     columns, size = checkpoint.shapes[path][1], checkpoint.spec.group_size
     block = largest_block(BLOCKS, size) if size else columns
     sign = "" if zero == FIXED else "u"
@@ -48,7 +48,7 @@ def containers(checkpoint: Checkpoint, path: str, *, zero: str) -> list[Containe
 
 
 def slots(path: str, container: Container, shape: tuple[int, int], groups: int) -> tuple[Slot, ...]:
-    """The tensors of one weight [N, K]."""
+    """Return the tensors of one weight [N, K]."""
     rows, columns = shape
     groups = columns // container.block
     return (
@@ -60,7 +60,7 @@ def slots(path: str, container: Container, shape: tuple[int, int], groups: int) 
 
 
 def tensors(container: Container, encoded: Encoded) -> Sequence[np.ndarray]:
-    """The arrays of ``slots``."""
+    """Return the arrays of ``slots``."""
     columns = encoded.codes.shape[1]
     groups = columns // container.block
     repeated = [
@@ -76,7 +76,7 @@ def tensors(container: Container, encoded: Encoded) -> Sequence[np.ndarray]:
 
 
 def quantization_config(job: Job) -> dict[str, Any]:
-    """What config.json and quantize_config.json say: the width in most use, and by ``dynamic`` which paths differ."""
+    """Return the quantisation for both JSON files: the most frequent width, and ``dynamic`` for paths that differ."""
     checkpoint = job.checkpoint
     kinds = job.held()
     usual = Counter(kind.bits for kind in kinds.values()).most_common(1)[0][0]
@@ -104,12 +104,12 @@ def quantization_config(job: Job) -> dict[str, Any]:
 
 
 def _any_of(paths: Sequence[str] | Any) -> str:
-    """A regular expression that matches these paths and no others."""
+    """Return a regular expression that matches exactly these paths."""
     return f"^(?:{'|'.join(re.escape(path) for path in paths)})$"
 
 
 def write(job: Job, folder: Path, report: Report) -> None:
-    """The directory, with the quantisation in both places where it is looked for."""
+    """Write the directory, with the quantisation in both JSON files that readers look at."""
     if not any(job.chosen.values()):
         write_directory(job, folder, job.checkpoint.config, report)
         return

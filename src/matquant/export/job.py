@@ -1,4 +1,4 @@
-"""What is exported: a checkpoint, a width per path, and the container that each path gets in a format."""
+"""One export: a checkpoint, a width per path, and the container of each path in a format."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,50 +14,50 @@ from matquant.export.containers import Container, Encoded, Misfit, choose, encod
 from matquant.format.read import Checkpoint
 from matquant.format.shards import Part, Report, Slot
 
-DENSE = "dense"  # what a path is stored in that has no container
+DENSE = "dense"  # the name of the storage of paths without a container
 
 
 @dataclass(frozen=True, kw_only=True)
 class Exporter:
-    """A format: a row of FORMATS. Its functions are given paths and tensor names as the checkpoint has them."""
+    """A format: a row of FORMATS. Its functions get the checkpoint's paths and tensor names."""
 
-    # what reads it, for people
+    # the tools that read it, for people
     engines: str
     # writes the directory, or the one file whose name ends in ``suffix``
     write: "Callable[[Job, Path, Report], None]"
-    # what may hold a weight, smallest first; none: the weight becomes dense
+    # the containers for a weight, smallest first; none: the weight becomes dense
     containers: Callable[[Checkpoint, str], Sequence[Container]] = lambda checkpoint, path: ()
-    # (checkpoint, path, bits, zeros) -> container or why there is none, where it is not slices that are held
+    # (checkpoint, path, bits, zero_point) -> container or misfits, for formats that do not hold slices
     choose: Callable[[Checkpoint, str, int, str], Container | list[Misfit]] | None = None
-    # (tensor, bits, container, zeros) -> the integers and scales that the container holds
+    # (tensor, bits, container, zero_point) -> the integers and scales of the container
     encode: Callable[[NestedTensor, int, Container, str], Encoded] = encode
     # (name in the format, container, shape, groups) -> the stored tensors of one weight
     slots: Callable[[str, Container, tuple[int, int], int], tuple[Slot, ...]] = lambda *what: ()
     # the arrays of ``slots``
     tensors: Callable[[Container, Encoded], Sequence[np.ndarray]] = lambda container, encoded: ()
-    # model types of config.json that work; None: all
+    # supported model types of config.json; None: all
     families: tuple[str, ...] | None = None
-    # how the name of its file ends; "": it is a directory
+    # file name suffix; "": the format is a directory
     suffix: str = ""
-    # what a tensor or path is called there
+    # the format's name of a tensor or path
     name: Callable[[Checkpoint, str], str] = lambda checkpoint, name: name
-    # the order of a weight's out features there; None: as here
+    # the format's order of a weight's out features; None: unchanged
     rows: Callable[[Checkpoint, str], np.ndarray | None] = lambda checkpoint, path: None
-    # a tensor that is not quantised
+    # makes the part of a tensor that is not quantised
     plain: "Callable[[Job, str], Part]" = lambda job, name: as_stored(job.checkpoint, name)
-    # dtype of the weights that no container can hold; None: the model's
+    # dtype of weights that no container holds; None: the model's
     dense: str | None = None
-    # whether a dtype that is asked for is that of scales too
+    # whether --dtype applies to scales too
     typed: bool = False
-    # InputError for containers that do not go together
+    # raises InputError for containers that do not work together
     check_plan: "Callable[[Job], None]" = lambda job: None
-    # InputError if the engine would compute another model than the checkpoint, else what users should know
+    # raises InputError if the engine would compute another model than the checkpoint; returns notices
     check: Callable[[Checkpoint], Sequence[str]] = lambda checkpoint: ()
 
     def container(
         self, checkpoint: Checkpoint, path: str, bits: int, zero_point: str
     ) -> Container | list[Misfit] | None:
-        """What holds the slice of a weight, None if it becomes dense, or why nothing does."""
+        """Return the container of a weight's slice, None if it becomes dense, or why no container fits."""
         if self.choose is not None:
             return self.choose(checkpoint, path, bits, zero_point)
         candidates = self.containers(checkpoint, path)
@@ -72,37 +72,37 @@ class Exporter:
 class Job:
     """One export."""
 
-    # what is exported
+    # the checkpoint
     checkpoint: Checkpoint
-    # to which format
+    # the format
     exporter: Exporter
     # path -> bits
     plan: Mapping[str, int]
     # path -> container; None where the weight becomes dense, in ``dtype``
     chosen: Mapping[str, Container | None]
-    # EXACT, or MIDRANGE where zero-points are moved to the middle of the codes (containers.read_affine)
+    # EXACT, or MIDRANGE to move zero-points to mid-range (containers.read_affine)
     zero_point: str
-    # of dense weights, as safetensors names it
+    # dtype of dense weights, as safetensors names it
     dtype: str
-    # the dtype that a user asked for; None: the format decides
+    # the dtype given by the user; None: the format decides
     asked: str | None = None
-    # facts for the model card, "format" among them
+    # facts for the model card, including "format"
     about: Mapping[str, Any] = field(default_factory=dict)
 
     def held(self) -> dict[str, Container]:
-        """The containers of the paths that have one."""
+        """Return the containers of the paths that have one."""
         return {path: container for path, container in self.chosen.items() if container is not None}
 
     def kinds(self) -> dict[str, str]:
-        """The name of what every path is stored in."""
+        """Return the name of every path's container."""
         return {path: container.name if container else DENSE for path, container in self.chosen.items()}
 
     def parts(self) -> list[Part]:
-        """All tensors of the export: the quantised weights, then the others."""
+        """Return all tensors of the export: the quantised weights, then the others."""
         return [*map(self.weight, self.plan), *(self.exporter.plain(self, n) for n in self.checkpoint.plain_names())]
 
     def weight(self, path: str) -> Part:
-        """The tensors of one quantised weight."""
+        """Return the tensors of one quantised weight."""
         shape, container = self.checkpoint.shapes[path], self.chosen[path]
         rows = self.exporter.rows(self.checkpoint, path)
         if container is None:
@@ -119,7 +119,7 @@ class Job:
         return Part(slots, make)
 
     def bits_per_weight(self) -> float:
-        """Bytes of the quantised weights with scales and all, dense ones among them, in bits per weight."""
+        """Return the bits per quantised weight, all overhead and weights that stay dense included."""
         weights = sum(rows * columns for rows, columns in (self.checkpoint.shapes[path] for path in self.plan))
         return 8 * sum(self.weight(path).bytes for path in self.plan) / weights
 
@@ -132,6 +132,6 @@ def _dense(job: Job, path: str, rows: np.ndarray | None) -> np.ndarray:
 
 
 def as_stored(checkpoint: Checkpoint, name: str) -> Part:
-    """A tensor of the checkpoint as it is."""
+    """Return a tensor of the checkpoint unchanged."""
     slot = Slot(name, checkpoint.stored_dtype(name), checkpoint.stored_shape(name))
     return Part((slot,), lambda: [checkpoint.array(name)])

@@ -3,9 +3,10 @@
 A block of 128, 64 or 32 in features shares a scale and a bias, w = scales * u + biases, so every slice fits: u is the
 code, of 1 to 6 or 8 bits, the lowest first in uint32 words along in features. Scales of larger groups are repeated.
 
-Scales and biases are float32 unless another dtype is asked for. In float32 both are exact, and MLX then computes
-activations in float32 too, whatever the model's dtype: (64 / block) bits per weight and a wider cache. In bfloat16 or
-float16 they take half of that, and biases of ``prefix`` slices, which are no multiples of their scale, are rounded.
+Scales and biases are float32 unless --dtype is given. In float32 both are exact; they cost (64 / block) bits per
+weight, and MLX then computes activations in float32 too, with a wider cache, whatever the model's dtype. In bfloat16 or
+float16 they take half as much, and the biases of ``prefix`` slices, which are not multiples of their scale, are
+rounded.
 
 Source: mlx 0.32 (quantize, dequantize), mlx_lm 0.32 (utils.load_model, utils.save_config).
 """
@@ -30,13 +31,13 @@ from matquant.system.errors import InputError
 WIDTHS = (1, 2, 3, 4, 5, 6, 8)
 BLOCKS = (128, 64, 32)
 FAMILIES = supported("mlx")
-# longrope is not among them: mlx_lm uses long_factor at every length, transformers short_factor up to the length that
-# the model was trained for first.
+# longrope is missing: mlx_lm uses long_factor at every length, transformers uses short_factor up to the original
+# training length.
 ROPES = ("default", "linear", "llama3", "yarn", "dynamic")
 
 
 def containers(checkpoint: Checkpoint, path: str) -> list[Container]:
-    """All widths in the largest block that a group is made of."""
+    """Return all widths in the largest block that divides a group."""
     block = largest_block(BLOCKS, checkpoint.spec.group_size or checkpoint.shapes[path][1])
     return [
         Container(name=f"affine{bits}-g{block}", bits=bits, zero=MINIMUM, block=block, scale="F32") for bits in WIDTHS
@@ -44,7 +45,7 @@ def containers(checkpoint: Checkpoint, path: str) -> list[Container]:
 
 
 def check(checkpoint: Checkpoint) -> list[str]:
-    """What users should know; InputError if mlx_lm computes another model than transformers, whatever the prompt."""
+    """Return notices; InputError if mlx_lm computes another model than transformers for every prompt."""
     config, family = checkpoint.config, checkpoint.config["model_type"]
     there = _family(config)
     for problem, holds in (_layer_differences(checkpoint) | _position_differences(config)).items():
@@ -66,13 +67,13 @@ def check(checkpoint: Checkpoint) -> list[str]:
 
 
 def _family(config: Mapping[str, Any]) -> Mlx:
-    """How mlx_lm has the family of a config.json."""
+    """Return mlx_lm's description of the family of a config.json."""
     found: Mlx = FAMILIES[config["model_type"]]
     return found
 
 
 def _layer_differences(checkpoint: Checkpoint) -> dict[str, bool]:
-    """Options of attention and feed-forward that mlx_lm's families do not have, and whether the checkpoint has them."""
+    """Return attention and feed-forward options that mlx_lm lacks -> whether the checkpoint uses them."""
     config, there = checkpoint.config, _family(checkpoint.config)
     gemma = there.gemma
     key, known = ("hidden_activation", ("gelu_pytorch_tanh",)) if gemma else ("hidden_act", ("silu", "swish"))
@@ -88,7 +89,7 @@ def _layer_differences(checkpoint: Checkpoint) -> dict[str, bool]:
             not there.head_dim and head_dim > 0 and heads * head_dim != width
         ),
         "attention or logits without a soft cap": gemma and not all(caps),
-        "a head that is not the embedding": gemma and config.get("tie_word_embeddings") is False,
+        "an untied head": gemma and config.get("tie_word_embeddings") is False,
         "bidirectional attention": bool(config.get("use_bidirectional_attention")),
         "sliding windows": not there.windows and "sliding_attention" in (config.get("layer_types") or ()),
         "rope_traditional": bool(config.get("rope_traditional")),
@@ -96,7 +97,7 @@ def _layer_differences(checkpoint: Checkpoint) -> dict[str, bool]:
 
 
 def _position_differences(config: Mapping[str, Any]) -> dict[str, bool]:
-    """Rotary positions that mlx_lm computes in another way, and whether config.json has them."""
+    """Return rotary positions that mlx_lm computes differently -> whether config.json has them."""
     rope = _rope(config)
     kind = rope.get("rope_type", "default")
     partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
@@ -113,14 +114,14 @@ def _position_differences(config: Mapping[str, Any]) -> dict[str, bool]:
 
 
 def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """rope_parameters or rope_scaling of config.json with the key rope_type, keys without a value left out."""
+    """Return rope_parameters or rope_scaling of config.json with the key rope_type, without keys that have no value."""
     given = config.get("rope_parameters") or config.get("rope_scaling") or {}
     found = {key: value for key, value in given.items() if value is not None}
     return {"rope_type": found.pop("type"), **found} if "type" in found else found
 
 
 def slots(path: str, container: Container, shape: tuple[int, int], groups: int) -> tuple[Slot, ...]:
-    """The tensors of one weight [N, K]: integers, and scales and biases [N, K / block]."""
+    """Return the tensors of one weight [N, K]: integers, and scales and biases [N, K / block]."""
     rows, columns = shape
     blocks = (rows, columns // container.block)
     return (
@@ -131,7 +132,7 @@ def slots(path: str, container: Container, shape: tuple[int, int], groups: int) 
 
 
 def tensors(container: Container, encoded: Encoded) -> Sequence[np.ndarray]:
-    """The arrays of ``slots``."""
+    """Return the arrays of ``slots``."""
     blocks = encoded.codes.shape[1] // container.block
     affine = [
         np.repeat(values.astype(FLOATS[container.scale]), blocks // values.shape[1], axis=1)
@@ -141,7 +142,7 @@ def tensors(container: Container, encoded: Encoded) -> Sequence[np.ndarray]:
 
 
 def config(job: Job) -> dict[str, Any]:
-    """config.json with the container in most use as "quantization", and the paths that have others."""
+    """Return config.json with the most frequent container as "quantization", and the paths that have others."""
     kinds = job.held()
     model = {**positions(job.checkpoint.config), **dense.config(job)}
     if not kinds:
@@ -153,9 +154,9 @@ def config(job: Job) -> dict[str, Any]:
 
 
 def positions(config: Mapping[str, Any]) -> dict[str, Any]:
-    """rope_theta and rope_scaling as mlx_lm looks for them; transformers 5 has both in rope_parameters.
+    """Return rope_theta and rope_scaling as mlx_lm reads them; transformers 5 has both in rope_parameters.
 
-    What transformers takes from elsewhere in config.json is written out: mlx_lm has a default of its own for it.
+    Values that transformers takes from elsewhere in config.json are written out, because mlx_lm's defaults differ.
     """
     found = _rope(config)
     theta = {"rope_theta": found.pop("rope_theta")} if "rope_theta" in found else {}

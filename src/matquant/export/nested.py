@@ -1,8 +1,8 @@
-"""A smaller nested checkpoint: only the top bits of every code, and every narrower width as before.
+"""A smaller nested checkpoint: only the top bits of every code; narrower widths stay unchanged.
 
-What is kept for width r are r + 1 bits. Rules ``round`` and ``extra`` need the bit below the slice to round; under
-``prefix`` that bit is 1, so that a code stands in the middle of its bin: to everyone else the directory is a stock
-(r + 1)-bit model whose weights are those of the slice to half an 8-bit step. docs/format.md, format 2.
+Width r keeps r + 1 bits. Rules ``round`` and ``extra`` need the bit below the slice to round. Under ``prefix`` that bit
+is 1, so that a code is the centre of its bin: other tools read the directory as a stock (r + 1)-bit model whose weights
+equal the slice's to half an 8-bit step. See docs/format.md, format 2.
 """
 
 from dataclasses import replace
@@ -25,9 +25,9 @@ from matquant.format.write import quantization_config
 
 
 def choose(checkpoint: Checkpoint, path: str, bits: int, zero_point: str) -> Container | list[Misfit]:
-    """The container of the top ``bits`` + 1 bits of the codes at ``path``."""
+    """Return the container of the top ``bits`` + 1 bits of the codes at ``path``."""
     if not checkpoint.spec.symmetric:
-        return [Misfit("the zeros of an asymmetric checkpoint need all 8 bits")]
+        return [Misfit("the zero-points of an asymmetric checkpoint need all 8 bits")]
     if checkpoint.spec.grid != UNIFORM:
         return [Misfit(f"the positions of grid {checkpoint.spec.grid!r} need all 8 bits")]
     kept = min(bits + 1, checkpoint.spec.stored(path))
@@ -36,7 +36,7 @@ def choose(checkpoint: Checkpoint, path: str, bits: int, zero_point: str) -> Con
 
 
 def encode(tensor: NestedTensor, bits: int, container: Container, zero_point: str) -> Encoded:
-    """The top bits of the codes; under ``prefix`` the last one is 1."""
+    """Keep the top bits of the codes; under ``prefix`` the last one is 1."""
     dropped = MASTER_BITS - container.bits
     codes = tensor.codes >> dropped
     if tensor.rule == "prefix" and dropped:
@@ -49,7 +49,7 @@ def encode(tensor: NestedTensor, bits: int, container: Container, zero_point: st
 
 
 def write(job: Job, folder: Path, report: Report) -> None:
-    """Write the nested checkpoint: shards, config.json, the affines of the widths that are left, the manifest."""
+    """Write the nested checkpoint: shards, config.json, the remaining slices, the manifest."""
     checkpoint, widest = job.checkpoint, max(job.plan.values())
     kept = {path: container.bits for path, container in job.held().items()}
     stored: int | dict[str, int] = kept if len(set(kept.values())) > 1 else min(kept.values())

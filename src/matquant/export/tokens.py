@@ -1,11 +1,12 @@
-"""A tokenizer.json as GGUF describes it, so that llama.cpp cuts text into the same tokens.
+"""Convert tokenizer.json to GGUF, so that llama.cpp splits text into the same tokens.
 
-llama.cpp has two of the algorithms in use. ``gpt2``: byte-level byte-pair encoding of words, by a list of merges; how
-text is cut into words is code in llama.cpp that a name stands for, so what tokenizer.json says must be one of the
-patterns behind a name (PATTERNS). ``llama``: byte-pair encoding of whole texts as SentencePiece does it, where two
-neighbours may merge if they spell a token, the token with the highest score first. tokenizer.json has merges instead;
-these are the same if every way to cut a token in two is a merge and no two tokens' merges are interleaved, as in every
-tokenizer converted from SentencePiece. Whatever llama.cpp would cut differently is rejected, or noted where it is rare.
+We support two of llama.cpp's algorithms. ``gpt2``: byte-level byte-pair encoding of words with a list of merges.
+llama.cpp has code for splitting text into words, selected by a name, so tokenizer.json must contain one of the patterns
+behind these names (PATTERNS). ``llama``: byte-pair encoding of whole texts as in SentencePiece, where two neighbours
+may merge if they spell a token, the token with the highest score first. tokenizer.json has merges instead. The two
+agree if every way to split a token in two is a merge and no two tokens' merges are interleaved, as in every tokenizer
+converted from SentencePiece. Tokenizers that llama.cpp would run differently are rejected, or noted if the difference
+is rare.
 
 Source: llama-vocab.cpp of llama.cpp, and the tokenizers library.
 """
@@ -24,10 +25,10 @@ from matquant.system.errors import InputError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # llama.cpp's token types
 SPACE = "▁"
-INSTEAD = "give --to mlx or dense"
+INSTEAD = "use --to mlx or dense"
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
-NO_MERGES = "no merges"  # llama.cpp wants some; these two parts come about by merging only, so they never meet
-KINDS = ("bos", "eos", "unk", "pad")  # whose ids are written
+NO_MERGES = "no merges"  # llama.cpp needs at least one merge; these two parts are never adjacent
+KINDS = ("bos", "eos", "unk", "pad")  # special tokens whose ids are written
 
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 _CASED = (
@@ -39,9 +40,9 @@ _SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 _REST = rf"| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_SPACES}"
 _REST_SLASH = rf"| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}"
 
-GPT2 = "gpt2"  # the pattern that byte-level pre-tokenisation brings along
+GPT2 = "gpt2"  # the built-in pattern of byte-level pre-tokenisation
 DIGITS = "digits"
-# Patterns that cut text, one after the other; whether whole words that are tokens need no merges -> llama.cpp's name.
+# (Patterns that split text, in order; whether words that are tokens skip merging) -> llama.cpp's name.
 PATTERNS: dict[tuple[tuple[str, ...], bool], str] = {
     ((GPT2,), False): "gpt-2",
     ((DIGITS, GPT2), False): "smollm",
@@ -59,31 +60,31 @@ PATTERNS: dict[tuple[tuple[str, ...], bool], str] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Tokens:
-    """What a GGUF file says of a tokenizer."""
+    """A tokenizer as a GGUF file describes it."""
 
-    model: str  # llama.cpp's algorithm; "no_vocab": there is no tokenizer
-    texts: Sequence[str] = field(default=(), repr=False)  # of every row of the embedding
-    types: Sequence[int] = field(default=(), repr=False)  # of every row of the embedding
+    model: str  # llama.cpp's algorithm; "no_vocab" if there is no tokenizer
+    texts: Sequence[str] = field(default=(), repr=False)  # text of every row of the embedding
+    types: Sequence[int] = field(default=(), repr=False)  # type of every row of the embedding
     scores: Sequence[float] = field(default=(), repr=False)  # for "llama" only
     merges: Sequence[str] = field(default=(), repr=False)  # for "gpt2" only
-    pre: str = "default"  # llama.cpp's name of how text is cut into words, for "gpt2" only
+    pre: str = "default"  # llama.cpp's name for splitting text into words, for "gpt2" only
     special: Mapping[str, int] = field(default_factory=dict)  # such as {"bos": 1}
     adds_bos: bool = False  # whether a text gets a beginning-of-sequence token
     adds_eos: bool = False  # whether a text gets an end-of-sequence token
     adds_space: bool = False  # whether a text gets a space before it
     chat_template: str | None = None  # Jinja
-    notices: tuple[str, ...] = ()  # where llama.cpp will do otherwise, for people
+    notices: tuple[str, ...] = ()  # differences in llama.cpp, for people
 
 
 def read_tokens(directory: Path, config: Mapping[str, Any]) -> Tokens:
-    """The tokenizer of a checkpoint; InputError if llama.cpp has none that cuts text alike."""
+    """Read a checkpoint's tokenizer; InputError if llama.cpp has none that splits text in the same way."""
     file = side_file(directory, "tokenizer.json")
     if file is None:
-        return Tokens(model="no_vocab", notices=("there is no tokenizer.json: the file takes token ids, not text",))
+        return Tokens(model="no_vocab", notices=("there is no tokenizer.json, so the file takes token ids, not text",))
     vocabulary, given = read_vocabulary(directory), read_json(file)
     model = given["model"]
     if model.get("type") != "BPE":
-        raise InputError(f"{file} is a {model.get('type')} tokenizer, GGUF export knows BPE; {INSTEAD}")
+        raise InputError(f"{file} is a {model.get('type')} tokenizer, but GGUF export supports only BPE; {INSTEAD}")
     merges = [tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
     texts, types = _texts(file, vocabulary, given, int(config["vocab_size"]))
     special = _special(vocabulary, config, side_facts(directory, "generation_config.json", GENERATION))
@@ -112,14 +113,14 @@ def read_tokens(directory: Path, config: Mapping[str, Any]) -> Tokens:
 
 
 def _texts(file: Path, vocabulary: Vocabulary, given: Mapping[str, Any], size: int) -> tuple[list[str], list[int]]:
-    """Text and type of each of ``size`` tokens; ids without a token are unused."""
+    """Return the text and type of each of ``size`` tokens; ids without a token are unused."""
     texts = [f"[PAD{index}]" for index in range(size)]
     types = [UNUSED] * size
     added = {entry["id"]: entry for entry in given.get("added_tokens", [])}
     for text, index in vocabulary.tokenizer.get_vocab(with_added_tokens=True).items():
         if index >= size:
             raise InputError(
-                f"{file} has token {index} ({text!r}), the embedding has {size} rows; copy the model's own tokenizer"
+                f"{file} has token {index} ({text!r}), but the embedding has {size} rows; copy the model's tokenizer"
             )
         texts[index], types[index] = text, NORMAL
         if BYTE_TOKEN.fullmatch(text) and given["model"].get("byte_fallback"):
@@ -132,7 +133,7 @@ def _texts(file: Path, vocabulary: Vocabulary, given: Mapping[str, Any], size: i
 
 
 def _special(vocabulary: Vocabulary, config: Mapping[str, Any], generation: Mapping[str, Any]) -> dict[str, int]:
-    """Ids by kind: what tokenizer_config.json names, else what config.json numbers."""
+    """Return special ids by kind: from the names in tokenizer_config.json, else from the ids in config.json."""
     found = {}
     for kind in KINDS:
         text = vocabulary.special.get(f"{kind}_token")
@@ -146,12 +147,12 @@ def _special(vocabulary: Vocabulary, config: Mapping[str, Any], generation: Mapp
 
 
 def _added(file: Path, vocabulary: Vocabulary, special: Mapping[str, int]) -> tuple[bool, bool]:
-    """Whether the tokenizer puts a token before every text, and one after."""
+    """Return whether the tokenizer adds a token before every text, and after it."""
     ids = vocabulary.prompt("")
     first = bool(ids) and ids[0] == special.get("bos")
     last = len(ids) > first and ids[-1] == special.get("eos")
     if len(ids) != first + last:
-        raise InputError(f"{file} adds the tokens {ids} to every text, llama.cpp adds bos and eos; {INSTEAD}")
+        raise InputError(f"{file} adds the tokens {ids} to every text, but llama.cpp adds only bos and eos; {INSTEAD}")
     return first, last
 
 
@@ -162,12 +163,14 @@ def _check_normalizer(file: Path, normalizer: Mapping[str, Any] | None) -> tuple
     if normalizer is None:
         return ()
     if normalizer["type"] == "NFC":
-        return ("llama.cpp does not bring text into Unicode's composed form (NFC), the tokenizer does: do it before",)
-    raise InputError(f"{file} normalises text ({normalizer['type']}), llama.cpp's gpt2 tokenizer does not; {INSTEAD}")
+        return ("llama.cpp does not normalise text to NFC as the tokenizer does: normalise prompts yourself",)
+    raise InputError(
+        f"{file} normalises text ({normalizer['type']}), but llama.cpp's gpt2 tokenizer does not; {INSTEAD}"
+    )
 
 
 def _pre(file: Path, vocabulary: Vocabulary, given: Mapping[str, Any]) -> str:
-    """llama.cpp's name of how text is cut into words."""
+    """Return llama.cpp's name for splitting text into words."""
     patterns = _patterns(given.get("pre_tokenizer") or {})
     whole = bool(given["model"].get("ignore_merges"))
     if (patterns, whole) in PATTERNS:
@@ -177,16 +180,16 @@ def _pre(file: Path, vocabulary: Vocabulary, given: Mapping[str, Any]) -> str:
         if missed is None:
             return PATTERNS[patterns, not whole]
         raise InputError(
-            f"{file} has ignore_merges={whole}, llama.cpp's {PATTERNS[patterns, not whole]} has not, and merges do not "
+            f"{file} has ignore_merges={whole}, unlike llama.cpp's {PATTERNS[patterns, not whole]}, and merges do not "
             f"lead to the token {missed!r}; {INSTEAD}"
         )
     raise InputError(
-        f"{file} cuts text by {' then '.join(patterns) or 'nothing'}, llama.cpp has no such pre-tokenizer; {INSTEAD}"
+        f"{file} splits text by {' then '.join(patterns) or 'nothing'}, which llama.cpp does not support; {INSTEAD}"
     )
 
 
 def _patterns(pre_tokenizer: Mapping[str, Any]) -> tuple[str, ...]:
-    """The patterns of a pre-tokenizer in turn, or what it is called where it has none we know."""
+    """Return the patterns of a pre-tokenizer in order, or its type if it has none that we know."""
     steps, found = pre_tokenizer.get("pretokenizers", [pre_tokenizer]), []
     for step in steps:
         if step.get("type") == "ByteLevel" and not step.get("add_prefix_space"):
@@ -201,7 +204,7 @@ def _patterns(pre_tokenizer: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _unmerged(vocabulary: Vocabulary, given: Mapping[str, Any]) -> str | None:
-    """A token that its own text does not merge into, if there is one."""
+    """Return a token that its text does not merge into, None if there is none."""
     merging = vocabulary.tokenizer.from_str(json.dumps({**given, "model": {**given["model"], "ignore_merges": False}}))
     special = {entry["content"] for entry in given.get("added_tokens", [])}
     texts = (text for text in given["model"]["vocab"] if text not in special)
@@ -212,7 +215,7 @@ def _unmerged(vocabulary: Vocabulary, given: Mapping[str, Any]) -> str | None:
 
 
 def _adds_space(file: Path, given: Mapping[str, Any]) -> bool:
-    """Whether a space comes before every text; InputError if the tokenizer changes text in another way."""
+    """Return whether a space is put before every text; InputError if the tokenizer changes text in another way."""
     normalizer, pre = given.get("normalizer") or {}, given.get("pre_tokenizer") or {}
     steps = normalizer.get("normalizers", [normalizer] if normalizer else [])
     kinds = [step["type"] for step in steps]
@@ -222,17 +225,17 @@ def _adds_space(file: Path, given: Mapping[str, Any]) -> bool:
     metaspace = pre.get("type") == "Metaspace" and pre.get("replacement") == SPACE and not pre.get("split", True)
     if metaspace and not steps:
         return bool(pre.get("prepend_scheme", "always") != "never")
-    # Gemma's spaces are replaced first and then split off nothing: its pre-tokenizer finds none
+    # Gemma replaces spaces first, so its pre-tokenizer finds none to split at
     if kinds == ["Replace"] and steps[0] == replaced and pre.get("pattern") == {"String": " "}:
         return False
     raise InputError(
-        f"{file} changes text by {', '.join(kinds) or 'nothing'} and {pre.get('type', 'nothing')}, "
-        f"llama.cpp replaces spaces by {SPACE}; {INSTEAD}"
+        f"{file} changes text by {', '.join(kinds) or 'nothing'} and {pre.get('type', 'nothing')}, but "
+        f"llama.cpp only replaces spaces by {SPACE}; {INSTEAD}"
     )
 
 
 def _scores(file: Path, tokens: Mapping[str, int], merges: Sequence[tuple[str, ...]], size: int) -> list[float]:
-    """Scores that make SentencePiece's order of merging that of ``merges``; InputError if none do.
+    """Return scores that make SentencePiece merge in the order of ``merges``; InputError if there are none.
 
     tokens: ids of the ordinary tokens by text.
     """
@@ -241,7 +244,9 @@ def _scores(file: Path, tokens: Mapping[str, int], merges: Sequence[tuple[str, .
     for left, right in merges:
         text = left + right
         if text != previous and text in order:
-            raise InputError(f"{file} merges {text!r} before and after others, scores cannot say that; {INSTEAD}")
+            raise InputError(
+                f"{file} merges {text!r} both before and after other tokens, which scores cannot express; {INSTEAD}"
+            )
         order.setdefault(text, len(order))
         previous = text
     known = set(merges)
@@ -250,11 +255,11 @@ def _scores(file: Path, tokens: Mapping[str, int], merges: Sequence[tuple[str, .
             parts = text[:cut], text[cut:]
             if parts not in known and all(len(part) == 1 or part in tokens for part in parts):
                 raise InputError(
-                    f"{file} does not merge {parts[0]!r} and {parts[1]!r}, llama.cpp would, "
+                    f"{file} does not merge {parts[0]!r} and {parts[1]!r}, but llama.cpp would, "
                     f"because {text!r} is a token; {INSTEAD}"
                 )
     scores = [0.0] * size
     for text, place in order.items():
-        if text in tokens:  # others are cut out before anything merges
+        if text in tokens:  # other tokens are split off before merging
             scores[tokens[text]] = -float(place + 1)
     return scores

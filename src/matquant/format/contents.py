@@ -1,4 +1,4 @@
-"""What is inside a checkpoint: widths, rule, honest sizes, overflow and histograms. Needs no torch."""
+"""Summarise a checkpoint: rule, bits per weight (all overhead included), overflow, histograms. Needs no torch."""
 
 from typing import Any
 
@@ -15,11 +15,11 @@ WIDEST_HISTOGRAM = 32  # columns
 
 
 def summarise(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Sizes, bits per weight, overflow and histograms of the codes at every width 8..1, as plain numbers.
+    """Return sizes, bits per weight, overflow and histograms of the codes at every width 8..1, as plain numbers.
 
-    bits_per_weight and bytes count packed codes, scales, zeros, shapes and (rule ``extra``) the overflow set as
-    core/overflow.py counts it; ``paper_bits`` is the paper's count, r + overflow fraction (2.05 at int2 in Table 7),
-    which leaves out scales and which weights overflow.
+    bits_per_weight and bytes include packed codes, scales, zero-points, shapes and (rule ``extra``) the overflow set as
+    core/overflow.py counts it. ``paper_bits`` is the paper's count, r + overflow fraction (2.05 at int2 in Table 7),
+    without scales and without the positions of overflowing weights.
     """
     counts = code_counts(checkpoint)
     total = int(counts.sum())
@@ -42,7 +42,7 @@ def summarise(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def code_counts(checkpoint: Checkpoint) -> np.ndarray:
-    """How often each of the 256 codes occurs, over all quantised weights."""
+    """Count how often each of the 256 codes occurs, over all quantised weights."""
     counts = np.zeros(256, dtype=np.int64)
     for path in checkpoint.shapes:
         counts += np.bincount(checkpoint.nested(path).codes.ravel(), minlength=256)
@@ -50,13 +50,13 @@ def code_counts(checkpoint: Checkpoint) -> np.ndarray:
 
 
 def slice_counts(counts: np.ndarray, bits: int, *, rule: str) -> np.ndarray:
-    """How often each ``bits``-bit code occurs, int64, given how often each of the 256 codes does."""
+    """Return how often each ``bits``-bit code occurs, int64, from the counts of the 256 codes."""
     sliced = slice_codes(np.arange(256, dtype=np.uint8), bits, rule=rule)
     return np.bincount(sliced, weights=counts).astype(np.int64)
 
 
 def render(checkpoint: Checkpoint, summary: dict[str, Any]) -> RenderableType:
-    """The summary for people: what it is, then one row per width."""
+    """Return the summary as tables: facts first, then one row per width."""
     spec = checkpoint.spec
     facts = Table.grid(padding=(0, 2))
     own = ", ".join(map(str, spec.slices)) or "none"
@@ -70,8 +70,8 @@ def render(checkpoint: Checkpoint, summary: dict[str, Any]) -> RenderableType:
         ),
         ("trained widths", ", ".join(map(str, spec.widths)) or "none"),
         ("rule", f"{spec.rule}, grid {spec.grid}"),
-        ("grid", f"{'symmetric' if spec.symmetric else 'asymmetric'}, groups: {group}; own {kind} at widths: {own}"),
-        ("quantised", f"{summary['weights']:,} weights in {len(checkpoint.shapes)} linears ({spec.scope})"),
+        ("grid", f"{'symmetric' if spec.symmetric else 'asymmetric'}, groups: {group}; per-width {kind} at: {own}"),
+        ("quantised", f"{summary['weights']:,} weights in {len(checkpoint.shapes)} layers ({spec.scope})"),
         ("not quantised", f"{summary['plain_bytes']:,} bytes"),
         ("on disk", f"{summary['file_bytes']:,} bytes of tensors for all widths"),
     ):
@@ -92,7 +92,7 @@ def render(checkpoint: Checkpoint, summary: dict[str, Any]) -> RenderableType:
 
 
 def sparkline(counts: list[int]) -> str:
-    """A histogram as one line of block characters, at most WIDEST_HISTOGRAM long, the tallest bar full."""
+    """Return a histogram as a line of at most WIDEST_HISTOGRAM block characters, the tallest bar full."""
     values = np.asarray(counts, dtype=np.float64)
     if len(values) > WIDEST_HISTOGRAM:
         values = np.array([part.sum() for part in np.array_split(values, WIDEST_HISTOGRAM)])

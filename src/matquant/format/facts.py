@@ -1,8 +1,8 @@
-"""Types, signs and ranges of what a model's JSON files say: one table per file, key -> kind, and one reader.
+"""Check the values in a model's JSON files: one table per file, key -> kind, and one reader.
 
-Every size, flag and token id that this package takes from config.json, generation_config.json, tokenizer_config.json or
-a shard index goes through ``read_facts`` or ``check_facts`` first, so code behind them need not ask again. Keys that a
-table does not list are not looked at: hundreds of families have their own. A kind is a test and its words for people.
+Every size, flag and token id from config.json, generation_config.json, tokenizer_config.json or a shard index goes
+through ``read_facts`` or ``check_facts`` first, so later code need not check again. Keys that a table does not list are
+ignored: hundreds of families have further keys. A kind is a test and its description.
 """
 
 import json
@@ -15,26 +15,26 @@ from typing import Any
 from matquant.system.errors import InputError
 from matquant.system.files import read_text
 
-LARGEST = 2**63 - 1  # of an integer
-LARGEST_NUMBER = 2.0**127  # float32 holds it
-SHOWN = 60  # characters of a wrong value in a message
+LARGEST = 2**63 - 1  # largest integer
+LARGEST_NUMBER = 2.0**127  # largest number, which float32 holds
+SHOWN = 60  # characters of a wrong value that a message shows
 REPAIR = "repair the file or copy it again"
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What a value must be. words: such as "an integer above 0". inside: kinds of the keys of an object."""
+    """A kind of value. words: its description, such as "an integer above 0". inside: kinds of the keys of an object."""
 
     words: str
     holds: Callable[[Any], bool]
     inside: Mapping[str, "Kind"] = field(default_factory=dict)
 
     def or_null(self) -> "Kind":
-        """The same, or null."""
+        """Return this kind, or null."""
         return Kind(f"{self.words} or null", lambda value: value is None or self.holds(value), self.inside)
 
     def or_list(self) -> "Kind":
-        """The same, or a list of such values."""
+        """Return this kind, or a list of such values."""
         every = list_of(self)
         return Kind(f"{self.words}, or a list of them", lambda value: self.holds(value) or every.holds(value))
 
@@ -43,22 +43,22 @@ Table = Mapping[str, Kind]
 
 
 def integer(low: int, words: str) -> Kind:
-    """An integer from ``low`` to 2^63 - 1; true and false are none."""
+    """Return the kind of integers from ``low`` to 2^63 - 1, without true and false."""
     return Kind(f"an integer {words}", lambda value: type(value) is int and low <= value <= LARGEST)
 
 
 def number(words: str, holds: Callable[[float], bool] = lambda value: True) -> Kind:
-    """A finite number that float32 holds and ``holds`` accepts."""
+    """Return the kind of finite numbers that float32 holds and ``holds`` accepts."""
     return Kind(f"a number{words}", lambda value: _is_finite(value) and holds(value))
 
 
 def list_of(kind: Kind) -> Kind:
-    """A list of values of one kind."""
+    """Return the kind of lists of values of one kind."""
     return Kind(f"a list, each {kind.words}", lambda value: isinstance(value, list) and all(map(kind.holds, value)))
 
 
 def object_of(inside: Table) -> Kind:
-    """An object in which the keys of ``inside`` have these kinds."""
+    """Return the kind of objects in which the keys of ``inside`` have these kinds."""
     return Kind("an object", lambda value: isinstance(value, dict), inside)
 
 
@@ -88,7 +88,8 @@ TEXT = Kind("a string", lambda value: isinstance(value, str))
 OBJECT = object_of({})
 SPECIAL_TOKEN = Kind('a string or an object with a string "content"', _is_special_token)
 CHAT_TEMPLATE = Kind("a string, or named strings", _is_chat_template)
-DTYPES = ("float32", "bfloat16", "float16", "float64", "float", "half", "double")  # torch's names, as transformers asks
+# torch's names, which transformers uses
+DTYPES = ("float32", "bfloat16", "float16", "float64", "float", "half", "double")
 DTYPE = Kind(", ".join(DTYPES[:4]), lambda value: value in DTYPES if isinstance(value, str) else False)
 
 _ROPE: Table = {
@@ -103,7 +104,7 @@ _ROPE: Table = {
 }
 ROPE = object_of({**_ROPE, **dict.fromkeys(("full_attention", "sliding_attention"), object_of(_ROPE).or_null())})
 
-# Sizes that some family has per layer may be lists.
+# Sizes that vary by layer in some family may be lists.
 _TEXT_CONFIG: Table = {
     "model_type": TEXT,
     "architectures": list_of(TEXT).or_null(),
@@ -155,7 +156,7 @@ TOKENIZER: Table = {
 }
 
 SHARD_INDEX: Table = {"weight_map": Kind("an object of file names", lambda value: is_weight_map(value))}
-FILES: Mapping[str, Table] = {  # what a model directory may hold besides tensors, templates and vocabularies
+FILES: Mapping[str, Table] = {  # JSON files of a model directory, besides templates and vocabularies
     "config.json": CONFIG,
     "generation_config.json": GENERATION,
     "tokenizer_config.json": TOKENIZER,
@@ -168,12 +169,12 @@ FILES: Mapping[str, Table] = {  # what a model directory may hold besides tensor
 
 
 def is_weight_map(value: Any) -> bool:
-    """Whether ``value`` is what a shard index has: tensor name -> file name."""
+    """Return whether ``value`` is a shard index's map of tensor name -> file name."""
     return isinstance(value, dict) and bool(value) and all(isinstance(name, str) and name for name in value.values())
 
 
 def read_json(file: Path, *, remedy: str = REPAIR) -> dict[str, Any]:
-    """The object in a JSON file, {} if there is no such file; InputError if it is something else."""
+    """Return the object in a JSON file, {} if there is no such file; InputError if it is something else."""
     if not file.is_file():
         return {}
     try:
@@ -186,14 +187,14 @@ def read_json(file: Path, *, remedy: str = REPAIR) -> dict[str, Any]:
 
 
 def read_facts(file: Path, table: Table, *, remedy: str = REPAIR) -> dict[str, Any]:
-    """``read_json`` whose values are of the kinds of ``table``; InputError names the file, the key and the value."""
+    """Read a JSON file and check it against ``table``; InputError names the file, the key and the value."""
     values = read_json(file, remedy=remedy)
     check_facts(values, table, where=file, remedy=remedy)
     return values
 
 
 def check_facts(values: Mapping[str, Any], table: Table, *, where: object, remedy: str = REPAIR, at: str = "") -> None:
-    """InputError for the first of ``values`` that is not of its kind. at: the keys that lead to them, "a.b."."""
+    """Raise InputError for the first of ``values`` that is not of its kind. at: the keys that lead to them, "a.b."."""
     for key, kind in table.items():
         if key not in values:
             continue
@@ -205,7 +206,7 @@ def check_facts(values: Mapping[str, Any], table: Table, *, where: object, remed
 
 
 def check_depth(config: Mapping[str, Any], tensors: int, *, where: object) -> None:
-    """InputError for more layers than there are stored tensors: building such a model would take all memory."""
+    """Raise InputError for more layers than stored tensors: building such a model would take all memory."""
     nested = config.get("text_config")
     for part in (config, nested if isinstance(nested, Mapping) else {}):
         for key in DEPTHS:
@@ -218,9 +219,9 @@ def check_depth(config: Mapping[str, Any], tensors: int, *, where: object) -> No
 
 
 def shown(value: Any) -> str:
-    """A value for a message, cut where it is long."""
+    """Return a value for a message, shortened if it is long."""
     try:
         text = repr(value)
-    except RecursionError:  # of lists in lists
+    except RecursionError:  # deeply nested lists
         text = type(value).__name__
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."

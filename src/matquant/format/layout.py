@@ -7,11 +7,11 @@ compressed-tensors W8A16 (``pack-quantized``) and lie in the model's shards:
     p.weight_scale         bf16 or fp32 [N, G]
     p.weight_shape         int64 [2]              N, K
     p.weight_zero_point    int32 [words(N), G]    asymmetric checkpoints only
-    p.<bits>.scale         bf16 [N, G]            of a width with a scale of its own, in matquant_slices.safetensors
-    p.<bits>.zero          fp16 [N, G]            its zero-point, unless that is mid-range
+    p.<bits>.scale         bf16 [N, G]            per-width scale, in matquant_slices.safetensors
+    p.<bits>.zero          fp16 [N, G]            per-width zero-point, unless it is mid-range
 
-The writer, the reader's structure check and the size count all take their names and dtypes from here.
-docs/format.md specifies the same byte by byte.
+The writer, the reader's structure check and the size count take names and dtypes from here. docs/format.md specifies
+the files byte by byte.
 Shapes: N out features, K in features, G groups.
 """
 
@@ -27,7 +27,7 @@ from matquant.core.spec import Spec
 from matquant.core.tensor import NestedTensor
 
 SLICES = "matquant_slices.safetensors"
-NAMES = {np.float32: "F32", np.float16: "F16", ml_dtypes.bfloat16: "BF16"}  # as safetensors has them
+NAMES = {np.float32: "F32", np.float16: "F16", ml_dtypes.bfloat16: "BF16"}  # safetensors' names
 
 
 def stored_tensors(path: str, tensor: NestedTensor, spec: Spec) -> Iterator[tuple[str, np.ndarray]]:
@@ -36,12 +36,12 @@ def stored_tensors(path: str, tensor: NestedTensor, spec: Spec) -> Iterator[tupl
     yield f"{path}.weight_scale", tensor.scale.astype(scale_dtype(path, spec))
     yield f"{path}.weight_shape", np.array(tensor.codes.shape, dtype=np.int64)
     if not spec.symmetric:
-        # Packed along the rows, as compressed-tensors has it.
+        # Packed along the rows, as in compressed-tensors.
         yield f"{path}.weight_zero_point", pack_zeros(tensor.zero, MASTER_BITS)
 
 
 def slice_tensors(path: str, bits: int, spec: Spec) -> dict[str, Any]:
-    """Return tensor name -> dtype of a width's own scale and, unless it is mid-range, zero-point."""
+    """Return tensor name -> dtype of a per-width scale and, unless it is mid-range, zero-point."""
     names: dict[str, Any] = {f"{path}.{bits}.scale": ml_dtypes.bfloat16}
     return names if spec.zeros == CENTRE else {**names, f"{path}.{bits}.zero": np.float16}
 

@@ -1,8 +1,8 @@
-"""The manifest of a checkpoint: which files belong to it, with the size and sha256 of each.
+"""The manifest of a checkpoint: its files, with the size and sha256 of each.
 
-Only listed files are read or copied. A file that somebody dropped into the directory changes nothing until
-``matquant verify --seal`` lists it, and a link never brings in a file from elsewhere: ``side_file`` and ``check_files``
-accept regular files inside the directory only, besides the links from snapshots to blobs in a hub cache.
+Only listed files are read or copied. A file added to the directory changes nothing until ``matquant verify --seal``
+lists it. A link never brings in a file from elsewhere: ``side_file`` and ``check_files`` accept only regular files
+inside the directory, and links from snapshots to blobs in a hub cache.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ INDEX = "model.safetensors.index.json"
 MADE_BY = "give a checkpoint made by matquant quantize"
 AGAIN = "copy it again or write the checkpoint again"
 NUMBERS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".npy", ".npz", ".h5", ".msgpack", ".onnx", ".pkl")
-KINDS = {  # what a path can be besides a regular file
+KINDS = {  # kinds of paths that are not regular files
     stat.S_IFDIR: "a directory",
     stat.S_IFIFO: "a named pipe",
     stat.S_IFSOCK: "a socket",
@@ -36,14 +36,14 @@ KINDS = {  # what a path can be besides a regular file
 
 
 def is_weights(name: str) -> bool:
-    """Whether a file holds weights or says where they are: such a file is never accepted in another form."""
+    """Return whether a file holds weights or lists where they are: edits of such files are never accepted."""
     return name == INDEX or name.lower().endswith(NUMBERS)
 
 
 def regular_file(directory: Path, name: str) -> Path | None:
-    """The path of a file in ``directory``, None if there is none.
+    """Return the path of a file in ``directory``, None if there is none.
 
-    InputError if it is no regular file (opening a pipe would wait for ever) or a link out of the directory.
+    InputError if it is not a regular file (opening a pipe would block forever), or is a link out of the directory.
     """
     file = directory / name
     try:
@@ -53,27 +53,27 @@ def regular_file(directory: Path, name: str) -> Path | None:
         if file.is_symlink():
             raise InputError(f"{file} is a link to {file.readlink()}, which is missing; {AGAIN}") from None
         return None
-    except (OSError, RuntimeError, ValueError) as error:  # links in a circle, names that no file system takes
+    except (OSError, RuntimeError, ValueError) as error:  # circular links, names that no file system accepts
         reason = getattr(error, "strerror", None) or str(error)
         raise InputError(f"{directory / ascii(name)[1:-1]} cannot be read ({reason}); {AGAIN}") from None
     if not stat.S_ISREG(mode):
         kind = KINDS.get(stat.S_IFMT(mode), "not a regular file")
         raise InputError(f"{file} is {kind}, where a file is expected; {AGAIN}")
     if not _belongs(real, directory.resolve()):
-        raise InputError(f"{file} is a link to {real}, outside the directory; replace the link by a copy of the file")
+        raise InputError(f"{file} is a link to {real}, outside the directory; replace the link with a copy of the file")
     return file
 
 
 def _belongs(real: Path, home: Path) -> bool:
-    """Whether a resolved path is inside ``home``, or in the blobs of the hub cache that ``home`` is a snapshot of."""
+    """Return whether a resolved path is inside ``home``, or in the hub cache's blobs if ``home`` is a snapshot."""
     blobs = home.parent.parent / "blobs"
     return real.is_relative_to(home) or (home.parent.name == "snapshots" and real.is_relative_to(blobs))
 
 
 def side_file(directory: Path, name: str) -> Path | None:
-    """A small file that belongs to a model (tokenizer, template, generation settings); None if there is none.
+    """Return the path of a model's small file (tokenizer, template, generation settings); None if there is none.
 
-    In a checkpoint, which has a manifest, only files that it lists are found.
+    In a checkpoint, only files that the manifest lists are found.
     """
     if (directory / MANIFEST).exists() and name not in read_manifest(directory)["files"]:
         return None
@@ -81,13 +81,13 @@ def side_file(directory: Path, name: str) -> Path | None:
 
 
 def side_facts(directory: Path, name: str, table: Table) -> dict[str, Any]:
-    """What a small JSON file of a model says, of the kinds of ``table``; {} if there is none."""
+    """Read a small JSON file of a model and check it against ``table``; {} if there is none."""
     file = side_file(directory, name)
     return {} if file is None else read_facts(file, table)
 
 
 def seal_hint(directory: Path, name: str) -> str:
-    """The end of an error about a missing file: how to add one that is there and not listed."""
+    """Return the end of an error about a missing file: how to add it if it is there but not listed."""
     if not (directory / name).exists() or side_file(directory, name) is not None:
         return ""
     return f"; {name} is there, but not part of the checkpoint: add it with matquant verify --seal {directory}"
@@ -95,9 +95,9 @@ def seal_hint(directory: Path, name: str) -> str:
 
 @contextlib.contextmanager
 def listed_only(directory: Path) -> Iterator[Path]:
-    """Yield a directory that has the small files of a checkpoint and none that its manifest does not list.
+    """Yield a directory with only the small files that a checkpoint's manifest lists.
 
-    For readers that look for files themselves. A directory without a manifest is yielded as it is.
+    For readers that look for files themselves. A directory without a manifest is yielded unchanged.
     """
     if not (directory / MANIFEST).exists():
         yield directory
@@ -123,7 +123,7 @@ def write_manifest(directory: Path, spec: Spec) -> None:
 
 
 def read_manifest(where: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint; InputError unless it is in a known format and lists files by name, size and sum."""
+    """Read a checkpoint's manifest; InputError for unknown formats and entries without name, size and sha256."""
     if not where.is_dir():
         raise InputError(f"{where}: no such directory; {MADE_BY}")
     if regular_file(where, MANIFEST) is None:
@@ -146,14 +146,14 @@ def read_manifest(where: Path) -> dict[str, Any]:
 
 
 def read_object(file: Path, table: Table = MappingProxyType({})) -> dict[str, Any]:
-    """The object in a JSON file of a checkpoint, of the kinds of ``table``; InputError if it is something else."""
+    """Read the object in a JSON file of a checkpoint and check it against ``table``; InputError for anything else."""
     if not file.is_file():
         raise InputError(f"{file} is missing; {AGAIN}")
     return read_facts(file, table, remedy=AGAIN)
 
 
 def check_files(where: Path, entries: Mapping[str, Any], *, sizes: bool = True, hashes: bool) -> None:
-    """InputError unless every listed file is there, a regular file in ``where``, of its size and (``hashes``) sum."""
+    """Raise InputError unless every listed file is a regular file in ``where``, of its size and (``hashes``) sha256."""
     for name, entry in entries.items():
         file = regular_file(where, name)
         if file is None:
@@ -173,14 +173,14 @@ def check_files(where: Path, entries: Mapping[str, Any], *, sizes: bool = True, 
 
 
 def _remedy(where: Path, name: str) -> str:
-    """Weights must be as they were; another file may have been edited on purpose."""
+    """Return what to do: weights must not change, other files may have been edited on purpose."""
     if is_weights(name):
         return AGAIN
     return f"{AGAIN}, or accept your own edit with: matquant verify --seal {where}"
 
 
 def unlisted(directory: Path) -> list[str]:
-    """Names in a checkpoint's directory that are not part of it; our own caches are left out."""
+    """Return the names in a checkpoint's directory that are not part of it, without our own caches."""
     known = {MANIFEST, *read_manifest(directory)["files"]}
     others = (entry for entry in directory.iterdir() if entry.name not in known)
     return sorted(entry.name + "/" * entry.is_dir() for entry in others if PLAN_CACHE not in entry.name)

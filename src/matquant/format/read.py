@@ -1,8 +1,8 @@
-"""Open a nested checkpoint, and read its tensors when they are asked for.
+"""Open a nested checkpoint, and read its tensors on demand.
 
-The manifest's sizes and hashes are compared first and then the structure (structure.py), so damage is an error that
-names the file and never a wrong model. No numbers are read before they are needed; with ``mmap`` the codes are views of
-the files, which the system pages in. No pickle anywhere.
+The manifest's sizes and hashes are compared first, then the structure (structure.py), so damage is an error that names
+the file and never a wrong model. No numbers are read before they are needed; with ``mmap`` the codes are views of the
+files, which the system pages in. Pickle is never used.
 Shapes: N out features, K in features, G groups.
 """
 
@@ -43,7 +43,7 @@ HEAD = "lm_head.weight"
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """An opened nested checkpoint: its records, and where each tensor lies. Numbers are read when asked for."""
+    """An open nested checkpoint: its records, and where each tensor lies. Numbers are read on demand."""
 
     directory: Path
     config: Mapping[str, Any]  # config.json without quantization_config
@@ -59,7 +59,7 @@ class Checkpoint:
     packed_sizes: dict[tuple[str, int], int] = field(default_factory=dict, repr=False, compare=False)
 
     def array(self, name: str) -> np.ndarray:
-        """A stored tensor by its full name, as it lies in the file."""
+        """Return a stored tensor by its full name."""
         if not self.mmap:
             return self.mapped(name, DTYPES[self.stored_dtype(name)])
         file = self.files[name]
@@ -67,21 +67,21 @@ class Checkpoint:
             self.handles[file] = _open_tensors(self.directory / file)
         try:
             array: np.ndarray = self.handles[file].get_tensor(name)
-        except (SafetensorError, AttributeError, TypeError, ValueError) as error:  # a dtype that numpy does not have
+        except (SafetensorError, AttributeError, TypeError, ValueError) as error:  # a dtype that numpy lacks
             raise InputError(f"{name} in {self.directory / file} cannot be read ({error}); {AGAIN}") from None
         return array
 
     def stored_dtype(self, name: str) -> str:
-        """The dtype of a stored tensor as its file names it: F32, F16, BF16, I32, ..."""
+        """Return the dtype of a stored tensor as its file names it: F32, F16, BF16, I32, ..."""
         entry: dict[str, Any] = self._header(name)[1][name]
         return str(entry["dtype"])
 
     def stored_shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a stored tensor."""
+        """Return the shape of a stored tensor."""
         return tuple(self._header(name)[1][name]["shape"])
 
     def mapped(self, name: str, dtype: Any) -> np.ndarray:
-        """A stored tensor of ``dtype`` as a read-only view of its file, which the system reads when it is looked at.
+        """Return a stored tensor of ``dtype`` as a read-only view of its file, which the system pages in on access.
 
         Without ``mmap`` it is read now.
         """
@@ -93,21 +93,21 @@ class Checkpoint:
         return np.memmap(file, dtype, "r", start + entry["data_offsets"][0], shape)
 
     def _header(self, name: str) -> tuple[int, Any]:
-        """Where the data of a tensor's file begin, and its header; each file's is read once."""
+        """Return the data offset and header of a tensor's file; each file's header is read once."""
         file = self.files[name]
         if file not in self.headers:
-            with (self.directory / file).open("rb") as stream:  # safetensors checked it when the checkpoint was opened
+            with (self.directory / file).open("rb") as stream:  # checked by safetensors when the checkpoint was opened
                 length = int.from_bytes(stream.read(8), "little")
                 self.headers[file] = 8 + length, json.loads(stream.read(length))
         return self.headers[file]
 
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Tensor name -> shape, of all that is not quantised and, as ``path.weight`` [N, K], of all that is."""
+        """Return tensor name -> shape of all weights; quantised ones are named ``path.weight``, [N, K]."""
         quantised = {f"{path}.weight": shape for path, shape in self.shapes.items()}
         return quantised | {name: self.stored_shape(name) for name in self.plain_names()}
 
     def plain_names(self) -> list[str]:
-        """Names of the tensors that are not part of a quantised weight."""
+        """Return the names of the tensors that are not part of a quantised weight."""
         ours = {f"{path}.weight_{part}" for path in self.shapes for part in ("packed", "scale", "shape", "zero_point")}
         return [name for name, file in self.files.items() if name not in ours and file != SLICES]
 
@@ -136,12 +136,12 @@ class Checkpoint:
 def open_checkpoint(
     directory: Path | str, *, check_hashes: bool = True, check_sizes: bool | None = None, mmap: bool = True
 ) -> Checkpoint:
-    """Open a nested checkpoint after checking its manifest (unless told not to) and its structure.
+    """Open a nested checkpoint after checking its manifest (optional) and its structure.
 
-    check_sizes: of the files, which takes no time; None: with the hashes. mmap False: tensors are read into memory, so
-    that a file that is truncated later does no harm.
+    check_sizes: compare file sizes, which takes no time; None: only together with the hashes. mmap False: read tensors
+    into memory, so that truncating a file later does no harm.
 
-    Raises InputError naming the file or tensor at fault and what would do.
+    Raises InputError naming the damaged file or tensor and what to do.
     """
     check_types(directory=directory, check_hashes=check_hashes, mmap=mmap)
     where = Path(directory)
@@ -152,7 +152,7 @@ def open_checkpoint(
 
 
 def open_listed(where: Path, manifest: Mapping[str, Any], *, mmap: bool = True) -> Checkpoint:
-    """Open a checkpoint whose files have been compared with ``manifest``; InputError unless its structure is right."""
+    """Open a checkpoint whose files have been compared with ``manifest``; InputError if its structure is wrong."""
     listed = set(manifest["files"])
     config = read_object(where / "config.json", CONFIG)
     quantised = config.pop("quantization_config", None)
@@ -161,7 +161,7 @@ def open_listed(where: Path, manifest: Mapping[str, Any], *, mmap: bool = True) 
         raise InputError(f'{where / "config.json"} has no "matquant" object; {MADE_BY}')
     spec = Spec.from_json(record, where=str(where / "config.json"))
     if record["format"] != manifest["format"]:
-        found = f"{where} is in format {manifest['format']} by {MANIFEST} and in {record['format']} by config.json"
+        found = f"{where} has format {manifest['format']} in {MANIFEST}, but {record['format']} in config.json"
         raise InputError(f"{found}; {AGAIN}")
     listed = set(manifest["files"])
     with contextlib.ExitStack() as stack:
@@ -183,12 +183,12 @@ def open_listed(where: Path, manifest: Mapping[str, Any], *, mmap: bool = True) 
 
 
 def manifest_sha256(directory: Path | str) -> str:
-    """sha256 of a checkpoint's manifest, which holds the hashes of all its files: what a result was measured on."""
+    """Return the sha256 of a checkpoint's manifest, which identifies the checkpoint: it holds all files' hashes."""
     return sha256(Path(directory) / MANIFEST)
 
 
 def _untie_stored_head(config: dict[str, Any], names: Mapping[str, str]) -> None:
-    """Make ``config`` say that a head which is stored is served: then none is tied, as transformers has it too."""
+    """Untie head and embedding in ``config`` if the head is stored, as transformers does."""
     if any(name.endswith(HEAD) for name in names):
         for part in (config, *(value for value in config.values() if isinstance(value, dict))):
             if part.get("tie_word_embeddings"):
@@ -196,7 +196,7 @@ def _untie_stored_head(config: dict[str, Any], names: Mapping[str, str]) -> None
 
 
 def _tensor_files(where: Path, listed: set[str]) -> list[str]:
-    """Names of the files that hold tensors: the model's shards and the slices. Only listed files are read."""
+    """Return the listed files that hold tensors: the model's shards and the slices."""
     index = where / INDEX
     shards: set[Any] = {"model.safetensors"}
     if regular_file(where, INDEX) is not None:
@@ -222,10 +222,10 @@ def _open_tensors(file: Path) -> Any:
 
 
 def _tensor_names(where: Path, handles: Mapping[str, Any]) -> dict[str, str]:
-    """Tensor name -> file name."""
+    """Return tensor name -> file name."""
     files: dict[str, str] = {}
     for file, handle in handles.items():
-        for name in handle.keys():  # noqa: SIM118  (a safetensors handle is no mapping)
+        for name in handle.keys():  # noqa: SIM118  (a safetensors handle is not a mapping)
             if name in files:
                 raise InputError(f"{where} has the tensor {name} in {files[name]} and in {file}; {DAMAGED}")
             files[name] = file

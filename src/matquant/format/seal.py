@@ -1,8 +1,8 @@
-"""Accept edits of a checkpoint's small files: the manifest is written again after all that must not change was checked.
+"""Accept edits of a checkpoint's small files: check everything that must not change, then write the manifest again.
 
-The usual repair of a model edits generation_config.json or a chat template, after which the hash no longer fits.
-Sealing compares every weight file with the manifest, opens the checkpoint as it now is, and then lists the small files
-as they are. A weight file that differs is never accepted. Records of earlier evaluations name the earlier manifest.
+A typical repair edits generation_config.json or a chat template, after which its hash no longer matches. Sealing
+compares every weight file with the manifest, opens the checkpoint as it is now, and then lists the small files as they
+are. A weight file that differs is never accepted. Records of earlier evaluations name the earlier manifest.
 """
 
 from collections.abc import Sequence
@@ -26,12 +26,12 @@ from matquant.system.errors import InputError
 from matquant.system.files import json_bytes, sha256, write_atomically
 
 TOKENIZER_FILES = [name for name in SIDE_FILES if "template" not in name and name != "generation_config.json"]
-SHOWN = 20  # names of files that are not part of a checkpoint
+SHOWN = 20  # maximum number of unlisted files that are named
 
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """A small file that differs from the manifest. Bytes before and after; None: not listed, or not there."""
+    """A small file that differs from the manifest. before, after: bytes; None: not listed, or missing."""
 
     name: str
     before: int | None
@@ -41,18 +41,18 @@ class Change:
         if self.before is None:
             return f"added: {self.name} ({self.after:,} bytes)"
         if self.name == TOKENS and self.after is None:
-            return f"dropped: {self.name}, the record of how the earlier tokenizer cut text"
+            return f"dropped: {self.name}, the record of the earlier tokenizer's tokens"
         if self.after is None:
             return f"missing: {self.name} ({self.before:,} bytes)"
         return f"changed: {self.name} ({self.before:,} -> {self.after:,} bytes)"
 
 
 def seal_checkpoint(directory: Path | str) -> tuple[Checkpoint, list[Change]]:
-    """Accept edited, added and missing small files of a checkpoint; returns it and what was accepted.
+    """Accept edited, added and missing small files of a checkpoint; return it and the accepted changes.
 
-    Added are the tokenizer, template and generation files that are read from a checkpoint; any other new file stays
-    out. The manifest is replaced atomically, and not touched if nothing changed. InputError, and nothing written, if a
-    weight file differs or the checkpoint would not open.
+    Only tokenizer, template and generation files can be added; any other new file stays out. The manifest is replaced
+    atomically, and not touched if nothing changed. If a weight file differs or the checkpoint would not open,
+    InputError is raised and nothing is written.
     """
     where = Path(directory)
     manifest = read_manifest(where)
@@ -62,14 +62,14 @@ def seal_checkpoint(directory: Path | str) -> tuple[Checkpoint, list[Change]]:
     names += [name for name in SIDE_FILES if name not in listed]
     entries = {name: entry for name in names if (entry := _entry(where, name)) is not None}
     if any(listed.get(name) != entries.get(name) for name in TOKENIZER_FILES):
-        entries.pop(TOKENS, None)  # it is about the tokenizer before the edit
+        entries.pop(TOKENS, None)  # it describes the tokenizer before the edit
     changes = [
         Change(name=name, before=_size(listed.get(name)), after=_size(entries.get(name)))
         for name in names
         if listed.get(name) != entries.get(name)
     ]
     if "config.json" not in entries:
-        raise InputError(f"{where / 'config.json'} is missing; put it back, a checkpoint cannot be read without it")
+        raise InputError(f"{where / 'config.json'} is missing and a checkpoint cannot be read without it; put it back")
     sealed = {**manifest, "files": {name: listed[name] for name in listed if is_weights(name)} | entries}
     checkpoint = open_listed(where, sealed)
     check_scales(checkpoint)
@@ -80,7 +80,7 @@ def seal_checkpoint(directory: Path | str) -> tuple[Checkpoint, list[Change]]:
 
 
 def _entry(where: Path, name: str) -> dict[str, Any] | None:
-    """What the manifest says of a small file as it is now, None if it is not there; InputError for damaged JSON."""
+    """Return the manifest entry of a small file as it is now, None if it is missing; InputError for damaged JSON."""
     file = regular_file(where, name)
     if file is None:
         return None
@@ -94,12 +94,12 @@ def _size(entry: dict[str, Any] | None) -> int | None:
 
 
 def describe(changes: Sequence[Change]) -> str:
-    """What was accepted, a line for each file."""
+    """Return the accepted changes, one line per file."""
     return "\n".join(map(str, changes)) or "nothing to seal: all files are as the manifest lists them"
 
 
 def ignored_files(directory: Path | str) -> list[str]:
-    """A sentence for every file in the directory that is not part of the checkpoint."""
+    """Return a sentence for every file in the directory that is not part of the checkpoint."""
     names = unlisted(Path(directory))
     notes = [
         f"{name} is not part of the checkpoint; ignored"

@@ -1,6 +1,6 @@
-"""Writing big files tensor by tensor: safetensors shards whose tensors are made when their turn comes.
+"""Write big files tensor by tensor: safetensors shards whose tensors are made just before they are written.
 
-Tensors are made by a few threads a little ahead of the writer, so peak memory is a few tensors however large the model.
+A few threads make tensors a little ahead of the writer, so peak memory is a few tensors, however large the model.
 """
 
 import json
@@ -17,16 +17,16 @@ import numpy as np
 from matquant.core.dtypes import FLOATS
 from matquant.system.files import json_bytes
 
-AHEAD = 2  # threads, and parts in memory beside the one that is written
+AHEAD = 2  # number of threads, and of parts in memory besides the one being written
 SHARD_BYTES = 5 * 10**9
 DTYPES: dict[str, Any] = {**FLOATS, "I64": np.int64, "I32": np.int32, "U32": np.uint32, "U8": np.uint8}
-PYTORCH = {"format": "pt"}  # what transformers wants to find in a header
-Report = Callable[[int], None]  # told the bytes written since the last call
+PYTORCH = {"format": "pt"}  # header entry that transformers expects
+Report = Callable[[int], None]  # called with the bytes written since the last call
 
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a tensor will lie: its name, its dtype as safetensors names it, its shape."""
+    """A tensor to write: its name, its dtype as safetensors names it, its shape."""
 
     name: str
     dtype: str
@@ -39,7 +39,7 @@ class Slot:
 
 @dataclass(frozen=True)
 class Part:
-    """Tensors that are made together: their slots, and what makes them, in that order."""
+    """Tensors that are made together: their slots, and the function that makes them, in that order."""
 
     slots: tuple[Slot, ...]
     make: Callable[[], Sequence[np.ndarray]] = field(repr=False)
@@ -50,7 +50,7 @@ class Part:
 
 
 def made(parts: Iterable[Part]) -> Iterator[tuple[Part, Sequence[np.ndarray]]]:
-    """Every part with its arrays, in order; made by threads, at most AHEAD of them beside the one yielded."""
+    """Yield every part with its arrays, in order; threads make at most AHEAD parts besides the one yielded."""
     waiting: deque[tuple[Part, Any]] = deque()
     with ThreadPoolExecutor(AHEAD) as pool:
         for part in parts:
@@ -66,7 +66,7 @@ def made(parts: Iterable[Part]) -> Iterator[tuple[Part, Sequence[np.ndarray]]]:
 def write_shards(
     directory: Path, parts: Sequence[Part], *, report: Report, index: bool = False, shard_bytes: int = SHARD_BYTES
 ) -> None:
-    """Write all parts as model.safetensors in ``directory``, or as shards. index: list even a single one."""
+    """Write all parts as model.safetensors in ``directory``, or as shards. index: write one even for a single shard."""
     shards: list[list[Part]] = [[]]
     for part in parts:
         if shards[-1] and sum(p.bytes for p in shards[-1]) + part.bytes > shard_bytes:
@@ -87,7 +87,7 @@ def write_shards(
 def write_safetensors(
     file: Path, parts: Sequence[Part], *, report: Report, metadata: Mapping[str, str] | None = PYTORCH
 ) -> None:
-    """Write one safetensors file, part by part. metadata: of its header."""
+    """Write one safetensors file, part by part. metadata: goes into its header."""
     header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
     end = 0
     for slot in (slot for part in parts for slot in part.slots):

@@ -1,6 +1,6 @@
-"""The small files beside a model's weights that are copied along with it: tokenizer, templates, generation defaults.
+"""The small files that are copied along with a model: tokenizer, templates, generation defaults.
 
-Of a checkpoint only files that its manifest lists are read, and links never bring in a file from elsewhere
+Only files that a checkpoint's manifest lists are read, and links never bring in a file from elsewhere
 (``manifest.side_file``).
 """
 
@@ -17,20 +17,20 @@ SIDE_FILES = (
 
 
 def side_files(source: Path | str) -> dict[str, bytes]:
-    """Tokenizer and generation files in a model's directory, by name.
+    """Return the tokenizer and generation files in a model's directory, by name.
 
-    Of a checkpoint only those that its manifest lists. InputError for links that leave the directory, and for what is
-    no regular file.
+    For a checkpoint, only those that its manifest lists. InputError for links that leave the directory and for paths
+    that are not regular files.
     """
     where = Path(source)
     if not where.is_dir():
         return {}
-    regular_file(where, "config.json")  # what it says is copied too
+    regular_file(where, "config.json")  # its values are copied too
     found = {name: side_file(where, name) for name in SIDE_FILES}
     return {name: file.read_bytes() for name, file in found.items() if file is not None}
 
 
 def nested_side_files(directory: Path) -> dict[str, bytes]:
-    """The side files of a nested checkpoint that go into another one: those of its model, and the record of tokens."""
+    """Return the side files of a nested checkpoint that go into another one: the model's, and the record of tokens."""
     record = side_file(directory, TOKENS)
     return side_files(directory) | ({} if record is None else {TOKENS: record.read_bytes()})

@@ -1,8 +1,8 @@
 """Count the bytes that a width or a plan takes, all overhead included.
 
-A weight [N, K] served at r bits is N*K*r/8 bytes of packed codes, one scale (and zero-point, if stored) per group, and
-its two int64 of shape. Bits per weight is 8 times the bytes over the number of quantised weights. Planning, reports and
-benchmarks compare methods by these numbers only.
+A weight [N, K] served at r bits takes N*K*r/8 bytes of packed codes, one scale (and zero-point, if stored) per group,
+and two int64 for its shape. Bits per weight is 8 times the bytes over the number of quantised weights. Planning,
+reports and benchmarks compare methods only by these numbers.
 """
 
 from collections.abc import Mapping
@@ -18,8 +18,8 @@ from matquant.format.read import Checkpoint
 def size_bytes(checkpoint: Checkpoint, path: str, bits: int) -> float:
     """Return the bytes of one weight served at ``bits`` bits: packed codes, scales, stored zero-points and its shape.
 
-    Under rule ``extra`` the codes take what core/overflow.py counts, counted once for each width (the paper's own
-    count, r + overflow fraction bits, leaves out which weights overflow).
+    Under rule ``extra`` the bytes of the codes come from core/overflow.py, counted once per width (the paper's count, r
+    + overflow fraction bits, leaves out the positions of overflowing weights).
     """
     rows, columns = checkpoint.shapes[path]
     groups = columns // (checkpoint.spec.group_size or columns)
@@ -50,5 +50,5 @@ def bits_per_weight(checkpoint: Checkpoint, plan: Mapping[str, int]) -> float:
 
 
 def plain_bytes(checkpoint: Checkpoint) -> int:
-    """Return the bytes of the tensors that are not quantised (embeddings, norms, biases, linears out of scope)."""
+    """Return the bytes of the unquantised tensors (embeddings, norms, biases, linear layers outside the scope)."""
     return sum(checkpoint.array(name).nbytes for name in checkpoint.plain_names())

@@ -1,6 +1,6 @@
-"""Check that a checkpoint's files hold the tensors that its Spec promises, before any number of them is read.
+"""Check that a checkpoint's files hold the tensors that its Spec promises, before reading any numbers.
 
-Only headers and the tiny ``weight_shape`` tensors are looked at, so this takes milliseconds whatever the model's size.
+Only headers and the tiny ``weight_shape`` tensors are read, so this takes milliseconds for any model size.
 """
 
 from collections.abc import Mapping
@@ -17,13 +17,15 @@ from matquant.system.errors import InputError
 def check_structure(
     where: Path, files: Mapping[str, str], handles: Mapping[str, Any], spec: Spec
 ) -> dict[str, tuple[int, int]]:
-    """Return path -> (N, K) of every quantised weight; InputError if a tensor of one is missing or of a wrong kind."""
+    """Return path -> (N, K) of every quantised weight; InputError if one of its tensors is missing or wrong."""
     shapes: dict[str, tuple[int, int]] = {}
     parts = (".weight_packed", ".weight_scale", ".weight_shape", ".weight_zero_point")
     paths = {name.removesuffix(part) for name in files for part in parts if name.endswith(part)}
     if not isinstance(spec.stored_bits, int) and set(spec.stored_bits) != paths:
         other = sorted(set(spec.stored_bits) ^ paths)[0]
-        raise InputError(f"{where} has stored_bits of other weights than it holds: {other}; {DAMAGED}")
+        raise InputError(
+            f"{where} has stored_bits for weights that it does not hold, or lacks some: {other}; {DAMAGED}"
+        )
     for path in sorted(paths):
         name = f"{path}.weight_shape"
         if name not in files:

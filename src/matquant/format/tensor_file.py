@@ -1,7 +1,7 @@
-"""Tensors of a safetensors file as arrays in memory: read, not mapped.
+"""Read tensors of a safetensors file into memory instead of mapping them.
 
-A mapped file that somebody truncates ends the process with SIGBUS when the lost part is looked at. What is read is the
-process's own, and takes its memory.
+If a mapped file is truncated, accessing the lost part ends the process with SIGBUS. Tensors that were read are safe,
+and take the process's memory.
 """
 
 from pathlib import Path
@@ -30,7 +30,7 @@ DTYPES: dict[str, Any] = {
 
 
 def read_tensor(file: Path, dtype: Any, *, start: int, shape: tuple[int, ...]) -> np.ndarray:
-    """The array of ``dtype`` and ``shape`` from byte ``start`` on; InputError if the file ends before it does."""
+    """Read the array of ``dtype`` and ``shape`` from byte ``start`` on; InputError if the file ends too early."""
     wanted = np.dtype(dtype)
     array = np.empty(shape, wanted)
     with file.open("rb") as stream:

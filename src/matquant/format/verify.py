@@ -1,4 +1,4 @@
-"""Check the numbers of a checkpoint, not only its hashes: every scale positive and finite, no NaN in what is float."""
+"""Check the numbers of a checkpoint, not only its hashes: scales are positive and finite, floats are not NaN."""
 
 from pathlib import Path
 
@@ -10,25 +10,25 @@ from matquant.system.errors import InputError
 
 
 def verify_checkpoint(directory: Path | str) -> Checkpoint:
-    """Check every hash, shape and scale; returns the checkpoint, or raises InputError."""
+    """Check every hash, shape and scale; return the checkpoint, or raise InputError."""
     checkpoint = open_checkpoint(directory)
     check_scales(checkpoint)
     return checkpoint
 
 
 def check_scales(checkpoint: Checkpoint) -> None:
-    """InputError naming the path of a scale or zero-point that is not a positive number."""
+    """Raise InputError naming the path of a scale or zero-point that is not a positive number."""
     for path in checkpoint.shapes:
         tensor = checkpoint.nested(path)
         for scale, zero in ((tensor.scale, tensor.zero), *tensor.slices.values()):
             if not (np.isfinite(scale).all() and np.isfinite(zero).all() and (scale > 0).all()):
                 raise InputError(
-                    f"{path} has a scale or zero that is not a positive number; write the checkpoint again"
+                    f"{path} has a scale or zero-point that is not a positive number; write the checkpoint again"
                 )
 
 
 def check_plain(checkpoint: Checkpoint) -> None:
-    """InputError naming an unquantised tensor that holds NaN or infinity: stored as it was, but of no use."""
+    """Raise InputError naming an unquantised tensor that holds NaN or infinity."""
     for name in checkpoint.plain_names():
         if checkpoint.stored_dtype(name) in ANY_FLOAT and not np.isfinite(checkpoint.array(name)).all():
             raise InputError(

@@ -1,9 +1,9 @@
-"""Write a nested checkpoint: a Hugging Face directory that is a stock int8 model to everyone else.
+"""Write a nested checkpoint: a Hugging Face directory that other tools read as a stock int8 model.
 
-Stored are the tensors of layout.py in shards, the stock quantization_config with our Spec as the extra key "matquant",
+It holds the tensors of layout.py in shards, the stock quantization_config with our Spec as the extra key "matquant",
 and a manifest of sha256 sums. Everything goes shard by shard into a temporary sibling directory, is synced, hashed,
-then renamed into place: a crash leaves the old checkpoint or the new one. One shard is in memory at a time. No pickle.
-docs/format.md specifies the files byte by byte.
+then renamed into place: a crash leaves the old checkpoint or the new one. One shard is in memory at a time. Pickle is
+never used. docs/format.md specifies the files byte by byte.
 """
 
 import re
@@ -22,7 +22,7 @@ from matquant.system.arguments import check_types
 from matquant.system.files import check_replaceable, json_bytes, replace_directory_when_done
 from matquant.system.locks import check_place
 
-SHARD_BYTES = 5 * 10**9  # what transformers itself shards at
+SHARD_BYTES = 5 * 10**9  # transformers' default shard size
 Item = tuple[str, "np.ndarray | NestedTensor"]
 
 
@@ -40,12 +40,12 @@ def write_checkpoint(
     """Write a nested checkpoint, one shard in memory at a time.
 
     items: (path, NestedTensor) for quantised weights and (tensor name, array) for all others, numpy; may be lazy.
-    config: the model's config.json; ignore: module names of linears that stay unquantised; files: further files by
-    name (tokenizer, logs). Raises InputError if ``directory`` exists and ``overwrite`` is false, or the disk is full;
-    nothing is left behind then.
+    config: the model's config.json; ignore: module names of linear layers that stay unquantised; files: further files
+    by name (tokenizer, logs). Raises InputError, and leaves nothing behind, if ``directory`` exists and ``overwrite``
+    is false, or the disk is full.
     """
     check_types(directory=directory, overwrite=overwrite)
-    target = check_place(directory)  # through a link, the checkpoint it points to is replaced
+    target = check_place(directory)  # a link is followed: the checkpoint it points to is replaced
     with replace_directory_when_done(target, lambda: check_writable(target, overwrite=overwrite)) as partial:
         _write_tensors(partial, items, spec=spec, shard_bytes=shard_bytes)
         quantised = {**config, "quantization_config": quantization_config(spec, ignore)}
@@ -56,12 +56,12 @@ def write_checkpoint(
 
 
 def check_writable(target: Path, *, overwrite: bool) -> None:
-    """InputError if ``target`` may not be written: it exists without ``overwrite``, or is not a checkpoint of ours."""
+    """Raise InputError if ``target`` exists without ``overwrite``, or is not a checkpoint of ours."""
     check_replaceable(target, MANIFEST, "a matquant checkpoint", overwrite=overwrite)
 
 
 def quantization_config(spec: Spec, ignore: Iterable[str]) -> dict[str, Any]:
-    """The stock compressed-tensors description of what is stored, with our Spec as the extra key "matquant"."""
+    """Return the stock compressed-tensors quantization_config, with our Spec as the extra key "matquant"."""
     stored = spec.stored_bits
     widths = {stored} if isinstance(stored, int) else set(stored.values())
     groups = {
@@ -70,7 +70,7 @@ def quantization_config(spec: Spec, ignore: Iterable[str]) -> dict[str, Any]:
     }
     config = stock_config(groups, group_size=spec.group_size, ignore=ignore) | {"matquant": spec.to_json()}
     if not spec.symmetric:
-        # transformers 5.23 mis-shapes packed zero points unless it dequantises while loading.
+        # transformers 5.23 gives packed zero-points wrong shapes unless it dequantises while loading.
         config["dequantize"] = True
     return config
 
@@ -78,9 +78,9 @@ def quantization_config(spec: Spec, ignore: Iterable[str]) -> dict[str, Any]:
 def stock_config(
     groups: Mapping[tuple[int, bool], Sequence[str]], *, group_size: int | None, ignore: Iterable[str]
 ) -> dict[str, Any]:
-    """The quantization_config of compressed-tensors, ``pack-quantized``.
+    """Return a quantization_config of compressed-tensors, ``pack-quantized``.
 
-    groups: (bits, whether the zero is in the middle) -> the paths stored so; of a single group they are not listed.
+    groups: (bits, symmetric) -> the paths stored so; the paths of a single group are not listed.
     """
     config_groups = {}
     for number, ((bits, symmetric), paths) in enumerate(groups.items()):
@@ -133,9 +133,9 @@ def _write_tensors(directory: Path, items: Iterable[Item], *, spec: Spec, shard_
 
 
 def _name_shards(directory: Path, shards: list[list[str]], total: int, *, index: bool) -> None:
-    """Give the shards their names; an index lists them if there are several, or if asked for.
+    """Name the shards; write an index if there are several, or with ``index``.
 
-    It is asked for beside slices: where there is none, vLLM takes every safetensors file for a part of the model.
+    Slices need an index: without one, vLLM reads every safetensors file as a part of the model.
     """
     names = ["model.safetensors"]
     if len(shards) > 1:

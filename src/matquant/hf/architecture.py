@@ -1,8 +1,7 @@
-"""What config.json means to the decode step: sizes, windows, caps, scales and rotary frequencies.
+"""Read config.json for the decode step: sizes, sliding windows, caps, scales and rotary frequencies.
 
-The decode step (native/model.hpp) knows no family. It knows norms that may be absent, windows, rotary frequencies, caps
-and scales; a row of ARCHITECTURES (families.py) says under which names a checkpoint has them and what config.json means
-when it leaves something out.
+The decode step (native/model.hpp) knows no families. It knows optional norms, sliding windows, rotary frequencies, caps
+and scales; a row of ARCHITECTURES (families.py) maps a checkpoint's names to them, with the defaults of config.json.
 """
 
 import itertools
@@ -33,9 +32,9 @@ LARGEST_WINDOW = 2**31 - 1  # tokens; the decode step counts in 32 bits
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """A model as the decode step sees it."""
+    """A model's architecture for the decode step."""
 
-    family: Decode  # how its family is run
+    family: Decode  # how to run its family
     hidden: int  # size of the hidden states
     intermediate: int  # size inside the feed-forward block
     layers: int  # decoder layers
@@ -44,21 +43,21 @@ class Architecture:
     head_dim: int  # size of a head
     vocab: int  # rows of the embedding
     context: int  # tokens
-    norm_eps: float  # what is added to a mean of squares
+    norm_eps: float  # added to the mean of squares
     attention_scale: float  # factor of attention scores
     embedding_scale: float  # factor of embeddings
     attention_cap: float  # soft cap on attention scores; 0: none
     logit_cap: float  # soft cap on logits; 0: none
     gelu: bool  # tanh GELU rather than SiLU
     tied: bool  # whether the head is the embedding
-    windows: tuple[int, ...]  # per layer, the positions that a token sees; 0: all
+    windows: tuple[int, ...]  # per layer, number of positions that a token sees; 0: all
     ropes: tuple[int, ...]  # per layer, the index into frequencies; -1: no rotary positions
     frequencies: tuple[np.ndarray, ...]  # float32 [head_dim / 2] each, radians per position
-    rope_scales: tuple[float, ...]  # of each frequencies, the factor of their sines and cosines
+    rope_scales: tuple[float, ...]  # factor of the sines and cosines, one per entry of frequencies
 
 
 def read_architecture(config: Mapping[str, Any], *, where: object) -> Architecture:
-    """The Architecture that a config.json means; InputError if this runtime cannot run it exactly."""
+    """Return the Architecture of a config.json; InputError if the engine cannot run it exactly."""
     family, values = _read_family(config, where)
     heads, kv_heads, head_dim = _heads(values, where)
     _refuse(values, where)
@@ -88,7 +87,7 @@ def read_architecture(config: Mapping[str, Any], *, where: object) -> Architectu
 
 
 def check_sizes(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], *, where: object) -> None:
-    """InputError unless the sizes in config.json are those of the tensors, before anything of such a size is made.
+    """Raise InputError unless the sizes in config.json match the tensors, before allocating anything of such a size.
 
     shapes: tensor name -> shape, quantised weights as ``path.weight`` [N, K].
     """
@@ -114,18 +113,18 @@ def check_sizes(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
         if tuple(found) != size:
             raise InputError(
                 f"{where} does not fit its config.json ({path}.weight is {' x '.join(map(str, found))}, "
-                f"by config.json {' x '.join(map(str, size))}); write the checkpoint again"
+                f"config.json needs {' x '.join(map(str, size))}); write the checkpoint again"
             )
 
 
 def _read_family(config: Mapping[str, Any], where: object) -> tuple[Decode, dict[str, Any]]:
-    """The family of a config.json, and its values over the family's defaults, sizes checked."""
+    """Return the family of a config.json, and its values merged over the family's defaults, with sizes checked."""
     kind = config.get("model_type")
     decoded = supported("decode")
     if kind not in decoded:
         raise InputError(
-            f"{where} is a {kind} model, which the runtime does not decode; "
-            f"it decodes {', '.join(decoded)}; use matquant.load for others"
+            f"{where} is a {kind} model, which the engine does not support; "
+            f"it supports {', '.join(decoded)}; use matquant.load for others"
         )
     family: Decode = decoded[kind]
     values = {**family.defaults, **config}
@@ -137,7 +136,7 @@ def _read_family(config: Mapping[str, Any], where: object) -> tuple[Decode, dict
 
 
 def _heads(values: Mapping[str, Any], where: object) -> tuple[int, int, int]:
-    """Attention heads, key/value heads and the size of a head."""
+    """Return the number of attention heads, of key/value heads, and the head size."""
     heads: int = values["num_attention_heads"]
     kv_heads: int = values.get("num_key_value_heads") or heads
     head_dim: int = values.get("head_dim") or values["hidden_size"] // heads
@@ -150,7 +149,7 @@ def _heads(values: Mapping[str, Any], where: object) -> tuple[int, int, int]:
 
 
 def _given(values: Mapping[str, Any], key: str, default: Any) -> Any:
-    """The value of ``key``, ``default`` where it is missing or null."""
+    """Return the value of ``key``, ``default`` if it is missing or null."""
     value = values.get(key)
     return default if value is None else value
 
@@ -158,7 +157,7 @@ def _given(values: Mapping[str, Any], key: str, default: Any) -> Any:
 def _refuse(values: Mapping[str, Any], where: object) -> None:
     for key, harmless in (("use_bidirectional_attention", (None, False)), ("partial_rotary_factor", (None, 1, 1.0))):
         if values.get(key) not in harmless:
-            raise InputError(f"{where} has {key}={values[key]}, which the runtime does not decode; use matquant.load")
+            raise InputError(f"{where} has {key}={values[key]}, which the engine does not support; use matquant.load")
     for key in ("layer_types", "no_rope_layers"):
         if values.get(key) and len(values[key]) != values["num_hidden_layers"]:
             raise InputError(
@@ -169,13 +168,13 @@ def _refuse(values: Mapping[str, Any], where: object) -> None:
 def _is_gelu(name: Any, where: object) -> bool:
     if name not in SILU + GELU:
         raise InputError(
-            f"{where} has the activation {name!r}; the runtime has {', '.join(SILU + GELU)}; use matquant.load"
+            f"{where} has the activation {name!r}; the engine supports {', '.join(SILU + GELU)}; use matquant.load"
         )
     return name in GELU
 
 
 def _windows(values: Mapping[str, Any], family: Decode) -> tuple[int, ...]:
-    """The sliding window of every layer, 0 where there is none."""
+    """Return the sliding window of every layer, 0 for none."""
     count: int = values["num_hidden_layers"]
     window = values.get("sliding_window")
     if not window or (family.window_switch and not values.get(family.window_switch)):
@@ -187,7 +186,7 @@ def _windows(values: Mapping[str, Any], family: Decode) -> tuple[int, ...]:
 
 
 def _default_kinds(values: Mapping[str, Any], family: Decode) -> list[str]:
-    """layer_types where config.json has none."""
+    """Return the default layer_types of a config.json without them."""
     period = values.get("sliding_window_pattern") or family.window_period
     kinds = []
     for index in range(values["num_hidden_layers"]):
@@ -209,7 +208,7 @@ def _has_rope(values: Mapping[str, Any], index: int) -> bool:
 def _ropes(
     values: Mapping[str, Any], family: Decode, head_dim: int, where: object
 ) -> tuple[tuple[int, ...], list[Rope]]:
-    """Which frequencies each layer has, and the frequencies."""
+    """Return the index of each layer's frequencies, and the frequencies."""
     given = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
     per_kind = "full_attention" in given or "sliding_attention" in given
     count = values["num_hidden_layers"]
@@ -223,7 +222,9 @@ def _ropes(
         index = tuple(int(kind == "sliding_attention") for kind in kinds)
         return index, [frequencies(rope, head_dim, values, where) for rope in (full, local)]
     if per_kind:
-        raise InputError(f"{where} has rotary positions per layer type, which its family does not; repair config.json")
+        raise InputError(
+            f"{where} has rotary positions per layer type, which its family does not have; repair config.json"
+        )
     rope = {"rope_theta": _given(values, "rope_theta", 1e4), **given}
     index = tuple(0 if not family.no_rope or _has_rope(values, layer) else -1 for layer in range(count))
     return index, [frequencies(rope, head_dim, values, where)]

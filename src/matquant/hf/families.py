@@ -1,8 +1,8 @@
-"""What we know of model families: ARCHITECTURES, one row per ``model_type`` of config.json.
+"""Model families: ARCHITECTURES, one row per ``model_type`` of config.json.
 
-The decode step, the exporters, the equivalences of OmniQuant and the planner read the same row, each a part of it. A
-part that is None is not supported for that family, and its reader's error says so. A family without a row can still
-be quantised, loaded in transformers, and exported to the formats that keep transformers' names.
+The decode step, the exporters, the equivalences of OmniQuant and the planner each read a part of the same row. If a
+part is None, the family is not supported there, and the error says so. A family without a row can still be quantised,
+loaded in transformers, and exported to the formats that keep transformers' names.
 
 Sources: transformers 5.23 (configuration and modeling file of each family), llama.cpp (convert_hf_to_gguf.py), mlx_lm
 0.32 (models/), GPTQModel 7.6.
@@ -19,94 +19,95 @@ class Decode:
 
     # the decode step's name of a norm -> the checkpoint's name under the layer
     norms: Mapping[str, str]
-    # what is added to a stored norm weight
+    # added to a stored norm weight
     norm_offset: float = 0.0
     # the key of config.json that names the activation
     activation_key: str = "hidden_act"
     # whether embeddings are multiplied by sqrt(hidden size)
     scale_embedding: bool = False
-    # the key of config.json that must be true for windows to count; "": they always do
+    # the key of config.json that enables sliding windows; "": always enabled
     window_switch: str = ""
-    # without layer_types in config.json, all layers but each n-th have a window; 1: all have one, 0: none
+    # without layer_types in config.json, all layers but every n-th have a window; 1: all layers, 0: none
     window_period: int = 0
     # whether layers may lack rotary positions
     no_rope: bool = False
-    # whether layers with a window have rotary frequencies of their own
+    # whether layers with a window have separate rotary frequencies
     local_rope: bool = False
-    # what a key missing from config.json stands for
+    # defaults of keys missing from config.json
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Equivalence:
-    """A tensor and the linears that read it, which can be rescaled against each other (methods/parts/equivalence.py).
+    """A tensor and the linear layers that read it, which can be rescaled against each other
+    (methods/parts/equivalence.py).
 
     Module names are relative to the decoder layer.
     """
 
-    # the norm or linear whose output channels are divided
+    # the norm or linear layer whose output channels are divided
     source: str
-    # the linears that read them, and nothing else does
+    # the linear layers that read them; nothing else may
     consumers: tuple[str, ...]
-    # where the channels lie in a source linear: a key of LAYOUTS in methods/parts/equivalence.py
+    # position of the channels in a source linear layer: a key of LAYOUTS in methods/parts/equivalence.py
     layout: str = "each"
     # whether the norm multiplies by 1 + weight
     one_plus: bool = False
     # whether a shift passes unchanged from source to consumers
     shift: bool = False
-    # the entry of config.json, and its value, that this equivalence holds for
+    # an entry of config.json and the value that this equivalence requires
     needs: tuple[str, Any] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gguf:
-    """How llama.cpp has a family."""
+    """A family in llama.cpp."""
 
-    # its name of the architecture
+    # llama.cpp's name of the architecture
     name: str
-    # whether rotary pairs lie side by side in queries and keys, and llama3's frequencies are a tensor
+    # whether rotary pairs are adjacent in queries and keys, and llama3's frequencies are a tensor
     interleaved: bool = False
-    # endings of the biases that it has a place for; None: all of them
+    # suffixes of the supported biases; None: all
     biases: tuple[str, ...] | None = ("q_proj.bias", "k_proj.bias", "v_proj.bias")
-    # whether it is Gemma 2's: tanh GELU, soft caps, a tied head, and a window in every second layer
+    # whether it is Gemma 2: tanh GELU, soft caps, a tied head, and a window in every second layer
     gemma: bool = False
-    # number of layers by which it knows the model whose attention is scaled by hidden size / heads; 0: there is none
+    # number of layers of the model whose attention is scaled by hidden size / heads; 0: none
     scaled_by_hidden: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mlx:
-    """How mlx_lm has a family."""
+    """A family in mlx_lm."""
 
-    # endings of the biases that it reads
+    # suffixes of the supported biases
     biases: tuple[str, ...] = ()
-    # whether it is Gemma 2's: tanh GELU, soft caps, a tied head, default rotary positions only
+    # whether it is Gemma 2: tanh GELU, soft caps, a tied head, only default rotary positions
     gemma: bool = False
-    # whether it reads head_dim, rather than dividing the hidden size by the number of heads
+    # whether it reads head_dim instead of dividing the hidden size by the number of heads
     head_dim: bool = True
-    # whether a checkpoint may have windows in layer_types: beyond their length it computes another model
+    # whether layer_types may have windows: beyond their length mlx_lm computes another model
     windows: bool = True
-    # whether transformers has a window in layers of this family whatever layer_types says
+    # whether transformers has windows in this family whatever layer_types says
     always_windowed: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """One row."""
+    """A row of ARCHITECTURES."""
 
-    # for the engine and everything that reads config.json exactly; None: the engine does not decode it
+    # for the engine and everything that reads config.json exactly; None: not supported by the engine
     decode: Decode | None = None
-    # for OmniQuant; None: it is clipped only
+    # for OmniQuant; None: clipping only
     equivalences: tuple[Equivalence, ...] | None = None
-    # for --to gguf; None: llama.cpp's converter of it is not reproduced here
+    # for --to gguf; None: not supported
     gguf: Gguf | None = None
     # for --to mlx; None: not supported
     mlx: Mlx | None = None
-    # whether GPTQModel has it under transformers' tensor names, for --to gptq and gptq_v2
+    # whether GPTQModel uses transformers' tensor names for it, for --to gptq and gptq_v2
     gptq: bool = False
-    # last names of the linears that other engines keep in one matrix, so that a plan gives them one width
+    # last names of linear layers that other engines fuse into one matrix, so that a plan gives them one width
     fused: tuple[tuple[str, ...], ...] = ()
-    # whether its layers take arguments of the size of the batch, so that they cannot be called one after the other
+    # whether its layers take arguments of the batch's size, so that they cannot run one at a time
     per_sequence: bool = False
 
 
@@ -189,7 +190,7 @@ ARCHITECTURES: dict[str, Family] = {
         gptq=True,
         fused=(QKV, GATED),
     ),
-    "qwen3_moe": Family(  # its experts have other names: the equivalences of the FFN find dense layers only
+    "qwen3_moe": Family(  # its experts have other names: the FFN equivalences match only dense layers
         equivalences=_LLAMA,
         fused=(QKV, GATED),
     ),
@@ -249,7 +250,7 @@ ARCHITECTURES: dict[str, Family] = {
         fused=(QKV,),
     ),
     "gpt_neox": Family(
-        equivalences=(  # GELU lets nothing through
+        equivalences=(  # no scale passes through GELU
             _norm("input_layernorm", "attention.query_key_value"),
             _linear("attention.query_key_value", "attention.dense", layout="value per head", shift=True),
             _norm("post_attention_layernorm", "mlp.dense_h_to_4h"),
@@ -259,11 +260,11 @@ ARCHITECTURES: dict[str, Family] = {
     "xglm": Family(fused=(QKV,), per_sequence=True),
 }
 
-# Every family's fused linears. A plan is made from names of weights alone, and no family means another thing by them.
+# The fused linear layers of all families. A plan sees only names of weights, which mean the same in every family.
 FUSED = tuple(dict.fromkeys(names for family in ARCHITECTURES.values() for names in family.fused))
 
 
 def supported(part: str) -> dict[str, Any]:
-    """``model_type`` -> the part of that name of its row, for the families that have it."""
+    """Return ``model_type`` -> the part of that name in its row, for the families that have it."""
     found = {name: getattr(family, part) for name, family in ARCHITECTURES.items()}
     return {name: value for name, value in found.items() if value is not None and value is not False}

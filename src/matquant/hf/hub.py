@@ -1,4 +1,4 @@
-"""Models on the Hugging Face hub: the one file that imports huggingface_hub, which transformers and tokenizers need."""
+"""Models on the Hugging Face hub: the only file that imports huggingface_hub."""
 
 import contextlib
 from collections.abc import Sequence
@@ -15,17 +15,18 @@ CONFIG = "config.json"
 
 
 def find_snapshot(name: str) -> Path | None:
-    """The local snapshot of a hub id after its config.json is there; None where the hub cannot say and need not.
+    """Return the local snapshot of a hub id with its config.json; None if the hub cannot be asked but the cache
+    suffices.
 
-    Asks the hub once, without retries. InputError if there is no such model, or it is neither in the cache nor within
-    reach.
+    Queries the hub once, without retries. InputError if there is no such model, or it is neither in the cache nor
+    reachable.
     """
     cached = huggingface_hub.try_to_load_from_cache(name, CONFIG)
     if isinstance(cached, str):
         return Path(cached).parent
     if constants.is_offline_mode():
         raise InputError(
-            f"{name} is neither a local directory nor in the hub's cache, and HF_HUB_OFFLINE forbids to ask the hub; "
+            f"{name} is neither a local directory nor in the hub's cache, and HF_HUB_OFFLINE forbids network access; "
             "give a Hugging Face model directory, or download the model first"
         )
     url = huggingface_hub.hf_hub_url(name, CONFIG)
@@ -42,20 +43,21 @@ def find_snapshot(name: str) -> Path | None:
         ) from None
     except errors.EntryNotFoundError:
         raise InputError(
-            f"{name} on the hub has no config.json, so it is a LoRA adapter, GGUF files or no language model; "
+            f"{name} on the hub has no config.json, so it is a LoRA adapter, GGUF files or not a language model; "
             "give a float Hugging Face model"
         ) from None
-    except Exception as error:  # the client's transport has errors of many kinds
+    except Exception as error:  # the client's transport raises many types
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(
             f"{name} is neither a local directory nor in the hub's cache, and the hub cannot be reached ({reason}); "
-            "give a Hugging Face model directory, or a hub id when there is a network"
+            "give a Hugging Face model directory, or try again with a network connection"
         ) from None
     return Path(huggingface_hub.hf_hub_download(name, CONFIG)).parent
 
 
 def fetch_files(name: str, files: Sequence[str]) -> Path | None:
-    """The local snapshot of a hub id with those of ``files`` that it has; what is cached must do without a network.
+    """Return the local snapshot of a hub id after fetching those of ``files`` that it has; without a network, cached
+    files only.
 
     None if nothing is cached.
     """

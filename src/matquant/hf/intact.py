@@ -1,7 +1,7 @@
-"""Whether the files of a model directory can be read and say sensible things: asked before anything large is made.
+"""Check that a model directory's files are readable and sensible, before allocating anything large.
 
-Damage (a file that ends early, is empty or is no JSON) and values of a wrong type, sign or size both end here in one
-message that names the file. Headers are read, numbers are not.
+Damage (a file that ends early, is empty or is not JSON) and values of a wrong type, sign or size give a message that
+names the file. Only headers are read, no tensor data.
 """
 
 from collections.abc import Iterator
@@ -15,14 +15,14 @@ from matquant.hf.tensors import INDEX, SINGLE
 from matquant.system.errors import InputError
 
 BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
-PICKLES = (b"PK\x03\x04", b"\x80")  # how files of torch.save begin: a zip archive, before torch 1.6 a pickle
-DEEPEST = 10_000  # layers, where the tensors cannot be counted
+PICKLES = (b"PK\x03\x04", b"\x80")  # first bytes of torch.save's files: a zip archive, before torch 1.6 a pickle
+DEEPEST = 10_000  # maximum layers if the tensors cannot be counted
 
 Shapes = dict[str, tuple[int, ...]]  # tensor name -> shape
 
 
 def check_readable(directory: Path) -> None:
-    """InputError for the first file that is damaged: JSON, safetensors, or one that torch.save did not write."""
+    """Raise InputError for the first damaged file: JSON, safetensors, or a file that torch.save did not write."""
     for name in FILES:
         read_json(directory / name)
     read_shapes(directory)
@@ -35,9 +35,9 @@ def check_readable(directory: Path) -> None:
 
 
 def check_sensible(directory: Path, *, tensors: int) -> None:
-    """InputError for the first value in a JSON file that is of a wrong kind, and for more layers than tensors.
+    """Raise InputError for the first JSON value of a wrong kind, and for more layers than tensors.
 
-    tensors: how many are stored, 0 if that is not known.
+    tensors: number of stored tensors, 0 if not known.
     """
     files = {name: read_json(directory / name) for name in FILES}
     for name, values in files.items():
@@ -46,7 +46,7 @@ def check_sensible(directory: Path, *, tensors: int) -> None:
 
 
 def read_shapes(directory: Path) -> Shapes:
-    """The shapes of all tensors in safetensors files, as transformers would read them; InputError for damage."""
+    """Return the shapes of all tensors in safetensors files, as transformers would read them; InputError for damage."""
     shapes: Shapes = {}
     for file in _listed(directory, SINGLE, INDEX):
         try:
@@ -58,12 +58,12 @@ def read_shapes(directory: Path) -> Shapes:
 
 
 def bin_files(directory: Path) -> list[Path]:
-    """The files of PyTorch weights in a directory."""
+    """Return the files of PyTorch weights in a directory."""
     return list(_listed(directory, BIN, BIN_INDEX))
 
 
 def _listed(directory: Path, single: str, index: str) -> Iterator[Path]:
-    """The one file of weights, or those that the index lists."""
+    """Yield the single file of weights, or those that the index lists."""
     if (directory / single).is_file():
         yield directory / single
     elif (directory / index).is_file():

@@ -1,8 +1,8 @@
-"""Panics of tokenizers as one line.
+"""Turn panics of the tokenizers library into one-line errors.
 
-Code in Rust that meets an impossible state panics: Python gets a PanicException, which is no Exception, and the panic's
-own report has gone to file descriptor 2 by then. ``one_line`` turns both into an InputError. One kind of damage ends
-the process instead (the panic's message cuts a character in two); ``check_merges`` finds it first.
+Rust code panics on an impossible state: Python gets a PanicException, which is not an Exception, after the panic's
+report went to file descriptor 2. ``one_line`` turns both into an InputError. One kind of damage ends the process
+instead (the panic's message cuts a character in two); ``check_merges`` detects it first.
 """
 
 import contextlib
@@ -22,13 +22,13 @@ PREFIX = re.compile(rb'"continuing_subword_prefix"\s*:\s*"[^"]')
 
 @contextlib.contextmanager
 def one_line(fault: str, advice: str) -> Iterator[None]:
-    """InputError "fault (what tokenizers says); advice" for whatever goes wrong in tokenizers."""
+    """Raise InputError "fault (tokenizers' message); advice" for any failure in tokenizers."""
     with _without_report():
         try:
             yield
         except (InputError, MemoryError):
             raise
-        except BaseException as error:  # tokenizers raises nothing more precise than Exception
+        except BaseException as error:  # tokenizers raises plain Exceptions
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
             first = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(": ")
@@ -36,10 +36,10 @@ def one_line(fault: str, advice: str) -> Iterator[None]:
 
 
 def check_merges(file: Path) -> None:
-    """InputError if a merge of tokenizer.json lacks the prefix that its second part must have."""
+    """Raise InputError if the second part of a merge in tokenizer.json lacks the required prefix."""
     data = file.read_bytes() if file.is_file() else b""
     if not PREFIX.search(data):
-        return  # nearly always, and then nothing is parsed twice
+        return  # the usual case, which avoids parsing twice
     try:
         model = json.loads(data)["model"]
         if model["type"] != "BPE":
@@ -48,7 +48,7 @@ def check_merges(file: Path) -> None:
         seconds = (merge.split(" ")[-1] if isinstance(merge, str) else merge[-1] for merge in model["merges"])
         wrong = next((text for text in seconds if not text.startswith(prefix)), None)
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
-        return  # tokenizers says what is wrong with it
+        return  # tokenizers will report what is wrong
     if wrong is not None:
         raise InputError(
             f"{file} merges {wrong!r}, which lacks the prefix {prefix!r} of continued words; copy it again"
@@ -57,9 +57,9 @@ def check_merges(file: Path) -> None:
 
 @contextlib.contextmanager
 def _without_report() -> Iterator[None]:
-    """Hold back what is written to file descriptor 2; pass it on afterwards unless an InputError says it.
+    """Hold back output on file descriptor 2; pass it on afterwards unless an InputError replaces it.
 
-    Only in a process with one Python thread, such as the command line: others may be writing there.
+    Only in a process with one Python thread, such as the command line: other threads may be writing there.
     """
     if threading.active_count() > 1 or sys.stderr is None:
         yield

@@ -1,8 +1,8 @@
-"""The probe: short texts and their token ids, by which two readers of one tokenizer are compared.
+"""The probe: short texts and their token ids, to compare two readers of one tokenizer.
 
-When a checkpoint is made, transformers and our reader (vocabulary.py) must give the same ids for it. What our reader
-gives then is written into matquant_tokens.json, and ``check_tokens`` compares again, without transformers: a
-tokenizer.json or tokenizer_config.json that was changed later, or another version of the tokenizers library, shows.
+When a checkpoint is made, transformers and our reader (vocabulary.py) must give the same ids for the probe. Our
+reader's ids are stored in matquant_tokens.json, and ``check_tokens`` compares again, without transformers. This detects
+a later change of tokenizer.json or tokenizer_config.json, or of the tokenizers library.
 """
 
 import contextlib
@@ -45,7 +45,7 @@ Record = dict[str, Any]
 
 
 def probe_texts(added: Iterable[str]) -> list[str]:
-    """The texts of the probe for a tokenizer with these added tokens, each after a space and without one."""
+    """Return the probe's texts for a tokenizer with these added tokens, each with and without a space before it."""
     tokens = list(added)
     chunks = [tokens[start : start + ADDED_PER_TEXT] for start in range(0, len(tokens), ADDED_PER_TEXT)]
     return [*TEXTS, *("".join(f"a{token} {token}b" for token in chunk) for chunk in chunks)]
@@ -59,14 +59,14 @@ def read_probe(
     prompt: Callable[[str], list[int]],
     decode: Callable[[list[int]], str],
 ) -> Record:
-    """What a tokenizer makes of the texts: ids without and with what it adds to a prompt, and these decoded.
+    """Run a tokenizer on the texts: ids without and with the tokens added to a prompt, and the decoded text.
 
-    All three are None for a text that it cannot encode, as some cannot that have no token for unknown letters.
+    All three are None for a text that it cannot encode; some tokenizers have no token for unknown letters.
     """
     rows = []
     for text in texts:
         row: Record = {"text": text, "ids": None, "prompt": None, "decoded": None}
-        with contextlib.suppress(Exception):  # tokenizers raises nothing more precise
+        with contextlib.suppress(Exception):  # tokenizers raises plain Exceptions
             ids, whole = list(plain(text)), list(prompt(text))
             row |= {"ids": ids, "prompt": whole, "decoded": decode(whole)}
         rows.append(row)
@@ -74,7 +74,7 @@ def read_probe(
 
 
 def read_ours(vocabulary: Vocabulary, texts: Sequence[str]) -> Record:
-    """The probe as our reader sees it."""
+    """Run the probe through our reader."""
     return read_probe(
         texts,
         bos=vocabulary.bos,
@@ -85,7 +85,7 @@ def read_ours(vocabulary: Vocabulary, texts: Sequence[str]) -> Record:
 
 
 def difference(expected: Record, found: Record) -> str | None:
-    """The first difference of two records of the same texts in words, None if they are equal."""
+    """Return the first difference between two records of the same texts in words, None if they are equal."""
     for one, other in zip(expected["texts"], found["texts"], strict=True):
         for key, kind in (("ids", "tokens"), ("prompt", "a prompt's tokens"), ("decoded", "decoded text")):
             if one[key] != other[key]:
@@ -96,7 +96,7 @@ def difference(expected: Record, found: Record) -> str | None:
 
 
 def check_tokens(directory: Path) -> None:
-    """InputError if a checkpoint's tokenizer gives other tokens than when it was made. Without a record: nothing."""
+    """Raise InputError if a checkpoint's tokenizer gives other tokens than when it was made; skip without a record."""
     file = side_file(directory, TOKENS)
     if file is None:
         return
@@ -107,7 +107,7 @@ def check_tokens(directory: Path) -> None:
     differs = difference(expected, found)
     if differs is not None:
         raise InputError(
-            f"{directory} has another tokenizer than when it was made ({differs}); "
+            f"{directory} has a different tokenizer than when it was made ({differs}); "
             "copy tokenizer.json and tokenizer_config.json again, or quantise again"
         )
 

@@ -1,21 +1,20 @@
-"""Chat templates rendered within limits of time, memory and size, by processes that do nothing else.
+"""Render chat templates within limits of time, memory and size, in processes that do nothing else.
 
-A template is a program that comes with a checkpoint. jinja2's sandbox keeps it from files and from Python's internals,
-and from nothing else: nested loops, ``'%1000000000d' % 1``, ``center``, ``tojson(indent=...)``, doubling strings and
-lists, big powers and recursion take any amount of time and memory, most of them in one operation of C that neither a
-signal nor another thread can stop. Counting steps and sizes inside the interpreter needs a list of every such
-operation; the operating system needs none. So templates are rendered in a process of our own (template_worker.py)
-that can be killed:
+A template is a program that comes with a checkpoint. jinja2's sandbox protects only files and Python's internals.
+Nested loops, ``'%1000000000d' % 1``, ``center``, ``tojson(indent=...)``, doubling strings and lists, big powers and
+recursion can take any amount of time and memory, most of them in one C operation that neither a signal nor another
+thread can stop. Counting steps and sizes inside the interpreter would need a list of every such operation; the
+operating system can limit them all. So templates are rendered in a separate process (template_worker.py) that can be
+killed:
 
-- SECONDS by a watchdog inside the process, which holds in worker threads and on every system; the process is started
+- SECONDS, by a watchdog inside the process, which works in worker threads and on every system; the process is started
   again for the next request.
-- MEMORY_BYTES of address space (Linux; macOS and Windows have no such limit, there SECONDS alone bounds memory).
-- CHARACTERS of output, counted while it is made.
+- MEMORY_BYTES of address space (Linux; macOS and Windows have no such limit, so only SECONDS bounds memory there).
+- CHARACTERS of output, counted as it is produced.
 
-Cost: one start of a bare interpreter with jinja2, 0.1 s, which ``warm`` hides behind the loading of weights; then
-about a millisecond a turn. At most WORKERS processes are alive, each used by
-one thread at a time; they end with this one. A frozen application without a Python interpreter cannot start them and
-gets an InputError.
+Cost: starting a bare interpreter with jinja2 takes 0.1 s, which ``warm`` hides behind the loading of weights; then
+about a millisecond per turn. At most WORKERS processes are alive, each used by one thread at a time; they end with this
+process. A frozen application without a Python interpreter cannot start them and gets an InputError.
 """
 
 import atexit
@@ -46,14 +45,14 @@ TIMED_OUT = 1  # exit code of faulthandler's watchdog
 
 INSTEAD = "replace the template, or use matquant generate"
 FAULTS = {
-    REJECTED: "the model's chat template refuses this conversation ({reason}); change it",
+    REJECTED: "the model's chat template rejects this conversation ({reason}); change it",
     TOO_LONG: f"the model's chat template writes more than {CHARACTERS:,} characters; {INSTEAD}",
     NO_MEMORY: f"the model's chat template needs more than {MEMORY_BYTES // 2**20} MiB of memory; {INSTEAD}",
 }
 
 
 def render_template(source: str, variables: Mapping[str, Any]) -> str:
-    """The text that a jinja2 template makes of plain data; InputError if it fails or exceeds a limit. Thread-safe."""
+    """Render a jinja2 template with plain data; InputError if it fails or exceeds a limit. Thread-safe."""
     try:
         request = marshal.dumps((source, dict(variables)))
     except ValueError:
@@ -62,7 +61,7 @@ def render_template(source: str, variables: Mapping[str, Any]) -> str:
         ) from None
     if len(request) > REQUEST_BYTES:
         raise InputError(
-            f"the conversation and its chat template have {len(request):,} bytes, at most {REQUEST_BYTES:,} can be "
+            f"the conversation and its chat template have {len(request):,} bytes, but at most {REQUEST_BYTES:,} can be "
             "rendered; shorten the conversation, or replace the template"
         )
     with _pool.worker() as worker:
@@ -74,12 +73,12 @@ def render_template(source: str, variables: Mapping[str, Any]) -> str:
 
 
 def warm() -> None:
-    """Start a process now, for the first ``render_template`` to find it ready. Does not wait."""
+    """Start a process now, so that the first ``render_template`` finds it ready. Does not wait."""
     _pool.warm()
 
 
 class _Worker:
-    """One process and its pipes. A reply that does not come is an InputError, after which the worker is no use."""
+    """One process and its pipes. A missing reply raises InputError, after which the worker is unusable."""
 
     def __init__(self) -> None:
         packages = {str(Path(package.__path__[0]).parent) for package in (jinja2, markupsafe)}
@@ -98,16 +97,16 @@ class _Worker:
         self.is_usable = True
 
     def ask(self, request: bytes) -> tuple[bytes, bytes]:
-        """Status and bytes of the reply."""
+        """Send a request; return the status and bytes of the reply."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        self.is_usable = False  # until the reply is whole
+        self.is_usable = False  # until the reply is complete
         if not self._is_ready:
             if self._process.stdout.read(1) != READY:
                 code = self._process.wait()
                 raise InputError(
-                    f"the process that renders chat templates does not start (exit code {code}); "
-                    f"check that {sys.executable} runs and jinja2 is whole"
+                    f"the process that renders chat templates did not start (exit code {code}); "
+                    f"check that {sys.executable} runs and jinja2 is installed correctly"
                 )
             self._is_ready = True
         try:
@@ -121,11 +120,11 @@ class _Worker:
         return status, reply
 
     def _ending(self) -> str:
-        """Why the process ended in the middle of a request."""
+        """Return why the process ended in the middle of a request."""
         code = self._process.wait()
         if code == TIMED_OUT:
-            return f"the model's chat template is not done after {SECONDS:g} s; {INSTEAD}"
-        return f"the model's chat template ended the process that renders it (exit code {code}); {INSTEAD}"
+            return f"the model's chat template did not finish within {SECONDS:g} s; {INSTEAD}"
+        return f"the model's chat template crashed the process that renders it (exit code {code}); {INSTEAD}"
 
     def has_ended(self) -> bool:
         return self._process.poll() is not None
@@ -136,18 +135,18 @@ class _Worker:
         self._close_pipes()
 
     def disown(self) -> None:
-        """In a forked child: the process is the parent's."""
+        """Forget the process in a forked child: it belongs to the parent."""
         self._process.returncode = 0
         self._close_pipes()
 
     def _close_pipes(self) -> None:
         for pipe in (self._process.stdin, self._process.stdout):
-            with contextlib.suppress(OSError):  # what was not written is lost
+            with contextlib.suppress(OSError):  # unwritten bytes are lost
                 pipe.close()  # type: ignore[union-attr]
 
 
 class _Pool:
-    """Idle workers, and slots for as many as may be alive."""
+    """Idle workers, and one slot for each that may be alive."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -156,7 +155,7 @@ class _Pool:
 
     @contextlib.contextmanager
     def worker(self) -> Iterator[_Worker]:
-        """A worker for one request; it is kept for the next if the request left it usable."""
+        """Yield a worker for one request; it is kept for the next request if still usable."""
         with self._slots:
             worker = self._take() or _Worker()
             try:

@@ -15,7 +15,7 @@ Rope = tuple[np.ndarray, float]  # float32 [head_dim / 2] radians per position; 
 
 
 def frequencies(given: Mapping[str, Any], head_dim: int, values: Mapping[str, Any], where: object) -> Rope:
-    """The frequencies that ``given``, an entry of config.json, asks for; InputError for what we do not compute.
+    """Return the frequencies of ``given``, an entry of config.json; InputError for types that we do not support.
 
     values: config.json, for the context.
     """
@@ -24,23 +24,24 @@ def frequencies(given: Mapping[str, Any], head_dim: int, values: Mapping[str, An
     if rope.get("partial_rotary_factor", 1.0) != 1.0 or kind not in ("default", "linear", "llama3", "yarn"):
         raise InputError(
             f"{where} has rotary positions of type {kind!r}, partial_rotary_factor "
-            f"{rope.get('partial_rotary_factor', 1.0)}; the runtime has default, linear, llama3 and yarn, whole"
+            f"{rope.get('partial_rotary_factor', 1.0)}, but the engine supports "
+            "only default, linear, llama3 and yarn with partial_rotary_factor 1"
         )
     try:
         with np.errstate(all="ignore"):
             found, scale = _compute(kind, rope, head_dim, values)
     except KeyError as error:
         raise InputError(f"{where} has {kind} rotary positions without {error}; repair config.json") from None
-    except (ArithmeticError, ValueError):  # of logarithms
+    except (ArithmeticError, ValueError):  # from logarithms
         found, scale = np.full(1, np.nan), math.nan
     if not (np.isfinite(found).all() and math.isfinite(scale)):
         facts = ", ".join(f"{key}={value}" for key, value in rope.items())
-        raise InputError(f"{where} has {kind} rotary positions that are no numbers ({facts}); repair config.json")
+        raise InputError(f"{where} has {kind} rotary positions that are not numbers ({facts}); repair config.json")
     return found, scale
 
 
 def _compute(kind: str, rope: Mapping[str, Any], head_dim: int, values: Mapping[str, Any]) -> Rope:
-    """Frequencies and factor of one of the four types; KeyError for a key it needs, ArithmeticError or NaN if wrong."""
+    """Return frequencies and factor of a type; KeyError for a missing key, ArithmeticError or NaN for wrong values."""
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     powers = np.float32(rope["rope_theta"]) ** exponents
     if kind == "linear":
@@ -53,7 +54,7 @@ def _compute(kind: str, rope: Mapping[str, Any], head_dim: int, values: Mapping[
 
 
 def _llama3(frequencies: np.ndarray, rope: Mapping[str, Any]) -> np.ndarray:
-    """Long wavelengths divided by ``factor``, short ones kept, a smooth passage between them."""
+    """Divide low frequencies by ``factor``, keep high ones, and blend smoothly in between."""
     factor, low, high = (np.float32(rope[key]) for key in ("factor", "low_freq_factor", "high_freq_factor"))
     context = rope["original_max_position_embeddings"]
     wavelengths = np.float32(2 * math.pi) / frequencies
@@ -65,7 +66,7 @@ def _llama3(frequencies: np.ndarray, rope: Mapping[str, Any]) -> np.ndarray:
 
 
 def _yarn(powers: np.ndarray, rope: Mapping[str, Any], head_dim: int, values: Mapping[str, Any]) -> Rope:
-    """NTK by parts: fast dimensions kept, slow ones interpolated, a ramp between; attention sharpened."""
+    """Scale NTK by parts: keep fast dimensions, interpolate slow ones, with a ramp in between; sharpen attention."""
     trained = rope.get("original_max_position_embeddings") or values["max_position_embeddings"]
     factor = rope["factor"] or values["max_position_embeddings"] / trained
 

@@ -1,6 +1,6 @@
-"""The small files beside a float model, of a directory or of a hub id, without byte-order marks.
+"""Read the small files beside a float model, a directory or hub id, without byte-order marks.
 
-transformers stops at a byte-order mark in a JSON file; ``readable`` gives it a directory without any.
+transformers fails on a byte-order mark in a JSON file; ``readable`` gives it a directory without them.
 """
 
 import contextlib
@@ -21,25 +21,25 @@ TIKTOKEN = {"tiktoken": "tiktoken"}
 
 
 def collect(source: Path | str) -> dict[str, bytes]:
-    """Tokenizer, template and generation files of a model directory or hub id, by name, without byte-order marks."""
+    """Return a model's tokenizer, template and generation files, by name, without byte-order marks."""
     directory = local_directory(source)
     files = {} if directory is None else side_files(directory)
     return {name: _without_mark(name, content) for name, content in files.items()}
 
 
 def local_directory(source: Path | str) -> Path | None:
-    """The directory that holds a model's small files; of a hub id its cached snapshot, None if nothing is cached.
+    """Return the directory of a model's small files; for a hub id its cached snapshot, None if nothing is cached.
 
-    Files of the hub's snapshot that are not cached yet are fetched, unless HF_HUB_OFFLINE says not to.
+    Files of the snapshot that are not cached yet are fetched, unless HF_HUB_OFFLINE is set.
     """
     return Path(source) if Path(source).is_dir() else fetch_files(str(source), SIDE_FILES)
 
 
 @contextlib.contextmanager
 def readable(source: Path | str) -> Iterator[Path | str]:
-    """Yield ``source``, or a temporary copy of it if a text file of it begins with a byte-order mark.
+    """Yield ``source``, or a temporary copy if one of its text files begins with a byte-order mark.
 
-    The copy links to all files but those that have a mark.
+    The copy links to all files except those with a mark.
     """
     where = Path(source)
     files = [file for file in where.iterdir() if file.is_file()] if where.is_dir() else []
@@ -57,14 +57,14 @@ def readable(source: Path | str) -> Iterator[Path | str]:
 
 
 class Missing(NamedTuple):
-    """A tokenizer file and the packages, by their names for pip, that transformers needs to read it."""
+    """A tokenizer file and the packages (their pip names) that transformers needs to read it."""
 
     file: str
     packages: str
 
 
 def missing_packages(source: Path | str) -> Missing | None:
-    """What is not installed and needed to read the tokenizer of ``source``; None if nothing is known to be missing."""
+    """Return the missing packages that the tokenizer of ``source`` needs; None if none is known to be missing."""
     directory = local_directory(source)
     for file in sorted(directory.glob("*.model")) if directory is not None else []:
         with file.open("rb") as stream:
@@ -78,7 +78,7 @@ def missing_packages(source: Path | str) -> Missing | None:
 def _is_installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # of a package around it
+    except ModuleNotFoundError:  # its parent package is missing
         return False
 
 

@@ -1,7 +1,7 @@
-"""The float model that a user gives, judged before torch is imported: what it is, and why it cannot be quantised.
+"""Check the float model that a user gives, before torch is imported.
 
-Everything comes from paths, JSON files and safetensors headers. A directory is read as transformers reads it, so what
-is rejected here is what transformers would read as another model, or as none, after seconds of imports.
+The checks need only paths, JSON files and safetensors headers. They read a directory as transformers does, and reject
+what transformers would load as another model, or fail to load, after seconds of imports.
 """
 
 import difflib
@@ -20,15 +20,15 @@ LOADABLE = "give a directory with config.json and safetensors, or a hub id that 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}")
 FILE_SUFFIXES = (".gguf", ".safetensors", ".bin", ".pt", ".pth", ".json", ".onnx", ".zip", ".gz", ".tar", ".txt")
 POINTERS = (b"version https://git-lfs", b"# xet version")
-POINTER_BYTES = 1024  # at most; Git LFS itself reads no further
+POINTER_BYTES = 1024  # maximum size, as in Git LFS
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 QUANTISER_KEYS = ("quantization_config", "quantization", "compression_config")
-QUANTISER_FILES = {  # written beside the weights by tools that say nothing in config.json
+QUANTISER_FILES = {  # written beside the weights by tools that leave no record in config.json
     "quantize_config.json": "GPTQ",
     "quant_config.json": "AWQ",
     "hf_quant_config.json": "ModelOpt",
 }
-OTHER_FORMATS = (  # what a directory without config.json may be
+OTHER_FORMATS = (  # other kinds of directories without config.json
     ("*.gguf", "GGUF files for llama.cpp", f"{GIVE_FLOAT}"),
     ("model_index.json", "a diffusion pipeline", "give a causal language model"),
     ("params.json", "a model in its maker's own format", "give its conversion to the Hugging Face format"),
@@ -39,7 +39,7 @@ WEIGHTS = (SINGLE, INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 def check_source(source: Path | str) -> None:
-    """InputError if ``source`` is no float model, as far as paths, JSON and headers tell."""
+    """Raise InputError if ``source`` is not a float model, judged by paths, JSON and headers."""
     where = Path(source)
     if where.is_dir():
         check_directory(where)
@@ -56,7 +56,7 @@ def check_source(source: Path | str) -> None:
 
 
 def check_directory(where: Path) -> None:
-    """InputError if a local directory is no float model."""
+    """Raise InputError if a local directory is not a float model."""
     if not (where / "config.json").is_file():
         raise InputError(_describe_other(where))
     _check_files(where, where)
@@ -64,12 +64,12 @@ def check_directory(where: Path) -> None:
 
 
 def _check_weights(where: Path) -> None:
-    """InputError if the weights, or a part of them, are not there."""
+    """Raise InputError if the weights, or a part of them, are missing."""
     present = [name for name in WEIGHTS if (where / name).is_file()]
     if not present and not read_json_object(where / "config.json").get("transformers_weights"):
         others = sorted(where.glob("*.gguf"))
         if others:
-            raise InputError(f"{where} has no weights but {others[0].name}, a GGUF file for llama.cpp; {GIVE_FLOAT}")
+            raise InputError(f"{where} has no weights except {others[0].name}, a GGUF file for llama.cpp; {GIVE_FLOAT}")
         raise InputError(f"{where} cannot be loaded as a model (it has neither {' nor '.join(WEIGHTS)}); {LOADABLE}")
     missing = [] if SINGLE in present else [file.name for file in shards(where) if not file.is_file()]
     if missing:
@@ -77,14 +77,14 @@ def _check_weights(where: Path) -> None:
 
 
 def is_hub_id(source: Path | str) -> bool:
-    """Whether ``source``, which is no path that exists, can be the name of a model on the hub."""
+    """Return whether ``source``, which is not an existing path, can be the name of a model on the hub."""
     text = str(source)
     is_name = HUB_ID.fullmatch(text) is not None and "--" not in text and ".." not in text
     return is_name and not text.endswith((".git", "-", ".")) and not text.lower().endswith(FILE_SUFFIXES)
 
 
 def _check_files(where: Path, source: Path | str) -> None:
-    """The checks that a local directory and a snapshot of the hub share."""
+    """Run the checks that a local directory and a snapshot of the hub share."""
     for file in _pointers(where):
         raise InputError(
             f"{file} is a Git LFS pointer, not the file itself; run 'git lfs pull' in {where}, or download it again"
@@ -102,7 +102,7 @@ def _check_files(where: Path, source: Path | str) -> None:
 
 
 def _pointers(where: Path) -> Iterator[Path]:
-    """Files that Git LFS or Xet left in the place of large ones."""
+    """Yield pointer files that Git LFS or Xet left in place of large files."""
     for file in sorted(where.iterdir()):
         if file.is_file() and file.stat().st_size <= POINTER_BYTES:
             with file.open("rb") as stream:
@@ -111,7 +111,7 @@ def _pointers(where: Path) -> Iterator[Path]:
 
 
 def quantiser(where: Path) -> str:
-    """The tool that has quantised the model in a directory, by its files; empty if there is none."""
+    """Return the tool that quantised the model in a directory, judged by its files; "" if there is none."""
     config = read_json_object(where / "config.json")
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         for key in QUANTISER_KEYS:
@@ -121,7 +121,7 @@ def quantiser(where: Path) -> str:
 
 
 def _tool(key: str, record: Any) -> str:
-    """Who wrote the record of a quantisation that config.json has under ``key``."""
+    """Return the tool that wrote the quantisation record under ``key`` in config.json."""
     if not isinstance(record, dict):
         return f"another tool ({key}: {record!r})"
     if "matquant" in record:
@@ -136,7 +136,7 @@ def _tool(key: str, record: Any) -> str:
 
 
 def _describe_file(file: Path) -> str:
-    """Why a file is no model."""
+    """Return why a file is not a model."""
     with file.open("rb") as stream:
         is_gguf = stream.read(4) == b"GGUF"
     if is_gguf or file.suffix.lower() == ".gguf":
@@ -147,7 +147,7 @@ def _describe_file(file: Path) -> str:
 
 
 def _describe_other(where: Path) -> str:
-    """Why a directory without config.json is no model."""
+    """Return why a directory without config.json is not a model."""
     if any((where / name).is_file() for name in ADAPTER_FILES):
         base = read_json_object(where / ADAPTER_FILES[0]).get("base_model_name_or_path")
         model = f" for {base}" if base else ""
@@ -159,7 +159,7 @@ def _describe_other(where: Path) -> str:
 
 
 def _nearest(where: Path) -> str:
-    """A directory that ``where`` may be a slip of the keyboard for, in brackets."""
+    """Return a directory that ``where`` may be a misspelling of, in brackets."""
     try:
         names = [file.name for file in where.parent.iterdir() if (file / "config.json").is_file()]
     except OSError:

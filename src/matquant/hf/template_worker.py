@@ -1,13 +1,13 @@
 """Render chat templates in a process with limits: the script that matquant.hf.renderer starts.
 
-Chat templates come with a checkpoint and are not trusted. This process sees them and the conversation, nothing else;
-its environment has exactly the names, filters and tags that transformers 5 gives to chat templates
+Chat templates come with a checkpoint and are not trusted. This process sees only them and the conversation. Its jinja2
+environment has exactly the names, filters and tags that transformers 5 provides
 (transformers/utils/chat_template_utils.py).
 
 One request is a length and ``marshal`` bytes (plain data only; both ends are the same interpreter), one reply is a
-status, a length and UTF-8. A request that takes too long ends the process by the watchdog of faulthandler, a C thread
-that needs no interpreter lock, so that one huge operation cannot hold it up. Nothing but the standard library and
-jinja2 is imported, so that the process starts fast and without site-packages.
+status, a length and UTF-8. If a request takes too long, faulthandler's watchdog ends the process; it is a C thread that
+needs no interpreter lock, so one huge operation cannot block it. Only the standard library and jinja2 are imported, so
+that the process starts fast and without site-packages.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ READY = b"+"
 REQUEST = struct.Struct("<Q")
 REPLY = struct.Struct("<cQ")
 TEXT, REJECTED, TOO_LONG, NO_MEMORY = b"t", b"r", b"l", b"m"  # statuses of a reply
-REASON_CHARACTERS = 300  # of a template's own error message
+REASON_CHARACTERS = 300  # maximum length of a template's error message
 
 
 def main() -> None:
@@ -61,7 +61,7 @@ def main() -> None:
 def _answer(
     compiled: Callable[[str], jinja2.Template], source: str, variables: Mapping[str, Any], limit: int
 ) -> tuple[bytes, bytes]:
-    """Status and text of one rendering."""
+    """Return the status and text of one rendering."""
     try:
         pieces, size = [], 0
         for piece in compiled(source).generate(variables):
@@ -77,9 +77,9 @@ def _answer(
 
 
 def _reason(error: BaseException) -> str:
-    """What an exception says, in one printable line."""
+    """Return an exception's message in one printable line."""
     if isinstance(error, RecursionError):
-        return "it calls itself without an end"
+        return "infinite recursion"
     try:
         text = str(error)
     except Exception:
@@ -96,7 +96,7 @@ def _send(replies: BinaryIO, status: bytes, text: bytes) -> None:
 
 
 def _limit_memory(limit: int) -> None:
-    """At most ``limit`` bytes of address space, where the system can say so (not on Windows; macOS ignores it)."""
+    """Limit the address space to ``limit`` bytes, where the system supports it (not on Windows; macOS ignores it)."""
     if resource is None:
         return
     for kind, value in ((resource.RLIMIT_AS, limit), (resource.RLIMIT_CORE, 0)):
@@ -109,7 +109,7 @@ def _limit_memory(limit: int) -> None:
 
 
 class Generation(jinja2.ext.Extension):
-    """``{% generation %}...{% endgeneration %}`` marks what the assistant said, for training; here only a block."""
+    """``{% generation %}...{% endgeneration %}`` marks the assistant's text for training; here it is only a block."""
 
     tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
 
@@ -149,7 +149,7 @@ class Dictionary:
 def tojson(
     x: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
-    """JSON without HTML escapes; arguments may be given by place, in this order."""
+    """Return JSON without HTML escapes; arguments may be positional, in this order."""
     return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
@@ -163,7 +163,7 @@ def _raise_exception(message: str) -> None:
 
 
 def make_environment() -> jinja2.Environment:
-    """The jinja2 environment of transformers' chat templates."""
+    """Return the jinja2 environment of transformers' chat templates."""
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
     )

@@ -1,7 +1,7 @@
-"""A conversation as the model's chat template writes it: what ``apply_chat_template`` of transformers 5 gives.
+"""Format a conversation with the model's chat template, as ``apply_chat_template`` of transformers 5 does.
 
-Here is what happens around jinja2: which of a model's templates is used, what it is given, and how the last message is
-left open. The rendering itself is limited in time and memory, see matquant.hf.renderer.
+This module does the work around jinja2: it chooses one of the model's templates, prepares its variables, and leaves the
+last message open. matquant.hf.renderer renders within limits of time and memory.
 """
 
 import dataclasses
@@ -14,10 +14,10 @@ from matquant.hf.renderer import render_template
 from matquant.hf.vocabulary import Vocabulary
 from matquant.system.errors import InputError
 
-Message = Mapping[str, Any]  # {"role": "system", "user" or "assistant", "content": text}, and what else templates read
+Message = Mapping[str, Any]  # {"role": "system", "user" or "assistant", "content": text} and further keys for templates
 
 DEFAULT, WITH_TOOLS = "default", "tool_use"  # names of templates
-REASONING = ("reasoning_content", "thinking", "reasoning")  # names of an assistant's thoughts; templates read the first
+REASONING = ("reasoning_content", "thinking", "reasoning")  # keys of an assistant's reasoning; templates read the first
 END_MARK = "CONTINUE_FINAL_MESSAGE_TAG "
 
 
@@ -32,17 +32,17 @@ def render(
     chat_template: str | None = None,
     **variables: Any,
 ) -> str:
-    """The text of a conversation, up to where the assistant speaks.
+    """Return the text of a conversation, up to the assistant's turn.
 
     tools: JSON schemas. documents: such as {"title": ..., "text": ...}. continue_final_message: leave the last message
-    open to be continued, instead of add_generation_prompt; a string names the field to continue. chat_template: a
-    template's text, or the name of one of the model's. variables: whatever else the template reads, such as
-    enable_thinking=False. InputError if there is no template, it rejects the conversation or exceeds a limit.
+    open, instead of add_generation_prompt; a string names the field to continue. chat_template: a template's text, or
+    the name of one of the model's. variables: further variables of the template, such as enable_thinking=False.
+    InputError if there is no template, it rejects the conversation or it exceeds a limit.
     """
     source = _choose(vocabulary, chat_template, has_tools=tools is not None)
     for name, entries in (("tools", tools), ("documents", documents), ("messages", messages)):
         if entries is not None and not all(isinstance(entry, Mapping) for entry in entries):
-            raise TypeError(f"{name} has an entry that is no dict; give a list of dicts")
+            raise TypeError(f"{name} has an entry that is not a dict; give a list of dicts")
     if not messages:
         raise InputError("the conversation is empty; give at least one message")
     given = {**vocabulary.special, **variables, "tools": tools, "documents": documents}
@@ -62,7 +62,7 @@ def render(
 
 
 def _choose(vocabulary: Vocabulary, wanted: str | None, *, has_tools: bool) -> str:
-    """The text of the template to use."""
+    """Return the text of the template to use."""
     named = vocabulary.named_templates
     if wanted is not None:
         return named.get(wanted, wanted)
@@ -72,11 +72,13 @@ def _choose(vocabulary: Vocabulary, wanted: str | None, *, has_tools: bool) -> s
         return vocabulary.chat_template
     if named:
         raise InputError(f"none of the model's chat templates is the default; choose one of {', '.join(sorted(named))}")
-    raise InputError("the model has no chat template; use matquant generate, or put chat_template.jinja beside it")
+    raise InputError(
+        "the model has no chat template; use matquant generate, or add chat_template.jinja to its directory"
+    )
 
 
 def _plain(value: Any) -> Any:
-    """``value`` of JSON types only: objects have methods that a sandbox does not know to be dangerous."""
+    """Convert ``value`` to JSON types: other objects may have dangerous methods that the sandbox does not know."""
     if value is None or type(value) in (str, int, float, bool):
         return value
     for kind in (str, int, float):
@@ -98,7 +100,7 @@ def _plain(value: Any) -> Any:
 
 
 def _with_reasoning(message: Mapping[str, Any]) -> dict[str, Any]:
-    """The message without fields that are None, and its thoughts under the names that templates read."""
+    """Return the message without None fields, and its reasoning under the keys that templates read."""
     found = {key: value for key, value in message.items() if value is not None}
     thoughts = next((found[key] for key in REASONING if key in found), None)
     return found if thoughts is None else {"thinking": thoughts, **found, "reasoning_content": thoughts}
@@ -108,17 +110,17 @@ def _with_reasoning(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _mark_end(message: dict[str, Any], field: str, source: str) -> str:
-    """Put END_MARK after the text of ``field``, in place; returns the text."""
+    """Put END_MARK after the text of ``field``, in place; return the text."""
     text = message.get(field)
     if text is None:
-        raise InputError(f"the last message has no {field!r} to continue; give it some")
+        raise InputError(f"the last message has no {field!r} to continue; add some")
     fields = [name for name in REASONING if message.get(name) == text] if field in REASONING else [field]
     if not any(name in source for name in fields):
         raise InputError(f"the chat template does not read {field!r}; continue another field of the message")
     if isinstance(text, list | tuple):
         block = next((block for block in reversed(text) if "text" in block), None)
         if block is None:
-            raise InputError("the last message has no text to continue; give it some")
+            raise InputError("the last message has no text to continue; add some")
         text, block["text"] = block["text"], block["text"] + END_MARK
     else:
         message |= {name: message[name] + END_MARK for name in fields}
@@ -126,9 +128,11 @@ def _mark_end(message: dict[str, Any], field: str, source: str) -> str:
 
 
 def _cut_at_end(rendered: str, last: str) -> str:
-    """The text up to END_MARK; a template that strips messages has stripped the end of this one too."""
+    """Return the text up to END_MARK; if the template strips messages, so is the end of this one."""
     place = rendered.rfind(END_MARK.strip())
     if place < 0 or last.strip() not in rendered:
-        raise InputError("the chat template drops some of the last message, so it cannot be continued; start a new one")
+        raise InputError(
+            "the chat template drops a part of the last message, so it cannot be continued; start a new message"
+        )
     text = rendered[:place]
     return text if rendered.startswith(END_MARK, place) else text.rstrip()

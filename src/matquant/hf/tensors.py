@@ -1,7 +1,7 @@
-"""The tensors that a float model's files hold, judged by their names and dtypes alone: no torch, no numbers read.
+"""Check the names and dtypes of a float model's tensors, without torch and without reading tensor data.
 
-transformers drops a tensor that its class does not know, and casts integers to floats, both without an error. What is
-then quantised is another model than the one in the files, so both are rejected here, with a hint by kind.
+transformers drops tensors that its class does not know and casts integers to floats, both without an error. We would
+then quantise another model than the one in the files, so both are rejected here, with a hint by kind.
 """
 
 import json
@@ -15,12 +15,12 @@ from matquant.format.facts import read_json
 from matquant.system.errors import InputError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-HEADER_BYTES = 100_000_000  # what safetensors itself accepts
-SHOWN = 3  # names in a message
+HEADER_BYTES = 100_000_000  # safetensors' limit
+SHOWN = 3  # maximum number of names in a message
 
 Stored = dict[str, str]  # tensor name -> dtype as safetensors names it
 
-# Buffers that models compute for themselves, and that older versions of them saved.
+# Buffers that models compute, and that their older versions saved.
 HARMLESS = re.compile(
     r"inv_freq$|(cos|sin)_cached$|position_ids$|token_type_ids$|(attn|attention)\.(masked_)?bias$|causal_mask$|alibi$"
     r"|relative_position_index$|num_batches_tracked$|total_(ops|params)$|_extra_state$|(^|\.)mtp(_\w+)?\."
@@ -33,8 +33,8 @@ LORA = re.compile(r"\.lora_|\.ia3_|\.modules_to_save\.|\.base_layer\.|(^|\.)prom
 WEIGHT = re.compile(r"(weight|bias|_proj|qzeros|weight_packed|_blocks|_scales)$")
 LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|block)\.(\d+)\.")
 QUANTISED_ALREADY = "give the float model it was made from, or dequantise it first"
-MERGE = "merge the adapter into the model first (merge_and_unload of peft) and give what that saves"
-# Pattern of names -> what such tensors are, and what to do; the first that is found counts.
+MERGE = "merge the adapter into the model first (peft's merge_and_unload) and give the result"
+# (Pattern of names, kind of tensors, what to do); the first match counts.
 KINDS = (
     (LORA, "LoRA or other adapter weights", MERGE),
     (QUANTISED, "scales of weights that another tool has quantised", QUANTISED_ALREADY),
@@ -60,7 +60,7 @@ OTHER = "tensors of another architecture", "repair config.json, or remove them f
 
 
 def check_stored(source: object, stored: Mapping[str, str]) -> None:
-    """InputError for weights that are no floats, and for those of an adapter."""
+    """Raise InputError for weights that are not floats, and for an adapter's weights."""
     whole = [name for name, dtype in stored.items() if _is_quantised(name, dtype)]
     if whole:
         modules = {name.rpartition(".")[0] for name in whole}
@@ -82,9 +82,10 @@ def _is_quantised(name: str, dtype: str) -> bool:
 
 
 def check_unused(source: object, names: Iterable[str], *, cls: str, layers: int, extra: int = 0) -> None:
-    """InputError if ``names``, tensors that the class ``cls`` does not use, are more than harmless ones.
+    """Raise InputError if ``names``, the tensors that the class ``cls`` does not use, include any that matter.
 
-    layers: decoder layers by config.json; extra: further ones, which predict several tokens ahead and are left out.
+    layers: number of decoder layers in config.json; extra: further layers, which predict several tokens ahead and are
+    ignored.
     """
     unused = [name for name in sorted(names) if not HARMLESS.search(name)]
     beyond = [(int(found[1]), name) for name in unused if (found := LAYER.search(name)) and int(found[1]) >= layers]
@@ -104,15 +105,15 @@ def check_unused(source: object, names: Iterable[str], *, cls: str, layers: int,
 
 
 def some(names: Collection[str]) -> str:
-    """The first few names, and how many more there are."""
+    """Return the first few names, and how many more there are."""
     shown = ", ".join(list(names)[:SHOWN])
     return shown if len(names) <= SHOWN else f"{shown} and {len(names) - SHOWN} more"
 
 
 def read_headers(where: Path) -> Stored:
-    """Tensor name -> dtype, of the safetensors files that transformers would read in a directory.
+    """Return tensor name -> dtype of the safetensors files that transformers would read in a directory.
 
-    A file that cannot be read gives nothing: whoever loads the model says what is wrong with it.
+    A file that cannot be read is skipped: loading the model reports it.
     """
     single = where / SINGLE
     files = [single] if single.is_file() else shards(where)
@@ -120,7 +121,7 @@ def read_headers(where: Path) -> Stored:
 
 
 def shards(where: Path) -> list[Path]:
-    """The safetensors files that a directory's index lists; none if it has no index."""
+    """Return the safetensors files that a directory's index lists; none if it has no index."""
     weight_map = read_json_object(where / INDEX).get("weight_map")
     names = weight_map.values() if isinstance(weight_map, dict) else ()
     return [where / name for name in sorted({name for name in names if isinstance(name, str)})]
@@ -142,7 +143,7 @@ def _is_tensor(entry: Any) -> bool:
 
 
 def read_json_object(file: Path) -> dict[str, Any]:
-    """``facts.read_json``, but empty for a damaged file: whoever loads the model says what is wrong with it."""
+    """Do ``facts.read_json``, but return {} for a damaged file: loading the model reports it."""
     try:
         return read_json(file)
     except (InputError, OSError):

@@ -1,4 +1,4 @@
-"""Text files -> one token stream -> batches that depend on nothing but the seed and the step.
+"""Turn text files into one token stream, and that into batches that depend only on the seed and the step.
 
 Documents are separated by ``<|endoftext|>`` (a file without it is one document), stripped, and each begins with the
 tokenizer's beginning-of-sequence token where it has one. A batch is a pure function of (seed, step), which is what
@@ -21,7 +21,7 @@ SEPARATOR = "<|endoftext|>"
 
 
 def read_documents(files: Sequence[Path | str]) -> list[str]:
-    """All documents of the files, in order; InputError for a missing or empty file."""
+    """Read all documents of the files, in order; InputError for a missing or empty file."""
     documents: list[str] = []
     for file in map(Path, files):
         if not file.is_file():
@@ -38,12 +38,12 @@ def read_documents(files: Sequence[Path | str]) -> list[str]:
 
 
 def token_stream(documents: Sequence[str], tokenizer: Any, *, vocab_size: int | None = None) -> np.ndarray:
-    """The documents as one int64 array of token ids, each document after a beginning-of-sequence token.
+    """Return the documents as one int64 array of token ids, each document after a beginning-of-sequence token.
 
-    vocab_size: rows of the embedding that will read them, None: not checked. InputError for an id beyond these.
+    vocab_size: number of rows of the embedding; None: not checked. InputError for an id outside it.
     """
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    # Many models refuse longer texts with a warning; we cut into windows ourselves.
+    # Many tokenizers warn about long texts; we cut them into sequences ourselves.
     with one_line("the tokenizer cannot read the text", "change the text, or copy tokenizer.json again"):
         encoded = tokenizer(list(documents), add_special_tokens=False, verbose=False)["input_ids"]
     stream = np.array([token for ids in encoded for token in (*start, *ids)], dtype=np.int64)
@@ -55,7 +55,7 @@ def token_stream(documents: Sequence[str], tokenizer: Any, *, vocab_size: int | 
 def check_ids(
     ids: Sequence[int] | np.ndarray, *, vocab_size: int, text_of: Callable[[int], str | None] = lambda token: None
 ) -> None:
-    """InputError for the first token id outside an embedding of ``vocab_size`` rows. text_of: the text of a token."""
+    """Raise InputError for the first id outside an embedding of ``vocab_size`` rows. text_of: the text of a token."""
     found = np.asarray(ids)
     outside = found[(found < 0) | (found >= vocab_size)] if found.size else found
     if outside.size:
@@ -69,14 +69,14 @@ def check_ids(
 
 
 def cut_windows(stream: np.ndarray, length: int) -> np.ndarray:
-    """Non-overlapping windows [count, length + 1]: ``length`` inputs and, one later, as many targets.
+    """Cut non-overlapping sequences [count, length + 1]: ``length`` inputs and, shifted by one, as many targets.
 
-    The last token of a window is the first of the next one. InputError if the stream is shorter than one window.
+    The last token of a sequence is the first of the next one. InputError if the stream is shorter than one sequence.
     """
     count = (len(stream) - 1) // length
     if count < 1:
         raise InputError(
-            f"the text has {len(stream)} tokens, shorter than one window of {length} + 1; "
+            f"the text has {len(stream)} tokens, shorter than one sequence of {length} + 1; "
             "give more text or a smaller --seq-len"
         )
     starts = np.arange(count)[:, None] * length
@@ -85,7 +85,7 @@ def cut_windows(stream: np.ndarray, length: int) -> np.ndarray:
 
 
 def batch(windows: np.ndarray, step: int, *, size: int, seed: int) -> np.ndarray:
-    """Windows [size, length + 1] of step 0, 1, ...: epochs of seeded permutations, one after the other."""
+    """Return the sequences [size, length + 1] of step 0, 1, ...: epochs of seeded permutations, one after the other."""
     count = len(windows)
     rows = []
     for position in range(step * size, (step + 1) * size):
@@ -96,7 +96,7 @@ def batch(windows: np.ndarray, step: int, *, size: int, seed: int) -> np.ndarray
 
 
 def data_sha256(stream: np.ndarray) -> str:
-    """sha256 of the token stream as little-endian int64."""
+    """Return the sha256 of the token stream as little-endian int64."""
     return hashlib.sha256(stream.astype("<i8").tobytes()).hexdigest()
 
 

@@ -1,8 +1,8 @@
-"""Text to token ids and back, one token at a time, with the tokenizer.json beside a model. No transformers needed.
+"""Convert text to token ids and back, one token at a time, with a model's tokenizer.json. Needs no transformers.
 
-Beginning of sequence: what tokenizer.json's own post-processor adds, or tokenizer_config.json asks for with
-``add_bos_token``; ``document`` always begins with it where the tokenizer has one, as hf/text.py does in training
-and evaluation. A sequence ends at any token that generation_config.json, config.json or the tokenizer names as its end:
+The beginning-of-sequence token is added if tokenizer.json's post-processor does so, or tokenizer_config.json has
+``add_bos_token``; ``document`` always begins with it if the tokenizer has one, as hf/text.py does in training and
+evaluation. A sequence ends at any token that generation_config.json, config.json or the tokenizer names as its end:
 they often differ (base models with a chat template, fine-tuned ones with an old config.json).
 """
 
@@ -19,16 +19,16 @@ from matquant.hf.panics import check_merges, one_line
 from matquant.system.errors import InputError
 from matquant.system.files import read_text
 
-UNFINISHED = "\ufffd"  # what decoders write for bytes that are no character (yet)
-PATIENCE = 8  # tokens that may wait for one character: its four bytes, and as many that are no character
+UNFINISHED = "\ufffd"  # decoders' output for bytes that are not (yet) a character
+PATIENCE = 8  # tokens held for one character: its four bytes, and as many that form no character
 
 
 @dataclass(frozen=True, kw_only=True)
 class Vocabulary:
-    """A tokenizer and what the files beside it say.
+    """A tokenizer and the settings in the files beside it.
 
     bos, eos: ids of the tokens that begin and end a sequence, or None. special: such as {"bos_token": "<s>"}, for chat
-    templates. chat_template: the default one. named_templates: all that have names, such as "tool_use" and "rag".
+    templates. chat_template: the default template. named_templates: all named ones, such as "tool_use" and "rag".
     """
 
     tokenizer: Any
@@ -40,46 +40,46 @@ class Vocabulary:
     named_templates: Mapping[str, str] = field(default_factory=dict)
 
     def prompt(self, text: str) -> list[int]:
-        """Ids of a prompt, as the model's tokenizer gives them."""
+        """Return the ids of a prompt, as the model's tokenizer gives them."""
         ids = self._encode(text, add_special_tokens=True)
         if self.adds_bos and self.bos is not None and ids[:1] != [self.bos]:
             return [self.bos, *ids]
         return ids
 
     def document(self, text: str) -> list[int]:
-        """Ids of a whole document, after the beginning-of-sequence token if there is one."""
+        """Return the ids of a whole document, after the beginning-of-sequence token if there is one."""
         return [*([] if self.bos is None else [self.bos]), *self.plain(text)]
 
     def plain(self, text: str) -> list[int]:
-        """Ids of a text with nothing added."""
+        """Return the ids of a text without added tokens."""
         return self._encode(text, add_special_tokens=False)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids, without special tokens."""
-        with one_line("the tokenizer cannot write these tokens", "copy tokenizer.json again"):
+        """Return the text of ids, without special tokens."""
+        with one_line("the tokenizer cannot decode these tokens", "copy tokenizer.json again"):
             text: str = self.tokenizer.decode(ids)
         return text
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        with one_line("the tokenizer cannot read this text", "change the text, or copy tokenizer.json again"):
+        with one_line("the tokenizer cannot encode this text", "change the text, or copy tokenizer.json again"):
             ids: list[int] = self.tokenizer.encode(_whole(text), add_special_tokens=add_special_tokens).ids
         return ids
 
 
 def read_vocabulary(directory: Path) -> Vocabulary:
-    """The vocabulary of a checkpoint; InputError if it has no tokenizer.json or that cannot be read."""
+    """Read the vocabulary of a checkpoint; InputError if its tokenizer.json is missing or unreadable."""
     file = side_file(directory, "tokenizer.json")
     if file is None:
         raise InputError(
-            f"{directory} has no tokenizer.json, which text needs; put it there, or give token ids"
+            f"{directory} has no tokenizer.json, which text needs; add it, or give token ids"
             + seal_hint(directory, "tokenizer.json")
         )
     check_merges(file)
     with one_line(f"{file} cannot be read", "copy it again"):
         tokenizer = Tokenizer.from_str(read_text(file))
-        tokenizer.no_truncation()  # what a training run left there is not ours
+        tokenizer.no_truncation()  # ignore settings left by a training run
         tokenizer.no_padding()
-        tokenizer.decode(tokenizer.encode("a b").ids)  # some damage shows only now
+        tokenizer.decode(tokenizer.encode("a b").ids)  # some damage shows only here
     config = side_facts(directory, "tokenizer_config.json", TOKENIZER)
     tokenizer.encode_special_tokens = bool(config.get("split_special_tokens"))
     special = _special(config, side_facts(directory, "special_tokens_map.json", {}))
@@ -99,7 +99,7 @@ def read_vocabulary(directory: Path) -> Vocabulary:
 def end_ids(
     config: Mapping[str, Any], generation: Mapping[str, Any], vocabulary: Vocabulary | None = None
 ) -> frozenset[int]:
-    """The token ids that end a sequence: all that generation_config.json, config.json and the tokenizer name."""
+    """Return the token ids that end a sequence: all that generation_config.json, config.json and the tokenizer name."""
     text_config = config.get("text_config")
     sources = [generation, config, text_config if isinstance(text_config, dict) else {}]
     given = [source.get("eos_token_id") for source in sources] + [vocabulary.eos if vocabulary else None]
@@ -108,7 +108,7 @@ def end_ids(
 
 
 def _whole(text: str) -> str:
-    """``text`` itself; InputError if it has bytes that were no characters, as a terminal may pass them."""
+    """Return ``text``; InputError if it contains undecodable bytes, which a terminal may pass."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -117,7 +117,7 @@ def _whole(text: str) -> str:
 
 
 def _special(config: Mapping[str, Any], legacy: Mapping[str, Any]) -> dict[str, str]:
-    """The special tokens by name. special_tokens_map.json has the last word where transformers reads it."""
+    """Return the special tokens by name. special_tokens_map.json takes precedence where transformers reads it."""
     merged = {**config, **({} if "added_tokens_decoder" in config else legacy)}
     extra = merged.get("extra_special_tokens")
     named = {name: value for name, value in merged.items() if name.endswith("_token")}
@@ -126,15 +126,16 @@ def _special(config: Mapping[str, Any], legacy: Mapping[str, Any]) -> dict[str, 
 
 
 def _content(value: Any) -> str | None:
-    """The text of a special token, which is a string or a described one."""
+    """Return the text of a special token, given as a string or an object."""
     content = value.get("content") if isinstance(value, dict) else value
     return content if isinstance(content, str) else None
 
 
 def _chat_templates(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    """The chat templates by name: files before tokenizer_config.json, as in transformers, and a processor's last.
+    """Return the chat templates by name: files take precedence over tokenizer_config.json, as in transformers, then a
+    processor's.
 
-    The folder additional_chat_templates is read beside a float model only: a manifest lists no folders.
+    The folder additional_chat_templates is read only for a float model: a manifest lists no folders.
     """
     folder = directory / "additional_chat_templates"
     inside = [] if (directory / MANIFEST).exists() else sorted(folder.glob("*.jinja"))
@@ -161,26 +162,25 @@ def _read_text(file: Path) -> str:
 
 
 class TextStream:
-    """Tokens in, whole characters out, cut before the first of the stop texts.
+    """Turn tokens into whole characters, and stop before the first stop text.
 
-    A tokenizer's token may end inside a character, and what it decodes to can depend on the token before it; so a
-    window of tokens is decoded each time, and text is given out once its last character is whole. after: the ids that
-    the first token follows.
+    A token may end inside a character, and its text can depend on the token before it. So a few tokens are decoded
+    together each time, and text is returned once its last character is complete. after: the ids before the first token.
     """
 
     def __init__(self, vocabulary: Vocabulary, *, after: Sequence[int] = (), stop: Sequence[str] = ()) -> None:
         if any(not text for text in stop):
-            raise InputError("--stop '' is empty; give the text to stop at")
+            raise InputError("--stop '' is empty; give a text to stop at")
         self.stopped = False
         self._decode = vocabulary.decode
         self._stop = tuple(stop)
         self._ids = list(after)
-        self._start = 0  # of the window
-        self._given = len(self._ids)  # tokens whose text has been taken
-        self._held = ""  # text that may be the beginning of a stop text
+        self._start = 0  # first of the tokens that are decoded together
+        self._given = len(self._ids)  # tokens whose text has been returned
+        self._held = ""  # text that may be the start of a stop text
 
     def push(self, token: int) -> str:
-        """The text that ``token`` completes, perhaps none. Nothing comes after a stop text (``stopped``)."""
+        """Return the text that ``token`` completes, perhaps none. Nothing comes after a stop text (``stopped``)."""
         self._ids.append(token)
         before = self._decode(self._ids[self._start : self._given])
         now = self._decode(self._ids[self._start :])
@@ -191,7 +191,7 @@ class TextStream:
         return self._release(now[len(before) :])
 
     def finish(self) -> str:
-        """What was held back: a beginning of a stop text that never came. Half characters are dropped."""
+        """Return the text held back as a possible start of a stop text. Half characters are dropped."""
         before = self._decode(self._ids[self._start : self._given])
         rest = self._decode(self._ids[self._start :])[len(before) :].rstrip(UNFINISHED)
         self._start = self._given = len(self._ids)
@@ -214,5 +214,5 @@ class TextStream:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of ``text`` that ``stop`` begins with."""
+    """Return the length of the longest suffix of ``text`` that ``stop`` begins with."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

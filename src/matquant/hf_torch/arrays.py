@@ -1,4 +1,4 @@
-"""The same numbers as numpy arrays and as torch tensors."""
+"""Convert between numpy arrays and torch tensors without changing any number."""
 
 import dataclasses
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from matquant.core.tensor import NestedTensor
 
 
 def to_numpy(tensor: torch.Tensor) -> np.ndarray:
-    """A numpy array of the same numbers; bfloat16 as ml_dtypes.bfloat16."""
+    """Return a numpy array of the same numbers; bfloat16 as ml_dtypes.bfloat16."""
     tensor = tensor.detach().cpu().contiguous()
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
@@ -20,19 +20,19 @@ def to_numpy(tensor: torch.Tensor) -> np.ndarray:
 
 
 def to_torch(array: np.ndarray) -> torch.Tensor:
-    """The reverse of ``to_numpy``; a copy, so that it may be written to."""
+    """Reverse ``to_numpy``; the result is a writable copy."""
     if array.dtype == ml_dtypes.bfloat16:
         return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
     return torch.from_numpy(array.copy())
 
 
 def nested_to_numpy(tensor: NestedTensor) -> NestedTensor:
-    """The same nested tensor with numpy arrays; itself if it has them."""
+    """Return the same nested tensor with numpy arrays; itself if it has them."""
     return tensor if isinstance(tensor.codes, np.ndarray) else _convert(tensor, to_numpy)
 
 
 def nested_to_torch(tensor: NestedTensor, *, device: torch.device | str = "cpu") -> NestedTensor:
-    """The same nested tensor with torch tensors on ``device``."""
+    """Return the same nested tensor with torch tensors on ``device``."""
     return _convert(tensor, lambda array: to_torch(array).to(device))
 
 

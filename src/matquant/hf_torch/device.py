@@ -1,4 +1,4 @@
-"""The device that torch computes on, and what its processor is good at."""
+"""Choose the device that torch computes on, and check the processor for bf16."""
 
 import platform
 
@@ -8,9 +8,9 @@ from matquant.system.errors import InputError
 
 
 def bf16_is_fast() -> bool:
-    """Whether this processor multiplies bf16 in hardware.
+    """Return whether this processor multiplies bf16 in hardware.
 
-    Elsewhere torch emulates it: a training step of the embedded model took 17 times as long as in fp32 (AVX2).
+    Other processors emulate it: a training step of the embedded model took 17 times as long as in fp32 (AVX2).
     """
     if platform.machine() in ("aarch64", "arm64"):
         return bool(getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", bool)())
@@ -19,7 +19,7 @@ def bf16_is_fast() -> bool:
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The device of this name; None: cuda if there is one, else cpu. InputError if it is not there."""
+    """Return the device of this name; None: cuda if there is one, else cpu. InputError if it is not available."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -27,4 +27,4 @@ def choose_device(name: str | None) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         found = "cpu, cuda" if torch.cuda.is_available() else "cpu"
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise InputError(f"device={name!r} is not there ({reason}); use one of {found}") from None
+        raise InputError(f"device={name!r} is not available ({reason}); use one of {found}") from None

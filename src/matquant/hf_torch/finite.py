@@ -1,7 +1,7 @@
-"""Where NaN and infinity come from: the first tensor or layer of a model that is not finite.
+"""Find the source of NaN and infinity: the first tensor or layer of a model that is not finite.
 
-Only a result that is not finite costs a second pass, with a hook on every module.
-Hooks run from the inside out, so the first module caught is the smallest one whose output is not finite.
+A second pass, with a hook on every module, runs only if a result is not finite.
+Hooks run from the inside out, so the first module found is the smallest one whose output is not finite.
 """
 
 import contextlib
@@ -17,9 +17,9 @@ Model = Any  # a transformers PreTrainedModel
 
 
 def check_result(value: float, model: Model, ids: torch.Tensor, *, what: str) -> None:
-    """InputError naming the width and the layer if ``value``, computed from a model's logits, is not finite.
+    """Raise InputError naming the width and the layer if ``value``, computed from a model's logits, is not finite.
 
-    what: the number, such as "log-perplexity". ids: token ids [B, T] that gave it.
+    what: name of the value, such as "log-perplexity". ids: its token ids [B, T].
     """
     if not math.isfinite(value):
         raise InputError(f"{describe(model)} has {what} {value}: {find_cause(model, ids)}")
@@ -27,7 +27,7 @@ def check_result(value: float, model: Model, ids: torch.Tensor, *, what: str) ->
 
 @contextlib.contextmanager
 def checked_logits(model: Model) -> Iterator[None]:
-    """Within, InputError naming the width and the layer as soon as the model gives logits that are NaN or +infinity."""
+    """Within this context, raise InputError naming the width and the layer if logits are NaN or +infinity."""
 
     def check(module: torch.nn.Module, arguments: Any, options: Mapping[str, Any], output: Any) -> None:
         logits = getattr(output, "logits", None)
@@ -44,7 +44,7 @@ def checked_logits(model: Model) -> Iterator[None]:
 
 
 def describe(model: Model) -> str:
-    """The width and the name of a model: a nested checkpoint at a width or a plan, or a float model."""
+    """Return the width and the name of a model: a nested checkpoint at a width or a plan, or a float model."""
     name = model.config.name_or_path
     bits = getattr(model, "bits_by_path", None)
     if not bits:
@@ -56,7 +56,7 @@ def describe(model: Model) -> str:
 
 
 def find_cause(model: Model, ids: Any) -> str:
-    """What in ``model`` is not finite, and what to do, in words."""
+    """Return what is not finite in ``model``, and what to do, in words."""
     for name, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
             path = name.removesuffix(".weight")
@@ -76,7 +76,7 @@ def find_cause(model: Model, ids: Any) -> str:
 
 
 def _width(model: Model, name: str) -> str:
-    """ " (int2)" for a layer that has a width, or whose linears share one."""
+    """Return " (int2)" for a layer that has a width, or whose linear layers share one."""
     bits = getattr(model, "bits_by_path", None) or {}
     widths = {width for path, width in bits.items() if path == name or path.startswith(f"{name}.")}
     return f" (int{widths.pop()})" if len(widths) == 1 else ""
@@ -84,7 +84,7 @@ def _width(model: Model, name: str) -> str:
 
 @torch.no_grad()
 def first_bad_module(model: Model, ids: Any) -> str | None:
-    """The name of the first module to put out NaN or infinity for ``ids`` [B, T], None if all outputs are finite."""
+    """Return the first module whose output for ``ids`` [B, T] has NaN or infinity, None if all outputs are finite."""
     found: list[str] = []
 
     def look(name: str) -> Any:
@@ -104,7 +104,7 @@ def first_bad_module(model: Model, ids: Any) -> str | None:
 
 
 def _floats(output: Any) -> Iterator[torch.Tensor]:
-    """All floating-point tensors inside the output of a module."""
+    """Yield all floating-point tensors inside the output of a module."""
     if isinstance(output, torch.Tensor):
         if output.is_floating_point():
             yield output

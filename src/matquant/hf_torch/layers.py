@@ -1,7 +1,7 @@
-"""What a decoder layer is, and which of its linears are quantised: FFN, attention or all, in any architecture.
+"""Find the decoder layers and the linear layers to quantise (FFN, attention or all) in any architecture.
 
-A linear under a decoder layer is attention if its path says ``attn`` or ``attention``, else FFN. That rule covers every
-decoder family transformers has, OPT's bare fc1 and fused experts included, without naming one.
+A linear layer in a decoder layer is attention if its path contains ``attn`` or ``attention``, else FFN. This rule
+covers every decoder family of transformers, including OPT's bare fc1 and fused experts, without naming one.
 """
 
 import re
@@ -13,11 +13,11 @@ from matquant.hf_torch.ties import Model
 from matquant.hf_torch.views import View, checkpoint_views, stored_parts
 from matquant.system.errors import InputError
 
-ROUTERS = ("gate", "router")  # last names of the linears that choose experts; they stay float
+ROUTERS = ("gate", "router")  # last names of the linear layers that choose experts; they stay float
 
 
 def decoder_layers(model: Model) -> list[tuple[str, torch.nn.Module]]:
-    """(module name, module) of each decoder layer, in order."""
+    """Return (module name, module) of each decoder layer, in order."""
     decoder, depth = model.get_decoder(), model.config.get_text_config().num_hidden_layers
     found = (module for module in decoder.modules() if isinstance(module, torch.nn.ModuleList) and len(module) == depth)
     layers = next(found)
@@ -26,10 +26,10 @@ def decoder_layers(model: Model) -> list[tuple[str, torch.nn.Module]]:
 
 
 def linear_views(model: Model) -> dict[str, View]:
-    """Every linear weight under the decoder layers, by its module path in the checkpoint.
+    """Return every linear weight in the decoder layers, by its module path in the checkpoint.
 
-    Fused experts come out as one path per expert and projection. Routers, embeddings, the head and ``whole_experts``
-    are left out.
+    Fused experts give one path per expert and projection. Routers, embeddings, the head and ``whole_experts`` are left
+    out.
     """
     views: dict[str, View] = {}
     for name, parameter in _weights(model):
@@ -38,13 +38,13 @@ def linear_views(model: Model) -> dict[str, View]:
 
 
 def whole_experts(model: Model) -> list[str]:
-    """Names of the fused experts that a checkpoint has in one tensor (gpt-oss, Llama 4): nobody reads their codes."""
+    """Return fused experts that checkpoints store in one tensor (gpt-oss, Llama 4): no engine reads their codes."""
     stored = {name: stored_parts(model, name, weight)[0] for name, weight in _weights(model) if weight.ndim == 3}
     return [name for name, parts in stored.items() if any(part.ndim != 2 for part in parts.values())]
 
 
 def _weights(model: Model) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name and parameter of every linear and of all fused experts under the decoder layers."""
+    """Yield name and parameter of every linear layer and of all fused experts in the decoder layers."""
     layers = tuple(f"{name}." for name, _ in decoder_layers(model))
     for name, module in model.named_modules():
         if not name.startswith(layers):
@@ -56,7 +56,7 @@ def _weights(model: Model) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def unquantised_linears(model: Model, views: Mapping[str, View]) -> list[str]:
-    """Names of the linear modules that are not among ``views``."""
+    """Return the names of the linear modules that are not among ``views``."""
     taken = {view.parameter for view in views.values()}
     return [
         name
@@ -66,9 +66,9 @@ def unquantised_linears(model: Model, views: Mapping[str, View]) -> list[str]:
 
 
 def select_linears(model: Model, scope: str, *, exclude: Sequence[str] = ()) -> Mapping[str, View]:
-    """Path -> View of the linears in ``scope`` whose path no pattern of ``exclude`` is found in.
+    """Return path -> View of the linear layers in ``scope`` whose paths match no pattern of ``exclude``.
 
-    InputError if there are none, a pattern is not a regular expression, it would split a fused parameter, or experts
+    InputError if there are none, a pattern is not a regular expression or would split a fused parameter, or experts
     that cannot be quantised are not excluded.
     """
     views = linear_views(model)
@@ -82,24 +82,22 @@ def select_linears(model: Model, scope: str, *, exclude: Sequence[str] = ()) -> 
             raise InputError(f"--exclude {pattern!r} is not a regular expression ({error}); escape it") from None
     kept = [name for name in whole_experts(model) if not any(re.search(pattern, name) for pattern in exclude)]
     if kept and scope != "attention":
-        raise InputError(
-            f"{kept[0]} is one tensor for all experts in the checkpoint, whose codes no engine reads; --exclude experts"
-        )
+        raise InputError(f"{kept[0]} is one tensor for all experts, whose codes no engine reads; use --exclude experts")
     split = {views[path].parameter for path in views.keys() - chosen} & {view.parameter for view in chosen.values()}
     if split:
         path = next(path for path in views if path not in chosen and views[path].parameter in split)
         raise InputError(
-            f"--exclude takes {path} out of {views[path].parameter}, which transformers reads as one; "
+            f"--exclude removes {path} from {views[path].parameter}, which transformers reads as one tensor; "
             "exclude all of it or none"
         )
     if not chosen:
         raise InputError(
-            f"{type(model).__name__} has no linear in scope {scope!r} "
-            f"({len(views)} linears under its decoder layers); use another --scope"
+            f"{type(model).__name__} has no linear layer in scope {scope!r} "
+            f"(found {len(views)} in its decoder layers); use another --scope"
         )
     return chosen
 
 
 def is_attention(path: str) -> bool:
-    """Whether a module path belongs to an attention block."""
+    """Return whether a module path belongs to an attention block."""
     return re.search(r"attn|attention", path) is not None

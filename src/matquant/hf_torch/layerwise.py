@@ -1,7 +1,7 @@
-"""A decoder run one layer at a time: what flows into the first layer, how each layer is called, what comes of the last.
+"""Run a decoder one layer at a time: input of the first layer, call of each layer, output of the last.
 
-The layers themselves are replaced while the decoder around them runs, so that masks, positions and rotary tables are
-transformers' own for every family.
+The layers are replaced while the decoder around them runs, so that masks, positions and rotary tables come from
+transformers for every family.
 """
 
 import contextlib
@@ -19,15 +19,16 @@ Call = Callable[[torch.nn.Module, torch.Tensor], torch.Tensor]  # runs a decoder
 
 
 def embed(model: Model, batches: Iterable[torch.Tensor]) -> tuple[list[torch.Tensor], list[Call]]:
-    """What flows into the first decoder layer, [B, T, H] per batch of token ids [B, T], and how each layer is called.
+    """Return the inputs of the first decoder layer, [B, T, H] per batch of token ids [B, T], and a function that calls
+    each layer.
 
-    The layers themselves are not run and may be empty; the rest of the decoder must have its numbers. All batches must
-    be of one length: positions and masks are those of the first sequence.
+    The layers are not run and may be empty; the rest of the decoder must have its weights. All batches must have the
+    same length: positions and masks are those of the first sequence.
     """
     if model.config.model_type in supported("per_sequence"):
         raise InputError(
-            f"{type(model).__name__} cannot run one decoder layer at a time: "
-            "its layers take an argument for each sequence; use --method qat or rtn, and --strategy pyramid for plans"
+            f"{type(model).__name__} does not support running one decoder layer at a time, "
+            "because its layers take arguments per sequence; use --method qat or rtn, and --strategy pyramid for plans"
         )
     layers, batches = [layer for _, layer in decoder_layers(model)], list(batches)
     hand_on = _hand_on(model, batches[0][:1, :1])
@@ -57,30 +58,30 @@ def embed(model: Model, batches: Iterable[torch.Tensor]) -> tuple[list[torch.Ten
 
 
 def layer_output(output: Any) -> torch.Tensor:
-    """The hidden states [B, T, H] in what a decoder layer returns: these, or a tuple that begins with them."""
+    """Return the hidden states [B, T, H] from a decoder layer's output, which may be a tuple that begins with them."""
     states: torch.Tensor = output[0] if isinstance(output, tuple) else output
     return states
 
 
-_READS_TUPLES: dict[type, bool] = {}  # by class of decoder, which is asked once
+_READS_TUPLES: dict[type, bool] = {}  # by class of decoder, tested once
 
 
 def _hand_on(model: Model, token: torch.Tensor) -> Callable[[torch.Tensor], Any]:
-    """How a layer must return hidden states for the decoder to read them: as they are, or in a tuple (Falcon)."""
+    """Return a function that wraps hidden states as the decoder expects them: unchanged, or in a tuple (Falcon)."""
     decoder = model.get_decoder()
     if type(decoder) not in _READS_TUPLES:
         layers = [layer for _, layer in decoder_layers(model)]
         with torch.no_grad(), _replaced(layers, [lambda states, *_, **__: (states, None)] * len(layers)):
             try:
                 read = decoder(input_ids=token, use_cache=False)[0]
-            except (AttributeError, TypeError):  # of the norm after the layers, which was given the tuple
+            except (AttributeError, TypeError):  # raised by the final norm, which received the tuple
                 read = None
         _READS_TUPLES[type(decoder)] = isinstance(read, torch.Tensor)
     return (lambda states: (states, None)) if _READS_TUPLES[type(decoder)] else (lambda states: states)
 
 
 def finish(model: Model, tokens: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-    """Logits [B, T, vocab] of what flows out of the last decoder layer, [B, T, H], for token ids [B, T]."""
+    """Return logits [B, T, vocab] from the last decoder layer's output, [B, T, H], for token ids [B, T]."""
     layers, hand_on = [layer for _, layer in decoder_layers(model)], _hand_on(model, tokens[:1, :1])
     with torch.no_grad(), _replaced(layers, [lambda *_, **__: hand_on(states)] * len(layers)):
         logits: torch.Tensor = model(input_ids=tokens, use_cache=False).logits
@@ -89,7 +90,7 @@ def finish(model: Model, tokens: torch.Tensor, states: torch.Tensor) -> torch.Te
 
 @contextlib.contextmanager
 def _replaced(modules: Sequence[torch.nn.Module], forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
-    """Modules with other forward functions."""
+    """Replace the forward functions of modules within this context."""
     for module, forward in zip(modules, forwards, strict=True):
         module.forward = forward
     try:

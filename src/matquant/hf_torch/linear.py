@@ -1,8 +1,8 @@
-"""A torch linear whose weight stays packed: ``forward`` is one product of a backend, at a width that may change.
+"""A torch linear layer whose weight stays packed: ``forward`` is one product of a backend, at a width that may change.
 
-A width is an argument of the product, so switching costs nothing. A call that asks for gradients is a product with the
-dense weight, made for the call, and so is one of many bfloat16 tokens with float activations: torch has hardware for
-that product, the native kernels do not use it. N out features, K in features.
+The width is an argument of the product, so switching costs nothing. Two kinds of calls make the dense weight and use
+torch's product: calls that need gradients, and calls with many bfloat16 tokens and float activations, for which torch
+uses hardware that the native kernels do not. N out features, K in features.
 """
 
 from typing import Any
@@ -14,16 +14,16 @@ from matquant.core.nest import MASTER_BITS
 from matquant.core.tensor import NestedTensor
 from matquant.system.errors import InputError
 
-DENSE_TOKENS = 256  # from here on torch's bfloat16 product is faster, the weight's making included
+DENSE_TOKENS = 256  # from here on torch's bfloat16 product is faster, including making the weight
 WITHOUT = "load the model with kernels='none'"
 
 
 class NestedLinear(torch.nn.Module):
     """y = x W_bits^T + bias, the weight fixed. ``bits`` may be set at any time.
 
-    tensor: the nested weight, numpy; its codes are read once and may be mapped from a file. like: the linear whose
-    place it takes: its bias, and the dtype and device of the dense ``weight``, which is made when asked for.
-    activations: one of ``backend.activations``.
+    tensor: the nested weight, numpy; its codes are read once and may be mapped from a file. like: the linear layer to
+    replace: gives the bias, and the dtype and device of the dense ``weight``, which is made on access. activations: one
+    of ``backend.activations``.
     """
 
     def __init__(self, tensor: NestedTensor, like: torch.nn.Linear, *, backend: Backend, activations: str) -> None:
@@ -39,11 +39,11 @@ class NestedLinear(torch.nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The dense weight [N, K] at ``bits`` bits; a new tensor every time."""
+        """Return the dense weight [N, K] at ``bits`` bits; a new tensor every time."""
         return torch.from_numpy(self._tensor.read(self.bits)).to(device=self.device, dtype=self.dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., K] -> [..., N] of its dtype. InputError for devices and dtypes that the backend does not support."""
+        """Return x [..., K] -> [..., N] in the dtype of x. InputError for unsupported devices and dtypes."""
         self._check(x)
         tokens = x.numel() // self.in_features
         many = self.activations == "float" and x.dtype == torch.bfloat16 and tokens >= DENSE_TOKENS
@@ -62,16 +62,16 @@ class NestedLinear(torch.nn.Module):
         )
 
     def _check(self, x: torch.Tensor) -> None:
-        """InputError unless x is something that the backend may be given: it checks nothing itself."""
+        """Raise InputError unless the backend supports x: the backend checks nothing."""
         obstacle = self._backend.why_not(x.device, x.dtype)
         if obstacle is not None:
             raise InputError(f"the kernels of this layer do not support its input: {obstacle}; {WITHOUT}")
         if x.shape[-1] != self.in_features:
-            raise InputError(f"a linear of {self.in_features} inputs was given {list(x.shape)}; give [..., K]")
+            raise InputError(f"the input must be [..., {self.in_features}], found {list(x.shape)}")
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if not keep_vars:  # which asks for the tensors that live in the model: there is none
+        if not keep_vars:  # True requests the model's live tensors, and there are none
             destination[f"{prefix}weight"] = self.weight
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:

@@ -1,4 +1,4 @@
-"""Load a float model whole, build a model from tensors, load a tokenizer: with transformers' own classes."""
+"""Load a whole float model, build a model from tensors, and load a tokenizer, with transformers' classes."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,7 +26,7 @@ from matquant.system.errors import InputError
 
 
 def load_float(source: Path | str, *, dtype: torch.dtype | None = None) -> Model:
-    """The float model of a local directory or a hub id, in evaluation mode; ``dtype`` None keeps the file's."""
+    """Load the float model of a local directory or a hub id, in evaluation mode; ``dtype`` None keeps the file's."""
     with loading(source), readable(source) as place:
         config = float_config(source)
         check_fits(source, config)
@@ -58,7 +58,7 @@ def float_config(source: Path | str) -> Any:
 
 
 def hidden_size(source: Path | str) -> int:
-    """How wide the hidden states of a model are, from its configuration alone."""
+    """Return the hidden size of a model, from its configuration alone."""
     with loading(source):
         return int(float_config(source).get_text_config().hidden_size)
 
@@ -66,7 +66,7 @@ def hidden_size(source: Path | str) -> int:
 def build_model(
     config: Mapping[str, Any], state: Mapping[str, torch.Tensor], *, directory: Path, dtype: torch.dtype | None
 ) -> Model:
-    """A model of ``config`` with the weights ``state`` (checkpoint names); InputError if any is missing or misfits."""
+    """Build a model of ``config`` with weights ``state`` (checkpoint names); InputError for missing or wrong ones."""
     with quiet():
         parsed = parse_config(config)
         try:
@@ -77,7 +77,7 @@ def build_model(
             )
         except InputError:
             raise
-        except Exception as error:  # of every kind, as in ``config.loading``
+        except Exception as error:  # any type, as in ``config.loading``
             raise InputError(
                 f"{directory} does not fit its config.json ({reason(error)}); write the checkpoint again"
             ) from None
@@ -89,7 +89,7 @@ def build_model(
 
 
 def load_tokenizer(source: Path | str) -> Any:
-    """The tokenizer beside a model; InputError if there is none, or a package that transformers needs for it."""
+    """Load a model's tokenizer; InputError if it is missing, or a package that transformers needs for it."""
     check_merges(Path(source) / "tokenizer.json")
     there = (Path(source) / "tokenizer.json").is_file()
     remedy = "repair its tokenizer files" if there else "put tokenizer.json beside the model"
@@ -101,16 +101,16 @@ def load_tokenizer(source: Path | str) -> Any:
             one_line(f"{source} has no usable tokenizer", remedy),
         ):
             tokenizer = transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=False)
-            tokenizer.decode(tokenizer.encode("a b"))  # some damage shows only now
+            tokenizer.decode(tokenizer.encode("a b"))  # some damage shows only here
             tokenizer.name_or_path = str(source)
     except InputError:
         missing = missing_packages(source)
         if missing is None:
             raise
         raise InputError(
-            f"{source} has its tokenizer in {missing.file}, which transformers needs {missing.packages} to read; "
+            f"{source} has its tokenizer in {missing.file}, which needs {missing.packages}; "
             f"pip install {missing.packages}, or put tokenizer.json beside the model"
         ) from None
-    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # what transformers makes of no files at all
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # transformers' result without any files
         raise InputError(f"{source} has no usable tokenizer (no vocabulary); put tokenizer.json beside the model")
     return tokenizer

@@ -1,12 +1,12 @@
 """A nested checkpoint as an ordinary transformers model whose width can be changed in place.
 
-On a CPU every quantised linear is a product of the native kernels (backends/): the codes lie in bit planes, nothing
-dense is kept, switching costs nothing and decoding reads ``bits`` bits a weight. Results equal dense weights to float32
+On a CPU every quantised linear layer uses the native kernels (backends/): codes are kept in bit planes without dense
+copies, switching costs nothing, and decoding reads ``bits`` bits per weight. Results equal dense weights to float32
 rounding; ``kernels="int8"`` rounds activations too and is faster still (docs/runtime.md).
 
-Where no kernels can serve, and with ``kernels="none"``, the codes stay in memory beside dense parameters; ``set_bits``
-slices them again and writes the parameters, so training and everything else of transformers work bit for bit as
-without us.
+Where no kernels are available, and with ``kernels="none"``, the codes stay in memory beside dense parameters;
+``set_bits`` slices them again and writes the parameters, so that training and every other use of transformers work bit
+for bit as on an ordinary model.
 """
 
 import functools
@@ -35,9 +35,9 @@ from matquant.system.arguments import check_types
 from matquant.system.errors import InputError, InputTypeError
 from matquant.system.threads import check_threads
 
-Serve = Callable[[Mapping[str, int]], None]  # gives the weights at these paths these widths
+Serve = Callable[[Mapping[str, int]], None]  # sets the widths of the weights at these paths
 
-KERNELS = {"auto": "float", "float": "float", "int8": "int8"}  # what is asked for -> activations of the kernels
+KERNELS = {"auto": "float", "float": "float", "int8": "int8"}  # value of ``kernels`` -> activations
 NONE = "none"
 
 
@@ -53,19 +53,19 @@ def load(
 ) -> Any:
     """Load a nested checkpoint as a transformers model at ``bits`` bits, or at a plan {path: bits} over ``bits``.
 
-    Returns a model of its own class that also has ``set_bits(bits, plan=None)``, ``bits_by_path`` and ``kernels``, a
-    line of text that says what multiplies, and whose ``save_pretrained(directory)`` writes the nested checkpoint.
-    dtype None: the checkpoint's. kernels: ``auto``: the native kernels, equal to dense weights to float32 rounding, or
-    dense weights where there can be none (other devices, float64, fused experts); ``float`` or ``int8``: kernels with
-    these activations, or an error; ``none``: dense weights, which can be trained. With kernels no parameter asks for
-    gradients. InputError on damage, and where the kernels asked for cannot be had.
+    Returns a model of the checkpoint's class with three additions: ``set_bits(bits, plan=None)``, ``bits_by_path`` and
+    ``kernels`` (a line of text: the kernels in use and why). Its ``save_pretrained(directory)`` writes the nested
+    checkpoint. dtype None: the checkpoint's. kernels: ``auto``: the native kernels, equal to dense weights to float32
+    rounding, or dense weights where they are not available (other devices, float64, fused experts); ``float`` or
+    ``int8``: kernels with these activations, or an error; ``none``: dense weights, which can be trained. With kernels
+    no parameter requires gradients. InputError for damage, and if the requested kernels are not available.
     """
     _check_arguments(path, dtype, device, kernels, check_hashes)
     check_threads(torch.get_num_threads(), name="torch.get_num_threads()")
     checkpoint = open_checkpoint(path, check_hashes=check_hashes)
     check_bits(bits)
     served = dtype or config_dtype(checkpoint.config)
-    name, obstacle, activations = DENSE, "dense weights were asked for", KERNELS.get(kernels, "float")
+    name, obstacle, activations = DENSE, "kernels='none' was given", KERNELS.get(kernels, "float")
     if kernels != NONE:
         name, obstacle = choose(device, served, activations=activations)
     if not BACKENDS[name].trains:
@@ -84,7 +84,7 @@ def load(
         serve = functools.partial(_write_dense, model, views, tensors)
         model.kernels = f"no kernels: {obstacle}"
     else:
-        raise InputError(f"kernels={kernels!r} cannot serve {path}: {obstacle}; use kernels='auto' or {NONE!r}")
+        raise InputError(f"kernels={kernels!r} does not support {path}: {obstacle}; use kernels='auto' or {NONE!r}")
     model.bits_by_path = {}
     model.set_bits = functools.partial(_set_bits, model, serve, list(tensors))
     model.save_pretrained = functools.partial(_save, model, views, tensors, checkpoint)
@@ -93,7 +93,7 @@ def load(
 
 
 def _check_arguments(path: Any, dtype: Any, device: Any, kernels: Any, check_hashes: Any) -> None:
-    """InputError for arguments of ``load`` of a wrong type, and for kernels that there are not."""
+    """Raise InputError for arguments of ``load`` of a wrong type, and for unknown kernels."""
     check_types(path=path, check_hashes=check_hashes)
     if dtype is not None and not isinstance(dtype, torch.dtype):
         raise InputTypeError(f"dtype={dtype!r} is of type {type(dtype).__name__}; give a torch.dtype")
@@ -101,7 +101,7 @@ def _check_arguments(path: Any, dtype: Any, device: Any, kernels: Any, check_has
         raise InputTypeError(f"device={device!r} is of type {type(device).__name__}; give a text or a torch.device")
     if not isinstance(kernels, str) or kernels not in (*KERNELS, NONE):
         kind = InputError if isinstance(kernels, str) else InputTypeError
-        raise kind(f"kernels={kernels!r}; use {', '.join(KERNELS)} or {NONE}")
+        raise kind(f"kernels={kernels!r} is not known; use {', '.join(KERNELS)} or {NONE}")
 
 
 def _build(
@@ -110,7 +110,7 @@ def _build(
     dtype: torch.dtype | None,
     device: str | torch.device,
 ) -> tuple[Model, dict[str, View]]:
-    """The model with ``weight(path)`` for every quantised linear, and where these lie in it."""
+    """Build the model with ``weight(path)`` for every quantised layer, and return the positions of these weights."""
     state = {f"{name}.weight": weight(name) for name in checkpoint.shapes}
     state |= {name: to_torch(checkpoint.array(name)) for name in checkpoint.plain_names()}
     model = build_model(checkpoint.config, state, directory=checkpoint.directory, dtype=dtype).to(device)
@@ -130,7 +130,7 @@ def _use_kernels(
     backend: Backend,
     activations: str,
 ) -> Serve:
-    """Put a NestedLinear in the place of every linear of ``tensors``. Nothing of the model asks for gradients then."""
+    """Replace every layer in ``tensors`` by a NestedLinear. Afterwards no parameter requires gradients."""
     linears: dict[str, NestedLinear] = {}
     for path, tensor in tensors.items():
         parent, _, name = views[path].parameter.removesuffix(".weight").rpartition(".")
@@ -161,7 +161,7 @@ def _set_bits(
     *,
     plan: Mapping[str, int] | Plan | None = None,
 ) -> None:
-    """Switch the model in place to ``bits``, or to a plan over it. Only weights whose width changes are touched."""
+    """Switch the model in place to ``bits``, or to a plan over it. Only weights whose width changes are rewritten."""
     wanted = Plan.over(bits, plan).resolve(paths)
     serve({path: width for path, width in wanted.items() if model.bits_by_path.get(path) != width})
     model.bits_by_path = wanted
@@ -176,7 +176,7 @@ def _save(
     *,
     overwrite: bool = False,
 ) -> None:
-    """Write the nested checkpoint again: codes as loaded, all other tensors as they are in the model now."""
+    """Write the nested checkpoint: codes as loaded, all other tensors as they are in the model now."""
 
     def items() -> Iterator[Any]:
         yield from ((path, nested_to_numpy(tensor)) for path, tensor in tensors.items())

@@ -1,4 +1,4 @@
-"""A float model read tensor by tensor, so that a model larger than the memory can be quantised."""
+"""Read a float model tensor by tensor, so that a model larger than memory can be quantised."""
 
 import copy
 from collections.abc import Callable, Mapping
@@ -26,7 +26,7 @@ from matquant.system.errors import InputError
 class Shards:
     """A float model whose tensors are read one at a time."""
 
-    model: Model  # may have no numbers
+    model: Model  # may be without weights
     read: Callable[[str], torch.Tensor]  # parameter or buffer name -> tensor of the stored dtype
     dtypes: Mapping[str, torch.dtype]  # the same names -> that dtype
 
@@ -87,7 +87,7 @@ def _names(model: Model) -> list[str]:
 
 
 def _read_info(model: Model, files: Files) -> Mapping[str, Any]:
-    """What transformers would say of tensors with these names and shapes: it loads them without numbers."""
+    """Return transformers' loading report for tensors with these names and shapes, without reading data."""
     state = {key: torch.empty(shape, dtype=dtype, device="meta") for key, (_, shape, dtype) in files.items()}
     options = {"dtype": model.config.dtype, "ignore_mismatched_sizes": True, "device_map": "meta"}
     _, info = type(model).from_pretrained(
@@ -97,17 +97,17 @@ def _read_info(model: Model, files: Files) -> Mapping[str, Any]:
 
 
 def _shard_files(source: Path | str) -> Files:
-    """Tensor name -> (its safetensors file, shape, dtype); empty if the model is stored in another way."""
+    """Return tensor name -> (its safetensors file, shape, dtype); empty if the model is stored in another form."""
     missing = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     with readable(source) as place:
         single = cached_file(str(place), SAFE_WEIGHTS_NAME, **missing)
         index = None if single else cached_file(str(place), SAFE_WEIGHTS_INDEX_NAME, **missing)
         paths = [single] if single else get_checkpoint_shard_files(str(place), index)[0] if index else []
-        paths = [str(Path(path).resolve()) for path in paths]  # of links that are gone later
+        paths = [str(Path(path).resolve()) for path in paths]  # resolve links that are removed later
     found = {}
     for path in paths:
         with safe_open(path, "pt") as file:
-            for key in file.keys():  # noqa: SIM118 (a safetensors file is no mapping)
+            for key in file.keys():  # noqa: SIM118 (a safetensors file is not a mapping)
                 stored = file.get_slice(key)
                 first = stored[tuple(slice(0, 1) for _ in stored.get_shape())]
                 found[key] = (path, tuple(stored.get_shape()), first.dtype)

@@ -1,7 +1,7 @@
-"""What a model's files hold, judged before any memory is given to it: shapes, dtypes, tensors that nobody uses.
+"""Check a model's files before allocating memory for it: shapes, dtypes, unused tensors.
 
-transformers gives memory to every tensor that is missing or misfits before it says so, and drops or casts others
-without an error. All of that is found out here and rejected.
+transformers allocates memory for every missing or mismatched tensor before reporting it, and drops or casts other
+tensors without an error. All of that is rejected here.
 """
 
 import math
@@ -30,13 +30,13 @@ from matquant.hf.tensors import check_stored, check_unused, read_headers
 from matquant.hf_torch.ties import Model
 from matquant.system.errors import InputError
 
-PREDICTING = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")  # of config.json
+PREDICTING = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")  # keys of config.json
 FLOATS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.bool: "BOOL"}
-LARGER, SMALL = 3, 2**26  # a model may have so many times the numbers in its files, and so many more (masks, tables)
+LARGER, SMALL = 3, 2**26  # a model may have LARGER times the numbers in its files, plus SMALL (masks, tables)
 
 
 def check_files(source: Path | str) -> Shapes:
-    """The shapes of what a model stores, after looking for damage and for values that make no sense."""
+    """Return the shapes of a model's stored tensors, after checking for damage and for impossible values."""
     directory = Path(cached_file(str(source), CONFIG_NAME)).parent
     try:
         check_readable(directory)
@@ -47,17 +47,17 @@ def check_files(source: Path | str) -> Shapes:
         try:
             with warnings.catch_warnings(action="ignore"):
                 state = load_state_dict(file, map_location="meta")
-        except Exception:  # of every kind; torch's own words advise to run what the file says
-            raise ValueError(f"{file} is damaged, or no file of tensors that torch.save wrote") from None
+        except Exception:  # any type; torch's message advises to execute the file
+            raise ValueError(f"{file} is damaged, or not a file of tensors written by torch.save") from None
         shapes |= {name: tuple(tensor.shape) for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
     check_sensible(directory, tensors=len(shapes))
     return shapes
 
 
 def check_fits(source: Path | str, config: Any) -> None:
-    """InputError if a model of ``config`` is larger than the tensors in its files: found out without any memory.
+    """Raise InputError if a model of ``config`` is larger than the tensors in its files, without allocating it.
 
-    transformers gives memory to every tensor that is missing or misfits, before it says so.
+    transformers allocates memory for every missing or mismatched tensor before reporting it.
     """
     shapes = check_files(source)
     if shapes:  # none: not downloaded yet
@@ -65,7 +65,7 @@ def check_fits(source: Path | str, config: Any) -> None:
 
 
 def compare_sizes(source: object, config: Any, shapes: Shapes) -> None:
-    """InputError if a model of ``config`` is larger than tensors of these shapes."""
+    """Raise InputError if a model of ``config`` is larger than tensors of these shapes."""
     with torch.device("meta"), meta_device_safe_creation_ops():
         model = transformers.AutoModelForCausalLM.from_config(config)
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
@@ -74,20 +74,20 @@ def compare_sizes(source: object, config: Any, shapes: Shapes) -> None:
         if name in shapes and shapes[name] != tuple(parameter.shape) and parameter.numel() > math.prod(shapes[name]):
             found, size = (" x ".join(map(str, shape)) for shape in (shapes[name], parameter.shape))
             raise InputError(
-                f"{source} has mismatched keys: {name}; repair the model ({found} in its files, {size} by config.json)"
+                f"{source} has mismatched keys: {name}; repair the model ({found} in its files, {size} in config.json)"
             )
     stored = sum(math.prod(shape) for shape in shapes.values())
     for what, tensors in (("weights", wanted.values()), ("buffers", model.buffers())):
         count = sum(tensor.numel() for tensor in tensors)
         if count > LARGER * stored + SMALL:
             raise InputError(
-                f"{source} has {stored:,} numbers in its files, the {what} by its config.json are {count:,}; "
+                f"{source} has {stored:,} numbers in its files, but {count:,} {what} according to config.json; "
                 "repair the sizes in config.json"
             )
 
 
 def check_loaded(info: Mapping[str, Any], source: object, problems: Iterable[str], remedy: str) -> None:
-    """InputError if transformers met one of ``problems`` while loading: a weight invented, misfitting or left over."""
+    """Raise InputError if loading met one of ``problems``: a weight missing, mismatched or unused."""
     for problem in problems:
         names = sorted(key if isinstance(key, str) else str(key[0]) for key in info[problem])
         if names:
@@ -95,7 +95,7 @@ def check_loaded(info: Mapping[str, Any], source: object, problems: Iterable[str
 
 
 def check_unused_tensors(model: Model, source: object, info: Mapping[str, Any]) -> None:
-    """InputError if the files hold tensors that the model does not use."""
+    """Raise InputError if the files hold tensors that the model does not use."""
     config = model.config.get_text_config()
     extra = next((n for key in PREDICTING if isinstance(n := getattr(config, key, None), int)), 0)
     names = [str(key) for key in info["unexpected_keys"]]
@@ -103,7 +103,7 @@ def check_unused_tensors(model: Model, source: object, info: Mapping[str, Any]) 
 
 
 def check_dtypes(source: Path | str) -> None:
-    """InputError for weights that are no floats; of a local directory's safetensors files this is known already."""
+    """Raise InputError for weights that are not floats; a local directory's safetensors files were checked already."""
     quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     found = {name: cached_file(str(source), name, **quiet) for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)}
     for path in found.values():

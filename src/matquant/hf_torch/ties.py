@@ -1,8 +1,8 @@
-"""Whether the output head is the embedding: decided once, where a float model is read, and written into its config.
+"""Decide whether head and embedding are tied, once, when a float model is read, and record it in its configuration.
 
-As transformers 5 has it: ``tie_word_embeddings`` ties the two unless the files store both with different numbers; if
-they store the head alone, that is the embedding too. Everything downstream (methods, checkpoint, engine, exporters)
-reads ``tie_word_embeddings``, which ``record_ties`` makes true to the model.
+The rule is that of transformers 5: ``tie_word_embeddings`` ties the two unless the files store both with different
+numbers; if they store only the head, it is the embedding too. All later code (methods, checkpoint, engine, exporters)
+reads ``tie_word_embeddings``, which ``record_ties`` sets to match the model.
 """
 
 from collections.abc import Mapping
@@ -12,17 +12,17 @@ import torch
 from safetensors import safe_open
 
 Model = Any  # a transformers PreTrainedModel
-Parts = tuple[dict[str, torch.Tensor], bool]  # what files hold of a parameter, on meta; whether that is all of it
+Parts = tuple[dict[str, torch.Tensor], bool]  # stored parts of a parameter, on meta; whether they are all of it
 Files = dict[str, tuple[str, tuple[int, ...], torch.dtype]]  # tensor name -> its file, shape and dtype
 
 
 def tied_weights(model: Model) -> dict[str, str]:
-    """Parameter name -> the parameter whose numbers it shares."""
+    """Return parameter name -> the parameter whose numbers it shares."""
     return dict(getattr(model, "all_tied_weights_keys", None) or {})
 
 
 def untie(model: Model, name: str) -> torch.nn.Parameter:
-    """Give a tied parameter numbers of its own, which are not set; returns it."""
+    """Replace a tied parameter by a separate one with uninitialised numbers, and return it."""
     model.all_tied_weights_keys.pop(name)
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
@@ -32,7 +32,7 @@ def untie(model: Model, name: str) -> torch.nn.Parameter:
 
 
 def record_ties(model: Model) -> None:
-    """Make the model's configuration, and that of its text part, say whether head and embedding are tied."""
+    """Record in the model's configuration, and that of its text part, whether head and embedding are tied."""
     name = head_name(model)
     if name is None:
         return
@@ -43,7 +43,7 @@ def record_ties(model: Model) -> None:
 
 
 def head_name(model: Model) -> str | None:
-    """The name of the weight of a model's output head; None if it has no head."""
+    """Return the name of the weight of a model's output head; None if it has no head."""
     head = model.get_output_embeddings()
     names = (name for name, module in model.named_modules(remove_duplicate=False) if module is head)
     path = next(names, None) if head is not None else None
@@ -51,7 +51,7 @@ def head_name(model: Model) -> str | None:
 
 
 def plain_names(model: Model, stored: Mapping[str, Parts], files: Files) -> dict[str, Parts]:
-    """Parts of the tied parameters that files store by the model's own names, where these differ from the usual."""
+    """Return the parts of tied parameters stored under the model's own names, if these differ from the usual."""
     return {
         name: ({name: torch.empty(files[name][1], dtype=files[name][2], device="meta")}, True)
         for name in tied_weights(model)
@@ -62,9 +62,9 @@ def plain_names(model: Model, stored: Mapping[str, Parts], files: Files) -> dict
 def resolve_ties(
     model: Model, stored: Mapping[str, Parts], files: Files, dtype: torch.dtype | None
 ) -> dict[str, Parts]:
-    """``stored`` without tied parameters, of which some may turn out to be none: these are untied in ``model``.
+    """Return ``stored`` without tied parameters; parameters that turn out not to be tied are untied in ``model``.
 
-    A parameter of which only the tied copy is stored has the parts of that.
+    If only the tied copy of a parameter is stored, the parameter gets its parts.
     """
     resolved = dict(stored)
     for name, origin in tied_weights(model).items():
@@ -83,7 +83,7 @@ def resolve_ties(
 
 
 def read_key(files: Files, key: str) -> torch.Tensor:
-    """A stored tensor, in memory of its own."""
-    with safe_open(files[key][0], "pt") as file:  # closed again: an open one keeps what was read in memory
+    """Read a stored tensor into memory."""
+    with safe_open(files[key][0], "pt") as file:  # closed again: an open file keeps read tensors in memory
         tensor: torch.Tensor = file.get_tensor(key).clone()
     return tensor

@@ -1,10 +1,10 @@
-"""The tokenizer files of a new checkpoint, by which everything that reads it gets the tokens transformers gives.
+"""Make a new checkpoint's tokenizer files, from which every reader gets the tokens that transformers gives.
 
 transformers builds a tokenizer from several files: tokenizer.json, vocab.json and merges.txt, a SentencePiece model,
 added_tokens.json, special_tokens_map.json, and tokenizer_config.json, whose class may replace half of tokenizer.json.
-The engine, GGUF and MLX read tokenizer.json and the special tokens of tokenizer_config.json alone. So both read the
-probe (hf/probe.py). If they agree, the files are copied as they are. Otherwise transformers' own tokenizer is
-written as tokenizer.json, with a tokenizer_config.json that makes transformers read just that.
+The engine, GGUF and MLX read only tokenizer.json and the special tokens of tokenizer_config.json. So both readers run
+the probe (hf/probe.py). If they agree, the files are copied unchanged. Otherwise transformers' tokenizer is written as
+tokenizer.json, with a tokenizer_config.json that makes transformers read only that.
 """
 
 import contextlib
@@ -26,25 +26,25 @@ from matquant.system.errors import InputError
 from matquant.system.files import explain_full_disk, json_bytes
 
 FILE, CONFIG = "tokenizer.json", "tokenizer_config.json"
-AS_IT_IS = "PreTrainedTokenizerFast"  # the class that takes tokenizer.json as it is, in every version of transformers
-OVERRIDDEN = ("add_bos_token", "add_eos_token", "fast_tokenizer_files")  # what tokenizer.json says now
+AS_IT_IS = "PreTrainedTokenizerFast"  # the class that uses tokenizer.json unchanged, in every version of transformers
+OVERRIDDEN = ("add_bos_token", "add_eos_token", "fast_tokenizer_files")  # settings that are in tokenizer.json now
 Files = dict[str, bytes]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Texts:
-    """A tokenizer, and the files by which a checkpoint keeps it."""
+    """A tokenizer, and its files in a checkpoint."""
 
     tokenizer: Any  # transformers'; None if there is none
-    files: Mapping[str, bytes]  # of the checkpoint, by name
+    files: Mapping[str, bytes]  # the checkpoint's files, by name
     notices: tuple[str, ...] = ()  # for people
 
 
 def read_texts(source: Path | str, *, needed: bool, vocab_size: int) -> Texts:
-    """The tokenizer of a float model and the small files that its checkpoint gets.
+    """Return the tokenizer of a float model and the small files for its checkpoint.
 
-    needed: there is text to work with. vocab_size: rows of the embedding. InputError without a usable tokenizer if it
-    is needed, and if no tokenizer.json gives the tokens that transformers gives.
+    needed: whether the method reads text. vocab_size: rows of the embedding. InputError if a usable tokenizer is needed
+    and missing, and if no tokenizer.json gives the tokens that transformers gives.
     """
     files = collect(source)
     try:
@@ -52,7 +52,7 @@ def read_texts(source: Path | str, *, needed: bool, vocab_size: int) -> Texts:
     except InputError as error:
         if needed:
             raise
-        rest = f"its {FILE} is copied unchecked" if FILE in files else "without one the checkpoint takes token ids only"
+        rest = f"its {FILE} is copied unchecked" if FILE in files else "without it the checkpoint takes only token ids"
         return Texts(tokenizer=None, files=files, notices=(f"{error}; {rest}",))
     texts = probe_texts(tokenizer.get_added_vocab())
     wanted = _read_theirs(tokenizer, texts)
@@ -63,9 +63,9 @@ def read_texts(source: Path | str, *, needed: bool, vocab_size: int) -> Texts:
     if differs is not None:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if not isinstance(backend, Tokenizer):
-            notice = f"{source} has a tokenizer in Python ({type(tokenizer).__name__}), which {FILE} cannot hold"
+            notice = f"{source} has a Python tokenizer ({type(tokenizer).__name__}), which {FILE} cannot represent"
             files.pop(FILE, None)
-            return Texts(tokenizer=tokenizer, files=files, notices=(*notices, f"{notice}: none is written"))
+            return Texts(tokenizer=tokenizer, files=files, notices=(*notices, f"{notice}, so none is written"))
         what = differs if found is None else f"of {source} gives other tokens than transformers ({differs})"
         notices += (f"{FILE} {what}; the checkpoint gets one that transformers made",)
         mended |= _as_transformers_has_it(mended, backend)
@@ -75,7 +75,7 @@ def read_texts(source: Path | str, *, needed: bool, vocab_size: int) -> Texts:
 
 
 def _read_theirs(tokenizer: Any, texts: Sequence[str]) -> Record:
-    """The probe as transformers sees it. Decoding is the tokenizer's own, without transformers' clean-up of spaces."""
+    """Run the probe through transformers, decoding without its clean-up of spaces."""
     return read_probe(
         texts,
         bos=tokenizer.bos_token_id,
@@ -86,7 +86,7 @@ def _read_theirs(tokenizer: Any, texts: Sequence[str]) -> Record:
 
 
 def _read_ours(files: Files, texts: Sequence[str]) -> Record | None:
-    """The probe as our reader sees ``files``; None if there is no tokenizer.json, or none that it can read."""
+    """Run the probe through our reader of ``files``; None if tokenizer.json is missing or unreadable."""
     with _staged(files) as directory:
         try:
             vocabulary = read_vocabulary(directory)
@@ -96,7 +96,7 @@ def _read_ours(files: Files, texts: Sequence[str]) -> Record | None:
 
 
 def _with_names(files: Files, special: Mapping[str, Any]) -> Files:
-    """The same files, with the special tokens that transformers knows by other files or by its class in CONFIG."""
+    """Return the files, with the special tokens from other files or transformers' class added to CONFIG."""
     config: dict[str, Any] = json.loads(files[CONFIG]) if CONFIG in files else {}
     given = {key: value.get("content") if isinstance(value, dict) else value for key, value in config.items()}
     lacking = {key: text for key, text in special.items() if isinstance(text, str) and given.get(key) != text}
@@ -104,7 +104,7 @@ def _with_names(files: Files, special: Mapping[str, Any]) -> Files:
 
 
 def _as_transformers_has_it(files: Files, backend: Tokenizer) -> Files:
-    """tokenizer.json and tokenizer_config.json that say alone what transformers read from all files."""
+    """Return a tokenizer.json and tokenizer_config.json that hold everything transformers read from all files."""
     tokenizer = Tokenizer.from_str(backend.to_str())
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -114,7 +114,7 @@ def _as_transformers_has_it(files: Files, backend: Tokenizer) -> Files:
 
 
 def _check_mended(source: Path | str, files: Files, wanted: Record, texts: Sequence[str]) -> Record:
-    """The probe by our reader; InputError unless it and transformers both read what is wanted from ``files``."""
+    """Return the probe by our reader; InputError unless it and transformers both agree with ``wanted``."""
     found = _read_ours(files, texts)
     differs = f"no {FILE}" if found is None else difference(wanted, found)
     if differs is None:
@@ -123,27 +123,27 @@ def _check_mended(source: Path | str, files: Files, wanted: Record, texts: Seque
             differs = difference(wanted, _read_theirs(load_tokenizer(directory), texts))
     if found is None or differs is not None:
         raise InputError(
-            f"{source} has a tokenizer that {FILE} cannot hold ({differs}); "
-            f"put a {FILE} that agrees with it beside the model, or remove its tokenizer files"
+            f"{source} has a tokenizer that {FILE} cannot represent ({differs}); "
+            f"add a {FILE} that agrees with it to the model, or remove its tokenizer files"
         )
     return found
 
 
 def _beyond(source: Path | str, tokenizer: Any, vocab_size: int) -> tuple[str, ...]:
-    """A notice if the tokenizer has tokens that the embedding has no row for."""
+    """Return a notice if the tokenizer has tokens without a row in the embedding."""
     beyond = sorted((index, text) for text, index in tokenizer.get_vocab().items() if index >= vocab_size)
     if not beyond:
         return ()
     index, text = beyond[0]
     return (
-        f"the tokenizer of {source} has the token {index} ({text!r}), its embedding {vocab_size} rows: "
+        f"the tokenizer of {source} has the token {index} ({text!r}), but its embedding has {vocab_size} rows: "
         "text with such a token will be rejected",
     )
 
 
 @contextlib.contextmanager
 def _staged(files: Mapping[str, bytes]) -> Iterator[Path]:
-    """A temporary directory that holds ``files``."""
+    """Yield a temporary directory that holds ``files``."""
     with tempfile.TemporaryDirectory() as scratch:
         with explain_full_disk(Path(scratch)):
             for name, content in files.items():

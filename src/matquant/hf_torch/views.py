@@ -1,9 +1,9 @@
-"""Where the weights of a checkpoint lie inside a model's parameters.
+"""Locate the weights of a checkpoint inside a model's parameters.
 
-A float model keeps its own classes; we only write other numbers into its parameters. For an ordinary linear a View is
+A float model keeps its classes; we only write other numbers into its parameters. For an ordinary linear layer a View is
 the whole parameter, for fused mixture-of-experts tensors [E, 2I, H] a strided part of it. Views are found by sending
-index tensors through transformers' own checkpoint conversion, so every family that transformers can save is covered,
-and none is named here.
+index tensors through transformers' checkpoint conversion, so every family that transformers can save is covered without
+naming any.
 
 Shapes: N out features, K in features, E experts, I intermediate size, H hidden size.
 """
@@ -21,27 +21,27 @@ from matquant.hf_torch.ties import Model, Parts
 
 @dataclass(frozen=True, kw_only=True)
 class View:
-    """Where a weight [N, K] of the checkpoint lies in a model's parameter."""
+    """The position of a weight [N, K] of the checkpoint in a model's parameter."""
 
     parameter: str  # its name in the model
     shape: tuple[int, int]  # N, K
-    stride: tuple[int, int]  # numbers of the parameter from one row, and one column, to the next
-    offset: int  # number of the parameter that is the first of the weight
+    stride: tuple[int, int]  # elements from one row, and one column, to the next
+    offset: int  # index of the weight's first element in the parameter
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """This weight inside ``tensor``, a contiguous tensor of the parameter's shape: no copy."""
+        """Return this weight inside ``tensor``, a contiguous tensor of the parameter's shape, without a copy."""
         return tensor.as_strided(self.shape, self.stride, tensor.storage_offset() + self.offset)
 
 
 def stored_parts(model: Model, name: str, parameter: torch.Tensor) -> Parts:
-    """What a checkpoint has of a parameter, on meta, and whether that is the parameter itself, under whatever name."""
+    """Return a parameter's parts in a checkpoint, on meta, and whether it is stored whole, perhaps renamed."""
     whole = parameter.detach().to("meta")
     parts = revert_weight_conversion(model, {name: whole})
     return parts, len(parts) == 1 and whole is next(iter(parts.values()))
 
 
 def checkpoint_views(model: Model, name: str, parameter: torch.Tensor) -> dict[str, View]:
-    """The matrices of the checkpoint in a parameter, by module path; empty if it is stored in another form."""
+    """Return the checkpoint's matrices in a parameter, by module path; empty if it is stored in another form."""
     parts, renamed = stored_parts(model, name, parameter)
     if any(part.ndim != 2 for part in parts.values()):
         return {}
@@ -67,9 +67,9 @@ def plain_items(
     *,
     read: Callable[[str], torch.Tensor] | None = None,
 ) -> Iterator[tuple[str, Any]]:
-    """The tensors that are not quantised, under their checkpoint names, as numpy arrays, tied copies left out.
+    """Yield the tensors that are not quantised, under their checkpoint names, as numpy arrays, without tied copies.
 
-    read: where their numbers are, by name; None: in the model.
+    read: reads a tensor by name; None: take the model's.
     """
     taken = {view.parameter for view in views.values()}
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
@@ -82,7 +82,7 @@ def plain_items(
 
 
 def is_linear(model: Model, view: View) -> bool:
-    """Whether ``view`` is the whole weight of a plain linear, not a part of a fused tensor."""
+    """Return whether ``view`` is the whole weight of a plain linear layer, not a part of a fused tensor."""
     module = model.get_submodule(view.parameter.rpartition(".")[0])
     whole = View(parameter=view.parameter, shape=view.shape, stride=(view.shape[1], 1), offset=0)
     return type(module) is torch.nn.Linear and view == whole and tuple(module.weight.shape) == view.shape

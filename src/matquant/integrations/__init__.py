@@ -1,1 +1,1 @@
-"""Nested checkpoints inside other libraries."""
+"""Use nested checkpoints inside other libraries."""

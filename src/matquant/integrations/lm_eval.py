@@ -1,10 +1,10 @@
-"""lm-evaluation-harness: nested checkpoints as a model of it, and one task of it on one model.
+"""lm-evaluation-harness: register nested checkpoints as a model type, and run single tasks.
 
-The harness finds no models of other packages by itself, so this module is its command line with ours registered:
+The harness does not find other packages' models, so this module is its command line with our model registered:
 
     python -m matquant.integrations.lm_eval run --model matquant --model_args pretrained=DIR,bits=4 --tasks arc_easy
 
-Every other option is the harness's own. The one file that imports ``lm_eval`` (extra ``eval``).
+All other options are the harness's. This is the only file that imports ``lm_eval`` (extra ``eval``).
 """
 
 import sys
@@ -25,16 +25,16 @@ from matquant.hf_torch.nested_model import load
 from matquant.system.errors import InputError
 
 VERSION: str = lm_eval.__version__
-TEMPLATES = Path(lm_eval.__file__).parent / "tasks"  # the harness's own task files
+TEMPLATES = Path(lm_eval.__file__).parent / "tasks"  # the harness's task files
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class CheckedLM(HFLM):  # type: ignore[misc]
-    """The harness's model of transformers; a token that the embedding has no row for is an InputError."""
+    """The harness's transformers model; tokens outside the embedding raise InputError."""
 
     def tok_encode(self, *arguments: Any, **options: Any) -> Any:
         found = super().tok_encode(*arguments, **options)
-        for ids in found if found and isinstance(found[0], list) else [found]:  # of one string, or of several
+        for ids in found if found and isinstance(found[0], list) else [found]:  # ids of one string, or of several
             self._check(ids)
         return found
 
@@ -52,8 +52,8 @@ class CheckedLM(HFLM):  # type: ignore[misc]
 class NestedLM(CheckedLM):
     """A nested checkpoint at ``bits`` bits, or at a plan file over them: ``pretrained=DIR,bits=4,plan=FILE``.
 
-    kernels: as ``matquant.load``, but ``none`` unless given: dense weights, the numbers of the exported slice bit for
-    bit. dtype: the checkpoint's unless given. Everything else as the harness's own ``hf``. InputError as ``load``.
+    kernels: as in ``matquant.load``, but ``none`` by default: dense weights, equal to the exported slice bit for bit.
+    dtype: the checkpoint's by default. All other options are those of the harness's ``hf``. InputError as in ``load``.
     """
 
     def __init__(
@@ -68,9 +68,9 @@ class NestedLM(CheckedLM):
         **options: Any,
     ) -> None:
         if dtype not in DTYPES:
-            raise InputError(f"dtype={dtype!r} is not supported; use one of {', '.join(DTYPES)}")
+            raise InputError(f"dtype={dtype!r} is not known; use one of {', '.join(DTYPES)}")
         if device is None or (device.startswith("cuda") and not torch.cuda.is_available()):
-            device = "cpu"  # as the harness's own models: its command line asks for cuda:0 unless told otherwise
+            device = "cpu"  # as in the harness's models: its command line defaults to cuda:0
         model = load(
             pretrained,
             plan=Plan.over(bits, plan),
@@ -82,21 +82,21 @@ class NestedLM(CheckedLM):
 
 
 def wrap(model: Any, tokenizer: Any, *, batch_size: int) -> Any:
-    """A loaded transformers model as the harness sees models; its width may change between tasks."""
+    """Wrap a loaded transformers model for the harness; its width may change between tasks."""
     return CheckedLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
 
 
 def load_task(file: Path) -> Any:
-    """A zero-shot task from its YAML file; reads its data, from the hub if the file says so."""
+    """Load a zero-shot task from its YAML file, with its data (from the hub if the file says so)."""
     (task,) = TaskManager(include_defaults=False).load([str(file)])["tasks"].values()
     task.set_config(key="num_fewshot", value=0)
     return task
 
 
 def score(model: Any, task: Any, *, limit: int | None = None) -> dict[str, Any]:
-    """Results of one task as the harness reports them: "acc,none", "acc_stderr,none", ..., "sample_len".
+    """Return the results of one task as the harness reports them: "acc,none", "acc_stderr,none", ..., "sample_len".
 
-    What ``lm_eval.simple_evaluate`` calls, without its survey of the machine, which takes longer than a small task.
+    Does what ``lm_eval.simple_evaluate`` does, without its survey of the machine, which takes longer than a small task.
     """
     found = lm_eval.evaluate(lm=model, task_dict={"tasks": {task.task_name: task}}, limit=limit, log_samples=False)
     (results,) = found["results"].values()
@@ -104,7 +104,7 @@ def score(model: Any, task: Any, *, limit: int | None = None) -> dict[str, Any]:
 
 
 def main() -> None:
-    """The harness's command line; the user's mistakes end with one message and exit code 2."""
+    """Run the harness's command line; the user's mistakes end with one message and exit code 2."""
     try:
         cli_evaluate()
     except InputError as error:

@@ -1,18 +1,18 @@
-"""One width of a nested checkpoint through transformers' own ``from_pretrained``:
+"""Load one width of a nested checkpoint through transformers' ``from_pretrained``:
 
     AutoModelForCausalLM.from_pretrained(directory, quantization_config=matquant.MatQuantConfig(bits=4))
 
 While transformers loads the shards, every quantised weight is sliced and made dense in the dtype and on the device of
-the model, one at a time; what comes out is an ordinary float model with the numbers of ``matquant.load(directory,
-bits=4, kernels="none")``, bit for bit. It has no ``quantization_config`` any more: it can be trained, and
-``save_pretrained`` writes that slice as an ordinary float checkpoint. Importing this module registers the class with
-transformers, which knows nothing of other packages; ``matquant.MatQuantConfig`` imports it.
+the model, one at a time. The result is an ordinary float model, equal to ``matquant.load(directory, bits=4,
+kernels="none")`` bit for bit. It has no ``quantization_config``: it can be trained, and ``save_pretrained`` writes the
+slice as an ordinary float checkpoint. Importing this module registers the class with transformers, which does not look
+for other packages; ``matquant.MatQuantConfig`` imports it.
 
-The config.json of a nested checkpoint says compressed-tensors, so that it is an int8 model to everyone else, and
-transformers refuses a configuration of another class than the stored one. Its one exception,
-``quantizers.auto.LOADING_ATTRIBUTES_CONFIG_TYPES``, needs the class names to be equal and warns that the stored
-configuration will be used. So ``merge_quantization_configs``, the function that refuses, is replaced by one that first
-asks whether the configuration given is ours: the only thing here that transformers does not offer to others.
+The config.json of a nested checkpoint names compressed-tensors, so that other tools read it as an int8 model, and
+transformers rejects a configuration of another class than the stored one. Its one exception,
+``quantizers.auto.LOADING_ATTRIBUTES_CONFIG_TYPES``, needs equal class names and warns that the stored configuration
+will be used. So we replace ``merge_quantization_configs``, the function that rejects it, by one that first checks for
+our configuration. This is the only step here that uses no public interface of transformers.
 """
 
 import functools
@@ -40,7 +40,8 @@ from matquant.integrations.words import read_words
 from matquant.system.errors import InputError
 
 METHOD = "matquant"
-STORED = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point")  # all are taken, two are used
+# all are collected, two are used
+STORED = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
 
 Tensors = dict[str, list[torch.Tensor]]  # by pattern, in the order of their names in the checkpoint
 
@@ -49,11 +50,11 @@ class MatQuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """Read a nested checkpoint at ``bits`` bits, or at a plan {path: bits} over them; ``plan`` may be a plan file.
 
     check_hashes: compare every file with the manifest first. Raises InputError for widths outside 1..8 and bad plan
-    files; ``from_pretrained`` raises it for directories that are no nested checkpoint and plans that do not fit.
+    files; ``from_pretrained`` raises it for directories that are not nested checkpoints and for plans that do not fit.
     """
 
     quant_method = METHOD
-    dequantize = True  # transformers' word for: dense once it is loaded, and without this configuration from then on
+    dequantize = True  # for transformers: the loaded model is dense and drops this configuration
 
     def __init__(
         self,
@@ -68,10 +69,10 @@ class MatQuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 
 class MatQuantQuantizer(HfQuantizer):  # type: ignore[misc]
-    """What transformers asks while it loads a model, in this order.
+    """Hooks that transformers calls while it loads a model, in this order.
 
-    checkpoint, bits: what is read, and the width of every path. paths: (parameter, pattern) -> the quantised weights
-    that are loaded into it, in transformers' order; the pattern is that of its conversion, "weight" without one.
+    checkpoint, bits: the checkpoint, and the width of every path. paths: (parameter, pattern) -> the quantised weights
+    that are loaded into it, in transformers' order; the pattern comes from its conversion, "weight" without one.
     conversions: those of the model's class.
     """
 
@@ -93,14 +94,14 @@ class MatQuantQuantizer(HfQuantizer):  # type: ignore[misc]
         config, directory = self.quantization_config, model.config.name_or_path
         if getattr(model.config, "distributed_config", None) is not None:
             raise InputError(
-                f"{directory} cannot be loaded in parts on several devices: its codes are sliced whole; "
-                "leave tp_plan and distributed_config out, or load, save_pretrained, and load that in parts"
+                f"{directory} cannot be split across devices while loading, because its weights are sliced whole; "
+                "drop tp_plan and distributed_config, or load it, save_pretrained, and split that checkpoint"
             )
         self.checkpoint = open_checkpoint(directory, check_hashes=config.check_hashes)
         self.bits = Plan(default=config.bits, bits=config.plan).resolve(self.checkpoint.shapes)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Model) -> list[Any]:
-        """Find out where each weight will go, by transformers' own renaming, and have ``_Slice`` run on the way."""
+        """Find the parameter of each weight by transformers' renaming, and add ``_Slice`` to its conversion."""
         self.conversions = weight_conversions
         self.paths = {}
         renamings = [entry for entry in weight_conversions if isinstance(entry, WeightRenaming)]
@@ -111,19 +112,19 @@ class MatQuantQuantizer(HfQuantizer):  # type: ignore[misc]
             if name not in known:
                 raise InputError(
                     f"{self.checkpoint.directory} quantises {path}, which {type(model).__name__} does not have; "
-                    "load it as the class that it was made from"
+                    "load it with the class that it was made from"
                 )
             self.paths.setdefault((name, pattern or "weight"), []).append(path)
         return list(super().update_weight_conversions(weight_conversions, model))
 
     def _process_model_after_weight_loading(self, model: Model, **_: Any) -> Model:
-        """Leave what a model that was never quantised has: transformers saves by the conversions it loaded with."""
+        """Restore the conversions of an unquantised model: transformers saves with the conversions it loaded with."""
         model._weight_conversions = [entry for entry in self.conversions if entry.was_used()]
         return model
 
 
 class _Slice(ConversionOps):  # type: ignore[misc]
-    """From the stored tensors of one parameter to its weights [N, K]: the first step of transformers' conversion."""
+    """Convert the stored tensors of one parameter to weights [N, K]: the first step of transformers' conversion."""
 
     def __init__(self, hf_quantizer: MatQuantQuantizer) -> None:
         self.hf_quantizer = hf_quantizer
@@ -141,7 +142,7 @@ class _Slice(ConversionOps):  # type: ignore[misc]
         model: Model,
         **_: Any,
     ) -> dict[str, Any]:
-        """Tensors by pattern, such as "experts.*.up_proj.weight_packed" -> weights by "experts.*.up_proj.weight"."""
+        """Convert tensors by pattern ("experts.*.up_proj.weight_packed") to weights by "experts.*.up_proj.weight"."""
         quantizer, dtype = self.hf_quantizer, model.get_parameter(full_layer_name).dtype
         found = {}
         for pattern in (pattern for pattern in source_patterns if pattern.endswith("weight")):
@@ -153,25 +154,25 @@ class _Slice(ConversionOps):  # type: ignore[misc]
                     read_words(quantizer.checkpoint, path, words, quantizer.bits[path]) for path, words in packed
                 ]
             found[pattern] = [weight.to(dtype) for weight in weights]
-        # without a conversion of the class's own, transformers goes by the whole name
+        # if the class has no conversion, transformers uses the whole name
         return {full_layer_name: found["weight"][0]} if source_patterns[0] == "weight" else found
 
     @property
     def reverse_op(self) -> ConversionOps:
-        """Never asked for: the conversions that a loaded model keeps are those of ``update_weight_conversions``."""
+        """Never called: a loaded model keeps the conversions of ``update_weight_conversions``."""
         raise NotImplementedError
 
 
 _merge = AutoHfQuantizer.merge_quantization_configs
-_merge = getattr(_merge, "__wrapped__", _merge)  # importlib.reload: of ours, transformers' own
+_merge = getattr(_merge, "__wrapped__", _merge)  # after importlib.reload: unwrap ours to get transformers' function
 
 
 @functools.wraps(_merge)
 def _merge_ours(stored: Any, given: Any) -> Any:
-    """transformers' own, but a MatQuantConfig that the user gives takes the place of the stored configuration."""
+    """Merge as transformers does, but let a MatQuantConfig from the user replace the stored configuration."""
     return given if getattr(given, "quant_method", None) == METHOD else _merge(stored, given)
 
 
 AutoHfQuantizer.merge_quantization_configs = staticmethod(_merge_ours)
-if METHOD not in AUTO_QUANTIZER_MAPPING:  # importlib.reload; transformers refuses a second one
+if METHOD not in AUTO_QUANTIZER_MAPPING:  # importlib.reload; transformers rejects a second one
     register_quantizer(METHOD)(MatQuantQuantizer)

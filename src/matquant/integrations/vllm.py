@@ -1,13 +1,13 @@
-"""vLLM serves one nested checkpoint at any width or plan:
+"""Serve a nested checkpoint in vLLM at any width or plan:
 
     vllm serve DIR --hf-overrides '{"quantization_config": {"quant_method": "matquant", "bits": 4}}'
 
-Installing matquant beside vLLM is enough: the entry point ``vllm.general_plugins`` finds this module, the one file
-that imports ``vllm``. vLLM streams the shards; when a ``weight_packed`` arrives, it is sliced and made dense on the
-device and in the dtype of the model, and handed to the loader of the unquantised layer, which stacks q, k and v, or
-gate and up, and takes this rank's part. So every rule, group size, zero and width is served exactly, and tensor
-parallelism, compilation and adapters are those of a float model. It costs what a float model costs: the weights take
-16 bits in memory and in every step, at any width.
+Installing matquant beside vLLM is enough: the entry point ``vllm.general_plugins`` finds this module, the only file
+that imports ``vllm``. vLLM streams the shards; when a ``weight_packed`` arrives, it is sliced, made dense on the
+model's device and in its dtype, and passed to the loader of the unquantised layer, which stacks q, k and v, or gate and
+up, and takes this rank's part. So every rule, group size, zero-point and width is served exactly, and tensor
+parallelism, compilation and adapters work as for a float model. The cost is that of a float model too: at any width,
+weights take 16 bits in memory and in every step.
 """
 
 import functools
@@ -35,19 +35,19 @@ DROPPED = (
     *(".weight_scale", ".weight_shape", ".weight_zero_point"),
     *(f".{bits}.{part}" for bits in range(1, MASTER_BITS + 1) for part in ("scale", "zero")),
 )
-SHARDS = {"q": 0, "k": 1, "v": 2}  # vLLM's names of the parts of qkv_proj; other parts have numbers
+SHARDS = {"q": 0, "k": 1, "v": 2}  # vLLM's names for the parts of qkv_proj; other parts have numbers
 
 
 @functools.cache
 def _open(directory: str) -> Checkpoint:
-    """The checkpoint, its hashes checked once in every process that loads weights."""
+    """Open the checkpoint; its hashes are checked once in every process that loads weights."""
     return open_checkpoint(directory)
 
 
 class NestedConfig(QuantizationConfig):  # type: ignore[misc]
-    """What vLLM asks about a model. It is copied and sent to other processes, so it holds no open files.
+    """vLLM's configuration of a model. It is copied and sent to other processes, so it holds no open files.
 
-    plan: what was asked for. directory, bits: where the model lies, and the width of every path.
+    plan: the requested plan. directory, bits: the model's directory, and the width of every path.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -61,7 +61,7 @@ class NestedConfig(QuantizationConfig):  # type: ignore[misc]
         return cls(read_overrides(config))
 
     def maybe_update_config(self, model_name: str, **_: Any) -> None:
-        """Check the plan before anything is started; vLLM passes the model's directory nowhere else."""
+        """Check the plan before anything starts; vLLM passes the model's directory only here."""
         self.directory = model_name
         self.bits = self.plan.resolve(open_checkpoint(model_name, check_hashes=False).shapes)
 
@@ -73,7 +73,7 @@ class NestedConfig(QuantizationConfig):  # type: ignore[misc]
 
     @classmethod
     def get_min_capability(cls) -> int:
-        return 0  # any device: the products are those of a float model
+        return 0  # any device: products are those of a float model
 
     @staticmethod
     def get_config_filenames() -> list[str]:
@@ -81,7 +81,7 @@ class NestedConfig(QuantizationConfig):  # type: ignore[misc]
 
     @staticmethod
     def get_checkpoint_weight_mapper() -> WeightsMapper:
-        """Drop what is read from the checkpoint when the codes arrive; without an index vLLM reads its slices too."""
+        """Drop the tensors that we read from the checkpoint ourselves; without an index vLLM reads its slices too."""
         return WeightsMapper(orig_to_new_suffix=dict.fromkeys(DROPPED))
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
@@ -94,15 +94,15 @@ class NestedConfig(QuantizationConfig):  # type: ignore[misc]
         inside = next((path for path in self.bits if path.startswith(f"{prefix}.")), None)
         if inside is not None:
             raise InputError(
-                f"{self.directory} quantises {inside}, which vLLM has in a {type(layer).__name__}; "
-                "the plugin serves linears: quantise with --exclude experts, or serve a slice that transformers saved"
+                f"{self.directory} quantises {inside}, which is part of a {type(layer).__name__} in vLLM; "
+                "the plugin supports only linear layers: quantise with --exclude experts, or export with --to dense"
             )
         return None
 
 
 @register_weight_loader_v2_supported_method
 class NestedLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
-    """A float linear that is loaded from codes. paths: of the weights stacked in it; bits: path -> width."""
+    """A float linear layer that is loaded from codes. paths: of the weights stacked in it; bits: path -> width."""
 
     def __init__(self, checkpoint: Checkpoint, paths: list[str], bits: dict[str, int]) -> None:
         super().__init__()
@@ -116,17 +116,17 @@ class NestedLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
         layer.register_parameter("weight_packed", BasevLLMParameter(data=nothing, weight_loader=load))
 
     def _load(self, weight: Any, _: Any, words: torch.Tensor, shard: str | int | None = None) -> None:
-        """Slice stored words as they arrive, and load the slice as if it had been stored."""
+        """Slice stored words as they arrive, and load the slice as an ordinary weight."""
         path = self.paths[SHARDS[shard] if isinstance(shard, str) else shard or 0]
         dense = read_words(self.checkpoint, path, words.to(weight.device), self.bits[path], dtype=weight.dtype)
         self.missing.discard(path)
         weight.weight_loader(weight, dense, *([] if shard is None else [shard]))
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        """Check that everything has arrived, which vLLM does for float models only."""
+        """Check that every weight has arrived, which vLLM checks only for float models."""
         if self.missing:
             raise InputError(
-                f"vLLM built {type(layer).__name__} for {min(self.missing)} and never loaded it; "
+                f"vLLM built a {type(layer).__name__} for {min(self.missing)} but never loaded it; "
                 "serve a slice: matquant export --to dense"
             )
         del layer.weight_packed
@@ -134,5 +134,5 @@ class NestedLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
 
 
 def register() -> None:
-    """What vLLM calls in each of its processes."""
+    """Register the plugin; vLLM calls this in each of its processes."""
     register_quantization_config(METHOD)(NestedConfig)

@@ -1,7 +1,7 @@
-"""One width of a weight whose stored words another library has in hand, and which weights that library stacks.
+"""Read one width of a weight from stored words that another library has loaded, and find the weights it stacks.
 
-Libraries that load a model read its shards themselves and hand over ``weight_packed``, perhaps on a device; scales and
-zeros, which are small, and those of single widths, which stock loaders never see, come from the checkpoint.
+Libraries read a model's shards themselves and pass us ``weight_packed``, perhaps on a device. The small scales and
+zero-points, and the per-width ones that stock loaders never read, come from the checkpoint.
 """
 
 import difflib
@@ -16,24 +16,24 @@ from matquant.core.spec import Plan
 from matquant.format.read import Checkpoint
 from matquant.system.errors import InputError
 
-# Weights sliced at once. In float32 they fit the second cache: 5 times as fast (4096 x 4096, one core).
+# Weights sliced at once. In float32 they fit the second-level cache: 5 times as fast (4096 x 4096, one core).
 AT_ONCE = 2**18
-OVERRIDES = ("quant_method", "bits", "plan")  # the keys of a quantization_config that asks for us
+OVERRIDES = ("quant_method", "bits", "plan")  # the keys of our quantization_config
 
 
 def read_words(
     checkpoint: Checkpoint, path: str, words: torch.Tensor, bits: int, *, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
-    """The ``bits``-bit weight [N, K] at ``path``, on the device of its stored ``words``, int32 [N, ceil(K/4)].
+    """Return the ``bits``-bit weight [N, K] at ``path``, on the device of its stored ``words``, int32 [N, ceil(K/4)].
 
-    The same numbers as ``checkpoint.nested(path).read(bits)``, bit for bit, rounded to ``dtype``.
+    Equals ``checkpoint.nested(path).read(bits)`` rounded to ``dtype``, bit for bit.
     """
-    nested = checkpoint.nested(path, mapped=True)  # its codes are a view of the file, which nobody reads
+    nested = checkpoint.nested(path, mapped=True)  # its codes are a view of the file that is never read
     rows, columns = nested.codes.shape
     assert len(words) == rows, f"{path} has {rows} rows, given {len(words)}"
     if checkpoint.spec.stored(path) == MASTER_BITS:
         codes = labels_of(words.view(torch.uint8)[:, :columns], grid=nested.grid)
-    else:  # a smaller checkpoint, whose words hold fewer bits
+    else:  # words of a smaller checkpoint hold fewer bits
         codes = torch.from_numpy(nested.codes).to(words.device)
     scale, zero = (torch.from_numpy(part).to(words.device) for part in nested.affine(bits))
     weight = torch.empty(rows, columns, dtype=dtype, device=words.device)
@@ -46,11 +46,13 @@ def read_words(
 
 
 def read_overrides(config: Mapping[str, Any]) -> Plan:
-    """The plan that {"bits": 4, "plan": {path: bits} or a file} asks for; InputError for keys other than OVERRIDES."""
+    """Return the plan of {"bits": 4, "plan": {path: bits} or a file}; InputError for keys other than OVERRIDES."""
     for key in config:
         if key not in OVERRIDES:
             nearest = difflib.get_close_matches(key, OVERRIDES, n=1, cutoff=0.0)[0]
-            raise InputError(f"quantization_config has the key {key!r}, matquant has none; nearest: {nearest!r}")
+            raise InputError(
+                f"quantization_config has the key {key!r}, which matquant does not know; nearest: {nearest!r}"
+            )
     plan = config.get("plan")
     if not isinstance(plan, (dict, str, type(None))):
         raise InputError(f"quantization_config has plan={plan!r}; give {{path: bits}} or the name of a plan file")
@@ -58,20 +60,20 @@ def read_overrides(config: Mapping[str, Any]) -> Plan:
 
 
 def check_stacked(prefix: str, paths: Sequence[str], bits: Mapping[str, int]) -> None:
-    """InputError if the weights that are stacked in the module ``prefix`` have different widths."""
+    """Raise InputError if the weights stacked in the module ``prefix`` have different widths."""
     widths = {path: bits[path] for path in paths if path in bits}
     if len(set(widths.values())) > 1:
         asked = ", ".join(f"{path.rpartition('.')[2]} at {width}" for path, width in widths.items())
         raise InputError(
             f"the plan has {asked} bits in {prefix}, which is one weight in vLLM; give them one width, such as "
-            f"{max(widths.values())}, as matquant plan does unless told --no-fused"
+            f"{max(widths.values())}, as matquant plan does without --no-fused"
         )
 
 
 def stacked_paths(prefix: str, packed: Mapping[str, Sequence[str]]) -> list[str]:
-    """The paths whose weights are stacked, in order, in the module ``prefix`` of a library that fuses linears.
+    """Return the paths stacked, in order, in the module ``prefix`` of a library that fuses linear layers.
 
-    packed: the last name of a fused module -> those of its parts, such as {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}.
+    packed: last name of a fused module -> names of its parts, such as {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}.
     """
     parent, _, name = prefix.rpartition(".")
     return [f"{parent}.{part}" if parent else part for part in packed.get(name, [name])]

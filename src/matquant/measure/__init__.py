@@ -1,1 +1,1 @@
-"""Evaluation: how good a checkpoint is at each width."""
+"""Evaluation of a checkpoint at each width."""

@@ -1,8 +1,8 @@
-"""Log-perplexity of every width of one checkpoint, in one process and without reloading.
+"""Measure the log-perplexity of every width of one checkpoint, in one process and without reloading.
 
-Token-weighted mean negative log-likelihood, nats per token, over windows of the model's context: window i holds tokens
-i*stride .. i*stride + context and predicts each token once. With stride < context the earlier part of a window is
-context only.
+Token-weighted mean negative log-likelihood, nats per token, over sequences of the model's context: sequence i holds
+tokens i*stride .. i*stride + context and predicts each token once. With stride < context the earlier part of a sequence
+is only context.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ from matquant.system.errors import InputError
 from matquant.system.progress import Count
 
 BATCH_TOKENS = 8192
-Report = Callable[[int, int], None]  # windows done, of how many
+Report = Callable[[int, int], None]  # sequences done, total
 
 
 def log_perplexity(
@@ -30,11 +30,11 @@ def log_perplexity(
     stride: int | None = None,
     report: Report = lambda done, total: None,
 ) -> float:
-    """Mean nats per predicted token of ``stream`` (int64 token ids). Deterministic.
+    """Return the mean nats per predicted token of ``stream`` (int64 token ids). Deterministic.
 
-    Windows of ``context`` inputs; stride None or context: no overlap. Tokens after the last whole window are left out.
-    report: told how many windows are done, of how many. InputError if there is no whole window, and naming the layer
-    where NaN or infinity begins.
+    Sequences have ``context`` inputs; stride None or context: no overlap. Tokens after the last whole sequence are left
+    out. report: called with the number of sequences done, and in total. InputError if the text is shorter than one
+    sequence, or naming the layer where NaN or infinity begins.
     """
     step = stride or context
     count = _count_windows(stream, context, step)
@@ -67,10 +67,10 @@ def evaluate(
     stride: int | None = None,
     report: Count = lambda stage, done, total: None,
 ) -> dict[str, float]:
-    """Log-perplexity of a model from ``matquant.load`` at each width, and at ``plan`` (key "plan") if one is given.
+    """Return the log-perplexity of a model from ``matquant.load`` at each width, and at ``plan`` (key "plan") if given.
 
-    context None: the model's own (max_position_embeddings). report: told the width, and windows done of all widths.
-    The model is left at the last width evaluated.
+    context None: the model's (max_position_embeddings). report: called with the width, and the sequences done and in
+    total over all widths. The model is left at the last width evaluated.
     """
     check_types(stream=stream, bits=bits)
     check_given(context=context, stride=stride)
@@ -92,18 +92,18 @@ def evaluate(
 
 
 def predicted_tokens(stream: np.ndarray, *, context: int, stride: int | None = None) -> int:
-    """How many tokens ``log_perplexity`` is the mean over."""
+    """Return how many tokens ``log_perplexity`` averages over."""
     step = stride or context
     return context + (_count_windows(stream, context, step) - 1) * step
 
 
 def _count_windows(stream: np.ndarray, context: int, step: int) -> int:
     if not 1 <= step <= context:
-        raise InputError(f"stride={step} is outside 1..{context}, the window; use a value inside")
+        raise InputError(f"stride={step} is outside 1..{context}, the sequence length; use a value inside")
     count = (len(stream) - 1 - context) // step + 1
     if count < 1:
         raise InputError(
-            f"the text has {len(stream)} tokens, shorter than one window of {context} + 1; "
+            f"the text has {len(stream)} tokens, shorter than one sequence of {context} + 1; "
             "give more text or a smaller --seq-len"
         )
     return count

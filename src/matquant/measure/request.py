@@ -1,6 +1,6 @@
-"""The options of an evaluation, and what is wrong with them: all that can be said before torch is imported.
+"""The options of an evaluation, and every check that does not need torch.
 
-The command line asks ``check_evaluation`` first, so that a mistyped path costs no seconds; ``evaluate_checkpoint`` asks
+The command line calls ``check_evaluation`` first, so that a mistyped path fails at once; ``evaluate_checkpoint`` calls
 it again.
 """
 
@@ -19,27 +19,27 @@ from matquant.system.errors import InputError, check_positive
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What an evaluation is asked to measure of a checkpoint, besides the widths; the one list of its options."""
+    """The options of an evaluation, besides the widths."""
 
-    text: Sequence[Path] = ()  # held-out text; none: tasks alone
+    text: Sequence[Path] = ()  # held-out text; empty: only tasks
     plan_file: Path | None = None  # also measure this plan
     reference: Path | str | None = None  # also measure this float model, a directory or hub id
-    seq_len: int | None = None  # window in tokens; None: the model's context
-    stride: int | None = None  # tokens from one window to the next; None: no overlap
-    max_tokens: int | None = None  # only the first so many tokens of the text
-    skip_documents: int = 0  # documents left out at the start of the text
+    seq_len: int | None = None  # sequence length in tokens; None: the model's context
+    stride: int | None = None  # tokens between the starts of two sequences; None: no overlap
+    max_tokens: int | None = None  # evaluate at most this many tokens of the text
+    skip_documents: int = 0  # documents to skip at the start of the text
     tasks: Sequence[str] | None = None  # zero-shot tasks, names of measure.tasks.TASKS
     tasks_data: Path | None = None  # directory of their data; None: the hub
-    limit: int | None = None  # only the first so many questions of a task
+    limit: int | None = None  # evaluate at most this many questions per task
     batch_size: int = 8  # answers of a task per forward pass
 
 
 def check_evaluation(
     directory: Path, *, json_file: Path | None = None, needs_picture: bool = False, **options: Any
 ) -> list[str]:
-    """Return the documents of the text; InputError for a request that cannot be met.
+    """Return the documents of the text; InputError for a request that cannot be served.
 
-    options: fields of Request. Hashes of the checkpoint are left to the evaluation.
+    options: fields of Request. The evaluation itself checks the checkpoint's hashes.
     """
     request = Request(**options)
     text, tasks, limit = request.text, request.tasks, request.limit
@@ -48,11 +48,9 @@ def check_evaluation(
     if not text and tasks is None:
         raise InputError("eval needs text or tasks; give --text FILE or --tasks arc_easy,boolq")
     if tasks is None and (request.tasks_data is not None or limit is not None):
-        raise InputError(
-            "--tasks-data and --limit are of zero-shot tasks, none was asked for; give --tasks arc_easy,boolq"
-        )
+        raise InputError("--tasks-data and --limit need --tasks; give --tasks arc_easy,boolq")
     if not text and (request.reference is not None or needs_picture):
-        raise InputError("--reference and --plot need log-perplexity; give --text FILE too")
+        raise InputError("--reference and --plot need log-perplexity; give --text FILE")
     if json_file is not None and json_file.is_dir():
         raise InputError(f"--json {json_file} is a directory; give a file")
     if tasks is not None:
@@ -64,5 +62,7 @@ def check_evaluation(
         Plan.read(request.plan_file).resolve(checkpoint.shapes)
     documents = read_documents(text)
     if text and not 0 <= request.skip_documents < len(documents):
-        raise InputError(f"skip_documents={request.skip_documents} of {len(documents)} documents; leave at least one")
+        raise InputError(
+            f"skip_documents={request.skip_documents} skips all {len(documents)} documents; leave at least one"
+        )
     return documents

@@ -1,4 +1,4 @@
-"""The evaluation a user asks for: a checkpoint, text, tasks, widths; out come tables, a record and a picture."""
+"""Evaluate a checkpoint on text and tasks at several widths, with tables, a record and a picture as results."""
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -48,17 +48,17 @@ def evaluate_checkpoint(
     report: Count = lambda stage, done, total: None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Evaluate a checkpoint at ``bits``, at a plan and beside its float model; returns and writes the record.
+    """Evaluate a checkpoint at ``bits``, at a plan and beside its float model; return and write the record.
 
     options: fields of ``request.Request``. device None: cuda if there is one. The record is {"checkpoint": sha256 of
     its manifest, "log_perplexity": {width: nats per token}, "bits_per_weight": {width: bits}, "reference": nats or
-    None, "tokens": predicted tokens, "context": window}, with a plan also "plan": {"name": of the file, "bits": {path:
-    bits}}, with tasks also "tasks": {width: {task: {"metric": what counts, "metrics": {name: fraction of 1},
-    "questions": count, "fingerprint": sha256}}} and "task_average": {width: fraction of 1}.
+    None, "tokens": predicted tokens, "context": sequence length}, with a plan also "plan": {"name": file name, "bits":
+    {path: bits}}, with tasks also "tasks": {width: {task: {"metric": the one in Task Avg., "metrics": {name: fraction
+    of 1}, "questions": count, "fingerprint": sha256}}} and "task_average": {width: fraction of 1}.
 
-    The record is written after every task, and results in ``json_file`` that have the same fingerprint are taken from
-    there: a run that was killed continues. progress: told every task in words. report: told the width or task at work,
-    and how much is done of how much. InputError naming the width and the layer where NaN or infinity begins.
+    The record is written after every task, and results in ``json_file`` with the same fingerprint are reused: a killed
+    run continues. progress: called with every task in words. report: called with the current width or task, the amount
+    done and the total. InputError naming the width and the layer where NaN or infinity begins.
     """
     request = Request(**options)
     documents = check_evaluation(directory, json_file=json_file, needs_picture=plot_file is not None, **options)
@@ -67,7 +67,7 @@ def evaluate_checkpoint(
     place = choose_device(device)
     data = check_tasks(request.tasks, request.tasks_data) if request.tasks is not None else {}
     if request.tasks is not None:
-        find_harness()  # or say what to install before any work
+        find_harness()  # raises before any work if it is not installed
     checkpoint = open_checkpoint(directory)
     plans = {str(width): Plan(default=width) for width in bits}
     record: dict[str, Any] = {"checkpoint": manifest_sha256(directory)}
@@ -83,7 +83,7 @@ def evaluate_checkpoint(
     if stream is not None:
         record |= _measure_text(model, stream, request, bits=bits, plan=plans.get("plan"), device=place, report=report)
         shown = {**({} if request.reference is None else {"float": record["reference"]}), **record["log_perplexity"]}
-        show(width_table(f"{directory}, {record['tokens']:,} tokens, windows of {record['context']}", shown, sizes))
+        show(width_table(f"{directory}, {record['tokens']:,} tokens, sequences of {record['context']}", shown, sizes))
     if request.tasks is not None:
         scores = _score_tasks(
             model, directory, widths, data, request, known=known_results(json_file),
@@ -99,7 +99,7 @@ def evaluate_checkpoint(
 
 
 def _stream(directory: Path, checkpoint: Checkpoint, documents: list[str], request: Request) -> np.ndarray:
-    """Return the tokens that are evaluated, one more than are predicted."""
+    """Return the tokens to evaluate, one more than are predicted."""
     vocab_size = vocabulary_size(checkpoint.config)
     tokenizer = load_tokenizer(directory)
     stream = token_stream(documents[request.skip_documents :], tokenizer, vocab_size=vocab_size)
@@ -116,7 +116,7 @@ def _measure_text(
     device: Any,
     report: Count,
 ) -> dict[str, Any]:
-    """Return the entries of the record that text gives: log-perplexity, context, tokens, and the float reference."""
+    """Return the record's entries measured on text: log-perplexity, context, tokens, and the float reference."""
     context, stride = request.seq_len or context_length(model), request.stride
     check_context(model, context)
     results = evaluate(model, stream, bits=bits, plan=plan, context=context, stride=stride, report=report)
@@ -134,7 +134,7 @@ def _measure_text(
 def _collect_tasks(
     record: dict[str, Any], scores: Iterator[tuple[str, str, dict[str, Any]]], json_file: Path | None
 ) -> None:
-    """Put every task's result into the record as it comes, and the record into ``json_file`` after each."""
+    """Add every task's result to the record as it comes, and write the record to ``json_file`` after each."""
     record["tasks"] = {}
     for name, task, result in scores:
         record["tasks"].setdefault(name, {})[task] = result
@@ -155,9 +155,9 @@ def _score_tasks(
     progress: Callable[[str], None],
     report: Count,
 ) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Yield (width, task, result) of every task at every width, one width after the other on the one model.
+    """Yield (width, task, result) of every task at every width, one width after the other on one model.
 
-    data: task -> sha256 of its file. known: fingerprint -> result that need not be computed.
+    data: task -> sha256 of its file. known: fingerprint -> result to reuse.
     """
     harness = find_harness()
     limit, batch_size = request.limit, request.batch_size
@@ -174,7 +174,7 @@ def _score_tasks(
             place = f"{number} of {len(keys)}: {task} at {f'int{name}' if name.isdigit() else name}"
             report(place, number - 1, len(keys))
             if key in known:
-                progress(f"{place}, known already")
+                progress(f"{place}, reused from the record")
                 yield name, task, known[key]
             else:
                 progress(place)

@@ -1,14 +1,14 @@
 """The paper's six zero-shot tasks at every width of one resident model, through lm-evaluation-harness.
 
-Prompts, answers and metrics are the harness's own task files; data come from the hub, or from local files (one JSON
-object per line, the field names of the hub's data sets) that take the place of the data in those task files. One model
-is loaded, dense (``kernels="none"``), and switched in place, so numbers equal the harness on the dense slice exactly.
+Prompts, answers and metrics come from the harness's task files; data come from the hub, or from local files (one JSON
+object per line, with the field names of the hub's data sets) that replace the data in those task files. One model is
+loaded, dense (``kernels="none"``), and switched in place, so results equal the harness on the dense slice exactly.
 
-Task Avg. is the mean of one metric per task. The paper (section 4) names the six tasks and not the metrics; ours are
-the harness's length-normalised accuracy where it has one, plain accuracy for BoolQ and Winogrande. The record has both.
+Task Avg. is the mean of one metric per task. The paper (section 4) names the six tasks but not the metrics; we use the
+harness's length-normalised accuracy if there is one, and plain accuracy for BoolQ and Winogrande. The record has both.
 
-A result is a function of what its fingerprint is over: checkpoint, bits of every path, task, data, limit, batch size,
-harness. A result with the same fingerprint in an earlier record is not computed again.
+The fingerprint of a result covers everything it depends on: checkpoint, bits of every path, task, data, limit, batch
+size, harness. A result with the same fingerprint in an earlier record is not computed again.
 """
 
 import contextlib
@@ -26,7 +26,8 @@ from matquant.system.files import MARK, read_text
 
 
 class Task(NamedTuple):
-    """metric: what enters Task Avg. template: the harness's task file. split: evaluated. fields: of its data."""
+    """A task. metric: enters Task Avg. template: the harness's task file. split: the evaluated one.
+    fields: of its data."""
 
     metric: str
     template: str
@@ -48,13 +49,13 @@ HUB = "hub"
 
 
 def check_tasks(names: Sequence[str], data: Path | None) -> dict[str, str]:
-    """Task -> sha256 of its file in ``data``, or "hub" without one. InputError for unknown tasks and unusable files."""
+    """Return task -> sha256 of its file in ``data``, or "hub". InputError for unknown tasks and unusable files."""
     if not names:
-        raise InputError(f"--tasks names no task; give some of {','.join(TASKS)}")
+        raise InputError(f"--tasks names no task; give one or more of {','.join(TASKS)}")
     for name in names:
         if name not in TASKS:
             nearest = difflib.get_close_matches(name, TASKS, n=1, cutoff=0.0)[0]
-            raise InputError(f"--tasks {name!r} is none of {', '.join(TASKS)}; nearest: {nearest!r}")
+            raise InputError(f"--tasks {name!r} is not one of {', '.join(TASKS)}; nearest: {nearest!r}")
     if data is None:
         return dict.fromkeys(names, HUB)
     return {name: _check_file(data / f"{name}.jsonl", TASKS[name]) for name in names}
@@ -63,8 +64,8 @@ def check_tasks(names: Sequence[str], data: Path | None) -> dict[str, str]:
 def _check_file(file: Path, task: Task) -> str:
     if not file.is_file():
         raise InputError(
-            f"--tasks-data asked of {file}: no such file; give a directory with a .jsonl of every task, "
-            "or leave --tasks-data out to use the hub"
+            f"--tasks-data {file}: no such file; give a directory with a .jsonl file for every task, "
+            "or drop --tasks-data to use the hub"
         )
     content = file.read_bytes()
     lines = content.removeprefix(MARK.encode()).splitlines()
@@ -82,7 +83,7 @@ def _check_file(file: Path, task: Task) -> str:
 
 
 def find_harness() -> Any:
-    """The module that imports lm-evaluation-harness; InputError if that is not installed."""
+    """Return the module that imports lm-evaluation-harness; InputError if that is not installed."""
     try:
         return importlib.import_module("matquant.integrations.lm_eval")
     except ModuleNotFoundError as error:
@@ -105,19 +106,18 @@ def open_tasks(harness: Any, names: Sequence[str], data: Path | None) -> Iterato
                 file.write_text(json.dumps(_local_task(name, lines, harness.TEMPLATES, scratch)))  # JSON is YAML
             try:
                 tasks[name] = harness.load_task(file)
-            except Exception as error:  # the hub's client, its transport and its cache have errors of their own kinds
+            except Exception as error:  # the hub's client, transport and cache raise many types
                 if data is not None:
                     raise
                 reason = (str(error) or type(error).__name__).splitlines()[0]
                 raise InputError(
-                    f"the data of {name} asked of the hub, which did not give them ({reason}); "
-                    f"give --tasks-data DIR with {name}.jsonl"
+                    f"cannot download the data of {name} ({reason}); give --tasks-data DIR with {name}.jsonl"
                 ) from None
         yield tasks
 
 
 def _without_mark(file: Path, scratch: Path) -> Path:
-    """``file``, or a copy of it in ``scratch`` if it begins with a byte-order mark, which the harness cannot read."""
+    """Return ``file``, or a copy in ``scratch`` if it begins with a byte-order mark, which the harness cannot read."""
     content = file.read_bytes()
     if not content.startswith(MARK.encode()):
         return file
@@ -127,7 +127,7 @@ def _without_mark(file: Path, scratch: Path) -> Path:
 
 
 def _local_task(name: str, file: Path, templates: Path, cache: str) -> dict[str, Any]:
-    """The harness's own task with the data of a local file."""
+    """Return the harness's task with the data of a local file."""
     task = TASKS[name]
     splits = {f"{split}_split": task.split if split == task.split else None for split in ("validation", "test")}
     return {
@@ -143,12 +143,12 @@ def _local_task(name: str, file: Path, templates: Path, cache: str) -> dict[str,
 
 
 def fingerprint(**facts: Any) -> str:
-    """sha256 of everything that a result depends on."""
+    """Return the sha256 of everything that a result depends on."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def known_results(file: Path | None) -> dict[str, Any]:
-    """Fingerprint -> result, of every task in an earlier record; empty if ``file`` is no record."""
+    """Return fingerprint -> result of every task in an earlier record; empty if ``file`` is not a record."""
     try:
         record = json.loads(read_text(file)) if file is not None and file.is_file() else {}
         results = [result for width in record.get("tasks", {}).values() for result in width.values()]
@@ -158,12 +158,12 @@ def known_results(file: Path | None) -> dict[str, Any]:
 
 
 def summarise(name: str, results: Mapping[str, Any], *, key: str) -> dict[str, Any]:
-    """What the record keeps of the harness's results: its metrics without their filter's name, and the fingerprint."""
+    """Return the part of the harness's results for the record: metrics without filter names, and the fingerprint."""
     metrics = {metric.removesuffix(",none"): value for metric, value in results.items() if metric.endswith(",none")}
     return {"metric": TASKS[name].metric, "metrics": metrics, "questions": results["sample_len"], "fingerprint": key}
 
 
 def task_average(results: Mapping[str, Mapping[str, Any]]) -> float:
-    """Task Avg.: the mean over tasks of each one's metric, a fraction of 1; of all six it is the paper's."""
+    """Return Task Avg., the mean over tasks of each task's metric, a fraction of 1; over all six it is the paper's."""
     values = [float(result["metrics"][result["metric"]]) for result in results.values()]
     return sum(values) / len(values)

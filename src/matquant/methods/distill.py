@@ -1,15 +1,15 @@
-"""Distillation in three stages, each of which starts from the checkpoint of the one before.
+"""Distillation in three stages, each starting from the checkpoint of the previous stage.
 
 1. nested GPTQ, tuned block by block (gptq.py, tune.py);
-2. every width learns from the float model alone, its logits and hidden states, with a master of its own (qat.py):
-   without cross-entropy, which overfits what little text calibration takes;
-3. a last phase: the codes up to 4 bits stay as they are, the bits below and the affines are trained, with cross-entropy
-   too. No two widths share what is trained, so that none loses by what another gains. With a corpus only those of 2
-   bits stay: then int3 and int4 gain more than they lose to each other (docs/methods.md).
+2. distillation of every width, each with a separate master, from the float model's logits and hidden states only
+   (qat.py). Cross-entropy would overfit the short calibration text;
+3. a last phase, with cross-entropy too: the codes up to 4 bits stay fixed, and only the lower bits, scales and
+   zero-points are trained. No two widths share what is trained, so no width improves at another's expense. With a
+   corpus only the 2-bit codes stay fixed: then int3 and int4 gain more than they lose to each other (docs/methods.md).
 
-It is the best one-shot way measured (docs/methods.md). Costs: gptq's, then ``steps`` of QAT over four widths and two
-thirds of them over five. The stages' checkpoints lie in the work directory until all is done, so that a run that was
-stopped goes on in the stage it was in.
+This is the best one-shot method that we measured (docs/methods.md). Cost: gptq's, then ``steps`` of QAT over four
+widths and two thirds of them over five. The stages' checkpoints stay in the work directory until the end, so that an
+interrupted run continues in its current stage.
 """
 
 import contextlib
@@ -32,25 +32,25 @@ from matquant.system.errors import InputError
 from matquant.system.files import move_into_place
 from matquant.system.interrupted import RECORD, claim, work_folder
 
-# Options of every method that all stages share.
+# Options of every method; all stages share them.
 SHARED = ("scope", "exclude", "group_size", "zero_point", "grid", "scale_dtype")
 
 
 def stages(model: Path | str, options: Mapping[str, Any]) -> list[Options]:
-    """What ``quantize`` is asked for, stage by stage, for this model; see options/distill.py."""
+    """Return the options of ``quantize`` for each stage on this model; see options/distill.py."""
     return distill.stages(options, default_lr=default_lr(hidden_size(model)))
 
 
 def run(quantize: Callable[..., Path], model: Path | str, request: Request, *, report: Report) -> Path:
-    """Make the checkpoint stage by stage in the work folder by ``quantize``, and move it into place."""
+    """Make the checkpoint stage by stage in the work folder with ``quantize``, and move it into place."""
     common, work = request.common, request.work
     shared = {name: getattr(common, name) for name in SHARED}
     mark = _mark(model, request, shared)
-    folder = work / _name(mark)  # another run's stages are never taken for this one's
+    folder = work / _name(mark)  # named by the run, so that stages of other runs are never reused
     if common.resume and not folder.is_dir():
         raise InputError(
-            f"--resume with other settings or text than those of the interrupted run in {work}; "
-            "use the same, or --overwrite to start again"
+            f"--resume needs the settings and text of the interrupted run in {work}, found others; "
+            "use the same, or use --overwrite to start again"
         )
     asked = stages(model, request.choice.options)
     done, start = folder, None
@@ -80,13 +80,13 @@ def run(quantize: Callable[..., Path], model: Path | str, request: Request, *, r
 
 
 def _staged(report: Report, name: str) -> Report:
-    """Records of a stage, with its name; the settings of the whole were reported before."""
+    """Return a report function that adds the stage's name; the settings of the run were reported before."""
     return lambda record: None if "settings" in record else report({**record, "stage": name})
 
 
 @contextlib.contextmanager
 def _recorded(folder: Path, mark: Mapping[str, Any], *, resume: bool) -> Iterator[None]:
-    """Record the run while its stages are made. One that ends before its first stage has begun leaves all as it was."""
+    """Record the run while its stages are made; leave everything unchanged if it ends before the first stage."""
     before = folder.with_name(f".{folder.name}.before")
     if not resume and folder.is_dir():
         shutil.rmtree(before, ignore_errors=True)
@@ -99,22 +99,22 @@ def _recorded(folder: Path, mark: Mapping[str, Any], *, resume: bool) -> Iterato
             shutil.rmtree(folder)
             if before.is_dir():
                 before.rename(folder)
-            with contextlib.suppress(OSError):  # other stages are in it
+            with contextlib.suppress(OSError):  # it holds other stages
                 folder.parent.rmdir()
         shutil.rmtree(before, ignore_errors=True)
 
 
 def _check_stage(done: Path) -> None:
-    """InputError if the checkpoint of a finished stage is damaged."""
+    """Raise InputError if the checkpoint of a finished stage is damaged."""
     try:
         open_checkpoint(done)
     except InputError as error:
         found = str(error).rpartition("; ")[0]
-        raise InputError(f"{found}; delete {done}, a finished stage, to make it again") from None
+        raise InputError(f"{found}; delete the finished stage {done} to make it again") from None
 
 
 def _mark(model: Path | str, request: Request, shared: Mapping[str, Any]) -> dict[str, Any]:
-    """What the run depends on, as JSON has it."""
+    """Return everything the run depends on, as JSON values."""
     data = hashlib.sha256(json.dumps(list(request.documents)).encode()).hexdigest()
     asked = {"method": distill.NAME, "model": str(model), **shared, **request.choice.options, "data_sha256": data}
     result: dict[str, Any] = json.loads(json.dumps(asked, sort_keys=True, default=str))
@@ -122,5 +122,5 @@ def _mark(model: Path | str, request: Request, shared: Mapping[str, Any]) -> dic
 
 
 def _name(mark: Mapping[str, Any]) -> str:
-    """A name that tells this run's stages from those of other runs."""
+    """Return a name that is unique to this run's stages."""
     return hashlib.sha256(json.dumps(mark, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,15 +1,15 @@
 """Nested GPTQ: one pass over a small calibration text, codes that are good at every requested width at once.
 
-GPTQ (Frantar et al. 2022) rounds the columns of a weight one after the other and lets the columns not yet rounded make
-up for each error, weighted by the Hessian H = X^T X of the layer's inputs. Nested GPTQ keeps one target per width and
-chooses the one 8-bit code that is best for all of them together. The parts, each with its formula:
+GPTQ (Frantar et al. 2022) rounds the columns of a weight one after the other, and each time the remaining columns
+compensate the error, weighted by the Hessian H = X^T X of the layer's inputs. Nested GPTQ keeps one target per width
+and chooses the one 8-bit code that is best for all of them together. The parts, each with its formula:
 
     parts/hessians.py       H and its factor U, once per decoder layer
-    parts/affines.py        the clipping before the pass, the scales and zero-points after it
+    parts/affines.py        clipping before the pass, per-width scales and zero-points after it
     parts/cells.py          the best 8-bit code for several targets
     parts/compensation.py   the pass over the columns, and the round of coordinate descent after it
 
-Limits: a grid that holds 8 bits without clipping gives 2-bit codes too wide bins; smaller groups help.
+Limits: a grid that covers all weights at 8 bits gives 2-bit codes bins that are too wide; smaller groups help.
 Shapes: N out features, K in features, G groups.
 """
 
@@ -38,9 +38,13 @@ def run(job: Job) -> Iterator[tuple[str, NestedTensor]]:
     """Solve the model block by block; see ``blocks.run_blocks``."""
     settings = Settings(**job.options)
     if any(width.teachers for width in job.objective):
-        raise InputError(f"method 'gptq' has no distillation, objective {job.spec.objective!r} asks for it; use 8,4,2")
+        raise InputError(
+            f"method 'gptq' does not support distillation, found objective {job.spec.objective!r}; use 8,4,2"
+        )
     if settings.tune and job.grid.rule != "prefix":
-        raise InputError(f"tune={settings.tune} needs nested bins, rule {job.grid.rule!r} has none; use rule 'prefix'")
+        raise InputError(
+            f"tune={settings.tune} needs nested bins, which rule {job.grid.rule!r} does not have; use rule 'prefix'"
+        )
     tokens = calibration(job, samples=settings.samples, seq_len=settings.seq_len, seed=settings.seed)
     _check_rank(job, tokens.numel())
     return run_blocks(
@@ -63,9 +67,10 @@ def nested_gptq(
     sweeps: int = Settings.sweeps,
     name: str = "weight",
 ) -> NestedTensor:
-    """Nested codes of one weight. hessian: X^T X up to a factor; weights: width -> lambda (ignored by a dedicated
-    baseline, ``grid.bits`` below 8). sweeps: rounds of ``sweep``, the affines refitted before each and at the end.
-    Returns torch tensors as ``fake.nest`` does.
+    """Return the nested codes of one weight, as torch tensors like ``fake.nest``.
+
+    hessian: X^T X up to a factor; weights: width -> lambda (ignored by a dedicated baseline, ``grid.bits`` below 8).
+    sweeps: rounds of ``sweep``; scales and zero-points are refitted before each round and at the end.
     """
     factor = factor or inverse_factor(hessian_KK, damp=Settings.damp, name=name)
     dedicated = grid.bits < MASTER_BITS
@@ -89,7 +94,8 @@ def nested_gptq(
     slices = dict(start.slices) | {bits: refit(bits) for bits in own}
     if dedicated:
         codes = centred_codes(codes, grid.bits)  # as fake.nest stores them
-    codes = labels_of(stored_codes(codes, grid=grid.kind), grid=grid.kind)  # of equal ones the one that is read back
+    # of codes with equal positions, the one that is read back
+    codes = labels_of(stored_codes(codes, grid=grid.kind), grid=grid.kind)
     return dataclasses.replace(start, codes=codes, slices=slices)
 
 
@@ -115,9 +121,9 @@ def _solve(job: Job, block: Block, settings: Settings) -> Solved:
 def nest_block(
     job: Job, block: Block, weights: Mapping[str, torch.Tensor], *, damp: float, sweeps: int
 ) -> tuple[dict[str, NestedTensor], dict[str, Any]]:
-    """Nested codes of a block's ``weights`` [N, K], by path, and a log record.
+    """Return the nested codes of a block's ``weights`` [N, K], by path, and a log record.
 
-    The Hessians are those of the block as it is, fed with its widest stream. "loss": D H D^T / W H W^T, all weights.
+    The Hessians are those of the block with its widest stream as input. "loss": D H D^T / W H W^T over all weights.
     """
     lambdas = {width.bits: width.weight for width in job.objective}
     widest = max(block.inputs)
@@ -137,7 +143,9 @@ def nest_block(
     record: dict[str, Any] = {"loss": {str(bits): error / total for bits, error in errors.items()}}
     damped = max(factor.damp for factor in factors.values())
     if damped > damp:
-        record["notice"] = f"{block.name}: the Hessian was not positive definite; damped by {damped:g} of its mean"
+        record["notice"] = (
+            f"{block.name}: the Hessian was not positive definite; used damping of {damped:g} times its mean"
+        )
     return nested, record
 
 
@@ -146,6 +154,6 @@ def _check_rank(job: Job, tokens: int) -> None:
     if tokens < widest:
         path = next(path for path, view in job.views.items() if view.shape[1] == widest)
         raise InputError(
-            f"the Hessian of {path} needs at least {widest:,} tokens of text, calibration has {tokens:,}; "
+            f"the Hessian of {path} needs at least {widest:,} calibration tokens, found {tokens:,}; "
             "use more --samples or a longer --seq-len"
         )

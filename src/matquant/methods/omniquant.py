@@ -3,20 +3,20 @@
     min over gamma, beta, s, delta of  sum_r lambda_r * || F(W, X) - F(slice(quantise(W), r), X_r) ||^2
 
 F is one decoder layer, attention and FFN. The weights themselves are not trained: clipping (clip.py) chooses the grid
-they are rounded to, an equivalent transformation (equivalence.py) what numbers are rounded. X is what flows into the
-layer in the float model, X_r what flows into it in the r-bit model, all earlier layers quantised. A layer needs its own
-weights, its inputs and nothing else, so a model of any size is trained in the memory of one layer.
+to which they are rounded, and an equivalent transformation (equivalence.py) chooses the numbers to round. X is the
+layer's input in the float model, X_r its input in the r-bit model, with all earlier layers quantised. A layer needs
+only its own weights and inputs, so a model of any size is trained in the memory of one layer.
 
-Targets, per width: "truth" is the float layer's output on X; a teacher width's is what that width puts out in the same
-step, with stop-gradient (Table 4, "the outputs from a higher-precision model are used as the target"); the teacher "fp"
-is the truth again. A width with several takes the mean of its losses. Losses are relative to the mean square of the
-truth, which changes no gradient but for one constant per layer.
+Targets, per width: "truth" is the float layer's output on X; a teacher width's target is its output in the same step,
+with stop-gradient (Table 4, "the outputs from a higher-precision model are used as the target"); the teacher "fp"
+equals the truth. A width with several targets takes the mean of its losses. Losses are relative to the mean square of
+the truth, which scales all gradients of a layer by one constant.
 
-From the paper: constant learning rate 1e-3, 128 sequences of 2048 tokens in batches of 4, 10M tokens (1220 steps). Not
-stated there, chosen here: AdamW with torch's betas and no weight decay; beta and gamma are factors, s = exp(log_scale),
-delta in units of the activations, so that one learning rate fits all. OmniQuant's own code uses 1e-2 for clipping and
-5e-3 for the transformation (``clip_lr``, ``transform_lr``). bf16 autocast is offered, fp16 is not: the gradients of
-8-bit steps overflow there (OmniQuant issue 8).
+From the paper: constant learning rate 1e-3, 128 sequences of 2048 tokens in batches of 4, 10M tokens (1220 steps). Our
+choices, where the paper states none: AdamW with torch's betas and no weight decay; beta and gamma are factors, s =
+exp(log_scale), delta in units of the activations, so that one learning rate fits all. OmniQuant's own code uses 1e-2
+for clipping and 5e-3 for the transformation (``clip_lr``, ``transform_lr``). bf16 autocast is supported, fp16 is not,
+because gradients of 8-bit steps overflow in fp16 (OmniQuant issue 8).
 
 Codes are made once per step and read by all widths. Cost per step: one forward and backward of the layer per width.
 """
@@ -54,15 +54,15 @@ def run(job: Job) -> Iterator[tuple[str, NestedTensor]]:
 
 
 def streams(job: Job) -> tuple[int, ...]:
-    """Which models' activations a layer is trained on: the float model's and those of every trained width."""
+    """Return the models whose activations a layer is trained on: the float model and every trained width."""
     return (FLOAT, *(width.bits for width in job.objective))
 
 
 def solve(job: Job, block: Block) -> Solved:
-    """Train one decoder layer; returns its codes and its folded norms and biases.
+    """Train one decoder layer; return its codes and its folded norms and biases.
 
-    Raises InputError naming the layer and the width if the loss leaves the finite numbers, or ends above the start and
-    above the size of the layer's output.
+    Raises InputError naming the layer and the width if the loss is not finite, or ends above the start and above the
+    size of the layer's output.
     """
     settings = Settings(**job.options)
     layer = Layer(block, job.dtypes)
@@ -102,7 +102,7 @@ def solve(job: Job, block: Block) -> Solved:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Learned:
-    """All that is trained in one layer."""
+    """Everything that is trained in one layer."""
 
     rows: tuple[equivalence.Bound, ...]
     transforms: list[equivalence.Transform]
@@ -141,7 +141,7 @@ def _start(job: Job, settings: Settings, layer: Layer) -> tuple[_Learned, str]:
 
 
 def _optimizer(learned: _Learned, settings: Settings) -> torch.optim.Optimizer | None:
-    """AdamW over everything learned; None if nothing is."""
+    """Return AdamW over everything learned; None if nothing is."""
     transforms = [tensor for t in learned.transforms for tensor in (t.log_scale, t.shift) if tensor is not None]
     factors = [tensor for factors in learned.clips.values() for tensor in factors.tensors()]
     for tensor in (*transforms, *factors):
@@ -157,10 +157,10 @@ def _optimizer(learned: _Learned, settings: Settings) -> torch.optim.Optimizer |
 def _step(
     job: Job, settings: Settings, layer: Layer, learned: _Learned, targets: list[torch.Tensor], index: int
 ) -> dict[int, float]:
-    """Gradients of one batch over all widths; returns the widths' losses.
+    """Accumulate the gradients of one batch over all widths; return the widths' losses.
 
-    What all widths share (folding, encoding) has one graph, cut from the graphs of the widths: each of those is freed
-    before the next is made, and the shared one is gone through once.
+    The steps that all widths share (folding, encoding) have one graph, cut from the graphs of the widths: each width's
+    graph is freed before the next is made, and the shared graph is traversed once.
     """
     cuts: list[tuple[torch.Tensor, torch.Tensor]] = []
 
@@ -199,7 +199,7 @@ def _step(
 
 
 def _loss(output: torch.Tensor, outputs: Mapping[int, torch.Tensor], width: Width) -> torch.Tensor:
-    """The mean of a width's squared distances to its targets: the truth, where it has it, and its teachers' outputs."""
+    """Return the mean squared distance to a width's targets: the truth, if it is one, and its teachers' outputs."""
     sources = [FLOAT] * width.truth + list(width.teachers)
     return torch.stack([(output - outputs[source]).square().mean() for source in sources]).mean()
 
@@ -207,7 +207,7 @@ def _loss(output: torch.Tensor, outputs: Mapping[int, torch.Tensor], width: Widt
 def _evaluate(
     job: Job, settings: Settings, layer: Layer, learned: _Learned, targets: list[torch.Tensor]
 ) -> dict[int, float]:
-    """||F_r - F||^2 / ||F||^2 over all batches, by width, against the float layer's output whatever is trained."""
+    """Return ||F_r - F||^2 / ||F||^2 over all batches, by width, against the float layer for every objective."""
     with torch.no_grad():
         changed = learned.fold(layer)
         nested = {
@@ -221,7 +221,7 @@ def _widths(job: Job) -> list[int]:
 
 
 def _gptq(job: Job, block: Block, layer: Layer, changed: Mapping[str, torch.Tensor]) -> dict[str, NestedTensor]:
-    """Nested GPTQ of the transformed weights, with the GptqSettingss of the transformed layer on the widest stream."""
+    """Run nested GPTQ on the transformed weights, with the Hessians of the transformed layer on the widest stream."""
     parameters = {f"{block.name}.{name}": parameter for name, parameter in block.module.named_parameters()}
     kept = {name: parameters[name].clone() for name in changed}
     try:

@@ -1,4 +1,4 @@
-"""The model of a run, opened, and what depends on it: layers, group size, sequence length."""
+"""Open the model of a run, and derive what depends on it: layers, group size, sequence length."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,20 +21,20 @@ from matquant.system.errors import InputError
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """A model that is open, and what was derived from it."""
+    """An open model, and the values derived from it."""
 
     source: str
     request: Request
-    shards: Shards  # the model: with its numbers, or without them for methods that work layer by layer
+    shards: Shards  # the model, with weights, or without them for methods that work layer by layer
     device: torch.device
     views: Mapping[str, View]  # the linear layers to quantise, by module path
     group_size: int | None  # None for one scale per row
-    options: Mapping[str, Any]  # the method's, with a sequence length that the model can read
-    reasons: Mapping[str, str]  # derived option -> why it has its value
+    options: Mapping[str, Any]  # the method's options, with a sequence length that the model supports
+    reasons: Mapping[str, str]  # derived option -> reason for its value
 
     @property
     def settings(self) -> Any:
-        """The record of the method's options, None for a method without."""
+        """Return the record of the method's options, None for a method without options."""
         record = self.request.method.settings
         return record(**self.options) if record else None
 
@@ -42,7 +42,7 @@ class Prepared:
 def prepare(model: Path | str, request: Request, *, with_numbers: bool = True) -> Prepared:
     """Open the model, choose its layers and derive what depends on it; InputError if the options do not fit it.
 
-    with_numbers: False only looks at names and shapes, whatever the method.
+    with_numbers: False reads only names and shapes, for any method.
     """
     common, chosen = request.common, request.method
     device = choose_device(common.device)
@@ -58,8 +58,8 @@ def prepare(model: Path | str, request: Request, *, with_numbers: bool = True) -
     fused = [path for path in views if ".experts." in path]
     if fused and common.symmetric is False:
         raise InputError(
-            f"--asymmetric does not go with {fused[0]}, a fused expert, which stock transformers "
-            "cannot read with zero points; leave --asymmetric out, or --exclude experts"
+            f"--asymmetric does not work with {fused[0]}, a fused expert, which stock transformers "
+            "cannot read with zero-points; drop --asymmetric, or use --exclude experts"
         )
     options = dict(request.choice.options)
     if chosen.settings is not None and "seq_len" not in request.choice.named:
@@ -82,7 +82,7 @@ def prepare(model: Path | str, request: Request, *, with_numbers: bool = True) -
 
 
 def _choose_group_size(views: Mapping[str, View]) -> tuple[int | None, str]:
-    """The first of GROUP_SIZES that divides every layer, None if none does; and why."""
+    """Return the first of GROUP_SIZES that divides every layer, None if none does, and the reason."""
     widths = {view.shape[1]: path for path, view in views.items()}
     reason = f"divides the rows of all {len(views)} layers"
     for size in GROUP_SIZES:
@@ -94,7 +94,7 @@ def _choose_group_size(views: Mapping[str, View]) -> tuple[int | None, str]:
 
 
 def _in_memory(model: Path | str, device: torch.device) -> Shards:
-    """The whole model in float32 on ``device``; dtypes are those of the file."""
+    """Load the whole model in float32 on ``device``; dtypes are those of the file."""
     source = load_float(model)
     dtypes = {name: tensor.dtype for name, tensor in source.state_dict().items()}
     source = source.float().to(device)

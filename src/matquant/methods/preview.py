@@ -1,8 +1,8 @@
-"""What a run is going to do: its settings, the reason of each derived one, and an estimate of time and memory.
+"""Preview a run: its settings, the reason for each derived one, and an estimate of time and memory.
 
-The estimate counts multiplications and divides by this machine's own speed, measured for a moment. The factors beside
-them were fitted to runs on two cores (docs/choose-a-recipe.md): within a factor of two on the models of that page. It
-says in advance whether to wait or to come back tomorrow; the progress line says when.
+The estimate counts multiplications and divides by this machine's speed, which is measured for a moment. Its factors
+were fitted to runs on two cores (docs/choose-a-recipe.md) and are within a factor of two on the models of that page. It
+is only meant to tell minutes from hours; the progress line has a better estimate.
 """
 
 import time
@@ -20,20 +20,20 @@ from matquant.options.distill import LR, stages
 from matquant.options.recipes import RECIPES
 from matquant.options.request import Request
 
-ENCODE_S = 2e-7  # of rounding one weight
-SEARCH_S = 3.4e-6  # of choosing one nested code by GPTQ, one sweep included
+ENCODE_S = 2e-7  # seconds to round one weight
+SEARCH_S = 3.4e-6  # seconds to choose one nested code by GPTQ, including one sweep
 PASSES = 6  # multiply-adds of a GPTQ pass per weight and token: two forward passes and the Hessian, each 2 FLOP
 STEP = 6  # FLOP of a training step per weight and token, forward and backward
-PYTHON_BYTES = 400e6  # of the process with torch before any model
+PYTHON_BYTES = 400e6  # memory of the process with torch, before any model
 
 
 def preview(model: Path | str, request: Request) -> list[str]:
-    """The lines of ``--dry-run``, from names and shapes alone."""
+    """Return the lines of ``--dry-run``, from names and shapes only."""
     return describe(prepare(model, request, with_numbers=False))
 
 
 def describe(prepared: Prepared) -> list[str]:
-    """The lines that are printed before a run starts."""
+    """Return the lines that are printed before a run starts."""
     request = prepared.request
     choice, common = request.choice, request.common
     lines = []
@@ -43,7 +43,7 @@ def describe(prepared: Prepared) -> list[str]:
     lines.append(
         f"layers       {len(prepared.views)} (--scope {common.scope}), {_weights(prepared) / 1e6:,.1f} million weights"
     )
-    size = "one per row" if prepared.group_size is None else str(prepared.group_size)
+    size = "one group per row" if prepared.group_size is None else str(prepared.group_size)
     lines.append(f"group size   {size}{_because(prepared, 'group_size')}")
     zero_point = "" if request.affine == "none" else f", zero-points of int2 to int4 {common.zero_point}"
     lines.append(f"grid         {common.grid}, rule {common.rule}{zero_point}")
@@ -52,7 +52,9 @@ def describe(prepared: Prepared) -> list[str]:
     lines += _settings(prepared)
     if request.documents:
         source = (
-            f"{len(common.text)} file(s)" if common.text else "the text that comes with matquant; --text gives your own"
+            f"{len(common.text)} file(s)"
+            if common.text
+            else "the text that comes with matquant; use --text FILE for your own"
         )
         lines.append(f"text         {source}")
     memory = f"{memory_bytes(prepared) / 1e9:.1f} GB of memory"
@@ -65,7 +67,7 @@ def _because(prepared: Prepared, name: str) -> str:
 
 
 def _settings(prepared: Prepared) -> Iterator[str]:
-    """The options of the method that differ from its defaults."""
+    """Yield the options of the method that differ from its defaults."""
     known = options_of(prepared.request.method.settings)
     for name, value in prepared.options.items():
         if value != known[name].default or name in prepared.reasons:
@@ -73,7 +75,7 @@ def _settings(prepared: Prepared) -> Iterator[str]:
 
 
 def seconds(prepared: Prepared) -> float:
-    """An estimate of the time of a run on this machine."""
+    """Return an estimate of the time of a run on this machine, in seconds."""
     speed = measured_flops()
     if prepared.request.method.stages is None:
         return _method_seconds(prepared, prepared.request.choice.method, prepared.settings, speed)
@@ -102,7 +104,7 @@ def _method_seconds(prepared: Prepared, method: str, settings: Any, speed: float
 
 
 def memory_bytes(prepared: Prepared) -> float:
-    """An estimate of the peak resident memory of a run."""
+    """Return an estimate of the peak resident memory of a run, in bytes."""
     config = prepared.shards.model.config.get_text_config()
     parameters = _parameters(prepared)
     layer = parameters / max(1, len(decoder_layers(prepared.shards.model)))
@@ -121,7 +123,7 @@ def memory_bytes(prepared: Prepared) -> float:
 
 
 def in_words(value_s: float) -> str:
-    """A rough time, such as "about 40 seconds", "about 25 minutes" or "about 7 hours"."""
+    """Return a rough time, such as "about 40 seconds", "about 25 minutes" or "about 7 hours"."""
     if value_s < 90:
         return f"about {max(5, round(value_s / 5) * 5)} seconds"
     if value_s < 5400:
@@ -138,7 +140,7 @@ def _parameters(prepared: Prepared) -> int:
 
 
 def measured_flops() -> float:
-    """Float32 multiplications and additions per second of a large product here, measured for a tenth of a second."""
+    """Return float32 FLOP/s of a large product on this machine, measured for a tenth of a second."""
     left, right = torch.ones(512, 1024), torch.ones(1024, 1024)
     torch.mm(left, right)
     began, rounds = time.perf_counter(), 0

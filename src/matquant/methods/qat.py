@@ -3,18 +3,18 @@
     min over W of  (1/N) sum_i sum_r lambda_r * L( F( slice(quantise(W), r), x_i ), y_i )
 
 One optimiser step runs forward and backward once per width, widest first, so that memory holds one graph and a wide
-width's logits can teach a narrower one. The model's parameters hold the sliced weights of the width at hand *through
-its backward pass*: activation checkpointing recomputes with the same numbers. Gradients pass straight through (fake.py)
-to float masters, which AdamW updates. By default only the quantised weights are trained, the paper's W_F.
+width's logits can teach a narrower one. The model's parameters hold the sliced weights of the current width *until its
+backward pass is done*, so that activation checkpointing recomputes with the same numbers. Gradients pass straight
+through (fake.py) to float masters, which AdamW updates. By default only the quantised weights are trained, the paper's
+W_F.
 
-Linears trained at one width are fitted to each other at that width. With ``mix`` one more loss is that of a plan: the
-linears up to one drawn at random have a width, those after it the next wider one (``draw_mix``), so that between two
-widths there are plans whose linears were trained together. With ``hidden`` every loss also has the distance of each
+Layers trained only at uniform widths co-adapt. ``mix`` adds a loss at a random mixed-precision plan: layers before a
+random cut use one width, the rest the next wider one (``draw_mix``). ``hidden`` adds to every loss the distance of each
 decoder layer's output to the float model's (``objective.hidden_loss``).
 
 Cost: one forward and backward per width and mix, plus one forward if the float model teaches. The state is saved every
-``save_every`` steps in safetensors, atomically; batches and mixes depend on seed and step only, so a resumed run ends
-with the same bits as one that was never stopped.
+``save_every`` steps as safetensors, atomically. Batches and mixes depend only on seed and step, so a resumed run is
+bit-identical to an uninterrupted one.
 """
 
 import copy
@@ -44,12 +44,12 @@ from matquant.system.errors import InputError
 from matquant.system.files import check_space, json_text
 from matquant.system.interrupted import claim
 
-STATE_COPIES = 2  # the state and the next one while it is written
-Term = tuple[str, Width, dict[str, int]]  # a loss of a step: its name, what it is, the plan it is taken at
+STATE_COPIES = 2  # the saved state, and the next one while it is written
+Term = tuple[str, Width, dict[str, int]]  # a loss of a step: its name, definition and plan
 
 
 def make_schedule(job: Job) -> Schedule:
-    """The schedule of a job, with its defaults filled in."""
+    """Return the schedule of a job, with its defaults filled in."""
     schedule = Schedule(**job.options)
     hidden_size = job.model.config.get_text_config().hidden_size
     return dataclasses.replace(
@@ -61,16 +61,16 @@ def make_schedule(job: Job) -> Schedule:
 
 
 def run(job: Job) -> Iterator[tuple[str, NestedTensor]]:
-    """Train and return the nested tensors; what is not quantised is trained in place if the schedule says so.
+    """Train and return the nested tensors; unquantised parameters are trained in place if the schedule says so.
 
-    A state in ``job.work`` is continued, after checking that it is of the same run.
+    A state in ``job.work`` is continued, after checking that it belongs to the same run.
     """
     model, views, grid, work, schedule = job.model, job.views, job.grid, job.work, make_schedule(job)
     mark = fingerprint(job, dataclasses.asdict(schedule))
     check_context(model, schedule.seq_len)
     if schedule.masters == "each" and grid.rule != "prefix":
         raise InputError(
-            f"masters='each' needs nested bins, rule {grid.rule!r} has none; use rule 'prefix' or masters 'one'"
+            f"masters='each' needs nested bins, not rule {grid.rule!r}; use rule 'prefix' or masters 'one'"
         )
     _check_freeze(schedule, [width.bits for width in job.objective])
     _check_mix(schedule, [width.bits for width in job.objective], list(views))
@@ -78,8 +78,8 @@ def run(job: Job) -> Iterator[tuple[str, NestedTensor]]:
     state = start(model, views, grid, schedule, trained=[width.bits for width in job.objective], first=job.first)
     optimizer = make_optimizer(state, schedule)
     check_space(work, STATE_COPIES * sum(3 * tensor.nbytes for _, tensor in state.named()))
-    claim(work, mark, resume=job.resume)  # only now: a refused start must not cost an interrupted run
-    # Before a state is restored: that changes the model's other parameters if they are trained too.
+    claim(work, mark, resume=job.resume)  # only now: a rejected start must not delete an interrupted run
+    # Before restoring a state, which changes the model's other parameters if they are trained too.
     taught = schedule.hidden > 0 or any(FLOAT in width.teachers for width in job.objective)
     teacher = copy.deepcopy(model) if taught else None
     if (work / STATE).is_file():
@@ -103,10 +103,10 @@ def _check_freeze(schedule: Schedule, trained: Sequence[int]) -> None:
     if not schedule.freeze:
         return
     if schedule.freeze not in trained:
-        raise InputError(f"freeze={schedule.freeze} is none of the widths trained, {trained}; freeze one of them")
+        raise InputError(f"freeze={schedule.freeze} is not one of the trained widths, {trained}; use one of them")
     if not schedule.learn_clip:
         raise InputError(
-            f"freeze={schedule.freeze} keeps codes on the grid they start with, without learned clips the grid follows "
+            f"freeze={schedule.freeze} needs a fixed grid, but without learned clips the grid follows "
             "the weights; use affine 'learned' and leave learn_clip out"
         )
 
@@ -114,8 +114,8 @@ def _check_freeze(schedule: Schedule, trained: Sequence[int]) -> None:
 def _check_mix(schedule: Schedule, trained: Sequence[int], paths: Sequence[str]) -> None:
     if schedule.mix and min(len(trained), len(paths)) < 2:
         raise InputError(
-            f"mix={schedule.mix:g} needs two widths and two linears, widths {trained} and {len(paths)} linears are "
-            "trained; leave mix out"
+            f"mix={schedule.mix:g} needs two widths and two layers, found widths {trained} and {len(paths)} layers; "
+            "drop mix"
         )
 
 
@@ -130,7 +130,7 @@ def train_step(
     schedule: Schedule,
     teacher: Model | None,
 ) -> dict[str, Any]:
-    """One optimiser step over all widths; returns its log record and advances ``state.step``."""
+    """Run one optimiser step over all widths; return its log record and advance ``state.step``."""
     began = time.perf_counter()
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(state.step, schedule) * group["factor"]
@@ -168,24 +168,24 @@ def train_step(
 
 
 def draw_mix(paths: Sequence[str], widths: Sequence[int], *, index: int, seed: int) -> dict[str, int]:
-    """The plan of a mixed loss: two neighbours of ``widths`` (descending), the wider one from a random linear on.
+    """Return the plan of a mixed loss: two neighbouring ``widths`` (descending), the wider one from a random layer on.
 
-    The plan depends on the seed and the index of the batch only. paths: at least two, in the order of the model.
+    The plan depends only on the seed and the index of the batch. paths: at least two, in the order of the model.
     """
-    draw = np.random.default_rng([seed, index, 1])  # not the stream of the batches
+    draw = np.random.default_rng([seed, index, 1])  # independent of the batches' random stream
     wider = int(draw.integers(len(widths) - 1))
     narrow = set(paths[: int(draw.integers(1, len(paths)))])
     return {path: widths[wider + (path in narrow)] for path in paths}
 
 
 def finish(state: State, grid: Grid) -> Iterator[tuple[str, NestedTensor]]:
-    """The nested tensors of the trained masters, one at a time."""
+    """Yield the nested tensors of the trained masters, one at a time."""
     for path, weight in state.masters.items():
         yield path, nest(weight.detach(), grid, learned=state.learned[path], coarse=state.coarse[path], name=path)
 
 
 def _terms(paths: Sequence[str], objective: Sequence[Width], schedule: Schedule, *, index: int) -> list[Term]:
-    """The losses of a batch: their names, what they are and the plans {path: bits} that they are taken at."""
+    """Return the losses of a batch: their names, definitions and plans {path: bits}."""
     terms = [(str(width.bits), width, dict.fromkeys(paths, width.bits)) for width in objective]
     if schedule.mix:
         plan = draw_mix(paths, [width.bits for width in objective], index=index, seed=schedule.seed)
@@ -194,7 +194,7 @@ def _terms(paths: Sequence[str], objective: Sequence[Width], schedule: Schedule,
 
 
 def _nest(state: State, grid: Grid, objective: tuple[Width, ...]) -> dict[str, NestedTensor]:
-    """All weights encoded once for this step; every width reads the same codes."""
+    """Encode all weights once for this step; every width reads the same codes."""
     needed = dataclasses.replace(grid, sliced=tuple(w.bits for w in objective if w.bits in grid.sliced))
     return {
         path: nest(weight.detach(), needed, learned=state.learned[path], coarse=state.coarse[path], name=path)
@@ -213,9 +213,9 @@ def _backward_batch(
     teacher: Model | None,
     teachers: Collection[int],
 ) -> dict[str, float]:
-    """Add the gradients of one batch at every term, in their order; returns the losses by the terms' names.
+    """Add the gradients of one batch for every term, in order; return the losses by the terms' names.
 
-    tokens: int64 [B, T + 1]. teachers: widths whose logits a later term is compared with, kept without a graph.
+    tokens: int64 [B, T + 1]. teachers: widths whose logits are kept, without a graph, as targets of later terms.
     Raises InputError naming the width, the step and the layer for a loss that is not finite.
     """
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
@@ -255,7 +255,7 @@ def _chain_gradients(
     nested: Mapping[str, NestedTensor],
     plan: Mapping[str, int],
 ) -> None:
-    """Chain the gradients at one plan into masters, clips and affines, weight by weight."""
+    """Chain the gradients at one plan into masters, clips, scales and zero-points, weight by weight."""
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for path, view in views.items():
@@ -276,7 +276,7 @@ def _chain_gradients(
 def _finish_gradients(
     model: Model, views: Mapping[str, View], state: State, nested: Mapping[str, NestedTensor], pull: float
 ) -> None:
-    """The masters' gradients: chained width by width, or straight through, the sum that autograd made of all widths."""
+    """Finish the masters' gradients: chained width by width, or, straight through, autograd's sum over all widths."""
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for path, view in views.items():
@@ -292,7 +292,7 @@ def _finish_gradients(
 
 
 def _drop_frozen(state: State, freeze: int) -> None:
-    """No gradient for what keeps the codes of widths up to ``freeze``: their masters, and all clips."""
+    """Drop the gradients of the masters of widths up to ``freeze`` and of all clips, which keeps those codes."""
     if not freeze:
         return
     for path, weight in state.masters.items():
@@ -300,5 +300,5 @@ def _drop_frozen(state: State, freeze: int) -> None:
             if bits <= freeze:
                 master.grad = None
         clip = state.learned[path].clip
-        assert clip is not None  # _check_freeze
+        assert clip is not None  # checked by _check_freeze
         clip.grad = None

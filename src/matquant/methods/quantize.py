@@ -1,7 +1,7 @@
-"""A float model in, a nested checkpoint out.
+"""Quantise a float model into a nested checkpoint.
 
-``quantize`` is the whole of it, in four steps: check every input, open the model, run a method of METHODS, write the
-checkpoint. torch and transformers are loaded with this module.
+``quantize`` has four steps: check every input, open the model, run a method of METHODS, write the checkpoint. Importing
+this module imports torch and transformers.
 """
 
 import dataclasses
@@ -45,10 +45,10 @@ from matquant.system.interrupted import check_work
 from matquant.system.locks import hold
 
 Nested = Iterator[tuple[str, NestedTensor]]
-SLOW_BF16 = "this processor has no bf16 arithmetic and emulates it, many times slower than fp32; better without --bf16"
-STREAMED_SHARD_BYTES = 25 * 10**7  # a shard is put together in memory, twice while it is written
+SLOW_BF16 = "this processor emulates bf16 arithmetic, many times slower than fp32; drop --bf16"
+STREAMED_SHARD_BYTES = 25 * 10**7  # a shard is assembled in memory, and copied once while it is written
 
-# A scale and zero-point of its own cost a width 4 bytes per row; from 5 bits on they gain nothing (measured: int6 0 %).
+# A per-width scale and zero-point cost 4 bytes per row; from 5 bits on they gain nothing (measured: int6 0 %).
 AFFINE_WIDTHS = (2, 3, 4)
 
 
@@ -65,11 +65,10 @@ def quantize(
 
     model: Hugging Face directory or hub id. out: directory to write; an interrupted run leaves ``.OUT.work`` beside it,
     which ``resume=True`` continues. recipe: a name in options.recipes.RECIPES, by default "balanced"; or method: a name
-    in options.METHODS, with its own defaults. options: those that options/common.py declares for all methods and those
-    of the method (options/), over the recipe's; docs/choose-a-recipe.md lists them. report: called with each record of
-    progress.
+    in options.METHODS, with its own defaults. options: those of all methods (options/common.py) and of the method
+    (options/); they override the recipe's. docs/options.md lists them. report: called with each record of progress.
 
-    Raises InputError before any work for whatever can be known before it, and never leaves a half-written checkpoint.
+    Raises InputError before any work if possible, and never leaves a half-written checkpoint.
     """
     check_types(model=model, out=out)
     with hold(out):
@@ -77,7 +76,7 @@ def quantize(
 
 
 def run(model: Path | str, request: Request, *, report: Report = lambda record: None) -> Path:
-    """``quantize`` for a request that was checked. InputError if another run writes the same place."""
+    """Run ``quantize`` for a checked request. InputError if another run writes to the same path."""
     with hold(request.target, again=True):
         common = request.common
         check_writable(request.target, overwrite=common.overwrite)
@@ -104,7 +103,7 @@ def _method(request: Request) -> Callable[[Job], Nested]:
 
 
 def _make_job(prepared: Prepared, report: Report) -> tuple[Job, dict[str, bytes]]:
-    """What the method is given, and the small files of the checkpoint."""
+    """Return the method's job, and the small files of the checkpoint."""
     request, shards, views = prepared.request, prepared.shards, prepared.views
     common, chosen, settings = request.common, request.method, prepared.settings
     if not chosen.streamed:
@@ -120,7 +119,7 @@ def _make_job(prepared: Prepared, report: Report) -> tuple[Job, dict[str, bytes]
     if request.documents:
         stream = token_stream(request.documents, texts.tokenizer, vocab_size=vocab_size)
         prepared = _fit_samples(prepared, len(stream), report)
-        cut_windows(stream, prepared.settings.seq_len)  # rejects a text that is shorter than one
+        cut_windows(stream, prepared.settings.seq_len)  # rejects a text shorter than one sequence
     grid = _make_grid(prepared, report)
     before, first = _first(request, grid, views, prepared.device)
     job = Job(
@@ -146,7 +145,7 @@ def _make_job(prepared: Prepared, report: Report) -> tuple[Job, dict[str, bytes]
 
 
 def _fit_samples(prepared: Prepared, tokens: int, report: Report) -> Prepared:
-    """As many calibration sequences as the text has, where the user named no number."""
+    """Reduce the number of calibration sequences to those of the text, unless the user set it."""
     settings, named = prepared.settings, prepared.request.choice.named
     if "samples" in named or not hasattr(settings, "samples"):
         return prepared
@@ -159,7 +158,7 @@ def _fit_samples(prepared: Prepared, tokens: int, report: Report) -> Prepared:
 
 
 def _make_grid(prepared: Prepared, report: Report) -> Grid:
-    """The grid of all weights; symmetric unless asked for, or round to nearest is better on the other."""
+    """Return the grid of all weights; by default symmetric, or for rtn the better one."""
     request, common = prepared.request, prepared.request.common
     baseline = common.baseline_bits
     grid = Grid(
@@ -183,7 +182,7 @@ def _make_grid(prepared: Prepared, report: Report) -> Grid:
 
 
 def _make_spec(prepared: Prepared, grid: Grid, before: list[str], stream: np.ndarray) -> Spec:
-    """What the checkpoint says of itself. before: the methods of what it starts from."""
+    """Return the checkpoint's Spec. before: the methods of its starting checkpoint."""
     request, common = prepared.request, prepared.request.common
     baseline = common.baseline_bits
     return Spec(
@@ -209,7 +208,7 @@ def _make_spec(prepared: Prepared, grid: Grid, before: list[str], stream: np.nda
 def _first(
     request: Request, grid: Grid, views: Mapping[str, View], device: torch.device
 ) -> tuple[list[str], dict[str, NestedTensor]]:
-    """The method of ``--start`` and its nested tensors on ``device``; InputError unless qat can go on from it."""
+    """Return ``--start``'s method and nested tensors on ``device``; InputError unless qat can continue from it."""
     start = request.common.start
     if start is None:
         return [], {}
@@ -224,25 +223,25 @@ def _first(
         ("baseline_bits", checkpoint.spec.baseline_bits or MASTER_BITS, grid.bits),
     ):
         if found != wanted:
-            raise InputError(f"--start {start} has {name}={found!r}, this run needs {wanted!r}; make it with that")
+            raise InputError(
+                f"--start {start} has {name}={found!r}, this run needs {wanted!r}; quantise it again with {wanted!r}"
+            )
     shapes = {path: view.shape for path, view in views.items()}
     if dict(checkpoint.shapes) != shapes:
         other = sorted(set(checkpoint.shapes.items()) ^ set(shapes.items()))[0][0]
-        raise InputError(
-            f"--start {start} and this run do not quantise the same weights: {other}; use the same --scope"
-        )
+        raise InputError(f"--start {start} and this run quantise different weights: {other}; use the same --scope")
     first = {path: nested_to_torch(checkpoint.nested(path), device=device) for path in checkpoint.shapes}
     return [checkpoint.spec.method], first
 
 
 def _stored_bytes(shards: Shards) -> int:
-    """Bytes of the model as it is stored, which its checkpoint does not exceed by much."""
+    """Return the bytes of the stored model; its checkpoint is not much larger."""
     tensors = shards.model.state_dict().items()
     return sum(shards.dtypes[name].itemsize * t.numel() for name, t in tensors if name in shards.dtypes)
 
 
 def _objective(request: Request) -> str:
-    """What was really trained: the objective unless a baseline put its own width in its place."""
+    """Return the trained objective: the request's, or the baseline's width."""
     baseline = request.common.baseline_bits
     return str(baseline) if baseline is not None and not request.widths[0].teachers else request.objective
 
@@ -258,7 +257,7 @@ def _with_notice(report: Report, notice: str) -> Report:
 
 
 def _write(prepared: Prepared, job: Job, nested: Nested, files: dict[str, bytes]) -> None:
-    """Write the checkpoint from tensors as they are made, with the training log beside them."""
+    """Write the checkpoint from tensors as they are made, with the training log."""
 
     def items() -> Iterator[Any]:
         yield from ((path, nested_to_numpy(tensor)) for path, tensor in nested)

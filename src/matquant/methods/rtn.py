@@ -1,7 +1,7 @@
-"""Round to nearest: the smallest method, and the example for all others.
+"""Round to nearest: the smallest method, and the example for new ones.
 
 A method takes a Job and returns nested tensors by path, one at a time if it can. It writes no checkpoint, and changes
-nothing in the model but what the job asks it to train.
+the model only where the job trains it.
 """
 
 from collections.abc import Iterator

@@ -1,7 +1,7 @@
-"""What can be chosen when a model is quantised, without torch: a mistake is named before anything heavy is imported.
+"""The options of quantisation. Needs no torch, so mistakes are reported before anything heavy is imported.
 
-METHODS is the table of methods: a row has the record of a method's options and what the method is by default. Its code
-is the module of the same name in methods/.
+METHODS is the table of methods: a row holds a method's options and defaults. Its code is the module of the same name in
+methods/.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,7 +14,7 @@ from matquant.options.declare import Option, by_panel
 
 
 def _accept(options: Mapping[str, Any]) -> None:
-    """Any combination of options is fine."""
+    """Accept any combination of options."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,13 +25,13 @@ class Method:
     settings: Any = None  # the dataclass that declares its options, None for a method without options and text
     check_options: Callable[[Mapping[str, Any]], None] = _accept  # rejects options that exclude each other
     stages: Callable[..., list[dict[str, Any]]] | None = None  # a cascade of other methods, given its options
-    needs_corpus: bool = False  # calibration text is too little for it
+    needs_corpus: bool = False  # needs more text than calibration text
     streamed: bool = False  # works layer by layer, the model stays on disk
     learns_affine: bool = True  # has gradients for per-width scales
     run: Callable[[Any], Any] | None = None  # Job -> nested tensors by path, None: run() of methods/NAME.py
     affine: str  # default of --affine
     objective: str = ""  # default of --objective
-    lambdas: Callable[[int], float] | None = None  # its weight of a width, None for the objective's
+    lambdas: Callable[[int], float] | None = None  # its loss weight by width; None: the objective's
 
 
 METHODS: dict[str, Method] = {
@@ -76,5 +76,5 @@ METHODS: dict[str, Method] = {
 
 
 def declared_options() -> list[tuple[Option, str]]:
-    """Every option of every method once, in the order of the help's panels, with its default in words."""
+    """Return every option of every method once, in the order of the help's panels, with its default in words."""
     return list(by_panel({"": Common, **{name: method.settings for name, method in METHODS.items()}}))

@@ -1,4 +1,4 @@
-"""Options of every method: what is quantised, on which grid, for which widths, and how the run behaves."""
+"""Options that every method takes: layers, grid, widths, and how the run behaves."""
 
 import re
 from collections.abc import Sequence
@@ -14,26 +14,28 @@ AFFINES = ("none", "refit", "learned")
 SCOPES = ("ffn", "attention", "all")
 STORED, MIDRANGE = "stored", "midrange"
 AUTO, CHANNEL = "auto", "channel"
-GROUP_SIZES = (128, 64, 32, 16)  # that ``auto`` tries, in this order: the usual size of other tools first
+GROUP_SIZES = (128, 64, 32, 16)  # ``auto`` tries them in this order: the usual size of other tools first
 
 
 def read_group_size(text: str) -> int | str | None:
-    """``auto``, None for ``channel``, or the number."""
+    """Return ``auto``, None for ``channel``, or the number."""
     if text == AUTO:
         return AUTO
     if text == CHANNEL:
         return None
     if not text.isdecimal():
-        raise InputError(f"--group-size {text!r} is not a number, 'auto' or 'channel'; give one of these")
+        raise InputError(f"--group-size {text!r} is not a group size; use a number, 'auto' or 'channel'")
     return int(text)
 
 
 def read_numbers(text: str) -> list[float]:
-    """Numbers separated by commas."""
+    """Parse numbers separated by commas."""
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
-        raise InputError(f"--weights {text!r} is not a list of numbers; give them with commas, such as 8,4,2") from None
+        raise InputError(
+            f"--weights {text!r} is not a list of numbers; separate them with commas, such as 8,4,2"
+        ) from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,12 +130,12 @@ class Common:
         metavar="REGEX",
     )
 
-    device: str | None = option(None, "cpu or cuda.", panel=RUN, shown="cuda if there is one")
-    threads: int | None = option(None, "CPU threads.", panel=RUN, shown="all")
+    device: str | None = option(None, "Device: cpu or cuda.", panel=RUN, shown="cuda if there is one")
+    threads: int | None = option(None, "Number of CPU threads.", panel=RUN, shown="all")
 
 
 def check_patterns(exclude: Sequence[str]) -> None:
-    """InputError for what is no regular expression."""
+    """Raise InputError unless every pattern is a regular expression."""
     for pattern in exclude:
         try:
             re.compile(pattern)

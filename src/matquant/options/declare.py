@@ -1,7 +1,7 @@
 """How an option is declared: once, as a field of a frozen dataclass.
 
-The command line, the checks, the Python signature and the table in docs/methods.md are made from these fields, so a new
-option is one line. A field's type says what a Python caller may give; ``option`` holds the rest.
+The command line, the checks, the Python signature and the table in docs/options.md are made from these fields, so a new
+option is one line. A field's type says what a Python caller may pass; ``option`` holds the rest.
 """
 
 import dataclasses
@@ -24,18 +24,18 @@ PANELS = (BASICS, OBJECTIVE, GRID, CALIBRATION, TRAINING, GPTQ, OMNIQUANT, QAT, 
 
 @dataclass(frozen=True, kw_only=True)
 class Declared:
-    """What is known of an option besides its name, type and default."""
+    """An option's declaration, besides its name, type and default."""
 
     help: str  # one sentence for --help and the documentation
     panel: str  # where --help shows it
-    metavar: str | None = None  # how --help writes its value, None: by type
+    metavar: str | None = None  # placeholder of its value in --help; None: by type
     flags: str | None = None  # such as "--bf16/--fp32", None: by name
     shown: str | None = None  # the default in words, None: the default itself
-    parse: Callable[[str], Any] | None = None  # from the command line's text, None: by type
-    choices: tuple[str, ...] = ()  # the texts that are known
-    least: float | None = None  # the smallest number
-    most: float = math.inf  # the largest number
-    positive: bool = False  # above 0
+    parse: Callable[[str], Any] | None = None  # parses the command line's text; None: by type
+    choices: tuple[str, ...] = ()  # the allowed values
+    least: float | None = None  # smallest allowed number
+    most: float = math.inf  # largest allowed number
+    positive: bool = False  # must be above 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,17 +49,17 @@ class Option:
 
     @property
     def flags(self) -> str:
-        """How the command line writes it."""
+        """Return its flags on the command line."""
         return self.declared.flags or "--" + self.name.replace("_", "-")
 
 
 def option(default: Any, help: str, *, panel: str, **more: Any) -> Any:
-    """A dataclass field that declares an option; ``more`` are fields of Declared."""
+    """Return a dataclass field that declares an option; ``more`` are fields of Declared."""
     return dataclasses.field(default=default, metadata={"option": Declared(help=help, panel=panel, **more)})
 
 
 def options_of(record: Any) -> dict[str, Option]:
-    """The options that a dataclass declares, by name; none for None."""
+    """Return the options that a dataclass declares, by name; none for None."""
     if record is None:
         return {}
     return {
@@ -69,7 +69,7 @@ def options_of(record: Any) -> dict[str, Option]:
 
 
 def check_values(record: Any, values: Mapping[str, Any], *, owner: str) -> None:
-    """InputError for a name that ``record`` does not declare, or a value that its declaration rules out.
+    """Raise InputError for a name that ``record`` does not declare, or a value that its declaration rules out.
 
     owner: whose options these are, such as "method 'gptq'". InputTypeError for a value of a wrong type.
     """
@@ -103,7 +103,7 @@ def _check_value(name: str, value: Any, declared: Declared) -> None:
 
 
 def by_panel(records: Mapping[str, Any]) -> Iterator[tuple[Option, str]]:
-    """Every option of several records once, panel after panel, with its default in words.
+    """Yield every option of several records once, panel after panel, with its default in words.
 
     records: owner -> dataclass or None. An option that several methods share has one name, one meaning and one flag;
     its default is shown for each of them, such as "gptq 128, distill 60".
@@ -120,7 +120,7 @@ def by_panel(records: Mapping[str, Any]) -> Iterator[tuple[Option, str]]:
 
 
 def default_in_words(owners: Mapping[str, Option]) -> str:
-    """The default of an option, by owner where owners differ; "" for a switch that is off and for nothing at all."""
+    """Return an option's default in words, by owner where owners differ; "" for none and for a switch that is off."""
     words = {owner: _in_words(one) for owner, one in owners.items()}
     different = list(dict.fromkeys(words.values()))
     if len(different) == 1:

@@ -11,16 +11,17 @@ from matquant.system.errors import InputError
 
 Options = dict[str, Any]
 NAME = "distill"
-LR = 5e-4  # at most: best on the embedded model, no worse than others on stories260K
-SLOWER = {4: 10.0, 3: 2.5, 2: 2.5}  # freeze -> by how much the last phase's rate is below that of the distillation
-OWN = ("freeze", "lr", "samples", "steps", "tune")  # that mean something for the whole; the others go to every stage
-TUNING = ("autocast", "batch_size", "seed", "seq_len")  # those of the others that gptq has
+LR = 5e-4  # upper limit: best on the embedded model, no worse than others on stories260K
+# freeze -> factor by which the last phase's learning rate is below the distillation's
+SLOWER = {4: 10.0, 3: 2.5, 2: 2.5}
+OWN = ("freeze", "lr", "samples", "steps", "tune")  # apply to the whole method; the others go to every stage
+TUNING = ("autocast", "batch_size", "seed", "seq_len")  # options shared with gptq
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Tuned GPTQ, distillation of all widths, and a last phase. ``steps`` are those of the distillation, and ``freeze``
-    is of the last phase: 4, or 2 for a corpus that is not read again and again."""
+    """Tuned GPTQ, distillation of all widths, and a last phase. ``steps`` counts the distillation's steps. ``freeze``
+    applies to the last phase: 4, or 2 for a corpus large enough not to be repeated many times."""
 
     steps: int = shared.steps(96)
     batch_size: int = shared.batch_size(8, shown="4, then 8")
@@ -40,16 +41,14 @@ SHARED = tuple(sorted({field.name for field in dataclasses.fields(Settings)} - s
 
 
 def stages(options: Mapping[str, Any], *, default_lr: float) -> list[Options]:
-    """The options of each stage; InputError for options that a stage would reject.
+    """Return the options of each stage; InputError for options that a stage would reject.
 
-    options: fields of Settings that were given; those that are not in OWN go to every stage that has them. default_lr:
-    qat's for the model's width.
+    options: the given fields of Settings; those not in OWN go to every stage that has them. default_lr: qat's default
+    for the model's width.
     """
     freeze = options.get("freeze", Settings.freeze)
     if freeze not in SLOWER:
-        raise InputError(
-            f"freeze={freeze} is not known to method {NAME!r}; use one of 4 (little text), 3, 2 (a corpus)"
-        )
+        raise InputError(f"freeze={freeze} is not supported by method {NAME!r}; use 4 (little text), 3 or 2 (a corpus)")
     lr = options["lr"] if options.get("lr") is not None else min(LR, default_lr / 2)
     steps = options.get("steps", Settings.steps)
     given = {name: options[name] for name in SHARED if name in options}
@@ -59,7 +58,7 @@ def stages(options: Mapping[str, Any], *, default_lr: float) -> list[Options]:
         tuned.pop("autocast", None)
     trained: Options = {"masters": "each", "pull": 0.5, **given}
     distilled = {**trained, "wide_lr": 0.5, "hidden": 1.0, "lr": lr, "steps": steps}
-    slower = SLOWER[freeze]  # of the narrowest master; that of 8 bits is a tenth, that of scales the whole
+    slower = SLOWER[freeze]  # for the narrowest master; 8 bits gets a tenth of it, scales all of it
     last = {**trained, "freeze": freeze, "lr": lr / slower, "wide_lr": slower / 10, "affine_lr": slower}
     last |= {"steps": max(1, steps * 2 // 3)}
     check_values(gptq.Settings, tuned, owner="method 'gptq'")
@@ -72,5 +71,5 @@ def stages(options: Mapping[str, Any], *, default_lr: float) -> list[Options]:
 
 
 def check_options(options: Mapping[str, Any]) -> None:
-    """InputError for options that a stage would reject."""
+    """Raise InputError for options that a stage would reject."""
     stages(options, default_lr=LR)

@@ -11,7 +11,7 @@ from matquant.system.errors import InputError
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """One calibrated pass, rounds of coordinate descent after it, and tuning by gradient (parts/tune.py) if asked."""
+    """One calibrated pass, rounds of coordinate descent after it, and optional tuning by gradient (parts/tune.py)."""
 
     samples: int = shared.samples(128)
     seq_len: int = shared.seq_len(2048)
@@ -26,7 +26,7 @@ class Settings:
 
 
 def check_options(options: Mapping[str, Any]) -> None:
-    """InputError for options of the tuning without ``tune``."""
+    """Raise InputError for tuning options without ``tune``."""
     for name in ("lr", "pull", "autocast"):
         if name in options and not options.get("tune", Settings.tune):
             flag = "--bf16" if name == "autocast" else f"--{name}"
@@ -34,5 +34,5 @@ def check_options(options: Mapping[str, Any]) -> None:
 
 
 def default_lambda(bits: int) -> float:
-    """10 at 8 bits down to 1 at 2: int8 then stays within 0.1 % of the float model (measured: docs/results.md)."""
+    """Return 10 at 8 bits down to 1 at 2: int8 then stays within 0.1 % of float (measured: docs/methods.md)."""
     return float(10 ** ((bits - 2) / 6))

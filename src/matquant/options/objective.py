@@ -1,9 +1,10 @@
-"""The loss over widths: what is trained at which width, against which target (MatQuant Eq. 7).
+"""The loss over widths: which widths are trained, against which targets (MatQuant Eq. 7).
 
 The paper's notation, parsed: "8,4,2" is the ground-truth loss at three widths; "8,4,8->2" gives int2 only the
 distillation target, the logits of the 8-bit slice; "8,4,2,8->4;2" adds that target to widths 4 and 2. "fp->2" distils
-from the float model (ours). Targets come with stop-gradient; distillation is KL(teacher || student) on the logits; a
-width with both losses takes their mean, the paper's "weighted equally". One width alone is single precision MatQuant.
+from the float model (our addition). Targets have stop-gradient; distillation is KL(teacher || student) on the logits; a
+width with both losses takes their mean, the paper's "weighted equally". A single width is single-precision MatQuant
+(S.P.).
 """
 
 import math
@@ -20,7 +21,7 @@ _TERM = re.compile(r"(?:(?P<teacher>fp|\d+)->)?(?P<widths>\d+(?:;\d+)*)")
 
 @dataclass(frozen=True, kw_only=True)
 class Width:
-    """The loss of one width. teachers: widths (or FLOAT) it is distilled from. weight: its lambda."""
+    """The loss of one width. teachers: the widths (or FLOAT) it is distilled from. weight: its lambda."""
 
     bits: int
     truth: bool
@@ -29,10 +30,11 @@ class Width:
 
 
 def parse_objective(text: str, weights: Sequence[float] | None = None) -> tuple[Width, ...]:
-    """The widths of an objective, widest first, with their lambdas (given in the order the widths are first named).
+    """Parse an objective into its widths, widest first, with their lambdas (given in the order widths are first named).
 
     ``weights`` None means 0.1, ..., 0.1, 1 (the paper's choice), the 1 on the narrowest width, or 1 for all where the
-    float model teaches (measured: docs/results.md). Raises InputError that points at the place that cannot be read.
+    float model teaches (measured: experiments/results.md). Raises InputError that points at the place that does not
+    parse.
     """
     truth: list[int] = []
     teachers: dict[int, list[int]] = {}
@@ -51,7 +53,7 @@ def parse_objective(text: str, weights: Sequence[float] | None = None) -> tuple[
                 order.append(width)
         if match["teacher"] is None:
             if len(widths) > 1 or widths[0] in truth:
-                raise _error(text, position, f"cannot read {part.strip()!r} without a teacher, or it comes twice")
+                raise _error(text, position, f"{part.strip()!r} names no teacher, or names it twice")
             truth.append(widths[0])
         else:
             teacher = FLOAT if match["teacher"] == "fp" else int(match["teacher"])
@@ -75,7 +77,7 @@ def _check(text: str, order: list[int], truth: list[int], teachers: dict[int, li
     if len(order) > 1 and MASTER_BITS not in order:
         raise InputError(
             f"objective {text!r} trains widths {', '.join(map(str, order))} but not 8, which the checkpoint stores; "
-            "add 8, or name one width alone for single precision"
+            "add 8, or name a single width for single precision (S.P.)"
         )
     for sources in teachers.values():
         for teacher in sources:
@@ -91,10 +93,10 @@ def _lambdas(order: list[int], weights: Sequence[float] | None, *, even: bool) -
     if len(weights) != len(order):
         raise InputError(
             f"{len(weights)} weights for the {len(order)} widths {', '.join(map(str, order))}; "
-            "give one for each, in that order"
+            "give one per width, in that order"
         )
     if not all(0 <= weight < math.inf for weight in weights) or not sum(weights):
-        raise InputError(f"weights {', '.join(map(str, weights))}; give numbers of at least 0, not all 0")
+        raise InputError(f"weights {', '.join(map(str, weights))} are not valid; use numbers of at least 0, not all 0")
     return dict(zip(order, weights, strict=True))
 
 

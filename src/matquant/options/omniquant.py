@@ -10,7 +10,7 @@ CODES = ("round", "gptq")
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Clipping and equivalent transformations, learned layer by layer; ``steps`` are for each decoder layer."""
+    """Clipping and equivalent transformations, learned layer by layer; ``steps`` counts the steps per decoder layer."""
 
     samples: int = shared.samples(128)
     batch_size: int = shared.batch_size(4)
@@ -36,7 +36,7 @@ class Settings:
     )
     codes: str = option(
         "round",
-        "How codes are chosen on the learned grid: round, or gptq (ours, better at every width).",
+        "How to choose codes on the learned grid: round, or gptq (our addition, better at every width).",
         panel=OMNIQUANT,
         choices=CODES,
     )

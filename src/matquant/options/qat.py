@@ -14,11 +14,12 @@ MASTERS = ("one", "each")
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """How the weights are trained.
+    """Schedule of training.
 
-    With masters "each" every width has a float weight of its own, whose codes are confined to the bins of the next
-    narrower one (parts/fake.py), so that no width's gradient moves another's weights but by ``pull``. ``freeze`` keeps
-    the codes of narrow widths, so that only what no two widths share is trained: their scales, and the bits below.
+    With masters "each" every width has a separate float weight, whose codes are confined to the bins of the next
+    narrower one (parts/fake.py), so that a width's gradient moves another width's weights only through ``pull``.
+    ``freeze`` keeps the codes of narrow widths fixed, so that training changes only what no two widths share: their
+    scales and the lower bits.
     """
 
     steps: int = shared.steps(300)
@@ -36,7 +37,7 @@ class Schedule:
         positive=True,
     )
     weight_decay: float = shared.weight_decay()
-    clip_norm: float = option(1.0, "Largest norm of the gradients of a step.", panel=TRAINING, positive=True)
+    clip_norm: float = option(1.0, "Clip the gradient norm to this value.", panel=TRAINING, positive=True)
     accumulate: int = shared.accumulate()
     autocast: bool = shared.autocast()
     checkpoint_activations: bool = shared.checkpoint_activations()
@@ -47,7 +48,9 @@ class Schedule:
         flags="--train-rest",
     )
     learn_clip: bool | None = shared.learn_clip(None, shown="where scales are learned")
-    masters: str = option("one", "Float weights: one for all widths, or one for each.", panel=QAT, choices=MASTERS)
+    masters: str = option(
+        "one", "Float master weights: one for all widths, or one for each.", panel=QAT, choices=MASTERS
+    )
     pull: float = shared.pull(1.0)
     wide_lr: float = option(1.0, "Learning rate of the 8-bit masters, as a share of --lr.", panel=QAT, least=0, most=1)
     freeze: int = shared.freeze(0)
@@ -56,7 +59,7 @@ class Schedule:
     )
     hidden: float = option(
         0.0,
-        "Weight of the distance between the decoder layers' outputs and those of the float model; 0 for none.",
+        "Weight of hidden-state distillation from the float model's decoder layers; 0 for none.",
         panel=QAT,
         least=0,
     )
@@ -64,15 +67,15 @@ class Schedule:
 
 
 def check_options(options: Mapping[str, Any]) -> None:
-    """InputError for options that exclude each other."""
+    """Raise InputError for options that exclude each other."""
     if options.get("freeze") and options.get("masters", Schedule.masters) != "each":
         raise InputError(
-            f"freeze={options['freeze']} needs a master for each width, masters is 'one'; use masters 'each'"
+            f"freeze={options['freeze']} needs a master for each width, found masters='one'; use masters='each'"
         )
 
 
 def default_lr(hidden_size: int) -> float:
-    """A peak learning rate for a model of this width.
+    """Return the default peak learning rate for a model of this hidden size.
 
     A power law through 1e-3 at 256 (better than 2e-3 on the embedded model) and 1e-5 at 2304 (the paper's, App. B),
     between 1e-5 and 2e-3 (best of 1e-3, 2e-3, 4e-3 on stories260K, 64 wide).

@@ -1,7 +1,7 @@
-"""Recipes: the one choice that a newcomer makes. A recipe is a method and its options, with what it costs and gives.
+"""Recipes: the one choice that a newcomer has to make. A recipe is a method with options, its cost and its quality.
 
 Measured on SmolLM2-135M-Instruct (30 layers, 106 million weights in linear layers) with the calibration text that comes
-with matquant, groups of 64: perplexity on wikitext-2 (8,192 tokens, windows of 1,024; the float model has 29.37) at
+with matquant, groups of 64: perplexity on wikitext-2 (8,192 tokens, sequences of 1,024; the float model has 29.37) at
 int8, int6, int4, int3 and int2, and the CPU time on one core. docs/results.md has the commands.
 """
 
@@ -33,7 +33,7 @@ RECIPES: dict[str, Recipe] = {
     "fast": Recipe(
         method="rtn",
         options={"zero_point": MIDRANGE},
-        why="seconds, no text; int8 and int6 are as good as the float model, int4 and below are not",
+        why="seconds, no text; for int8 and int6; int4 and below lose quality",
         cost="",
         quality="",
     ),
@@ -42,7 +42,7 @@ RECIPES: dict[str, Recipe] = {
         options={
             "zero_point": MIDRANGE,
             "grid": "companded",
-            "weights": (56.0, 14.0, 3.6, 1.9, 1.0),  # int8 1.2 % and int4 1.3 % better than gptq's default, int3 9 % worse
+            "weights": (56.0, 14.0, 3.6, 1.9, 1.0),  # better int8 to int4 than gptq's default, worse int3
             "samples": 64,
             "seq_len": 1024,
         },
@@ -53,7 +53,7 @@ RECIPES: dict[str, Recipe] = {
     "best": Recipe(
         method="distill",
         options={"zero_point": MIDRANGE, "grid": "companded"},
-        why="tuning and distillation from the float model: the best int3 and int2",
+        why="tuning, then distillation from the float model: the best int3 and int2",
         cost="",
         quality="",
     ),
@@ -66,7 +66,7 @@ RECIPES: dict[str, Recipe] = {
             "scope": "ffn",
             "group_size": None,
         },
-        why="the paper's joint training of the feed-forward layers (Eq. 6 and 7), to compare with; needs a corpus",
+        why="the paper's joint training of the feed-forward layers (Eq. 6 and 7), for comparison; needs a corpus",
         cost="",
         quality="",
     ),
@@ -75,19 +75,19 @@ RECIPES: dict[str, Recipe] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """Which method runs, with which options."""
+    """The method that runs, and its options."""
 
     recipe: str | None  # None where a method was named instead
     method: str
     common: Common  # the options of every method
-    options: Mapping[str, Any]  # those of the method that differ from its defaults
-    named: frozenset[str]  # the options that the user gave, not the recipe
+    options: Mapping[str, Any]  # the method's options that differ from its defaults
+    named: frozenset[str]  # the options given by the user, not by the recipe
 
 
 def choose(given: Mapping[str, Any], *, recipe: str | None = None, method: str | None = None) -> Choice:
-    """What was asked for, over the recipe's options; InputError for what is unknown or belongs to another method.
+    """Merge the given options over the recipe's; InputError for options that are unknown or belong to another method.
 
-    given: options by name. A method that is named stands for itself, with its own defaults.
+    given: options by name. A named method is used without a recipe, with its own defaults.
     """
     if recipe is not None and recipe not in RECIPES:
         raise InputError(f"recipe={recipe!r} is not known; use one of {', '.join(RECIPES)}")
@@ -95,7 +95,7 @@ def choose(given: Mapping[str, Any], *, recipe: str | None = None, method: str |
         raise InputError(f"method={method!r} is not known; use one of {', '.join(METHODS)}")
     if recipe is not None and method not in (None, RECIPES[recipe].method):
         raise InputError(
-            f"--recipe {recipe} runs method {RECIPES[recipe].method!r}, found --method {method}; leave one of them out"
+            f"--recipe {recipe} runs method {RECIPES[recipe].method!r}, found --method {method}; drop one of them"
         )
     name = recipe if method is None or recipe else None
     if name is None and method is None:
@@ -118,5 +118,5 @@ def choose(given: Mapping[str, Any], *, recipe: str | None = None, method: str |
 
 def _portable(given: Mapping[str, Any]) -> str:
     if given.get("grid", UNIFORM) != UNIFORM:
-        raise InputError(f"--portable needs the uniform grid, found --grid {given['grid']}; leave one of them out")
+        raise InputError(f"--portable needs the uniform grid, found --grid {given['grid']}; drop one of them")
     return UNIFORM

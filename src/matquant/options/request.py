@@ -26,8 +26,8 @@ from matquant.system.interrupted import check_work, work_folder
 from matquant.system.locks import check_place
 from matquant.system.threads import check_threads
 
-ZEROS = {STORED: OWN, MIDRANGE: CENTRE}  # --zero-point -> what the checkpoint says
-FIXED = {  # what the stages of a cascade set themselves, and the only value that may be asked for
+ZEROS = {STORED: OWN, MIDRANGE: CENTRE}  # --zero-point -> the checkpoint's name for it
+FIXED = {  # options that the stages of a cascade set themselves, and the only value allowed
     "objective": None,
     "weights": None,
     "affine": None,
@@ -39,11 +39,11 @@ FIXED = {  # what the stages of a cascade set themselves, and the only value tha
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What was asked for, checked, with the method's defaults."""
+    """A checked request, with the method's defaults filled in."""
 
     choice: Choice
     target: Path  # the directory to write
-    work: Path  # where an interrupted run keeps what it has finished
+    work: Path  # where an interrupted run keeps its finished work
     affine: str = ""
     objective: str = ""
     widths: tuple[Width, ...] = ()  # empty for a method without text
@@ -65,9 +65,10 @@ class Request:
 def check_request(
     model: Path | str, out: Path | str, *, recipe: str | None = None, method: str | None = None, **given: Any
 ) -> Request:
-    """Return what ``quantize`` is to do; InputError for whatever can be known to be wrong before the model is loaded.
+    """Check a request for ``quantize``; InputError for every mistake that shows before the model is loaded.
 
-    The arguments are those of ``quantize``. Only torch knows the device, only the model the group sizes that fit.
+    The arguments are those of ``quantize``. The device needs torch and the group size needs the model: both are checked
+    later.
     """
     check_types(model=model, out=out)
     check_given(recipe=recipe, method=method)
@@ -88,22 +89,22 @@ def check_request(
 
 
 def _check_common_types(given: Mapping[str, Any]) -> None:
-    """InputTypeError for an option of every method that is of a wrong type, InputError for one that is unknown."""
+    """Check the options that every method takes: InputTypeError for a wrong type, InputError for an unknown name."""
     known = {field.name for field in dataclasses.fields(Common)}
     values = {name: value for name, value in given.items() if name in known}
     size = values.pop("group_size", None)
     if size is not None and size != AUTO and (isinstance(size, bool) or not isinstance(size, int)):
         raise InputTypeError(
-            f"group_size={size!r} is of type {type(size).__name__}; give an integer, None (one group per row) or 'auto'"
+            f"group_size={size!r} is of type {type(size).__name__}; use an integer, None (one group per row) or 'auto'"
         )
     check_threads(values.pop("threads", None))
-    values.pop("device", None)  # torch's to judge
+    values.pop("device", None)  # checked by torch
     check_given(**values)
     check_values(Common, {**values, **({"group_size": size} if isinstance(size, int) else {})}, owner="quantize")
 
 
 def _check_cascade(request: Request) -> Request:
-    """A cascade's stages have their own objectives and scales."""
+    """Check a cascade, whose stages set their own objectives and scales."""
     common, name = request.common, request.choice.method
     for option, only in FIXED.items():
         if getattr(common, option) != only:
@@ -115,18 +116,18 @@ def _check_cascade(request: Request) -> Request:
 
 def _fixed(option: str, value: Any, name: str) -> str:
     return (
-        f"{option}={value!r} does not go with method {name!r}, whose stages have their own; "
-        "leave it out, or use --method qat"
+        f"{option}={value!r} does not work with method {name!r}, whose stages set it themselves; "
+        "drop it, or use --method qat"
     )
 
 
 def _check_method(request: Request) -> Request:
-    """The widths and per-width scales of a method that runs once."""
+    """Derive the widths and per-width scales of a method that runs once."""
     common, method = request.common, request.method
     if method.settings is None and (common.objective is not None or common.weights is not None):
         raise InputError(
-            f"--objective and --weights do not go with method {request.choice.method!r}, which trains nothing; "
-            "leave them out, or use --method gptq"
+            f"--objective and --weights have no effect with method {request.choice.method!r}, which trains nothing; "
+            "drop them, or use --method gptq"
         )
     objective = method.objective if common.objective is None else common.objective
     affine = common.affine or method.affine
@@ -137,12 +138,12 @@ def _check_method(request: Request) -> Request:
         widths = tuple(dataclasses.replace(width, weight=method.lambdas(width.bits)) for width in widths)
     if affine == "learned" and not method.learns_affine:
         raise InputError(
-            f"--affine learned needs a method that trains, method {request.choice.method!r} does not; "
+            f"--affine learned needs a method that trains, found method {request.choice.method!r}; "
             "use --affine refit or none"
         )
     if common.start is not None and request.choice.method != "qat":
         raise InputError(
-            f"--start does not go with method {request.choice.method!r}, which starts from the float model; "
+            f"--start does not work with method {request.choice.method!r}, which starts from the float model; "
             "use --method qat"
         )
     return dataclasses.replace(request, objective=objective, widths=widths, affine=affine)
@@ -162,7 +163,7 @@ def _check_options(request: Request) -> None:
 
 
 def _read_text(request: Request) -> Any:
-    """How to get the documents, None for a method without text."""
+    """Return the function that reads the documents, None for a method without text."""
     if request.method.settings is None:
         return None
     if request.common.text:
@@ -188,11 +189,8 @@ def _check_zero_point(zero_point: str, *, affine: str, rule: str, symmetric: boo
     for name, found, wanted in (("rule", rule, "prefix"), ("symmetric", symmetric, True)):
         if found != wanted:
             raise InputError(
-                f"zero_point={zero_point!r} does not go with {name}={found!r}, whose codes do not lie evenly about 0; "
+                f"zero_point={zero_point!r} does not work with {name}={found!r}, whose codes are not symmetric; "
                 f"use zero_point={STORED!r}, or {name}={wanted!r}"
             )
     if affine == "none":
-        raise InputError(
-            f"zero_point={zero_point!r} does not go with affine='none', by which no width has a zero-point of its own; "
-            "use affine='refit'"
-        )
+        raise InputError(f"zero_point={zero_point!r} needs per-width scales, found affine='none'; use affine='refit'")

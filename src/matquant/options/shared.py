@@ -6,7 +6,7 @@ from matquant.options.declare import CALIBRATION, GPTQ, QAT, TRAINING, option
 
 
 def samples(default: int) -> Any:
-    return option(default, "Calibration sequences.", panel=CALIBRATION, positive=True)
+    return option(default, "Number of calibration sequences.", panel=CALIBRATION, positive=True)
 
 
 def seq_len(default: int, **more: Any) -> Any:
@@ -31,7 +31,7 @@ def seed() -> Any:
 
 def steps(default: int, **more: Any) -> Any:
     return option(
-        default, "Training steps; omniquant's are for each decoder layer.", panel=TRAINING, positive=True, **more
+        default, "Training steps; for omniquant, steps per decoder layer.", panel=TRAINING, positive=True, **more
     )
 
 
@@ -79,7 +79,7 @@ def learn_clip(default: bool | None, **more: Any) -> Any:
 def tune(default: int) -> Any:
     return option(
         default,
-        "Then tune the codes of every decoder layer by this many gradient steps; 0 for none.",
+        "Gradient steps that tune the codes of each decoder layer afterwards; 0 for none.",
         panel=GPTQ,
         metavar="STEPS",
         least=0,
@@ -89,7 +89,7 @@ def tune(default: int) -> Any:
 def pull(default: float) -> Any:
     return option(
         default,
-        "Share of a width's gradient that moves the next narrower master where that one's bin blocks it.",
+        "Share of a blocked gradient that moves the next narrower master instead.",
         panel=QAT,
         least=0,
         most=1,
@@ -99,7 +99,7 @@ def pull(default: float) -> Any:
 def freeze(default: int) -> Any:
     return option(
         default,
-        "Keep the starting codes of widths up to this one; 0 trains all.",
+        "Keep the starting codes of widths up to this one; 0 trains every width.",
         panel=QAT,
         metavar="BITS",
         least=0,

@@ -1,1 +1,1 @@
-"""Mix'n'Match: which width every weight gets, for a budget. Needs torch only where a loss is measured."""
+"""Mix'n'Match: choose a width for every weight within a budget. Needs torch only to measure losses."""

@@ -1,7 +1,7 @@
-"""What a plan may cost, and which weights share a width.
+"""Budgets of plans, and the groups of weights that share a width.
 
-A cost is an integer for each path and width: bits on disk (``--bits-per-weight``, ``--size``) or nanoseconds for one
-token (``--tokens-per-second``, planning/speed.py). A budget is a limit on their sum, so that it is kept exactly.
+A cost is an integer for each path and width: bits on disk (``--bits-per-weight``, ``--size``) or nanoseconds per token
+(``--tokens-per-second``, planning/speed.py). A budget limits their sum; integers make the limit exact.
 """
 
 import math
@@ -21,7 +21,7 @@ UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """A limit on a plan's cost. costs: (path, bits) -> integer cost. asked, least: the budget and the cost in words."""
+    """A limit on a plan's cost. costs: (path, bits) -> integer. asked: the budget in words. least: a cost in words."""
 
     limit: int
     costs: Mapping[tuple[str, int], int]
@@ -29,34 +29,34 @@ class Budget:
     least: Callable[[int], str]
 
     def cost(self, bits: Mapping[str, int]) -> int:
-        """Of a plan {path: bits}."""
+        """Return the cost of a plan {path: bits}."""
         return sum(self.costs[item] for item in bits.items())
 
     def table(self, groups: Groups, widths: Sequence[int]) -> list[list[int]]:
-        """Cost [group][width]. InputError if not even the cheapest choice of every group fits."""
+        """Return costs [group][width]. InputError if even the cheapest choice of every group does not fit."""
         table = [[sum(self.costs[path, bits] for path in group) for bits in widths] for group in groups]
         least = sum(map(min, table))
         if least > self.limit:
             raise InputError(
-                f"{self.asked} asked, the smallest plan of the widths {','.join(map(str, widths))} has "
-                f"{self.least(least)}; give a budget that allows it, or other --widths"
+                f"{self.asked} is below the smallest plan of the widths {','.join(map(str, widths))}, which has "
+                f"{self.least(least)}; use a larger budget, or other --widths"
             )
         return table
 
 
 def size_costs(checkpoint: Checkpoint, widths: Iterable[int]) -> dict[tuple[str, int], int]:
-    """Honest bits on disk of every path at every width: (path, bits) -> bits."""
+    """Return the bits on disk of every path at every width, all overhead included: (path, bits) -> bits."""
     return {
         (path, bits): round(8 * size_bytes(checkpoint, path, bits)) for path in checkpoint.shapes for bits in widths
     }
 
 
 def bits_budget(checkpoint: Checkpoint, bits_per_weight: float, *, widths: Iterable[int]) -> Budget:
-    """At most so many honest bits per quantised weight."""
+    """Return a budget in bits per quantised weight, all overhead included."""
     check_positive(bits_per_weight=bits_per_weight)
     weights = sum(rows * columns for rows, columns in checkpoint.shapes.values())
     return Budget(
-        limit=int(bits_per_weight * weights + 1e-3),  # rounding of the product
+        limit=int(bits_per_weight * weights + 1e-3),  # tolerates rounding of the product
         costs=size_costs(checkpoint, widths),
         asked=f"{bits_per_weight:g} bits per weight",
         least=lambda bits: f"{math.ceil(1000 * bits / weights) / 1000:g} bits per weight",
@@ -64,7 +64,7 @@ def bits_budget(checkpoint: Checkpoint, bits_per_weight: float, *, widths: Itera
 
 
 def size_budget(checkpoint: Checkpoint, size: str, *, widths: Iterable[int]) -> Budget:
-    """At most so many bytes of the whole model, such as "1.1GB": quantised weights and all other tensors."""
+    """Return a budget for the size of the whole model, such as "1.1GB": quantised weights and all other tensors."""
     plain = plain_bytes(checkpoint)
     return Budget(
         limit=8 * (parse_size(size) - plain),
@@ -75,7 +75,7 @@ def size_budget(checkpoint: Checkpoint, size: str, *, widths: Iterable[int]) -> 
 
 
 def parse_size(text: str) -> int:
-    """Bytes of "1.1GB", "900 MiB" or "123456B"."""
+    """Parse "1.1GB", "900 MiB" or "123456B" into bytes."""
     found = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*(\w+)", text.strip())
     if found is None or found[2] not in UNITS:
         raise InputError(f"--size {text!r} is not a size; give a number and one of {', '.join(UNITS)}, such as 1.1GB")
@@ -83,7 +83,7 @@ def parse_size(text: str) -> int:
 
 
 def check_widths(widths: Sequence[int]) -> None:
-    """InputError unless ``widths`` are different widths in ascending order."""
+    """Raise InputError unless ``widths`` are different widths in ascending order."""
     for bits in widths:
         check_bits(bits)
     if not widths or list(widths) != sorted(set(widths)):
@@ -91,7 +91,7 @@ def check_widths(widths: Sequence[int]) -> None:
 
 
 def by_layer(paths: Iterable[str]) -> Groups:
-    """The paths of each decoder layer, in order: the first number in a path is its layer's."""
+    """Return the paths of each decoder layer, in order: the first number in a path is its layer's."""
     layers: dict[int, list[str]] = {}
     for path in paths:
         layers.setdefault(_layer(path), []).append(path)
@@ -99,7 +99,7 @@ def by_layer(paths: Iterable[str]) -> Groups:
 
 
 def by_width(paths: Iterable[str], *, fused: bool) -> Groups:
-    """Paths that share a width, in order: with ``fused`` those of FUSED in one block, and all experts of a layer."""
+    """Return the paths that share a width, in order: with ``fused`` those of FUSED, and all experts of a layer."""
     groups: dict[str, list[str]] = {}
     for path in (path for layer in by_layer(paths) for path in layer):
         groups.setdefault(group_name(path) if fused else path, []).append(path)
@@ -107,7 +107,7 @@ def by_width(paths: Iterable[str], *, fused: bool) -> Groups:
 
 
 def group_name(path: str) -> str:
-    """What a path is called together with those it is fused with: ``...mlp.gate_proj`` -> ``...mlp.gate_up_proj``."""
+    """Return the name of the group that a path is fused into: ``...mlp.gate_proj`` -> ``...mlp.gate_up_proj``."""
     parent, _, name = re.sub(r"\.experts\.\d+\.", ".experts.", path).rpartition(".")
     for names in FUSED:
         if name in names:

@@ -1,7 +1,7 @@
-"""The paper's Figure 2 for one checkpoint: what every number of bits loses, in all ways there are to spend it.
+"""The paper's Figure 2 for one checkpoint: log-perplexity against bits per weight, for all strategies.
 
-Curves of (honest bits per weight, log-perplexity on the calibration text): the widths trained, the widths between them,
-the four strategies, the search, and dedicated baselines measured elsewhere on the same text.
+Curves of (bits per weight, log-perplexity on the calibration text), all overhead included: trained widths, interpolated
+widths, the four strategies, the search, and dedicated baselines measured elsewhere on the same text.
 """
 
 import time
@@ -25,7 +25,7 @@ from matquant.system.errors import InputError
 from matquant.system.files import read_json
 from matquant.system.locks import holding
 
-POINTS = 13  # 2, 2.5, ... 8 bits and what scales take
+POINTS = 13  # 2, 2.5, ... 8 bits, plus the overhead of scales
 Curve = tuple[list[float], list[float]]
 
 
@@ -37,7 +37,7 @@ def measure_curves(
     fused: bool = True,
     evaluations: int,
 ) -> dict[str, list[dict[str, Any]]]:
-    """Curve name -> its points, each {"bits_per_weight", "bytes", "loss", "log_perplexity", "bits": {path: width}}."""
+    """Measure curve name -> [{"bits_per_weight", "bytes", "loss", "log_perplexity", "bits": {path: width}}]."""
     curves: dict[str, list[dict[str, Any]]] = {}
 
     def add(name: str, plan: Mapping[str, int]) -> float:
@@ -75,12 +75,12 @@ def run(
     plot: Path | None = None,
     show: Callable[[RenderableType], None] = lambda table: None,
 ) -> dict[str, Any]:
-    """Measure the curves, write them to ``out`` and draw them; returns the record."""
+    """Measure the curves, write them to ``out``, draw them, and return the record."""
     check_output(out, "-o")
     picture = plot or out.with_suffix(".png")
     check_picture(picture)
     if evaluations < 0:
-        raise InputError(f"--evaluations {evaluations}; give a number of at least 0")
+        raise InputError(f"--evaluations {evaluations} is not valid; use a number of at least 0")
     mixed = SEARCHED_WIDTHS if widths is None else tuple(widths)
     check_widths(mixed)
     dedicated = {} if baselines is None else read_baselines(baselines)
@@ -111,7 +111,7 @@ def run(
 
 
 def read_baselines(file: Path) -> dict[str, Curve]:
-    """{"name": [[bits per weight, log-perplexity], ...]} from a JSON file."""
+    """Read {"name": [[bits per weight, log-perplexity], ...]} from a JSON file."""
     give = 'a JSON file {"name": [[bits per weight, log-perplexity], ...]}'
     values = read_json(file, "--baselines", give=give)
     try:
@@ -124,7 +124,7 @@ def read_baselines(file: Path) -> dict[str, Curve]:
 
 
 def draw(file: Path, curves: Mapping[str, list[dict[str, Any]]], baselines: Mapping[str, Curve]) -> None:
-    """The picture of the curves and the baselines."""
+    """Draw the curves and the baselines."""
     lines = {
         name: ([p["bits_per_weight"] for p in points], [p["log_perplexity"] for p in points])
         for name, points in curves.items()

@@ -1,4 +1,4 @@
-"""What measuring the losses of plans can reject before torch is imported."""
+"""Check a measurement of plans before torch is imported."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,10 +18,10 @@ def check_losses(
     seq_len: int | None,
     seed: int,
 ) -> list[str]:
-    """The documents of ``text``; InputError for text, reference or checkpoint that cannot be read, hashes aside."""
+    """Return the documents of ``text``; InputError if text, reference or checkpoint is unusable (hashes aside)."""
     check_positive(samples=samples, seq_len=1 if seq_len is None else seq_len)
     if seed < 0:
-        raise InputError(f"seed={seed}; give a number of at least 0")
+        raise InputError(f"seed={seed} is not valid; use a number of at least 0")
     open_checkpoint(directory, check_hashes=False, check_sizes=True)
     if reference is not None:
         check_source(reference)

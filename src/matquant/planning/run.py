@@ -1,4 +1,4 @@
-"""The plan a user asks for: a checkpoint, a strategy, a budget; out come a plan file, a table and a record."""
+"""Make a plan from a checkpoint, a strategy and a budget: a plan file, a table and a record."""
 
 import importlib
 import time
@@ -39,7 +39,7 @@ def run(
     show: Callable[[RenderableType], None] = lambda table: None,
     **budget: Any,
 ) -> dict[str, Any]:
-    """Make one plan and write it to ``out``; returns its facts. budget: as ``read_budget``."""
+    """Make one plan, write it to ``out`` and return its facts. budget: as for ``read_budget``."""
     check_output(out, "-o")
     mixed = default_widths(strategy) if widths is None else tuple(widths)
     checkpoint = losses.checkpoint if losses is not None else open_checkpoint(directory)
@@ -73,17 +73,17 @@ def check_plan(
     tokens_per_second: float | None = None,
     **budget: Any,
 ) -> None:
-    """InputError for a plan that cannot be made, before any loss is measured; a speed is left to ``run``."""
+    """Raise InputError for a plan that cannot be made, before any loss is measured; ``run`` checks a speed budget."""
     check_output(out, "-o")
     mixed = default_widths(strategy) if widths is None else tuple(widths)
     if evaluations < 0:
-        raise InputError(f"--evaluations {evaluations}; give a number of at least 0")
+        raise InputError(f"--evaluations {evaluations} is not valid; use a number of at least 0")
     if tokens_per_second is None:
         read_budget(open_checkpoint(directory, check_hashes=False), widths=mixed, **budget)
 
 
 def default_widths(strategy: str) -> tuple[int, ...]:
-    """The widths a strategy mixes unless told otherwise; InputError for an unknown one."""
+    """Return the default widths of a strategy; InputError for an unknown strategy."""
     if strategy == SEARCH:
         return SEARCHED_WIDTHS
     check_strategy(strategy)
@@ -98,19 +98,20 @@ def read_budget(
     size: str | None = None,
     tokens_per_second: float | None = None,
 ) -> Budget:
-    """The one budget that is given; InputError for none or several."""
+    """Return the budget that is given; InputError for none or several."""
     check_widths(widths)
     given = [value for value in (bits_per_weight, size, tokens_per_second) if value is not None]
     if len(given) != 1:
         raise InputError(
-            f"{len(given)} budgets given; give one of --bits-per-weight, --size and --tokens-per-second, or --pareto"
+            f"found {len(given)} budgets; give one of --bits-per-weight, --size and --tokens-per-second, or --pareto"
         )
     if bits_per_weight is not None:
         return bits_budget(checkpoint, bits_per_weight, widths=widths)
     if size is not None:
         return size_budget(checkpoint, size, widths=widths)
     assert tokens_per_second is not None
-    speed = importlib.import_module("matquant.planning.speed")  # the runtime and its kernels, for this budget alone
+    # imports the engine and its kernels, which only this budget needs
+    speed = importlib.import_module("matquant.planning.speed")
     budget: Budget = speed.speed_budget(checkpoint.directory, tokens_per_second, widths=widths)
     return budget
 
@@ -125,7 +126,8 @@ def make_plan(
     fused: bool = True,
     evaluations: int = EVALUATIONS,
 ) -> tuple[dict[str, int], dict[str, Any]]:
-    """The plan {path: bits}, and its facts: honest bits and bytes, loss and log-perplexity if there are ``losses``.
+    """Return a plan {path: bits} and its facts: bits per weight, bytes, and loss and log-perplexity if ``losses`` is
+    given.
 
     InputError if the search has no losses, the strategy is unknown or the budget is below the smallest plan.
     """
@@ -135,12 +137,10 @@ def make_plan(
         check_strategy(strategy)
         plan = strategy_plan(strategy, list(checkpoint.shapes), budget, widths=widths)
     elif losses is None:
-        raise InputError(
-            "--strategy search measures losses and no text is given; give --text FILE, or another --strategy"
-        )
+        raise InputError("--strategy search measures losses, which needs text; give --text FILE, or another --strategy")
     else:
         if evaluations < 0:
-            raise InputError(f"--evaluations {evaluations}; give a number of at least 0")
+            raise InputError(f"--evaluations {evaluations} is not valid; use a number of at least 0")
         losses.expected = before + len(by_width(losses.paths, fused=fused)) * len(widths) + evaluations
         plan = search(losses, budget, widths=tuple(widths), fused=fused, evaluations=evaluations)
     facts: dict[str, Any] = {"strategy": strategy, "budget": budget.asked, **describe(checkpoint, plan, losses)}
@@ -150,7 +150,7 @@ def make_plan(
 
 
 def describe(checkpoint: Checkpoint, plan: Mapping[str, int], losses: "Losses | None") -> dict[str, float]:
-    """Honest bits per quantised weight and bytes of the whole model at a plan, and its losses if they are measured."""
+    """Return a plan's bits per weight (all overhead included), model bytes, and losses if they are measured."""
     total = plan_bytes(checkpoint, plan) + plain_bytes(checkpoint)
     facts = {"bits_per_weight": bits_per_weight(checkpoint, plan), "bytes": int(-(-total // 1))}
     if losses is not None:
@@ -160,7 +160,7 @@ def describe(checkpoint: Checkpoint, plan: Mapping[str, int], losses: "Losses | 
 
 
 def layer_table(plan: Mapping[str, int], title: str) -> Table:
-    """The widths by layer: a row for each layer, a column for each linear, experts together."""
+    """Return the widths by layer: a row per decoder layer, a column per linear layer, experts together."""
     rows = []
     for layer in by_layer(plan):
         row: dict[str, set[int]] = {}
@@ -177,6 +177,6 @@ def layer_table(plan: Mapping[str, int], title: str) -> Table:
 
 
 def check_output(file: Path, flag: str) -> None:
-    """InputError if ``file`` is a directory."""
+    """Raise InputError if ``file`` is a directory."""
     if file.is_dir():
         raise InputError(f"{flag} {file} is a directory; give a file")

@@ -1,14 +1,14 @@
-"""The choice of a width for every group: exact for a sum of losses, then refined on the loss itself.
+"""Choose a width for every group: exact for a sum of losses, then refined on the loss itself.
 
 Alone, a group g at width w costs loss[g, w] (planning/sensitivity.py). If losses added up, the best plan would be a
 multiple-choice knapsack, min sum loss[g, w_g] subject to sum cost[g, w_g] <= limit. ``choose`` solves it exactly by
-dynamic programming over the plans of the first groups that no other beats in both cost and loss (Nemhauser and Ullmann
-1969). Costs are integers that share large divisors, as layers are alike, so there are few of these; a general solver
-would be another dependency and, working in floats, could step over the budget.
+dynamic programming over the Pareto-optimal plans (cost, loss) of the first groups (Nemhauser and Ullmann 1969). Layers
+are alike, so costs are integers with large common divisors and there are few such plans. A general solver would be
+another dependency and, working in floats, could exceed the budget.
 
-Losses do not add up. ``refine`` therefore goes on from the best plan known by swaps that keep the budget: raise one
-group, lower another if need be, and keep what the measured loss of the whole model confirms. Swaps are tried in the
-order of their estimated gain; every measurement corrects the estimates of the widths it moved to.
+In fact losses do not add up. ``refine`` therefore improves the best known plan by swaps within the budget: raise one
+group, lower another if necessary, and keep the swap if the measured loss of the whole model falls. Swaps are tried in
+the order of their estimated gain; every measurement corrects the estimates of the widths it moved to.
 """
 
 import itertools
@@ -22,30 +22,30 @@ from matquant.planning.budget import Budget, Groups, by_layer, by_width
 from matquant.planning.strategies import STRATEGIES, widest_mix
 
 Choice = tuple[int, ...]  # for each group the index of its width
-EVALUATIONS = 100  # of a search, besides the sensitivities
-PAPER_WIDTHS = (2, 4, 8)  # what the paper mixes
-PATIENCE = 40  # measured swaps without a gain after which there are none
+EVALUATIONS = 100  # default number of plans a search measures, besides the sensitivities
+PAPER_WIDTHS = (2, 4, 8)  # the widths that the paper mixes
+PATIENCE = 40  # the search ends after this many measured swaps without a gain
 
 
 class Measured(Protocol):
-    """Where losses of plans come from (planning/sensitivity.py). paths: all that a plan gives a width."""
+    """The source of plans' losses (planning/sensitivity.py). paths: all paths that need a width."""
 
     paths: tuple[str, ...]
 
     def loss(self, bits: Mapping[str, int], /) -> float:
-        """Of a plan {path: bits}, measured or looked up."""
+        """Return the loss of a plan {path: bits}, measured or looked up."""
 
     def known(self) -> list[tuple[float, dict[str, int]]]:
-        """Every plan measured so far, and its loss."""
+        """Return every plan measured so far, with its loss."""
 
 
 def search(
     losses: Measured, budget: Budget, *, widths: Sequence[int], fused: bool = True, evaluations: int = EVALUATIONS
 ) -> dict[str, int]:
-    """The plan {path: bits} of least measured loss that was found within ``budget``.
+    """Return the plan {path: bits} of least measured loss found within ``budget``.
 
     Never worse than the four strategies, the uniform widths and every plan of a smaller budget measured before.
-    evaluations: swaps measured at most. InputError if nothing fits.
+    evaluations: maximum number of swaps to measure. InputError if nothing fits.
     """
     groups = by_width(losses.paths, fused=fused)
     cost_GW = np.array(budget.table(groups, widths), dtype=np.int64)
@@ -68,7 +68,7 @@ def search(
 
 
 def sensitivities(losses: Measured, groups: Groups, widths: Sequence[int]) -> np.ndarray:
-    """The loss of every group at every width with all else at 8 bits, less that of 8 bits: float64 [groups, widths]."""
+    """Return every group's loss at every width, all else at 8 bits, minus the 8-bit loss: float64 [groups, widths]."""
     everything = dict.fromkeys(losses.paths, MASTER_BITS)
     zero = losses.loss(everything)
     return np.array(
@@ -77,7 +77,7 @@ def sensitivities(losses: Measured, groups: Groups, widths: Sequence[int]) -> np
 
 
 def strategy_plan(strategy: str, paths: Sequence[str], budget: Budget, *, widths: Sequence[int]) -> dict[str, int]:
-    """The plan {path: bits} of one of the paper's strategies that uses most of ``budget``."""
+    """Return the plan {path: bits} of one of the paper's strategies that uses most of ``budget``."""
     return _widest(strategy, by_layer(paths), budget, widths)
 
 
@@ -87,8 +87,8 @@ def _widest(strategy: str, parts: Groups, budget: Budget, widths: Sequence[int])
 
 
 def _simple_plans(groups: Groups, budget: Budget, widths: Sequence[int]) -> Iterator[dict[str, int]]:
-    """The uniform widths within ``budget``; the four strategies over the paper's widths by layer, and over every two
-    neighbours by group, which uses more of the budget.
+    """Yield the uniform widths within ``budget``, and the four strategies: over the paper's widths by layer, and over
+    every two neighbouring widths by group, which uses more of the budget.
     """
     paths = [path for group in groups for path in group]
     for bits in widths:
@@ -103,7 +103,7 @@ def _simple_plans(groups: Groups, budget: Budget, widths: Sequence[int]) -> Iter
 
 
 def _express(bits: Mapping[str, int], groups: Groups, widths: Sequence[int]) -> Choice | None:
-    """A plan as a choice, or None if it splits a group or has another width."""
+    """Return a plan as a choice, or None if it splits a group or has another width."""
     chosen = [{bits[path] for path in group} for group in groups]
     if any(len(found) > 1 or not found <= set(widths) for found in chosen):
         return None
@@ -111,7 +111,7 @@ def _express(bits: Mapping[str, int], groups: Groups, widths: Sequence[int]) -> 
 
 
 def choose(loss_GW: np.ndarray, cost_GW: np.ndarray, *, limit: int) -> Choice:
-    """The choice of least summed loss whose summed cost (integers) is at most ``limit``; one must fit."""
+    """Return the choice of least summed loss whose summed cost (integers) is at most ``limit``; one must fit."""
     widths = loss_GW.shape[1]
     rest = np.append(np.cumsum(cost_GW.min(1)[::-1])[::-1][1:], 0)  # the least that later groups cost
     cost, loss = np.zeros(1, dtype=np.int64), np.zeros(1)
@@ -142,7 +142,7 @@ def refine(
     evaluations: int,
     patience: int = PATIENCE,
 ) -> Choice:
-    """A choice within ``limit`` whose measured loss no tried swap lowers. Deterministic.
+    """Return a choice within ``limit`` whose measured loss no tried swap lowers. Deterministic.
 
     measure: the loss of a choice; called at most ``evaluations`` times after the start. loss_GW: estimates. Ends early
     after ``patience`` swaps in a row without a gain.
@@ -168,7 +168,7 @@ def refine(
 
 
 def _swaps(loss_GW: np.ndarray, cost_GW: np.ndarray, current: Choice, *, limit: int) -> Iterator[Choice]:
-    """Choices within ``limit`` that raise one group, and lower another or none, those of least estimated loss first."""
+    """Yield choices within ``limit`` that raise one group and lower another or none, in order of estimated loss."""
     groups, widths = cost_GW.shape
     rows = np.arange(groups)
     more_loss = (loss_GW - loss_GW[rows, current][:, None]).ravel()

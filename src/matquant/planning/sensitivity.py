@@ -1,14 +1,14 @@
-"""What a plan loses on calibration text, measured once and kept beside the checkpoint.
+"""Measure the losses of plans on calibration text, and cache them beside the checkpoint.
 
-The loss of a plan is KL(p || q), nats per token: p the next-token distribution of a reference (a float model, or the
+The loss of a plan is KL(p || q), nats per token: p is the next-token distribution of a reference (a float model, or the
 checkpoint at 8 bits), q that of the checkpoint at the plan. A group's *sensitivity* at a width is the loss of the plan
-that has the group there and all else at 8 bits. Every loss ever measured goes into ``matquant_plans.json`` of the
-checkpoint's directory, by the sha256 of the calibration tokens and of the checkpoint's manifest, and by the reference:
-another text or checkpoint is measured again, another budget or search goes on from what is known.
+with the group at that width and all else at 8 bits. Every measured loss is stored in ``matquant_plans.json`` in the
+checkpoint's directory, under the sha256 of the calibration tokens and of the checkpoint's manifest, and the reference.
+Another text or checkpoint is measured again; another budget or search reuses the stored losses.
 
-Only the decoder layers from the first one on in which a plan differs from a plan before are run: hidden states
-[B, T, H] are kept by the widths of all layers before them, the last used ones up to CACHE_BYTES. Memory besides: the
-dense float32 model, its codes, and p, 4 bytes x tokens x vocabulary. B sequences, T tokens, H hidden features.
+Only the decoder layers from the first difference to an earlier plan on are run: hidden states [B, T, H] are cached by
+the widths of all layers before them, the last used ones up to CACHE_BYTES. Further memory: the dense float32 model, its
+codes, and p, 4 bytes x tokens x vocabulary. B sequences, T tokens, H hidden features.
 """
 
 import functools
@@ -55,9 +55,9 @@ Prefix = tuple[tuple[int, ...], ...]  # the widths of the first layers
 class Losses:
     """The losses of plans of one checkpoint on one text; a context manager that saves them at its end.
 
-    tokens: calibration text, int64 [samples, T + 1], the last token of each only predicted. reference: a float model,
-    or None for the checkpoint at 8 bits. device None: cuda if there is one. evaluations: how many plans were measured,
-    not looked up. notice: told once if the losses cannot be kept.
+    tokens: calibration text, int64 [samples, T + 1]; the last token of a row is only predicted. reference: a float
+    model, or None for the checkpoint at 8 bits. device None: cuda if there is one. evaluations: number of plans
+    measured, not looked up. notice: called once if the losses cannot be stored.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Losses:
         self.reference = reference
         self.device = choose_device(device)
         self.evaluations = 0
-        self.expected = 0  # at most so many by the end of a search; 0: not known
+        self.expected = 0  # maximum number by the end of a search; 0: not known
         self.report = report
         self._notice = notice
         self._saved_s = time.monotonic()
@@ -106,7 +106,7 @@ class Losses:
         self.save()
 
     def measure(self, bits: Plain) -> tuple[float, float]:
-        """(KL, log-perplexity) of a plan, nats per token; measured if it is not known."""
+        """Return (KL, log-perplexity) of a plan, nats per token; measured unless known."""
         key = "".join(str(bits[path]) for path in self.paths)
         if key not in self._measured:
             self._measured[key] = list(self._forward.measure(bits))
@@ -118,17 +118,17 @@ class Losses:
         return kl, log_perplexity
 
     def loss(self, bits: Plain) -> float:
-        """KL of a plan to the reference."""
+        """Return the KL of a plan to the reference."""
         return self.measure(bits)[0]
 
     def known(self) -> list[tuple[float, dict[str, int]]]:
-        """Every plan measured so far and its KL."""
+        """Return every plan measured so far, with its KL."""
         return [
             (values[0], dict(zip(self.paths, map(int, key), strict=True))) for key, values in self._measured.items()
         ]
 
     def save(self) -> None:
-        """Write what is known beside the checkpoint, if it can be written there: only a later search needs it."""
+        """Store the known losses beside the checkpoint if possible: only a later search needs them."""
         self._saved_s = time.monotonic()
         if self.evaluations:
             record = {"format": SIDECAR_FORMAT, "paths": self.paths, "losses": self._sets}
@@ -139,12 +139,12 @@ class Losses:
 
     def _skip_file(self, error: Exception) -> None:
         if not self._skipped:
-            self._notice(f"{self._file} is not kept, so another search measures again ({error})")
+            self._notice(f"{self._file} cannot be written, so another search will measure again ({error})")
         self._skipped = True
 
     @functools.cached_property
     def model(self) -> Any:
-        """The model that is measured, float32, loaded when first needed."""
+        """Return the measured model, float32, loaded when first needed."""
         model = load(
             self.checkpoint.directory, dtype=torch.float32, device=self.device, kernels="none", check_hashes=False
         )
@@ -186,13 +186,13 @@ class Forward:
         vocabulary = model.config.get_text_config().vocab_size
         if teacher is not None and self._p[0].shape[-1] != vocabulary:
             raise InputError(
-                f"--reference {teacher.config.name_or_path} has {self._p[0].shape[-1]} tokens, the checkpoint "
+                f"--reference {teacher.config.name_or_path} has a vocabulary of {self._p[0].shape[-1]}, the checkpoint "
                 f"{vocabulary}; give the model that it was made from"
             )
         self._entropy = [-torch.special.xlogy(p, p).sum(-1) for p in self._p]
 
     def measure(self, bits: Plain) -> tuple[float, float]:
-        """KL(p || q) and log-perplexity at a plan, mean nats per token."""
+        """Return KL(p || q) and log-perplexity at a plan, mean nats per token."""
         kl, nll, count = 0.0, 0.0, 0
         with torch.inference_mode():
             self.model.set_bits(MASTER_BITS, plan=bits)
@@ -208,7 +208,7 @@ class Forward:
         return kl / count, nll / count
 
     def _outputs(self, bits: Plain) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Ids and what leaves the last layer, batch by batch; the model must have these bits."""
+        """Return the ids and the last layer's output, batch by batch; the model must be at these bits."""
         widths = tuple(tuple(bits[path] for path in inside) for inside in self._inside)
         depth = next((n for n in range(len(widths) - 1, 0, -1) if widths[:n] in self._states), 0)
         states = self._states[widths[:depth]] if depth else self._start
@@ -237,7 +237,7 @@ def open_losses(
     report: Callable[[int], None] = lambda evaluations: None,
     notice: Callable[[str], None] = lambda text: None,
 ) -> Losses:
-    """The losses of a checkpoint on at most ``samples`` windows of ``text``, chosen by the seed.
+    """Return the losses of a checkpoint on at most ``samples`` sequences of ``text``, chosen by the seed.
 
     seq_len None: the model's context, 512 at most. InputError for text, reference or checkpoint that cannot be read.
     """
@@ -252,7 +252,7 @@ def open_losses(
 
 
 def _read_sidecar(file: Path, checkpoint_sha256: str) -> list[dict[str, Any]]:
-    """What was measured of this checkpoint; InputError if the file is damaged."""
+    """Read the stored losses of this checkpoint; InputError if the file is damaged."""
     if not file.exists():
         return []
     try:
@@ -272,7 +272,7 @@ def _read_sidecar(file: Path, checkpoint_sha256: str) -> list[dict[str, Any]]:
 
 
 def _fingerprint(model: Path | str) -> str:
-    """A hub id as it is; of a directory the sha256 of its configuration and weights."""
+    """Return a hub id unchanged; for a directory, the sha256 of its configuration and weights."""
     check_source(model)
     where = Path(model)
     if not where.is_dir():

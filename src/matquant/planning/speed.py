@@ -1,8 +1,8 @@
-"""Tokens per second as a budget: nanoseconds of every weight at every width, measured on this machine.
+"""Budgets in tokens per second: nanoseconds of every weight at every width, measured on this machine.
 
-Decoding a token takes the sum of its linears' times and a rest. The runtime's own profile gives the time of each part
-of the step (qkv, o, gate_up, down) at each width; a path gets its share of rows of that part, the rest is fixed. Good
-to a few percent where weights are streamed from memory; small models that stay in caches are less additive.
+Decoding a token takes the sum of the linear layers' times plus a fixed rest. The engine's profile gives the time of
+each part of the step (qkv, o, gate_up, down) at each width; a path gets a share in proportion to its rows. This is
+accurate to a few percent if weights are streamed from memory; small models that stay in caches are less additive.
 """
 
 import statistics
@@ -20,7 +20,7 @@ TOKENS, ROUNDS, CONTEXT = 32, 7, 16
 
 
 def speed_budget(directory: Path | str, tokens_per_second: float, *, widths: Sequence[int]) -> Budget:
-    """At least so many decoded tokens per second on this machine; measures its cost table first (seconds)."""
+    """Return a budget in decoded tokens per second on this machine; measuring its cost table takes seconds."""
     check_positive(tokens_per_second=tokens_per_second)
     engine = Engine(directory, max_bits=max(widths))
     record = bench(engine, bits=widths, tokens=min(TOKENS, engine.context - CONTEXT), rounds=ROUNDS, context=CONTEXT)
@@ -30,7 +30,7 @@ def speed_budget(directory: Path | str, tokens_per_second: float, *, widths: Seq
     costs, rests = {}, []
     for bits in widths:
         row = record["widths"][str(bits)]
-        scale = 1e6 / row["tok_s"] / sum(row["parts_us"].values())  # the profile's steps are not those timed
+        scale = 1e6 / row["tok_s"] / sum(row["parts_us"].values())  # the profile runs other steps than the timing
         for path, weight in engine.model.weights.items():
             share = weight.planes.rows / rows[_part(path)]
             costs[path, bits] = round(1000 * scale * row["parts_us"][_part(path)] * share)

@@ -1,9 +1,10 @@
 """The paper's four layer-wise strategies (MatQuant, arXiv 2502.06786 v3, App. B), for any depth, widths and budget.
 
 Each is an order of the layers in which widths do not fall: ``increasing`` along the depth, ``decreasing`` against it,
-``pyramid`` from both ends towards the middle (2 2 4 8 8 4 2), ``reverse-pyramid`` the other way round. A plan of a form
-is thus the counts of layers at each width, and there are C(L + W - 1, W - 1) of them for L layers and W widths. All are
-tried: the best costs most within the budget; of equals a mix comes before one width for all, then fewest narrow layers.
+``pyramid`` from both ends towards the middle (2 2 4 8 8 4 2), ``reverse-pyramid`` the other way round. A plan is thus a
+count of layers at each width, and there are C(L + W - 1, W - 1) plans for L layers and W widths. All are tried: the
+best plan costs most within the budget. Of equal costs, mixed plans come before uniform ones, then plans with fewer
+narrow layers.
 """
 
 import itertools
@@ -13,7 +14,7 @@ import numpy as np
 
 from matquant.system.errors import InputError
 
-# Number of layers -> the layers from the narrowest to the widest.
+# Number of layers -> the layers in the order from narrowest to widest.
 STRATEGIES: dict[str, Callable[[int], list[int]]] = {
     "pyramid": lambda layers: _outside_in(layers),
     "reverse-pyramid": lambda layers: _outside_in(layers)[::-1],
@@ -23,12 +24,12 @@ STRATEGIES: dict[str, Callable[[int], list[int]]] = {
 
 
 def mixes(strategy: str, widths: Sequence[int], *, layers: int) -> np.ndarray:
-    """Every assignment of the form: widths [count, layers], the widths of each row ascending along its order."""
+    """Return every assignment of a strategy, [count, layers]: the widths of each row ascend along its order."""
     return _assign(strategy, widths, _edges(layers, len(widths)))
 
 
 def widest_mix(strategy: str, widths: Sequence[int], *, costs: Sequence[Sequence[int]], limit: int) -> tuple[int, ...]:
-    """The width of each layer: of all assignments of the form the one that costs most and not above ``limit``.
+    """Return the width of each layer, from the assignment of a strategy that costs most without exceeding ``limit``.
 
     costs: [layer][width], ascending along the widths. InputError for an unknown strategy, or if nothing fits.
     """
@@ -39,26 +40,28 @@ def widest_mix(strategy: str, widths: Sequence[int], *, costs: Sequence[Sequence
     mixed = (np.diff(edges, axis=1) > 0).sum(1) > 1
     fitting = np.flatnonzero(total <= limit)
     if not len(fitting):
-        raise InputError(f"a budget of {limit} asked, the smallest {strategy} takes {total.min()}; give at least that")
+        raise InputError(
+            f"a budget of {limit} is below the smallest {strategy} plan, which costs {total.min()}; use a larger budget"
+        )
     best = fitting[np.lexsort((-fitting, mixed[fitting], total[fitting]))[-1]]
     return tuple(_assign(strategy, widths, edges[best][None])[0].tolist())
 
 
 def check_strategy(strategy: str) -> Callable[[int], list[int]]:
-    """The order of a strategy; InputError if there is none of that name."""
+    """Return the layer order of a strategy; InputError for an unknown name."""
     if strategy not in STRATEGIES:
         raise InputError(f"--strategy {strategy!r} is not known; use one of search, {', '.join(STRATEGIES)}")
     return STRATEGIES[strategy]
 
 
 def _edges(layers: int, widths: int) -> np.ndarray:
-    """All ways to cut the layers into a run for each width: where runs begin and the last ends, [count, widths + 1]."""
+    """Return all ways to cut the layers into a run per width: starts and the last end, [count, widths + 1]."""
     cuts = np.array(list(itertools.combinations_with_replacement(range(layers + 1), widths - 1)), dtype=np.int64)
     return np.pad(np.pad(cuts, ((0, 0), (1, 0))), ((0, 0), (0, 1)), constant_values=layers)
 
 
 def _assign(strategy: str, widths: Sequence[int], edges: np.ndarray) -> np.ndarray:
-    """The width of each layer, [count, layers], for runs along the order of a strategy."""
+    """Return the width of each layer, [count, layers], for runs along the order of a strategy."""
     order = check_strategy(strategy)(int(edges[0, -1]))
     run_of = (np.arange(len(order))[None, :, None] >= edges[:, None, 1:-1]).sum(-1)
     result: np.ndarray = np.empty_like(run_of)

@@ -1,4 +1,4 @@
-"""The tables of the report: facts about the model, how it was made, its sizes, and what evaluations measured."""
+"""The tables of the report: the model, how it was made, its sizes, and evaluations."""
 
 import math
 from collections.abc import Mapping
@@ -33,7 +33,7 @@ def model_facts(checkpoint: Checkpoint, weights: int) -> list[tuple[str, str]]:
         facts.insert(0, ("architecture", str(architectures[0])))
     return [
         *facts,
-        ("quantised", f"{weights:,} weights in {len(checkpoint.shapes)} linears"),
+        ("quantised", f"{weights:,} weights in {len(checkpoint.shapes)} layers"),
         ("not quantised", size(plain_bytes(checkpoint))),
     ]
 
@@ -44,14 +44,14 @@ def made_facts(checkpoint: Checkpoint) -> list[tuple[str, str]]:
     return [
         ("method", f"{spec.method}{baseline}"),
         ("objective", spec.objective or "none"),
-        ("weights of the widths", ", ".join(f"{weight:g}" for weight in spec.weights) or "none"),
+        ("loss weights (lambda)", ", ".join(f"{weight:g}" for weight in spec.weights) or "none"),
         ("trained widths", ", ".join(f"int{width}" for width in spec.widths) or "none"),
         ("slicing rule", spec.rule),
         ("grid", "symmetric" if spec.symmetric else "asymmetric"),
-        ("weights that share a scale", "an output channel" if spec.group_size is None else f"{spec.group_size}"),
+        ("group size", "one group per row" if spec.group_size is None else f"{spec.group_size}"),
         ("scales stored as", spec.scale_dtype),
-        ("widths with scales of their own", ", ".join(f"int{width}" for width in spec.slices) or "none"),
-        ("linears quantised", spec.scope),
+        ("widths with per-width scales", ", ".join(f"int{width}" for width in spec.slices) or "none"),
+        ("layers quantised", spec.scope),
         ("optimiser steps", f"{spec.steps:,}"),
         ("seed", f"{spec.seed}"),
         ("sha256 of the training tokens", spec.data_sha256 or "none: made without data"),
@@ -61,7 +61,7 @@ def made_facts(checkpoint: Checkpoint) -> list[tuple[str, str]]:
 def size_rows(
     checkpoint: Checkpoint, counts: np.ndarray, plans: Mapping[str, Mapping[str, int]]
 ) -> list[dict[str, Any]]:
-    """A row per width and plan: honest bytes and bits per weight, and the share of codes beyond the top of it."""
+    """Return a row per width and plan: bytes, bits per weight (all overhead included), and share of overflow."""
     uniform = {f"int{bits}": dict.fromkeys(checkpoint.shapes, bits) for bits in shown_widths(checkpoint)}
     rest = plain_bytes(checkpoint)
     rows = []
@@ -88,7 +88,7 @@ def shown_widths(checkpoint: Checkpoint) -> list[int]:
 
 
 def result_rows(name: str, record: Mapping[str, Any]) -> dict[str, Any]:
-    """One evaluation: a row per width, with what it measured; "" where it measured nothing."""
+    """Return an evaluation as a row per width, with "" where nothing was measured."""
     losses, sizes = numbers(record.get("log_perplexity")), numbers(record.get("bits_per_weight"))
     average = numbers(record.get("task_average"))
     found = {width: _scores(results) for width, results in record.get("tasks", {}).items()}
@@ -119,7 +119,7 @@ def result_rows(name: str, record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _scores(results: Any) -> dict[str, tuple[float, Any]]:
-    """Task -> (value of the metric that counts, number of questions), of those that have one."""
+    """Return task -> (value of the metric in Task Avg., number of questions), for tasks that have one."""
     found = {}
     for task, result in results.items() if isinstance(results, dict) else ():
         if isinstance(result, dict) and isinstance(result.get("metrics"), dict):

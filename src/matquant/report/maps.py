@@ -1,4 +1,4 @@
-"""The two maps of the report: the widths of a plan over layers and linears, and the sensitivity of every path."""
+"""The two maps of the report: the widths of a plan by layer, and the sensitivity of every module path."""
 
 import math
 import re
@@ -16,7 +16,7 @@ HEATS = 9  # shades of the heat map
 
 
 def width_map(name: str, bits: Mapping[str, int], checkpoint: Checkpoint) -> dict[str, Any]:
-    """Layers x linears of a plan: the width, or the widths from-to where a fused block has several."""
+    """Return a plan's widths, decoder layers x linear layers; a range if a fused block has several widths."""
     cells: dict[str, dict[str, list[int]]] = {}
     for path, width in bits.items():
         layer, kind = _place(path)
@@ -39,16 +39,17 @@ def width_map(name: str, bits: Mapping[str, int], checkpoint: Checkpoint) -> dic
 
 
 def _place(path: str) -> tuple[str, str]:
-    """(decoder layer, linear within it) of a path; experts share one name."""
+    """Return (decoder layer, linear layer within it) of a path; experts share one name."""
     found = re.search(r"\.(\d+)\.(.+)", f".{path}")
     return (found[1], re.sub(r"\.\d+(?=\.|$)", ".*", found[2])) if found else ("other", path)
 
 
 def sensitivities(file: Path, sha256: str) -> Mapping[str, Any]:
-    """Path -> {width: KL} from {"sensitivity": ...}, or from the losses that matquant plan keeps beside a checkpoint.
+    """Return path -> {width: KL} from {"sensitivity": ...}, or from the losses that matquant plan stores beside a
+    checkpoint.
 
-    There a loss is of a whole plan, the digits of its widths in the order of "paths"; a path's sensitivity is that of
-    the smallest group with it, within a decoder layer, that had the width while all else was at 8 bits.
+    Stored losses belong to whole plans: one digit per width, in the order of "paths". A path's sensitivity is that of
+    the smallest group within a decoder layer that contains it and had the width while all else was at 8 bits.
     """
     values = read_object(file, "--sensitivity")
     if isinstance(values.get("sensitivity"), dict):
@@ -57,7 +58,7 @@ def sensitivities(file: Path, sha256: str) -> Mapping[str, Any]:
     if not isinstance(paths, list) or not isinstance(sets, list):
         raise InputError(
             f'--sensitivity {file} has neither "sensitivity" nor "losses"; '
-            'give {"sensitivity": {path: {width: KL}}} or what matquant plan keeps beside the checkpoint'
+            'give {"sensitivity": {path: {width: KL}}} or the file that matquant plan stores beside the checkpoint'
         )
     names = [str(path) for path in paths]
     ours = [known for known in sets if isinstance(known, dict) and known.get("checkpoint_sha256") == sha256]
@@ -78,7 +79,7 @@ def sensitivities(file: Path, sha256: str) -> Mapping[str, Any]:
 
 
 def heat_map(values: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Paths x widths: KL and its shade, logarithmic between the smallest and the largest; None without numbers."""
+    """Return KL and its shade, paths x widths, logarithmic from smallest to largest; None without numbers."""
     table = {str(path): numbers(row) for path, row in values.items()}
     widths = sorted({width for row in table.values() for width in row}, key=width_order)
     positive = [value for row in table.values() for value in row.values() if value > 0]

@@ -1,8 +1,8 @@
-"""What a checkpoint is, what it costs and how good it is at every width and plan, as one HTML page that needs nothing.
+"""Report on a checkpoint at every width and plan, as one self-contained HTML page.
 
-Everything on the page comes from the checkpoint and from records that other verbs wrote; nothing is measured here, no
-time and no path of this machine enters, so the same inputs give the same bytes. Everything that comes from a file is
-escaped by the template, whose tables and pictures are prepared by facts.py, maps.py and pictures.py. Needs no torch.
+Everything on the page comes from the checkpoint and from records that other verbs wrote. Nothing is measured here, and
+no time or path of this machine is included, so the same inputs give the same bytes. The template escapes everything
+that comes from a file; facts.py, maps.py and pictures.py prepare its tables and pictures. Needs no torch.
 """
 
 from collections.abc import Mapping, Sequence
@@ -37,21 +37,21 @@ def write_report(
 ) -> None:
     """Write the page about a checkpoint to ``out``, atomically.
 
-    records: name -> what matquant eval --json wrote. plans: plan files. pareto: {"curves": {name: [[bits], [nats]]},
-    "reference": nats or None}, or what matquant plan --pareto wrote. sensitivity: {"sensitivity": {path: {width: KL in
-    nats}}}, or the losses that matquant plan keeps beside a checkpoint. InputError for damage, files that are not such,
-    and records and plans of another checkpoint.
+    records: name -> record of matquant eval --json. plans: plan files. pareto: {"curves": {name: [[bits], [nats]]},
+    "reference": nats or None}, or the file that matquant plan --pareto wrote. sensitivity: {"sensitivity": {path:
+    {width: KL in nats}}}, or the losses that matquant plan stores beside a checkpoint. InputError for damaged or other
+    files, and for records and plans of another checkpoint.
     """
     if out.is_dir():
-        raise InputError(f"-o {out} is a directory; give the name of an HTML file")
+        raise InputError(f"-o {out} is a directory; use the name of an HTML file")
     checkpoint = open_checkpoint(directory)
     sha256 = manifest_sha256(directory)
     for name, record in records.items():
         found = record.get("checkpoint", sha256)
         if found != sha256:
             raise InputError(
-                f"{name} was measured on the checkpoint {str(found)[:12]}…, {directory} is {sha256[:12]}…; "
-                "evaluate this one, or give that one's directory"
+                f"{name} was measured on checkpoint {str(found)[:12]}…, but {directory} is {sha256[:12]}…; "
+                "evaluate this checkpoint, or give the directory of the other"
             )
     named = {name: Plan.read(file).resolve(checkpoint.shapes) for name, file in by_name(plans, "--plan").items()}
     for name, record in records.items():
@@ -86,16 +86,16 @@ def write_report(
 
 
 def read_record(file: Path) -> dict[str, Any]:
-    """A record of matquant eval --json; InputError if ``file`` is none."""
+    """Read a record of matquant eval --json; InputError for other files."""
     record = read_object(file, "--eval", "log_perplexity")
     for key in ("log_perplexity", "bits_per_weight", "tasks", "task_average"):
         if not isinstance(record.get(key, {}), dict):
-            raise InputError(f"--eval {file} has no object {key!r}; give what matquant eval --json wrote")
+            raise InputError(f"--eval {file} has no object {key!r}; give a file that matquant eval --json wrote")
     return record
 
 
 def by_name(files: Sequence[Path], flag: str) -> dict[str, Path]:
-    """Name without ending -> file; InputError if two share one, for it stands on the page."""
+    """Return file stem -> file; InputError if two files share a stem, because the page shows it."""
     named: dict[str, Path] = {}
     for file in files:
         if file.stem in named:

@@ -1,4 +1,4 @@
-"""The pictures of the report, as coordinates that the template draws: a line chart and histograms of codes."""
+"""Compute the coordinates of the report's pictures: a line chart and histograms of codes."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -14,14 +14,14 @@ from matquant.report.facts import shown_widths
 from matquant.report.values import is_number, numbers, plan_name, read_object
 
 MASTER_CODES = 2**MASTER_BITS
-SPAN = 3.0  # nats above the best that a picture shows, as matquant eval --plot
+SPAN = 3.0  # nats above the best value that a picture shows, as in matquant eval --plot
 CHART = (480, 320)  # a picture's own units; left and lower margins below hold the labels
 MARGIN = (58, 12, 12, 44)  # left, top, right, bottom
 Curves = dict[str, list[tuple[float, float]]]  # name -> (bits per weight, nats)
 
 
 def curves(pareto: Path | None, records: Mapping[str, Mapping[str, Any]]) -> tuple[Curves, float | None]:
-    """Name -> [(bits per weight, nats)] from the Pareto file, else from the evaluations; and the float model's nats."""
+    """Return name -> [(bits per weight, nats)] from the Pareto file or the evaluations, and the float model's nats."""
     found: Curves = {}
     if pareto is not None:
         values = read_object(pareto, "--pareto", "curves")
@@ -50,7 +50,7 @@ def _points(pairs: Iterable[tuple[Any, Any]]) -> list[tuple[float, float]]:
 
 
 def chart(curves: Curves, reference: float | None) -> dict[str, Any] | None:
-    """Coordinates of a line chart in CHART units: axes, ticks, and a polyline with marks for every curve."""
+    """Return the coordinates of a line chart in CHART units: axes, ticks, and a polyline with marks for every curve."""
     if not curves:
         return None
     points = [point for curve in curves.values() for point in curve]
@@ -88,7 +88,7 @@ def chart(curves: Curves, reference: float | None) -> dict[str, Any] | None:
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """About five round numbers between ``low`` and ``high``."""
+    """Return about five round numbers between ``low`` and ``high``."""
     rough = (high - low) / 5
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough)
@@ -96,7 +96,7 @@ def _ticks(low: float, high: float) -> list[float]:
 
 
 def histograms(checkpoint: Checkpoint, counts: np.ndarray) -> list[dict[str, Any]]:
-    """Histogram of the codes at each shown width: bars as (x, y, width, height) in a box of 256 x 100."""
+    """Return the histogram of codes at each shown width: bars as (x, y, width, height) in a box of 256 x 100."""
     pictures = []
     for bits in shown_widths(checkpoint):
         histogram = slice_counts(counts, bits, rule=checkpoint.spec.rule)

@@ -1,4 +1,4 @@
-"""What an evaluation looks like: a table for people, a record for programs, a picture for slides."""
+"""Show an evaluation: a table for people, a record for programs, a picture for slides."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from matquant.system.files import json_text, replace_when_done, write_atomically
 
 
 def width_table(title: str, log_perplexity: Mapping[str, float], bits_per_weight: Mapping[str, float]) -> Table:
-    """One row per width: log-perplexity in nats per token, perplexity, honest bits per quantised weight."""
+    """Return a row per width: log-perplexity in nats per token, perplexity, bits per weight (all overhead included)."""
     table = Table(title=title, title_justify="left")
     for column in ("width", "log-perplexity", "perplexity", "bits per weight"):
         table.add_column(column, justify="right")
@@ -27,7 +27,7 @@ def width_table(title: str, log_perplexity: Mapping[str, float], bits_per_weight
 
 
 def task_table(title: str, tasks: Mapping[str, Mapping[str, Any]], average: Mapping[str, float]) -> Table:
-    """One row per width: the metric of every task that counts for Task Avg., and that mean; percent."""
+    """Return a row per width, in percent: the metric of every task that enters Task Avg., and that mean."""
     table = Table(title=title, title_justify="left")
     names = list(dict.fromkeys(name for results in tasks.values() for name in results))
     for column in ("width", *names, "Task Avg."):
@@ -45,17 +45,17 @@ def write_json(file: Path, record: Mapping[str, Any]) -> None:
 
 
 def check_picture(file: Path) -> None:
-    """InputError unless ``file`` is the name of a picture that matplotlib can write."""
+    """Raise InputError unless ``file`` is the name of a picture that matplotlib can write."""
     kinds = FigureCanvasBase.get_supported_filetypes()
     if file.is_dir() or file.suffix.lstrip(".").lower() not in kinds:
-        raise InputError(f"--plot {file} is not the name of a picture; give one that ends in .png, .svg or .pdf")
+        raise InputError(f"--plot {file} is not the name of a picture; use a name that ends in .png, .svg or .pdf")
 
 
 def plot_widths(
     file: Path, curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, reference: float | None
 ) -> None:
-    """Log-perplexity against bits per weight: name -> (bits per weight, log-perplexity); reference: the float model."""
-    figure = Figure(figsize=(7, 4.5), layout="constrained")  # not of pyplot: no backend is chosen, nothing to close
+    """Plot curves, name -> (bits per weight, log-perplexity); reference: the float model's log-perplexity."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")  # without pyplot: no backend to choose, nothing to close
     axes = figure.subplots()
     for (name, (x, y)), marker in zip(curves.items(), itertools.cycle("osD^vP*X"), strict=False):
         order = np.argsort(x)
@@ -64,14 +64,14 @@ def plot_widths(
     if reference is not None:
         axes.axhline(reference, color="black", linestyle=":", label="float model")
         lowest = min(lowest, reference)
-    axes.set(xlabel="bits per quantised weight (all overhead counted)", ylabel="log-perplexity (nats per token)")
+    axes.set(xlabel="bits per quantised weight (all overhead included)", ylabel="log-perplexity (nats per token)")
     axes.set_ylim(lowest - 0.05, min(max(max(y) for _, y in curves.values()), lowest + 3) + 0.05)
     axes.legend(fontsize="small" if len(curves) > 8 else None)
     _save(figure, file)
 
 
 def plot_histograms(file: Path, codes: Mapping[str, np.ndarray]) -> None:
-    """Histograms of 8-bit codes (the paper's Fig. 1c): name -> counts of the 256 codes."""
+    """Plot histograms of 8-bit codes (the paper's Fig. 1c): name -> counts of the 256 codes."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for name, counts in codes.items():

@@ -1,4 +1,4 @@
-"""What the report takes from JSON files, and how it writes numbers: anything that is no finite number is left out."""
+"""Read values from JSON files for the report, and format numbers; anything but finite numbers is left out."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -10,7 +10,7 @@ from matquant.system.files import read_json
 
 
 def read_object(file: Path, flag: str, key: str = "") -> dict[str, Any]:
-    """A JSON object; it has an object ``key`` if that is asked for."""
+    """Read a JSON object; if ``key`` is given, it must hold an object of that name."""
     what = f'a JSON file with "{key}"' if key else "a JSON file"
     values = read_json(file, flag, give=what)
     if not isinstance(values, dict) or (key and not isinstance(values.get(key), dict)):
@@ -24,7 +24,7 @@ def is_number(value: Any) -> bool:
 
 
 def numbers(values: Any) -> dict[str, float]:
-    """The entries of a JSON object that are numbers; of anything else, none."""
+    """Return the entries of a JSON object that are numbers; none for anything else."""
     return {str(key): value for key, value in values.items() if is_number(value)} if isinstance(values, dict) else {}
 
 
@@ -37,7 +37,7 @@ def percent(value: float | None) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes for people: three digits and a decimal unit."""
+    """Format bytes for people: three digits and a decimal unit."""
     unit: Callable[[int], str] = ("bytes", "kB", "MB", "GB", "TB").__getitem__
     power = min(int(math.log10(max(count, 1)) // 3), 4)
     return f"{count:,.0f} {unit(0)}" if power == 0 else f"{count / 1000**power:.3g} {unit(power)}"

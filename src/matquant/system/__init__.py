@@ -1,1 +1,1 @@
-"""The ground: errors, files, locks, threads, streams and progress. Nothing here knows what a model is."""
+"""The base layer: errors, files, locks, threads, streams and progress. Nothing here knows about models."""

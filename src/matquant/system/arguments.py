@@ -1,7 +1,7 @@
-"""The types of the arguments that Python callers give, checked before anything else is done with them.
+"""Type checks of the arguments that Python callers pass, done before anything else.
 
-A name means the same everywhere, so one table says what each must be. A wrong type is a TypeError that names the
-argument; a wrong value of the right type is left to the function that knows the range.
+An argument's name means the same everywhere, so one table holds the type of each. A wrong type raises a TypeError that
+names the argument; the range of a value is checked by the function that knows it.
 """
 
 import os
@@ -11,16 +11,16 @@ from typing import Any
 
 from matquant.system.errors import InputTypeError
 
-Kind = tuple[Callable[[Any], bool], str]  # a test, and its words
+Kind = tuple[Callable[[Any], bool], str]  # a test, and its description
 
 
 def _is(kind: Any) -> Callable[[Any], bool]:
-    """Whether a value is of ``kind``; True and False are no numbers."""
+    """Return a test for values of type ``kind``; True and False do not count as numbers."""
     return lambda value: isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
 def _all(kind: Any) -> Callable[[Any], bool]:
-    """Whether a value is a sequence of ``kind``; a text is none, nor are bytes."""
+    """Return a test for sequences of ``kind``; text and bytes do not count as sequences."""
     single = _is(kind)
 
     def holds(value: Any) -> bool:

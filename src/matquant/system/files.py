@@ -1,4 +1,4 @@
-"""Files: written so that a crash or a full disk never leaves half of one, hashed, and read when users name them."""
+"""Read, hash and write files, so that a crash or a full disk never leaves half a file."""
 
 import contextlib
 import ctypes
@@ -19,13 +19,13 @@ from matquant.system.errors import InputError
 from matquant.system.locks import hold, partial_path, remove_leftovers
 
 NO_REPLACE, EXCHANGE = 1, 2  # flags of renameat2
-UNSUPPORTED = (errno.ENOSYS, errno.EINVAL)  # by the system, by the file system
+UNSUPPORTED = (errno.ENOSYS, errno.EINVAL)  # not supported by the system, or by the file system
 
-MARK = "\ufeff"  # byte-order mark; in UTF-8 it says nothing
+MARK = "\ufeff"  # byte-order mark, which carries no information in UTF-8
 
 
 def sha256(file: Path, *, first_bytes: int | None = None) -> str:
-    """Of what a file holds, or of its ``first_bytes``, in hexadecimal digits."""
+    """Return the sha256 of a file, or of its ``first_bytes``, as hexadecimal digits."""
     with file.open("rb") as stream:
         if first_bytes is not None:
             return hashlib.sha256(stream.read(first_bytes)).hexdigest()
@@ -33,7 +33,7 @@ def sha256(file: Path, *, first_bytes: int | None = None) -> str:
 
 
 def json_text(value: Any, *, indent: int | None = None, sort_keys: bool = True) -> str:
-    """``value`` as JSON, which knows no NaN and no infinity: InputError naming the key of one."""
+    """Return ``value`` as JSON. JSON has no NaN and no infinity: InputError naming the key of one."""
     try:
         return json.dumps(value, indent=indent, sort_keys=sort_keys, allow_nan=False)
     except ValueError:
@@ -46,7 +46,7 @@ def json_text(value: Any, *, indent: int | None = None, sort_keys: bool = True) 
 
 
 def _not_finite(value: Any, place: str) -> Iterator[tuple[str, float]]:
-    """Where in a JSON value numbers are NaN or infinite."""
+    """Yield the place and value of every number in a JSON value that is NaN or infinite."""
     if isinstance(value, float) and not math.isfinite(value):
         yield place or "the value", value
     inner = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list | tuple) else ()
@@ -55,22 +55,22 @@ def _not_finite(value: Any, place: str) -> Iterator[tuple[str, float]]:
 
 
 def json_bytes(value: Any) -> bytes:
-    """``value`` as the JSON we write into directories: sorted keys, two spaces, a final newline."""
+    """Return ``value`` as the JSON we write into directories: sorted keys, two spaces, a final newline."""
     return (json_text(value, indent=2) + "\n").encode()
 
 
 def read_text(file: Path) -> str:
-    """The text of a UTF-8 file without the byte-order mark that some editors put first; or UnicodeDecodeError.
+    """Read a UTF-8 file without the byte-order mark that some editors put first; UnicodeDecodeError for other bytes.
 
-    Every text and JSON file that a user may have edited is read by this.
+    Use this for every text and JSON file that a user may have edited.
     """
     return file.read_text(encoding="utf-8").removeprefix(MARK)
 
 
 def read_json(file: Path, flag: str, *, give: str, missing: str = "") -> Any:
-    """What the JSON file given to ``flag`` holds; InputError that says what to give (missing: if there is no file).
+    """Read the JSON file given to ``flag``; InputError that says what to give (missing: if there is no file).
 
-    Python's reader takes NaN and infinity; a file with them is rejected by the name of their key.
+    Python's reader accepts NaN and infinity; we reject them and name their key.
     """
     if not file.is_file():
         raise InputError(f"{flag} {file}: no such file; give {missing or give}")
@@ -85,7 +85,7 @@ def read_json(file: Path, flag: str, *, give: str, missing: str = "") -> Any:
 
 
 def write_atomically(file: Path, content: bytes) -> None:
-    """Write ``content`` beside ``file``, sync it, and rename it into place; an old file is replaced."""
+    """Write ``content`` beside ``file``, sync it, and rename it into place, replacing an old file."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with replace_when_done(file) as partial:
         partial.write_bytes(content)
@@ -95,11 +95,11 @@ def write_atomically(file: Path, content: bytes) -> None:
 def replace_when_done(file: Path, *, overwrite: bool = True) -> Iterator[Path]:
     """Yield a path to write to; afterwards it is synced and becomes ``file``. A failure leaves ``file`` as it was.
 
-    Its permissions are those of any new file (the umask), whoever writes it. InputError if ``overwrite`` is false and
-    there is such a file by then.
+    Its permissions are those of any new file (the umask). InputError if ``overwrite`` is false and ``file`` exists by
+    then.
     """
     if file.exists() and not file.is_file():
-        raise InputError(f"{file} is not a regular file and will not be replaced; give another path")
+        raise InputError(f"{file} is not a regular file and will not be replaced; use another path")
     remove_leftovers(file)
     partial = partial_path(file)
     try:
@@ -118,25 +118,25 @@ def replace_when_done(file: Path, *, overwrite: bool = True) -> Iterator[Path]:
 
 
 def check_replaceable(target: Path, marker: str, what: str, *, overwrite: bool) -> None:
-    """InputError if the directory ``target`` may not be written: it exists without ``overwrite``, or is not ``what``.
+    """Raise InputError if the directory ``target`` exists without ``overwrite``, or is not ``what``.
 
-    A directory is ``what`` if it is empty or holds the file ``marker``.
+    A directory counts as ``what`` if it is empty or holds the file ``marker``.
     """
     if not target.exists():
         return
     if not overwrite:
         raise _exists(target)
     if not target.is_dir() or (any(target.iterdir()) and not (target / marker).is_file()):
-        raise InputError(f"{target} is not {what} and will not be replaced; give another -o")
+        raise InputError(f"{target} is not {what} and will not be replaced; use another -o")
 
 
 @contextlib.contextmanager
 def replace_directory_when_done(target: Path, check: Callable[[], None]) -> Iterator[Path]:
-    """Yield a new directory to fill; afterwards all is synced and it becomes ``target``, locked meanwhile.
+    """Yield a new directory to fill; afterwards it is synced and becomes ``target``, which is locked meanwhile.
 
-    check: raises InputError unless ``target`` may be written; called before the work and after it.
-    A failure leaves ``target`` as it was, and nothing beside it. A full disk is an InputError. The files get the
-    permissions of any new file (the umask), whoever writes them.
+    check: raises InputError unless ``target`` may be written; called before the work and after it. A failure leaves
+    ``target`` as it was, and nothing beside it. A full disk raises InputError. The files get the permissions of any new
+    file (the umask).
     """
     with hold(target, again=True):
         check()
@@ -157,7 +157,7 @@ def replace_directory_when_done(target: Path, check: Callable[[], None]) -> Iter
 
 
 def move_into_place(partial: Path, target: Path) -> None:
-    """Rename the directory ``partial`` to ``target``; an old one is there until the new one is."""
+    """Rename the directory ``partial`` to ``target``; an old directory stays until the new one is in place."""
     if not target.exists():
         _rename_to_new(partial, target)
     elif not _exchange(partial, target):
@@ -175,7 +175,7 @@ def move_into_place(partial: Path, target: Path) -> None:
 
 
 def _rename_to_new(source: Path, target: Path) -> None:
-    """Rename a file or directory; InputError if there is a ``target``, also one that appeared at this moment."""
+    """Rename a file or directory; InputError if ``target`` exists, even if it appeared at this moment."""
     found = _renameat2(source, target, NO_REPLACE)
     if found == errno.EEXIST or (found in UNSUPPORTED and target.exists()):
         raise _exists(target)
@@ -184,12 +184,12 @@ def _rename_to_new(source: Path, target: Path) -> None:
 
 
 def _exchange(first: Path, second: Path) -> bool:
-    """Swap two directories in one atomic step; False where the system cannot."""
+    """Swap two directories in one atomic step; return False where the system cannot."""
     return _renameat2(first, second, EXCHANGE) == 0
 
 
 def _renameat2(source: Path, target: Path, flag: int) -> int:
-    """Linux's rename with a flag: 0, or the number of the error; ENOSYS on other systems."""
+    """Call Linux's rename with a flag; return 0 or the error number, ENOSYS on other systems."""
     with contextlib.suppress(AttributeError, OSError):
         library, here = ctypes.CDLL(None, ctypes.DEFAULT_MODE, None, True), -100  # keeps errno; AT_FDCWD
         failed = library.renameat2(here, os.fsencode(source), here, os.fsencode(target), flag)
@@ -198,14 +198,14 @@ def _renameat2(source: Path, target: Path, flag: int) -> int:
 
 
 def _permit(file: Path, permissions: int) -> None:
-    """Set the permissions of a file, where the file system has any."""
+    """Set the permissions of a file, if the file system has any."""
     if file.stat().st_mode & 0o777 != permissions:
         with contextlib.suppress(PermissionError):
             file.chmod(permissions)
 
 
 def _exists(target: Path) -> InputError:
-    return InputError(f"{target} exists; give another -o, or --overwrite to replace it")
+    return InputError(f"{target} exists; use another -o, or --overwrite to replace it")
 
 
 def sync(path: Path) -> None:
@@ -219,31 +219,30 @@ def sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def explain_full_disk(target: Path) -> Iterator[None]:
-    """Turn "no space left", from the system or from safetensors, into an InputError that says what would do."""
+    """Turn "no space left", from the system or from safetensors, into an InputError that says what to do."""
     try:
         yield
     except (OSError, SafetensorError) as error:
-        found = re.search(r"os error (\d+)", str(error))  # how safetensors says it
+        found = re.search(r"os error (\d+)", str(error))  # safetensors' wording
         number = int(found[1]) if found else getattr(error, "errno", None)
         if number not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         raise InputError(
             f"{target} was not written: no space left on the device ({free_bytes(target)} bytes free); "
-            "free some space or give another place"
+            "free some space, or use another path"
         ) from None
 
 
 def check_space(target: Path, needed_bytes: int) -> None:
-    """InputError if the disk of ``target`` has less than ``needed_bytes`` free."""
+    """Raise InputError if the disk of ``target`` has less than ``needed_bytes`` free."""
     free = free_bytes(target)
     if free < needed_bytes:
         raise InputError(
-            f"{target} needs about {needed_bytes} bytes, its disk has {free} free; "
-            "free some space or give another place"
+            f"{target} needs about {needed_bytes} bytes, its disk has {free} free; free some space, or use another path"
         )
 
 
 def free_bytes(target: Path) -> int:
-    """Free bytes on the disk that ``target`` is, or would be, on."""
+    """Return the free bytes on the disk of ``target``, which need not exist yet."""
     existing = next(parent for parent in [target, *target.absolute().parents] if parent.exists())
     return shutil.disk_usage(existing).free

@@ -1,9 +1,9 @@
-"""What an interrupted run leaves: the folder ``.OUT.work`` beside OUT, and in it the record of the run it belongs to.
+"""The folder ``.OUT.work`` that an interrupted run leaves beside OUT, with a record of that run.
 
-``run.json`` holds everything the numbers of a run depend on: its settings, the hash of its text, and what the files of
-its source model were. It is written before any work, so every later ``--resume`` is compared with it, however far the
-run got. A folder without it was left by an earlier version. ``distill`` has its record in a folder for each run
-(distill.py). Whoever writes here holds OUT (locks.py).
+``run.json`` holds everything that a run's numbers depend on: its settings, the hash of its text, and the state of the
+source model's files. It is written before any work, so every later ``--resume`` is compared with it. A folder without
+it comes from an earlier version. ``distill`` keeps its record in a folder per run (distill.py). Only the run that holds
+OUT (locks.py) writes here.
 """
 
 import json
@@ -19,47 +19,50 @@ from matquant.system.locks import delete, hold
 RECORD = "run.json"
 FORMAT = 1
 HASHED_BYTES = 2**28  # files up to this size are hashed whole, which takes a fraction of a second
-HEADER_BYTES = 2**20  # of larger ones the beginning, where safetensors says what is in a file
-READ_SUFFIXES = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja", ".py")  # what loading a model reads
-FIRST = ("method", "model")  # in which settings to look for a difference first
-AGAIN = "or --overwrite to start again"
-CHANGED = {  # settings that are hashes: what differs, in words
-    "data_sha256": "--resume with other text than the interrupted run had; use the same text",
-    "start": "--resume with another --start checkpoint than the interrupted run had; use the same one",
+HEADER_BYTES = 2**20  # of larger files only the start is hashed, which holds safetensors' header
+READ_SUFFIXES = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja", ".py")  # files that loading a model reads
+FIRST = ("method", "model")  # settings that are compared first
+AGAIN = "or use --overwrite to start again"
+CHANGED = {  # setting that is a hash -> the message if it differs
+    "data_sha256": "--resume needs the text of the interrupted run, found other text; use the same text",
+    "start": "--resume needs the --start checkpoint of the interrupted run, found another; use the same one",
 }
 
 
 def work_folder(target: Path) -> Path:
-    """Where a run that writes ``target`` keeps what it has finished."""
+    """Return the folder in which a run that writes ``target`` keeps its finished work."""
     return target.with_name(f".{target.name}.work")
 
 
 def check_work(target: Path, *, method: str, resume: bool, overwrite: bool) -> None:
-    """InputError unless a run that writes ``target`` may begin, or may go on with what an interrupted one left.
+    """Raise InputError unless a run that writes ``target`` may start, or may continue an interrupted one.
 
-    Another run at work, an interrupted one that is neither continued nor given up, one of another method.
+    It may not if another run is at work, if an interrupted run is neither continued nor overwritten, or if that run
+    used another method.
     """
     work = work_folder(target)
     with hold(target, again=True):
         if resume and not work.is_dir():
-            raise InputError(f"--resume found no interrupted run in {work}; leave --resume out to start one")
+            raise InputError(f"--resume found no interrupted run in {work}; drop --resume to start one")
         if work.is_dir() and not resume and not overwrite:
-            raise InputError(f"{work} holds an interrupted run; --resume to continue it, or --overwrite to start again")
+            raise InputError(
+                f"{work} holds an interrupted run; use --resume to continue it, or --overwrite to start again"
+            )
         for record in _records(work) if resume else ():
-            theirs = str(record.get("method")).rpartition(", ")[2]  # the last of those it has been through
+            theirs = str(record.get("method")).rpartition(", ")[2]  # the last of its methods so far
             check_same_run({"method": theirs}, {"method": method})
 
 
 def claim(work: Path, mark: Mapping[str, Any], *, resume: bool) -> None:
-    """Begin the work of a run, after all checks of its input; without ``resume`` what was there is deleted.
+    """Start the work of a run, after all checks of its input; without ``resume`` old work is deleted.
 
-    mark: everything the run depends on, as JSON has it. InputError, and nothing changed, if ``resume`` finds another
-    run's record.
+    mark: everything the run depends on, as JSON values. If ``resume`` finds another run's record, InputError is raised
+    and nothing changes.
     """
     if resume and work.is_dir():
         for record in _records(work):
             check_same_run(record, mark)
-        for unfinished in list(work.rglob("*.partial")):  # a killed run's, as OUT is held
+        for unfinished in list(work.rglob("*.partial")):  # left by a killed run, since we hold OUT
             delete(unfinished)
     else:
         shutil.rmtree(work, ignore_errors=True)
@@ -68,7 +71,7 @@ def claim(work: Path, mark: Mapping[str, Any], *, resume: bool) -> None:
 
 
 def check_same_run(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
-    """InputError naming the first setting in which an interrupted run differs from the one that would continue it."""
+    """Raise InputError naming the first setting in which an interrupted run differs from the one that resumes it."""
     for key in sorted(set(ours) | set(theirs), key=lambda key: (key not in FIRST, key)):
         if ours.get(key) == theirs.get(key):
             continue
@@ -77,15 +80,16 @@ def check_same_run(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
         if key == "files":
             raise InputError(_changed_file(theirs.get(key) or {}, ours.get(key) or {}, str(ours.get("model"))))
         raise InputError(
-            f"--resume with {key}={ours.get(key)!r}, the interrupted run had {theirs.get(key)!r}; "
+            f"--resume needs {key}={theirs.get(key)!r} as in the interrupted run, found {ours.get(key)!r}; "
             f"use the same settings, {AGAIN}"
         )
 
 
 def describe_files(directory: Path) -> dict[str, str]:
-    """Name -> what tells a changed file from an unchanged one, for all files of a model directory that are read.
+    """Return name -> a description that changes with the file, for all files of a model directory that are read.
 
-    The hash of its content, or of a file above HASHED_BYTES its size, its time and the hash of its beginning.
+    The description is the hash of the content; for files above HASHED_BYTES, the size, the time and the hash of the
+    start.
     """
     files = sorted(file for file in directory.iterdir() if file.suffix in READ_SUFFIXES and file.is_file())
     return {file.name: _describe(file) for file in files}
@@ -105,12 +109,12 @@ def _changed_file(theirs: Mapping[str, str], ours: Mapping[str, str], model: str
 
 
 def _records(work: Path) -> Iterator[dict[str, Any]]:
-    """The records of the runs in a work folder; InputError if one is damaged, or there is none beside some work."""
+    """Yield the records of the runs in a work folder; InputError if a record is damaged or missing."""
     files = [work / RECORD] if (work / RECORD).is_file() else sorted(work.glob(f"*/{RECORD}"))
     if not files and any(not file.name.endswith(".partial") for file in work.iterdir()):
         raise InputError(
             f"{work} was left by an earlier version of matquant and cannot be continued; "
-            "finish it with that version, or --overwrite to start again"
+            "finish it with that version, or use --overwrite to start again"
         )
     for file in files:
         try:
@@ -119,5 +123,5 @@ def _records(work: Path) -> Iterator[dict[str, Any]]:
         except (ValueError, KeyError, TypeError, RecursionError):
             known = False
         if not known:
-            raise InputError(f"{file} is damaged; --overwrite to start again")
+            raise InputError(f"{file} is damaged; use --overwrite to start again")
         yield record["run"]

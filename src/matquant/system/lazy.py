@@ -1,6 +1,6 @@
-"""Modules that are imported at their first use.
+"""Import modules at their first use.
 
-Beside ``if TYPE_CHECKING: from matquant.measure import run``, which editors and mypy follow, an
+``if TYPE_CHECKING: from matquant.measure import run`` serves editors and mypy, and
 ``else: run = lazy("matquant.measure.run")`` costs nothing until ``run`` is used.
 """
 
@@ -12,7 +12,7 @@ from matquant.system.startup import leave_on_interrupt
 
 
 class Lazy:
-    """Stands for a module of ours; any attribute imports it. InputError if it needs a package that is missing."""
+    """A stand-in for one of our modules; the first attribute access imports it. InputError if a package is missing."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -22,7 +22,7 @@ class Lazy:
 
 
 def lazy(name: str) -> Any:
-    """A stand-in for the module ``name``."""
+    """Return a stand-in for the module ``name``."""
     return Lazy(name)
 
 

@@ -1,13 +1,13 @@
-"""One run at a time for each output: a lock beside OUT that lasts a whole run and dies with its process.
+"""Allow one run at a time per output: a lock beside OUT that lasts as long as the run's process.
 
 The lock is the file ``.OUT.lock``, locked with ``flock``. The system drops the lock when the process ends, however it
-ends, so a file that a killed run left behind locks nothing. The file names the process that holds it, for the message
-that others get. It is deleted at the end of the run; whoever locks a file that was deleted meanwhile tries again.
+ends, so a file left by a killed run locks nothing. The file names the process that holds it, for error messages. It is
+deleted at the end of the run; a process that locks a file that was deleted meanwhile tries again.
 
-Where the file system has no ``flock``, the existence of the file is the lock. Whether the process in it still runs
-cannot be known for other machines then, so a person has to delete the file of a killed run; the message says which.
+Where the file system has no ``flock``, the existence of the file is the lock. We cannot tell whether a process on
+another machine still runs, so the user has to delete the file of a killed run; the message says which file.
 
-What is not finished lies in ``.OUT.HOST-PID-RANDOM.partial``, a name that no two writers share.
+Unfinished output is in ``.OUT.HOST-PID-RANDOM.partial``, a name unique to the writer.
 """
 
 import contextlib
@@ -37,8 +37,8 @@ except ImportError:  # not on Windows
 P = ParamSpec("P")
 R = TypeVar("R")
 
-LONGEST_NAME_BYTES = 200  # file systems allow 255, and a partial name is longer than the name it is for
-ATTEMPTS = 1000  # to open a lock that others delete
+LONGEST_NAME_BYTES = 200  # file systems allow 255, and a partial name is longer than the final one
+ATTEMPTS = 1000  # attempts to open a lock that others delete
 UNSUPPORTED = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 HOST = platform.node()
 HOST_MARK = hashlib.sha256(HOST.encode()).hexdigest()[:8]
@@ -47,10 +47,10 @@ _held: ContextVar[frozenset[Path]] = ContextVar("held", default=frozenset())  # 
 
 @contextlib.contextmanager
 def hold(out: Path | str, *, again: bool = False) -> Iterator[Path]:
-    """Keep every other run from writing ``out``; yields the place to write, which is what a link points to.
+    """Keep every other run from writing ``out``; yields the path to write, with links resolved.
 
-    Missing parent directories are made, and removed again if they are empty at the end. again: part of a run, which
-    may hold ``out`` already. Raises InputError at once if another run holds it, or nothing can be written there.
+    Missing parent directories are made, and removed again if they are empty at the end. again: the caller may hold
+    ``out`` already, as part of a run. Raises InputError at once if another run holds it, or it cannot be written.
     """
     target = check_place(out)
     if again and target in _held.get():
@@ -75,7 +75,7 @@ def hold(out: Path | str, *, again: bool = False) -> Iterator[Path]:
 
 
 def holding(argument: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Make a function hold the place that its ``argument`` names, unless that is None, for as long as it runs."""
+    """Decorate a function to hold the path in its ``argument`` while it runs, unless that is None."""
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         signature = inspect.signature(function)
@@ -94,7 +94,7 @@ def holding(argument: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
 
 def check_place(out: Path | str) -> Path:
-    """The absolute path that is written for ``out``, links followed; InputError where nothing can be written."""
+    """Return the absolute path to write for ``out``, with links resolved; InputError if it cannot be written."""
     check_types(out=out)
     given = Path(out)
     try:
@@ -103,11 +103,11 @@ def check_place(out: Path | str) -> Path:
         target = given.resolve()
         existing = next(parent for parent in target.parents or [target] if parent.exists())
         if not target.name:
-            raise InputError(f"{out} is the root directory; give the name of a new file or directory")
+            raise InputError(f"{out} is the root directory; use the name of a new file or directory")
         if not existing.is_dir():
-            raise InputError(f"{out} cannot be written, {existing} is not a directory; give another path")
+            raise InputError(f"{out} cannot be written because {existing} is not a directory; use another path")
         if target.exists() and not target.is_dir() and not target.is_file():
-            raise InputError(f"{out} is neither a file nor a directory and will not be replaced; give another path")
+            raise InputError(f"{out} is neither a file nor a directory and will not be replaced; use another path")
     except InputError:
         raise
     except (OSError, RuntimeError, ValueError) as error:  # no permission, too long, a loop of links, a null byte
@@ -116,26 +116,26 @@ def check_place(out: Path | str) -> Path:
 
 
 def sibling(file: Path, ending: str) -> Path:
-    """The hidden path ``.NAME.ending`` beside ``file``."""
+    """Return the hidden path ``.NAME.ending`` beside ``file``."""
     return file.with_name(f".{_stem(file)}.{ending}")
 
 
 def partial_path(file: Path) -> Path:
-    """A path beside ``file`` that no other writer has."""
+    """Return a path beside ``file`` that no other writer uses."""
     return sibling(file, f"{HOST_MARK}-{os.getpid()}-{secrets.token_hex(4)}.partial")
 
 
 def remove_leftovers(file: Path, *, locked: bool = False) -> None:
-    """Delete what killed writers of ``file`` left unfinished beside it.
+    """Delete unfinished files that killed writers of ``file`` left beside it.
 
-    locked: no other writer can be at work, so everything unfinished is a leftover. Otherwise only what dead processes
-    of this machine left is deleted.
+    locked: no other writer can be at work, so every unfinished file is a leftover. Otherwise only files left by dead
+    processes of this machine are deleted.
     """
     mark = r"(?P<host>[0-9a-f]{8})-(?P<pid>\d+)-[0-9a-f]{8}"
     pattern = re.compile(rf"\.{re.escape(_stem(file))}\.(?:{mark}\.)?partial")
     try:
         beside = list(file.parent.iterdir())
-    except OSError:  # a directory that may be written but not listed
+    except OSError:  # a directory we may write to but not list
         return
     for found in beside:
         match = pattern.fullmatch(found.name)
@@ -169,7 +169,7 @@ def _make_parents(target: Path) -> list[Path]:
 
 
 def _acquire(file: Path, target: Path) -> int:
-    """The descriptor of the locked file; InputError if another run has it."""
+    """Lock the file and return its descriptor; InputError if another run holds the lock."""
     for _ in range(ATTEMPTS):
         opened = _open(file, target)
         if opened is None:
@@ -191,11 +191,11 @@ def _acquire(file: Path, target: Path) -> int:
             os.close(descriptor)
             raise
         os.close(descriptor)
-    raise InputError(f"{target} cannot be written, its lock {file} comes and goes; give another path")
+    raise InputError(f"{target} cannot be written because its lock {file} comes and goes; use another path")
 
 
 def _open(file: Path, target: Path) -> tuple[int, bool] | None:
-    """A descriptor of ``file`` and whether this call created it; None if that has to be tried again."""
+    """Return a descriptor of ``file`` and whether this call created it; None to try again."""
     flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
     try:
         try:
@@ -212,7 +212,7 @@ def _open(file: Path, target: Path) -> tuple[int, bool] | None:
 
 
 def _lock(descriptor: int) -> bool:
-    """Lock an open file; False where that is not supported. BlockingIOError if another run has it."""
+    """Lock an open file; return False where locks are not supported. BlockingIOError if another run has it."""
     if fcntl is None:
         return False
     try:
@@ -227,7 +227,7 @@ def _lock(descriptor: int) -> bool:
 
 
 def _is_still(file: Path, descriptor: int) -> bool:
-    """Whether the path still leads to the open file: its last owner may have deleted it meanwhile."""
+    """Return whether the path still leads to the open file, which its last owner may have deleted meanwhile."""
     try:
         return os.path.samestat(file.stat(), os.fstat(descriptor))
     except FileNotFoundError:
@@ -235,7 +235,7 @@ def _is_still(file: Path, descriptor: int) -> bool:
 
 
 def _sign(descriptor: int) -> None:
-    """Write who holds the lock. It is only for messages, so a full disk does not matter."""
+    """Write who holds the lock. This only serves messages, so a full disk does not matter."""
     with contextlib.suppress(OSError):
         os.ftruncate(descriptor, 0)
         os.write(descriptor, json.dumps({"host": HOST, "pid": os.getpid()}).encode())
@@ -250,15 +250,15 @@ def _read_owner(descriptor: int) -> dict[str, Any]:
 
 
 def _busy(file: Path, target: Path, owner: dict[str, Any], *, certain: bool) -> str:
-    """Why ``target`` is not ours. certain: a run is at work; else its lock is there, which it may have left behind."""
+    """Return why ``target`` is in use. certain: a run is at work; else its lock file may be left over."""
     who = f"process {owner['pid']}" if owner else "an unknown process"
     if owner and owner.get("host") != HOST:
         who += f" on {owner.get('host')}"
     elif owner and not _is_running(owner["pid"]):
         who = "an unknown process"
     if certain:
-        return f"another run is writing {target} ({who}); wait until it has ended, or give another path"
-    return f"another run is writing {target}, says {file} ({who}); delete that file if the run has ended"
+        return f"another run is writing {target} ({who}); wait until it has ended, or use another path"
+    return f"another run is writing {target} according to {file} ({who}); delete that file if the run has ended"
 
 
 def _is_running(pid: int) -> bool:
@@ -269,9 +269,9 @@ def _is_running(pid: int) -> bool:
     except (ProcessLookupError, OverflowError):
         return False
     except OSError:
-        return True  # of another user
+        return True  # another user's process
     return True
 
 
 def _unwritable(out: Path | str, error: Exception) -> InputError:
-    return InputError(f"{out} cannot be written ({getattr(error, 'strerror', None) or error}); give another path")
+    return InputError(f"{out} cannot be written ({getattr(error, 'strerror', None) or error}); use another path")

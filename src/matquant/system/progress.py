@@ -1,8 +1,8 @@
-"""How far a long command is, on stderr: a bar on a terminal, lines in a log.
+"""Progress of a long command on stderr: a bar on a terminal, lines in a log.
 
-A log gets a line for every new stage, block or width, and besides at most one a minute. Each has the time elapsed and,
-once a speed is known, an estimate of the time left. A stage that reports nothing for a minute (a model that is loading,
-a large block) is named again by a thread, so that a log always shows that the command is alive.
+A log gets a line for every new stage, block or width, and otherwise at most one a minute. Each line has the time
+elapsed and, once a speed is known, an estimate of the time left. If a stage reports nothing for a minute (a model is
+loading, a block is large), a thread repeats the last line, so that a log always shows that the command is alive.
 Nothing is written to stdout, whose last line is JSON.
 """
 
@@ -26,17 +26,17 @@ from rich.progress import (
 )
 
 EVERY_S = 60.0  # between two lines of one stage
-QUIET_S = 2.0  # a stage that is over by then is not worth a line
-SETTLED_S = 1.0  # what a resumed run takes up at once in this time does not count as speed
-SAMPLES = 16  # the speed is that of the last so many reports
+QUIET_S = 2.0  # shorter stages get no line
+SETTLED_S = 1.0  # progress in this time, such as a resumed run's finished work, does not count as speed
+SAMPLES = 16  # speed is measured over this many reports
 COUNTED = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
 BYTES = (TextColumn("exporting"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
 
-Count = Callable[[str, int, int], None]  # stage, done, of how many
+Count = Callable[[str, int, int], None]  # stage, done, total
 
 
 class Log:
-    """Lines about one command for a file or a pipe. A context manager: a thread repeats the last state every minute."""
+    """Progress lines for a file or a pipe. A context manager: a thread repeats the last line every minute."""
 
     def __init__(self, verb: str, *, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self._verb, self._stream, self._clock = verb, stream or sys.stderr, clock
@@ -59,9 +59,9 @@ class Log:
     def at(
         self, stage: str, text: str, *, done: float = 0, total: float = 0, block: bool = False, quiet: bool = False
     ) -> None:
-        """Take note of a state, and print it if the stage is new, it is a ``block``, or a minute has passed.
+        """Record a state, and print it if the stage is new, it is a ``block``, or a minute has passed.
 
-        quiet: of a stage that may be short; its first line comes after QUIET_S.
+        quiet: the stage may be short; its first line comes after QUIET_S.
         """
         with self._lock:
             now = self._clock()
@@ -101,7 +101,7 @@ class Log:
         self._samples.append((now, self._done))
 
     def _left_s(self, now: float) -> float | None:
-        """Seconds that the rest of this stage takes at the speed of the last reports."""
+        """Return the seconds left in this stage at the speed of the last reports."""
         if not self._samples or self._done <= self._samples[0][1] or not self._total:
             return None
         began, before = self._samples[0]
@@ -117,12 +117,12 @@ class Log:
         left = self._left_s(now)
         if left is not None:
             words.append(f"about {duration(left)} left")
-        with contextlib.suppress(OSError, ValueError):  # a log that is closed or full does not end the work
+        with contextlib.suppress(OSError, ValueError):  # a closed or full log does not stop the work
             print(", ".join(words), file=self._stream, flush=True)
 
 
 def duration(seconds: float) -> str:
-    """0:07, 12:30 or 3:00:00."""
+    """Format seconds as 0:07, 12:30 or 3:00:00."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
@@ -134,7 +134,7 @@ def _bar(console: Console, *columns: Any, transient: bool = False) -> Progress:
 
 @contextlib.contextmanager
 def counted(verb: str) -> Iterator[Count]:
-    """Yield report(stage, done, total): windows, layers or plans."""
+    """Yield report(stage, done, total) for sequences, layers or plans."""
     console = Console(stderr=True)
     if not console.is_terminal:
         with Log(verb) as log:
@@ -150,7 +150,7 @@ def counted(verb: str) -> Iterator[Count]:
     task = bar.add_task(verb, total=None)
 
     def report(stage: str, done: int, total: int) -> None:
-        bar.start()  # not before the first report: a rejected run prints its message and nothing else
+        bar.start()  # only at the first report: a rejected run prints its message and nothing else
         bar.update(task, completed=done, total=total or None, description=f"{verb}: {stage}")
 
     try:
@@ -162,7 +162,7 @@ def counted(verb: str) -> Iterator[Count]:
 
 @contextlib.contextmanager
 def exporting() -> Iterator[Callable[[int, int], None]]:
-    """Yield report(bytes written, of how many)."""
+    """Yield report(bytes written, total bytes)."""
     console = Console(stderr=True)
     if not console.is_terminal:
         with Log("export") as log:
@@ -176,7 +176,7 @@ def exporting() -> Iterator[Callable[[int, int], None]]:
 
 
 class Settings:
-    """Lines printed once, when work has begun or QUIET_S have passed: a rejected run prints its error alone."""
+    """Lines printed once work has begun or QUIET_S have passed, so that a rejected run prints only its error."""
 
     def __init__(self, show: Callable[[str], None]) -> None:
         self._show = show
@@ -185,21 +185,21 @@ class Settings:
         self._timer: threading.Timer | None = None
 
     def hold(self, lines: Sequence[str]) -> None:
-        """Keep ``lines`` until then."""
+        """Store ``lines`` to print later."""
         self._lines = lines
         self._timer = threading.Timer(QUIET_S, self.release)
         self._timer.daemon = True
         self._timer.start()
 
     def release(self) -> None:
-        """Print them now."""
+        """Print the lines now."""
         with self._lock:
             lines, self._lines = self._lines, ()
         for line in lines:
             self._show(line)
 
     def close(self) -> None:
-        """Print them no more."""
+        """Drop the lines."""
         self._lines = ()
         if self._timer is not None:
             self._timer.cancel()
@@ -212,7 +212,7 @@ def quantising() -> Iterator[Callable[[Mapping[str, Any]], None]]:
     told: list[str] = []
 
     def notice(record: Mapping[str, Any]) -> str:
-        """The notice of a record, "" if it has none or was printed before."""
+        """Return the notice of a record, "" if it has none or was printed before."""
         text = record.get("notice")
         if text is None or text in told:
             return ""
@@ -256,7 +256,7 @@ def quantising() -> Iterator[Callable[[Mapping[str, Any]], None]]:
         if "step" not in record:
             return
         settings.release()
-        bar.start()  # not before the first step: a rejected run prints its message and nothing else
+        bar.start()  # only at the first step: a rejected run prints its message and nothing else
         text = "  ".join(part for part in (record.get("stage", ""), _facts(record)) if part)
         bar.update(task, completed=record["step"], total=record["steps"], description=text)
 
@@ -269,7 +269,7 @@ def quantising() -> Iterator[Callable[[Mapping[str, Any]], None]]:
 
 
 def _facts(record: Mapping[str, Any]) -> str:
-    """Loss by width, then the speed or the block."""
+    """Format the loss by width, then the speed or the block."""
     names = (f"int{name}" if name.isdecimal() else name for name in record["loss"])
     losses = "  ".join(f"{name} {loss:.3g}" for name, loss in zip(names, record["loss"].values(), strict=True))
     speed = f"{record['tok_s']:,.0f} tok/s" if "tok_s" in record else record.get("block", "")

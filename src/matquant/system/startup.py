@@ -1,7 +1,7 @@
-"""Before the heavy imports, and what they may do: Ctrl-C ends them at once, a machine that is full is one line.
+"""Guard the heavy imports: Ctrl-C ends them at once, and running out of memory or threads gives a one-line error.
 
 Importing takes up to seconds, longer than any other part of a short command. Nothing is open or half-written then, so
-Ctrl-C leaves the process at once: an exception inside somebody's module initialisation becomes a traceback, or is
+Ctrl-C ends the process at once: an exception inside another package's initialisation would become a traceback, or be
 swallowed.
 """
 
@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from types import FrameType
 
 INTERRUPTED = 130  # the exit code of a program ended by Ctrl-C
-SPINS = "2000"  # turns that torch's OpenMP threads wait awake, some 30 us; by default 300,000, milliseconds
-SHORTAGES = {  # what libraries say where the machine has no more -> what that is
+SPINS = "2000"  # spins of torch's OpenMP threads before they sleep, some 30 us; the default is 300,000, milliseconds
+SHORTAGES = {  # libraries' message -> the resource that the machine has run out of
     "can't start new thread": "threads",
     "Resource temporarily unavailable": "threads",
     "can't allocate memory": "memory",
@@ -31,7 +31,7 @@ REMEDIES = {
 
 @contextlib.contextmanager
 def leave_on_interrupt() -> Iterator[None]:
-    """Within it Ctrl-C ends the process with exit code 130 and no word. Outside the main thread nothing changes."""
+    """End the process silently with exit code 130 on Ctrl-C. Has no effect outside the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -48,19 +48,19 @@ def _leave(signum: int, frame: FrameType | None) -> None:
 
 
 def let_threads_sleep() -> None:
-    """Have torch's threads wait asleep after a short spin, unless the environment says how they are to wait.
+    """Let torch's threads sleep after a short spin, unless the environment sets their waiting policy.
 
-    Beside a busy process those that spin take the core that the thread they wait for needs. For a command line only:
-    it is read once, when the OpenMP library is loaded, and holds for the whole process.
+    Beside a busy process, spinning threads take the core that the thread they wait for needs. For a command line only:
+    the setting is read once, when the OpenMP library is loaded, and holds for the whole process.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
 
 
 def shortage(error: BaseException) -> str | None:
-    """One line for an error of a machine that has no memory or threads left; None for any other error.
+    """Return a one-line message if the machine has run out of memory or threads; None for any other error.
 
-    Libraries hide the reason of a failed import in the errors behind theirs.
+    Libraries hide the reason of a failed import in chained errors.
     """
     found: BaseException | None = error
     while found is not None:
@@ -74,7 +74,7 @@ def shortage(error: BaseException) -> str | None:
 
 
 def _kind(error: BaseException, text: str) -> str | None:
-    """What the machine has none of, by the error and its text."""
+    """Return the resource that has run out, by the error and its text."""
     if isinstance(error, MemoryError):
         return "memory"
     if not isinstance(error, (RuntimeError, ImportError, OSError)):

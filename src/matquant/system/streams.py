@@ -1,15 +1,15 @@
-"""Standard streams that take any text: what an output encoding lacks is replaced, input is UTF-8.
+"""Make standard streams accept any text: characters that the output encoding lacks are replaced, input is UTF-8.
 
 A terminal, a log or a cron job may be ASCII (``PYTHONIOENCODING=ascii``, ``LC_ALL=C``) or a Windows code page, while
-models write any character and our tables have bars and dashes. The command line calls ``accept_any_text`` once, before
-anything is printed; a program that uses matquant as a library keeps its streams.
+models write any character and our tables contain bars and dashes. The command line calls ``accept_any_text`` once,
+before printing anything; a program that uses matquant as a library keeps its streams.
 """
 
 import codecs
 import io
 import sys
 
-ALIKE = {  # what to write for characters of ours and the most common ones of a model; else "?"
+ALIKE = {  # replacements for our characters and the most common ones of models; "?" for others
     **dict(zip("▁▂▃▄▅▆▇█", "12345678", strict=True)),
     **dict.fromkeys("‐‑‒–—―−━─", "-"),
     **dict.fromkeys("│┃", "|"),

@@ -1,7 +1,7 @@
-"""Grids and per-width affines of GPTQ: the clipping before the pass, the refit after it.
+"""Per-width scales and zero-points of GPTQ: clipping before the pass, the refit after it.
 
-Before the pass each row (or group) gets the clipping, of CLIPS, that costs the widths least together; after it, the
-scale and zero-point of each width are refitted in the norm of H, which is least squares in the layer's *outputs*.
+Before the pass, each row (or group) gets the clipping ratio from CLIPS with the least summed error over widths. After
+it, the scale and zero-point of each width are refitted in the norm of H, which is least squares in the outputs.
 Shapes: N out features, K in features, G groups.
 """
 
@@ -15,14 +15,14 @@ from matquant.core.nest import CENTRE, OWN, middle
 from matquant.core.tensor import Affine, NestedTensor
 from matquant.methods.parts.fake import Grid, Learned, nest
 
-CLIPS = tuple(1 - step / 10 for step in range(7))  # of max|w|: 1, 0.9, ..., 0.4
-SEEN = 256  # weights of a group that the search for its clipping looks at
+CLIPS = tuple(1 - step / 10 for step in range(7))  # clipping ratios of max|w|: 1, 0.9, ..., 0.4
+SEEN = 256  # weights of a group that the search for its clipping ratio uses
 
 
 def clip_groups(
     weight_NK: torch.Tensor, importance_K: torch.Tensor, grid: Grid, weights: Mapping[int, float], name: str
 ) -> NestedTensor:
-    """Round to nearest with the clipping of each group, of CLIPS, that costs the widths least together.
+    """Round to nearest with each group's best clipping ratio from CLIPS: the least summed error over widths.
 
     importance_K: the Hessian's diagonal, which weights the columns. weights: width -> lambda.
     """
@@ -59,10 +59,10 @@ def refit_affine(
     fallback: Affine,
     zeros: str = OWN,
 ) -> Affine:
-    """Fit scale and zero-point of r-bit positions, [N, G] each, as they are stored, in the norm of H.
+    """Fit scale and zero-point of r-bit positions, [N, G] each, as stored, in the norm of H.
 
     They minimise d H d^T with d = w - scale*(position - zero) over all groups of a row together; the zero-point is
-    mid-range with ``zeros`` CENTRE. Rows they do not improve keep ``fallback``.
+    mid-range with ``zeros`` CENTRE. Rows that do not improve keep ``fallback``.
     """
     rows, columns = weight_NK.shape
     groups = fallback[0].shape[1]
@@ -70,7 +70,7 @@ def refit_affine(
     hessian = hessian_KK.to(weight_NK.dtype)
     base = middle(bits) if zeros == CENTRE else 0.0
     code_NGK = (position_NK.to(weight_NK.dtype) - base).reshape(rows, groups, size)
-    # The features of a row are its codes and, for own zeros, its ones, group by group:
+    # The regressors of a row are its codes and, for stored zero-points, ones, group by group:
     # w = sum_g scale_g code_g - offset_g one_g.
     features = groups if zeros == CENTRE else 2 * groups
     gram = weight_NK.new_empty(rows, features, features)
@@ -97,7 +97,7 @@ def refit_affine(
         zero = (mean - (mean * scale - offset) / stored).half().to(weight_NK.dtype)
     usable = (failed == 0)[:, None] & (scale >= SMALLEST_SCALE) & zero.isfinite()
     scale, zero = torch.where(usable, stored, fallback[0]), torch.where(usable, zero, fallback[1])
-    # d H d^T is quadratic in (scale, -scale*zero), and the gram matrix is all it takes to compare two of them.
+    # d H d^T is quadratic in (scale, -scale*zero), so the Gram matrix suffices to compare two candidates.
     fitted, kept = (torch.cat([s, -s * z], dim=1)[:, :features].to(gram.dtype) for s, z in ((scale, zero), fallback))
     errors = [((gram @ x[:, :, None])[:, :, 0] * x - 2 * right * x).sum(1) for x in (fitted, kept)]
     better = (errors[0] < errors[1])[:, None]

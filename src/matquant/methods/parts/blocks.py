@@ -1,12 +1,12 @@
-"""One decoder layer at a time: how a model bigger than memory is quantised.
+"""Quantise one decoder layer at a time, so that a model may be larger than memory.
 
-A block is read from the shards in float32, solved by a method, written to ``work/blocks`` and dropped; what flows into
-the next one is computed with the block as it will be served. Memory holds one block, what the method needs for it,
-and the calibration text's hidden states (samples x seq_len x hidden_size x 4 bytes for each stream), however deep
-the model is. A *stream* is the hidden states of the float model (FLOAT) or of the model read at one width.
+A block is read from the shards in float32, solved by a method, written to ``work/blocks`` and dropped; the quantised
+block computes the input of the next one. Memory holds one block, the method's data for it, and the calibration text's
+hidden states (samples x seq_len x hidden_size x 4 bytes for each stream), however deep the model is. A *stream* is the
+hidden states of the float model (FLOAT) or of the model read at one width.
 
-A resumed run loads the finished blocks instead of solving them and computes the streams again with them, so it ends
-with the same bits as one that was never stopped.
+A resumed run loads the finished blocks instead of solving them and computes the streams again with them, so its result
+is bit-identical to that of an uninterrupted run.
 """
 
 import contextlib
@@ -40,29 +40,29 @@ from matquant.system.interrupted import check_same_run, claim
 BLOCKS = "blocks"
 CPU = torch.device("cpu")
 MMAP_THRESHOLD = -3  # glibc's M_MMAP_THRESHOLD
-OWN_PAGES_BYTES = 2**20  # tensors from this size on get pages of their own, which go back as soon as they are freed
+OWN_PAGES_BYTES = 2**20  # tensors from this size on get separate pages, which are returned as soon as they are freed
 
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """A decoder layer to be solved, and what flows into it.
+    """A decoder layer to be solved, and its inputs.
 
     B sequences, T tokens, H hidden size.
     """
 
-    index: int  # of the decoder layer, from 0
+    index: int  # index of the decoder layer, from 0
     count: int  # decoder layers of the model
     name: str  # module name of the layer
-    module: torch.nn.Module  # the layer with its float32 weights, to be left as it is
+    module: torch.nn.Module  # the layer with its float32 weights, not to be changed
     views: Mapping[str, View]  # path -> linear layer to quantise
     inputs: Mapping[int, Sequence[torch.Tensor]]  # stream -> batches [B, T, H]
     call: Call  # runs the module on hidden states [B, T, H]
-    config: Any  # of the model, as transformers has it
+    config: Any  # transformers' configuration of the model
 
 
 @dataclass(frozen=True, kw_only=True)
 class Solved:
-    """A decoder layer that a method has quantised."""
+    """A quantised decoder layer."""
 
     nested: Mapping[str, NestedTensor]  # path -> nested weight
     plain: Mapping[str, torch.Tensor] = field(default_factory=dict)  # parameter name -> changed float tensor
@@ -83,7 +83,7 @@ def run_blocks(
 ) -> Iterator[tuple[str, NestedTensor]]:
     """Solve every block in order, then return the nested tensors, one at a time, from ``work/blocks``.
 
-    tokens: calibration text, int64 [samples, T]. settings: what a resumed run must share besides the job's own.
+    tokens: calibration text, int64 [samples, T]. settings: values that a resumed run must share, besides the job's.
     """
     mark = fingerprint(job, settings)
     layers = decoder_layers(job.model)
@@ -92,7 +92,7 @@ def run_blocks(
     if job.resume:
         claim(job.work, mark, resume=True)
         for file in folder.glob("*.safetensors"):
-            _load(file, mark, device=CPU)  # before any work: another run's blocks, or damaged ones
+            _load(file, mark, device=CPU)  # reject another run's blocks, or damaged ones, before any work
     hidden, calls = _embed(job, tokens, batch_size)
     _check_states(hidden, "the embedding", FLOAT)
     if not job.resume:
@@ -133,22 +133,22 @@ def run_blocks(
 
 
 def read_tensor(job: Job, name: str) -> torch.Tensor:
-    """A tensor that is not quantised, as the solved model has it; the float model's where no block changed it."""
+    """Read a tensor that is not quantised, with the changes of solved blocks."""
     layer = next((i for i, (prefix, _) in enumerate(decoder_layers(job.model)) if name.startswith(f"{prefix}.")), None)
     if layer is not None:
         with safe_open(job.work / BLOCKS / f"{layer:05d}.safetensors", "pt") as file:
-            if f"plain/{name}" in file.keys():  # noqa: SIM118 (a safetensors file is no mapping)
+            if f"plain/{name}" in file.keys():  # noqa: SIM118 (a safetensors file is not a mapping)
                 tensor: torch.Tensor = file.get_tensor(f"plain/{name}").clone()
                 return tensor
     return _read(job, name)
 
 
 def calibration(job: Job, *, samples: int, seq_len: int, seed: int) -> torch.Tensor:
-    """``samples`` windows of the job's text in a seeded order, int64 [samples, seq_len]."""
+    """Return ``samples`` sequences of the job's text in a seeded order, int64 [samples, seq_len]."""
     windows = cut_windows(job.stream, seq_len)
     if len(windows) < samples:
         raise InputError(
-            f"samples={samples} windows of {seq_len} tokens need {samples * seq_len + 1:,} tokens, the text has "
+            f"samples={samples} sequences of {seq_len} tokens need {samples * seq_len + 1:,} tokens, the text has "
             f"{len(job.stream):,}; give more text, --samples {len(windows)} or a smaller --seq-len"
         )
     chosen = np.random.default_rng(seed).permutation(len(windows))[:samples]
@@ -159,7 +159,7 @@ def calibration(job: Job, *, samples: int, seq_len: int, seed: int) -> torch.Ten
 
 
 def _solve_and_save(job: Job, solve: Solve, block: Block, file: Path, mark: Mapping[str, Any], *, began: float) -> None:
-    """Solve one block and write it to ``file``. began: when reading its weights did, for the seconds of the log."""
+    """Solve one block and write it to ``file``. began: start time of reading its weights, for the log."""
     solved = solve(job, block)
     check_losses({int(bits): loss for bits, loss in solved.record.get("loss", {}).items()}, block.name)
     record = {**solved.record, "step": block.index + 1, "steps": block.count, "block": block.name}
@@ -204,7 +204,7 @@ def _advance(
 
 
 def check_losses(losses: Mapping[int, float], name: str) -> None:
-    """InputError naming the block and the width if a loss is not finite."""
+    """Raise InputError naming the block and the width if a loss is not finite."""
     for bits, loss in losses.items():
         if not math.isfinite(loss):
             raise InputError(
@@ -214,12 +214,12 @@ def check_losses(losses: Mapping[int, float], name: str) -> None:
 
 
 def _check_states(hidden: Iterable[torch.Tensor], name: str, stream: int) -> None:
-    """InputError naming the block and the width if hidden states are not finite."""
+    """Raise InputError naming the block and the width if hidden states are not finite."""
     if not all(bool(torch.isfinite(states).all()) for states in hidden):
         width = "the float model" if stream == FLOAT else f"int{stream}"
         raise InputError(
             f"the output of {name} is not finite in {width}; check the float model with matquant eval --reference, "
-            "or leave this block out with --exclude"
+            "or exclude this block with --exclude"
         )
 
 
@@ -234,10 +234,11 @@ def _release(module: torch.nn.Module) -> None:
 
 
 def _memory_returner() -> Callable[[], Any]:
-    """Make glibc's malloc give freed tensors back to the system; returns what gives back the small pieces too.
+    """Make glibc's malloc return freed tensors to the system; return a function that releases small blocks too.
 
-    It otherwise keeps them in a heap that falls to pieces, and the peak grows by half a layer with every layer: 720 MB
-    at 4 layers and 1157 at 16 (1024 wide); with this 566 at both, in the same time. Other C libraries are left alone.
+    By default malloc keeps them in a fragmented heap, and the peak grows by half a layer with every layer: 720 MB at 4
+    layers and 1157 MB at 16 (hidden size 1024). With this it is 566 MB at both, in the same time. Other C libraries are
+    unaffected.
     """
     with contextlib.suppress(OSError, AttributeError):
         library = ctypes.CDLL("libc.so.6")
@@ -276,7 +277,7 @@ def _save(file: Path, solved: Solved, record: Mapping[str, Any], mark: Mapping[s
 
 
 def _load(file: Path, mark: Mapping[str, Any], *, device: torch.device) -> Solved:
-    """A finished block; InputError if the file is damaged or of another run."""
+    """Load a finished block; InputError if the file is damaged or belongs to another run."""
     with open_sealed(file, remedy="delete it to solve this block again") as (stored, metadata):
         check_same_run(json.loads(metadata["fingerprint"]), mark)
         tensors = {name: stored.get_tensor(name).clone().to(device) for name in stored.keys()}  # noqa: SIM118

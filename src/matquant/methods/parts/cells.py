@@ -1,13 +1,13 @@
-"""Which 8-bit code is best for several widths at once, for a whole column of weights.
+"""Find the 8-bit code that is best for several widths at once, for a whole column of weights.
 
-Each width r has a target t_r of its own, and one code serves them all:
+Each width r has a target t_r, and one code serves all widths:
 
     q = argmin over q of  sum_r lambda_r (t_r - scale_r (slice(q, r) - zero_r))^2
 
-Each term falls until its own best slice and rises after it, so the best q lies between the widths' own choices, and
-between two codes where a slice changes only the 8-bit term moves: the codes that can win are the 8-bit choice clamped
-into each *cell* (codes whose slices are all equal) in between. Usually that is one code, rarely more than ten.
-Shapes: N out features, R widths, C cells, J codes that can win, Q the 256 codes.
+Each term falls until its best slice and rises after it, so the best q lies between the choices of the single widths.
+Inside a *cell* (a run of codes whose slices are all equal) only the 8-bit term changes. So the candidates are the 8-bit
+choice clamped into each cell in between: usually one code, rarely more than ten.
+Shapes: N out features, R widths, C cells, J candidate codes, Q the 256 codes.
 """
 
 import functools
@@ -31,7 +31,8 @@ def chooser(
     rule: str, grid: str, widths: Sequence[int], device: torch.device
 ) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
     """Return the function that chooses a column of codes for ``widths``, descending: (targets [R, N], scales, zeros,
-    lambdas [R]) -> (codes int64 [N], what each width reads [R, N]). A single width takes the nearest of its codes."""
+    lambdas [R]) -> (codes int64 [N], values read at each width [R, N]). A single width takes the nearest of its
+    codes."""
     if len(widths) > 1:
         return _cells(rule, grid, tuple(widths), device).choose
     return functools.partial(_nearest, bits=widths[0], grid=grid)
@@ -48,12 +49,12 @@ class Cells:
     of_Q: torch.Tensor  # the cell of each code
     first: tuple[torch.Tensor, ...]  # per width below 8: the first cell of each slice code [2^r (+ 1)]
     last: tuple[torch.Tensor, ...]  # per width below 8: the last cell of each slice code [2^r (+ 1)]
-    positions_RQ: torch.Tensor  # of every width's slice of every code
+    positions_RQ: torch.Tensor  # position of every width's slice of every code
 
     def choose(
         self, target_RN: torch.Tensor, scale_RN: torch.Tensor, zero_RN: torch.Tensor, lambdas_R: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the best code of each row, int64 [N], and what each width reads from it [R, N]."""
+        """Return the best code of each row, int64 [N], and the values read from it at each width [R, N]."""
         position_RN = target_RN / scale_RN + zero_RN
         if self.grid == UNIFORM:
             nearest_RN = round_half_up(position_RN).long().unbind()

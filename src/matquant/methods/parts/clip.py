@@ -1,26 +1,26 @@
-"""A weight whose clipping is learned (MatQuant Eq. 3), read at any width with a straight-through gradient.
+"""A weight with learned clipping (MatQuant Eq. 3), read at any width with a straight-through gradient.
 
     scale = (gamma*max(W) - beta*min(W)) / (2^c - 1),   zero = -beta*min(W) / scale
     codes = clamp(round(W/scale + zero), 0, 2^c - 1)
 
-gamma and beta belong to a row or group; a symmetric grid has max = -min = max|W| and gamma alone. They are the factors
-themselves, kept in (0, 1], and start fully open at 1: untrained, this is round-to-nearest bit for bit. (OmniQuant's
-code learns the argument of a sigmoid that starts at 4, a factor of 0.982 with a fiftieth of the slope; at the paper's
+gamma and beta are clipping ratios per row or group; a symmetric grid has max = -min = max|W| and only gamma. They are
+kept in (0, 1] and start at 1, without clipping: untrained, this is round-to-nearest bit for bit. (OmniQuant's code
+learns the argument of a sigmoid that starts at 4, a factor of 0.982 with a fiftieth of the slope; at the paper's
 learning rate of 1e-3 that factor cannot leave 0.94..0.99 in 1220 steps.)
 
-The numbers of ``read`` are those of NestedTensor.read, bit for bit. Its gradient is that of
+``read`` returns the numbers of NestedTensor.read, bit for bit. Its gradient is that of
 
     read = scale_r * (code_r - zero_r),   code_r = clamp(W/scale + zero, 0, 2^c - 1) / 2^(c-r)  up to a constant
 
-with the roundings of code, slice, zero and scale passed straight through, so that it reaches gamma and beta through the
-scale, and W through the codes *and* through its own maxima. The affine of a width that has one of its own:
+with the roundings of code, slice, zero-point and scale passed straight through, so that it reaches gamma and beta
+through the scale, and W through the codes *and* through its maxima. The per-width scale and zero-point:
 
-    refit     least squares to W at every step (fit_slice). Its gradient is that of an affine in a fixed ratio to the
-              grid: taken as a constant, it would not know that a smaller step makes a smaller error (int2 perplexity
+    refit     least squares to W at every step (fit_slice). Its gradient treats scale and zero-point as a fixed ratio
+              of the grid's: as a constant, it would not see that a smaller step makes a smaller error (int2 perplexity
               of stories260K after 300 steps of clipping: 31.1 for the constant, 19.7 for the ratio, 20.2 for the
-              gradient of the least squares themselves)
-    learned   that, with scale_r times exp(stretch) and zero_r plus offset, both learned and both 0 at the start; a zero
-              in the centre has no offset
+              exact gradient of least squares)
+    learned   as refit, with scale_r times exp(stretch) and zero_r plus offset, both learned, both 0 at the start; a
+              mid-range zero-point has no offset
 
 Shapes: N out features, K in features, G groups.
 """
@@ -40,7 +40,7 @@ SMALLEST_FACTOR = 0.01
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Clip:
-    """What is learned of one weight, tensors [N, G]."""
+    """The learned tensors of one weight, [N, G]."""
 
     gamma: torch.Tensor | None = None  # clipping ratio of max(W); None: not clipped
     beta: torch.Tensor | None = None  # clipping ratio of min(W); None: the grid is symmetric
@@ -48,23 +48,23 @@ class Clip:
     nudges: Mapping[int, tuple[torch.Tensor, torch.Tensor | None]] = dataclasses.field(default_factory=dict)
 
     def tensors(self) -> Iterator[torch.Tensor]:
-        """All that is learned."""
+        """Yield all learned tensors."""
         yield from (tensor for tensor in (self.gamma, self.beta) if tensor is not None)
         yield from (tensor for pair in self.nudges.values() for tensor in pair if tensor is not None)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Simulated:
-    """A weight as one step sees it; all but ``tensor`` carry gradients."""
+    """A weight in one step; all fields except ``tensor`` carry gradients."""
 
-    tensor: NestedTensor  # what would be stored
-    position: torch.Tensor  # of each weight on the c-bit grid, clamped, [N, K]
+    tensor: NestedTensor  # the tensor as it would be stored
+    position: torch.Tensor  # position of each weight on the c-bit grid, clamped, [N, K]
     scale: torch.Tensor  # of that grid, [N, G]
     zero: torch.Tensor  # its zero-point, [N, G]
 
 
 def start(weight_NK: torch.Tensor, grid: Grid, *, trained: Sequence[int], clip: bool) -> Clip:
-    """What is learned, before the first step. Only ``trained`` widths learn an affine."""
+    """Return the learned tensors before the first step. Only ``trained`` widths learn a scale and zero-point."""
     groups = 1 if grid.group_size is None else weight_NK.shape[1] // grid.group_size
     shape, device = (weight_NK.shape[0], groups), weight_NK.device
     learned = [bits for bits in grid.sliced if bits in trained] if grid.affine == "learned" else []
@@ -82,7 +82,7 @@ def start(weight_NK: torch.Tensor, grid: Grid, *, trained: Sequence[int], clip: 
 
 
 def keep_in_range(clip: Clip) -> None:
-    """After an optimiser step: factors back into (0, 1], in place."""
+    """Clamp the clipping ratios into (0, 1] after an optimiser step, in place."""
     with torch.no_grad():
         for factor in (clip.gamma, clip.beta):
             if factor is not None:
@@ -90,7 +90,7 @@ def keep_in_range(clip: Clip) -> None:
 
 
 def nest(weight_NK: torch.Tensor, grid: Grid, clip: Clip, *, name: str = "weight") -> NestedTensor:
-    """Encode a weight on its clipped grid, with the affines of ``grid.sliced``, as it would be stored."""
+    """Encode a weight on its clipped grid, with the scales and zero-points of ``grid.sliced``, as stored."""
     with torch.no_grad():
         weight_NK = weight_NK.detach()
         tensor = _encode(weight_NK, grid, clip, name)
@@ -106,7 +106,7 @@ def nest(weight_NK: torch.Tensor, grid: Grid, clip: Clip, *, name: str = "weight
 
 
 def simulate(weight_NK: torch.Tensor, grid: Grid, clip: Clip, *, name: str = "weight") -> Simulated:
-    """A weight encoded once for all widths of a step; gradients go to ``weight_NK`` and ``clip``."""
+    """Encode a weight once for all widths of a step; gradients go to ``weight_NK`` and ``clip``."""
     tensor = nest(weight_NK, grid, clip, name=name)
     exact_scale, exact_zero = own_grid(tensor, grid)
     top_code = 2**grid.bits - 1
@@ -125,7 +125,7 @@ def simulate(weight_NK: torch.Tensor, grid: Grid, clip: Clip, *, name: str = "we
 
 
 def read(simulated: Simulated, bits: int, grid: Grid, clip: Clip) -> torch.Tensor:
-    """The ``bits``-bit weights [N, K]: the numbers of ``simulated.tensor.read(bits)``, with its gradient."""
+    """Return the ``bits``-bit weights [N, K]: the numbers of ``simulated.tensor.read(bits)``, with a gradient."""
     tensor, scale, zero = simulated.tensor, simulated.scale, simulated.zero
     step = 2 ** (grid.bits - bits)
     scale_r, zero_r = tensor.affine(bits)
@@ -141,16 +141,16 @@ def read(simulated: Simulated, bits: int, grid: Grid, clip: Clip) -> torch.Tenso
 
 
 def straight_through(exact: torch.Tensor, surrogate: torch.Tensor) -> torch.Tensor:
-    """The numbers of ``exact`` with the gradient of ``surrogate``."""
+    """Return the numbers of ``exact`` with the gradient of ``surrogate``."""
     return exact.detach() + (surrogate - surrogate.detach())
 
 
 def own_grid(tensor: NestedTensor, grid: Grid) -> Affine:
-    """Scale and zero [N, G] of the c-bit grid a tensor was encoded on: ``encode_clipped`` reversed, exactly."""
+    """Return scale and zero-point [N, G] of a tensor's c-bit grid: the exact reverse of ``encode_clipped``."""
     return tensor.scale * 2 ** (MASTER_BITS - grid.bits), sliced_zero(tensor.zero, grid.bits)
 
 
 def _encode(weight_NK: torch.Tensor, grid: Grid, clip: Clip, name: str) -> NestedTensor:
-    """Codes on the clipped grid; a symmetric grid has no beta of its own."""
+    """Encode on the clipped grid; a symmetric grid has no separate beta."""
     gamma = 1.0 if clip.gamma is None else clip.gamma
     return encode_clipped(weight_NK, grid, gamma=gamma, beta=gamma if clip.beta is None else clip.beta, name=name)

@@ -1,12 +1,12 @@
 """GPTQ's pass over the columns of a weight, for all widths at once, and the round of coordinate descent after it.
 
-The pass rounds one column after the other, most important first, and lets the columns not yet rounded make up for each
-error. Each width r has its own target t_r, compensated with its own error and the same U (hessians.py):
+The pass rounds one column after the other, most important first, and the remaining columns compensate each error. Each
+width r has a separate target t_r, compensated with its error and the same U (hessians.py):
 
     error_j = (t_j - read(code_j)) / U_jj,      t_k -= error_j U_jk  for all k > j
 
-The sweep afterwards corrects what could not be known column by column: 6-8 % less summed error on stories260K, at every
-width. Columns are compensated in blocks of COLUMNS, so that most of the work is one matrix product per block.
+The sweep afterwards corrects choices that were best only column by column: 6-8 % less summed error on stories260K, at
+every width. Columns are compensated in blocks of COLUMNS, so that most of the work is one matrix product per block.
 Shapes: N out features, K in features, G groups, R widths.
 """
 
@@ -19,7 +19,7 @@ from matquant.core.tensor import Affine
 from matquant.methods.parts.cells import chooser
 from matquant.methods.parts.hessians import Factor
 
-COLUMNS = 128  # compensated together, as in the original
+COLUMNS = 128  # columns compensated together, as in the original
 
 
 def nested_codes(
@@ -31,9 +31,11 @@ def nested_codes(
     rule: str,
     grid: str = UNIFORM,
 ) -> torch.Tensor:
-    """Choose the 8-bit codes, uint8 [N, K], of a weight on fixed affines, width -> (scale, zero) [N, G].
+    """Choose the 8-bit codes, uint8 [N, K], of a weight with fixed scales and zero-points, width -> (scale, zero) [N,
+    G].
 
-    weights: width -> lambda; 8 bits without one follow the others for free. A single width has its own r-bit codes.
+    weights: width -> lambda; without a lambda for 8 bits, its code only follows the other widths. A single width gets
+    r-bit codes.
     """
     widths = sorted(affines, reverse=True)
     scale_RNK, zero_RNK = (

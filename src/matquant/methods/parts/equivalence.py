@@ -1,23 +1,22 @@
-"""Which numbers of a decoder layer can be exchanged without changing its function (MatQuant Eq. 4, OmniQuant's LET).
+"""Equivalent transformations of a decoder layer, which do not change its function (MatQuant Eq. 4, OmniQuant's LET).
 
-Where a source (a norm or a linear) feeds linears and nothing else, each of its output channels may be shifted and
-divided, and the linears after it undo that:
+If a source (a norm or a linear layer) feeds only linear layers, each of its output channels may be shifted and divided,
+and the linear layers after it undo that:
 
-    x' = (x - delta) / s        source: weight' = weight / s, bias' = (bias - delta) / s   (rows, for a linear)
+    x' = (x - delta) / s        source: weight' = weight / s, bias' = (bias - delta) / s   (rows, for a linear layer)
     W' = W * s  (columns),      bias' = bias + W @ delta                                   of each linear it feeds
 
-In float nothing changes. After quantisation everything does: columns that meet large activations get finer steps. All
-of it folds into tensors that the checkpoint holds anyway, so nothing remains to be done when the model is served. Eq. 4
-asks for a bias wherever it shifts; we shift only where source and consumers have one (OPT, GPT-NeoX), so that the
-architecture stays the stock one.
+In float nothing changes. After quantisation the result differs: columns with large activations get finer steps. The
+transformation is folded into tensors that the checkpoint holds anyway, so serving needs no extra work. Eq. 4 needs a
+bias wherever it shifts; we shift only where source and consumers have one (OPT, GPT-NeoX), so that the architecture
+stays unchanged.
 
-Norms and biases are stored in the model's dtype. A folded norm is rounded to it *before* its linears are multiplied, by
-s = weight / weight', so that this rounding is undone as well.
+Norms and biases are stored in the model's dtype. A folded norm is rounded to it *before* its linear layers are
+multiplied by s = weight / weight', so that this rounding is undone as well.
 
-Which rows a family has is data (hf/families.py). A row counts where all the linears it names are quantised; the
-others, such as one norm before experts and a float router, are left as they are. ``bind`` tries each row on the real
-layer and drops those that change its output, so that a variant of a family that nobody foresaw costs accuracy, never
-correctness.
+The rows of each family are data (hf/families.py). A row applies if all its linear layers are quantised; other rows,
+such as one norm before experts and a float router, are skipped. ``bind`` tries each row on the real layer and drops
+rows that change its output, so that an unforeseen variant of a family costs accuracy, never correctness.
 
 Shapes: N out features, K in features, C channels of an equivalence.
 """
@@ -33,7 +32,7 @@ from matquant.hf.families import supported
 from matquant.methods.parts.clip import straight_through
 
 LARGEST_SCALE = 1e3
-TOLERANCE = 1e-3  # of what the layer adds to its input, on average: far above float32 rounding, far below a wrong row
+TOLERANCE = 1e-3  # mean change relative to the layer's update: far above float32 rounding, far below a wrong row
 
 
 # (config, source rows N, consumer columns K) -> source row of each channel [C], channel of each consumer column [K]
@@ -49,7 +48,7 @@ def _last(config: Any, rows: int, columns: int) -> tuple[torch.Tensor, torch.Ten
 
 
 def _value_last(config: Any, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Grouped-query attention: the query heads of one value head share its channels."""
+    """Lay out grouped-query attention: the query heads of a value head share its channels."""
     heads = config.num_attention_heads
     value_heads = getattr(config, "num_key_value_heads", None) or heads
     size = columns // heads
@@ -61,7 +60,7 @@ def _value_last(config: Any, rows: int, columns: int) -> tuple[torch.Tensor, tor
 
 
 def _value_per_head(config: Any, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows are [head, (query, key, value), channel]."""
+    """Lay out rows [head, (query, key, value), channel]."""
     return torch.arange(rows).view(config.num_attention_heads, 3, -1)[:, 2].reshape(-1), torch.arange(columns)
 
 
@@ -89,15 +88,15 @@ class Bound:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Transform:
-    """What is learned of one equivalence, tensors [C]."""
+    """The learned tensors of one equivalence, [C]."""
 
     log_scale: torch.Tensor  # s = exp(log_scale)
     shift: torch.Tensor | None  # delta = shift * unit; None: no delta
-    unit: torch.Tensor  # what an activation of the channel is worth; not learned
+    unit: torch.Tensor  # typical size of the channel's activations; not learned
 
 
 def candidates(name: str, tensors: Mapping[str, torch.Tensor], *, config: Any, quantised: set[str]) -> list[Bound]:
-    """The rows of the family's table that the layer ``name`` has and whose linears are all quantised.
+    """Return the rows of the family's table that apply to the layer ``name`` and whose linear layers are all quantised.
 
     tensors: the layer's parameters by full name. quantised: full parameter names that become codes.
     """
@@ -135,14 +134,18 @@ def bind(
     quantised: set[str],
     run: Callable[[Mapping[str, torch.Tensor]], torch.Tensor],
 ) -> tuple[tuple[Bound, ...], str]:
-    """The equivalences that hold in a layer, and a notice ("" for none) if it is less than the table promises.
+    """Return the equivalences that hold in a layer, and a notice ("" for none) if some of the table's do not.
 
-    run: parameters by full name -> what the layer adds to its input. Each row is tried with random s and delta on the
-    float weights and dropped if that changes by more than TOLERANCE.
+    run: parameters by full name -> the layer's output minus its input. Each row is tried with random s and delta on the
+    float weights and dropped if that result changes by more than TOLERANCE.
     """
     known = supported("equivalences")
     if config.model_type not in known:
-        return (), f"{config.model_type} has no table of equivalences: clipping only (known: {', '.join(known)})"
+        return (
+            (),
+            f"{config.model_type} has no equivalent transformations, "
+            f"only clipping is learned (known: {', '.join(known)})",
+        )
     rows = candidates(name, tensors, config=config, quantised=quantised)
     generator = torch.Generator().manual_seed(0)
     expected = run(tensors)
@@ -156,15 +159,15 @@ def bind(
         names = ", ".join(row.source for row in dropped)
         return tuple(
             kept
-        ), f"this {config.model_type} does not behave as its table of equivalences says at {names}: it is left as it is"
+        ), f"the equivalent transformations of {names} do not hold for this {config.model_type} model and are skipped"
     return tuple(kept), ""
 
 
 def start(row: Bound, tensors: Mapping[str, torch.Tensor]) -> Transform:
     """Return an equivalence before training: s = 1, delta = 0.
 
-    SmoothQuant's start from max|x| and max|W| gained nothing (docs/log.md). unit is what an activation of the channel
-    is worth: the norm's weight, or the length of the linear's row.
+    SmoothQuant's start from max|x| and max|W| gained nothing (docs/log.md). unit is the typical size of the channel's
+    activations: the norm's weight, or the norm of the linear layer's row.
     """
     weight = tensors[f"{row.source}.weight"]
     unit = weight.norm(dim=1)[row.rows] if row.linear else (weight + 1.0 if row.one_plus else weight).abs()
@@ -172,7 +175,7 @@ def start(row: Bound, tensors: Mapping[str, torch.Tensor]) -> Transform:
 
 
 def keep_in_range(transform: Transform) -> None:
-    """After an optimiser step: s back into LARGEST_SCALE either way, in place."""
+    """Clamp s to 1/LARGEST_SCALE..LARGEST_SCALE after an optimiser step, in place."""
     with torch.no_grad():
         transform.log_scale.clamp_(-math.log(LARGEST_SCALE), math.log(LARGEST_SCALE))
 
@@ -184,11 +187,11 @@ def fold(
     *,
     dtypes: Mapping[str, torch.dtype],
 ) -> dict[str, torch.Tensor]:
-    """The parameters that the transforms change, by full name (Eq. 4), differentiable in s and delta.
+    """Return the parameters that the transforms change, by full name (Eq. 4), differentiable in s and delta.
 
-    tensors: the layer's float32 parameters. Norms and biases come back rounded to what ``dtypes`` stores them in (as
-    float32, gradient straight through; names it lacks are not rounded), linear weights unrounded. s = 1 and delta = 0
-    give back the same numbers bit for bit.
+    tensors: the layer's float32 parameters. Norms and biases are rounded to their entry in ``dtypes`` (returned as
+    float32, gradient straight through; names without an entry are not rounded), linear weights are not. s = 1 and delta
+    = 0 return the same numbers bit for bit.
     """
     changed = dict(tensors)
     for row, transform in zip(rows, transforms, strict=True):
@@ -223,7 +226,7 @@ def _divide_rows(row: Bound, scale: torch.Tensor, changed: dict[str, torch.Tenso
 def _divide_norm(
     row: Bound, scale: torch.Tensor, changed: dict[str, torch.Tensor], dtypes: Mapping[str, torch.dtype]
 ) -> torch.Tensor:
-    """Divide a norm; returns s as it really is once the norm is rounded."""
+    """Divide a norm; return the effective s after rounding the norm."""
     weight, one = changed[f"{row.source}.weight"], 1.0 if row.one_plus else 0.0
     divided = weight / scale + (one / scale - one)
     rounded = _round(divided, dtypes.get(f"{row.source}.weight"))
@@ -242,7 +245,7 @@ def _shift_bias(
     changed: dict[str, torch.Tensor],
     dtypes: Mapping[str, torch.dtype],
 ) -> torch.Tensor:
-    """Shift a bias that is divided by s already; returns delta as it really is once the bias is rounded."""
+    """Shift a bias that is already divided by s; return the effective delta after rounding the bias."""
     name = f"{row.source}.bias"
     divided = changed[name][row.rows]
     rounded = _round(divided - shift / scale, dtypes.get(name))

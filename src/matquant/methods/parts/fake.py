@@ -1,22 +1,22 @@
-"""A weight in training: a float master whose slices are simulated, with a straight-through gradient.
+"""Simulate quantisation in training: slices of a float master, with a straight-through gradient.
 
 Forward at width r, from codes that all widths of a step share:
 
     codes = clamp(round(w/scale + zero)),   read = scale_r * (slice_positions(codes, r) - zero_r)
 
-A learned affine is kept as reach_r and centre_r, read = reach_r * (2 code_r/(2^r - 1) - 1) + centre_r.
+A learned scale and zero-point are kept as reach_r and centre_r, read = reach_r * (2 code_r/(2^r - 1) - 1) + centre_r.
 
 Backward, with g the gradient of ``read`` and the rounding and the slice passed straight through:
 
     d w       = g                                          plain: round, slice and clamp alike (the default grid)
-    d w       = g * scale_r/(2^(8-r) * scale), 0 outside the clamp                 where affines or clips are learned
+    d w       = g * scale_r/(2^(8-r) * scale), 0 outside the clamp                 where scales or clips are learned
     d reach_r = sum g * (read - centre_r) / reach_r,    d centre_r = sum g
-    d clip    = (sum over widths without an own affine of g * read  -  sum (d w) * w) / clip
+    d clip    = (sum over widths without a per-width scale of g * read  -  sum (d w) * w) / clip
 
 as in learned step size quantisation (Esser et al. 2020). ``clip`` is gamma*max|w| of MatQuant Eq. 3. All learned
-tensors are in the units of the weights, and a step of any of them moves no weight by more than itself, so that one
-learning rate fits them at every width and model size. The grid is fitted to the master at every step.
-A dedicated baseline of c bits is the same with a c-bit grid.
+tensors are in the units of the weights, and a change of any of them moves no weight by more than that change, so that
+one learning rate fits every width and model size. The grid is fitted to the master at every step. A dedicated c-bit
+baseline works the same way with a c-bit grid.
 Shapes: N out features, K in features, G groups.
 """
 
@@ -38,24 +38,24 @@ class Grid:
     """How all weights of a run are quantised."""
 
     rule: str  # slicing rule, one of nest.RULES
-    bits: int = MASTER_BITS  # 8, or the width of a dedicated baseline
-    group_size: int | None = None  # in features that share a scale; None: the whole row
+    bits: int = MASTER_BITS  # 8, or a dedicated baseline's width
+    group_size: int | None = None  # in features that share a scale; None: one group per row
     symmetric: bool = True  # the 8-bit zero-point is mid-range
     affine: str = (
-        "refit"  # scale and zero-point of the widths ``sliced``: none, refit (least squares each step), learned
+        "refit"  # per-width scale and zero-point of ``sliced``: none, refit (least squares at each step), learned
     )
     zeros: str = OWN  # zero-points of those widths: stored (OWN), or mid-range (CENTRE)
-    storable: bool = True  # 8-bit scales of 8 significant bits; False: Eq. 1 to the letter, stored in float32
-    sliced: tuple[int, ...] = ()  # widths with a scale of their own, unless ``affine`` is none
+    storable: bool = True  # round 8-bit scales to 8 significant bits; False: exactly Eq. 1, stored in float32
+    sliced: tuple[int, ...] = ()  # widths with a per-width scale, unless ``affine`` is none
     kind: str = UNIFORM  # the positions that codes stand for, one of nest.GRIDS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Learned:
-    """What a weight learns besides itself."""
+    """The learned tensors of a weight, besides the weight."""
 
     clip: torch.Tensor | None = None  # the range gamma*max|w| [N, G]; None: not clipped
-    limit: float = 1.0  # of clip, in units of max|w|
+    limit: float = 1.0  # upper limit of clip, in units of max|w|
     affines: Mapping[int, LearnedAffine] = dataclasses.field(default_factory=dict)  # width -> (reach_r, centre_r)
 
 
@@ -67,9 +67,9 @@ def nest(
     coarse: Mapping[int, torch.Tensor] | None = None,
     name: str = "weight",
 ) -> NestedTensor:
-    """Encode a weight on its grid, and give the widths ``grid.sliced`` their own affines, as they would be stored.
+    """Encode a weight on its grid, with per-width scales and zero-points for ``grid.sliced``, as they would be stored.
 
-    coarse: masters of narrower widths, whose top bits the codes of ``weight_NK`` are confined to (``confine``).
+    coarse: masters of narrower widths, which confine the codes of ``weight_NK`` to their bins (``confine``).
     """
     learned = learned or Learned()
     with torch.no_grad():
@@ -92,7 +92,7 @@ def nest(
 
 
 def refit_slice(weight_NK: torch.Tensor, tensor: NestedTensor, bits: int, *, zeros: str) -> Affine:
-    """The least-squares scale and zero of one width of a nested weight; see ``grid.fit_slice``."""
+    """Return the least-squares scale and zero-point of one width of a nested weight; see ``grid.fit_slice``."""
     found: Affine = fit_slice(
         weight_NK,
         tensor.codes,
@@ -109,8 +109,8 @@ def refit_slice(weight_NK: torch.Tensor, tensor: NestedTensor, bits: int, *, zer
 def confine(encoded: Mapping[int, torch.Tensor]) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
     """Combine per-width masters into one nested code: each is clamped into the bin fixed by the next narrower width.
 
-    encoded: width -> 8-bit codes [N, K] of its master. Returns the codes, and width -> int8 [N, K]: +1 or -1 where that
-    master wanted to be above or below its bin.
+    encoded: width -> 8-bit codes [N, K] of its master. Returns the codes, and width -> int8 [N, K]: +1 or -1 where the
+    master was above or below its bin.
     """
     blocked: dict[int, torch.Tensor] = {}
     codes: torch.Tensor | None = None
@@ -136,10 +136,10 @@ def start_learning(
     nested: NestedTensor | None = None,
     name: str = "weight",
 ) -> Learned:
-    """The learned tensors of a weight before the first step: no clipping and least-squares affines, or those of
-    ``nested``, whose 8-bit read the weight is.
+    """Return the learned tensors of a weight before the first step.
 
-    Only widths that are ``trained`` learn an affine; the others are fitted at the end (``nest``).
+    They start without clipping and with least-squares scales and zero-points, or from ``nested``, whose 8-bit read is
+    the weight. Only ``trained`` widths learn a scale and zero-point; the others are fitted at the end (``nest``).
     """
     tensor = nested or nest(weight_NK, grid, name=name)
     widths = [bits for bits in grid.sliced if bits in trained] if grid.affine == "learned" else []
@@ -149,8 +149,8 @@ def start_learning(
         affines[bits] = (scale * middle(bits), None if grid.zeros == CENTRE else scale * (middle(bits) - zero))
     if nested is None:
         return Learned(clip=_largest(weight_NK, tensor.scale.shape[1]) if clip else None, affines=affines)
-    # A hair less, so that the scale it gives is not rounded up to the next one that can be stored. Not every row of
-    # given codes reaches the ends of its grid.
+    # Slightly less, so that its scale is not rounded up to the next storable one. The codes of ``nested`` may not
+    # reach the ends of their grid.
     reached = nested.scale * 2 ** (MASTER_BITS - grid.bits) * middle(grid.bits) * (1 - 1e-6)
     return Learned(clip=reached if clip else None, limit=1.5, affines=affines)
 
@@ -158,9 +158,9 @@ def start_learning(
 def backward(
     gradient_NK: torch.Tensor, read_NK: torch.Tensor, tensor: NestedTensor, bits: int, learned: Learned
 ) -> torch.Tensor:
-    """Chain the gradient of one width's read into ``learned`` (adding to .grad); returns its share of d w.
+    """Chain the gradient of one width's read into ``learned`` (adding to .grad); return its share of d w.
 
-    read_NK: ``tensor.read(bits)``. The clamp is left to ``finish_backward``.
+    read_NK: ``tensor.read(bits)``. ``finish_backward`` applies the clamp.
     """
     rows, groups = tensor.scale.shape
     gradient = gradient_NK.reshape(rows, groups, -1)
@@ -184,7 +184,7 @@ def backward(
 def finish_backward(
     gradient_NK: torch.Tensor, weight_NK: torch.Tensor, tensor: NestedTensor, learned: Learned
 ) -> torch.Tensor:
-    """Stop the summed gradient d w of all widths at the clamp and give the clip its part of it; returns d w."""
+    """Stop the summed gradient d w of all widths at the clamp, add the clip's share to its .grad, and return d w."""
     if learned.clip is None:
         return gradient_NK
     rows, groups = tensor.scale.shape
@@ -197,7 +197,7 @@ def finish_backward(
 
 
 def stored_affine(learned: LearnedAffine, bits: int) -> Affine:
-    """(scale_r, zero_r) as they are stored, of a learned affine."""
+    """Return a learned scale and zero-point as stored, (scale_r, zero_r)."""
     reach, centre = learned
     scale = storable_scale(reach / middle(bits))
     if centre is None:
@@ -206,7 +206,7 @@ def stored_affine(learned: LearnedAffine, bits: int) -> Affine:
 
 
 def keep_in_range(learned: Learned, weight_NK: torch.Tensor, tensor: NestedTensor) -> None:
-    """After a step: clips inside 0.1..limit of max|w|, reaches inside 0.1..10 of the grid's own; in place."""
+    """Clamp after a step, in place: clips to 0.1..limit of max|w|, reaches to 0.1..10 times the grid's."""
     with torch.no_grad():
         if learned.clip is not None:
             largest = _largest(weight_NK, tensor.scale.shape[1])
@@ -217,10 +217,12 @@ def keep_in_range(learned: Learned, weight_NK: torch.Tensor, tensor: NestedTenso
 
 
 def encode_clipped(weight_NK: torch.Tensor, grid: Grid, *, gamma: Any, beta: Any, name: str) -> NestedTensor:
-    """Codes on the grid clipped by ``gamma`` and ``beta`` (Eq. 3; factors, scalars or [N, G]), without own affines.
+    """Encode on the grid clipped by ``gamma`` and ``beta`` (Eq. 3; ratios, scalars or [N, G]), without per-width
+    scales.
 
     Codes of a c-bit baseline become 8-bit codes at the centre of their prefix bin. A symmetric baseline grid of less
-    than 8 bits is centred, zero at (2^c - 1)/2, so that its extreme codes are -max|w| and max|w| as in Eq. 1.
+    than 8 bits has its zero-point at mid-range, (2^c - 1)/2, so that its extreme codes are -max|w| and max|w| as in Eq.
+    1.
     """
     scale, zero = fit_grid(
         weight_NK,
@@ -248,13 +250,13 @@ def encode_clipped(weight_NK: torch.Tensor, grid: Grid, *, gamma: Any, beta: Any
 
 
 def _largest(weight_NK: torch.Tensor, groups: int) -> torch.Tensor:
-    """max|w| of each group, [N, G]; tiny instead of 0."""
+    """Return max|w| of each group, [N, G]; a tiny number instead of 0."""
     largest = weight_NK.detach().reshape(weight_NK.shape[0], groups, -1).abs().amax(-1)
     return largest.clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def _relative(product: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
-    """``product / unit``; 0 for a group of zeros, whose unit is tiny: it has nothing to learn."""
+    """Return ``product / unit``; 0 for a group of zeros, whose unit is tiny and which has nothing to learn."""
     unit = unit.detach()
     return torch.where(unit > 2 * torch.finfo(torch.float32).tiny, product / unit, torch.zeros_like(product))
 

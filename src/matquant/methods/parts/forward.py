@@ -1,4 +1,4 @@
-"""Forward passes of training: the model in evaluation mode, the outputs of its decoder layers, autocast."""
+"""Forward passes in training: evaluation mode, outputs of the decoder layers, autocast."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -14,7 +14,7 @@ from matquant.options.qat import Schedule
 
 
 def prepare(model: Model, views: Mapping[str, View], schedule: Schedule) -> None:
-    """Put the model into evaluation mode, without dropout; only what is trained asks for gradients."""
+    """Put the model into evaluation mode, without dropout; only trained parameters require gradients."""
     model.eval()
     taken = {view.parameter for view in views.values()}
     for name, parameter in model.named_parameters():
@@ -22,7 +22,7 @@ def prepare(model: Model, views: Mapping[str, View], schedule: Schedule) -> None
     if schedule.checkpoint_activations:
         model.activation_checkpointing_enable({"use_reentrant": False})
         for _, layer in decoder_layers(model):
-            layer.training = True  # of itself alone: transformers checkpoints no other layer
+            layer.training = True  # only this module: transformers checkpoints a layer only in training mode
             rates = [name for name, value in vars(layer).items() if "dropout" in name and isinstance(value, float)]
             vars(layer).update(dict.fromkeys(rates, 0.0))
 
@@ -30,13 +30,13 @@ def prepare(model: Model, views: Mapping[str, View], schedule: Schedule) -> None
 def autocast(model: Model, schedule: Schedule) -> contextlib.AbstractContextManager[Any]:
     if not schedule.autocast:
         return contextlib.nullcontext()
-    # Its cache of cast weights would serve the first width's weights to all others: the slots change inside it.
+    # No weight cache: weights change inside the context, and a cache would serve the first width's to all others.
     return torch.autocast(model.device.type, torch.bfloat16, cache_enabled=False)
 
 
 @contextlib.contextmanager
 def layer_outputs(model: Model, *, kept: bool = True) -> Iterator[list[torch.Tensor]]:
-    """Yield a list that collects the decoder layers' outputs of a forward, in their order; empty unless ``kept``."""
+    """Yield a list that collects the decoder layers' outputs of a forward pass, in order; empty unless ``kept``."""
     outputs: list[torch.Tensor] = []
 
     def keep(_: torch.nn.Module, __: Any, output: Any) -> None:

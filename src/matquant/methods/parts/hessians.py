@@ -1,8 +1,8 @@
-"""What GPTQ knows of a linear layer's inputs: their Hessian H = X^T X, and the factor that compensates errors with it.
+"""The Hessian H = X^T X of a linear layer's inputs, and the factor with which GPTQ compensates errors.
 
-H is summed over the calibration tokens, once per decoder layer, from the inputs of the model served at its widest
-width. Linear layers that are given the same tensor share one H and one factor: three quarters of the Cholesky work of
-a Llama layer. The factor is U, upper triangular, with U^T U = (H + damping)^-1 (Frantar et al. 2022, Alg. 1).
+H is summed over the calibration tokens, once per decoder layer, from the inputs of the model at its widest width.
+Linear layers with the same input share one H and one factor, which saves a quarter of the Cholesky work of a Llama
+layer. The factor is U, upper triangular, with U^T U = (H + damping)^-1 (Frantar et al. 2022, Alg. 1).
 Shapes: K in features, T tokens.
 """
 
@@ -15,7 +15,7 @@ import torch
 from matquant.methods.parts.blocks import Block
 from matquant.system.errors import InputError
 
-DAMP_LIMIT = 1.0  # more damping than the mean diagonal itself means the Hessian says nothing
+DAMP_LIMIT = 1.0  # with more damping than the mean diagonal the Hessian carries no information
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,19 +24,21 @@ class Factor:
 
     order_K: torch.Tensor  # columns, most important first
     upper_KK: torch.Tensor  # U, rows and columns in that order
-    damp: float  # damping it took, in units of the mean diagonal
+    damp: float  # damping used, in units of the mean diagonal
 
 
 def inverse_factor(hessian_KK: torch.Tensor, *, damp: float, name: str = "weight", reorder: bool = True) -> Factor:
     """Return U with U^T U = (H + damp * mean diagonal)^-1.
 
-    An H that is not positive definite gets ten times the damping,
-    again and again; InputError when that reaches DAMP_LIMIT. Columns that no input reaches count as the mean.
+    If H is not positive definite, damping is multiplied by ten until it is; InputError at DAMP_LIMIT. Columns without
+    any input get the mean.
     """
     diagonal = hessian_KK.diagonal()
     mean = diagonal.mean()
     if not torch.isfinite(mean) or mean <= 0:
-        raise InputError(f"the Hessian of {name} is {float(mean)} on average; its inputs are broken: use other text")
+        raise InputError(
+            f"the Hessian of {name} is {float(mean)} on average, so its inputs are not usable; use other text"
+        )
     order = (
         diagonal.argsort(descending=True, stable=True)
         if reorder
@@ -56,10 +58,10 @@ def inverse_factor(hessian_KK: torch.Tensor, *, damp: float, name: str = "weight
 
 
 def collect_hessians(block: Block) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Return X^T X [K, K] of every linear layer's inputs, float32, on the block's device, by the path of a leader, and
-    path -> its leader.
+    """Return X^T X [K, K] of every linear layer's inputs by leader, float32, on the block's device, and path -> leader.
 
-    Linears that are given the same tensor share one. Fused experts see the tokens routed to them.
+    Linear layers with the same input share the Hessian of one path, their leader. Fused experts see the tokens routed
+    to them.
     """
     (states,) = block.inputs.values()
     sums = _Sums(block)
@@ -74,10 +76,12 @@ def collect_hessians(block: Block) -> tuple[dict[str, torch.Tensor], dict[str, s
             handle.remove()
     missing = sorted(set(block.views) - set(sums.leaders))
     if missing:
-        raise InputError(f"method 'gptq' does not see the inputs of {missing[0]}; --exclude it, or use --method rtn")
+        raise InputError(
+            f"method 'gptq' cannot observe the inputs of {missing[0]}; use --exclude for it, or --method rtn"
+        )
     for hessian in sums.hessians.values():
         if not hessian.diagonal().any():
-            hessian.fill_diagonal_(1.0)  # an expert that no token reached: rounded to nearest
+            hessian.fill_diagonal_(1.0)  # no token reached this expert: round to nearest
     return sums.hessians, sums.leaders
 
 
@@ -88,11 +92,11 @@ class _Sums:
     block: Block
     hessians: dict[str, torch.Tensor] = field(default_factory=dict)  # leader's path -> X^T X so far
     leaders: dict[str, str] = field(default_factory=dict)  # path -> the path whose Hessian it shares
-    # Inputs of this forward pass, by id; kept so that their ids stay theirs.
+    # Inputs of this forward pass, by id; kept alive so that ids are not reused.
     given: dict[int, tuple[str, torch.Tensor]] = field(default_factory=dict)
 
     def watch(self) -> list[Any]:
-        """Hook every linear layer and every module of fused experts that the block quantises; returns the handles."""
+        """Hook every linear layer and every module of fused experts that the block quantises; return the handles."""
         views = self.block.views
         paths = {view.parameter.removesuffix(".weight"): path for path, view in views.items()}
         handles = []

@@ -1,4 +1,4 @@
-"""What a method is given: one record for all methods, so that a new one is a file and a row in METHODS."""
+"""The input of a method: one record for all methods, so that a new method is a file and a row in METHODS."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -18,19 +18,19 @@ from matquant.methods.parts.fake import Grid
 from matquant.options.objective import Width
 from matquant.system.interrupted import describe_files
 
-Report = Callable[[dict[str, Any]], None]  # of log records, and of {"notice": text} for people
+Report = Callable[[dict[str, Any]], None]  # takes log records, and {"notice": text} for people
 LOG = "training.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A float model and what is to be made of it.
+    """A float model and how to quantise it.
 
-    source: where the model came from. model: with its numbers, or without them for methods that work block by block;
-    read: its tensors by name, dtypes: as they are stored. views: the linears to quantise, by path. stream: token ids,
-    for methods with data. options: the method's own settings. work: a folder that outlives an interruption; resume:
-    go on from what is in it. report: called with each log record. first: tensors to start from, start_sha256: the
-    checkpoint they are from. files: what tells whether a file of the source has changed, by name.
+    source: the model's origin. model: with weights, or without them for methods that work block by block; read: reads
+    its tensors by name; dtypes: their stored dtypes. views: the linear layers to quantise, by path. stream: token ids,
+    for methods with data. options: the method's settings. work: a folder that outlives an interruption; resume:
+    continue from its contents. report: called with each log record. first: tensors to start from; start_sha256: their
+    checkpoint. files: descriptions that change with the source's files, by name.
     """
 
     source: str
@@ -53,7 +53,7 @@ class Job:
 
 
 def source_files(source: Path | str) -> dict[str, str]:
-    """What tells whether the files of a model have changed, by name; of a hub id its commit."""
+    """Return descriptions that change with a model's files, by name; for a hub id its commit."""
     directory = local_directory(source)
     if directory is None:
         return {}
@@ -61,7 +61,7 @@ def source_files(source: Path | str) -> dict[str, str]:
 
 
 def fingerprint(job: Job, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything the numbers of a run depend on, as JSON has it; what is saved of a run carries it."""
+    """Return everything that a run's numbers depend on, as JSON values; every saved file of a run carries it."""
     local = Path(job.source)
     values = {
         "model": str(local.resolve()) if local.is_dir() else job.source,

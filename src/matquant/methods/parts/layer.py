@@ -1,8 +1,8 @@
-"""A decoder layer that runs with other parameters than its own, and differentiably so.
+"""Run a decoder layer with replaced parameters, differentiably.
 
-``run`` puts folded norms and simulated weights in the place of the layer's parameters (torch.func.functional_call), so
-that one pass of autograd reaches whatever they were made of, and the layer itself is never written to. Weights come out
-of it and go into it by path; parts of fused parameters (experts) are put together on the way.
+``run`` replaces the layer's parameters by folded norms and simulated weights (torch.func.functional_call), so that one
+pass of autograd reaches their inputs and the layer itself is never changed. Weights are addressed by path; parts of
+fused parameters (experts) are assembled.
 Shapes: B sequences, T tokens, H hidden features, N out features, K in features.
 """
 
@@ -23,7 +23,7 @@ from matquant.system.errors import InputError
 
 
 class Layer(torch.nn.Module):
-    """A decoder layer that runs with other parameters than its own. tensors: its own, by full name."""
+    """A decoder layer that runs with replaced parameters. tensors: the layer's parameters, by full name."""
 
     def __init__(self, block: Block, dtypes: Mapping[str, torch.dtype]) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Layer(torch.nn.Module):
         return self.call(self.layer, states)
 
     def run(self, states: torch.Tensor, changed: Mapping[str, torch.Tensor], *, autocast: bool) -> torch.Tensor:
-        """Its output [B, T, H], float32, with the parameters ``changed`` in place of its own."""
+        """Return the layer's output [B, T, H], float32, with the parameters ``changed`` replaced."""
         start = len(self.block.name) + 1
         own = {f"layer.{name[start:]}": tensor for name, tensor in changed.items()}
         with _autocast(self.device) if autocast else contextlib.nullcontext():
@@ -45,7 +45,7 @@ class Layer(torch.nn.Module):
         return output.float()
 
     def inputs(self, bits: int, index: int) -> torch.Tensor:
-        """Batch ``index`` of the stream of one width."""
+        """Return batch ``index`` of the stream of one width."""
         return self.block.inputs[bits][index].to(self.device).float()
 
     def targets(self, *, autocast: bool) -> list[torch.Tensor]:
@@ -66,9 +66,10 @@ class Layer(torch.nn.Module):
         changed: Mapping[str, torch.Tensor] | None = None,
         every: int = 1,
     ) -> dict[int, float]:
-        """||F_r - F||^2 / ||F||^2 of each width, read from ``nested``, over every ``every``-th batch of its stream.
+        """Return ||F_r - F||^2 / ||F||^2 of each width, read from ``nested``, over every ``every``-th batch of its
+        stream.
 
-        targets: of all batches. changed: other parameters that differ from the float layer's.
+        targets: of all batches. changed: further parameters that differ from the float layer's.
         """
         indices = range(0, len(targets), every)
         found = {}
@@ -88,22 +89,22 @@ class Layer(torch.nn.Module):
         return found
 
     def order(self, step: int, seed: int) -> int:
-        """The batch of a step: it depends on the seed and the step only."""
+        """Return the batch of a step, which depends only on the seed and the step."""
         return int(batch(np.arange(len(self.block.inputs[FLOAT])), step, size=1, seed=seed)[0])
 
     def weights(self, changed: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
-        """The weights [N, K] to quantise, by path."""
+        """Yield the weights [N, K] to quantise, by path."""
         for path, view in self.block.views.items():
             tensor = changed.get(view.parameter, self.tensors[view.parameter])
             yield path, tensor if _is_whole(view, tensor) else view.of(tensor).contiguous()
 
     def plain(self, changed: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """What is changed but not quantised: norms and biases."""
+        """Return the changed parameters that are not quantised: norms and biases."""
         taken = {view.parameter for view in self.block.views.values()}
         return {name: tensor for name, tensor in changed.items() if name not in taken}
 
     def assemble(self, reads: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Parameters by full name out of weights by path; fused ones are put together."""
+        """Assemble parameters by full name from weights by path, including fused ones."""
         parts: dict[str, list[str]] = {}
         for path in reads:
             parts.setdefault(self.block.views[path].parameter, []).append(path)
@@ -121,8 +122,7 @@ class Layer(torch.nn.Module):
 def check_losses(
     losses: Mapping[int, float], name: str, when: str, *, limits: Mapping[int, float] | None = None
 ) -> None:
-    """InputError naming the layer and the width if a loss left the finite numbers, or ended above twice its limit and
-    above 1, the size of the layer's output."""
+    """Raise InputError if a loss is not finite, or is above twice its limit and above 1, the layer output's size."""
     for bits, loss in losses.items():
         if not math.isfinite(loss) or (limits and loss > max(1.0, 2 * limits[bits])):
             raise InputError(
@@ -132,7 +132,7 @@ def check_losses(
 
 
 class _Assemble(torch.autograd.Function):
-    """Weights written into a copy of the fused parameter they are parts of."""
+    """Write weights into a copy of the fused parameter that they are parts of."""
 
     @staticmethod
     def forward(ctx: Any, whole: torch.Tensor, views: list[View], *parts: torch.Tensor) -> torch.Tensor:
@@ -152,5 +152,5 @@ def _is_whole(view: View, tensor: torch.Tensor) -> bool:
 
 
 def _autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    # Its cache of cast weights would serve one width's weights to another.
+    # No weight cache: it would serve one width's weights to another.
     return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)

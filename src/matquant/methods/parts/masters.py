@@ -1,8 +1,8 @@
-"""Float masters of one weight: how they become nested codes, and how gradients find their way back to them.
+"""Float masters of one weight: combine them into nested codes, and route gradients back to them.
 
-A width may have a master of its own, W_r. Codes are nested by clamping each wider master into the bin of the next
-narrower one (fake.confine), from the narrowest on. The gradient of a width goes to its own master alone (``chain``),
-but where that confinement holds a master back, to the next narrower one, times ``pull`` (``release_blocked``).
+A width may have a separate master, W_r. Codes are nested by clamping each wider master into the bin of the next
+narrower one (fake.confine), from the narrowest on. The gradient of a width goes only to its master (``chain``). Where
+the clamp blocks a master, its gradient times ``pull`` goes to the next narrower one (``release_blocked``).
 Shapes: N out features, K in features.
 """
 
@@ -19,7 +19,7 @@ Masters = Mapping[int, torch.Tensor]  # width -> float master [N, K]
 
 
 def encode_masters(masters: Masters, nested: NestedTensor) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
-    """The nested codes of masters on the 8-bit grid of ``nested``, and where each was held back; see ``confine``."""
+    """Return the nested codes of masters on the grid of ``nested``, and where each was blocked; see ``confine``."""
     scale, zero, grid = nested.scale, nested.zero, nested.grid
     return confine({bits: encode(master.detach(), scale, zero, grid=grid) for bits, master in masters.items()})
 
@@ -39,12 +39,12 @@ def chain(
 
 
 def release_blocked(masters: Masters, nested: NestedTensor, *, pull: float) -> None:
-    """Where a narrower width's bits hold a master back, its gradient goes to that width's master, times ``pull``."""
+    """Where a narrower width's bin blocks a master, add its gradient times ``pull`` to that width's master."""
     _, blocked = encode_masters(masters, nested)
     for bits, narrower in itertools.pairwise(sorted(masters, reverse=True)):
         gradient, below = masters[bits].grad, masters[narrower].grad
         assert gradient is not None
         assert below is not None
-        held = (gradient * blocked[bits]) < 0  # the step, against the gradient, leads further out of the bin
+        held = (gradient * blocked[bits]) < 0  # a step against the gradient would move further out of the bin
         below.add_(torch.where(held, gradient, 0.0), alpha=pull)
         gradient.masked_fill_(held, 0.0)

@@ -1,4 +1,4 @@
-"""The losses that an objective is made of (MatQuant Eq. 7); options/objective.py parses its notation."""
+"""The losses of an objective (MatQuant Eq. 7); options/objective.py parses its notation."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,8 @@ __all__ = ["FLOAT", "Width", "hidden_loss", "parse_objective", "width_loss"]
 def width_loss(
     logits: torch.Tensor, targets: torch.Tensor, teacher_logits: Sequence[torch.Tensor], *, truth: bool
 ) -> torch.Tensor:
-    """The loss of one width: the mean of its cross-entropy (if ``truth``) and its KL to each teacher, nats per token.
+    """Return the loss of one width: the mean of its cross-entropy (if ``truth``) and its KL to each teacher, nats per
+    token.
 
     logits, teacher_logits: [..., vocabulary]; targets: token ids [...].
     """
@@ -26,9 +27,10 @@ def width_loss(
 
 
 def hidden_loss(outputs: Sequence[torch.Tensor], aims: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Mean over layers of ||h - h_float||^2 / ||h_float||^2, both norms over all tokens (hidden-state distillation).
+    """Return the mean over layers of ||h - h_float||^2 / ||h_float||^2, norms over all tokens (hidden-state
+    distillation).
 
-    outputs, aims: what each decoder layer puts out, [batch, tokens, hidden], of the student and of the float model.
+    outputs, aims: the decoder layers' outputs, [batch, tokens, hidden], of the student and of the float model.
     """
     losses = []
     for output, aim in zip(outputs, aims, strict=True):

@@ -1,7 +1,7 @@
-"""Tensors saved by an interrupted run, with a hash over all of them and of what is said about them.
+"""Save an interrupted run's tensors with a hash over all tensors and metadata.
 
-A safetensors file whose metadata has one more entry, SEAL: the sha256 over the other metadata and, by name, the dtype,
-shape and bytes of every tensor. Wherever a bit has flipped, reading fails instead of going on with another number.
+The file is safetensors with one additional metadata entry, SEAL: the sha256 over the other metadata and, by name, the
+dtype, shape and bytes of every tensor. If any bit has flipped, reading fails.
 """
 
 import contextlib
@@ -30,9 +30,10 @@ def save_sealed(file: Path, tensors: Mapping[str, torch.Tensor], metadata: Mappi
 
 @contextlib.contextmanager
 def open_sealed(file: Path, *, remedy: str) -> Iterator[tuple[Any, dict[str, str]]]:
-    """Open a file that ``save_sealed`` wrote; yields it as ``safe_open`` does, and its metadata.
+    """Open a file that ``save_sealed`` wrote; yield it as ``safe_open`` does, and its metadata.
 
-    Reads all of it first, one tensor in memory. InputError if a bit has changed; remedy: what to do then.
+    Reads the whole file first, one tensor in memory at a time. InputError if a bit has changed; remedy: what to do
+    then.
     """
     try:
         opened = safe_open(file, "pt")
@@ -43,7 +44,7 @@ def open_sealed(file: Path, *, remedy: str) -> Iterator[tuple[Any, dict[str, str
         expected = metadata.pop(SEAL, None)
         found = _digest(metadata, ((name, stored.get_tensor(name)) for name in sorted(stored.keys())))
         if expected is None:
-            raise InputError(f"{file} is damaged, it holds no hash; {remedy}")
+            raise InputError(f"{file} is damaged (it holds no hash); {remedy}")
         if found != expected:
             raise InputError(f"{file} is damaged (sha256 {found[:12]}…, recorded {expected[:12]}…); {remedy}")
         yield stored, metadata

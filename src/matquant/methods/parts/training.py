@@ -1,8 +1,8 @@
-"""Everything that quantisation-aware training learns, its optimiser, and the file that a stopped run continues from.
+"""The state of quantisation-aware training, its optimiser, and the file from which an interrupted run continues.
 
-A State holds the float masters of all weights, the masters of narrower widths if they have their own, learned clips and
-affines, and what is not quantised if that is trained too. ``start`` makes it, ``make_optimizer`` puts AdamW over it,
-``save`` writes both in safetensors, atomically, and ``restore`` reads them back if the run is the same.
+A State holds the float masters of all weights, separate masters of narrower widths if any, learned clips, scales and
+zero-points, and the unquantised parameters if they are trained too. ``start`` makes it, ``make_optimizer`` returns
+AdamW for it, ``save`` writes both as safetensors, atomically, and ``restore`` reads them back if the run is the same.
 Shapes: weights [N, K] of N out features and K in features.
 """
 
@@ -33,16 +33,16 @@ STATE = "state.safetensors"
 
 @dataclass(kw_only=True)
 class State:
-    """The tensors being trained, and how far training has come."""
+    """The tensors being trained, and the number of steps done."""
 
-    masters: dict[str, torch.Tensor]  # path -> float weight [N, K], of all widths or of the widest
+    masters: dict[str, torch.Tensor]  # path -> float weight [N, K] for all widths, or for the widest
     coarse: dict[str, dict[int, torch.Tensor]]  # path -> width -> float weight of a narrower width
-    learned: dict[str, Learned]  # path -> clip and affines
-    rest: dict[str, torch.Tensor]  # parameter name -> what is not quantised, if it is trained
+    learned: dict[str, Learned]  # path -> clips, scales and zero-points
+    rest: dict[str, torch.Tensor]  # parameter name -> unquantised parameter, if it is trained
     step: int = 0  # optimiser steps done
 
     def named(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every trained tensor under a unique name."""
+        """Yield every trained tensor under a unique name."""
         yield from ((f"{path}/weight", tensor) for path, tensor in self.masters.items())
         for path, masters in self.coarse.items():
             yield from ((f"{path}/{bits}/weight", tensor) for bits, tensor in masters.items())
@@ -50,7 +50,7 @@ class State:
         yield from self.named_learned()
 
     def named_learned(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The learned clips and affines."""
+        """Yield the learned clips, scales and zero-points."""
         for path, learned in self.learned.items():
             if learned.clip is not None:
                 yield f"{path}/clip", learned.clip
@@ -69,7 +69,7 @@ def start(
     trained: Sequence[int],
     first: Mapping[str, NestedTensor] | None = None,
 ) -> State:
-    """Float masters of all weights, and what else is learned, before step 0; from the model or from ``first``."""
+    """Return the state before step 0: float masters and other learned tensors, from the model or from ``first``."""
     parameters = dict(model.named_parameters())
     taken = {view.parameter for view in views.values()}
     first = first or {}
@@ -83,7 +83,7 @@ def start(
         )
         for path, w in masters.items()
     }
-    if schedule.freeze:  # the grid stays, however its weights move
+    if schedule.freeze:  # the grid is fixed, even if its weights move
         learned = {path: dataclasses.replace(tensors, limit=math.inf) for path, tensors in learned.items()}
     return State(
         masters=masters,
@@ -94,7 +94,7 @@ def start(
 
 
 def make_optimizer(state: State, schedule: Schedule) -> torch.optim.Optimizer:
-    """AdamW over everything trained; clips and affines in a group of their own, without decay."""
+    """Return AdamW over everything trained; clips, scales and zero-points form a separate group without decay."""
     learned = [tensor for _, tensor in state.named_learned()]
     by_width: dict[int, list[torch.Tensor]] = {MASTER_BITS: [*state.masters.values(), *state.rest.values()]}
     for masters in state.coarse.values():
@@ -117,7 +117,7 @@ def make_optimizer(state: State, schedule: Schedule) -> torch.optim.Optimizer:
 
 
 def learning_rate(step: int, schedule: Schedule) -> float:
-    """Linear warm-up to ``lr``, then cosine to 0 (App. B)."""
+    """Return the learning rate: linear warm-up to ``lr``, then cosine to 0 (App. B)."""
     peak, warmup, steps = schedule.lr or 0.0, schedule.warmup or 0, schedule.steps
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -136,7 +136,7 @@ def save(state: State, optimizer: torch.optim.Optimizer, work: Path, mark: Mappi
 
 def restore(state: State, optimizer: torch.optim.Optimizer, work: Path, mark: Mapping[str, Any]) -> None:
     """Continue from a saved state; InputError naming the first setting that differs from the run that wrote it."""
-    with open_sealed(work / STATE, remedy="--overwrite to start again") as (file, metadata):
+    with open_sealed(work / STATE, remedy="use --overwrite to start again") as (file, metadata):
         check_same_run(json.loads(metadata["fingerprint"]), mark)
         state.step = int(metadata["step"])
         names = set(file.keys())
@@ -150,12 +150,12 @@ def restore(state: State, optimizer: torch.optim.Optimizer, work: Path, mark: Ma
 
 
 def trim_log(log: Path, step: int) -> None:
-    """Drop the records of steps that will be done again; InputError for a damaged log."""
+    """Drop the records of steps that will be repeated; InputError for a damaged log."""
     if not log.is_file():
         return
     lines = [line for line in log.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
     try:
         kept = [line for line in lines if json.loads(line)["step"] <= step]
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise InputError(f"{log} is damaged; delete it to go on without its records") from None
+        raise InputError(f"{log} is damaged; delete it to continue without its records") from None
     write_atomically(log, b"".join(kept))

@@ -1,21 +1,21 @@
-"""Nested codes tuned by gradient, one decoder layer at a time, towards what the float layer puts out.
+"""Tune nested codes by gradient, one decoder layer at a time, towards the float layer's output.
 
     min over W_r, affines of  sum_r lambda_r || F(read_r, X_r) - F(W, X) ||^2 / (what it was before)
 
-F is one decoder layer, X what flows into it in the float model, X_r what flows into it in the r-bit model, so that a
-layer also makes up for the layers before it. Every width has a float master (masters.py), all of them the 8-bit read of
-the codes at first (a dedicated width the float weight, as near as its bin allows). Their codes stay on the grid those
-were made for, per channel or group, symmetric or not. The widths that have an affine of their own learn its reach and
-centre (fake.py).
+F is one decoder layer, X its input in the float model, X_r its input in the r-bit model, so that a layer also
+compensates the errors of earlier layers. Every width has a float master (masters.py), which starts as the 8-bit read of
+the codes (a dedicated baseline's master as the float weight, clamped into its bin). The codes keep their grid, per
+channel or group, symmetric or not. Widths with a per-width scale and zero-point learn them as reach and centre
+(fake.py).
 
-Adam moves every tensor in units of its own row: an affine in the distance of two r-bit codes, the master of width r in
-the geometric mean of that and the same distance of the narrowest width. Wide masters need more than their own steps: it
-is they that make up for the weights held back in narrow bins. The rate falls linearly to 0, so that ``lr`` times half
-the steps is how far a master can come. If the weighted sum of losses did not fall, the codes stay what they were.
-lambda_r is the weight of a width (``--weights``); a master being alone with its width, it tells only how much the
-gradients count that are held back.
+Adam moves every tensor in units of its row: a scale or zero-point in the distance of two r-bit codes, the master of
+width r in the geometric mean of that distance and the narrowest width's. Wide masters need larger steps than their own
+distance, because they compensate the weights blocked in narrow bins. The learning rate falls linearly to 0, so a master
+can move by at most ``lr`` times half the steps. If the weighted sum of losses did not fall, the codes stay unchanged.
+lambda_r is the weight of a width (``--weights``); since each width has its master, it only weights the blocked
+gradients.
 
-Block-wise tuning of the rounding is AutoRound's (Cheng et al. 2023), for one width by signs of gradients.
+Block-wise tuning of the rounding comes from AutoRound (Cheng et al. 2023), which tunes one width by signs of gradients.
 Cost per step: one forward and backward of the layer per width. Memory: masters and two moments for each, by width.
 Shapes: N out features, K in features, G groups.
 """
@@ -45,27 +45,27 @@ from matquant.methods.parts.layer import Layer, check_losses
 from matquant.methods.parts.masters import chain, encode_masters, release_blocked
 
 BETAS, EPSILON = (0.9, 0.95), 1e-12
-AFFINE_RATE = 0.2  # of affines, relative to the masters'
-JUDGED = 16  # batches, or a few more, by whose loss tuned codes are kept
+AFFINE_RATE = 0.2  # learning rate of scales and zero-points, relative to the masters'
+JUDGED = 16  # number of batches, or a few more, whose loss decides whether to keep tuned codes
 TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Weight:
-    """One weight in tuning. start: the codes it began with, whose grid it keeps. masters: by width."""
+    """One weight in tuning. start: its first codes, whose grid it keeps. masters: by width."""
 
     start: NestedTensor
     masters: dict[int, torch.Tensor]
     learned: Learned
 
     def nested(self) -> NestedTensor:
-        """What the masters stand for now."""
+        """Return the masters' current nested codes."""
         codes, _ = encode_masters(self.masters, self.start)
         own = {bits: stored_affine(affine, bits) for bits, affine in self.learned.affines.items()}
         return dataclasses.replace(self.start, codes=codes, slices={**self.start.slices, **own})
 
     def moved(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Every tensor that is tuned, and its unit [N, G]."""
+        """Yield every tuned tensor, and its unit [N, G]."""
         step_NG = {bits: self.start.affine(bits)[0] for bits in self.masters}
         for bits, master in self.masters.items():
             yield master, (step_NG[bits] * step_NG[min(step_NG)]).sqrt()
@@ -84,10 +84,11 @@ def tune_block(
     autocast: bool,
     seed: int,
 ) -> tuple[dict[str, NestedTensor], dict[str, Any]]:
-    """Better codes and affines of a block's weights, and a log record: its loss by width, before and after.
+    """Return better codes, scales and zero-points of a block's weights, and a log record: loss by width, before and
+    after.
 
-    lr: the first rate, in steps of a row. Raises InputError naming the layer and the width if the loss leaves the
-    finite numbers.
+    lr: the initial learning rate, in steps of a row. Raises InputError naming the layer and the width if the loss is
+    not finite.
     """
     layer = Layer(block, job.dtypes)
     targets = layer.targets(autocast=autocast)
@@ -120,7 +121,9 @@ def tune_block(
 def _start(weight_NK: torch.Tensor, nested: NestedTensor, grid: Grid, widths: Sequence[int]) -> _Weight:
     grid = dataclasses.replace(grid, affine="none" if grid.affine == "none" else "learned")
     master_NK = nested.read(MASTER_BITS)
-    if grid.bits < MASTER_BITS:  # the centres of bins are far from every edge; the float weight says which one is near
+    if (
+        grid.bits < MASTER_BITS
+    ):  # bin centres are equally far from both edges; the float weight shows which edge is near
         near = encode(weight_NK, nested.scale, nested.zero, grid=nested.grid)
         confined = dataclasses.replace(nested, codes=confine({grid.bits: nested.codes, MASTER_BITS: near})[0])
         master_NK = confined.read(MASTER_BITS)
@@ -140,7 +143,7 @@ def _gradients(
     *,
     autocast: bool,
 ) -> dict[int, float]:
-    """Gradients of one batch at every width, added to .grad; returns the losses."""
+    """Add the gradients of one batch at every width to .grad; return the losses."""
     nested = {path: weight.nested() for path, weight in weights.items()}
     target = targets[index].to(layer.device)
     losses = {}
@@ -158,7 +161,7 @@ def _gradients(
 
 
 def _finish(weight: _Weight, grid: Grid) -> NestedTensor:
-    """The tuned codes as they are stored; widths that were not tuned get the affine that fits the widest master."""
+    """Return the tuned codes as stored; the scales of widths that were not tuned are fitted to the widest master."""
     tensor = weight.nested()
     if grid.bits < MASTER_BITS:
         codes = centred_codes(slice_codes(tensor.codes, grid.bits), grid.bits)
@@ -173,7 +176,7 @@ def _finish(weight: _Weight, grid: Grid) -> NestedTensor:
 
 
 class Adam:
-    """Adam (Kingma & Ba 2015) with a unit per group of a row: a rate of 1 moves a weight by about its unit."""
+    """Adam (Kingma & Ba 2015) with a unit per group of a row: a learning rate of 1 moves a weight by about its unit."""
 
     def __init__(self, tensors: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
         self.tensors = tensors
@@ -181,7 +184,7 @@ class Adam:
         self.count = 0
 
     def step(self, lr: float) -> None:
-        """Move every tensor against its .grad, which is dropped."""
+        """Move every tensor against its .grad, and drop the gradient."""
         self.count += 1
         first, second = (1 - beta**self.count for beta in BETAS)
         for (tensor, unit_NG), (mean, square) in zip(self.tensors, self.moments, strict=True):
