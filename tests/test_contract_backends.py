@@ -135,7 +135,7 @@ def test_the_first_row_that_serves_is_chosen_and_the_reason_of_the_one_before_is
     assert choose("meta", torch.float32, activations="float") == (DENSE, "kernels run on cpu, found meta")
     assert choose("cpu", torch.float64, activations="int8") == (
         DENSE,
-        "they take float32, bfloat16, float16, not float64",
+        "kernels take float32, bfloat16, float16, found float64",
     )
     assert list(BACKENDS)[-1] == DENSE, "what serves everything comes last"
 

@@ -58,7 +58,7 @@ def weights(checkpoint: Checkpoint) -> dict[str, bytes]:
 def test_every_rule_is_served_or_rejected_by_name(method: str, make: Make) -> None:
     for rule in RULES:
         if METHODS[method].stages is not None and rule != "prefix":
-            with pytest.raises(InputError, match=f"rule='{rule}' does not work with method  {method!r}"):
+            with pytest.raises(InputError, match=f"rule='{rule}' does not work with method {method!r}"):
                 make(rule=rule)
         else:
             spec = make(rule=rule, group_size=None).spec

@@ -170,7 +170,7 @@ def test_generation_config_is_followed_and_overridden(reference: Path, tmp_path:
     [
         ({"bits": 9}, "bits=9 is not a width; use one of 1 to 8"),
         ({"plan": {"nothing": 2}}, "the plan names 'nothing', which the model does not quantise; nearest: "),
-        ({"bits": 2, "plan": matquant.Plan()}, "bits=2 and a plan with default 8; give one of them"),
+        ({"bits": 2, "plan": matquant.Plan()}, "bits=2 and a plan with default 8 exclude each other; use one of them"),
         ({"prompt": PROMPT * 90}, "the prompt has 630 tokens, more than the context of {path}, 512; shorten it"),
         ({"prompt": [1, 4096]}, "token 4096 is outside the vocabulary of 4096; use the model's own tokenizer"),
         ({"prompt": "a\udcff"}, "the text is not UTF-8 (at character 1); convert it"),
@@ -192,7 +192,7 @@ def test_what_cannot_be_generated_is_refused(arguments: dict[str, Any], message:
 def test_what_cannot_be_opened_is_refused(reference: Path, tmp_path: Path) -> None:
     for options, message in (
         ({"max_bits": 0}, "bits=0 is not a width"),
-        ({"activations": "bf16"}, "activations='bf16'; use int8 or float"),
+        ({"activations": "bf16"}, "activations='bf16' is not known; use int8 or float"),
         ({"threads": 0}, "threads=0; give a number above 0"),
     ):
         with pytest.raises(matquant.InputError, match=message):

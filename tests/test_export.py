@@ -358,10 +358,10 @@ def test_explain_says_of_every_width_what_export_does(checkpoints: dict[str, Pat
             assert list(outcomes) == ["8", "7", "6", "5", "4", "3", "2", "plan"]
             assert outcomes["plan"] == outcomes["3"]
             out = tmp_path / f"{name}-{to}{FORMATS[to].suffix}"
-            if "refused" in outcomes["4"]:
+            if "rejected" in outcomes["4"]:
                 with pytest.raises(InputError) as caught:
                     export(checkpoints[name], out, to=to, bits=4)
-                assert str(caught.value) == outcomes["4"]["refused"]
+                assert str(caught.value) == outcomes["4"]["rejected"]
             else:
                 made = export(checkpoints[name], out, to=to, bits=4)
                 assert {key: made[key] for key in ("containers", "bits_per_weight")} == outcomes["4"]

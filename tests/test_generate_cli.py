@@ -98,7 +98,7 @@ def test_every_option_of_generate_arrives(checkpoint: Path, run: Run, tmp_path: 
         (("--max-tokens", 0), "max_tokens=0; give a number above 0"),
         (("--top-p", 2), "top_p=2.0; give a number above 0 and at most 1"),
         (("--threads", 0), "threads=0; give a number above 0"),
-        (("--activations", "fp8"), "activations='fp8'; use int8 or float"),
+        (("--activations", "fp8"), "activations='fp8' is not known; use int8 or float"),
         (("--stop", ""), "--stop '' is empty"),
     ],
     ids=str,

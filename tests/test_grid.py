@@ -953,8 +953,8 @@ def test_a_group_size_that_does_not_divide_is_answered_with_those_that_do(
 ) -> None:
     weight_NK = of_kind(gaussian(2, columns), kind)
     for name in ("weight", "layers.0.mlp.down_proj"):
-        text = f"group_size={group_size} does not divide in_features={columns} of {name}; use one of {fits} or exclude"
-        assert_rejected(f"{text} this path", grid.fit_grid, weight_NK, group_size=group_size, name=name)
+        text = f"group_size={group_size} does not divide in_features={columns} of {name}; use one of {fits}, or exclude"
+        assert_rejected(f"{text} this module path", grid.fit_grid, weight_NK, group_size=group_size, name=name)
 
 
 # The packing oracle ---------------------------------------------------------------------------------------------------

@@ -410,8 +410,8 @@ def test_chat_takes_the_room_of_its_context_option(
     [
         (0, "context=0; give a number above 0"),
         (-5, "context=-5; give a number above 0"),
-        (65, "context=65; give a number of tokens from 1 to 64, the model's context"),
-        (10**30, f"context={10**30}; give a number of tokens from 1 to 64, the model's context"),
+        (65, "context=65 is not valid; use a number of tokens from 1 to 64, the model's context"),
+        (10**30, f"context={10**30} is not valid; use a number of tokens from 1 to 64, the model's context"),
     ],
 )
 def test_an_absurd_context_is_a_sentence(context: int, message: str, checkpoint: Path) -> None:

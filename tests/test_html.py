@@ -174,7 +174,7 @@ def test_what_planning_keeps_is_read(checkpoint: Path, tmp_path: Path) -> None:
     write_report(checkpoint, tmp_path / "page.html", records={}, pareto=pareto, sensitivity=kept)
     text = (tmp_path / "page.html").read_text()
     found = {row[0]: row[1:] for row in rows(text, "sensitivities")}
-    assert found.pop("linear") == ["int4", "int2"]
+    assert found.pop("layer") == ["int4", "int2"]
     assert {path: cells for path, cells in found.items() if any(cells)} == {
         paths[1]: ["", "0.25"],
         paths[2]: ["", "0.12"],

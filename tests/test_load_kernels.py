@@ -55,7 +55,7 @@ def checkpoint(family_model: Callable[[str], Path], tmp_path_factory: pytest.Tem
 def test_float_kernels_equal_the_dense_model_at_every_width(family: str, checkpoint: Callable[..., Path]) -> None:
     dense = matquant.load(checkpoint(family), dtype=torch.float32, kernels="none")
     model = matquant.load(checkpoint(family), dtype=torch.float32, kernels="float")
-    assert model.kernels == f"{planes.isa()} kernels for {len(model.bits_by_path)} linears, float activations"
+    assert model.kernels == f"{planes.isa()} kernels for {len(model.bits_by_path)} layers, float activations"
     expected = {}
     for bits in range(1, 9):
         dense.set_bits(bits)
@@ -183,7 +183,7 @@ def test_nothing_dense_stays(checkpoint: Callable[..., Path]) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_kernels_with_float_activations_are_the_default(dtype: torch.dtype, checkpoint: Callable[..., Path]) -> None:
     model = matquant.load(checkpoint("llama"), 3, dtype=dtype)
-    assert model.kernels == f"{planes.isa()} kernels for {len(model.bits_by_path)} linears, float activations"
+    assert model.kernels == f"{planes.isa()} kernels for {len(model.bits_by_path)} layers, float activations"
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert torch.equal(logits(model), logits(matquant.load(checkpoint("llama"), 3, dtype=dtype, kernels="float")))
 
@@ -197,7 +197,7 @@ def test_dense_weights_are_those_of_torch_and_train(checkpoint: Callable[..., Pa
 
 OBSTACLES = [
     ("llama", {"device": "meta"}, "kernels run on cpu, found meta"),
-    ("llama", {"dtype": torch.float64}, "they take float32, bfloat16, float16, not float64"),
+    ("llama", {"dtype": torch.float64}, "kernels take float32, bfloat16, float16, found float64"),
     ("qwen3_moe", {}, r"model.layers.0.mlp.experts.0.\w+ is part of a fused tensor"),
 ]
 
@@ -219,14 +219,14 @@ def test_where_kernels_cannot_be_had_the_weights_are_dense_and_the_reason_is_sai
 def test_where_kernels_asked_for_cannot_be_had_the_reason_is_said(
     kernels: str, family: str, options: dict[str, Any], reason: str, checkpoint: Callable[..., Path]
 ) -> None:
-    message = rf"^kernels='{kernels}' cannot serve .*: {reason}; use kernels='auto' or 'none'$"
+    message = rf"^kernels='{kernels}' does not support .*:  {reason}; use kernels='auto' or 'none'$"
     with pytest.raises(matquant.InputError, match=message):
         matquant.load(checkpoint(family), kernels=kernels, **options)
 
 
 @pytest.mark.parametrize("kernels", ["fast", None])
 def test_unknown_kernels_are_refused(kernels: Any, checkpoint: Callable[..., Path]) -> None:
-    with pytest.raises(matquant.InputError, match=rf"^kernels={kernels!r}; use auto, float, int8 or none$"):
+    with pytest.raises(matquant.InputError, match=rf"^kernels={kernels!r} is not known; use auto, float, int8 or none$"):
         matquant.load(checkpoint("llama"), kernels=kernels)
 
 
@@ -251,7 +251,7 @@ def test_calls_that_kernels_cannot_serve_are_refused(checkpoint: Callable[..., P
         ),
         (
             x.double(),
-            "do not support its input: they take float32, bfloat16, float16, not float64; load the model",
+            "do not support its input: kernels take float32, bfloat16, float16, found float64; load the model",
         ),
         (x[:, 1:], r"the input must be \[..., 48\], found \[1, 47\]"),
     ):
