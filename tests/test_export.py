@@ -473,7 +473,7 @@ def test_mistakes_are_said_in_three_parts(checkpoints: dict[str, Path], tmp_path
 def test_a_refusal_names_what_would_do(checkpoint: Path) -> None:
     with pytest.raises(InputError) as caught:
         make_job(open_checkpoint(checkpoint), "compressed-tensors", {UP: 4})
-    remedy = str(caught.value).split("; give ")[1]
+    remedy = str(caught.value).split("; use ")[1]
     for to in remedy.split(", or ")[0].removeprefix("--to ").split(" or "):
         make_job(open_checkpoint(checkpoint), to, {UP: 4})
     assert "--bits 8" in remedy

@@ -214,7 +214,7 @@ def test_calibration_text_that_is_too_small_says_how_much_is_needed(
     llama: Path, text_file: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(
-        InputError, match=r"samples=9999 windows of 32 tokens need 319,969 tokens, the text has [\d,]+; "
+        InputError, match=r"samples=9999 sequences of 32 tokens need 319,969 tokens, the text has [\d,]+; "
     ):
         quantize(llama, tmp_path / "out", text_file, samples=9999)
     with pytest.raises(InputError, match=r"the Hessian of \S+down_proj needs at least 48 calibration tokens, found 32"):
@@ -225,7 +225,7 @@ def test_calibration_text_that_is_too_small_says_how_much_is_needed(
 def test_what_gptq_cannot_do_is_refused(llama: Path, text_file: Path, tmp_path: Path) -> None:
     for changes, message in (
         ({"objective": "8,4,2,8->2"}, "method 'gptq' does not support distillation"),
-        ({"affine": "learned"}, "--affine learned needs a method that trains, method 'gptq' does not"),
+        ({"affine": "learned"}, "--affine learned needs a method that trains, found method 'gptq'"),
         ({"damp": 0.0}, "damp=0.0"),
         (
             {"steps": 3},

@@ -26,6 +26,7 @@ from matquant.format.read import open_checkpoint
 from matquant.hf_torch.layers import select_linears
 from matquant.hf_torch.loading import load_float
 from matquant.methods import qat
+from matquant.methods import quantize as quantising
 from matquant.methods.parts import forward, training
 from matquant.methods.parts.fake import Grid, Learned, backward, finish_backward, nest
 from matquant.options.objective import parse_objective
@@ -210,7 +211,7 @@ def test_a_mix_of_nothing_and_a_weight_that_is_none_are_refused(
 def test_emulated_bf16_is_told(
     fast: bool, autocast: bool, llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(matquant.methods.quantize, "bf16_is_fast", lambda: fast)
+    monkeypatch.setattr(quantising, "bf16_is_fast", lambda: fast)
     records: list[dict[str, Any]] = []
     options = {**RUN, "autocast": autocast, "device": "cpu"}
     conftest.quantize(llama, tmp_path / "out", text=[text_file], **options, report=records.append)

@@ -36,20 +36,14 @@ def evaluate(
     tasks: Annotated[str | None, Option(metavar="NAMES", help="Zero-shot tasks, such as arc_easy,boolq.")] = None,
     tasks_data: Annotated[
         Path | None,
-        Option(
-            metavar="DIR", help="Directory with the tasks' data (arc_easy.jsonl and so on).", show_default="the hub"
-        ),
+        Option(metavar="DIR", help="Directory of the tasks' data, arc_easy.jsonl etc.", show_default="the hub"),
     ] = None,
     limit: Annotated[int | None, Option(help="Evaluate at most this many questions per task.")] = None,
     batch_size: Annotated[int, Option(help="Answers per forward pass.")] = 8,
     device: Device = None,
     json_file: Annotated[
         Path | None,
-        Option(
-            "--json",
-            metavar="FILE",
-            help="Also write the record to this file, and reuse the finished tasks that it holds.",
-        ),
+        Option("--json", metavar="FILE", help="Also write the record here; its finished tasks are reused."),
     ] = None,
     plot: Annotated[Path | None, Option(metavar="FILE", help="Draw log-perplexity against bits per weight.")] = None,
 ) -> None:

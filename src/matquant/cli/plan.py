@@ -29,9 +29,7 @@ def plan(
     out: Annotated[
         Path, Option("--out", "-o", metavar="FILE", help="Plan file to write; with --pareto, the curves as JSON.")
     ],
-    strategy: Annotated[
-        str, Option(help="Strategy: search, pyramid, reverse-pyramid, increasing or decreasing.")
-    ] = "search",
+    strategy: Annotated[str, Option(help="search, pyramid, reverse-pyramid, increasing or decreasing.")] = "search",
     bits_per_weight: Annotated[
         float | None, Option(metavar="B", help="Budget: bits per quantised weight, all overhead included.")
     ] = None,
@@ -57,13 +55,9 @@ def plan(
     seed: Annotated[int, Option(help="Random seed for the choice of sequences.")] = 0,
     device: Device = None,
     evaluations: Annotated[int, Option(metavar="N", help="Maximum number of plans that the search measures.")] = 100,
-    pareto: Annotated[
-        bool, Option("--pareto", help="Instead of one plan, write the Pareto frontier and a picture.")
-    ] = False,
+    pareto: Annotated[bool, Option("--pareto", help="Write the Pareto frontier and a picture instead.")] = False,
     baselines: Annotated[Path | None, Option(metavar="FILE", help="JSON file of points to add to the picture.")] = None,
-    plot: Annotated[
-        Path | None, Option(metavar="FILE", help="File name of the picture.", show_default="-o with .png")
-    ] = None,
+    plot: Annotated[Path | None, Option(metavar="FILE", help="Picture to write.", show_default="-o with .png")] = None,
 ) -> None:
     """Choose a width for each layer to fit a budget; the last line is JSON."""
     budget = {"bits_per_weight": bits_per_weight, "size": size, "tokens_per_second": tokens_per_second}
