@@ -213,7 +213,7 @@ def test_calibration_text_that_is_too_small_says_how_much_is_needed(
     llama: Path, text_file: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(
-        InputError, match=r"samples=9999 windows of 32 tokens need 319,969 tokens, the text has [\d,]+; "
+        InputError, match=r"samples=9999 sequences of 32 tokens need 319,969 tokens, the text has [\d,]+; "
     ):
         quantize(llama, tmp_path / "out", text_file, samples=9999)
     with pytest.raises(InputError, match=r"the Hessian of \S+down_proj needs at least 48 calibration tokens, found 32"):

@@ -226,7 +226,9 @@ def test_where_kernels_asked_for_cannot_be_had_the_reason_is_said(
 
 @pytest.mark.parametrize("kernels", ["fast", None])
 def test_unknown_kernels_are_refused(kernels: Any, checkpoint: Callable[..., Path]) -> None:
-    with pytest.raises(matquant.InputError, match=rf"^kernels={kernels!r} is not known; use auto, float, int8 or none$"):
+    with pytest.raises(
+        matquant.InputError, match=rf"^kernels={kernels!r} is not known; use auto, float, int8 or none$"
+    ):
         matquant.load(checkpoint("llama"), kernels=kernels)
 
 
