@@ -111,7 +111,7 @@ def test_a_slice_is_exported_exactly_or_rejected_with_the_reason(
         if isinstance(found, str):
             assert found.startswith(f"--to {to} cannot hold {LAYER}"), found
             assert f" at {bits} bits, rule {rule}, exactly (" in found
-            assert "; give --" in found, "what to do instead"
+            assert "; use --" in found, "what to do instead"
             continue
         for path in SHAPES:
             weight = READERS[to](found, path, bits, checkpoint)

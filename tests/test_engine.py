@@ -171,7 +171,7 @@ def test_generation_config_is_followed_and_overridden(reference: Path, tmp_path:
         ({"bits": 9}, "bits=9 is not a width; use one of 1 to 8"),
         ({"plan": {"nothing": 2}}, "the plan names 'nothing', which the model does not quantise; nearest: "),
         ({"bits": 2, "plan": matquant.Plan()}, "bits=2 and a plan with default 8 exclude each other; use one of them"),
-        ({"prompt": PROMPT * 90}, "the prompt has 630 tokens, more than the context of {path}, 512; shorten it"),
+        ({"prompt": PROMPT * 90}, "the prompt has 630 tokens, but {path} reads at most 512; shorten it"),
         ({"prompt": [1, 4096]}, "token 4096 is outside the vocabulary of 4096; use the model's own tokenizer"),
         ({"prompt": "a\udcff"}, "the text is not UTF-8 (at character 1); convert it"),
         ({"max_tokens": 0}, "max_tokens=0; give a number above 0"),

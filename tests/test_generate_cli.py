@@ -151,7 +151,7 @@ def test_chat_switches_the_width_and_remembers(
     assert notes[4] == "bits=9 is not a width; use one of 1 to 8"
     assert notes[5] == "'/help' is not a command; /bits N switches the width, /quit ends"
     assert notes[6].startswith("the prompt has ")
-    assert notes[6].endswith(" is 512; shorten it")
+    assert notes[6].endswith(" reads at most 512; shorten it")
     assert " + 8 tokens at int2, " in notes[7], "what did not fit is forgotten"
 
 

@@ -369,7 +369,10 @@ def test_tokenizers_that_llama_cpp_cannot_follow_are_refused(tmp_path: Path) -> 
             r"splits text by \w+, which llama.cpp does not support; use --to mlx or dense",
         ),
         ({"pre_tokenizer": pre_tokenizers.ByteLevel(add_prefix_space=True)}, "which llama.cpp does not support"),
-        ({"normalizer": normalizers.Lowercase()}, "normalises text (Lowercase), llama.cpp's gpt2 tokenizer does not"),
+        (
+            {"normalizer": normalizers.Lowercase()},
+            "normalises text (Lowercase), but llama.cpp's gpt2 tokenizer does not",
+        ),
         ({"post_processor": double}, "adds the tokens [257, 257] to every text, but llama.cpp adds only bos and eos"),
         (
             {"pre_tokenizer": split(tekken), "merges": []},

@@ -177,7 +177,7 @@ def test_a_start_that_does_not_fit_is_refused(llama: Path, text_file: Path, tmp_
         ({"rule": "round"}, "has rule='prefix', this run needs 'round'; quantise it again with 'round'"),
         ({"group_size": 16}, "has group_size=None, this run needs 16; quantise it again with 16"),
         ({"baseline_bits": 2}, "has baseline_bits=8, this run needs 2; quantise it again with 2"),
-        ({"scope": "all"}, "quantise different weights:  model.layers.0.self_attn"),
+        ({"scope": "all"}, "quantise different weights: model.layers.0.self_attn"),
     ):
         with pytest.raises(InputError, match=message):
             conftest.quantize(llama, tmp_path / "out", **{**run, **changes})

@@ -165,7 +165,7 @@ def test_on_a_file_system_without_locks_the_file_itself_is_the_lock(
     with hold(tmp_path / "out"):
         message = in_another_thread(lambda: hold(tmp_path / "out").__enter__())
     assert message == (
-        f"another run is writing {tmp_path / 'out'}, says {file} (process {os.getpid()}); "
+        f"another run is writing {tmp_path / 'out'} according to {file} (process {os.getpid()}); "
         "delete that file if the run has ended"
     )
     assert names(tmp_path) == []

@@ -87,7 +87,11 @@ def test_resume_with_another_method_is_rejected_and_loses_nothing(
         other_model = functools.partial(
             conftest.quantize, tmp_path / "other", tmp_path / "out", text=[text_file], method=method, **RUNS[method]
         )
-        assert_rejected(functools.partial(other_model, resume=True), tmp_path, r"^--resume with model=.*/other', the")
+        assert_rejected(
+            functools.partial(other_model, resume=True),
+            tmp_path,
+            r"^--resume needs model=.*/model' as in the interrupted run, found '.*/other'; use",
+        )
     if method != "distill":  # takes seconds
         resume()
         assert not (tmp_path / ".out.work").exists()
@@ -102,7 +106,11 @@ def test_a_run_interrupted_before_it_saved_anything_is_recognised(
     assert_rejected(
         functools.partial(resume, seed=1), tmp_path, "^--resume needs seed=0 as in the interrupted run, found 1;"
     )
-    assert_rejected(functools.partial(resume, method="rtn"), tmp_path, "^--resume with method='rtn', the interrupted")
+    assert_rejected(
+        functools.partial(resume, method="rtn"),
+        tmp_path,
+        "^--resume needs method='qat' as in the interrupted run, found 'rtn'",
+    )
     resume()
 
 
@@ -228,7 +236,7 @@ def test_every_flipped_bit_of_a_sealed_file_is_noticed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("method", "names", "remedy"), [
-    ("qat", ["state.safetensors"], "--overwrite to start again"),
+    ("qat", ["state.safetensors"], "use --overwrite to start again"),
     ("gptq", ["blocks/00000.safetensors"], "delete it to solve this block again"),
     ("distill", ["*/1/model.safetensors", "*/1/config.json"], "delete the finished stage .*/1 to make it again"),
 ])  # fmt: skip

@@ -433,7 +433,7 @@ def test_ids_outside_are_named_even_if_they_have_no_text() -> None:
 
 def test_tokens_beyond_the_embedding_are_told_when_a_checkpoint_is_made(bare: Path) -> None:
     assert read_texts(bare.parent / "model", needed=False, vocab_size=300).notices[0] == (
-        f"the tokenizer of {bare.parent / 'model'} has the token 300 ('<300>'), its embedding 300 rows: "
+        f"the tokenizer of {bare.parent / 'model'} has the token 300 ('<300>'), but its embedding has 300 rows: "
         "text with such a token will be rejected"
     )
 

@@ -133,7 +133,7 @@ class Engine:
         self._check_ids(ids)
         if len(ids) > self.context:
             raise InputError(
-                f"the prompt has {len(ids)} tokens, more than the context of {self.path}, {self.context}; shorten it"
+                f"the prompt has {len(ids)} tokens, but {self.path} reads at most {self.context}; shorten it"
             )
         return ids
 

@@ -163,7 +163,7 @@ def _check_normalizer(file: Path, normalizer: Mapping[str, Any] | None) -> tuple
     if normalizer is None:
         return ()
     if normalizer["type"] == "NFC":
-        return ("llama.cpp does not normalise text to NFC as the tokenizer does: normalise prompts yourself",)
+        return ("llama.cpp does not normalise text (NFC) as the tokenizer does; normalise prompts yourself",)
     raise InputError(
         f"{file} normalises text ({normalizer['type']}), but llama.cpp's gpt2 tokenizer does not; {INSTEAD}"
     )
