@@ -13,6 +13,7 @@ import pytest
 from matquant.cli.verbs import VERBS, load
 from matquant.options import declared_options
 from matquant.options.declare import PANELS
+from matquant.options.recipes import DEFAULT, RECIPES
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -283,3 +284,13 @@ def test_every_page_is_in_the_index() -> None:
 def test_the_page_of_options_is_generated() -> None:
     module: dict[str, Any] = runpy.run_path(str(ROOT / "docs" / "make_options.py"))
     assert (ROOT / "docs" / "options.md").read_text() == module["page"](), "run: python docs/make_options.py"
+
+
+def test_the_recipes_of_the_page_are_those_of_the_code() -> None:
+    page = (ROOT / "docs" / "choose-a-recipe.md").read_text()
+    for name, recipe in RECIPES.items():
+        assert f"| `{name}`" in page
+        if recipe.perplexity:
+            assert f"| `{name}` | {recipe.cost} | {' | '.join(recipe.perplexity)} |" in page
+    assert f"`{DEFAULT}` (default)" in page
+    assert [name for name in RECIPES if f"--recipe {name}" not in page and name != DEFAULT] == []

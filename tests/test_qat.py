@@ -215,7 +215,7 @@ def test_emulated_bf16_is_told(
     records: list[dict[str, Any]] = []
     options = {**RUN, "autocast": autocast, "device": "cpu"}
     conftest.quantize(llama, tmp_path / "out", text=[text_file], **options, report=records.append)
-    told = ["emulates it" in record.get("notice", "") for record in records]
+    told = ["emulates bf16" in record.get("notice", "") for record in records]
     assert told == [autocast and not fast] * RUN["steps"]
 
 

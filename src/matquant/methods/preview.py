@@ -17,7 +17,7 @@ from matquant.methods.prepare import Prepared, prepare
 from matquant.options import METHODS
 from matquant.options.declare import options_of
 from matquant.options.distill import LR, stages
-from matquant.options.recipes import RECIPES
+from matquant.options.recipes import RECIPES, WIDTHS
 from matquant.options.request import Request
 
 ENCODE_S = 2e-7  # seconds to round one weight
@@ -38,7 +38,11 @@ def describe(prepared: Prepared) -> list[str]:
     choice, common = request.choice, request.common
     lines = []
     if choice.recipe is not None:
-        lines.append(f"recipe       {choice.recipe}: {RECIPES[choice.recipe].why}")
+        recipe = RECIPES[choice.recipe]
+        lines.append(f"recipe       {choice.recipe}: {recipe.why}")
+        if recipe.perplexity:
+            widths = ", ".join(f"int{bits} {value}" for bits, value in zip(WIDTHS, recipe.perplexity, strict=True))
+            lines.append(f"measured     SmolLM2-135M in {recipe.cost} on one core: perplexity {widths}; float 29.37")
     lines.append(f"method       {choice.method}: {request.method.summary}")
     lines.append(
         f"layers       {len(prepared.views)} (--scope {common.scope}), {_weights(prepared) / 1e6:,.1f} million weights"
