@@ -224,11 +224,12 @@ def test_calibration_text_that_is_too_small_says_how_much_is_needed(
 def test_what_gptq_cannot_do_is_refused(llama: Path, text_file: Path, tmp_path: Path) -> None:
     for changes, message in (
         ({"objective": "8,4,2,8->2"}, "method 'gptq' does not support distillation"),
-        ({"affine": "learned"}, "method 'gptq' learns nothing by gradient"),
+        ({"affine": "learned"}, "--affine learned needs a method that trains, found method 'gptq'"),
         ({"damp": 0.0}, "damp=0.0"),
         (
             {"steps": 3},
-            "method 'gptq' has no option 'steps'; it has samples, seq_len, batch_size, damp, sweeps, tune, lr, pull, ",
+            r"method 'gptq' has no option 'steps'; did you mean 'sweeps'\? "
+            "It has samples, seq_len, batch_size, damp, sweeps, tune, lr, pull, ",
         ),
     ):
         with pytest.raises(InputError, match=message):

@@ -27,9 +27,7 @@ def plan(
     out: Annotated[
         Path, Option("--out", "-o", metavar="FILE", help="Plan file to write; with --pareto, the curves as JSON.")
     ],
-    strategy: Annotated[
-        str, Option(help="Strategy: search, pyramid, reverse-pyramid, increasing or decreasing.")
-    ] = "search",
+    strategy: Annotated[str, Option(help="search, pyramid, reverse-pyramid, increasing or decreasing.")] = "search",
     bits_per_weight: Annotated[
         float | None, Option(metavar="B", help="Budget: bits per quantised weight, all overhead included.")
     ] = None,
