@@ -945,7 +945,7 @@ def test_inspecting_shows_every_width_with_its_honest_bits(run: Run, checkpoint:
     for fact in (
         "rule            prefix",
         "trained widths  none",
-        "9,216 weights in 6 linears (ffn)",
+        "9,216 weights in 6 layers (ffn)",
         str(checkpoint),
     ):
         assert fact in result.out
@@ -985,7 +985,7 @@ def test_inspecting_fits_a_narrow_terminal(run: Run, copy: Path) -> None:
 
 def test_verifying_says_that_a_checkpoint_is_whole(run: Run, checkpoint: Path) -> None:
     result = run("verify", checkpoint)
-    assert result == Result(0, f"{checkpoint} is whole: 6 quantised weights, rule prefix\n", "")
+    assert result == Result(0, f"{checkpoint} is intact: 6 quantised weights, rule prefix\n", "")
 
 
 @pytest.mark.parametrize("verb", ["verify", "inspect", "eval"])
@@ -1243,12 +1243,15 @@ def test_the_curve_is_a_record_and_a_picture(run: Run, make: Arguments, tmp_path
             ("--strategy", "pyramid", "--tokens-per-second", "1e9"),
             (
                 "1e+09 tokens per second is below the smallest plan of the widths 2,4,8, which has",
-                " tokens per second; give",
+                " tokens per second; use a larger budget",
             ),
         ),
         (("text", "--bits-per-weight", "1"), ("1 bits per weight is below the smallest plan of the widths 2,3,4,6,8",)),
-        (("text", "--bits-per-weight", "5", "--evaluations", "-1"), ("--evaluations -1; give a number of at least 0",)),
-        (("text", "--bits-per-weight", "5", "--seed", "-1"), ("seed=-1; give a number of at least 0",)),
+        (
+            ("text", "--bits-per-weight", "5", "--evaluations", "-1"),
+            ("--evaluations -1 is not valid; use a number of at least 0",),
+        ),
+        (("text", "--bits-per-weight", "5", "--seed", "-1"), ("seed=-1 is not valid; use a number of at least 0",)),
         (("text", "--bits-per-weight", "5", "--samples", "0"), ("samples=0; give a number above 0",)),
         (("text", "--bits-per-weight", "5", "--reference", "/nowhere"), ("/nowhere: no such model directory; give",)),
     ],

@@ -229,7 +229,8 @@ def test_what_gptq_cannot_do_is_refused(llama: Path, text_file: Path, tmp_path: 
         ({"damp": 0.0}, "damp=0.0"),
         (
             {"steps": 3},
-            r"method 'gptq' has no option 'steps'; did you mean 'sweeps'\? It has samples, seq_len, batch_size, damp, ",
+            r"method 'gptq' has no option 'steps'; did you mean 'sweeps'\? "
+            "It has samples, seq_len, batch_size, damp, sweeps, tune, lr, pull, ",
         ),
     ):
         with pytest.raises(InputError, match=message):

@@ -219,7 +219,7 @@ def test_where_kernels_cannot_be_had_the_weights_are_dense_and_the_reason_is_sai
 def test_where_kernels_asked_for_cannot_be_had_the_reason_is_said(
     kernels: str, family: str, options: dict[str, Any], reason: str, checkpoint: Callable[..., Path]
 ) -> None:
-    message = rf"^kernels='{kernels}' does not support .*:  {reason}; use kernels='auto' or 'none'$"
+    message = rf"^kernels='{kernels}' does not support .*: {reason}; use kernels='auto' or 'none'$"
     with pytest.raises(matquant.InputError, match=message):
         matquant.load(checkpoint(family), kernels=kernels, **options)
 

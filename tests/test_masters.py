@@ -181,7 +181,7 @@ def test_a_start_that_does_not_fit_is_refused(llama: Path, text_file: Path, tmp_
     ):
         with pytest.raises(InputError, match=message):
             conftest.quantize(llama, tmp_path / "out", **{**run, **changes})
-    with pytest.raises(InputError, match="--start does not go with method 'gptq', which starts from the float model"):
+    with pytest.raises(InputError, match="--start does not work with method 'gptq', which starts from the float model"):
         conftest.quantize(llama, tmp_path / "out", method="gptq", text=[text_file], start=first, samples=8, seq_len=32)
 
 

@@ -30,7 +30,7 @@ CheckHashes = Annotated[
 ]
 Mmap = Annotated[
     bool,
-    Option("--mmap/--no-mmap", help="Memory-map the files, or read them into memory: safe if they may be truncated."),
+    Option("--mmap/--no-mmap", help="Memory-map the files, or read them: safe if they may be truncated."),
 ]
 
 

@@ -20,7 +20,7 @@ COMMANDS = {"generate": "generate", "chat": "chat"}
 FROM_MODEL = "generation_config.json, else greedy"
 
 Bits = Annotated[int | None, Option(help="Width to decode at.", show_default="--max-bits")]
-MaxBits = Annotated[int, Option(help="Widest width to serve; only the bits that it needs are kept in memory.")]
+MaxBits = Annotated[int, Option(help="Keep in memory only the bits that widths up to this one need.")]
 MaxTokens = Annotated[int, Option(help="Maximum number of new tokens.")]
 Temperature = Annotated[float | None, Option(help="Sampling temperature; 0 is greedy.", show_default=FROM_MODEL)]
 TopK = Annotated[
@@ -29,13 +29,13 @@ TopK = Annotated[
 TopP = Annotated[
     float | None,
     Option(
-        help="Nucleus sampling: the smallest set of tokens whose probabilities add up to p.",
+        help="Nucleus sampling: smallest token set with probability p.",
         show_default="as temperature",
     ),
 ]
 MinP = Annotated[
     float | None,
-    Option(help="Drop tokens less probable than p times the most probable one.", show_default="as temperature"),
+    Option(help="Drop tokens below p times the largest probability.", show_default="as temperature"),
 ]
 Seed = Annotated[int | None, Option(help="Random seed for sampling.", show_default="0")]
 Stop = Annotated[list[str] | None, Option(metavar="TEXT", help="Stop before this text; repeat for several.")]
@@ -87,7 +87,7 @@ def chat(
         int | None,
         Option(
             metavar="N",
-            help="Maximum length of the conversation in tokens.",
+            help="Maximum conversation length in tokens.",
             show_default="the model's context, 32768 at most",
         ),
     ] = None,
