@@ -131,7 +131,7 @@ def start(llama: Path, text_file: Path, tmp_path: Path) -> Arguments:
     """start(*more, model=llama): the arguments of a short training run to tmp_path/out."""
 
     def arguments(*more: object, model: Path | str = llama) -> tuple[object, ...]:
-        options = () if "--method" in more else QAT
+        options = QAT if "--method" not in more or "qat" in more else ()
         return ("quantize", model, "-o", tmp_path / "out", "--text", text_file, *SMALL, *options, *more)
 
     return arguments

@@ -427,7 +427,7 @@ def test_a_diverging_run_names_the_layer_and_the_width(llama: Path) -> None:
     [
         ({"steps": 0}, "steps=0; give a number above 0"),
         ({"clip_lr": -1.0}, "clip_lr=-1.0; give a number above 0"),
-        ({"seed": -1}, "seed=-1 is not valid; use a number of at least 0"),
+        ({"seed": -1}, "seed=-1; give a number of at least 0"),
         ({"weight_decay": float("nan")}, "weight_decay=nan; give a number of at least 0"),
     ],
 )

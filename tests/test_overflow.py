@@ -81,6 +81,7 @@ def test_the_comparison_itself_can_fail(name: str, wrong: Any, monkeypatch: pyte
 # The exact inverse ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_matrix_of_up_to_four_one_bit_codes_comes_back_as_the_oracle_packs_it() -> None:
     for rows, columns in [(1, 1), (1, 2), (2, 1), (1, 3), (2, 2), (4, 1)]:
         for values in itertools.product(range(3), repeat=rows * columns):
@@ -88,12 +89,14 @@ def test_every_matrix_of_up_to_four_one_bit_codes_comes_back_as_the_oracle_packs
             assert assert_packs(codes, 1) == oracle_overflow.pack(codes.tolist(), 1)
 
 
+@pytest.mark.slow
 def test_every_set_of_overflowing_weights_of_two_rows_comes_back_as_the_oracle_packs_it() -> None:
     for values in itertools.product((1, 4), repeat=10):
         codes = np.array(values, np.uint8).reshape(2, 5)
         assert assert_packs(codes, 2) == oracle_overflow.pack(codes.tolist(), 2)
 
 
+@pytest.mark.slow
 @each_width
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("share", [0.0, 0.02, 0.3, 0.9, 1.0])
@@ -104,6 +107,7 @@ def test_any_shape_width_and_density_is_packed_as_the_oracle_packs_it(
     assert assert_packs(codes, bits) == oracle_overflow.pack(codes.tolist(), bits)
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(data=st.data())
 def test_codes_come_back(data: st.DataObject) -> None:
@@ -282,6 +286,7 @@ def test_every_changed_bit_is_refused_or_gives_other_codes() -> None:
         assert (codes != SAMPLE).any()
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(tail=st.binary(max_size=60), bits=st.sampled_from(WIDTHS), rows=st.integers(0, 3), columns=st.integers(0, 9))
 def test_any_bytes_give_codes_or_an_input_error(tail: bytes, bits: int, rows: int, columns: int) -> None:
