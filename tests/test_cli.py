@@ -1346,7 +1346,8 @@ FLAGS: dict[str, list[str]] = {
         "--help",
     ],
     "export": [
-        "--to", "--out", "--bits", "--plan", "--zero-point", "--dtype", "--base-model", "--measured", "--explain",
+        "--to", "--out", "--bits", "--plan", "--zero-point", "--dtype", "--base-model", "--measured",
+        "--requantise", "--explain",
         "--overwrite", "--help",
     ],
     "demo": ["--out", "--help"],

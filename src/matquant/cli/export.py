@@ -40,6 +40,9 @@ def export(
     measured: Annotated[
         Path | None, Option(metavar="FILE", help="A record of matquant eval --json, for the model card.")
     ] = None,
+    requantise: Annotated[
+        bool, Option("--requantise", help="Fit companded slices to the format; changes weights slightly.")
+    ] = False,
     explain: Annotated[
         bool, Option("--explain", help="Print how every format would store every width, and write nothing.")
     ] = False,
@@ -66,6 +69,7 @@ def export(
             dtype=dtype,
             base_model=base_model,
             measured=measured,
+            requantise=requantise,
             overwrite=overwrite,
             report=report,
             notice=notice,

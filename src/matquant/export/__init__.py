@@ -13,12 +13,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from matquant.core.nest import MASTER_BITS
+from matquant.core.nest import MASTER_BITS, UNIFORM
 from matquant.core.spec import Plan
 from matquant.export import compressed_tensors, dense, gguf, gptq, mlx, nested
 from matquant.export.card import RECORD
 from matquant.export.containers import EXACT, MIDRANGE, ZERO_POINTS, Container
 from matquant.export.job import Exporter, Job
+from matquant.export.requantise import Requantised, view
 from matquant.format.read import Checkpoint, open_checkpoint
 from matquant.system.errors import InputError
 from matquant.system.files import (
@@ -55,6 +56,7 @@ def export(
     dtype: str | None = None,
     base_model: str | None = None,
     measured: Path | None = None,
+    requantise: bool = False,
     overwrite: bool = False,
     report: Progress = lambda done, total: None,
     notice: Callable[[str], None] = lambda text: None,
@@ -66,7 +68,9 @@ def export(
 
     zero_point: MIDRANGE moves zero-points to mid-range first, for formats that store none. dtype: dtype of dense
     weights, None: the model's; for mlx also of scales and biases, None: float32. measured: a record of ``matquant eval
-    --json`` for the model card. Returns {"out", "bytes", "seconds", "bits_per_weight", "containers": {name: weights}}.
+    --json`` for the model card. requantise: fit companded slices again to evenly spaced codes, so that formats hold
+    them in as many bits; this changes the weights, and the relative squared error is reported and put into the card.
+    Returns {"out", "bytes", "seconds", "bits_per_weight", "containers": {name: weights}}.
     If a slice does not fit, InputError is raised and nothing is written.
     """
     began = time.perf_counter()
@@ -77,8 +81,13 @@ def export(
     if bits is not None and plan is not None:
         raise InputError("bits and a plan exclude each other; use one of them")
     wanted = (plan or Plan(default=bits or MASTER_BITS)).resolve(checkpoint.shapes)
-    about = {"base_model": base_model, "measured": _evaluation(measured)}
+    about: dict[str, Any] = {"base_model": base_model, "measured": _evaluation(measured), "loss": None}
+    if requantise:
+        checkpoint = _fitted(checkpoint, to, wanted)
+        about["loss"] = checkpoint.loss()
+        notice(f"requantised: relative squared error {about['loss']:.2e} against the slices of the checkpoint")
     job = make_job(checkpoint, to, wanted, zero_point=zero_point, dtype=dtype, about=about)
+    _tell_wide(job, notice)
     total = _write(job, target, overwrite=overwrite, report=report, notice=notice)
     return {
         "out": str(target),
@@ -87,6 +96,32 @@ def export(
         "bits_per_weight": job.bits_per_weight(),
         "containers": dict(sorted(Counter(job.kinds().values()).items())),
     }
+
+
+def _fitted(checkpoint: Checkpoint, to: str, plan: Mapping[str, int]) -> Requantised:
+    """Return the checkpoint with evenly spaced slices, and the zero-points with which ``to`` takes no extra bits."""
+    if checkpoint.spec.grid == UNIFORM:
+        raise InputError("--requantise is for the companded grid, found grid 'uniform'; drop --requantise")
+    exporter = _exporter(to, checkpoint)
+    paths = {bits: path for path, bits in plan.items()}  # one of each width
+    centred = min(plan.values()) <= 2
+    for zero_points in (centred, not centred):
+        fitted = view(checkpoint, plan, centred=zero_points)
+        found = [(exporter.container(fitted, path, bits, EXACT), bits) for bits, path in paths.items()]
+        if all(isinstance(container, Container) and container.bits <= bits for container, bits in found):
+            return fitted
+    return view(checkpoint, plan, centred=False)
+
+
+def _tell_wide(job: Job, notice: Callable[[str], None]) -> None:
+    """Say that companded slices take wider containers than their width, and what to do."""
+    wide = [path for path, container in job.held().items() if container.bits > job.plan[path]]
+    if wide and job.checkpoint.spec.grid != UNIFORM:
+        bits, name = job.plan[wide[0]], job.held()[wide[0]].name
+        notice(
+            f"companded slices take wider types to be exact, {bits} bits {name}; "
+            f"--requantise fits them to {bits}-bit types, which changes the weights slightly"
+        )
 
 
 def _write(job: Job, target: Path, *, overwrite: bool, report: Progress, notice: Callable[[str], None]) -> int:

@@ -22,6 +22,7 @@ def record(job: Job) -> dict[str, Any]:
         "bits": dict(job.plan),
         "containers": job.kinds(),
         "bits_per_weight": job.bits_per_weight(),
+        **({"requantised": job.about["loss"]} if job.about.get("loss") is not None else {}),
     }
 
 
@@ -34,6 +35,7 @@ def model_card(job: Job) -> str:
         containers=Counter(job.kinds().values()).most_common(),
         bits_per_weight=job.bits_per_weight(),
         zero_point=job.zero_point,
+        loss=job.about.get("loss"),
         measured=_measured(job.about.get("measured")),
         base_model=job.about.get("base_model"),
         format=job.about["format"],

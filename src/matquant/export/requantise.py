@@ -1,0 +1,110 @@
+"""Slices of the companded grid, fitted again to evenly spaced codes, for formats that hold nothing else.
+
+Positions on the companded grid are not evenly spaced, so a format of r bits cannot hold an r-bit slice exactly. Here
+the slice's weights w are rounded to scale * (u - zero), u in 0..2^r - 1, with the scale of every group fitted by least
+squares: the best of CLIPS times the largest weight, then ROUNDS of fitting and rounding. This changes the weights, and
+the loss is reported: the squared distance to the slice over the squared slice. 8-bit weights stay as they are, exact.
+
+N out features, K in features, G groups.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from matquant.core.nest import MASTER_BITS, OWN, UNIFORM, middle, round_half_up
+from matquant.core.tensor import NestedTensor
+from matquant.format.read import Checkpoint
+
+CLIPS = (1.0, 0.9, 0.8, 0.7, 0.6)  # scales that are tried, relative to the one that reaches the largest weight
+ROUNDS = 2  # of fitting the scale and rounding again
+
+
+@dataclass(frozen=True, kw_only=True)
+class Requantised(Checkpoint):
+    """A checkpoint whose slices below 8 bits are evenly spaced; everything else is as in the checkpoint it views."""
+
+    source: Checkpoint  # the checkpoint that it views
+    plan: Mapping[str, int]  # path -> bits
+    centred: bool  # mid-range zero-points (rule prefix), or the integer above mid-range (rule round)
+    scales: dict[str, np.ndarray] = field(default_factory=dict, repr=False, compare=False)  # path -> fitted [N, G]
+
+    def nested(self, path: str, *, mapped: bool = False) -> NestedTensor:
+        """Return the weight at ``path`` with the slice of its planned width fitted again."""
+        tensor, bits = self.source.nested(path, mapped=mapped), self.plan[path]
+        if bits == MASTER_BITS:
+            return tensor
+        if path not in self.scales:
+            self.scales[path] = fit_scale(tensor, bits, zero=_zero(bits, centred=self.centred))
+        return requantise(tensor, bits, self.scales[path], centred=self.centred)
+
+    def loss(self) -> float:
+        """Return the squared distance to the slices over the squared slices, all weights together."""
+        distance = size = 0.0
+        for path, bits in self.plan.items():
+            slice_NK = self.source.nested(path, mapped=True).read(bits).astype(np.float64)
+            distance_NK = self.nested(path, mapped=True).read(bits) - slice_NK
+            distance, size = (
+                distance + float(np.vdot(distance_NK, distance_NK)),
+                size + float(np.vdot(slice_NK, slice_NK)),
+            )
+        return distance / size if size else 0.0
+
+
+def view(checkpoint: Checkpoint, plan: Mapping[str, int], *, centred: bool) -> Requantised:
+    """Return ``checkpoint`` with the slices of ``plan`` fitted again, on the uniform grid."""
+    fields = {field.name: getattr(checkpoint, field.name) for field in dataclasses.fields(checkpoint)}
+    rule = "prefix" if centred else "round"
+    fields["spec"] = dataclasses.replace(checkpoint.spec, rule=rule, grid=UNIFORM, zeros=OWN)
+    return Requantised(**fields, source=checkpoint, plan=plan, centred=centred)
+
+
+def requantise(tensor: NestedTensor, bits: int, scale_NG: np.ndarray, *, centred: bool) -> NestedTensor:
+    """Return the ``bits``-bit slice on evenly spaced codes; only that width of the result is meant to be read."""
+    zero = _zero(bits, centred=centred)
+    weight = _grouped(tensor, bits)
+    codes = _round(weight, scale_NG, zero, bits).astype(np.uint8).reshape(tensor.codes.shape)
+    return NestedTensor(
+        codes=codes << (MASTER_BITS - bits),
+        scale=tensor.scale,
+        zero=tensor.zero,
+        rule="prefix" if centred else "round",
+        slices={bits: (scale_NG, np.full_like(scale_NG, zero))},
+    )
+
+
+def fit_scale(tensor: NestedTensor, bits: int, *, zero: float) -> np.ndarray:
+    """Return float32 scales [N, G] of evenly spaced codes for the ``bits``-bit slice, by least squares."""
+    weight = _grouped(tensor, bits)
+    largest = np.abs(weight).max(-1)
+    reach = np.where(largest > 0, largest, np.float32(1)) / np.float32(max(zero, 2**bits - 1 - zero))
+    best, least = reach, np.full(reach.shape, np.inf, dtype=np.float32)
+    for clip in CLIPS:
+        scale = reach * np.float32(clip)
+        for _ in range(ROUNDS):
+            centred = _round(weight, scale, zero, bits) - np.float32(zero)
+            norm = np.square(centred).sum(-1)
+            fitted = (weight * centred).sum(-1) / np.where(norm > 0, norm, np.float32(1))
+            scale = np.where((norm > 0) & (fitted > 0), fitted, scale)
+        error = np.square(weight - scale[..., None] * (_round(weight, scale, zero, bits) - np.float32(zero))).sum(-1)
+        best, least = np.where(error < least, scale, best), np.minimum(error, least)
+    return best.astype(np.float32)
+
+
+def _zero(bits: int, *, centred: bool) -> float:
+    return middle(bits) if centred else 2.0 ** (bits - 1)
+
+
+def _grouped(tensor: NestedTensor, bits: int) -> np.ndarray:
+    """Return the slice's weights, float32 [N, G, K / G]."""
+    rows, groups = tensor.scale.shape
+    grouped: np.ndarray = np.asarray(tensor.read(bits)).reshape(rows, groups, -1)
+    return grouped
+
+
+def _round(weight: np.ndarray, scale: np.ndarray, zero: float, bits: int) -> np.ndarray:
+    """Return the nearest codes, float32 of the weights' shape."""
+    rounded: np.ndarray = np.clip(round_half_up(weight / scale[..., None] + np.float32(zero)), 0, 2**bits - 1)
+    return rounded.astype(np.float32)
