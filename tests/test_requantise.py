@@ -95,7 +95,7 @@ def test_without_it_the_wider_type_is_named(nested: Path, tmp_path: Path) -> Non
     export(nested, tmp_path / "out", to="compressed-tensors", bits=4, notice=told.append)
     assert told == [
         "companded slices take wider types to be exact, 4 bits int7; "
-        "--requantise fits them to 4-bit types, which changes the weights slightly"
+        "--requantise fits them to 4-bit types at a loss, or quantise with --portable"
     ]
 
 

@@ -41,7 +41,7 @@ def export(
         Path | None, Option(metavar="FILE", help="A record of matquant eval --json, for the model card.")
     ] = None,
     requantise: Annotated[
-        bool, Option("--requantise", help="Fit companded slices to the format; changes weights slightly.")
+        bool, Option("--requantise", help="Fit companded slices to the format, at a loss that is printed.")
     ] = False,
     explain: Annotated[
         bool, Option("--explain", help="Print how every format would store every width, and write nothing.")
@@ -51,10 +51,7 @@ def export(
     """Write a slice for llama.cpp, MLX, vLLM, transformers or GPTQModel, if the format holds it exactly."""
     wanted = Plan.read(plan) if plan is not None else None
     if explain:
-        checkpoint = open_checkpoint(directory)
-        resolved = wanted.resolve(checkpoint.shapes) if wanted is not None else None
-        table = explaining.explain(checkpoint, plan=resolved, zero_point=zero_point)
-        Console().print(explaining.render(table, str(directory)))
+        _explain(directory, wanted, zero_point)
         return
     if to is None or out is None:
         raise InputError(f"export needs --to and -o; give --to {' or '.join(exporting.FORMATS)} and -o OUT")
@@ -79,3 +76,11 @@ def export(
         f"wrote {out}: {', '.join(made['containers'])}, {made['bits_per_weight']:.3f} bits per weight, "
         f"{made['bytes'] / 1e6:,.1f} MB at {speed:,.0f} MB/s"
     )
+
+
+def _explain(directory: Path, wanted: Plan | None, zero_point: str) -> None:
+    """Print how every format would store every width."""
+    checkpoint = open_checkpoint(directory)
+    resolved = wanted.resolve(checkpoint.shapes) if wanted is not None else None
+    table = explaining.explain(checkpoint, plan=resolved, zero_point=zero_point)
+    Console().print(explaining.render(table, str(directory)))

@@ -120,7 +120,7 @@ def _tell_wide(job: Job, notice: Callable[[str], None]) -> None:
         bits, name = job.plan[wide[0]], job.held()[wide[0]].name
         notice(
             f"companded slices take wider types to be exact, {bits} bits {name}; "
-            f"--requantise fits them to {bits}-bit types, which changes the weights slightly"
+            f"--requantise fits them to {bits}-bit types at a loss, or quantise with --portable"
         )
 
 
