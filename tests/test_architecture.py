@@ -1,6 +1,7 @@
 """The shape of the code: imports point one way, and the base package never needs torch."""
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -38,6 +39,7 @@ WHOLE = [f"{p}.{file.stem}" for p in WITHOUT_TORCH for file in (SOURCE / p).glob
 PLAN = ("budget", "request", "strategies", "search", "speed", "run")  # losses are measured with torch, all else is not
 
 
+@functools.cache
 def imports(file: Path) -> list[str]:
     tree = ast.parse(file.read_text())
     found = []

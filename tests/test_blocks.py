@@ -106,6 +106,7 @@ def test_a_run_resumed_at_a_block_ends_with_the_same_bits(
     assert not (tmp_path / ".killed.work").exists()
 
 
+@pytest.mark.slow  # test_qat.py kills a run too, and runs that are interrupted resume here
 def test_a_run_killed_from_outside_ends_with_the_same_bits(llama: Path, text_file: Path, tmp_path: Path) -> None:
     def command(*more: str) -> list[str]:
         options = ["--method", "gptq", "--samples", "8", "--seq-len", "32", "--scope", "all", "--threads", "1"]

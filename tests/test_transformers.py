@@ -201,6 +201,7 @@ def test_without_the_config_the_directory_is_a_stock_int8_model(small: Path, tmp
     assert gaps[1] > 1e-3 * size, "the neighbouring width must not pass"
 
 
+@pytest.mark.slow
 def test_without_compressed_tensors_stock_transformers_refuses(small: Path, tmp_path: Path) -> None:
     done = run(WITHOUT, small, tmp_path / "out")
     assert done.returncode != 0
