@@ -128,11 +128,8 @@ def data() -> Path:
 
 def quantize(model: Path | str, out: Path | str, **options: Any) -> Path:
     """``matquant.quantize``, by default of the feed-forward layers, with one scale per row and by training: the
-    smallest checkpoint there is, which most tests want. ``report`` gets the records of the work alone."""
-    given = {"method": "qat", "scope": "ffn", "group_size": None, **options}
-    if report := options.get("report"):
-        given["report"] = lambda record: None if "settings" in record else report(record)
-    return matquant.quantize(model, out, **given)
+    smallest checkpoint there is, which most tests want."""
+    return matquant.quantize(model, out, **{"method": "qat", "scope": "ffn", "group_size": None, **options})
 
 
 @contextlib.contextmanager

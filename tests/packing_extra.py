@@ -5,12 +5,19 @@ matquant only counts these bytes (core/overflow.py). This is what they are count
 Shapes: N out features, K in features.
 """
 
-from collections.abc import Iterator
-
 import numpy as np
 from numpy.typing import NDArray
 
-from matquant.core.overflow import BLOCK_ROWS, PARAMETERS, TABLE_ENTRY, check_codes, check_size
+from matquant.core.overflow import (
+    PARAMETERS,
+    _blocks,
+    _dense_bytes,
+    _fixed_bytes,
+    _gaps,
+    _lengths,
+    check_codes,
+    check_size,
+)
 from matquant.system.errors import InputError
 
 DAMAGED = "the bytes are damaged: pack the codes again"
@@ -90,22 +97,6 @@ def _read_gaps(unary: Bytes, packed: Bytes, count: int, parameter: int, *, limit
     return gaps
 
 
-def _gaps(block: NDArray[np.uint8], bits: int) -> Gaps:
-    """Weights between one overflowing weight of a block and the next, int64 [number of overflowing weights]."""
-    return np.diff(np.flatnonzero(block == 2**bits), prepend=-1) - 1
-
-
-def _lengths(gaps: Gaps) -> Gaps:
-    """Bytes of the unary fields and of the remainders of a block at every parameter, int64 [2, PARAMETERS]."""
-    quotients = np.zeros(PARAMETERS, np.int64)  # their sum
-    for parameter in range(PARAMETERS):
-        quotients[parameter] = gaps.sum()
-        if not quotients[parameter]:
-            break
-        gaps = gaps >> 1
-    return -(-np.stack([quotients + gaps.size, np.arange(PARAMETERS) * gaps.size]) // 8)
-
-
 def _pack_bits(values: NDArray[np.unsignedinteger], width: int) -> Bytes:
     """Unsigned values [rows, n] below 2^width as uint8 [rows, ceil(n width / 8)], the lowest bit first."""
     in_bytes = np.ascontiguousarray(values)[..., None].view(np.uint8)
@@ -122,16 +113,3 @@ def _unpack_bits(data: Bytes, count: int, width: int, *, asked: str) -> NDArray[
     used = fields[:, : count * width].reshape(len(data), count, width)
     in_bytes[..., : -(-width // 8)] = np.packbits(used, axis=-1, bitorder="little")
     return in_bytes.view("<u4")[..., 0]
-
-
-def _blocks(rows: NDArray[np.uint8]) -> Iterator[NDArray[np.uint8]]:
-    return (rows[start : start + BLOCK_ROWS] for start in range(0, len(rows), BLOCK_ROWS))
-
-
-def _dense_bytes(rows: int, columns: int, bits: int) -> int:
-    return rows * -(-columns * bits // 8)
-
-
-def _fixed_bytes(rows: int, columns: int, bits: int) -> int:
-    """Bytes that do not depend on the codes: dense part, parameter, table."""
-    return _dense_bytes(rows, columns, bits) + 1 + TABLE_ENTRY * -(-rows // BLOCK_ROWS)

@@ -112,7 +112,7 @@ def test_tells_are_found_and_innocent_text_is_not() -> None:
 
 def help_texts() -> list[tuple[str, str]]:
     """Where a help text is and what it says: every verb, its arguments and options."""
-    found = [(verb, line) for verb, (_, line) in VERBS.items()]
+    found = [(verb, line) for verb, (*_, line) in VERBS.items()]
     found += [(option.flags, option.declared.help) for option, _ in declared_options()]
     for verb in VERBS:
         found += [(f"{verb} {parameter.name}", parameter.help or "") for parameter in load(verb).params]

@@ -15,12 +15,11 @@ is too short to train on, and much of it is famous, so never measure perplexity 
 import lzma
 from pathlib import Path
 
-from matquant.hf.text import SEPARATOR
+from matquant.hf.text import split_documents
 
 FILE = Path(__file__).with_name("text.xz")
 
 
 def calibration_text() -> list[str]:
     """Return the documents of the packaged calibration text, in order, as ``read_documents`` returns a user's."""
-    text = lzma.decompress(FILE.read_bytes()).decode("utf-8")
-    return [document.strip() for document in text.split(SEPARATOR) if document.strip()]
+    return split_documents(lzma.decompress(FILE.read_bytes()).decode("utf-8"))

@@ -2,12 +2,12 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from matquant.core.nest import check_bits
-from matquant.system.errors import InputError
+from matquant.system.arguments import read_numbers
 
 Option = typer.Option
 Directory = Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint made by matquant quantize.")]
@@ -36,20 +36,10 @@ Mmap = Annotated[
 
 def widths(text: str) -> list[int]:
     """Parse the widths of ``--bits 8,4,2``."""
-    found: list[int] = numbers(text, int, "--bits")
+    found: list[int] = read_numbers(text, int, "--bits")
     for width in found:
         check_bits(width)
     return found
-
-
-def numbers(text: str, kind: type, flag: str) -> list[Any]:
-    """Parse numbers separated by commas; InputError naming ``flag``."""
-    try:
-        return [kind(part) for part in text.split(",")]
-    except ValueError:
-        raise InputError(
-            f"{flag} {text!r} is not a list of numbers; separate them with commas, such as 8,4,2"
-        ) from None
 
 
 def notice(text: str) -> None:

@@ -14,8 +14,6 @@ if TYPE_CHECKING:
 else:
     benching, engines = lazy("matquant.engine.bench"), lazy("matquant.engine.engine")
 
-COMMANDS = {"bench": "bench"}
-
 
 def bench(
     directory: Directory,

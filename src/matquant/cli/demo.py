@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 else:
     demonstration = lazy("matquant.demo")
 
-COMMANDS = {"demo": "demo"}
 OUT = Path("out/demo")
 
 

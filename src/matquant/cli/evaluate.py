@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 else:
     run = lazy("matquant.measure.run")
 
-COMMANDS = {"eval": "evaluate"}
-
 
 def evaluate(
     directory: Directory,

@@ -13,8 +13,6 @@ from matquant.format.read import open_checkpoint
 from matquant.system import progress
 from matquant.system.errors import InputError
 
-COMMANDS = {"export": "export"}
-
 
 def export(
     directory: Directory,

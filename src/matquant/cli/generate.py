@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 else:
     terminal = lazy("matquant.engine.terminal")
 
-COMMANDS = {"generate": "generate", "chat": "chat"}
 FROM_MODEL = "generation_config.json, else greedy"
 
 Bits = Annotated[int | None, Option(help="Width to decode at.", show_default="--max-bits")]

@@ -9,8 +9,6 @@ from matquant.format.contents import render, summarise
 from matquant.format.read import open_checkpoint
 from matquant.system.files import json_text
 
-COMMANDS = {"inspect": "inspect_checkpoint"}
-
 
 def inspect_checkpoint(
     directory: Directory,

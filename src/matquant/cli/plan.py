@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.console import Console
 
-from matquant.cli.arguments import Device, Directory, Option, Text, notice, numbers
+from matquant.cli.arguments import Device, Directory, Option, Text, notice
 from matquant.planning.request import check_losses
 from matquant.system import progress
+from matquant.system.arguments import read_numbers
 from matquant.system.errors import InputError
 from matquant.system.files import json_text
 from matquant.system.lazy import lazy
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
 else:
     curves, run = lazy("matquant.planning.pareto"), lazy("matquant.planning.run")
     sensitivity = lazy("matquant.planning.sensitivity")
-
-COMMANDS = {"plan": "plan"}
 
 
 def plan(
@@ -63,7 +62,7 @@ def plan(
     budget = {"bits_per_weight": bits_per_weight, "size": size, "tokens_per_second": tokens_per_second}
     one: dict[str, Any] = {"strategy": strategy, **budget}
     options: dict[str, Any] = {"fused": fused, "evaluations": evaluations, "show": Console().print}
-    options |= {"widths": None if widths is None else numbers(widths, int, "--widths")}
+    options |= {"widths": None if widths is None else read_numbers(widths, int, "--widths")}
     if pareto and (strategy != "search" or any(value is not None for value in budget.values())):
         raise InputError("--pareto covers all strategies and budgets; drop --strategy and the budget")
     if not pareto and (baselines or plot):

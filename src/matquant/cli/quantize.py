@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 else:
     preview, quantising = lazy("matquant.methods.preview"), lazy("matquant.methods.quantize")
 
-COMMANDS = {"quantize": "quantize"}
 SIMPLE = (int, float, bool, str)
 
 
@@ -43,7 +42,7 @@ def quantize(model: str, out: Path, *, dry_run: bool, **given: Any) -> None:
             return
         return_freed_memory()
         with progress.quantising() as report:
-            written = quantising.run(model, request, report=report)
+            written = quantising.run(model, request, report=report, announce=lambda lines: report({"settings": lines}))
     print(f"wrote {written}; try: matquant eval {written} --text FILE")
 
 

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 else:
     run = lazy("matquant.measure.run")
 
-COMMANDS = {"report": "report"}
-
 
 def report(
     directory: Directory,

@@ -9,18 +9,18 @@ from typer.main import get_command
 
 from matquant.system.startup import leave_on_interrupt
 
-VERBS = {  # verb -> the module that declares it, its line in --help
-    "quantize": ("quantize", "Make one nested checkpoint of a float model."),
-    "eval": ("evaluate", "Measure log-perplexity and zero-shot accuracy at every width."),
-    "plan": ("plan", "Choose a width for each layer to fit a budget."),
-    "report": ("report", "Write one HTML page: sizes, quality, plans and histograms."),
-    "inspect": ("inspect", "Show widths, sizes, bits per weight and histograms of a checkpoint."),
-    "verify": ("verify", "Check every hash, shape, number and token of a checkpoint."),
-    "generate": ("generate", "Continue a text at any width, streaming. Needs no torch."),
-    "chat": ("generate", "Talk to a model; /bits 2 switches the width between replies, /quit ends."),
-    "bench": ("bench", "Measure tokens per second at every width."),
-    "export": ("export", "Write a slice for llama.cpp, MLX, vLLM, transformers or GPTQModel."),
-    "demo": ("demo", "Quantise the embedded model and compare it with its baselines."),
+VERBS = {  # verb -> its module, its function there, its line in --help
+    "quantize": ("quantize", "quantize", "Make one nested checkpoint of a float model."),
+    "eval": ("evaluate", "evaluate", "Measure log-perplexity and zero-shot accuracy at every width."),
+    "plan": ("plan", "plan", "Choose a width for each layer to fit a budget."),
+    "report": ("report", "report", "Write one HTML page: sizes, quality, plans and histograms."),
+    "inspect": ("inspect", "inspect_checkpoint", "Show widths, sizes, bits per weight and histograms of a checkpoint."),
+    "verify": ("verify", "verify", "Check every hash, shape, number and token of a checkpoint."),
+    "generate": ("generate", "generate", "Continue a text at any width, streaming. Needs no torch."),
+    "chat": ("generate", "chat", "Talk to a model; /bits 2 switches the width between replies, /quit ends."),
+    "bench": ("bench", "bench", "Measure tokens per second at every width."),
+    "export": ("export", "export", "Write a slice for llama.cpp, MLX, vLLM, transformers or GPTQModel."),
+    "demo": ("demo", "demo", "Quantise the embedded model and compare it with its baselines."),
 }
 
 
@@ -31,7 +31,7 @@ class Verbs(TyperGroup):
         return list(VERBS)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        return TyperCommand(cmd_name, help=VERBS[cmd_name][1]) if cmd_name in VERBS else None
+        return TyperCommand(cmd_name, help=VERBS[cmd_name][2]) if cmd_name in VERBS else None
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name, command, rest = super().resolve_command(ctx, args)
@@ -40,10 +40,11 @@ class Verbs(TyperGroup):
 
 def load(verb: str) -> Any:
     """Return the click command of a verb."""
+    name, function, line = VERBS[verb]
     with leave_on_interrupt():
-        module = importlib.import_module(f"matquant.cli.{VERBS[verb][0]}")
+        module = importlib.import_module(f"matquant.cli.{name}")
     single = typer.Typer(add_completion=False, pretty_exceptions_enable=False, context_settings=CONTEXT)
-    single.command(verb, help=VERBS[verb][1])(getattr(module, module.COMMANDS[verb]))
+    single.command(verb, help=line)(getattr(module, function))
     return get_command(single)
 
 

@@ -9,8 +9,6 @@ from matquant.cli.arguments import Directory, Option
 from matquant.format.seal import describe, ignored_files, seal_checkpoint
 from matquant.format.verify import check_plain, verify_checkpoint
 
-COMMANDS = {"verify": "verify"}
-
 
 def verify(
     directory: Directory,

@@ -84,7 +84,7 @@ def export(
     about: dict[str, Any] = {"base_model": base_model, "measured": _evaluation(measured), "loss": None}
     if requantise:
         checkpoint = _fitted(checkpoint, to, wanted)
-        about["loss"] = checkpoint.loss()
+        about["loss"] = float(f"{checkpoint.loss():.6g}")  # sums differ in the last digits with the number of threads
         notice(f"requantised: relative squared error {about['loss']:.2e} against the slices of the checkpoint")
     job = make_job(checkpoint, to, wanted, zero_point=zero_point, dtype=dtype, about=about)
     _tell_wide(job, notice)

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from matquant.core.nest import MASTER_BITS, OWN, UNIFORM, middle, round_half_up
+from matquant.core.grid import decode, encode
+from matquant.core.nest import MASTER_BITS, OWN, UNIFORM, middle
 from matquant.core.tensor import NestedTensor
 from matquant.format.read import Checkpoint
 
@@ -46,10 +47,8 @@ class Requantised(Checkpoint):
         for path, bits in self.plan.items():
             slice_NK = self.source.nested(path, mapped=True).read(bits).astype(np.float64)
             distance_NK = self.nested(path, mapped=True).read(bits) - slice_NK
-            distance, size = (
-                distance + float(np.vdot(distance_NK, distance_NK)),
-                size + float(np.vdot(slice_NK, slice_NK)),
-            )
+            distance += float(np.vdot(distance_NK, distance_NK))
+            size += float(np.vdot(slice_NK, slice_NK))
         return distance / size if size else 0.0
 
 
@@ -63,48 +62,37 @@ def view(checkpoint: Checkpoint, plan: Mapping[str, int], *, centred: bool) -> R
 
 def requantise(tensor: NestedTensor, bits: int, scale_NG: np.ndarray, *, centred: bool) -> NestedTensor:
     """Return the ``bits``-bit slice on evenly spaced codes; only that width of the result is meant to be read."""
-    zero = _zero(bits, centred=centred)
-    weight = _grouped(tensor, bits)
-    codes = _round(weight, scale_NG, zero, bits).astype(np.uint8).reshape(tensor.codes.shape)
+    zero_NG = np.full_like(scale_NG, _zero(bits, centred=centred))
     return NestedTensor(
-        codes=codes << (MASTER_BITS - bits),
+        codes=encode(tensor.read(bits), scale_NG, zero_NG, bits=bits) << (MASTER_BITS - bits),
         scale=tensor.scale,
         zero=tensor.zero,
         rule="prefix" if centred else "round",
-        slices={bits: (scale_NG, np.full_like(scale_NG, zero))},
+        slices={bits: (scale_NG, zero_NG)},
     )
 
 
 def fit_scale(tensor: NestedTensor, bits: int, *, zero: float) -> np.ndarray:
     """Return float32 scales [N, G] of evenly spaced codes for the ``bits``-bit slice, by least squares."""
-    weight = _grouped(tensor, bits)
+    weight_NK = np.asarray(tensor.read(bits))
+    zero_NG = np.full_like(tensor.scale, zero)
+    grouped = (*tensor.scale.shape, -1)
+    weight = weight_NK.reshape(grouped)
     largest = np.abs(weight).max(-1)
     reach = np.where(largest > 0, largest, np.float32(1)) / np.float32(max(zero, 2**bits - 1 - zero))
     best, least = reach, np.full(reach.shape, np.inf, dtype=np.float32)
     for clip in CLIPS:
         scale = reach * np.float32(clip)
         for _ in range(ROUNDS):
-            centred = _round(weight, scale, zero, bits) - np.float32(zero)
+            centred = encode(weight_NK, scale, zero_NG, bits=bits).reshape(grouped) - zero_NG[..., None]
             norm = np.square(centred).sum(-1)
             fitted = (weight * centred).sum(-1) / np.where(norm > 0, norm, np.float32(1))
             scale = np.where((norm > 0) & (fitted > 0), fitted, scale)
-        error = np.square(weight - scale[..., None] * (_round(weight, scale, zero, bits) - np.float32(zero))).sum(-1)
+        read_NK = decode(encode(weight_NK, scale, zero_NG, bits=bits), scale, zero_NG)
+        error = np.square(weight - read_NK.reshape(grouped)).sum(-1)
         best, least = np.where(error < least, scale, best), np.minimum(error, least)
     return best.astype(np.float32)
 
 
 def _zero(bits: int, *, centred: bool) -> float:
     return middle(bits) if centred else 2.0 ** (bits - 1)
-
-
-def _grouped(tensor: NestedTensor, bits: int) -> np.ndarray:
-    """Return the slice's weights, float32 [N, G, K / G]."""
-    rows, groups = tensor.scale.shape
-    grouped: np.ndarray = np.asarray(tensor.read(bits)).reshape(rows, groups, -1)
-    return grouped
-
-
-def _round(weight: np.ndarray, scale: np.ndarray, zero: float, bits: int) -> np.ndarray:
-    """Return the nearest codes, float32 of the weights' shape."""
-    rounded: np.ndarray = np.clip(round_half_up(weight / scale[..., None] + np.float32(zero)), 0, 2**bits - 1)
-    return rounded.astype(np.float32)

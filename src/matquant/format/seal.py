@@ -1,7 +1,7 @@
 """Accept edits of a checkpoint's small files: check everything that must not change, then write the manifest again.
 
 A typical repair edits generation_config.json or a chat template, after which its hash no longer matches. Sealing
-compares every weight file with the manifest, opens the checkpoint as it is now, and then lists the small files as they
+compares every weight file with the manifest, opens the edited checkpoint, and then lists the small files as they
 are. A weight file that differs is never accepted. Records of earlier evaluations name the earlier manifest.
 """
 
@@ -80,7 +80,7 @@ def seal_checkpoint(directory: Path | str) -> tuple[Checkpoint, list[Change]]:
 
 
 def _entry(where: Path, name: str) -> dict[str, Any] | None:
-    """Return the manifest entry of a small file as it is now, None if it is missing; InputError for damaged JSON."""
+    """Return the manifest entry of the present small file, None if it is missing; InputError for damaged JSON."""
     file = regular_file(where, name)
     if file is None:
         return None

@@ -30,11 +30,16 @@ def read_documents(files: Sequence[Path | str]) -> list[str]:
             text = read_text(file)
         except UnicodeDecodeError as error:
             raise InputError(f"--text {file} is not UTF-8 ({error.reason} at byte {error.start}); convert it") from None
-        found = [document.strip() for document in text.split(SEPARATOR) if document.strip()]
+        found = split_documents(text)
         if not found:
             raise InputError(f"--text {file} is empty; give a UTF-8 text file")
         documents += found
     return documents
+
+
+def split_documents(text: str) -> list[str]:
+    """Return the documents between separators, stripped, without empty ones."""
+    return [document.strip() for document in text.split(SEPARATOR) if document.strip()]
 
 
 def token_stream(documents: Sequence[str], tokenizer: Any, *, vocab_size: int | None = None) -> np.ndarray:
@@ -68,17 +73,23 @@ def check_ids(
         )
 
 
+def count_windows(tokens: int, length: int) -> int:
+    """Return how many sequences ``cut_windows`` cuts from ``tokens`` tokens; InputError if there is none."""
+    count = (tokens - 1) // length
+    if count < 1:
+        raise InputError(
+            f"the text has {tokens} tokens, shorter than one sequence of {length} + 1; "
+            "give more text or a smaller --seq-len"
+        )
+    return count
+
+
 def cut_windows(stream: np.ndarray, length: int) -> np.ndarray:
     """Cut non-overlapping sequences [count, length + 1]: ``length`` inputs and, shifted by one, as many targets.
 
     The last token of a sequence is the first of the next one. InputError if the stream is shorter than one sequence.
     """
-    count = (len(stream) - 1) // length
-    if count < 1:
-        raise InputError(
-            f"the text has {len(stream)} tokens, shorter than one sequence of {length} + 1; "
-            "give more text or a smaller --seq-len"
-        )
+    count = count_windows(len(stream), length)
     starts = np.arange(count)[:, None] * length
     windows: np.ndarray = stream[starts + np.arange(length + 1)]
     return windows

@@ -14,7 +14,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from matquant.format.facts import GENERATION, REPAIR, read_facts
 from matquant.format.manifest import side_file
 from matquant.hf.source import LOADABLE, check_source
-from matquant.hf_torch.ties import Model
+from matquant.hf_torch import Model
 from matquant.system.errors import InputError
 
 CONTEXT = 2048  # tokens

@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 
+from matquant.hf_torch import Model
 from matquant.system.errors import InputError
-
-Model = Any  # a transformers PreTrainedModel
 
 
 def check_result(value: float, model: Model, ids: torch.Tensor, *, what: str) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
-from matquant.hf_torch.ties import Model
+from matquant.hf_torch import Model
 from matquant.hf_torch.views import View, checkpoint_views, stored_parts
 from matquant.system.errors import InputError
 

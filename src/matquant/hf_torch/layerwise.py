@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from matquant.hf.families import supported
+from matquant.hf_torch import Model
 from matquant.hf_torch.layers import decoder_layers
-from matquant.hf_torch.ties import Model
 from matquant.system.errors import InputError
 
 Call = Callable[[torch.nn.Module, torch.Tensor], torch.Tensor]  # runs a decoder layer on hidden states

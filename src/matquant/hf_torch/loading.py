@@ -12,6 +12,7 @@ from transformers.utils import CONFIG_NAME
 from matquant.format.manifest import listed_only
 from matquant.hf.panics import check_merges, one_line
 from matquant.hf.sidefiles import missing_packages, readable
+from matquant.hf_torch import Model
 from matquant.hf_torch.config import generation_config, loading, parse_config, quiet, reason
 from matquant.hf_torch.sizes import (
     check_dtypes,
@@ -21,7 +22,7 @@ from matquant.hf_torch.sizes import (
     check_unused_tensors,
     compare_sizes,
 )
-from matquant.hf_torch.ties import Model, head_name, record_ties
+from matquant.hf_torch.ties import head_name, record_ties
 from matquant.system.errors import InputError
 
 

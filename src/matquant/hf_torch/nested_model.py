@@ -24,12 +24,12 @@ from matquant.core.tensor import NestedTensor
 from matquant.format.read import Checkpoint, open_checkpoint
 from matquant.format.side_files import nested_side_files
 from matquant.format.write import write_checkpoint
+from matquant.hf_torch import Model
 from matquant.hf_torch.arrays import nested_to_numpy, to_torch
 from matquant.hf_torch.config import config_dtype
 from matquant.hf_torch.layers import linear_views
 from matquant.hf_torch.linear import NestedLinear
 from matquant.hf_torch.loading import build_model
-from matquant.hf_torch.ties import Model
 from matquant.hf_torch.views import View, is_linear, plain_items, write_weights
 from matquant.system.arguments import check_types
 from matquant.system.errors import InputError, InputTypeError

@@ -14,10 +14,11 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from matquant.hf.sidefiles import readable
+from matquant.hf_torch import Model
 from matquant.hf_torch.config import loading
 from matquant.hf_torch.loading import float_config, load_float
 from matquant.hf_torch.sizes import check_dtypes, check_fits, check_unused_tensors
-from matquant.hf_torch.ties import Files, Model, plain_names, read_key, record_ties, resolve_ties, tied_weights
+from matquant.hf_torch.ties import Files, plain_names, read_key, record_ties, resolve_ties, tied_weights
 from matquant.hf_torch.views import checkpoint_views, stored_parts
 from matquant.system.errors import InputError
 

@@ -27,7 +27,7 @@ from transformers.utils.hub import get_checkpoint_shard_files
 from matquant.format.facts import REPAIR
 from matquant.hf.intact import Shapes, bin_files, check_readable, check_sensible, read_shapes
 from matquant.hf.tensors import check_stored, check_unused, read_headers
-from matquant.hf_torch.ties import Model
+from matquant.hf_torch import Model
 from matquant.system.errors import InputError
 
 PREDICTING = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")  # keys of config.json

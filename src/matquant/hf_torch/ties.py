@@ -6,12 +6,12 @@ reads ``tie_word_embeddings``, which ``record_ties`` sets to match the model.
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from safetensors import safe_open
 
-Model = Any  # a transformers PreTrainedModel
+from matquant.hf_torch import Model
+
 Parts = tuple[dict[str, torch.Tensor], bool]  # stored parts of a parameter, on meta; whether they are all of it
 Files = dict[str, tuple[str, tuple[int, ...], torch.dtype]]  # tensor name -> its file, shape and dtype
 

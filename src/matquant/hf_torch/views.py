@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from transformers.core_model_loading import revert_weight_conversion
 
+from matquant.hf_torch import Model
 from matquant.hf_torch.arrays import to_numpy
-from matquant.hf_torch.ties import Model, Parts
+from matquant.hf_torch.ties import Parts
 
 
 @dataclass(frozen=True, kw_only=True)

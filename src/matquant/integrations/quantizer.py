@@ -35,7 +35,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from matquant.core.nest import MASTER_BITS
 from matquant.core.spec import Plan
 from matquant.format.read import Checkpoint, open_checkpoint
-from matquant.hf_torch.ties import Model
+from matquant.hf_torch import Model
 from matquant.integrations.words import read_words
 from matquant.system.errors import InputError
 

@@ -68,7 +68,7 @@ def run(quantize: Callable[..., Path], model: Path | str, request: Request, *, r
                     device=common.device,
                     resume=common.resume and work_folder(done).is_dir(),
                     overwrite=True,
-                    report=_staged(report, name),
+                    report=lambda record, name=name: report({**record, "stage": name}),
                     **shared,
                     **stage,
                 )
@@ -77,11 +77,6 @@ def run(quantize: Callable[..., Path], model: Path | str, request: Request, *, r
     move_into_place(done, request.target)
     shutil.rmtree(work, ignore_errors=True)
     return request.target
-
-
-def _staged(report: Report, name: str) -> Report:
-    """Return a report function that adds the stage's name; the settings of the run were reported before."""
-    return lambda record: None if "settings" in record else report({**record, "stage": name})
 
 
 @contextlib.contextmanager

@@ -29,8 +29,8 @@ import torch
 from matquant.core.nest import MASTER_BITS
 from matquant.core.tensor import NestedTensor
 from matquant.hf.text import batch, cut_windows
+from matquant.hf_torch import Model
 from matquant.hf_torch.config import check_context
-from matquant.hf_torch.ties import Model
 from matquant.hf_torch.views import View, write_weights
 from matquant.methods.parts.fake import Grid, finish_backward, keep_in_range, nest
 from matquant.methods.parts.forward import autocast, first_not_finite, layer_outputs, prepare

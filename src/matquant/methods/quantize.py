@@ -22,12 +22,12 @@ from matquant.core.spec import Spec
 from matquant.core.tensor import NestedTensor
 from matquant.format.read import manifest_sha256, open_checkpoint
 from matquant.format.write import SHARD_BYTES, check_writable, write_checkpoint
-from matquant.hf.text import cut_windows, data_sha256, token_stream
+from matquant.hf.text import count_windows, data_sha256, token_stream
+from matquant.hf_torch import Model
 from matquant.hf_torch.arrays import nested_to_numpy, nested_to_torch
 from matquant.hf_torch.device import bf16_is_fast
 from matquant.hf_torch.layers import unquantised_linears
 from matquant.hf_torch.shards import Shards
-from matquant.hf_torch.ties import Model
 from matquant.hf_torch.tokenizer import read_texts
 from matquant.hf_torch.views import View, plain_items
 from matquant.methods import distill
@@ -36,7 +36,7 @@ from matquant.methods.parts.fake import Grid
 from matquant.methods.parts.job import LOG, Job, Report, source_files
 from matquant.methods.parts.symmetry import choose_symmetry
 from matquant.methods.prepare import Prepared, prepare
-from matquant.methods.preview import describe
+from matquant.methods.preview import describe, preview
 from matquant.options.request import Request, check_request
 from matquant.system.arguments import check_types
 from matquant.system.errors import InputError
@@ -75,8 +75,17 @@ def quantize(
         return run(model, check_request(model, out, recipe=recipe, method=method, **options), report=report)
 
 
-def run(model: Path | str, request: Request, *, report: Report = lambda record: None) -> Path:
-    """Run ``quantize`` for a checked request. InputError if another run writes to the same path."""
+def run(
+    model: Path | str,
+    request: Request,
+    *,
+    report: Report = lambda record: None,
+    announce: Callable[[list[str]], None] | None = None,
+) -> Path:
+    """Run ``quantize`` for a checked request. InputError if another run writes to the same path.
+
+    announce: called with the settings of the run, in lines for people, once its input is checked.
+    """
     with hold(request.target, again=True):
         common = request.common
         check_writable(request.target, overwrite=common.overwrite)
@@ -84,18 +93,20 @@ def run(model: Path | str, request: Request, *, report: Report = lambda record: 
         if common.threads is not None:
             torch.set_num_threads(common.threads)
         if request.method.stages is not None:
-            report({"settings": describe(prepare(model, request, with_numbers=False))})
+            if announce is not None:
+                announce(preview(model, request))
             return distill.run(quantize, model, request, report=report)
         prepared = prepare(model, request)
         job, files = _make_job(prepared, report)
-        report({"settings": describe(prepared)})
+        if announce is not None:
+            announce(describe(prepared))
         _write(prepared, job, _method(request)(job), files)
         shutil.rmtree(request.work, ignore_errors=True)
         return request.target
 
 
 def _method(request: Request) -> Callable[[Job], Nested]:
-    """What chooses the codes: the row's own function, or ``run`` of the module of the method's name."""
+    """Return the function that chooses the codes: the row's, or ``run`` of the module that has the method's name."""
     if request.method.run is not None:
         return request.method.run
     found: Callable[[Job], Nested] = importlib.import_module(f"matquant.methods.{request.choice.method}").run
@@ -118,8 +129,8 @@ def _make_job(prepared: Prepared, report: Report) -> tuple[Job, dict[str, bytes]
     stream = np.zeros(0, dtype=np.int64)
     if request.documents:
         stream = token_stream(request.documents, texts.tokenizer, vocab_size=vocab_size)
+        count_windows(len(stream), prepared.settings.seq_len)  # rejects a text shorter than one sequence
         prepared = _fit_samples(prepared, len(stream), report)
-        cut_windows(stream, prepared.settings.seq_len)  # rejects a text shorter than one sequence
     grid = _make_grid(prepared, report)
     before, first = _first(request, grid, views, prepared.device)
     job = Job(
@@ -149,8 +160,8 @@ def _fit_samples(prepared: Prepared, tokens: int, report: Report) -> Prepared:
     settings, named = prepared.settings, prepared.request.choice.named
     if "samples" in named or not hasattr(settings, "samples"):
         return prepared
-    windows = (tokens - 1) // settings.seq_len
-    if not 0 < windows < settings.samples:
+    windows = count_windows(tokens, settings.seq_len)
+    if windows >= settings.samples:
         return prepared
     fewer = f"fewer than the usual {settings.samples}"
     report({"notice": f"the text has {windows} sequences of {settings.seq_len} tokens, {fewer}; more text is better"})

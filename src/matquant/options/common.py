@@ -8,6 +8,7 @@ from pathlib import Path
 from matquant.core.nest import GRIDS, RULES, UNIFORM
 from matquant.core.spec import SCALE_DTYPES
 from matquant.options.declare import BASICS, GRID, OBJECTIVE, RUN, option
+from matquant.system.arguments import read_numbers
 from matquant.system.errors import InputError
 
 AFFINES = ("none", "refit", "learned")
@@ -26,16 +27,6 @@ def read_group_size(text: str) -> int | str | None:
     if not text.isdecimal():
         raise InputError(f"--group-size {text!r} is not a group size; use a number, 'auto' or 'channel'")
     return int(text)
-
-
-def read_numbers(text: str) -> list[float]:
-    """Parse numbers separated by commas."""
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise InputError(
-            f"--weights {text!r} is not a list of numbers; separate them with commas, such as 8,4,2"
-        ) from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +63,7 @@ class Common:
         "Loss weight (lambda) of each width, in the order of --objective.",
         panel=OBJECTIVE,
         metavar="NUMBERS",
-        parse=read_numbers,
+        parse=lambda text: read_numbers(text, float, "--weights"),
         shown="by objective",
     )
     baseline_bits: int | None = option(

@@ -96,9 +96,7 @@ def choose(given: Mapping[str, Any], *, recipe: str | None = None, method: str |
         raise InputError(
             f"--recipe {recipe} runs method {RECIPES[recipe].method!r}, found --method {method}; drop one of them"
         )
-    name = recipe if method is None or recipe else None
-    if name is None and method is None:
-        name = DEFAULT
+    name = recipe or (DEFAULT if method is None else None)
     base = RECIPES[name] if name is not None else None
     asked = {**(base.options if base else {}), **given}
     chosen = base.method if base else str(method)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
-from matquant.system.errors import InputTypeError
+from matquant.system.errors import InputError, InputTypeError
 
 Kind = tuple[Callable[[Any], bool], str]  # a test, and its description
 
@@ -109,3 +109,13 @@ def _check(name: str, value: Any, kind: Kind) -> None:
     if not holds(value):
         shown = repr(value) if len(repr(value)) <= 60 else f"{repr(value)[:57]}..."
         raise InputTypeError(f"{name}={shown} is of type {type(value).__name__}; give {words}")
+
+
+def read_numbers(text: str, kind: type, flag: str) -> list[Any]:
+    """Parse numbers separated by commas; InputError naming ``flag``."""
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(
+            f"{flag} {text!r} is not a list of numbers; separate them with commas, such as 8,4,2"
+        ) from None

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
+from matquant.hf_torch import Model
 from matquant.hf_torch.layers import decoder_layers
 from matquant.hf_torch.layerwise import layer_output
-from matquant.hf_torch.ties import Model
 from matquant.hf_torch.views import View
 from matquant.options.qat import Schedule
 

@@ -12,7 +12,7 @@ import torch
 from matquant.core.spec import Spec
 from matquant.core.tensor import NestedTensor
 from matquant.hf.sidefiles import local_directory
-from matquant.hf_torch.ties import Model
+from matquant.hf_torch import Model
 from matquant.hf_torch.views import View
 from matquant.methods.parts.fake import Grid
 from matquant.options.objective import Width

@@ -13,7 +13,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from matquant.core.nest import OWN
-from matquant.hf_torch.ties import Model
+from matquant.hf_torch import Model
 from matquant.hf_torch.views import View
 from matquant.methods.parts.fake import Grid, nest
 

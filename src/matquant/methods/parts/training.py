@@ -19,7 +19,7 @@ import torch
 
 from matquant.core.nest import MASTER_BITS
 from matquant.core.tensor import NestedTensor
-from matquant.hf_torch.ties import Model
+from matquant.hf_torch import Model
 from matquant.hf_torch.views import View
 from matquant.methods.parts.fake import Grid, Learned, start_learning
 from matquant.methods.parts.sealed import open_sealed, save_sealed
