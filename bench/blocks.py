@@ -42,7 +42,7 @@ print(json.dumps({"peak_bytes": peak, "seconds": time.perf_counter() - began}))
 def main(
     layers: Annotated[list[int] | None, typer.Option(help="Depths to measure.")] = None,
     method: Annotated[str, typer.Option(help="gptq or omniquant.")] = "gptq",
-    scope: Annotated[str, typer.Option(help="ffn, attention or all.")] = "all",
+    scope: Annotated[str, typer.Option(help="ffn, attention or linears.")] = "linears",
     samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 32,
     seq_len: Annotated[int, typer.Option(help="Tokens per sequence.")] = 512,
 ) -> None:

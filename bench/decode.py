@@ -169,7 +169,7 @@ def write_random(directory: Path, shape: Record, group_size: int | None, *, grid
         yield f"{NORM}.weight", ones
         yield HEAD, nested(shape["vocab_size"], hidden)
 
-    spec = Spec(rule="prefix", widths=WIDTHS, group_size=group_size, scope="all", grid=grid)
+    spec = Spec(rule="prefix", widths=WIDTHS, group_size=group_size, scope="linears", grid=grid)
     write_checkpoint(directory, items(), spec=spec, config=shape, ignore=(), files={})
 
 

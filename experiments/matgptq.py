@@ -229,7 +229,7 @@ def layers(model_path: Path, text: Path, tokens: int) -> list[tuple[str, torch.T
         flat = args[0].reshape(-1, args[0].shape[-1])
         hessians[path].addmm_(flat.T, flat)
 
-    for path, view in select_linears(model, "all").items():
+    for path, view in select_linears(model, "linears").items():
         weights[path] = view.of(parameters[view.parameter].detach()).contiguous()
         hessians[path] = torch.zeros(view.shape[1], view.shape[1])
         modules[view.parameter.removesuffix(".weight")].register_forward_pre_hook(functools.partial(add, path=path))

@@ -157,7 +157,7 @@ def _matrix() -> dict[str, Cell]:
     """The paper's rows with every method, scope and rule; those that no table of results.py has run when named."""
     cells: dict[str, Cell] = {}
     alone: dict[int, tuple[float | None, ...]] = dict.fromkeys(WIDTHS, (None,))
-    for scope in ("ffn", "all"):
+    for scope in ("ffn", "linears"):
         for method, joint, dedicated in (
             ("omniquant", STEADY, CLIPPED),
             ("qat", RATES, WARM),
@@ -168,7 +168,7 @@ def _matrix() -> dict[str, Cell]:
                 if "extra" not in name and "baseline_bits" not in cell.options:  # theirs is no other rule's
                     cells[f"{name} prefix"] = cell
         rtn: Options = {**PLAIN, "method": "rtn", "scope": scope}
-        where = " all" if scope == "all" else ""
+        where = " all" if scope == "linears" else ""
         cells |= {
             f"rtn{where} int{bits}": Cell(what=f"dedicated int{bits}", options={**rtn, "baseline_bits": bits})
             for bits in WIDTHS
@@ -218,26 +218,26 @@ def _one_pass() -> dict[str, Cell]:
         "gptq+ joint centre": Cell(
             what="nested, prefix, mid-range zero-points", options={**gptq, "zero_point": "midrange"}
         ),
-        "gptq+ all": Cell(what="nested GPTQ, all layers", options={**gptq, "scope": "all"}),
+        "gptq+ all": Cell(what="nested GPTQ, all layers", options={**gptq, "scope": "linears"}),
         "gptq+ all even centre": Cell(
             what="nested GPTQ, lambda 1, mid-range zero-points, all layers",
-            options={**gptq, "scope": "all", "weights": (1.0,) * 5, "zero_point": "midrange"},
+            options={**gptq, "scope": "linears", "weights": (1.0,) * 5, "zero_point": "midrange"},
             models=STORIES,
         ),
         "gptq+ all 128": Cell(
             what="nested GPTQ, all layers, groups of 128",
-            options={**gptq, "scope": "all", "group_size": 128, "affine": "none"},
+            options={**gptq, "scope": "linears", "group_size": 128, "affine": "none"},
             models=("reference",),
         ),
         "gptq+ tuned": Cell(what="nested GPTQ, tuned", options={**gptq, **TUNED}, models=("reference",)),
         "gptq+ tuned all 128 centre": Cell(
             what="nested GPTQ, tuned, all layers, groups of 128, mid-range zero-points",
-            options={**gptq, **TUNED, "scope": "all", "group_size": 128, "zero_point": "midrange"},
+            options={**gptq, **TUNED, "scope": "linears", "group_size": 128, "zero_point": "midrange"},
             models=("reference",),
         ),
         "gptq+ tuned all centre": Cell(
             what="nested GPTQ, tuned, all layers, mid-range zero-points",
-            options={**gptq, "tune": TUNED["tune"], "scope": "all", "zero_point": "midrange"},
+            options={**gptq, "tune": TUNED["tune"], "scope": "linears", "zero_point": "midrange"},
             models=STORIES,
         ),
         "gptq+ joint no sweep": Cell(what="nested, prefix, without the sweep", options={**gptq, "sweeps": 0}),
@@ -289,7 +289,7 @@ def _from_gptq() -> dict[str, Cell]:
             rates=rates,
             models=("reference",),
         )
-    everything = {**BEST, "scope": "all", "start": "gptq+ all"}
+    everything = {**BEST, "scope": "linears", "start": "gptq+ all"}
     last = {**everything, **LAST, "tokens": CALIBRATION, "steps": 64}
     centred = {**last, "start": "gptq+ tuned all 128 centre", "group_size": 128, "zero_point": "midrange"}
     distilled = {**everything, "objective": "fp->8;4;3;2", "hidden": 1.0, "tokens": CALIBRATION, "steps": 96}
@@ -325,7 +325,7 @@ def _from_gptq() -> dict[str, Cell]:
             what="--method distill --freeze 2, 150 steps and 100, groups of 128, mid-range zero-points, all layers",
             options={
                 "method": "distill",
-                "scope": "all",
+                "scope": "linears",
                 "group_size": 128,
                 "zero_point": "midrange",
                 "freeze": 2,

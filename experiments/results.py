@@ -651,7 +651,7 @@ def _plans(best: Best) -> list[str]:
             for way, point in values.items():
                 if isinstance(point, dict):
                     _add(curves, way, point["bits_per_weight"], point["held_out"])
-        dedicated = "qat all" if CELLS[found["cell"]].options.get("scope") == "all" else "qat+"
+        dedicated = "qat all" if CELLS[found["cell"]].options.get("scope") == "linears" else "qat+"
         for cell, width in ((best[model].get(f"{dedicated} int{width}"), str(width)) for width in WIDTHS):
             if cell:
                 bits, value = cell["bits_per_weight"][width], cell["log_perplexity"][width]

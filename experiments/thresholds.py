@@ -28,7 +28,7 @@ def read_groups(model: str, size: int) -> np.ndarray:
     """All weights as groups [G, size], float32, divided by their largest magnitude."""
     source = load_float(model).float()
     parameters = dict(source.named_parameters())
-    views = select_linears(source, "all")
+    views = select_linears(source, "linears")
     weights = [view.of(parameters[view.parameter].detach()).numpy().reshape(-1, size) for view in views.values()]
     groups = np.concatenate(weights)
     scaled: np.ndarray = groups / np.maximum(np.abs(groups).max(1, keepdims=True), 1e-12)

@@ -210,7 +210,6 @@ struct Decoder {
   static constexpr int HIDDEN = 64, FFN = 160, HEADS = 4, KV = 2, DIM = 32, VOCAB = 96, CAPACITY = 64;
   std::vector<std::unique_ptr<Fixture>> held;
   std::vector<float> ones = std::vector<float>(FFN, 1.0f), frequencies = std::vector<float>(DIM / 2, 0.1f);
-  std::vector<float> embedding = std::vector<float>(VOCAB * HIDDEN);
   Model model{HIDDEN, FFN, HEADS, KV, DIM, VOCAB};
 
   // Returns the id of a new matrix.
@@ -229,7 +228,6 @@ struct Decoder {
   }
 
   Decoder() {
-    for (float& value : embedding) value = draw_float();
     model.norm_eps = 1e-5f, model.attention_scale = 0.2f, model.embedding_scale = 1.0f;
     model.ropes.push_back({frequencies.data(), 1.0f});
     for (int i = 0; i < 2; ++i) {
@@ -246,7 +244,7 @@ struct Decoder {
       attention.norm = ffn.norm = ones.data();
       model.layers.push_back(layer);
     }
-    model.embedding = {embedding.data(), DType::f32, VOCAB, HIDDEN};
+    model.embedding = nested(VOCAB, HIDDEN);
     model.head = nested(VOCAB, HIDDEN);
     model.norm = ones.data();
   }

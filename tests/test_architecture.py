@@ -18,14 +18,14 @@ LAYERS = [
     {"hf", "backends"},
     {"calibration"},
     {"options", "engine", "hf_torch", "report", "export"},
-    {"methods", "integrations"},
+    {"methods", "integrations", "serve"},
     {"measure"},
     {"planning"},
     {"demo"},
     {"cli"},
     {"__init__", "__main__"},
 ]
-WITHOUT_TORCH = ("system", "core", "format", "hf", "calibration", "options", "engine", "export")  # every file of them
+WITHOUT_TORCH = ("system", "core", "format", "hf", "calibration", "options", "engine", "export", "serve")  # every file of them
 HEAVY = {  # package -> who imports it: files, or a folder whose files may; the quantizer is what transformers calls
     "transformers": ["hf_torch", "integrations/quantizer.py"],
     "accelerate": ["hf_torch/shards.py"],

@@ -21,7 +21,7 @@ from matquant.hf_torch.loading import load_float
 from matquant.hf_torch.shards import open_shards
 from matquant.system.errors import InputError
 
-RUN: dict[str, Any] = {"method": "gptq", "samples": 8, "seq_len": 32, "batch_size": 4, "scope": "all"}
+RUN: dict[str, Any] = {"method": "gptq", "samples": 8, "seq_len": 32, "batch_size": 4, "scope": "linears"}
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "gemma3_vision"])
@@ -114,7 +114,7 @@ def test_a_run_killed_from_outside_ends_with_the_same_bits(llama: Path, text_fil
         where = [str(llama), "-o", str(tmp_path / "killed"), "--text", str(text_file)]
         return [sys.executable, "-m", "matquant", "quantize", *where, *options, *more]
 
-    options: dict[str, Any] = {"method": "gptq", "samples": 8, "seq_len": 32, "scope": "all", "threads": 1}
+    options: dict[str, Any] = {"method": "gptq", "samples": 8, "seq_len": 32, "scope": "linears", "threads": 1}
     conftest.quantize(str(llama), tmp_path / "whole", text=[text_file], **options)
     process = subprocess.Popen(command(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     block = tmp_path / ".killed.work" / "blocks" / "00000.safetensors"

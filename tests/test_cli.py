@@ -450,7 +450,7 @@ def test_weights_that_are_no_numbers_are_refused(weights: str, refuse: Refuse, s
 
 @pytest.mark.parametrize(("flag", "message"), [
     ("--rule", "rule='nope' is not known; use one of prefix, round, extra"),
-    ("--scope", "scope='nope' is not known; use one of ffn, attention, all"),
+    ("--scope", "scope='nope' is not known; use one of ffn, attention, linears, all"),
     ("--recipe", "recipe='nope' is not known; use one of fast, balanced, best, paper"),
     ("--method", "method='nope' is not known; use one of rtn, gptq, omniquant, qat, distill"),
     ("--affine", "affine='nope' is not known; use one of none, refit, learned"),
@@ -607,7 +607,10 @@ def test_a_message_is_printed_as_it_is_and_once(run: Run) -> None:
 
 
 def test_a_refused_run_prints_its_message_and_nothing_else(run: Run, start: Arguments) -> None:
-    assert run(*start("--scope", "nope")).err == "error: scope='nope' is not known; use one of ffn, attention, all\n"
+    assert (
+        run(*start("--scope", "nope")).err
+        == "error: scope='nope' is not known; use one of ffn, attention, linears, all\n"
+    )
 
 
 # The output -----------------------------------------------------------------------------------------------------------
@@ -902,6 +905,7 @@ def test_quantising_takes_every_option_of_the_record(run: Run, llama: Path, tmp_
         "stored_bits": 8,
         "zeros": "own",
         "grid": "uniform",
+        "head_bits": None,
     }
 
 
@@ -1310,7 +1314,8 @@ FLAGS: dict[str, list[str]] = {
     "quantize": [
         *("--out", "--recipe", "--dry-run", "--text", "--scope", "--group-size", "--resume", "--overwrite"),
         *("--method", "--objective", "--weights", "--baseline-bits", "--start"),
-        *("--rule", "--grid", "--portable", "--symmetric", "--affine", "--zero-point", "--scale-dtype", "--exclude"),
+        *("--rule", "--grid", "--portable", "--symmetric", "--affine", "--zero-point", "--scale-dtype", "--head-bits"),
+        "--exclude",
         *("--samples", "--seq-len", "--batch-size", "--seed"),
         *("--lr", "--bf16", "--steps", "--learn-clip", "--weight-decay", "--warmup", "--clip-norm", "--accumulate"),
         *("--checkpoint-activations", "--save-every"),
@@ -1367,6 +1372,7 @@ DEFAULTS: dict[str, dict[str, str]] = {
         "--zero-point": "(stored)",
         "--grid": "(uniform)",
         "--scale-dtype": "(bfloat16)",
+        "--head-bits": "(6)",
         "--steps": "(omniquant 1220, qat 300, distill 96)",
         "--batch-size": "(gptq and omniquant 4, qat 8, distill 4, then 8)",
         "--seq-len": "(gptq and omniquant 2048, qat 256, distill 512, then 256)",

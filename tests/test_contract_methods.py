@@ -23,7 +23,7 @@ from matquant.system.errors import InputError
 SMALLEST = {"samples": 4, "seq_len": 16, "batch_size": 2, "steps": 2, "tune": 1, "save_every": 1}
 OPTIONAL = {("gptq", "tune")}  # what a method does more by itself only if asked
 
-ALL = 14  # linear layers of the tiny model
+ALL, ENDS = 14, 2  # linear layers of the tiny model; its embedding and head
 Make = Callable[..., Checkpoint]
 
 
@@ -70,11 +70,12 @@ def test_every_scope_takes_its_layers(method: str, make: Make) -> None:
     assert not found["ffn"] & found["attention"]
     assert len(found["ffn"]) + len(found["attention"]) == ALL
     assert all("self_attn" in path for path in found["attention"])
+    assert found["linears"] == found["ffn"] | found["attention"]
 
 
 def test_group_sizes_divide_every_layer_or_are_rejected_with_the_layer(make: Make) -> None:
     made = make()
-    assert (made.spec.group_size, len(made.shapes)) == (16, ALL)  # auto: rows are 32 and 48 long
+    assert (made.spec.group_size, len(made.shapes)) == (16, ALL + ENDS)  # auto: rows are 32 and 48 long
     assert make(group_size=8).spec.group_size == 8
     with pytest.raises(InputError, match=r"group_size=5 does not divide in_features=32 of model\.layers\.\d"):
         make(group_size=5)

@@ -38,7 +38,7 @@ PROMPT = "Once upon a time, there was"
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded model, quantised."""
     out = tmp_path_factory.mktemp("engine") / "reference"
-    return conftest.quantize(REFERENCE / "model", out, method="rtn", scope="all")
+    return conftest.quantize(REFERENCE / "model", out, method="rtn", scope="linears")
 
 
 @pytest.fixture(scope="module")

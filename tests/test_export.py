@@ -176,7 +176,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "asymmetric": {"symmetric": False},
     "groups": {"group_size": 16, "rule": "round", "affine": "none"},
     "exact scales": {"scale_dtype": "float32", "rule": "round", "affine": "none"},
-    "all linears": {"scope": "all"},
+    "all linears": {"scope": "linears"},
 }
 
 

@@ -60,7 +60,7 @@ def checkpoint_of(family_model: Callable[[str], Path], tmp_path_factory: pytest.
     def get(family: str, **options: Any) -> Path:
         out = root / "-".join([family, *map(str, options.values())])
         if not out.is_dir():
-            conftest.quantize(family_model(family), out, method="rtn", scope="all", **options)
+            conftest.quantize(family_model(family), out, method="rtn", scope="linears", **options)
         return out
 
     return get

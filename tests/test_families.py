@@ -83,7 +83,7 @@ def checkpoints(
     asked = {name: (model, {}) for name, model in models.items()}
     asked |= {name: (models["llama"], options) for name, options in GRIDS.items()}
     return {
-        name: conftest.quantize(model, root / name, method="rtn", scope="all", **options)
+        name: conftest.quantize(model, root / name, method="rtn", scope="linears", **options)
         for name, (model, options) in asked.items()
     }
 
@@ -191,7 +191,13 @@ def test_of_a_model_that_sees_the_decoder_is_quantised_as_it_is_alone(
     codes = []
     for model in (family_model(SEEING), alone):
         made = conftest.quantize(
-            model, tmp_path / f"{model.name} out", method="gptq", samples=8, seq_len=32, scope="all", text=[text_file]
+            model,
+            tmp_path / f"{model.name} out",
+            method="gptq",
+            samples=8,
+            seq_len=32,
+            scope="linears",
+            text=[text_file],
         )
         checkpoint = open_checkpoint(made)
         codes.append(
@@ -206,7 +212,7 @@ def test_of_a_model_that_sees_the_decoder_is_quantised_as_it_is_alone(
 def test_scopes_split_the_linears_in_two(family: str, family_model: Callable[[str], Path]) -> None:
     model = load_float(family_model(family))
     ffn, attention = select_linears(model, "ffn"), select_linears(model, "attention")
-    assert set(ffn) | set(attention) == set(select_linears(model, "all"))
+    assert set(ffn) | set(attention) == set(select_linears(model, "linears"))
     assert not set(ffn) & set(attention)
     assert len(attention) == {"phi3": 4, "gpt_neox": 4}.get(family, 8)
     assert len(ffn) == {"phi3": 4, "opt": 4, "gpt_neox": 4, "qwen3_moe": 24}.get(family, 6)
@@ -221,13 +227,13 @@ def test_asymmetric_fused_experts_are_refused(family_model: Callable[[str], Path
         "which stock transformers cannot read with zero-points; drop --asymmetric, or use --exclude experts"
     )
     assert not (tmp_path / "out").exists()
-    options = {"method": "rtn", "scope": "all", "symmetric": False}
+    options = {"method": "rtn", "scope": "linears", "symmetric": False}
     out = conftest.quantize(model, tmp_path / "out", exclude=["experts"], **options)
     assert not any("experts" in path for path in open_checkpoint(out).shapes)
 
 
 def test_experts_that_are_stored_whole_are_to_be_excluded(family_model: Callable[[str], Path], tmp_path: Path) -> None:
-    options = {"method": "rtn", "scope": "all"}
+    options = {"method": "rtn", "scope": "linears"}
     with pytest.raises(matquant.InputError) as caught:
         conftest.quantize(family_model("gpt_oss"), tmp_path / "out", **options)
     assert str(caught.value) == (

@@ -130,7 +130,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def masters(large: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("masters")
     return {
-        name: conftest.quantize(large["llama"], root / name, method="rtn", scope="all", **options)
+        name: conftest.quantize(large["llama"], root / name, method="rtn", scope="linears", **options)
         for name, options in MASTERS.items()
     }
 
@@ -138,7 +138,7 @@ def masters(large: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.fixture(scope="module")
 def families(large: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("families")
-    return {name: conftest.quantize(large[name], root / name, method="rtn", scope="all") for name in CONFIGS}
+    return {name: conftest.quantize(large[name], root / name, method="rtn", scope="linears") for name in CONFIGS}
 
 
 @pytest.mark.parametrize("name", MASTERS)

@@ -46,7 +46,7 @@ def checkpoint(family_model: Callable[[str], Path], tmp_path_factory: pytest.Tem
         out = root / "-".join([family, *map(str, options.values())])
         if out.is_dir():
             return out
-        return conftest.quantize(family_model(family), out, method="rtn", scope="all", **options)
+        return conftest.quantize(family_model(family), out, method="rtn", scope="linears", **options)
 
     return get
 

@@ -224,7 +224,7 @@ def test_paths_that_other_engines_fuse_share_a_width() -> None:
 
 @pytest.fixture(scope="module")
 def master(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return conftest.quantize(llama, tmp_path_factory.mktemp("plan") / "checkpoint", method="rtn", scope="all")
+    return conftest.quantize(llama, tmp_path_factory.mktemp("plan") / "checkpoint", method="rtn", scope="linears")
 
 
 @pytest.fixture
@@ -251,7 +251,7 @@ def whole_forward(model: Any, tokens: torch.Tensor) -> torch.Tensor:
 def test_from_a_changed_layer_on_is_the_whole_forward_bit_for_bit(
     family: str, family_model: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    directory = conftest.quantize(family_model(family), tmp_path / "out", method="rtn", scope="all")
+    directory = conftest.quantize(family_model(family), tmp_path / "out", method="rtn", scope="linears")
     model, other = (matquant.load(directory, dtype=torch.float32, kernels="none") for _ in range(2))
     tokens = np.random.default_rng(0).integers(0, 256, size=(3, 17))
     ids = torch.from_numpy(tokens)
@@ -421,7 +421,7 @@ def tokens_per_second(engine: Engine, plan: Mapping[str, int]) -> float:
 @pytest.mark.slow
 def test_a_plan_for_a_speed_reaches_it(tmp_path: Path) -> None:
     source = Path(__file__).resolve().parents[1] / "examples" / "reference" / "model"
-    directory = conftest.quantize(source, tmp_path / "out", method="rtn", scope="all")
+    directory = conftest.quantize(source, tmp_path / "out", method="rtn", scope="linears")
     checkpoint, engine = open_checkpoint(directory), Engine(directory)
     slow, fast = (tokens_per_second(engine, dict.fromkeys(checkpoint.shapes, bits)) for bits in (8, 2))
     wanted = 0.7 * slow + 0.3 * fast

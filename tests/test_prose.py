@@ -20,6 +20,9 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
 WRITTEN_ELSEWHERE = {"docs/extending.md"}  # pages that other people write: a link to them may come first
 
+# As a noun; ``--scope linears`` is a name.
+LINEARS = r"\b(the|all|its|our|these|other|quantised) linears\b|\blinears (are|have|in|is|of|that|which|with)\b"
+
 # Phrases that read as if translated, each with what to say instead.
 TELLS = {
     r"\bhonest(ly)?\b": "bits per weight (all overhead included)",
@@ -33,7 +36,7 @@ TELLS = {
     r"\bcalibration windows\b|\bwindows of (text|[\d,]+ tokens)\b": "sequences",
     r"\b(is|are|was|were|be|been|being|and|or) refused\b|\brefus(es|al)\b": "rejected, not supported",
     r"\basked of\b|\bwhat would do\b": "say what was found and what to do",
-    r"\bwhat multiplies\b|\blinears\b": "linear layers",
+    rf"\bwhat multiplies\b|{LINEARS}": "linear layers",
     r"\bfloat model that\b|\bbest that we\b": "float reference, dedicated baseline",
     r"\b(above|below|beneath|on) the (straight )?line\b|\bline between\b": "Pareto frontier, interpolated widths",
     r"\bmixes\b(?! of)": "mixed-precision plans",
@@ -54,7 +57,7 @@ IN_STRINGS = (  # in string literals, docstrings and templates of src/
     r"\bof (its|their|our|one's) own\b",
     r"\bwhat would do\b",
     r"\bwhat multiplies\b",
-    r"\blinears\b",
+    LINEARS,
     r"\bis said\b",
     r"\btold to\b",
     r"\bzeros? (in|at) the (centre|middle)\b",

@@ -302,7 +302,7 @@ def test_the_native_step_refuses_what_would_write_outside(checkpoint_of: Callabl
     cache, workspace = _native.Cache(native, 16, False), _native.Workspace(native, 2, 16, 1)
     logits = np.empty((2, 300), dtype=np.float32)
     good: dict[str, Any] = {
-        "bits": np.full(15, 4, np.uint8),
+        "bits": np.full(16, 4, np.uint8),
         "tokens": [1, 2],
         "positions": [0, 1],
         "caches": [cache],
@@ -310,8 +310,8 @@ def test_the_native_step_refuses_what_would_write_outside(checkpoint_of: Callabl
         "logits": logits,
     }
     bad: list[tuple[str, Any, str]] = [
-        ("bits", np.full(15, 8, np.uint8), "a width is not held in memory"),
-        ("bits", np.full(14, 4, np.uint8), "one width per matrix"),
+        ("bits", np.full(16, 8, np.uint8), "a width is not held in memory"),
+        ("bits", np.full(15, 4, np.uint8), "one width per matrix"),
         ("tokens", [1, 300], "not in the vocabulary"),
         ("tokens", [1, -1], "not in the vocabulary"),
         ("tokens", [1, 2, 3], "more tokens than the workspace"),
@@ -417,7 +417,7 @@ def test_a_tensor_that_would_go_unused_is_refused(checkpoint_of: Callable[..., P
 
 @pytest.mark.parametrize("name", ["model.norm.weight", "lm_head.weight"])
 def test_a_missing_tensor_is_named(name: str, checkpoint_of: Callable[..., Path], tmp_path: Path) -> None:
-    opened = open_checkpoint(checkpoint_of("llama"))
+    opened = open_checkpoint(checkpoint_of("llama", scope="linears"))
     items = [(path, opened.nested(path)) for path in opened.shapes]
     items += [(other, opened.array(other)) for other in opened.plain_names() if other != name]
     write_checkpoint(tmp_path / "out", items, spec=opened.spec, config=opened.config, ignore=(), files={})

@@ -33,7 +33,7 @@ def made(model: Path, out: Path, **options: Any) -> tuple[matquant.Spec, list[st
     """The spec of what rtn made, and the notices."""
     notices: list[str | None] = []
     conftest.quantize(
-        model, out, method="rtn", scope="all", report=lambda r: notices.append(r.get("notice")), **options
+        model, out, method="rtn", scope="linears", report=lambda r: notices.append(r.get("notice")), **options
     )
     return matquant.open_checkpoint(out).spec, sorted({notice for notice in notices if notice is not None})
 
@@ -52,7 +52,7 @@ def test_rtn_takes_the_grid_with_the_smaller_int4_error(one_sided: Path, llama: 
     assert notice.startswith("asymmetric grid chosen: its squared error at int4 is 0.")
     assert notice.endswith(" of the symmetric grid's; --symmetric overrides")
     made_symmetric = tmp_path / "symmetric"
-    conftest.quantize(one_sided, made_symmetric, method="rtn", scope="all", symmetric=True)
+    conftest.quantize(one_sided, made_symmetric, method="rtn", scope="linears", symmetric=True)
     assert matquant.open_checkpoint(made_symmetric).spec.symmetric
     assert int4_error(one_sided, tmp_path / "out") < symmetry.CLEARLY * int4_error(one_sided, made_symmetric)
     spec, notices = made(llama, tmp_path / "other")  # normally distributed: 0.8 or so

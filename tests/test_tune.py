@@ -22,7 +22,7 @@ from matquant.methods.parts.fake import Grid, nest
 from matquant.methods.parts.masters import encode_masters
 from matquant.system.errors import InputError
 
-RUN: dict[str, Any] = {"method": "gptq", "samples": 16, "seq_len": 32, "batch_size": 4, "scope": "all"}
+RUN: dict[str, Any] = {"method": "gptq", "samples": 16, "seq_len": 32, "batch_size": 4, "scope": "linears"}
 RUN |= {"tune": 30, "lr": 0.01}
 WIDTHS = (8, 6, 4, 3, 2)
 

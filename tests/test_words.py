@@ -23,7 +23,7 @@ QKV = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj",
     [{}, {"rule": "round", "group_size": 16}, {"rule": "extra", "symmetric": False}, {"scale_dtype": "float32"}],
 )
 def test_words_are_read_as_the_file_is(options: dict[str, Any], llama: Path, tmp_path: Path) -> None:
-    found = open_checkpoint(conftest.quantize(llama, tmp_path / "out", method="rtn", scope="all", **options))
+    found = open_checkpoint(conftest.quantize(llama, tmp_path / "out", method="rtn", scope="linears", **options))
     for path in found.shapes:
         words = torch.from_numpy(found.array(f"{path}.weight_packed"))
         for bits in range(1, 9):
@@ -34,7 +34,7 @@ def test_words_are_read_as_the_file_is(options: dict[str, Any], llama: Path, tmp
 
 
 def test_blocks_and_dtypes_change_nothing(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = open_checkpoint(conftest.quantize(llama, tmp_path / "out", method="rtn", scope="all", group_size=16))
+    found = open_checkpoint(conftest.quantize(llama, tmp_path / "out", method="rtn", scope="linears", group_size=16))
     path = "model.layers.0.mlp.up_proj"  # 48 x 32
     words = torch.from_numpy(found.array(f"{path}.weight_packed"))
     expected = torch.from_numpy(found.nested(path).read(3))
@@ -45,7 +45,7 @@ def test_blocks_and_dtypes_change_nothing(llama: Path, tmp_path: Path, monkeypat
 
 
 def test_words_of_fewer_bits_are_read(llama: Path, tmp_path: Path) -> None:
-    whole = open_checkpoint(conftest.quantize(llama, tmp_path / "out", method="rtn", scope="all"))
+    whole = open_checkpoint(conftest.quantize(llama, tmp_path / "out", method="rtn", scope="linears"))
     export(whole.directory, tmp_path / "top", to="matquant", bits=4)
     found = open_checkpoint(tmp_path / "top")
     for path in found.shapes:
@@ -54,7 +54,7 @@ def test_words_of_fewer_bits_are_read(llama: Path, tmp_path: Path) -> None:
 
 
 def test_a_part_of_the_words_is_not_taken_for_all(llama: Path, tmp_path: Path) -> None:
-    found = open_checkpoint(conftest.quantize(llama, tmp_path / "out", method="rtn", scope="all"))
+    found = open_checkpoint(conftest.quantize(llama, tmp_path / "out", method="rtn", scope="linears"))
     path = next(iter(found.shapes))
     words = torch.from_numpy(found.array(f"{path}.weight_packed"))
     with pytest.raises(AssertionError, match="rows, given"):

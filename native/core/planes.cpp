@@ -82,4 +82,21 @@ void pack(const std::uint8_t* codes, std::ptrdiff_t stride, int rows, int cols, 
   }
 }
 
+void unpack_tile(const std::uint8_t* const plane[PLANE_COUNT], int cols, int row, int tile, int read,
+                 std::uint8_t codes[TILE_INPUTS]) {
+  const std::size_t at = static_cast<std::size_t>(row / BLOCK_ROWS) * ceil_div(cols, TILE_INPUTS) + tile;
+  for (int input = 0; input < TILE_INPUTS; ++input) {
+    const int quad = input / 4, byte = row % BLOCK_ROWS * 4 + input % 4;
+    int code = 0, bits = 0;
+    for (int p = 0; bits < read; bits += PLANE_BITS[p], ++p) {
+      const std::uint8_t* vectors = plane[p] + at * tile_bytes(p);
+      const bool two = PLANE_BITS[p] == 2;
+      const int field = two ? vectors[quad / 4 * VECTOR_BYTES + byte] >> TWO_BIT_SHIFT[quad % 4] & 3
+                            : vectors[byte] >> ONE_BIT_SHIFT[p - 1][quad] & 1;
+      code |= field << (8 - bits - PLANE_BITS[p]);
+    }
+    codes[input] = static_cast<std::uint8_t>(code);
+  }
+}
+
 }  // namespace matquant

@@ -21,4 +21,8 @@ void place_planes(std::uint8_t* memory, int rows, int cols, int resident_bits, c
 void pack(const std::uint8_t* codes, std::ptrdiff_t stride, int rows, int cols, int resident_bits,
           const std::uint8_t* const plane[PLANE_COUNT], int thread = 0, int threads = 1);
 
+// Reads the top `read` bits (2, 3, 4, 6 or 8) of the 32 codes of a row in a tile; their other bits are 0.
+void unpack_tile(const std::uint8_t* const plane[PLANE_COUNT], int cols, int row, int tile, int read,
+                 std::uint8_t codes[TILE_INPUTS]);
+
 }  // namespace matquant

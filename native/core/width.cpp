@@ -53,6 +53,16 @@ constexpr Tables COMPANDED[9] = {{},           tables_of(1), tables_of(2), table
 
 }  // namespace
 
+int integer_of(int code, int bits, Rule rule, Grid grid) {
+  int slice = code >> (8 - bits);
+  if (rule != Rule::prefix && bits < 8) {
+    slice += code >> (7 - bits) & 1;
+    const int cap = rule == Rule::extra ? 1 << bits : (1 << bits) - 1;
+    slice = slice < cap ? slice : cap;
+  }
+  return grid == Grid::companded ? companded(bits, slice) : slice;
+}
+
 Width width_of(int bits, Rule rule, Grid grid) {
   const bool rounds = rule != Rule::prefix && bits < 8;
   const int read = bits_read(bits, rule);

@@ -33,6 +33,9 @@ struct Width {
   Range range;           // of the integers
 };
 
+// The integer that an 8-bit code, of which the bits read are given, stands for at a width.
+int integer_of(int code, int bits, Rule rule, Grid grid);
+
 Width width_of(int bits, Rule rule, Grid grid = Grid::uniform);
 
 }  // namespace matquant

@@ -53,8 +53,8 @@ struct Model {
   std::vector<Matrix> matrices;            // all that a step multiplies by, the head included; an id is an index
   std::vector<Layer> layers;
   std::vector<Rope> ropes;
-  Dense embedding{};
-  int head = -1;                // id of a matrix
+  int embedding = -1;           // id of a matrix, of which a token reads one row
+  int head = -1;                // id of a matrix; the embedding's if they are tied
   const float* norm = nullptr;  // weights [hidden] of the norm before the head
 };
 

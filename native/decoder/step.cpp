@@ -12,12 +12,8 @@ void embed(Worker& worker) {
   const Model& m = worker.model;
   const Workspace& space = worker.space;
   const int half = m.head_dim / 2;
-  const std::size_t row_bytes = m.hidden * size_of(m.embedding.dtype);
   Share mine = worker.rows_from(0);
-  for (std::int64_t t = mine.start; t < mine.stop; ++t) {
-    const char* row = static_cast<const char*>(m.embedding.data) + worker.rows[t].token * row_bytes;
-    worker.fn.widen(row, m.embedding.dtype, m.embedding_scale, m.hidden, worker.residual(t));
-  }
+  for (std::int64_t t = mine.start; t < mine.stop; ++t) worker.look_up(worker.rows[t].token, worker.residual(t));
   mine = worker.token_share();
   for (std::int64_t t = mine.start; t < mine.stop; ++t)
     for (std::size_t r = 0; r < m.ropes.size(); ++r)

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <chrono>
 
+#include "core/rows.hpp"
+
 namespace matquant {
 namespace {
 
@@ -53,6 +55,17 @@ void Worker::norm(const float* norm) {
   for (std::int64_t t = mine.start; t < mine.stop; ++t)
     fn.rms_norm(residual(t), norm, model.norm_eps, model.hidden, normed(t));
   tokens == 1 ? note(Part::norm) : finish(Part::norm);
+}
+
+void Worker::look_up(int token, float* out) const {
+  const Matrix& embedding = model.matrices[model.embedding];
+  if (embedding.nested) {
+    read_row(*embedding.nested, bits_[model.embedding], token, model.embedding_scale, out);
+    return;
+  }
+  const std::size_t row_bytes = model.hidden * size_of(embedding.dense.dtype);
+  const char* row = static_cast<const char*>(embedding.dense.data) + token * row_bytes;
+  fn.widen(row, embedding.dense.dtype, model.embedding_scale, model.hidden, out);
 }
 
 // Of a single token's normed row every thread makes an input for itself. What threads write for the last product of a

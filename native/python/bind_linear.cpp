@@ -12,6 +12,7 @@
 
 #include "core/memory.hpp"
 #include "core/planes.hpp"
+#include "core/rows.hpp"
 #include "core/team.hpp"
 #include "kernels/kernels.hpp"
 
@@ -168,6 +169,19 @@ void matmul_at(const Weight& weight, std::uintptr_t x, std::uintptr_t y, int tok
            static_cast<Activations>(activations), threads);
 }
 
+// out [tokens, cols], float32: the rows of these tokens, int64, at addresses of contiguous arrays.
+void rows_at(const Weight& weight, std::uintptr_t tokens, std::uintptr_t out, int count, int bits) {
+  const Linear& linear = weight.linear();
+  if (!serves(linear, bits)) throw std::invalid_argument("that width is not resident");
+  const auto* ids = reinterpret_cast<const std::int64_t*>(tokens);
+  for (int i = 0; i < count; ++i)
+    if (ids[i] < 0 || ids[i] >= linear.rows) throw std::invalid_argument("a token is not in the vocabulary");
+  const nb::gil_scoped_release released;
+  for (int i = 0; i < count; ++i)
+    read_row(linear, bits, static_cast<int>(ids[i]), 1.0f,
+             reinterpret_cast<float*>(out) + static_cast<std::size_t>(i) * linear.cols);
+}
+
 }  // namespace
 
 void bind_linear(nb::module_& module) {
@@ -182,6 +196,7 @@ void bind_linear(nb::module_& module) {
       .def("matmul", matmul, nb::arg("x").noconvert(), nb::arg("bits"), nb::arg("activations"), nb::arg("threads"))
       .def("matmul_at", matmul_at, nb::arg("x"), nb::arg("y"), nb::arg("tokens"), nb::arg("bits"),
            nb::arg("activations"), nb::arg("threads"))
+      .def("rows_at", rows_at, nb::arg("tokens"), nb::arg("out"), nb::arg("count"), nb::arg("bits"))
       .def_prop_ro("pointer", [](const Weight& weight) { return reinterpret_cast<std::uintptr_t>(&weight.linear()); })
       .def_prop_ro("bytes", &Weight::bytes);
   module.def("isa", isa);

@@ -137,17 +137,16 @@ void add_layer(HeldModel& held, const std::vector<HeldMatrix*>& matrices, const 
   m.layers.push_back(layer);
 }
 
-// The embedding, the head, which gets the next id, and the norm before the head.
-void set_ends(HeldModel& held, const HeldMatrix& embedding, const HeldMatrix& head, const Floats1& norm) {
+// The head, which gets the next id, the embedding, which gets the id after it or is the head if it is null, and the
+// norm before the head.
+void set_ends(HeldModel& held, const HeldMatrix& head, const HeldMatrix* embedding, const Floats1& norm) {
   Model& m = held.model;
   require(m.head < 0, "the model has its embedding and head already");
-  require(!embedding.matrix.nested, "the embedding must not be quantised");
-  check_shape(embedding.matrix, m.vocab, m.hidden);
   check_shape(head.matrix, m.vocab, m.hidden);
-  own(held, embedding);
-  m.embedding = embedding.matrix.dense;
+  if (embedding != nullptr) check_shape(embedding->matrix, m.vocab, m.hidden);
   m.norm = keep(held, norm, m.hidden);
   m.head = add_matrix(held, head);
+  m.embedding = embedding == nullptr ? m.head : add_matrix(held, *embedding);
 }
 
 void make_model(HeldModel* self, std::int64_t hidden, std::int64_t intermediate, std::int64_t heads,
@@ -177,7 +176,7 @@ void bind_model(nb::module_& module) {
            nb::arg("embedding_scale"), nb::arg("attention_cap"), nb::arg("logit_cap"), nb::arg("gelu"))
       .def("add_rope", &add_rope, nb::arg("frequencies"), nb::arg("scale"))
       .def("add_layer", &add_layer, nb::arg("matrices"), nb::arg("norms"), nb::arg("window"), nb::arg("rope"))
-      .def("set_ends", &set_ends, nb::arg("embedding"), nb::arg("head"), nb::arg("norm"));
+      .def("set_ends", &set_ends, nb::arg("head"), nb::arg("embedding").none(), nb::arg("norm"));
 }
 
 }  // namespace matquant

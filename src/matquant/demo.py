@@ -105,7 +105,7 @@ def _table(results: dict[str, dict[str, float]], directories: dict[str, Path], r
         table.add_row(name, *(f"{values[str(w)]:.4f}" if str(w) in values else "" for w in WIDTHS))
     checkpoint = open_checkpoint(directories[RECIPE])
     table.add_section()
-    sizes = {w: bits_per_weight(checkpoint, dict.fromkeys(checkpoint.shapes, w)) for w in WIDTHS}
+    sizes = {w: bits_per_weight(checkpoint, checkpoint.widths(w)) for w in WIDTHS}
     weights = sum(rows * columns for rows, columns in checkpoint.shapes.values())
     table.add_row("bits per weight", *(f"{sizes[w]:.3f}" for w in WIDTHS))
     table.add_row("bytes", *(f"{sizes[w] * weights / 8:,.0f}" for w in WIDTHS))
@@ -126,7 +126,7 @@ def _draw(out: Path, results: dict[str, dict[str, float]], directories: dict[str
     curves = {}
     for name, values in results.items():
         checkpoint = open_checkpoint(directories[name], check_hashes=False)
-        sizes = [bits_per_weight(checkpoint, dict.fromkeys(checkpoint.shapes, int(width))) for width in values]
+        sizes = [bits_per_weight(checkpoint, checkpoint.widths(int(width))) for width in values]
         curves[name] = (sizes, list(values.values()))
     plot_widths(out / "log_perplexity.png", curves, reference=reference)
     names = ("round to nearest", RECIPE)

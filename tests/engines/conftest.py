@@ -106,7 +106,7 @@ def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         model, texts, skipped = data / "models" / name, data / "text" / "tinystories-{}.txt", 1
     train, valid = (Path(str(texts).format(part)) for part in ("train", "valid"))
     out = tmp_path_factory.mktemp(name) / "nested"
-    matquant.quantize(model, out, method="gptq", scope="all", text=[train], samples=32, seq_len=CONTEXT)
+    matquant.quantize(model, out, method="gptq", scope="linears", text=[train], samples=32, seq_len=CONTEXT)
     tokenizer = load_tokenizer(model)
     stream = token_stream(read_documents([valid])[skipped:], tokenizer)[: WINDOWS * CONTEXT + 1]
     starts = np.arange(WINDOWS)[:, None] * CONTEXT

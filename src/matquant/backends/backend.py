@@ -24,6 +24,12 @@ class Matmul(Protocol):
     def __call__(self, weight: Any, x: torch.Tensor, /, *, bits: int, activations: str) -> torch.Tensor: ...
 
 
+class Rows(Protocol):
+    """Return the rows of the weight [N, K] with these ids, integers [...], read at ``bits`` bits: [..., K], float32."""
+
+    def __call__(self, weight: Any, ids: torch.Tensor, /, *, bits: int) -> torch.Tensor: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Backend:
     """One way to multiply by a nested weight at any width."""
@@ -32,6 +38,8 @@ class Backend:
     pack: Pack
     # the product with a packed weight; gradients are needed only if ``trains``
     matmul: Matmul
+    # the rows of a packed weight, for an embedding; ids are within the vocabulary
+    rows: Rows
     # why inputs of this dtype on this device are not supported, as half a sentence; None if they are
     why_not: Callable[[torch.device | str, torch.dtype], str | None]
     # (number of layers, activations) -> description of the kernels in use, shown once

@@ -35,9 +35,15 @@ def matmul(weight: Any, x: torch.Tensor, /, *, bits: int, activations: str) -> t
     return torch.nn.functional.linear(x, weight.read(bits).to(x.dtype))
 
 
+def rows(weight: Any, ids: torch.Tensor, /, *, bits: int) -> torch.Tensor:
+    """Return float32 [..., K] for ids [...]."""
+    return torch.nn.functional.embedding(ids, weight.read(bits))
+
+
 BACKEND = Backend(
     pack=pack,
     matmul=matmul,
+    rows=rows,
     why_not=lambda device, dtype: None,
     describe=lambda count, activations: f"dense weights for {count} layers",
     activations=("float",),

@@ -43,6 +43,14 @@ def matmul(weight: Any, x: torch.Tensor, /, *, bits: int, activations: str) -> t
     return y
 
 
+def rows(weight: Any, ids: torch.Tensor, /, *, bits: int) -> torch.Tensor:
+    """Return float32 [..., K] for ids [...], equal to the rows of ``NestedTensor.read`` bit for bit."""
+    found = ids.to(torch.int64).contiguous()
+    out = torch.empty(*ids.shape, weight.planes.columns, dtype=torch.float32, device="cpu")
+    planes.rows_at(weight, found.data_ptr(), out.data_ptr(), count=found.numel(), bits=bits)
+    return out
+
+
 def why_not(device: torch.device | str, dtype: torch.dtype) -> str | None:
     """See ``Backend.why_not``."""
     if MISSING:
@@ -63,4 +71,6 @@ def _names(dtypes: Iterable[torch.dtype]) -> str:
     return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
-BACKEND = Backend(pack=pack, matmul=matmul, why_not=why_not, describe=describe, activations=("float", "int8"))
+BACKEND = Backend(
+    pack=pack, matmul=matmul, rows=rows, why_not=why_not, describe=describe, activations=("float", "int8")
+)

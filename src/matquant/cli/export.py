@@ -79,6 +79,6 @@ def export(
 def _explain(directory: Path, wanted: Plan | None, zero_point: str) -> None:
     """Print how every format would store every width."""
     checkpoint = open_checkpoint(directory)
-    resolved = wanted.resolve(checkpoint.shapes) if wanted is not None else None
+    resolved = checkpoint.widths(wanted) if wanted is not None else None
     table = explaining.explain(checkpoint, plan=resolved, zero_point=zero_point)
     Console().print(explaining.render(table, str(directory)))

@@ -142,6 +142,14 @@ def matmul_at(weight: Weight, x: int, y: int, *, tokens: int, bits: int, activat
     weight.planes.native.matmul_at(x, y, tokens, bits, ACTIVATIONS.index(activations), threads)
 
 
+def rows_at(weight: Weight, ids: int, out: int, *, count: int, bits: int) -> None:
+    """Write the rows with these ids between addresses: ids int64 [count], out float32 [count, K], contiguous.
+
+    Equal to those of ``NestedTensor.read(bits)`` bit for bit. The caller must check everything.
+    """
+    weight.planes.native.rows_at(ids, out, count, bits)
+
+
 def isa() -> str:
     """Return the instruction set in use: avx512, avx2, neon or scalar, the machine's best or $MATQUANT_ISA.
 

@@ -15,11 +15,12 @@ from matquant.system.arguments import check_given, check_types
 from matquant.system.errors import InputError, InputTypeError
 from matquant.system.files import read_json
 
-FORMAT_VERSION = 4  # the newest that we read
+FORMAT_VERSION = 5  # the newest that we read
 SINCE = {
     "stored_bits": 2,
     "zeros": 3,
     "grid": 4,
+    "head_bits": 5,
 }  # the format that introduced a key; a record is written in the oldest format that holds it
 DAMAGED = "the checkpoint is damaged: write it again"
 SCALE_DTYPES = ("bfloat16", "float32")
@@ -69,6 +70,7 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "stored_bits": (lambda v: _is_stored(v), "an integer 2..8, or an object with one for every path"),
     "zeros": (lambda v: v in ZEROS, " or ".join(ZEROS)),
     "grid": (lambda v: v in GRIDS, " or ".join(GRIDS)),
+    "head_bits": (lambda v: v is None or _is_int(v, 1, MASTER_BITS), "null or an integer 1..8"),
 }
 
 
@@ -92,6 +94,8 @@ class Spec:
     data_sha256: over the training tokens; empty without data. stored_bits: number of top bits stored of each code, for
     all paths or by path; the lower bits are 0. zeros: zero-points of the widths in ``slices``: "own" (stored), or
     "centre" for mid-range, (2^r - 1)/2, which is not stored. grid: the positions that codes stand for (nest.GRIDS).
+    head_bits: the narrowest width at which embedding and head are read unless a plan names them; None: they are not
+    quantised.
     """
 
     rule: str
@@ -111,6 +115,7 @@ class Spec:
     stored_bits: int | Mapping[str, int] = MASTER_BITS
     zeros: str = OWN
     grid: str = UNIFORM
+    head_bits: int | None = None
 
     def __post_init__(self) -> None:
         for key, (is_right, words) in _KINDS.items():
@@ -128,7 +133,7 @@ class Spec:
     def format(self) -> int:
         """Return the version of the file format that this record needs."""
         given = {"stored_bits": self.stored_bits != MASTER_BITS, "zeros": self.zeros != OWN}
-        given["grid"] = self.grid != UNIFORM
+        given |= {"grid": self.grid != UNIFORM, "head_bits": self.head_bits is not None}
         return max([1, *(SINCE[key] for key, is_given in given.items() if is_given)])
 
     def stored(self, path: str) -> int:
@@ -189,8 +194,13 @@ class Plan:
         check_given(plan=plan)
         return cls(default=bits, bits=dict(plan or {}))
 
-    def resolve(self, paths: Iterable[str]) -> dict[str, int]:
-        """Return the width of every path; InputError if the plan names an unknown path or misses one."""
+    def resolve(self, paths: Iterable[str], *, least: Mapping[str, int] | None = None) -> dict[str, int]:
+        """Return the width of every path; InputError if the plan names an unknown path or misses one.
+
+        least: path -> the least width that the default gives it; a width that the plan names for a path is used as is.
+        A plan without a default need not list these paths.
+        """
+        least = least or {}
         known = list(paths)
         unknown = [path for path in self.bits if path not in set(known)]
         if unknown:
@@ -198,13 +208,14 @@ class Plan:
             raise InputError(
                 f"the plan names {unknown[0]!r}, which the model does not quantise; nearest: {nearest[0]!r}"
             )
-        missing = [path for path in known if path not in self.bits]
+        missing = [path for path in known if path not in self.bits and path not in least]
         if self.default is None and missing:
             raise InputError(
                 f"the plan has no default and misses {missing[0]!r} ({len(missing)} of {len(known)} paths); "
                 'list every path, or give "default"'
             )
-        return {path: self.bits.get(path, self.default or MASTER_BITS) for path in known}
+        usual = {path: max(self.default or 1, least.get(path, 1)) for path in known}
+        return {path: self.bits.get(path, usual[path]) for path in known}
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON object that ``read`` reads, without empty keys."""

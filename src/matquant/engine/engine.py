@@ -102,9 +102,9 @@ class Engine:
             plan = Plan(default=self.max_bits if bits is None else bits, bits=dict(plan or {}))
         elif bits is not None:
             raise InputError(f"bits={bits} and a plan with default {plan.default} exclude each other; use one of them")
-        resolved = plan.resolve(self.model.weights)
+        resolved = plan.resolve(self.model.weights, least=self.model.least)
         for path, width in resolved.items():
-            if width > self.max_bits:
+            if width > max(self.max_bits, self.model.least.get(path, 1)):
                 raise InputError(
                     f"bits={width} for {path} exceeds max_bits={self.max_bits} of this engine; "
                     "use fewer bits or a larger max_bits"

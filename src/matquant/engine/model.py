@@ -1,8 +1,8 @@
 """Load a nested checkpoint for the native decode step: planes of the quantised weights, the rest as stored.
 
-Quantised weights are packed once from the memory-mapped file into planes, which serve every width. The other matrices
-that each token reads (head, linear layers outside the scope) are copied into huge pages in the file's dtype; an
-embedding that is not also the head stays memory-mapped. Norm weights are small and become float32.
+Quantised weights are packed once from the memory-mapped file into planes, which serve every width. Of the others,
+matrices that each token reads whole (head, linear layers outside the scope) are copied into huge pages in the file's
+dtype; an embedding that is not also the head stays memory-mapped. Norm weights are small and become float32.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,13 +28,17 @@ HEAD, NORM = "lm_head", "model.norm"
 class Model:
     """A loaded model. paths: the module path of each matrix, by native id. weights: the quantised matrices.
 
-    group_bytes: bytes of a group's scale and zero-point. plain_bytes: of the other matrices that each token reads.
+    least: path -> its least width unless a plan names it, for embedding and head. group_bytes: bytes of a group's scale
+    and zero-point. plain_bytes: of the other matrices that each token reads. looked_up: the path of which a token reads
+    one row only, an embedding that is not the head.
     """
 
     native: _native.Model
     architecture: Architecture
     paths: tuple[str, ...]
     weights: Mapping[str, Weight]
+    least: Mapping[str, int]
+    looked_up: str | None
     groups: Mapping[str, int]
     group_bytes: int
     plain_bytes: int
@@ -43,7 +47,7 @@ class Model:
         """Return the bytes of weights that decoding one token reads at ``widths`` (one per path)."""
         total = self.plain_bytes
         for path, bits in zip(self.paths, widths.tolist(), strict=True):
-            if path in self.weights:
+            if path in self.weights and path != self.looked_up:
                 weight = self.weights[path]
                 codes = weight.planes.rows * weight.planes.columns
                 total += codes * bits_read(bits, rule=weight.rule) // 8 + self.groups[path] * self.group_bytes
@@ -73,10 +77,12 @@ def load_model(checkpoint: Checkpoint, *, max_bits: int) -> Model:
     for frequencies, scale in zip(architecture.frequencies, architecture.rope_scales, strict=True):
         native.add_rope(frequencies, scale)
     paths = [f"model.layers.{layer}.{name}" for layer in range(architecture.layers) for name in PROJECTIONS]
-    paths.append(EMBEDDING if architecture.tied else HEAD)
+    paths += [EMBEDDING] if architecture.tied else [HEAD, EMBEDDING]
+    looked_up = None if architecture.tied else EMBEDDING
+    least = dict.fromkeys(checkpoint.ends, checkpoint.spec.head_bits or 1)
     _check_names(checkpoint, tensors, architecture, paths)
     weights = {
-        path: load_weight(checkpoint.nested(path, mapped=True), max_bits=max_bits)
+        path: load_weight(checkpoint.nested(path, mapped=True), max_bits=max(max_bits, least.get(path, 1)))
         for path in paths
         if path in checkpoint.shapes
     }
@@ -87,12 +93,14 @@ def load_model(checkpoint: Checkpoint, *, max_bits: int) -> Model:
     except (TypeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"{where} does not fit its config.json ({reason}); write the checkpoint again") from None
-    plain = sum(tensors[f"{path}.weight"].nbytes for path in paths if path not in weights)
+    plain = sum(tensors[f"{path}.weight"].nbytes for path in paths if path not in weights and path != looked_up)
     return Model(
         native=native,
         architecture=architecture,
         paths=tuple(paths),
         weights=weights,
+        least=least,
+        looked_up=looked_up,
         groups={path: checkpoint.array(f"{path}.weight_scale").size for path in weights},
         group_bytes=4 if checkpoint.spec.scale_dtype == "bfloat16" else 8,
         plain_bytes=plain,
@@ -133,8 +141,8 @@ def _fill(
             architecture.windows[layer],
             architecture.ropes[layer],
         )
-    head = matrix(paths[-1])
-    native.set_ends(head if paths[-1] == EMBEDDING else matrix(EMBEDDING, resident=False), head, norm(NORM))
+    embedding = None if architecture.tied else matrix(EMBEDDING, resident=False)
+    native.set_ends(matrix(EMBEDDING if architecture.tied else HEAD), embedding, norm(NORM))
 
 
 def _tensor(name: str, tensors: Mapping[str, np.ndarray], where: Path) -> np.ndarray:

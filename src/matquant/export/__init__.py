@@ -80,7 +80,7 @@ def export(
     checkpoint = open_checkpoint(directory)
     if bits is not None and plan is not None:
         raise InputError("bits and a plan exclude each other; use one of them")
-    wanted = (plan or Plan(default=bits or MASTER_BITS)).resolve(checkpoint.shapes)
+    wanted = checkpoint.widths(plan or Plan(default=bits or MASTER_BITS))
     about: dict[str, Any] = {"base_model": base_model, "measured": _evaluation(measured), "loss": None}
     if requantise:
         checkpoint = _fitted(checkpoint, to, wanted)
@@ -103,8 +103,8 @@ def _fitted(checkpoint: Checkpoint, to: str, plan: Mapping[str, int]) -> Requant
     if checkpoint.spec.grid == UNIFORM:
         raise InputError("--requantise is for the companded grid, found grid 'uniform'; drop --requantise")
     exporter = _exporter(to, checkpoint)
-    paths = {bits: path for path, bits in plan.items()}  # one of each width
-    centred = min(plan.values()) <= 2
+    paths = {bits: path for path, bits in plan.items() if path not in checkpoint.ends}  # one of each width
+    centred = min(paths) <= 2
     for zero_points in (centred, not centred):
         fitted = view(checkpoint, plan, centred=zero_points)
         found = [(exporter.container(fitted, path, bits, EXACT), bits) for bits, path in paths.items()]
@@ -141,12 +141,16 @@ def _write(job: Job, target: Path, *, overwrite: bool, report: Progress, notice:
             notice(text)
         total = sum(part.bytes for part in job.parts())
         check_space(target, total + SPARE_BYTES)
-        stay = [path for path, container in job.chosen.items() if container is None]
+        stay = [path for path, kind in job.chosen.items() if kind is None and path not in checkpoint.ends]
         if stay and exporter.containers(checkpoint, stay[0]):
             name = job.about["format"]
             notice(
                 f"{len(stay)} weights such as {stay[0]} do not fit the blocks of {name} and stay dense ({job.dtype})"
             )
+        loose = [path for path in checkpoint.ends if job.chosen[path] is None]
+        if loose and exporter.containers(checkpoint, loose[0]):
+            bits, name = job.plan[loose[0]], job.about["format"]
+            notice(f"{' and '.join(loose)} become dense ({job.dtype}): {name} does not hold them at {bits} bits")
         with (
             replace_when_done(target, overwrite=overwrite)
             if exporter.suffix
@@ -181,6 +185,9 @@ def make_job(
     if exporter.typed and dtype is not None:
         exporter = _with_scales(exporter, kept)
     chosen = {path: exporter.container(checkpoint, path, bits, zero_point) for path, bits in plan.items()}
+    for path in checkpoint.ends:
+        if not exporter.holds_ends(checkpoint, plan) or isinstance(chosen[path], list):
+            chosen[path] = None
     refused = {path: found for path, found in chosen.items() if isinstance(found, list)}
     if refused:
         path, misfits = next(iter(refused.items()))

@@ -78,7 +78,9 @@ def config(job: Job) -> dict[str, Any]:
         (kind.bits, kind.zero == FIXED): [path for path, container in chosen.items() if container == kind]
         for kind in _by_width(chosen.values())
     }
-    quantization = stock_config(groups, group_size=checkpoint.spec.group_size, ignore=checkpoint.ignore)
+    quantization = stock_config(
+        groups, group_size=checkpoint.spec.group_size, ignore={*checkpoint.ignore, *checkpoint.ends}
+    )
     if _asymmetric(job):
         quantization["dequantize"] = True  # without it transformers 5.23 gives packed zero-points wrong shapes
     return {**checkpoint.config, "quantization_config": quantization}

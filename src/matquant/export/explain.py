@@ -23,7 +23,7 @@ def explain(
     An outcome is {"containers": {name: weights}, "bits_per_weight": number, all overhead included} or {"rejected":
     reason}.
     """
-    plans = {str(bits): dict.fromkeys(checkpoint.shapes, bits) for bits in WIDTHS}
+    plans = {str(bits): checkpoint.widths(bits) for bits in WIDTHS}
     plans |= {"plan": dict(plan)} if plan is not None else {}
     return {to: _outcomes(checkpoint, to, plans, zero_point) for to in FORMATS}
 

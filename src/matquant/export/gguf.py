@@ -294,6 +294,7 @@ EXPORTER = Exporter(
     engines="llama.cpp",
     containers=containers,
     slots=slots,
+    holds_ends=lambda checkpoint, plan: True,
     tensors=lambda container, encoded: [pack_blocks(container, encoded)],
     families=tuple(FAMILIES),
     suffix=".gguf",

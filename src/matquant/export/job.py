@@ -39,6 +39,8 @@ class Exporter:
     families: tuple[str, ...] | None = None
     # file name suffix; "": the format is a directory
     suffix: str = ""
+    # (checkpoint, plan) -> whether a quantised embedding and head stay quantised; otherwise they become dense
+    holds_ends: Callable[[Checkpoint, Mapping[str, int]], bool] = lambda checkpoint, plan: False
     # the format's name of a tensor or path
     name: Callable[[Checkpoint, str], str] = lambda checkpoint, name: name
     # the format's order of a weight's out features; None: unchanged
@@ -119,9 +121,14 @@ class Job:
         return Part(slots, make)
 
     def bits_per_weight(self) -> float:
-        """Return the bits per quantised weight, all overhead and weights that stay dense included."""
-        weights = sum(rows * columns for rows, columns in (self.checkpoint.shapes[path] for path in self.plan))
-        return 8 * sum(self.weight(path).bytes for path in self.plan) / weights
+        """Return the bits per quantised weight, all overhead and weights that stay dense included.
+
+        An embedding and head that the format does not quantise are left out.
+        """
+        plain = {path for path in self.checkpoint.ends if self.chosen[path] is None}
+        paths = [path for path in self.plan if path not in plain]
+        weights = sum(rows * columns for rows, columns in (self.checkpoint.shapes[path] for path in paths))
+        return 8 * sum(self.weight(path).bytes for path in paths) / weights
 
 
 def _dense(job: Job, path: str, rows: np.ndarray | None) -> np.ndarray:

@@ -174,6 +174,7 @@ EXPORTER = Exporter(
     families=tuple(FAMILIES),
     containers=containers,
     slots=slots,
+    holds_ends=lambda checkpoint, plan: True,
     tensors=tensors,
     plain=dense.plain,
     typed=True,

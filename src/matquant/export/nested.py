@@ -16,7 +16,7 @@ from matquant.export import compressed_tensors
 from matquant.export.containers import FIXED, Container, Encoded, Fit, Misfit
 from matquant.export.directory import write_directory
 from matquant.export.job import Exporter, Job, as_stored
-from matquant.format.layout import SLICES, slice_tensors
+from matquant.format.layout import NAMES, SLICES, scale_dtype, slice_tensors
 from matquant.format.manifest import write_manifest
 from matquant.format.read import Checkpoint
 from matquant.format.shards import Report, write_safetensors
@@ -31,7 +31,7 @@ def choose(checkpoint: Checkpoint, path: str, bits: int, zero_point: str) -> Con
     if checkpoint.spec.grid != UNIFORM:
         return [Misfit(f"the positions of grid {checkpoint.spec.grid!r} need all 8 bits")]
     kept = min(bits + 1, checkpoint.spec.stored(path))
-    dtype = checkpoint.stored_dtype(f"{path}.weight_scale")
+    dtype = NAMES[scale_dtype(path, checkpoint.spec)]
     return Container(name=f"top {kept} of 8 bits", bits=kept, zero=FIXED, scale=dtype)
 
 
@@ -50,12 +50,17 @@ def encode(tensor: NestedTensor, bits: int, container: Container, zero_point: st
 
 def write(job: Job, folder: Path, report: Report) -> None:
     """Write the nested checkpoint: shards, config.json, the remaining slices, the manifest."""
-    checkpoint, widest = job.checkpoint, max(job.plan.values())
+    checkpoint = job.checkpoint
     kept = {path: container.bits for path, container in job.held().items()}
+    widest = max(job.plan[path] for path in kept)
+    ends = any(path in kept for path in checkpoint.ends)
     stored: int | dict[str, int] = kept if len(set(kept.values())) > 1 else min(kept.values())
     left = tuple(bits for bits in checkpoint.spec.slices if bits <= widest)
-    spec = replace(checkpoint.spec, slices=left, stored_bits=stored)
-    config = {**checkpoint.config, "quantization_config": quantization_config(spec, checkpoint.ignore)}
+    spec = replace(
+        checkpoint.spec, slices=left, stored_bits=stored, head_bits=checkpoint.spec.head_bits if ends else None
+    )
+    ignore = checkpoint.ignore if ends else {*checkpoint.ignore, *checkpoint.ends}
+    config = {**checkpoint.config, "quantization_config": quantization_config(spec, ignore)}
     write_directory(job, folder, config, report, index=bool(left))
     if left:
         names = [name for path in kept for bits in left for name in slice_tensors(path, bits, spec)]
@@ -71,6 +76,8 @@ EXPORTER = Exporter(
     choose=choose,
     encode=encode,
     slots=compressed_tensors.slots,
+    # transformers 5.23 unpacks all weights at one width if it dequantises while loading, as an embedding needs
+    holds_ends=lambda checkpoint, plan: len(set(plan.values())) == 1,
     tensors=compressed_tensors.tensors,
     write=write,
 )

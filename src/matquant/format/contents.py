@@ -26,7 +26,7 @@ def summarise(checkpoint: Checkpoint) -> dict[str, Any]:
     rest = plain_bytes(checkpoint)
     widths = {}
     for bits in range(MASTER_BITS, 0, -1):
-        plan = dict.fromkeys(checkpoint.shapes, bits)
+        plan = checkpoint.widths(bits)
         histogram = slice_counts(counts, bits, rule=checkpoint.spec.rule)
         overflow = float(histogram[2**bits :].sum()) / total
         size = plan_bytes(checkpoint, plan)

@@ -30,10 +30,12 @@ SLICES = "matquant_slices.safetensors"
 NAMES = {np.float32: "F32", np.float16: "F16", ml_dtypes.bfloat16: "BF16"}  # safetensors' names
 
 
-def stored_tensors(path: str, tensor: NestedTensor, spec: Spec) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield the names and arrays of a weight that go into the model's shards."""
+def stored_tensors(
+    path: str, tensor: NestedTensor, spec: Spec, *, exact: bool = False
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield the names and arrays of a weight that go into the model's shards. exact: store its scales in float32."""
     yield f"{path}.weight_packed", pack(stored_codes(tensor.codes, grid=tensor.grid), MASTER_BITS).view("<i4")
-    yield f"{path}.weight_scale", tensor.scale.astype(scale_dtype(path, spec))
+    yield f"{path}.weight_scale", tensor.scale.astype(np.float32 if exact else scale_dtype(path, spec))
     yield f"{path}.weight_shape", np.array(tensor.codes.shape, dtype=np.int64)
     if not spec.symmetric:
         # Packed along the rows, as in compressed-tensors.
@@ -58,16 +60,17 @@ def scale_dtype(path: str, spec: Spec) -> Any:
     return np.float32 if exact else ml_dtypes.bfloat16
 
 
-def expected_tensors(path: str, rows: int, columns: int, spec: Spec) -> dict[str, tuple[list[int], str]]:
-    """Return tensor name -> (shape, dtype) of a quantised weight, besides its weight_shape."""
+def expected_tensors(path: str, rows: int, columns: int, spec: Spec) -> dict[str, tuple[list[int], tuple[str, ...]]]:
+    """Return tensor name -> (shape, possible dtypes) of a quantised weight, besides its weight_shape."""
     groups = columns // (spec.group_size or columns)
-    expected = {
-        f"{path}.weight_packed": ([rows, words(columns, spec.stored(path))], "I32"),
-        f"{path}.weight_scale": ([rows, groups], NAMES[scale_dtype(path, spec)]),
+    scale = NAMES[scale_dtype(path, spec)]
+    expected: dict[str, tuple[list[int], tuple[str, ...]]] = {
+        f"{path}.weight_packed": ([rows, words(columns, spec.stored(path))], ("I32",)),
+        f"{path}.weight_scale": ([rows, groups], (scale,) if spec.head_bits is None else (scale, "F32")),
     }
     if not spec.symmetric:
-        expected[f"{path}.weight_zero_point"] = ([words(rows, MASTER_BITS), groups], "I32")
+        expected[f"{path}.weight_zero_point"] = ([words(rows, MASTER_BITS), groups], ("I32",))
     for bits in spec.slices:
         for name, dtype in slice_tensors(path, bits, spec).items():
-            expected[name] = ([rows, groups], NAMES[dtype])
+            expected[name] = ([rows, groups], (NAMES[dtype],))
     return expected

@@ -8,7 +8,7 @@ Shapes: N out features, K in features, G groups.
 
 import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from matquant.core.nest import MASTER_BITS, labels_of, middle
 from matquant.core.packing import unpack
-from matquant.core.spec import DAMAGED, Spec
+from matquant.core.spec import DAMAGED, Plan, Spec
 from matquant.core.tensor import NestedTensor
 from matquant.format.facts import CONFIG, check_depth
 from matquant.format.layout import SLICES, slice_tensors
@@ -101,6 +101,20 @@ class Checkpoint:
                 self.headers[file] = 8 + length, json.loads(stream.read(length))
         return self.headers[file]
 
+    def widths(self, plan: Plan | int) -> dict[str, int]:
+        """Return the width of every quantised weight at a plan, or at a default width.
+
+        Embedding and head get at least ``spec.head_bits`` unless the plan names them. InputError for a plan that names
+        an unknown path or misses one.
+        """
+        asked = plan if isinstance(plan, Plan) else Plan(default=plan)
+        return asked.resolve(self.shapes, least=dict.fromkeys(self.ends, self.spec.head_bits or 1))
+
+    @property
+    def ends(self) -> tuple[str, ...]:
+        """Return the paths of the quantised embedding and head: those outside the numbered layers."""
+        return ends_of(self.shapes) if self.spec.head_bits is not None else ()
+
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return tensor name -> shape of all weights; quantised ones are named ``path.weight``, [N, K]."""
         quantised = {f"{path}.weight": shape for path, shape in self.shapes.items()}
@@ -131,6 +145,11 @@ class Checkpoint:
         return NestedTensor(
             codes=codes, scale=scale, zero=zero, rule=self.spec.rule, slices=slices, grid=self.spec.grid
         )
+
+
+def ends_of(paths: Iterable[str]) -> tuple[str, ...]:
+    """Return the paths outside the numbered decoder layers: embedding and head."""
+    return tuple(path for path in paths if not any(part.isdecimal() for part in path.split(".")))
 
 
 def open_checkpoint(

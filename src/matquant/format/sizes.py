@@ -11,8 +11,9 @@ import numpy as np
 
 from matquant.core.nest import MASTER_BITS, slice_codes
 from matquant.core.overflow import packed_bytes
-from matquant.format.layout import scale_dtype, slice_tensors
+from matquant.format.layout import slice_tensors
 from matquant.format.read import Checkpoint
+from matquant.format.tensor_file import DTYPES
 
 
 def size_bytes(checkpoint: Checkpoint, path: str, bits: int) -> float:
@@ -26,7 +27,8 @@ def size_bytes(checkpoint: Checkpoint, path: str, bits: int) -> float:
     if bits in checkpoint.spec.slices:
         dtypes = list(slice_tensors(path, bits, checkpoint.spec).values())
     else:
-        dtypes = [scale_dtype(path, checkpoint.spec), *([] if checkpoint.spec.symmetric else [np.uint8])]
+        stored = DTYPES[checkpoint.stored_dtype(f"{path}.weight_scale")]
+        dtypes = [stored, *([] if checkpoint.spec.symmetric else [np.uint8])]
     per_group = sum(int(np.dtype(dtype).itemsize) for dtype in dtypes)
     shape_entry = 16
     packed = rows * columns * min(bits, checkpoint.spec.stored(path)) / 8

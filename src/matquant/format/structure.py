@@ -46,8 +46,9 @@ def check_structure(
             if name not in files:
                 raise InputError(f"{where} lacks the tensor {name}; {DAMAGED}")
             entry = handles[files[name]].get_slice(name)
-            if entry.get_dtype() != wanted[1]:
-                raise InputError(f"{name} has dtype {entry.get_dtype()}, {path} needs {wanted[1]}; {DAMAGED}")
+            if entry.get_dtype() not in wanted[1]:
+                needed = " or ".join(dict.fromkeys(wanted[1]))
+                raise InputError(f"{name} has dtype {entry.get_dtype()}, {path} needs {needed}; {DAMAGED}")
             if list(entry.get_shape()) != wanted[0]:
                 raise InputError(
                     f"{name} has shape {list(entry.get_shape())}, "

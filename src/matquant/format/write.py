@@ -47,7 +47,8 @@ def write_checkpoint(
     check_types(directory=directory, overwrite=overwrite)
     target = check_place(directory)  # a link is followed: the checkpoint it points to is replaced
     with replace_directory_when_done(target, lambda: check_writable(target, overwrite=overwrite)) as partial:
-        _write_tensors(partial, items, spec=spec, shard_bytes=shard_bytes)
+        exact = spec.head_bits is not None and config.get("dtype") != "bfloat16"
+        _write_tensors(partial, items, spec=spec, shard_bytes=shard_bytes, exact=exact)
         quantised = {**config, "quantization_config": quantization_config(spec, ignore)}
         (partial / "config.json").write_bytes(json_bytes(quantised))
         for name, content in files.items():
@@ -68,19 +69,26 @@ def quantization_config(spec: Spec, ignore: Iterable[str]) -> dict[str, Any]:
         (bits, spec.symmetric): [] if isinstance(stored, int) else [path for path in stored if stored[path] == bits]
         for bits in sorted(widths, reverse=True)
     }
-    config = stock_config(groups, group_size=spec.group_size, ignore=ignore) | {"matquant": spec.to_json()}
-    if not spec.symmetric:
-        # transformers 5.23 gives packed zero-points wrong shapes unless it dequantises while loading.
+    kinds = ("Linear",) if spec.head_bits is None else ("Linear", "Embedding")
+    config = stock_config(groups, group_size=spec.group_size, ignore=ignore, kinds=kinds)
+    if not spec.symmetric or spec.head_bits is not None:
+        # Unless it dequantises while loading, transformers 5.23 gives packed zero-points wrong shapes, does not
+        # decompress embeddings and does not tie a compressed head.
         config["dequantize"] = True
-    return config
+    return config | {"matquant": spec.to_json()}
 
 
 def stock_config(
-    groups: Mapping[tuple[int, bool], Sequence[str]], *, group_size: int | None, ignore: Iterable[str]
+    groups: Mapping[tuple[int, bool], Sequence[str]],
+    *,
+    group_size: int | None,
+    ignore: Iterable[str],
+    kinds: Sequence[str] = ("Linear",),
 ) -> dict[str, Any]:
     """Return a quantization_config of compressed-tensors, ``pack-quantized``.
 
-    groups: (bits, symmetric) -> the paths stored so; the paths of a single group are not listed.
+    groups: (bits, symmetric) -> the paths stored so; the paths of a single group are not listed: it holds all modules
+    of these kinds.
     """
     config_groups = {}
     for number, ((bits, symmetric), paths) in enumerate(groups.items()):
@@ -92,7 +100,7 @@ def stock_config(
             "group_size": group_size,
             "dynamic": False,
         }
-        targets = ["Linear"] if len(groups) == 1 else [f"re:^{re.escape(path)}$" for path in paths]
+        targets = list(kinds) if len(groups) == 1 else [f"re:^{re.escape(path)}$" for path in paths]
         config_groups[f"group_{number}"] = {"targets": targets, "weights": weights}
     return {
         "quant_method": "compressed-tensors",
@@ -103,7 +111,7 @@ def stock_config(
     }
 
 
-def _write_tensors(directory: Path, items: Iterable[Item], *, spec: Spec, shard_bytes: int) -> None:
+def _write_tensors(directory: Path, items: Iterable[Item], *, spec: Spec, shard_bytes: int, exact: bool) -> None:
     shard: dict[str, np.ndarray] = {}
     slices: dict[str, np.ndarray] = {}
     shards: list[list[str]] = []
@@ -115,7 +123,7 @@ def _write_tensors(directory: Path, items: Iterable[Item], *, spec: Spec, shard_
         shard.clear()
 
     for name, value in items:
-        entries = list(stored_tensors(name, value, spec)) if isinstance(value, NestedTensor) else [(name, value)]
+        entries = _entries(name, value, spec, exact=exact)
         size = sum(array.nbytes for _, array in entries)
         if shard and sum(array.nbytes for array in shard.values()) + size > shard_bytes:
             flush()
@@ -130,6 +138,11 @@ def _write_tensors(directory: Path, items: Iterable[Item], *, spec: Spec, shard_
     if slices:
         save_file(slices, directory / SLICES)
     _name_shards(directory, shards, total, index=bool(slices))
+
+
+def _entries(name: str, value: np.ndarray | NestedTensor, spec: Spec, *, exact: bool) -> list[tuple[str, np.ndarray]]:
+    """Return the tensors of an item that go into the shards."""
+    return list(stored_tensors(name, value, spec, exact=exact)) if isinstance(value, NestedTensor) else [(name, value)]
 
 
 def _name_shards(directory: Path, shards: list[list[str]], total: int, *, index: bool) -> None:

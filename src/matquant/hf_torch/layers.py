@@ -10,9 +10,11 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 
 from matquant.hf_torch import Model
+from matquant.hf_torch.ties import embedding_name, head_name, tied_weights
 from matquant.hf_torch.views import View, checkpoint_views, stored_parts
 from matquant.system.errors import InputError
 
+ALL, LINEARS = "all", "linears"  # scopes with and without embedding and head
 ROUTERS = ("gate", "router")  # last names of the linear layers that choose experts; they stay float
 
 
@@ -35,6 +37,15 @@ def linear_views(model: Model) -> dict[str, View]:
     for name, parameter in _weights(model):
         views.update(checkpoint_views(model, name, parameter))
     return {path: view for path, view in views.items() if path.rsplit(".", 1)[-1] not in ROUTERS}
+
+
+def end_views(model: Model) -> dict[str, View]:
+    """Return the embedding and, unless it is tied to it, the head by module path; empty if they are not matrices."""
+    names = {name for name in (embedding_name(model), head_name(model)) if name is not None}
+    views: dict[str, View] = {}
+    for name in sorted(names - tied_weights(model).keys()):
+        views |= checkpoint_views(model, name, model.get_parameter(name))
+    return views
 
 
 def whole_experts(model: Model) -> list[str]:
@@ -65,16 +76,23 @@ def unquantised_linears(model: Model, views: Mapping[str, View]) -> list[str]:
     ]
 
 
+def select_ends(model: Model, scope: str, *, exclude: Sequence[str] = ()) -> Mapping[str, View]:
+    """Return path -> View of embedding and head if ``scope`` is all, without those that match ``exclude``."""
+    found = end_views(model) if scope == ALL else {}
+    return {path: view for path, view in found.items() if not any(re.search(pattern, path) for pattern in exclude)}
+
+
 def select_linears(model: Model, scope: str, *, exclude: Sequence[str] = ()) -> Mapping[str, View]:
     """Return path -> View of the linear layers in ``scope`` whose paths match no pattern of ``exclude``.
+
+    Embedding and head are not among them: see ``select_ends``.
 
     InputError if there are none, a pattern is not a regular expression or would split a fused parameter, or experts
     that cannot be quantised are not excluded.
     """
     views = linear_views(model)
-    chosen = {
-        path: view for path, view in views.items() if scope == "all" or is_attention(path) == (scope == "attention")
-    }
+    every = scope in (ALL, LINEARS)
+    chosen = {path: view for path, view in views.items() if every or is_attention(path) == (scope == "attention")}
     for pattern in exclude:
         try:
             chosen = {path: view for path, view in chosen.items() if not re.search(pattern, path)}

@@ -1,8 +1,9 @@
-"""A torch linear layer whose weight stays packed: ``forward`` is one product of a backend, at a width that may change.
+"""torch modules whose weight stays packed: a linear layer and an embedding, at a width that may change.
 
-The width is an argument of the product, so switching costs nothing. Two kinds of calls make the dense weight and use
-torch's product: calls that need gradients, and calls with many bfloat16 tokens and float activations, for which torch
-uses hardware that the native kernels do not. N out features, K in features.
+The width is an argument of the product or lookup, so switching costs nothing. Two kinds of calls of a linear layer make
+the dense weight and use torch's product: calls that need gradients, and calls with many bfloat16 tokens and float
+activations, for which torch uses hardware that the native kernels do not. N out features or tokens of the vocabulary, K
+in features or hidden size.
 """
 
 from typing import Any
@@ -18,29 +19,43 @@ DENSE_TOKENS = 256  # from here on torch's bfloat16 product is faster, including
 WITHOUT = "load the model with kernels='none'"
 
 
-class NestedLinear(torch.nn.Module):
-    """y = x W_bits^T + bias, the weight fixed. ``bits`` may be set at any time.
+class NestedWeight(torch.nn.Module):
+    """A module with a fixed packed weight [N, K]. ``bits`` may be set at any time.
 
-    tensor: the nested weight, numpy; its codes are read once and may be mapped from a file. like: the linear layer to
-    replace: gives the bias, and the dtype and device of the dense ``weight``, which is made on access. activations: one
-    of ``backend.activations``.
+    tensor: the nested weight, numpy. packed: the same, packed by ``backend``; modules may share it. like: the module to
+    replace, which gives dtype and device of the dense ``weight``, made on access.
     """
 
-    def __init__(self, tensor: NestedTensor, like: torch.nn.Linear, *, backend: Backend, activations: str) -> None:
+    def __init__(self, tensor: NestedTensor, packed: Any, like: Any, *, backend: Backend) -> None:
         super().__init__()
-        self.out_features, self.in_features = tensor.codes.shape
         self.bits = MASTER_BITS
-        self.activations = activations
         self.dtype, self.device = like.weight.dtype, like.weight.device
-        self.bias = like.bias
-        self._tensor = tensor
-        self._backend = backend
-        self._packed = backend.pack(tensor, device=self.device)
+        self._tensor, self._packed, self._backend = tensor, packed, backend
 
     @property
     def weight(self) -> torch.Tensor:
         """Return the dense weight [N, K] at ``bits`` bits; a new tensor every time."""
         return torch.from_numpy(self._tensor.read(self.bits)).to(device=self.device, dtype=self.dtype)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not keep_vars:  # True requests the model's live tensors, and there are none
+            destination[f"{prefix}weight"] = self.weight
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        if f"{prefix}weight" in state_dict:
+            raise InputError(f"{prefix}weight cannot be loaded: the codes are fixed; {WITHOUT}")
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+class NestedLinear(NestedWeight):
+    """y = x W_bits^T + bias, the weight fixed; activations: one of ``backend.activations``."""
+
+    def __init__(self, tensor: NestedTensor, packed: Any, like: Any, *, backend: Backend, activations: str) -> None:
+        super().__init__(tensor, packed, like, backend=backend)
+        self.out_features, self.in_features = tensor.codes.shape
+        self.activations = activations
+        self.bias = like.bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return x [..., K] -> [..., N] in the dtype of x. InputError for unsupported devices and dtypes."""
@@ -69,12 +84,21 @@ class NestedLinear(torch.nn.Module):
         if x.shape[-1] != self.in_features:
             raise InputError(f"the input must be [..., {self.in_features}], found {list(x.shape)}")
 
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if not keep_vars:  # True requests the model's live tensors, and there are none
-            destination[f"{prefix}weight"] = self.weight
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
-        if f"{prefix}weight" in state_dict:
-            raise InputError(f"{prefix}weight cannot be loaded: the codes are fixed; {WITHOUT}")
-        super()._load_from_state_dict(state_dict, prefix, *rest)
+class NestedEmbedding(NestedWeight):
+    """The rows of a fixed weight, times ``scale`` (a number or None, of families that scale in their embedding)."""
+
+    def __init__(self, tensor: NestedTensor, packed: Any, like: Any, *, backend: Backend) -> None:
+        super().__init__(tensor, packed, like, backend=backend)
+        self.num_embeddings, self.embedding_dim = tensor.codes.shape
+        self.scale = getattr(like, "embed_scale", None)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Return ids, integers [...] -> [..., K] in the model's dtype. InputError for ids outside the vocabulary."""
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.num_embeddings:
+            raise InputError(f"token ids must be from 0 to {self.num_embeddings - 1}")
+        rows = self._backend.rows(self._packed, ids, bits=self.bits).to(self.dtype)
+        return rows if self.scale is None else rows * torch.as_tensor(self.scale, dtype=self.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, bits={self.bits}"

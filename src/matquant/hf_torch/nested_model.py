@@ -27,10 +27,11 @@ from matquant.format.write import write_checkpoint
 from matquant.hf_torch import Model
 from matquant.hf_torch.arrays import nested_to_numpy, to_torch
 from matquant.hf_torch.config import config_dtype
-from matquant.hf_torch.layers import linear_views
-from matquant.hf_torch.linear import NestedLinear
+from matquant.hf_torch.layers import end_views, linear_views
+from matquant.hf_torch.linear import NestedEmbedding, NestedLinear, NestedWeight
 from matquant.hf_torch.loading import build_model
-from matquant.hf_torch.views import View, is_linear, plain_items, write_weights
+from matquant.hf_torch.ties import tied_weights
+from matquant.hf_torch.views import View, is_whole, plain_items, write_weights
 from matquant.system.arguments import check_types
 from matquant.system.errors import InputError, InputTypeError
 from matquant.system.threads import check_threads
@@ -72,7 +73,7 @@ def load(
         tensors = {path: checkpoint.nested(path, mapped=True) for path in checkpoint.shapes}
         nothing = torch.zeros((), dtype=served)
         model, views = _build(checkpoint, lambda name: nothing.expand(checkpoint.shapes[name]), served, device)
-        fused = [path for path, view in views.items() if not is_linear(model, view)]
+        fused = [path for path, view in views.items() if not is_whole(model, view)]
         name, obstacle = (DENSE, f"{fused[0]} is part of a fused tensor") if fused else (name, obstacle)
     if not BACKENDS[name].trains:
         serve = _use_kernels(model, views, tensors, BACKENDS[name], activations)
@@ -86,7 +87,7 @@ def load(
     else:
         raise InputError(f"kernels={kernels!r} does not support {path}: {obstacle}; use kernels='auto' or {NONE!r}")
     model.bits_by_path = {}
-    model.set_bits = functools.partial(_set_bits, model, serve, list(tensors))
+    model.set_bits = functools.partial(_set_bits, model, serve, checkpoint)
     model.save_pretrained = functools.partial(_save, model, views, tensors, checkpoint)
     model.set_bits(bits, plan=plan)
     return model
@@ -114,7 +115,7 @@ def _build(
     state = {f"{name}.weight": weight(name) for name in checkpoint.shapes}
     state |= {name: to_torch(checkpoint.array(name)) for name in checkpoint.plain_names()}
     model = build_model(checkpoint.config, state, directory=checkpoint.directory, dtype=dtype).to(device)
-    views = linear_views(model)
+    views = {**linear_views(model), **end_views(model)}
     missing = sorted(set(checkpoint.shapes) - set(views))
     if missing:
         raise InputError(
@@ -130,21 +131,33 @@ def _use_kernels(
     backend: Backend,
     activations: str,
 ) -> Serve:
-    """Replace every layer in ``tensors`` by a NestedLinear. Afterwards no parameter requires gradients."""
-    linears: dict[str, NestedLinear] = {}
+    """Replace every module of ``tensors`` by a nested one. Afterwards no parameter requires gradients."""
+    served: dict[str, list[NestedWeight]] = {}
+    tied = tied_weights(model)
     for path, tensor in tensors.items():
-        parent, _, name = views[path].parameter.removesuffix(".weight").rpartition(".")
-        block = model.get_submodule(parent)
-        dense = getattr(block, name)
-        linears[path] = NestedLinear(tensor, dense, backend=backend, activations=activations).eval()
-        setattr(block, name, linears[path])
+        packed = backend.pack(tensor, device=model.device)
+        own = views[path].parameter
+        for name in (own, *(name for name, origin in tied.items() if origin == own)):
+            parent, _, leaf = name.removesuffix(".weight").rpartition(".")
+            block = model.get_submodule(parent)
+            module = _nested(tensor, packed, getattr(block, leaf), backend, activations)
+            served.setdefault(path, []).append(module)
+            setattr(block, leaf, module)
     model.requires_grad_(False)
 
     def serve(bits_by_path: Mapping[str, int]) -> None:
         for path, bits in bits_by_path.items():
-            linears[path].bits = bits
+            for module in served[path]:
+                module.bits = bits
 
     return serve
+
+
+def _nested(tensor: NestedTensor, packed: Any, like: Any, backend: Backend, activations: str) -> NestedWeight:
+    """Return the nested module that replaces a linear layer or an embedding."""
+    if isinstance(like, torch.nn.Embedding):
+        return NestedEmbedding(tensor, packed, like, backend=backend).eval()
+    return NestedLinear(tensor, packed, like, backend=backend, activations=activations).eval()
 
 
 def _write_dense(
@@ -156,13 +169,13 @@ def _write_dense(
 def _set_bits(
     model: Model,
     serve: Serve,
-    paths: list[str],
+    checkpoint: Checkpoint,
     bits: int = MASTER_BITS,
     *,
     plan: Mapping[str, int] | Plan | None = None,
 ) -> None:
     """Switch the model in place to ``bits``, or to a plan over it. Only weights whose width changes are rewritten."""
-    wanted = Plan.over(bits, plan).resolve(paths)
+    wanted = checkpoint.widths(Plan.over(bits, plan))
     serve({path: width for path, width in wanted.items() if model.bits_by_path.get(path) != width})
     model.bits_by_path = wanted
 

@@ -42,6 +42,14 @@ def record_ties(model: Model) -> None:
             config.tie_word_embeddings = tied
 
 
+def embedding_name(model: Model) -> str | None:
+    """Return the name of the weight of a model's token embedding; None if it is not a plain one."""
+    embedding = model.get_input_embeddings()
+    if not isinstance(embedding, torch.nn.Embedding):
+        return None
+    return next(f"{name}.weight" for name, module in model.named_modules() if module is embedding)
+
+
 def head_name(model: Model) -> str | None:
     """Return the name of the weight of a model's output head; None if it has no head."""
     head = model.get_output_embeddings()

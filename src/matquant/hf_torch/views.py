@@ -82,11 +82,12 @@ def plain_items(
                 yield key, to_numpy(part)
 
 
-def is_linear(model: Model, view: View) -> bool:
-    """Return whether ``view`` is the whole weight of a plain linear layer, not a part of a fused tensor."""
+def is_whole(model: Model, view: View) -> bool:
+    """Return whether ``view`` is the whole weight of a plain linear layer or embedding."""
     module = model.get_submodule(view.parameter.rpartition(".")[0])
     whole = View(parameter=view.parameter, shape=view.shape, stride=(view.shape[1], 1), offset=0)
-    return type(module) is torch.nn.Linear and view == whole and tuple(module.weight.shape) == view.shape
+    plain = type(module) in (torch.nn.Linear, torch.nn.Embedding) or hasattr(module, "embed_scale")
+    return plain and view == whole and tuple(module.weight.shape) == view.shape
 
 
 def write_weights(model: Model, views: Mapping[str, View], weights: Iterable[tuple[str, torch.Tensor]]) -> None:

@@ -98,7 +98,7 @@ class MatQuantQuantizer(HfQuantizer):  # type: ignore[misc]
                 "drop tp_plan and distributed_config, or load it, save_pretrained, and split that checkpoint"
             )
         self.checkpoint = open_checkpoint(directory, check_hashes=config.check_hashes)
-        self.bits = Plan(default=config.bits, bits=config.plan).resolve(self.checkpoint.shapes)
+        self.bits = self.checkpoint.widths(Plan(default=config.bits, bits=config.plan))
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Model) -> list[Any]:
         """Find the parameter of each weight by transformers' renaming, and add ``_Slice`` to its conversion."""

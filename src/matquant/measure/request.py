@@ -59,7 +59,7 @@ def check_evaluation(
     if request.reference is not None:
         check_source(request.reference)
     if request.plan_file is not None:
-        Plan.read(request.plan_file).resolve(checkpoint.shapes)
+        checkpoint.widths(Plan.read(request.plan_file))
     documents = read_documents(text)
     if text and not 0 <= request.skip_documents < len(documents):
         raise InputError(

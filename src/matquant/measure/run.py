@@ -73,8 +73,8 @@ def evaluate_checkpoint(
     record: dict[str, Any] = {"checkpoint": manifest_sha256(directory)}
     if request.plan_file is not None:
         plans["plan"] = Plan.read(request.plan_file)
-        record["plan"] = {"name": request.plan_file.stem, "bits": plans["plan"].resolve(checkpoint.shapes)}
-    widths = {name: plan.resolve(checkpoint.shapes) for name, plan in plans.items()}
+        record["plan"] = {"name": request.plan_file.stem, "bits": checkpoint.widths(plans["plan"])}
+    widths = {name: checkpoint.widths(plan) for name, plan in plans.items()}
     sizes = {name: bits_per_weight(checkpoint, bits_by_path) for name, bits_by_path in widths.items()}
     record |= {"log_perplexity": {}, "bits_per_weight": sizes, "reference": None, "context": None, "tokens": 0}
     stream = _stream(directory, checkpoint, documents, request) if request.text else None

@@ -10,7 +10,7 @@ import torch
 from matquant.core.grid import check_group_size
 from matquant.hf_torch.config import check_context, context_length
 from matquant.hf_torch.device import choose_device
-from matquant.hf_torch.layers import select_linears
+from matquant.hf_torch.layers import select_ends, select_linears
 from matquant.hf_torch.loading import load_float
 from matquant.hf_torch.shards import Shards, open_shards
 from matquant.hf_torch.views import View
@@ -28,6 +28,7 @@ class Prepared:
     shards: Shards  # the model, with weights, or without them for methods that work layer by layer
     device: torch.device
     views: Mapping[str, View]  # the linear layers to quantise, by module path
+    ends: Mapping[str, View]  # embedding and head, if they are quantised
     group_size: int | None  # None for one scale per row
     options: Mapping[str, Any]  # the method's options, with a sequence length that the model supports
     reasons: Mapping[str, str]  # derived option -> reason for its value
@@ -48,12 +49,13 @@ def prepare(model: Path | str, request: Request, *, with_numbers: bool = True) -
     device = choose_device(common.device)
     shards = open_shards(model) if chosen.streamed or not with_numbers else _in_memory(model, device)
     views = select_linears(shards.model, common.scope, exclude=common.exclude)
+    ends = {} if common.baseline_bits is not None else select_ends(shards.model, common.scope, exclude=common.exclude)
     reasons = {}
     group_size = common.group_size
     if group_size == AUTO:
-        group_size, reasons["group_size"] = _choose_group_size(views)
+        group_size, reasons["group_size"] = _choose_group_size({**ends, **views})
     assert not isinstance(group_size, str)
-    for path, view in views.items():
+    for path, view in (*views.items(), *ends.items()):
         check_group_size(view.shape[1], group_size, name=path)
     fused = [path for path in views if ".experts." in path]
     if fused and common.symmetric is False:
@@ -75,6 +77,7 @@ def prepare(model: Path | str, request: Request, *, with_numbers: bool = True) -
         shards=shards,
         device=device,
         views=views,
+        ends=ends,
         group_size=group_size,
         options=options,
         reasons=reasons,

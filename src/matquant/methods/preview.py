@@ -46,6 +46,7 @@ def describe(prepared: Prepared) -> list[str]:
     lines.append(f"method       {choice.method}: {request.method.summary}")
     lines.append(
         f"layers       {len(prepared.views)} (--scope {common.scope}), {_weights(prepared) / 1e6:,.1f} million weights"
+        f"{_ends(prepared)}"
     )
     size = "one group per row" if prepared.group_size is None else str(prepared.group_size)
     lines.append(f"group size   {size}{_because(prepared, 'group_size')}")
@@ -64,6 +65,15 @@ def describe(prepared: Prepared) -> list[str]:
     memory = f"{memory_bytes(prepared) / 1e9:.1f} GB of memory"
     lines.append(f"estimate     {in_words(seconds(prepared))} on this machine, {memory}")
     return lines
+
+
+def _ends(prepared: Prepared) -> str:
+    """Return what else is quantised, in words."""
+    if not prepared.ends:
+        return ""
+    count = sum(view.shape[0] * view.shape[1] for view in prepared.ends.values())
+    names = " and ".join(path.rpartition(".")[2] for path in prepared.ends)
+    return f"; {names} with {count / 1e6:,.1f} million at int{prepared.request.common.head_bits} or wider"
 
 
 def _because(prepared: Prepared, name: str) -> str:

@@ -32,6 +32,7 @@ from matquant.hf_torch.tokenizer import read_texts
 from matquant.hf_torch.views import View, plain_items
 from matquant.methods import distill
 from matquant.methods.parts.blocks import read_tensor
+from matquant.methods.parts.ends import nest_ends
 from matquant.methods.parts.fake import Grid
 from matquant.methods.parts.job import LOG, Job, Report, source_files
 from matquant.methods.parts.symmetry import choose_symmetry
@@ -140,6 +141,7 @@ def _make_job(prepared: Prepared, report: Report) -> tuple[Job, dict[str, bytes]
         dtypes=shards.dtypes,
         device=prepared.device,
         views=views,
+        ends=prepared.ends,
         grid=grid,
         spec=_make_spec(prepared, grid, before, stream),
         objective=request.widths,
@@ -204,6 +206,7 @@ def _make_spec(prepared: Prepared, grid: Grid, before: list[str], stream: np.nda
         symmetric=grid.symmetric,
         zeros=grid.zeros,
         grid=grid.kind,
+        head_bits=common.head_bits if prepared.ends else None,
         scale_dtype=common.scale_dtype,
         scope=common.scope,
         method=", ".join([*before, request.choice.method]),
@@ -238,10 +241,11 @@ def _first(
                 f"--start {start} has {name}={found!r}, this run needs {wanted!r}; quantise it again with {wanted!r}"
             )
     shapes = {path: view.shape for path, view in views.items()}
-    if dict(checkpoint.shapes) != shapes:
-        other = sorted(set(checkpoint.shapes.items()) ^ set(shapes.items()))[0][0]
+    there = {path: shape for path, shape in checkpoint.shapes.items() if path not in checkpoint.ends}
+    if there != shapes:
+        other = sorted(set(there.items()) ^ set(shapes.items()))[0][0]
         raise InputError(f"--start {start} and this run quantise different weights: {other}; use the same --scope")
-    first = {path: nested_to_torch(checkpoint.nested(path), device=device) for path in checkpoint.shapes}
+    first = {path: nested_to_torch(checkpoint.nested(path), device=device) for path in shapes}
     return [checkpoint.spec.method], first
 
 
@@ -273,9 +277,11 @@ def _write(prepared: Prepared, job: Job, nested: Nested, files: dict[str, bytes]
     def items() -> Iterator[Any]:
         yield from ((path, nested_to_numpy(tensor)) for path, tensor in nested)
         read = functools.partial(read_tensor, job) if streamed else None
-        yield from plain_items(job.model, job.views, job.dtypes, read=read)
+        yield from ((path, nested_to_numpy(tensor)) for path, tensor in nest_ends(job, read))
+        yield from plain_items(job.model, quantised, job.dtypes, read=read)
 
     request, streamed = prepared.request, prepared.request.method.streamed
+    quantised = {**job.views, **job.ends}
     folders = [Path(folder) for folder in (request.common.start, request.work) if folder is not None]
     history = b"".join((folder / LOG).read_bytes() for folder in folders if (folder / LOG).is_file())
     config = json.loads(job.model.config.to_json_string(use_diff=False))
@@ -286,7 +292,7 @@ def _write(prepared: Prepared, job: Job, nested: Nested, files: dict[str, bytes]
         items(),
         spec=job.spec,
         config=config,
-        ignore=unquantised_linears(job.model, job.views),
+        ignore=unquantised_linears(job.model, quantised),
         files={**files, **({LOG: history} if history else {})},
         overwrite=request.common.overwrite,
         shard_bytes=STREAMED_SHARD_BYTES if streamed else SHARD_BYTES,

@@ -12,7 +12,7 @@ from matquant.system.arguments import read_numbers
 from matquant.system.errors import InputError
 
 AFFINES = ("none", "refit", "learned")
-SCOPES = ("ffn", "attention", "all")
+SCOPES = ("ffn", "attention", "linears", "all")
 STORED, MIDRANGE = "stored", "midrange"
 AUTO, CHANNEL = "auto", "channel"
 GROUP_SIZES = (128, 64, 32, 16)  # ``auto`` tries them in this order: the usual size of other tools first
@@ -40,7 +40,12 @@ class Common:
         metavar="FILE",
         shown="text that comes with matquant",
     )
-    scope: str = option("all", "Linear layers to quantise: all, ffn or attention.", panel=BASICS, choices=SCOPES)
+    scope: str = option(
+        "all",
+        "What to quantise: all (linear layers, embedding and head), linears, ffn or attention.",
+        panel=BASICS,
+        choices=SCOPES,
+    )
     group_size: int | str | None = option(
         AUTO,
         "Weights that share a scale: a number, channel (one scale per row), or auto (the first of 128, 64, 32 and 16 "
@@ -113,6 +118,14 @@ class Common:
     )
     scale_dtype: str = option(
         "bfloat16", "Stored scales: bfloat16, or float32 (exact).", panel=GRID, choices=SCALE_DTYPES
+    )
+    head_bits: int = option(
+        6,
+        "Narrowest width at which embedding and head are read, unless a plan names them.",
+        panel=GRID,
+        least=1,
+        most=8,
+        metavar="BITS",
     )
     exclude: Sequence[str] = option(
         (),

@@ -7,7 +7,7 @@ A cost is an integer for each path and width: bits on disk (``--bits-per-weight`
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from matquant.core.nest import check_bits
 from matquant.format.read import Checkpoint
@@ -21,12 +21,27 @@ UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """A limit on a plan's cost. costs: (path, bits) -> integer. asked: the budget in words. least: a cost in words."""
+    """A limit on a plan's cost. costs: (path, bits) -> integer. asked: the budget in words. least: a cost in words.
+
+    fixed: paths whose widths are given, here and in every plan; their costs are not in ``limit``.
+    """
 
     limit: int
     costs: Mapping[tuple[str, int], int]
     asked: str
     least: Callable[[int], str]
+    fixed: Mapping[str, int] = field(default_factory=dict)
+
+    def fixing(self, bits: Mapping[str, int]) -> "Budget":
+        """Return the budget of the other paths, with these paths {path: bits} at these widths."""
+        more = {path: width for path, width in bits.items() if path not in self.fixed}
+        cost = self.cost(more)
+        return replace(
+            self,
+            limit=self.limit - cost,
+            least=lambda other: self.least(other + cost),
+            fixed={**self.fixed, **more},
+        )
 
     def cost(self, bits: Mapping[str, int]) -> int:
         """Return the cost of a plan {path: bits}."""
@@ -46,8 +61,11 @@ class Budget:
 
 def size_costs(checkpoint: Checkpoint, widths: Iterable[int]) -> dict[tuple[str, int], int]:
     """Return the bits on disk of every path at every width, all overhead included: (path, bits) -> bits."""
+    least = {path: {checkpoint.spec.head_bits or 1} for path in checkpoint.ends}
     return {
-        (path, bits): round(8 * size_bytes(checkpoint, path, bits)) for path in checkpoint.shapes for bits in widths
+        (path, bits): round(8 * size_bytes(checkpoint, path, bits))
+        for path in checkpoint.shapes
+        for bits in {*widths} | least.get(path, set())
     }
 
 

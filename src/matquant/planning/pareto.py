@@ -49,7 +49,7 @@ def measure_curves(
     uniform = {}
     for bits in sorted({*widths, *checkpoint.spec.widths}):
         kind = "trained" if bits in checkpoint.spec.widths else "interpolated"
-        uniform[bits] = add(f"uniform, {kind}", dict.fromkeys(checkpoint.shapes, bits))
+        uniform[bits] = add(f"uniform, {kind}", checkpoint.widths(bits))
     for limit in np.linspace(uniform[min(widths)], uniform[max(widths)], POINTS):
         budget = bits_budget(checkpoint, float(limit), widths=sorted({*widths, *PAPER_WIDTHS}))
         for strategy in STRATEGIES:

@@ -135,7 +135,10 @@ def make_plan(
     before = losses.evaluations if losses is not None else 0
     if strategy != SEARCH:
         check_strategy(strategy)
-        plan = strategy_plan(strategy, list(checkpoint.shapes), budget, widths=widths)
+        # strategies order layers: embedding and head have their least width
+        body = budget.fixing({path: bits for path, bits in checkpoint.widths(1).items() if path in checkpoint.ends})
+        paths = [path for path in checkpoint.shapes if path not in body.fixed]
+        plan = {**body.fixed, **strategy_plan(strategy, paths, body, widths=widths)}
     elif losses is None:
         raise InputError("--strategy search measures losses, which needs text; give --text FILE, or another --strategy")
     else:
@@ -162,7 +165,11 @@ def describe(checkpoint: Checkpoint, plan: Mapping[str, int], losses: "Losses | 
 def layer_table(plan: Mapping[str, int], title: str) -> Table:
     """Return the widths by layer: a row per decoder layer, a column per linear layer, experts together."""
     rows = []
-    for layer in by_layer(plan):
+    layers = by_layer(plan)
+    names = [str(number) for number in range(len(layers))]
+    if layers and not any(part.isdecimal() for part in layers[0][0].split(".")):  # embedding and head come first
+        names = ["", *names[:-1]]
+    for layer in layers:
         row: dict[str, set[int]] = {}
         for path in layer:
             row.setdefault(path.rpartition(".")[2], set()).add(plan[path])
@@ -171,8 +178,8 @@ def layer_table(plan: Mapping[str, int], title: str) -> Table:
     table = Table(title=title, title_justify="left")
     for name in ("layer", *columns):
         table.add_column(name, justify="right")
-    for number, row in enumerate(rows):
-        table.add_row(str(number), *("/".join(map(str, sorted(row.get(name, ())))) for name in columns))
+    for name, row in zip(names, rows, strict=True):
+        table.add_row(name, *("/".join(map(str, sorted(row.get(name, ())))) for name in columns))
     return table
 
 

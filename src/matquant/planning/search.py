@@ -18,6 +18,7 @@ from typing import Protocol
 import numpy as np
 
 from matquant.core.nest import MASTER_BITS
+from matquant.format.read import ends_of
 from matquant.planning.budget import Budget, Groups, by_layer, by_width
 from matquant.planning.strategies import STRATEGIES, widest_mix
 
@@ -47,29 +48,37 @@ def search(
     Never worse than the four strategies, the uniform widths and every plan of a smaller budget measured before.
     evaluations: maximum number of swaps to measure. InputError if nothing fits.
     """
-    groups = by_width(losses.paths, fused=fused)
+    groups = by_width((path for path in losses.paths if path not in budget.fixed), fused=fused)
     cost_GW = np.array(budget.table(groups, widths), dtype=np.int64)
-    loss_GW = sensitivities(losses, groups, widths)
+    loss_GW = sensitivities(losses, groups, widths, fixed=budget.fixed)
 
     def plan(choice: Choice) -> dict[str, int]:
-        return {path: widths[index] for group, index in zip(groups, choice, strict=True) for path in group}
+        chosen = {path: widths[index] for group, index in zip(groups, choice, strict=True) for path in group}
+        return {**budget.fixed, **chosen}
 
     def measure(choice: Choice) -> float:
         return losses.loss(plan(choice))
 
-    for simple in _simple_plans(groups, budget, widths):
-        losses.loss(simple)
-    measure(choose(loss_GW, cost_GW, limit=budget.limit))
-    found = ((loss, _express(bits, groups, widths)) for loss, bits in losses.known())
+    first = choose(loss_GW, cost_GW, limit=budget.limit)
+    for simple in _simple_plans(groups, budget, widths, plan(first)):
+        losses.loss({**budget.fixed, **simple})
+    measure(first)
+    known = ((loss, bits) for loss, bits in losses.known() if budget.fixed.items() <= bits.items())
+    found = ((loss, _express(bits, groups, widths)) for loss, bits in known)
     rows = np.arange(len(groups))
     start = min((loss, choice) for loss, choice in found if choice and cost_GW[rows, choice].sum() <= budget.limit)[1]
     best = refine(measure, start, loss_GW=loss_GW, cost_GW=cost_GW, limit=budget.limit, evaluations=evaluations)
     return plan(best)
 
 
-def sensitivities(losses: Measured, groups: Groups, widths: Sequence[int]) -> np.ndarray:
-    """Return every group's loss at every width, all else at 8 bits, minus the 8-bit loss: float64 [groups, widths]."""
-    everything = dict.fromkeys(losses.paths, MASTER_BITS)
+def sensitivities(
+    losses: Measured, groups: Groups, widths: Sequence[int], *, fixed: Mapping[str, int] | None = None
+) -> np.ndarray:
+    """Return every group's loss at every width, all else at 8 bits, minus the 8-bit loss: float64 [groups, widths].
+
+    fixed: widths of other paths, in all plans.
+    """
+    everything = {**dict.fromkeys(losses.paths, MASTER_BITS), **(fixed or {})}
     zero = losses.loss(everything)
     return np.array(
         [[losses.loss({**everything, **dict.fromkeys(group, bits)}) - zero for bits in widths] for group in groups]
@@ -86,20 +95,30 @@ def _widest(strategy: str, parts: Groups, budget: Budget, widths: Sequence[int])
     return {path: bits for part, bits in zip(parts, mix, strict=True) for path in part}
 
 
-def _simple_plans(groups: Groups, budget: Budget, widths: Sequence[int]) -> Iterator[dict[str, int]]:
+def _simple_plans(
+    groups: Groups, budget: Budget, widths: Sequence[int], estimated: Mapping[str, int]
+) -> Iterator[dict[str, int]]:
     """Yield the uniform widths within ``budget``, and the four strategies: over the paper's widths by layer, and over
-    every two neighbouring widths by group, which uses more of the budget.
+    every two neighbouring widths by group, which uses more of the budget. Strategies give embedding and head the widths
+    of the ``estimated`` plan.
     """
     paths = [path for group in groups for path in group]
     for bits in widths:
         uniform = dict.fromkeys(paths, bits)
         if budget.cost(uniform) <= budget.limit:
             yield uniform
+    # layers have an order, embedding and head have none
+    ends = {path: bits for path, bits in estimated.items() if path in ends_of(paths)}
+    groups = tuple(group for group in groups if not set(group) & ends.keys())
+    paths, budget = [path for group in groups for path in group], budget.fixing(ends)
+    if ends:
+        uniform_plans = (dict.fromkeys(paths, bits) for bits in widths)
+        yield from ({**ends, **uniform} for uniform in uniform_plans if budget.cost(uniform) <= budget.limit)
     paper = [bits for bits in PAPER_WIDTHS if bits in widths]
     for mixed, parts in ((paper, by_layer(paths)), *((pair, groups) for pair in itertools.pairwise(widths))):
         if mixed and budget.cost(dict.fromkeys(paths, mixed[0])) <= budget.limit:
             for strategy in STRATEGIES:
-                yield _widest(strategy, parts, budget, mixed)
+                yield {**ends, **_widest(strategy, parts, budget, mixed)}
 
 
 def _express(bits: Mapping[str, int], groups: Groups, widths: Sequence[int]) -> Choice | None:

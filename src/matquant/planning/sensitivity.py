@@ -27,7 +27,7 @@ import torch
 
 from matquant.core.nest import MASTER_BITS
 from matquant.format.manifest import PLAN_CACHE
-from matquant.format.read import Checkpoint, manifest_sha256, open_checkpoint
+from matquant.format.read import Checkpoint, ends_of, manifest_sha256, open_checkpoint
 from matquant.hf.source import check_source
 from matquant.hf.text import cut_windows, data_sha256, token_stream
 from matquant.hf_torch.config import check_context, vocabulary_size
@@ -49,7 +49,7 @@ SAVE_EVERY_S = 2.0
 SEQ_LEN = 512
 
 Plain = Mapping[str, int]  # path -> bits, every path
-Prefix = tuple[tuple[int, ...], ...]  # the widths of the first layers
+Prefix = tuple[tuple[int, ...], ...]  # the widths of embedding and head, and of the first layers
 
 
 class Losses:
@@ -170,8 +170,11 @@ class Forward:
         self._inside = [
             [path for path in model.bits_by_path if path.startswith(f"{name}.")] for name, _ in self._layers
         ]
+        self._ends = ends_of(model.bits_by_path)
         with torch.inference_mode():
-            self._start, self._calls = embed(model, self._inputs)
+            start, self._calls = embed(model, self._inputs)
+            # by the widths of a quantised embedding and head
+            self._starts = {tuple(model.bits_by_path[path] for path in self._ends): start}
             self._states: OrderedDict[Prefix, list[torch.Tensor]] = OrderedDict()
             if teacher is None:
                 model.set_bits(MASTER_BITS)
@@ -209,13 +212,18 @@ class Forward:
 
     def _outputs(self, bits: Plain) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Return the ids and the last layer's output, batch by batch; the model must be at these bits."""
-        widths = tuple(tuple(bits[path] for path in inside) for inside in self._inside)
-        depth = next((n for n in range(len(widths) - 1, 0, -1) if widths[:n] in self._states), 0)
-        states = self._states[widths[:depth]] if depth else self._start
-        if depth:
+        ends = tuple(bits[path] for path in self._ends)
+        widths = (ends, *(tuple(bits[path] for path in inside) for inside in self._inside))
+        depth = next((n for n in range(len(widths) - 1, 1, -1) if widths[:n] in self._states), 1)
+        if depth > 1:
+            states = self._states[widths[:depth]]
             self._states.move_to_end(widths[:depth])
+        else:
+            if ends not in self._starts:
+                self._starts[ends], _ = embed(self.model, self._inputs)
+            states = self._starts[ends]
         for layer in range(depth, len(widths)):
-            call, (_, module) = self._calls[layer], self._layers[layer]
+            call, (_, module) = self._calls[layer - 1], self._layers[layer - 1]
             states = [call(module, batch) for batch in states]
             if layer + 1 < len(widths):
                 self._states[widths[: layer + 1]] = states

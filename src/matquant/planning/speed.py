@@ -25,22 +25,25 @@ def speed_budget(directory: Path | str, tokens_per_second: float, *, widths: Seq
     engine = Engine(directory, max_bits=max(widths))
     record = bench(engine, bits=widths, tokens=min(TOKENS, engine.context - CONTEXT), rounds=ROUNDS, context=CONTEXT)
     rows: dict[str, int] = {}
-    for path, weight in engine.model.weights.items():
+    fixed = dict(engine.model.least)  # embedding and head: the profile does not read them at other widths
+    weights = {path: weight for path, weight in engine.model.weights.items() if path not in fixed}
+    for path, weight in weights.items():
         rows[_part(path)] = rows.get(_part(path), 0) + weight.planes.rows
     costs, rests = {}, []
     for bits in widths:
         row = record["widths"][str(bits)]
         scale = 1e6 / row["tok_s"] / sum(row["parts_us"].values())  # the profile runs other steps than the timing
-        for path, weight in engine.model.weights.items():
+        for path, weight in weights.items():
             share = weight.planes.rows / rows[_part(path)]
             costs[path, bits] = round(1000 * scale * row["parts_us"][_part(path)] * share)
-        rests.append(1e9 / row["tok_s"] - sum(costs[path, bits] for path in engine.model.weights))
+        rests.append(1e9 / row["tok_s"] - sum(costs[path, bits] for path in weights))
     rest = statistics.median(rests)
     return Budget(
         limit=int(1e9 / tokens_per_second - rest),
         costs=costs,
         asked=f"{tokens_per_second:g} tokens per second",
         least=lambda cost: f"{1e9 / (cost + rest):.1f} tokens per second",
+        fixed=fixed,
     )
 
 

@@ -62,7 +62,7 @@ def size_rows(
     checkpoint: Checkpoint, counts: np.ndarray, plans: Mapping[str, Mapping[str, int]]
 ) -> list[dict[str, Any]]:
     """Return a row per width and plan: bytes, bits per weight (all overhead included), and share of overflow."""
-    uniform = {f"int{bits}": dict.fromkeys(checkpoint.shapes, bits) for bits in shown_widths(checkpoint)}
+    uniform = {f"int{bits}": checkpoint.widths(bits) for bits in shown_widths(checkpoint)}
     rest = plain_bytes(checkpoint)
     rows = []
     for name, widths in (*uniform.items(), *plans.items()):

@@ -53,7 +53,7 @@ def write_report(
                 f"{name} was measured on checkpoint {str(found)[:12]}…, but {directory} is {sha256[:12]}…; "
                 "evaluate this checkpoint, or give the directory of the other"
             )
-    named = {name: Plan.read(file).resolve(checkpoint.shapes) for name, file in by_name(plans, "--plan").items()}
+    named = {name: checkpoint.widths(Plan.read(file)) for name, file in by_name(plans, "--plan").items()}
     for name, record in records.items():
         plan = record.get("plan")
         if isinstance(plan, dict) and isinstance(plan.get("bits"), dict) and plan["bits"] not in named.values():

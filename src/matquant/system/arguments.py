@@ -48,7 +48,18 @@ MAPPING: Kind = (_is(Mapping), "a mapping, such as {path: bits}")
 KINDS: dict[str, Kind] = {
     **dict.fromkeys(("path", "directory", "model", "out", "start"), PATH),
     **dict.fromkeys(
-        ("max_tokens", "top_k", "seed", "capacity", "length", "context", "stride", "group_size", "baseline_bits"),
+        (
+            "max_tokens",
+            "top_k",
+            "seed",
+            "capacity",
+            "length",
+            "context",
+            "stride",
+            "group_size",
+            "baseline_bits",
+            "head_bits",
+        ),
         INTEGER,
     ),
     **dict.fromkeys(("temperature", "top_p", "min_p"), NUMBER),

@@ -27,10 +27,11 @@ class Job:
     """A float model and how to quantise it.
 
     source: the model's origin. model: with weights, or without them for methods that work block by block; read: reads
-    its tensors by name; dtypes: their stored dtypes. views: the linear layers to quantise, by path. stream: token ids,
-    for methods with data. options: the method's settings. work: a folder that outlives an interruption; resume:
-    continue from its contents. report: called with each log record. first: tensors to start from; start_sha256: their
-    checkpoint. files: descriptions that change with the source's files, by name.
+    its tensors by name; dtypes: their stored dtypes. views: the linear layers to quantise, by path. ends: embedding and
+    head, which no method sees. stream: token ids, for methods with data. options: the method's settings. work: a folder
+    that outlives an interruption; resume: continue from its contents. report: called with each log record. first:
+    tensors to start from; start_sha256: their checkpoint. files: descriptions that change with the source's files, by
+    name.
     """
 
     source: str
@@ -47,6 +48,7 @@ class Job:
     stream: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     options: Mapping[str, Any] = field(default_factory=dict)
     report: Report = lambda record: None
+    ends: Mapping[str, View] = field(default_factory=dict)
     first: Mapping[str, NestedTensor] = field(default_factory=dict)
     start_sha256: str = ""
     files: Mapping[str, str] = field(default_factory=dict)
