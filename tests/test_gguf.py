@@ -23,9 +23,10 @@ from matquant.core.spec import Plan
 from matquant.export import export
 from matquant.export.blocks import CONTAINERS, LAYOUTS, pack_blocks
 from matquant.export.containers import FIXED, Container, Encoded, Fit, decode
-from matquant.export.tokens import NORMAL, PATTERNS, UNUSED, read_tokens
+from matquant.export.tokens import read_tokens
 from matquant.format.read import open_checkpoint
 from matquant.hf.families import supported
+from matquant.hf.llama_words import NORMAL, PATTERNS, UNUSED
 from matquant.system.errors import InputError
 
 LARGE: dict[str, Any] = {**SMALL, "hidden_size": 256, "intermediate_size": 288}

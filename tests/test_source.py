@@ -99,9 +99,10 @@ REJECTED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         },
         ("cannot be loaded as a model (model-1-of-1.safetensors is missing)",),
     ),
-    "gguf": ({"model.gguf": "GGUF"}, ("has no config.json but GGUF files for llama.cpp", FLOAT)),
-    "gguf with config": ({"config.json": LLAMA, "q4.gguf": "GGUF"}, ("no weights except q4.gguf", FLOAT)),
-    "nothing": ({"readme.txt": "hello"}, ("has no config.json; give a Hugging Face model directory or a hub id",)),
+    "gguf": ({"model.gguf": "GGUF"}, ("has no config.json but a GGUF file; give that file", "model.gguf")),
+    "ggufs": ({"a.gguf": "GGUF", "b.gguf": "GGUF"}, ("GGUF files; give one of these files, not the directory",)),
+    "gguf with config": ({"config.json": LLAMA, "q4.gguf": "GGUF"}, ("no weights except q4.gguf; give that file",)),
+    "nothing": ({"readme.txt": "hello"}, ("has no config.json; give a Hugging Face model directory, a GGUF file or",)),
 }
 
 
@@ -122,9 +123,8 @@ def test_float_weights_with_buffers_of_older_versions_are_accepted(tmp_path: Pat
 
 def test_a_file_is_named_by_what_it_is(tmp_path: Path) -> None:
     model = write_model(tmp_path / "model", {"config.json": LLAMA, "model.safetensors": {f"{Q}.weight": "BF16"}})
-    write_model(tmp_path, {"weights": "GGUF...", "note.txt": "x"})
+    write_model(tmp_path, {"note.txt": "x"})
     for file, part in (
-        (tmp_path / "weights", "is a GGUF file for llama.cpp"),
         (model / "model.safetensors", f"give the directory it is in, {model}"),
         (tmp_path / "note.txt", "is a file, not a model directory"),
     ):

@@ -52,7 +52,7 @@ def _signature() -> inspect.Signature:
     recipes = "; ".join(f"{name}: {recipe.why}" for name, recipe in RECIPES.items())
     fixed: dict[str, Any] = {
         "model": Annotated[
-            str, typer.Argument(metavar="MODEL", help="Hugging Face directory or hub id of a float model.")
+            str, typer.Argument(metavar="MODEL", help="Float model: a Hugging Face directory, a GGUF file or a hub id.")
         ],
         "out": Annotated[
             Path, typer.Option("--out", "-o", metavar="OUT", help="Directory to write.", rich_help_panel=BASICS)

@@ -88,6 +88,25 @@ def write_safetensors(
     file: Path, parts: Sequence[Part], *, report: Report, metadata: Mapping[str, str] | None = PYTORCH
 ) -> None:
     """Write one safetensors file, part by part. metadata: goes into its header."""
+    with file.open("wb") as stream:
+        stream.write(_header(parts, metadata))
+        for part, arrays in made(parts):
+            for slot, array in zip(part.slots, arrays, strict=True):
+                assert (array.dtype, array.shape) == (DTYPES[slot.dtype], slot.shape), (slot, array.dtype, array.shape)
+                stream.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+            report(part.bytes)
+
+
+def write_zeros(file: Path, parts: Sequence[Part]) -> None:
+    """Write a safetensors file with these names, dtypes and shapes whose numbers are all 0 and take no space."""
+    header = _header(parts, PYTORCH)
+    with file.open("wb") as stream:
+        stream.write(header)
+        stream.truncate(len(header) + sum(part.bytes for part in parts))
+
+
+def _header(parts: Sequence[Part], metadata: Mapping[str, str] | None) -> bytes:
+    """Return the start of a safetensors file, up to its data."""
     header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
     end = 0
     for slot in (slot for part in parts for slot in part.slots):
@@ -95,10 +114,4 @@ def write_safetensors(
         end += slot.bytes
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # data start at a multiple of 8
-    with file.open("wb") as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
-        for part, arrays in made(parts):
-            for slot, array in zip(part.slots, arrays, strict=True):
-                assert (array.dtype, array.shape) == (DTYPES[slot.dtype], slot.shape), (slot, array.dtype, array.shape)
-                stream.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-            report(part.bytes)
+    return len(text).to_bytes(8, "little") + text

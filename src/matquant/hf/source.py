@@ -11,10 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from matquant.hf.gguf import check_gguf
+from matquant.hf.gguf_file import is_gguf
 from matquant.hf.tensors import INDEX, MERGE, SINGLE, check_stored, read_headers, read_json_object, shards, some
 from matquant.system.errors import InputError
 
-GIVE = "give a Hugging Face model directory or a hub id"
+GIVE = "give a Hugging Face model directory, a GGUF file or a hub id"
 GIVE_FLOAT = "give the float model it was made from"
 LOADABLE = "give a directory with config.json and safetensors, or a hub id that this machine can reach"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}")
@@ -29,7 +31,7 @@ QUANTISER_FILES = {  # written beside the weights by tools that leave no record 
     "hf_quant_config.json": "ModelOpt",
 }
 OTHER_FORMATS = (  # other kinds of directories without config.json
-    ("*.gguf", "GGUF files for llama.cpp", f"{GIVE_FLOAT}"),
+    ("*.gguf", "GGUF files", "give one of these files, not the directory"),
     ("model_index.json", "a diffusion pipeline", "give a causal language model"),
     ("params.json", "a model in its maker's own format", "give its conversion to the Hugging Face format"),
     ("snapshots/*/config.json", "the hub's cache of a model", "give the directory under snapshots"),
@@ -45,7 +47,10 @@ def check_source(source: Path | str) -> None:
         check_directory(where)
         return
     if where.is_file():
-        raise InputError(_describe_file(where))
+        if not is_gguf(where):
+            raise InputError(_describe_file(where))
+        check_gguf(where)
+        return
     if not is_hub_id(source):
         raise InputError(f"{source}: no such model directory{_nearest(where)}; {GIVE}")
     try:
@@ -69,7 +74,7 @@ def _check_weights(where: Path) -> None:
     if not present and not read_json_object(where / "config.json").get("transformers_weights"):
         others = sorted(where.glob("*.gguf"))
         if others:
-            raise InputError(f"{where} has no weights except {others[0].name}, a GGUF file for llama.cpp; {GIVE_FLOAT}")
+            raise InputError(f"{where} has no weights except {others[0].name}; give that file, not the directory")
         raise InputError(f"{where} cannot be loaded as a model (it has neither {' nor '.join(WEIGHTS)}); {LOADABLE}")
     missing = [] if SINGLE in present else [file.name for file in shards(where) if not file.is_file()]
     if missing:
@@ -137,10 +142,6 @@ def _tool(key: str, record: Any) -> str:
 
 def _describe_file(file: Path) -> str:
     """Return why a file is not a model."""
-    with file.open("rb") as stream:
-        is_gguf = stream.read(4) == b"GGUF"
-    if is_gguf or file.suffix.lower() == ".gguf":
-        return f"{file} is a GGUF file for llama.cpp; {GIVE_FLOAT}"
     if (file.parent / "config.json").is_file():
         return f"{file} is a file, not a model directory; give the directory it is in, {file.parent}"
     return f"{file} is a file, not a model directory; {GIVE}"
@@ -152,6 +153,9 @@ def _describe_other(where: Path) -> str:
         base = read_json_object(where / ADAPTER_FILES[0]).get("base_model_name_or_path")
         model = f" for {base}" if base else ""
         return f"{where} is a LoRA adapter{model}, not a model; {MERGE}"
+    files = sorted(where.glob("*.gguf"))
+    if len(files) == 1:
+        return f"{where} has no config.json but a GGUF file; give that file, {files[0]}"
     for pattern, kind, remedy in OTHER_FORMATS:
         if any(where.glob(pattern)):
             return f"{where} has no config.json but {kind}; {remedy}"

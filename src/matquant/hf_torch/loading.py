@@ -10,6 +10,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import CONFIG_NAME
 
 from matquant.format.manifest import listed_only
+from matquant.hf.gguf import as_directory
 from matquant.hf.panics import check_merges, one_line
 from matquant.hf.sidefiles import missing_packages, readable
 from matquant.hf_torch import Model
@@ -27,7 +28,14 @@ from matquant.system.errors import InputError
 
 
 def load_float(source: Path | str, *, dtype: torch.dtype | None = None) -> Model:
-    """Load the float model of a local directory or a hub id, in evaluation mode; ``dtype`` None keeps the file's."""
+    """Load the float model of a directory, a GGUF file or a hub id, in evaluation mode; ``dtype`` None keeps theirs."""
+    with as_directory(source) as directory:
+        model = _load_directory(directory, dtype)
+    model.config.name_or_path = str(source)
+    return model
+
+
+def _load_directory(source: Path | str, dtype: torch.dtype | None) -> Model:
     with loading(source), readable(source) as place:
         config = float_config(source)
         check_fits(source, config)
@@ -35,7 +43,6 @@ def load_float(source: Path | str, *, dtype: torch.dtype | None = None) -> Model
             place, config=config, dtype=dtype or "auto", output_loading_info=True, ignore_mismatched_sizes=True
         )
         check_dtypes(source)
-    model.config.name_or_path = str(source)
     head = head_name(model)
     remedy = "repair the model"
     if info["missing_keys"] == {head}:

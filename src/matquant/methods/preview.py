@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from matquant.hf.gguf import as_directory, quantised_notice
 from matquant.hf_torch.layers import decoder_layers
 from matquant.methods.prepare import Prepared, prepare
 from matquant.options import METHODS
@@ -29,7 +30,10 @@ PYTHON_BYTES = 400e6  # memory of the process with torch, before any model
 
 def preview(model: Path | str, request: Request) -> list[str]:
     """Return the lines of ``--dry-run``, from names and shapes only."""
-    return describe(prepare(model, request, with_numbers=False))
+    notice = quantised_notice(model)
+    with as_directory(model, with_numbers=False) as directory:
+        lines = describe(prepare(directory, request, with_numbers=False))
+    return [*lines, f"note: {notice}"] if notice else lines
 
 
 def describe(prepared: Prepared) -> list[str]:

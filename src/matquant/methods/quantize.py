@@ -22,6 +22,7 @@ from matquant.core.spec import Spec
 from matquant.core.tensor import NestedTensor
 from matquant.format.read import manifest_sha256, open_checkpoint
 from matquant.format.write import SHARD_BYTES, check_writable, write_checkpoint
+from matquant.hf.gguf import as_directory, quantised_notice
 from matquant.hf.text import count_windows, data_sha256, token_stream
 from matquant.hf_torch import Model
 from matquant.hf_torch.arrays import nested_to_numpy, nested_to_torch
@@ -64,8 +65,9 @@ def quantize(
 ) -> Path:
     """Quantise a float model into one nested checkpoint and return its directory.
 
-    model: Hugging Face directory or hub id. out: directory to write; an interrupted run leaves ``.OUT.work`` beside it,
-    which ``resume=True`` continues. recipe: a name in options.recipes.RECIPES, by default "balanced"; or method: a name
+    model: Hugging Face directory, GGUF file or hub id. out: directory to write; an interrupted run leaves ``.OUT.work``
+    beside it, which ``resume=True`` continues. recipe: a name in options.recipes.RECIPES, by default "balanced"; or
+    method: a name
     in options.METHODS, with its own defaults. options: those of all methods (options/common.py) and of the method
     (options/); they override the recipe's. docs/options.md lists them. report: called with each record of progress.
 
@@ -93,17 +95,32 @@ def run(
         check_work(request.target, method=request.choice.method, resume=common.resume, overwrite=common.overwrite)
         if common.threads is not None:
             torch.set_num_threads(common.threads)
-        if request.method.stages is not None:
-            if announce is not None:
-                announce(preview(model, request))
-            return distill.run(quantize, model, request, report=report)
-        prepared = prepare(model, request)
-        job, files = _make_job(prepared, report)
+        notice = quantised_notice(model)
+        if notice:
+            report({"notice": notice})
+        with as_directory(model, beside=request.target, report=functools.partial(_converted, report)) as directory:
+            return _run(directory, request, report, announce)
+
+
+def _run(model: Path | str, request: Request, report: Report, announce: Callable[[list[str]], None] | None) -> Path:
+    """Run the method on a model that is a directory or on the hub."""
+    if request.method.stages is not None:
         if announce is not None:
-            announce(describe(prepared))
-        _write(prepared, job, _method(request)(job), files)
-        shutil.rmtree(request.work, ignore_errors=True)
-        return request.target
+            announce(preview(model, request))
+        return distill.run(quantize, model, request, report=report)
+    prepared = prepare(model, request)
+    job, files = _make_job(prepared, report)
+    if announce is not None:
+        announce(describe(prepared))
+    _write(prepared, job, _method(request)(job), files)
+    shutil.rmtree(request.work, ignore_errors=True)
+    return request.target
+
+
+def _converted(report: Report, done_bytes: int, total_bytes: int) -> None:
+    """Report the progress of reading a GGUF file."""
+    done, total = (round(size / 1e6) for size in (done_bytes, total_bytes))
+    report({"stage": "reading the GGUF file", "unit": "MB", "step": done, "steps": total, "loss": {}})
 
 
 def _method(request: Request) -> Callable[[Job], Nested]:
