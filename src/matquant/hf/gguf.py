@@ -28,6 +28,7 @@ from matquant.system.errors import InputError
 from matquant.system.files import check_replaceable, check_space, json_bytes, replace_directory_when_done
 from matquant.system.locks import check_place, delete, sibling
 
+ORIGIN = "converted_from"  # key of config.json: the name of the GGUF file
 EXACT_BITS = 8.5  # bits per weight of Q8_0; narrower types are reported
 NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' -> transformers'
 Report = Callable[[int, int], None]  # bytes written, total bytes
@@ -132,7 +133,7 @@ def _fill(
 ) -> None:
     """Write config.json and the weights into a new directory."""
     dtype = _dtype(header, tensors)
-    (directory / "config.json").write_bytes(json_bytes({**config, "dtype": NAMES[dtype]}))
+    (directory / "config.json").write_bytes(json_bytes({**config, "dtype": NAMES[dtype], ORIGIN: header.file.name}))
     parts = [_part(header, stored, dtype) for stored in tensors]
     if not with_numbers:
         write_zeros(directory / SINGLE, parts)

@@ -77,7 +77,7 @@ def read_config(header: Header) -> dict[str, Any]:
     where, name = header.file, header.architecture
     if name not in FAMILIES:
         raise InputError(
-            f"{where} has the architecture {name!r}, which is not supported as GGUF, only {', '.join(FAMILIES)}; "
+            f"{where} has the architecture {name!r}, which is not supported as GGUF, only {', '.join(sorted(FAMILIES))}; "
             f"{INSTEAD}"
         )
     kind = FAMILIES[name]

@@ -22,7 +22,7 @@ from matquant.core.spec import Spec
 from matquant.core.tensor import NestedTensor
 from matquant.format.read import manifest_sha256, open_checkpoint
 from matquant.format.write import SHARD_BYTES, check_writable, write_checkpoint
-from matquant.hf.gguf import as_directory, quantised_notice
+from matquant.hf.gguf import ORIGIN, as_directory, quantised_notice
 from matquant.hf.text import count_windows, data_sha256, token_stream
 from matquant.hf_torch import Model
 from matquant.hf_torch.arrays import nested_to_numpy, nested_to_torch
@@ -304,6 +304,7 @@ def _write(prepared: Prepared, job: Job, nested: Nested, files: dict[str, bytes]
     config = json.loads(job.model.config.to_json_string(use_diff=False))
     config["dtype"] = str(next(iter(job.dtypes.values()))).removeprefix("torch.")
     config["architectures"] = [type(job.model).__name__]
+    config["_name_or_path"] = config.pop(ORIGIN, None) or config.get("_name_or_path")
     write_checkpoint(
         request.target,
         items(),
