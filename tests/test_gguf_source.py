@@ -399,6 +399,14 @@ CHANGED: dict[str, tuple[dict[str, Any], str]] = {
     "no words": ({"tokenizer.ggml.pre": "viking"}, "llama.cpp's 'viking', which is not supported, only gpt-2, smollm"),
     "wordpiece": ({"tokenizer.ggml.model": "bert"}, "has a tokenizer of type 'bert'; gpt2 and llama are supported"),
     "no token": ({"tokenizer.ggml.eos_token_id": 999}, "tokenizer.ggml.eos_token_id = 999, and 257 tokens"),
+    "scores of nothing": ({"tokenizer.ggml.model": "llama"}, "a tokenizer without a score for each of 257 tokens"),
+    "numbers for tokens": ({"tokenizer.ggml.tokens": [1, 2]}, "tokenizer.ggml.tokens that are not texts"),
+    "numbers for merges": ({"tokenizer.ggml.merges": [1, 2]}, "tokenizer.ggml.merges that are not texts"),
+    "a token twice": ({"tokenizer.ggml.tokens": ["a"] * 257}, "has the token 'a' twice"),
+    "more tokens than rows": (
+        {"tokenizer.ggml.tokens": [str(index) for index in range(301)], "tokenizer.ggml.token_type": [1] * 301},
+        "has 301 tokens for 300 rows of the embedding",
+    ),
     "no alignment": ({"general.alignment": 0}, "has general.alignment 0"),
 }
 
@@ -423,7 +431,7 @@ def test_another_architecture_a_part_and_a_cut_file_are_named(tmp_path: Path, mo
     for name, part in (
         ("falcon", "has the architecture 'rwkv7', which is not supported as GGUF, only gemma2, llama, qwen2, qwen3"),
         ("model-00001-of-00002", "is one of 2 parts of a model"),
-        ("cut", "is truncated: blk.1.ffn_norm.weight ends at byte"),
+        ("cut", "is truncated: blk.1.ffn_down.weight ends at byte"),
         ("head", "is truncated: it ends inside its header"),
     ):
         with pytest.raises(InputError, match=name) as caught:

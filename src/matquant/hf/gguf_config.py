@@ -77,8 +77,8 @@ def read_config(header: Header) -> dict[str, Any]:
     where, name = header.file, header.architecture
     if name not in FAMILIES:
         raise InputError(
-            f"{where} has the architecture {name!r}, which is not supported as GGUF, only {', '.join(sorted(FAMILIES))}; "
-            f"{INSTEAD}"
+            f"{where} has the architecture {name!r}, which is not supported as GGUF, "
+            f"only {', '.join(sorted(FAMILIES))}; {INSTEAD}"
         )
     kind = FAMILIES[name]
     given = {key.removeprefix(f"{name}."): value for key, value in header.values.items() if key.startswith(f"{name}.")}

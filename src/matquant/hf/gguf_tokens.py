@@ -69,17 +69,28 @@ def _get(header: Header, key: str, default: Any) -> Any:
 
 def _texts(header: Header, vocab_size: int) -> tuple[list[str], list[int]]:
     """Return the text and the type of every token."""
-    texts = _get(header, "tokens", None)
-    types = _get(header, "token_type", None) or [NORMAL] * len(texts or ())
-    if not isinstance(texts, list) or not texts or len(texts) > vocab_size or len(types) != len(texts):
-        found = len(texts) if isinstance(texts, list) else "no"
-        raise InputError(f"{header.file} has {found} tokens for {vocab_size} rows of the embedding; copy it again")
+    texts = _list(header, "tokens", str)
+    types = _list(header, "token_type", int) or [NORMAL] * len(texts)
+    if not texts or len(texts) > vocab_size or len(types) != len(texts):
+        raise InputError(
+            f"{header.file} has {len(texts)} tokens for {vocab_size} rows of the embedding, and {len(types)} types of "
+            f"tokens; {INSTEAD}"
+        )
     used = [text for text, kind in zip(texts, types, strict=True) if kind != UNUSED]
     if len(set(used)) != len(used):
         seen: set[str] = set()
         twice = next(text for text in used if text in seen or seen.add(text))  # type: ignore[func-returns-value]
         raise InputError(f"{header.file} has the token {twice!r} twice; {INSTEAD}")
-    return list(texts), list(types)
+    return texts, types
+
+
+def _list(header: Header, key: str, kind: type) -> list[Any]:
+    """Return a list of the metadata, empty if it is missing; InputError for other values in it."""
+    found = _get(header, key, [])
+    if not isinstance(found, list) or not all(isinstance(value, kind) for value in found):
+        name = {str: "texts", int: "integers", float: "numbers"}[kind]
+        raise InputError(f"{header.file} has tokenizer.ggml.{key} that are not {name}; {INSTEAD}")
+    return found
 
 
 def _splits(kind: int) -> bool:
@@ -111,7 +122,7 @@ def _byte_level(header: Header, texts: list[str], types: list[int]) -> dict[str,
         elif step != GPT2:
             parts.append({"type": "Split", "pattern": {"Regex": step}, "behavior": "Isolated", "invert": False})
     parts.append({**byte_level, "use_regex": steps[-1] == GPT2})
-    pairs = [tuple(merge.split(" ", 1)) for merge in _get(header, "merges", [])]
+    pairs = [tuple(merge.split(" ", 1)) for merge in _list(header, "merges", str)]
     merges = [pair for pair in pairs if len(pair) == 2 and {*pair, "".join(pair)} <= vocabulary.keys()]
     return {
         "normalizer": None,
@@ -123,7 +134,7 @@ def _byte_level(header: Header, texts: list[str], types: list[int]) -> dict[str,
 
 def _pattern(header: Header) -> tuple[tuple[str, ...], bool]:
     """Return the patterns that split text, and whether words that are tokens skip merging."""
-    name = _get(header, "pre", "default")
+    name = str(_get(header, "pre", "default"))
     known = {name: key for key, name in PATTERNS.items()}
     found = known.get(ALIASES.get(name, name))
     if found is None:
@@ -154,8 +165,8 @@ def _bpe(vocabulary: Mapping[str, int], merges: Sequence[Any], *, unknown: str |
 
 def _sentencepiece(header: Header, texts: list[str], types: list[int]) -> dict[str, Any]:
     """Return tokenizer.json of byte-pair encoding with byte fallback, as SentencePiece runs it."""
-    scores = _get(header, "scores", None)
-    if not isinstance(scores, list) or len(scores) != len(texts):
+    scores = _list(header, "scores", float)
+    if len(scores) != len(texts):
         raise InputError(f"{header.file} has a tokenizer without a score for each of {len(texts)} tokens; {INSTEAD}")
     vocabulary = _vocabulary(texts, types)
     unknown = next((text for text, kind in zip(texts, types, strict=True) if kind == UNKNOWN), None)
@@ -198,7 +209,7 @@ def _ids(header: Header) -> dict[str, int]:
 
 def _post_processor(header: Header, texts: Sequence[str], *, sentencepiece: bool) -> dict[str, Any] | None:
     """Return what adds bos and eos to every text: as the file says, else llama.cpp's defaults; None if nothing does."""
-    pre = _get(header, "pre", "default")
+    pre = str(_get(header, "pre", "default"))
     usual = sentencepiece or ALIASES.get(pre, pre) in ("llama-bpe", "tekken")
     adds = {"bos": bool(_get(header, "add_bos_token", usual)), "eos": bool(_get(header, "add_eos_token", False))}
     special = {kind: index for kind, index in _ids(header).items() if adds.get(kind)}

@@ -280,9 +280,11 @@ def _read_sidecar(file: Path, checkpoint_sha256: str) -> list[dict[str, Any]]:
 
 
 def _fingerprint(model: Path | str) -> str:
-    """Return a hub id unchanged; for a directory, the sha256 of its configuration and weights."""
+    """Return a hub id unchanged; for a file its sha256; for a directory that of its configuration and weights."""
     check_source(model)
     where = Path(model)
+    if where.is_file():
+        return sha256(where)
     if not where.is_dir():
         return str(model)
     files = sorted([where / "config.json", *where.glob("*.safetensors"), *where.glob("*.bin")])
