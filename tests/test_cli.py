@@ -179,7 +179,7 @@ def test_comparisons_fail_on_any_difference(tmp_path: Path) -> None:
 
 # The model ------------------------------------------------------------------------------------------------------------
 
-KIND = "give a Hugging Face model directory or a hub id"
+KIND = "give a Hugging Face model directory, a GGUF file or a hub id"
 
 
 @pytest.mark.parametrize("model", ["nowhere", "./nowhere", "../nowhere", "a/b/c", "/nowhere/at/all"])

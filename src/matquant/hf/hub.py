@@ -39,7 +39,7 @@ def find_snapshot(name: str) -> Path | None:
     except errors.RepositoryNotFoundError:
         raise InputError(
             f"{name} is neither a local directory nor a model on the hub (a private one needs: hf auth login); "
-            "give a Hugging Face model directory or a hub id"
+            "give a Hugging Face model directory, a GGUF file or a hub id"
         ) from None
     except errors.EntryNotFoundError:
         raise InputError(

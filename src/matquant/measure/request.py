@@ -23,7 +23,7 @@ class Request:
 
     text: Sequence[Path] = ()  # held-out text; empty: only tasks
     plan_file: Path | None = None  # also measure this plan
-    reference: Path | str | None = None  # also measure this float model, a directory or hub id
+    reference: Path | str | None = None  # also measure this float model: a directory, a GGUF file or a hub id
     seq_len: int | None = None  # sequence length in tokens; None: the model's context
     stride: int | None = None  # tokens between the starts of two sequences; None: no overlap
     max_tokens: int | None = None  # evaluate at most this many tokens of the text
