@@ -4,8 +4,10 @@ The numbers are those of the file. Float types keep their dtype; norms and biase
 get the dtype of the matrices if it holds them exactly. Q8_0 becomes float32, which holds it exactly; float16 and
 bfloat16 do not. A file with types narrower than Q8_0 becomes bfloat16, in which most such models were trained: it
 rounds by at most a sixteenth of a step of those types (7e-5 nats on SmolLM2-135M in Q4_1, 4,096 tokens of wikitext-2),
-and the parts that stay float take half the space. Tensors are read, dequantised and written one at a time by two
-threads, so memory does not grow with the model (the embedding is usually the largest tensor).
+and the parts that stay float take half the space.
+
+Tensors are read, dequantised and written one at a time by two threads, so memory does not grow with the model: SmolLM2,
+whose embedding is 113 MB in float32, takes 280 MB.
 """
 
 import contextlib
