@@ -52,8 +52,7 @@ def assert_same_files(one: Path, other: Path, *, but: tuple[str, ...] = ()) -> N
 # Numbers -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("kind", "tied"), [("F32", False), *((kind, True) for kind in KINDS)])
 def test_the_model_is_the_one_that_transformers_reads(kind: str, tied: bool, tmp_path: Path) -> None:
     file = write_gguf(tmp_path / "model.gguf", tiny_llama(tied=tied, dtype=FLOATS.get(kind, torch.float32)), kind)
     stored = FLOATS.get(kind, torch.bfloat16 if kind.startswith("Q4") else torch.float32)
@@ -137,7 +136,9 @@ CONFIGS: dict[str, Callable[[], Any]] = {
 }
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=[pytest.mark.slow] * (name in ("mistral", "qwen2"))) for name in CONFIGS]
+)
 def test_what_we_export_is_read_back(family: str, tmp_path: Path) -> None:
     """Names, biases, rotary scaling, windows and soft caps: the int8 export is the int8 model."""
     torch.manual_seed(0)

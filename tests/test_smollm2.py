@@ -81,7 +81,7 @@ def test_every_step_is_made_once_and_an_interrupted_run_continues(
     assert f"1/6 fetch: done before, {out / 'model.gguf'}" in shown
     assert "2/6 convert: done before" in shown
     made = out / "fast"
-    record = json.loads(next(made.glob("eval-*.json")).read_text())
+    record = json.loads(next(made.glob("eval-*/held-out-text.json")).read_text())
     assert set(record["log_perplexity"]) == {"8", "6", "4", "3", "2"}
     assert abs(record["reference"] - record["log_perplexity"]["8"]) < 0.05
     answers = json.loads((made / "answers.json").read_text())
@@ -119,6 +119,6 @@ def test_the_real_model_by_the_fast_recipe(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     answers = json.loads((tmp_path / "fast" / "answers.json").read_text())["answers"]
     assert "Paris" in answers["int8"]
-    record = json.loads(next((tmp_path / "fast").glob("eval-*.json")).read_text())
+    record = json.loads(next((tmp_path / "fast").glob("eval-*/*.json")).read_text())
     assert abs(record["log_perplexity"]["8"] - record["reference"]) < 0.02
     assert torch.isfinite(torch.tensor(list(record["log_perplexity"].values()))).all()

@@ -28,6 +28,7 @@ from matquant.system.interrupted import RECORD, work_folder
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 OUT = ROOT / "out" / "smollm2"
+NAME = "SmolLM2-135M-Instruct"  # of the checkpoint, and so the title of the report
 TEXT = ROOT / "experiments" / "log.md"
 QUESTION = "What is the capital of France?"
 WIDTHS = (8, 4, 3, 2)
@@ -48,19 +49,19 @@ def main(arguments: list[str] | None = None) -> None:
         model, made = out / "model", out / given.recipe
         step(1, "fetch", out / "model.gguf", fetch)
         step(2, "convert", model, lambda target: convert(out / "model.gguf", target))
-        step(3, "quantise", made / "checkpoint", lambda target: quantise(model, target, given.recipe))
-        record = made / f"eval-{_digest(texts)}.json"
-        step(4, "evaluate", record, lambda target: evaluate(made / "checkpoint", target, texts, model))
+        checkpoint, record = made / NAME, made / f"eval-{_digest(texts)}" / "held-out-text.json"
+        step(3, "quantise", checkpoint, lambda target: quantise(model, target, given.recipe))
+        step(4, "evaluate", record, lambda target: evaluate(checkpoint, target, texts, model))
         print(f"5/6 answer: {given.question}", flush=True)
-        answer(made / "checkpoint", given.question, made / "answers.json")
+        answer(checkpoint, given.question, made / "answers.json")
         print("6/6 report", flush=True)
-        verb("report", made / "checkpoint", "--eval", record, "-o", made / "report.html")
+        verb("report", checkpoint, "--eval", record, "-o", made / "report.html")
     except InputError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         print("interrupted; repeat the command to continue", file=sys.stderr)
         sys.exit(INTERRUPTED)
-    print(f"read {_short(made / 'report.html')}; talk to it: matquant chat {_short(made / 'checkpoint')} --bits 4")
+    print(f"read {_short(made / 'report.html')}; talk to it: matquant chat {_short(checkpoint)} --bits 4")
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
