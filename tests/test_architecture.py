@@ -30,7 +30,7 @@ HEAVY = {  # package -> who imports it: files, or a folder whose files may; the 
     "transformers": ["hf_torch", "integrations/quantizer.py"],
     "accelerate": ["hf_torch/shards.py"],
     "matplotlib": ["report/tables.py"],
-    "lm_eval": ["integrations/lm_eval.py"],
+    "lm_eval": ["integrations/harness.py", "integrations/lm_eval.py"],
     "vllm": ["integrations/vllm.py"],
     "huggingface_hub": ["hf/hub.py"],
 }

@@ -60,7 +60,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
         wrap=lambda model, tokenizer, batch_size: model,
         score=score,
     )
-    monkeypatch.setattr(runs, "find_harness", lambda: harness)
+    monkeypatch.setattr(runs, "find_harness", lambda engine: harness)
     return done
 
 
@@ -175,7 +175,7 @@ def test_a_reference_or_a_picture_needs_text(checkpoint: Path, questions: Path, 
     for more in ({"reference": "x"}, {"plot_file": tmp_path / "x.png"}):
         with pytest.raises(InputError) as caught:
             evaluate_checkpoint(checkpoint, bits=(8,), tasks=["boolq"], tasks_data=questions, **more)  # type: ignore[arg-type]
-        assert str(caught.value) == "--reference and --plot need log-perplexity; give --text FILE"
+        assert str(caught.value) == "--reference, --metrics and --plot need log-perplexity; give --text FILE"
 
 
 def test_options_of_tasks_need_tasks(checkpoint: Path, text_file: Path, questions: Path) -> None:

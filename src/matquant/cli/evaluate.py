@@ -23,6 +23,16 @@ def evaluate(
     text: Text = None,
     plan: Annotated[Path | None, Option(metavar="FILE", help="Also evaluate this mixed-precision plan.")] = None,
     reference: Annotated[str | None, Option(metavar="MODEL", help="Also evaluate this float reference.")] = None,
+    reference_logits: Annotated[
+        Path | None,
+        Option(metavar="FILE", help="Keep the reference's log-probabilities here and reuse them.", show_default="no"),
+    ] = None,
+    metrics: Annotated[
+        str, Option(metavar="NAMES", help="ppl; against the reference kld (KL divergence) and top1 (same token).")
+    ] = "ppl",
+    engine: Annotated[
+        str, Option(help="torch: exact, CPU or GPU; native: the CPU engine with int8 activations, without torch.")
+    ] = "torch",
     seq_len: Annotated[
         int | None, Option(help="Sequence length in tokens.", show_default="the model's context")
     ] = None,
@@ -47,29 +57,19 @@ def evaluate(
 ) -> None:
     """Measure log-perplexity and zero-shot accuracy at every width; the last line is JSON."""
     options: dict[str, Any] = {
-        "text": text or [],
-        "plan_file": plan,
-        "reference": reference,
-        "seq_len": seq_len,
-        "stride": stride,
-        "max_tokens": max_tokens,
-        "skip_documents": skip_documents,
-        "tasks": None if tasks is None else [name.strip() for name in tasks.split(",") if name.strip()],
-        "tasks_data": tasks_data,
-        "limit": limit,
-        "batch_size": batch_size,
-        "json_file": json_file,
-    }
+        "text": text or [], "plan_file": plan, "reference": reference, "reference_logits": reference_logits,
+        "metrics": _names(metrics), "engine": engine, "seq_len": seq_len, "stride": stride, "max_tokens": max_tokens,
+        "skip_documents": skip_documents, "tasks": None if tasks is None else _names(tasks), "tasks_data": tasks_data,
+        "limit": limit, "batch_size": batch_size, "json_file": json_file,
+    }  # fmt: skip
     measured = widths(bits)
     check_evaluation(directory, needs_picture=plot is not None, **options)  # before torch is imported
     with progress.counted("eval") as count:
         record = run.evaluate_checkpoint(
-            directory,
-            bits=measured,
-            device=device,
-            plot_file=plot,
-            **options,
-            show=Console().print,
-            report=count,
+            directory, bits=measured, device=device, plot_file=plot, **options, show=Console().print, report=count
         )
     print(json_text(record))
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]

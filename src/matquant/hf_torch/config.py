@@ -93,7 +93,12 @@ def config_dtype(config: Mapping[str, Any]) -> torch.dtype:
 
 def context_length(model: Model) -> int:
     """Return the model's context in tokens; CONTEXT if its configuration names none (BLOOM, Mamba)."""
-    config = model.config.get_text_config()
+    return configured_context(model.config)
+
+
+def configured_context(parsed: Any) -> int:
+    """Return the context in tokens that a parsed configuration names, else CONTEXT."""
+    config = parsed.get_text_config()
     found = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
     return int(found or CONTEXT)
 

@@ -1,36 +1,50 @@
-"""lm-evaluation-harness: register nested checkpoints as a model type, and run single tasks.
+"""lm-evaluation-harness with torch: register nested checkpoints as a model type, and wrap loaded models.
 
 The harness does not find other packages' models, so this module is its command line with our model registered:
 
     python -m matquant.integrations.lm_eval run --model matquant --model_args pretrained=DIR,bits=4 --tasks arc_easy
 
-All other options are the harness's. This is the only file that imports ``lm_eval`` (extra ``eval``).
+All other options are the harness's. This file and ``harness.py`` are the only ones that import ``lm_eval`` (extra
+``eval``).
 """
 
 import sys
-from pathlib import Path
 from typing import Any
 
-import lm_eval
 import torch
 from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
 
 from matquant.core.spec import Plan
 from matquant.hf.text import check_ids
 from matquant.hf_torch.loading import load_tokenizer
 from matquant.hf_torch.nested_model import load
+from matquant.integrations.harness import TEMPLATES, VERSION, Report, load_task, score
 from matquant.system.errors import InputError
 
-VERSION: str = lm_eval.__version__
-TEMPLATES = Path(lm_eval.__file__).parent / "tasks"  # the harness's task files
+__all__ = ["TEMPLATES", "VERSION", "CheckedLM", "NestedLM", "load_task", "main", "score", "wrap"]
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class CheckedLM(HFLM):  # type: ignore[misc]
-    """The harness's transformers model; tokens outside the embedding raise InputError."""
+    """The harness's transformers model; tokens outside the embedding raise InputError.
+
+    report: called with the answers scored, and in total, if it is set.
+    """
+
+    report: Report | None = None
+    _answers = _scored = 0
+
+    def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
+        self._answers, self._scored = len(requests), 0
+        return super().loglikelihood(requests, disable_tqdm=disable_tqdm or self.report is not None)
+
+    def _model_call(self, inps: Any, *arguments: Any, **options: Any) -> Any:
+        if self.report is not None:
+            self.report(min(self._scored, self._answers), self._answers)
+        self._scored += len(inps)
+        return super()._model_call(inps, *arguments, **options)
 
     def tok_encode(self, *arguments: Any, **options: Any) -> Any:
         found = super().tok_encode(*arguments, **options)
@@ -84,23 +98,6 @@ class NestedLM(CheckedLM):
 def wrap(model: Any, tokenizer: Any, *, batch_size: int) -> Any:
     """Wrap a loaded transformers model for the harness; its width may change between tasks."""
     return CheckedLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-
-
-def load_task(file: Path) -> Any:
-    """Load a zero-shot task from its YAML file, with its data (from the hub if the file says so)."""
-    (task,) = TaskManager(include_defaults=False).load([str(file)])["tasks"].values()
-    task.set_config(key="num_fewshot", value=0)
-    return task
-
-
-def score(model: Any, task: Any, *, limit: int | None = None) -> dict[str, Any]:
-    """Return the results of one task as the harness reports them: "acc,none", "acc_stderr,none", ..., "sample_len".
-
-    Does what ``lm_eval.simple_evaluate`` does, without its survey of the machine, which takes longer than a small task.
-    """
-    found = lm_eval.evaluate(lm=model, task_dict={"tasks": {task.task_name: task}}, limit=limit, log_samples=False)
-    (results,) = found["results"].values()
-    return dict(results)
 
 
 def main() -> None:

@@ -1,23 +1,19 @@
 """Evaluate a checkpoint on text and tasks at several widths, with tables, a record and a picture as results."""
 
+import contextlib
 import functools
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from rich.console import RenderableType
 
 from matquant.core.spec import Plan
 from matquant.format.read import Checkpoint, manifest_sha256, open_checkpoint
 from matquant.format.sizes import bits_per_weight
-from matquant.hf.text import token_stream
-from matquant.hf_torch.config import check_context, context_length, vocabulary_size
-from matquant.hf_torch.device import choose_device
-from matquant.hf_torch.finite import checked_logits
-from matquant.hf_torch.loading import load_float, load_tokenizer
-from matquant.hf_torch.nested_model import load
-from matquant.measure.likelihood import evaluate, log_perplexity, predicted_tokens
+from matquant.measure import kept
+from matquant.measure.metrics import METRICS
 from matquant.measure.request import Request, check_evaluation
 from matquant.measure.tasks import (
     check_tasks,
@@ -28,9 +24,17 @@ from matquant.measure.tasks import (
     summarise,
     task_average,
 )
+from matquant.measure.windows import Windows, cut
 from matquant.report.tables import check_picture, plot_widths, task_table, width_table, write_json
+from matquant.system.errors import InputError
+from matquant.system.lazy import lazy
 from matquant.system.locks import holding
 from matquant.system.progress import Count
+
+if TYPE_CHECKING:
+    from matquant.measure import with_engine, with_torch
+else:
+    with_engine, with_torch = lazy("matquant.measure.with_engine"), lazy("matquant.measure.with_torch")
 
 Show = Callable[[RenderableType], None]
 
@@ -51,10 +55,11 @@ def evaluate_checkpoint(
     """Evaluate a checkpoint at ``bits``, at a plan and beside its float model; return and write the record.
 
     options: fields of ``request.Request``. device None: cuda if there is one. The record is {"checkpoint": sha256 of
-    its manifest, "log_perplexity": {width: nats per token}, "bits_per_weight": {width: bits}, "reference": nats or
-    None, "tokens": predicted tokens, "context": sequence length}, with a plan also "plan": {"name": file name, "bits":
-    {path: bits}}, with tasks also "tasks": {width: {task: {"metric": the one in Task Avg., "metrics": {name: fraction
-    of 1}, "questions": count, "fingerprint": sha256}}} and "task_average": {width: fraction of 1}.
+    its manifest, "engine": "torch" or "native", "log_perplexity": {width: nats per token}, "bits_per_weight": {width:
+    bits}, "reference": nats or None, "tokens": predicted tokens, "context": sequence length}, with a plan also "plan":
+    {"name": file name, "bits": {path: bits}}, with these metrics also "kld": {width: nats per token} and "top1":
+    {width: fraction of 1}, with tasks also "tasks": {width: {task: {"metric": the one in Task Avg., "metrics": {name:
+    fraction of 1}, "questions": count, "fingerprint": sha256}}} and "task_average": {width: fraction of 1}.
 
     The record is written after every task, and results in ``json_file`` with the same fingerprint are reused: a killed
     run continues. progress: called with every task in words. report: called with the current width or task, the amount
@@ -64,31 +69,27 @@ def evaluate_checkpoint(
     documents = check_evaluation(directory, json_file=json_file, needs_picture=plot_file is not None, **options)
     if plot_file is not None:
         check_picture(plot_file)
-    place = choose_device(device)
     data = check_tasks(request.tasks, request.tasks_data) if request.tasks is not None else {}
     if request.tasks is not None:
-        find_harness()  # raises before any work if it is not installed
+        find_harness(request.engine)  # raises before any work if it is not installed
+    backend = _backend(request, device)
     checkpoint = open_checkpoint(directory)
-    plans = {str(width): Plan(default=width) for width in bits}
-    record: dict[str, Any] = {"checkpoint": manifest_sha256(directory)}
-    if request.plan_file is not None:
-        plans["plan"] = Plan.read(request.plan_file)
-        record["plan"] = {"name": request.plan_file.stem, "bits": checkpoint.widths(plans["plan"])}
-    widths = {name: checkpoint.widths(plan) for name, plan in plans.items()}
-    sizes = {name: bits_per_weight(checkpoint, bits_by_path) for name, bits_by_path in widths.items()}
-    record |= {"log_perplexity": {}, "bits_per_weight": sizes, "reference": None, "context": None, "tokens": 0}
-    stream = _stream(directory, checkpoint, documents, request) if request.text else None
-    report("loading the model", 0, 0)
-    model = load(directory, device=place, check_hashes=False, kernels="none")  # open_checkpoint has just checked them
-    if stream is not None:
-        record |= _measure_text(model, stream, request, bits=bits, plan=plans.get("plan"), device=place, report=report)
-        shown = {**({} if request.reference is None else {"float": record["reference"]}), **record["log_perplexity"]}
-        show(width_table(f"{directory}, {record['tokens']:,} tokens, sequences of {record['context']}", shown, sizes))
+    plans, record = _begin(checkpoint, bits, request)
+    with contextlib.ExitStack() as scratch:
+        compared = None
+        if request.text:
+            windows = _windows(backend, checkpoint, documents, request)
+            opened = _reference(backend, checkpoint, windows, request, device=device, report=report)
+            compared = scratch.enter_context(opened)
+        report("loading the model", 0, 0)
+        model = backend.open_model(directory, device=device)
+        if compared is not None:
+            record |= _measure_text(model, plans, windows, compared, request, report)
+            show(_width_table(directory, record))
     if request.tasks is not None:
         scores = _score_tasks(
-            model, directory, widths, data, request, known=known_results(json_file),
-            checkpoint_sha256=record["checkpoint"], progress=progress, report=report,
-        )  # fmt: skip
+            model, checkpoint, plans, data, request, known=known_results(json_file), progress=progress, report=report
+        )
         _collect_tasks(record, scores, json_file)
         show(task_table(f"{directory}, zero-shot, percent", record["tasks"], record["task_average"]))
     if plot_file is not None:
@@ -98,37 +99,88 @@ def evaluate_checkpoint(
     return record
 
 
-def _stream(directory: Path, checkpoint: Checkpoint, documents: list[str], request: Request) -> np.ndarray:
-    """Return the tokens to evaluate, one more than are predicted."""
-    vocab_size = vocabulary_size(checkpoint.config)
-    tokenizer = load_tokenizer(directory)
-    stream = token_stream(documents[request.skip_documents :], tokenizer, vocab_size=vocab_size)
-    return stream if request.max_tokens is None else stream[: request.max_tokens + 1]
+def _backend(request: Request, device: str | None) -> Any:
+    """Return the module that evaluates with an engine, with its device checked."""
+    backend = with_torch if request.engine == "torch" else with_engine
+    backend.check_device(device)
+    return backend
+
+
+def _begin(checkpoint: Checkpoint, bits: Sequence[int], request: Request) -> tuple[dict[str, Plan], dict[str, Any]]:
+    """Return the plan of every width, and the record before anything is measured."""
+    plans = {str(width): Plan(default=width) for width in bits}
+    record: dict[str, Any] = {"checkpoint": manifest_sha256(checkpoint.directory), "engine": request.engine}
+    if request.plan_file is not None:
+        plans["plan"] = Plan.read(request.plan_file)
+        record["plan"] = {"name": request.plan_file.stem, "bits": checkpoint.widths(plans["plan"])}
+    sizes = {name: bits_per_weight(checkpoint, checkpoint.widths(plan)) for name, plan in plans.items()}
+    return plans, record | {
+        "log_perplexity": {}, "bits_per_weight": sizes, "reference": None, "context": None, "tokens": 0
+    }  # fmt: skip
+
+
+def _windows(backend: Any, checkpoint: Checkpoint, documents: Sequence[str], request: Request) -> Windows:
+    """Return the sequences to evaluate."""
+    stream = backend.read_stream(checkpoint.directory, checkpoint, documents[request.skip_documents :])
+    if request.max_tokens is not None:
+        stream = stream[: request.max_tokens + 1]  # one more than are predicted
+    return cut(stream, context=request.seq_len or backend.default_context(checkpoint), stride=request.stride)
+
+
+@contextlib.contextmanager
+def _reference(
+    backend: Any, checkpoint: Checkpoint, windows: Windows, request: Request, *, device: str | None, report: Count
+) -> Iterator[tuple[float | None, kept.Kept | None]]:
+    """Yield the reference's log-perplexity, and its log-probabilities if a metric needs them; None without them."""
+    source = request.reference
+
+    def read(writer: kept.Writer | None = None) -> float:
+        if source is None:
+            raise InputError(f"--reference-logits {request.reference_logits}: no such file; give --reference too")
+        return with_torch.read_reference(
+            source, windows, checkpoint=checkpoint, device=device, writer=writer, report=report
+        )
+
+    if not request.compares:
+        yield (None if source is None else read()), None
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        file = request.reference_logits or Path(scratch) / "reference.safetensors"
+        facts = kept.describe(windows, reference=None if source is None else kept.identity(source))
+        size = {"tokens": windows.predicted, "vocab": backend.vocabulary_rows(checkpoint)}
+        if not file.exists():
+            with kept.writing(file, facts, **size) as writer:
+                read(writer=writer)
+        found = kept.open_kept(file, facts, **size)
+        yield found.log_perplexity, found
 
 
 def _measure_text(
     model: Any,
-    stream: np.ndarray,
+    plans: Mapping[str, Plan],
+    windows: Windows,
+    compared: tuple[float | None, kept.Kept | None],
     request: Request,
-    *,
-    bits: Sequence[int],
-    plan: Plan | None,
-    device: Any,
     report: Count,
 ) -> dict[str, Any]:
-    """Return the record's entries measured on text: log-perplexity, context, tokens, and the float reference."""
-    context, stride = request.seq_len or context_length(model), request.stride
-    check_context(model, context)
-    results = evaluate(model, stream, bits=bits, plan=plan, context=context, stride=stride, report=report)
-    tokens = predicted_tokens(stream, context=context, stride=stride)
-    found: dict[str, Any] = {"log_perplexity": results, "context": context, "tokens": tokens}
-    if request.reference is not None:
-        dtype = next(model.parameters()).dtype
-        report("loading the float model", 0, 0)
-        floating = load_float(request.reference, dtype=dtype).to(device)
-        told = functools.partial(report, "the float model")
-        found["reference"] = log_perplexity(floating, stream, context=context, stride=stride, report=told)
+    """Return the record's entries measured on text."""
+    reference, truth = compared
+    results = dict(model.measure(plans, windows, kept=truth, report=report))
+    found: dict[str, Any] = {"context": windows.context, "tokens": windows.predicted, "reference": reference}
+    for metric in ("ppl", *(name for name in METRICS if name != "ppl" and name in request.metrics)):
+        key = "log_perplexity" if metric == "ppl" else metric
+        found[key] = {name: values[metric] for name, values in results.items()}
     return found
+
+
+def _width_table(directory: Path, record: Mapping[str, Any]) -> RenderableType:
+    reference = {} if record["reference"] is None else {"float": record["reference"]}
+    return width_table(
+        f"{directory}, {record['tokens']:,} tokens, sequences of {record['context']}",
+        {**reference, **record["log_perplexity"]},
+        record["bits_per_weight"],
+        compared={name: record[name] for name in METRICS if name in record},
+    )
 
 
 def _collect_tasks(
@@ -145,13 +197,12 @@ def _collect_tasks(
 
 def _score_tasks(
     model: Any,
-    directory: Path,
-    widths: Mapping[str, Mapping[str, int]],
+    checkpoint: Checkpoint,
+    plans: Mapping[str, Plan],
     data: Mapping[str, str],
     request: Request,
     *,
     known: Mapping[str, Any],
-    checkpoint_sha256: str,
     progress: Callable[[str], None],
     report: Count,
 ) -> Iterator[tuple[str, str, dict[str, Any]]]:
@@ -159,27 +210,31 @@ def _score_tasks(
 
     data: task -> sha256 of its file. known: fingerprint -> result to reuse.
     """
-    harness = find_harness()
-    limit, batch_size = request.limit, request.batch_size
-    facts = {"checkpoint": checkpoint_sha256, "limit": limit, "batch_size": batch_size, "lm_eval": harness.VERSION}
+    harness = find_harness(request.engine)
+    limit, sha256 = request.limit, manifest_sha256(checkpoint.directory)
+    facts = {"checkpoint": sha256, "limit": limit, "batch_size": request.batch_size, "lm_eval": harness.VERSION}
+    if request.engine != "torch":
+        facts["engine"] = request.engine
+    widths = {name: checkpoint.widths(plan) for name, plan in plans.items()}
     keys = {
-        (name, task): fingerprint(bits=bits_by_path, task=task, data=sha256, **facts)
+        (name, task): fingerprint(bits=bits_by_path, task=task, data=content, **facts)
         for name, bits_by_path in widths.items()
-        for task, sha256 in data.items()
+        for task, content in data.items()
     }
     needed = [task for task in data if any(keys[name, task] not in known for name in widths)]
     with open_tasks(harness, needed, request.tasks_data) as opened:
-        served = harness.wrap(model, load_tokenizer(directory), batch_size=batch_size)
+        served = model.wrap(harness, batch_size=request.batch_size)
         for number, ((name, task), key) in enumerate(keys.items(), 1):
             place = f"{number} of {len(keys)}: {task} at {f'int{name}' if name.isdigit() else name}"
             report(place, number - 1, len(keys))
+            served.report = functools.partial(report, place)
             if key in known:
                 progress(f"{place}, reused from the record")
                 yield name, task, known[key]
             else:
                 progress(place)
                 model.set_bits(plan=widths[name])
-                with checked_logits(model):
+                with model.checked():
                     results = harness.score(served, opened[task], limit=limit)
                 yield name, task, summarise(task, results, key=key)
 

@@ -3,6 +3,8 @@
 Prompts, answers and metrics come from the harness's task files; data come from the hub, or from local files (one JSON
 object per line, with the field names of the hub's data sets) that replace the data in those task files. One model is
 loaded, dense (``kernels="none"``), and switched in place, so results equal the harness on the dense slice exactly.
+With ``--engine native`` the same harness asks the native engine, without torch: its int8 activations may change an
+answer here and there.
 
 Task Avg. is the mean of one metric per task. The paper (section 4) names the six tasks but not the metrics; we use the
 harness's length-normalised accuracy if there is one, and plain accuracy for BoolQ and Winogrande. The record has both.
@@ -82,14 +84,16 @@ def _check_file(file: Path, task: Task) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def find_harness() -> Any:
-    """Return the module that imports lm-evaluation-harness; InputError if that is not installed."""
+def find_harness(engine: str = "torch") -> Any:
+    """Return the module that runs lm-evaluation-harness on an engine; InputError if that is not installed."""
     try:
-        return importlib.import_module("matquant.integrations.lm_eval")
+        return importlib.import_module(f"matquant.integrations.{'lm_eval' if engine == 'torch' else 'harness'}")
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("matquant"):
             raise
-        raise InputError(f"--tasks needs {error.name}, which is not installed; pip install 'matquant[eval]'") from None
+        raise InputError(
+            f"--tasks needs {str(error.name).partition('.')[0]}, which is not installed; pip install 'matquant[eval]'"
+        ) from None
 
 
 @contextlib.contextmanager
