@@ -18,7 +18,7 @@ from typing import Any
 
 from matquant.planning.run import SEARCH
 from matquant.planning.strategies import STRATEGIES
-from matquant.report.tables import plot_widths
+from matquant.report.plots import plot_widths
 from plan import FREE, interpolate
 from quality import ATTENTION, CELLS, CODISTILLATION, SETTINGS, TEST, WIDTHS, chosen, records
 

@@ -540,7 +540,7 @@ def test_a_device_whose_memory_is_full_is_named(
     def load(*_: Any, **__: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 8.00 GiB. See ...")
 
-    monkeypatch.setattr("matquant.measure.run.load", load)
+    monkeypatch.setattr("matquant.measure.with_torch.load", load)
     message = "CUDA out of memory. Tried to allocate 2.00 GiB; use a smaller --batch-size or --seq-len, or --device cpu"
     refuse("eval", checkpoint, "--text", text_file, message=message)
 
@@ -1021,7 +1021,8 @@ def last_record(result: Result) -> dict[str, Any]:
 def test_evaluating_ends_with_one_line_of_json(run: Run, checkpoint: Path, text_file: Path) -> None:
     result = run("eval", checkpoint, "--text", text_file, "--bits", "8,4,2", columns=60)
     record = last_record(result)
-    assert set(record) == {"checkpoint", "log_perplexity", "bits_per_weight", "reference", "context", "tokens"}
+    keys = {"checkpoint", "engine", "log_perplexity", "bits_per_weight", "reference", "context", "tokens"}
+    assert set(record) == keys
     assert (record["reference"], record["context"]) == (None, 64)
     found = open_checkpoint(checkpoint)
     for bits in ("8", "4", "2"):
@@ -1082,7 +1083,7 @@ def test_a_picture_of_an_unknown_kind_is_refused_before_any_work(
 def test_a_reference_that_is_no_model_is_refused_before_any_work(
     refuse: Refuse, checkpoint: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("matquant.measure.run.evaluate", Interrupt(print, 1))  # Ctrl-C if it comes to evaluating
+    monkeypatch.setattr("matquant.measure.with_torch.measure", Interrupt(print, 1))  # Ctrl-C if it comes to evaluating
     arguments = ("eval", checkpoint, "--text", text_file, "--bits", "8", "--reference", "nowhere")
     refuse(*arguments, message=f"nowhere: no such model directory; {KIND}")
 
@@ -1325,8 +1326,9 @@ FLAGS: dict[str, list[str]] = {
         *("--device", "--threads", "--help"),
     ],
     "eval": [
-        "--bits", "--text", "--plan", "--reference", "--seq-len", "--stride", "--max-tokens", "--skip-documents",
-        "--tasks", "--tasks-data", "--limit", "--batch-size", "--device", "--json", "--plot", "--help",
+        "--bits", "--text", "--plan", "--reference", "--reference-logits", "--metrics", "--engine", "--seq-len",
+        "--stride", "--max-tokens", "--skip-documents", "--tasks", "--tasks-data",
+        "--limit", "--batch-size", "--device", "--json", "--plot", "--help",
     ],
     "report": [
         "--out", "--eval", "--plan", "--pareto", "--sensitivity", "--text", "--max-tokens", "--device", "--help",
@@ -1405,6 +1407,8 @@ DEFAULTS: dict[str, dict[str, str]] = {
     },
     "eval": {
         "--bits": "8,6,4,3,2",
+        "--metrics": "ppl",
+        "--engine": "torch",
         "--seq-len": "(the model's context)",
         "--stride": "(no overlap)",
         "--skip-documents": "0",

@@ -5,6 +5,7 @@ stand-in that counts what it is asked.
 """
 
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +15,11 @@ from typing import Any
 import pytest
 
 import conftest
+import matquant
 from matquant import cli
 from matquant.export import export
 from matquant.format.read import manifest_sha256
+from matquant.hf_torch.loading import load_tokenizer
 from matquant.measure import run as runs
 from matquant.measure.run import evaluate_checkpoint
 from matquant.measure.tasks import TASKS, check_tasks, find_harness, open_tasks
@@ -297,3 +300,43 @@ def test_the_harness_command_line_knows_matquant(
         ours.main()
     assert ended.value.code == 2
     assert "error: bits=9 is not a width" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_native_engine_answers_as_torch_does_without_it(harness: Any, data: Path, tmp_path: Path) -> None:
+    """In float arithmetic every metric of the dense model; in int8 without importing torch."""
+    from lm_eval.api.instance import Instance
+
+    torch_side, native_side = find_harness(), find_harness("native")
+    out = conftest.quantize(data / "models" / "stories260K", tmp_path / "out", method="rtn", scope="all")
+    questions = [json.loads(line) for line in (data / "zeroshot" / "arc_easy.jsonl").read_text().splitlines()[:4]]
+    pairs = [(f"Question: {q['question']}\nAnswer:", f" {text}") for q in questions for text in q["choices"]["text"]]
+    pairs += [("", "Once upon a time"), ("long " * 600, " end"), ("a ", "b")]
+    asked = [Instance("loglikelihood", {}, pair, index) for index, pair in enumerate(pairs)]
+    engine = matquant.Engine(out, activations="float", threads=1)
+    native = native_side.wrap_engine(engine)
+    counted: list[tuple[int, int]] = []
+    native.report = lambda *state: counted.append(state)
+    dense = torch_side.wrap(matquant.load(out, 3, kernels="none"), load_tokenizer(out), batch_size=4)
+    expected = dense.loglikelihood(asked, disable_tqdm=True)
+    wider = native.loglikelihood(asked)
+    native.set_widths(engine.widths(3))
+    found = native.loglikelihood(asked)
+    assert [score for score, _ in found] == pytest.approx([score for score, _ in expected], abs=2e-3)
+    assert [is_greedy for _, is_greedy in found] == [is_greedy for _, is_greedy in expected]
+    assert [score for score, _ in wider] != pytest.approx([score for score, _ in expected], abs=2e-3)
+    assert counted[: len(pairs)] == [(done, len(pairs)) for done in range(len(pairs))]
+
+    words = ["eval", out, "--engine", "native", "--bits", "8,2", "--tasks", "arc_easy", "--limit", "10"]
+    words += ["--tasks-data", data / "zeroshot"]
+    code = (
+        "import sys; from matquant import cli\n"
+        f"sys.argv = {['matquant', *map(str, words)]!r}\n"
+        "try: cli.main()\nexcept SystemExit as end: assert not end.code\n"
+        "assert not {'torch', 'transformers'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    record = json.loads(done.stdout.splitlines()[-1])
+    assert record["tasks"]["8"]["arc_easy"]["questions"] == 10
+    assert "eval: 2 of 2: arc_easy at int2" in done.stderr

@@ -27,7 +27,8 @@ from matquant.hf_torch.nested_model import load
 from matquant.measure.likelihood import evaluate, log_perplexity
 from matquant.methods.quantize import quantize
 from matquant.options.recipes import DEFAULT
-from matquant.report.tables import plot_histograms, plot_widths, write_json
+from matquant.report.plots import plot_histograms, plot_widths
+from matquant.report.tables import write_json
 from matquant.system.errors import InputError
 
 REFERENCE = Path(__file__).resolve().parents[2] / "examples" / "reference"

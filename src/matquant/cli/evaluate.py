@@ -25,13 +25,13 @@ def evaluate(
     reference: Annotated[str | None, Option(metavar="MODEL", help="Also evaluate this float reference.")] = None,
     reference_logits: Annotated[
         Path | None,
-        Option(metavar="FILE", help="Keep the reference's log-probabilities here and reuse them.", show_default="no"),
+        Option(metavar="FILE", help="Keep the reference's log-probabilities here and reuse them."),
     ] = None,
     metrics: Annotated[
-        str, Option(metavar="NAMES", help="ppl; against the reference kld (KL divergence) and top1 (same token).")
+        str, Option(metavar="NAMES", help="ppl; against the reference kld (KL divergence), top1 (same top token).")
     ] = "ppl",
     engine: Annotated[
-        str, Option(help="torch: exact, CPU or GPU; native: the CPU engine with int8 activations, without torch.")
+        str, Option(help="torch (exact, CPU or GPU) or native (the CPU engine; int8 activations).")
     ] = "torch",
     seq_len: Annotated[
         int | None, Option(help="Sequence length in tokens.", show_default="the model's context")

@@ -44,12 +44,14 @@ def model_card(job: Job) -> str:
     )
 
 
-def _measured(evaluation: Mapping[str, Any] | None) -> list[tuple[str, float, float | None, float | None]]:
-    """Return (width, bits per weight, log-perplexity, task average) for every width in an evaluation record."""
+def _measured(
+    evaluation: Mapping[str, Any] | None,
+) -> list[tuple[str, float, float | None, float | None, float | None]]:
+    """Return (width, bits per weight, log-perplexity, KL divergence, task average) of an evaluation record."""
     if evaluation is None:
         return []
-    losses, averages = evaluation.get("log_perplexity", {}), evaluation.get("task_average", {})
+    losses, klds, averages = (evaluation.get(key, {}) for key in ("log_perplexity", "kld", "task_average"))
     return [
-        (f"int{name}" if name.isdigit() else name, size, losses.get(name), averages.get(name))
+        (f"int{name}" if name.isdigit() else name, size, losses.get(name), klds.get(name), averages.get(name))
         for name, size in evaluation["bits_per_weight"].items()
     ]

@@ -84,6 +84,7 @@ def add_logits(totals: Totals, logits_TV: np.ndarray, targets: np.ndarray, truth
 
 def divergence(reference_TV: np.ndarray, found_TV: np.ndarray) -> float:
     """Return the sum over rows of KL(reference || found), nats, of float32 log-probabilities."""
-    difference = reference_TV - found_TV
+    with np.errstate(invalid="ignore"):  # a token that neither model gives
+        difference = reference_TV - found_TV
     difference[np.isneginf(reference_TV)] = 0.0  # probability 0 adds nothing
     return math.fsum(np.einsum("tv,tv->t", np.exp(reference_TV), difference).tolist())

@@ -25,7 +25,7 @@ from matquant.measure.tasks import (
     task_average,
 )
 from matquant.measure.windows import Windows, cut
-from matquant.report.tables import check_picture, plot_widths, task_table, width_table, write_json
+from matquant.report.tables import task_table, width_table, write_json
 from matquant.system.errors import InputError
 from matquant.system.lazy import lazy
 from matquant.system.locks import holding
@@ -33,7 +33,9 @@ from matquant.system.progress import Count
 
 if TYPE_CHECKING:
     from matquant.measure import with_engine, with_torch
+    from matquant.report import plots
 else:
+    plots = lazy("matquant.report.plots")
     with_engine, with_torch = lazy("matquant.measure.with_engine"), lazy("matquant.measure.with_torch")
 
 Show = Callable[[RenderableType], None]
@@ -68,7 +70,7 @@ def evaluate_checkpoint(
     request = Request(**options)
     documents = check_evaluation(directory, json_file=json_file, needs_picture=plot_file is not None, **options)
     if plot_file is not None:
-        check_picture(plot_file)
+        plots.check_picture(plot_file)
     data = check_tasks(request.tasks, request.tasks_data) if request.tasks is not None else {}
     if request.tasks is not None:
         find_harness(request.engine)  # raises before any work if it is not installed
@@ -245,4 +247,4 @@ def _plot(file: Path, record: Mapping[str, Any], title: str) -> None:
     curves = {title: ([sizes[name] for name in names], [results[name] for name in names])}
     if "plan" in sizes:
         curves["plan"] = ([sizes["plan"]], [results["plan"]])
-    plot_widths(file, curves, reference=record["reference"])
+    plots.plot_widths(file, curves, reference=record["reference"])

@@ -20,7 +20,8 @@ from matquant.planning.run import SEARCH, SEARCHED_WIDTHS, check_output, describ
 from matquant.planning.search import EVALUATIONS, PAPER_WIDTHS
 from matquant.planning.sensitivity import Losses
 from matquant.planning.strategies import STRATEGIES
-from matquant.report.tables import check_picture, plot_widths, write_json
+from matquant.report.plots import check_picture, plot_widths
+from matquant.report.tables import write_json
 from matquant.system.errors import InputError
 from matquant.system.files import read_json
 from matquant.system.locks import holding

@@ -12,6 +12,7 @@ from matquant.format.sizes import bits_per_weight, plain_bytes, plan_bytes
 from matquant.report.values import fixed, is_number, numbers, percent, plan_name, size, width_order
 
 WIDTHS = (8, 6, 4, 3, 2)
+COMPARED = {"kld": "KL divergence from the reference", "top1": "same top token as the reference"}
 
 
 def model_facts(checkpoint: Checkpoint, weights: int) -> list[tuple[str, str]]:
@@ -92,12 +93,17 @@ def result_rows(name: str, record: Mapping[str, Any]) -> dict[str, Any]:
     losses, sizes = numbers(record.get("log_perplexity")), numbers(record.get("bits_per_weight"))
     average = numbers(record.get("task_average"))
     found = {width: _scores(results) for width, results in record.get("tasks", {}).items()}
+    compared = {metric: numbers(record[metric]) for metric in COMPARED if isinstance(record.get(metric), dict)}
     tasks = list(dict.fromkeys(task for scores in found.values() for task in scores))
     questions = {count for scores in found.values() for _, count in scores.values() if type(count) is int}
 
     def row(label: str, width: str, loss: float | None) -> tuple[str, str, str, str, list[str]]:
         scores = [found.get(width, {}).get(task, (None, None))[0] for task in tasks]
-        cells = [percent(value) for value in (*scores, average.get(width))] if tasks else []
+        cells = [
+            fixed(values.get(width), 5) if metric == "kld" else percent(values.get(width))
+            for metric, values in compared.items()
+        ]
+        cells += [percent(value) for value in (*scores, average.get(width))] if tasks else []
         perplexity = "" if loss is None else fixed(math.exp(min(loss, 700)), 3)
         return label, fixed(sizes.get(width), 3), fixed(loss, 4), perplexity, cells
 
@@ -109,6 +115,7 @@ def result_rows(name: str, record: Mapping[str, Any]) -> dict[str, Any]:
         "tokens": record.get("tokens") or 0,
         "context": record.get("context"),
         "has_loss": bool(losses),
+        "compared": [COMPARED[metric] for metric in compared],
         "tasks": tasks,
         "questions": ", ".join(f"{count:,}" for count in sorted(questions)),
         "rows": [

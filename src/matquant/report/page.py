@@ -88,7 +88,7 @@ def write_report(
 def read_record(file: Path) -> dict[str, Any]:
     """Read a record of matquant eval --json; InputError for other files."""
     record = read_object(file, "--eval", "log_perplexity")
-    for key in ("log_perplexity", "bits_per_weight", "tasks", "task_average"):
+    for key in ("log_perplexity", "bits_per_weight", "kld", "top1", "tasks", "task_average"):
         if not isinstance(record.get(key, {}), dict):
             raise InputError(f"--eval {file} has no object {key!r}; give a file that matquant eval --json wrote")
     return record
