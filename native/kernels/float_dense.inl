@@ -26,23 +26,102 @@ inline void dots(const T* row, const float* x, int x_stride, int cols, float* y,
   for (int t = 0; t < Tokens; ++t) y[(size_t)t * y_stride] = sum((s0[t] + s1[t]) + (s2[t] + s3[t]));
 }
 
+#ifdef __AVX512F__
+constexpr int TILE = 4;  // rows and tokens of a tile: 16 sums in 32 registers
+
+// Sums of the lanes of 16 vectors, each in the order of `sum`: halves of two vectors are added at once.
+inline V sums_of(const V* v) {
+  V pairs[8], fours[4], eights[2];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    const V a = v[i], b = v[i + 8];
+    pairs[i] = __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+               __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const V a = pairs[i], b = pairs[i + 4];
+    fours[i] = __builtin_shufflevector(a, b, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) +
+               __builtin_shufflevector(a, b, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    const V a = fours[i], b = fours[i + 2];
+    eights[i] = __builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+                __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+  }
+  const V a = eights[0], b = eights[1];
+  return __builtin_shufflevector(a, b, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
+         __builtin_shufflevector(a, b, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
+}
+
+// Adds columns k, k + step, ... of four rows times four tokens to sums[token * TILE + row]; Load: whole vectors or some.
+template <class T, class Load>
+inline void add_columns(const T* rows, const float* x, int x_stride, int cols, int k, int stop, int step, V* sums,
+                        Load from) {
+  V s[TILE * TILE];
+#pragma GCC unroll 16
+  for (int i = 0; i < TILE * TILE; ++i) s[i] = sums[i];
+  for (; k < stop; k += step) {
+    V w[TILE];
+#pragma GCC unroll 4
+    for (int row = 0; row < TILE; ++row) w[row] = from(rows + (size_t)row * cols + k);
+#pragma GCC unroll 4
+    for (int t = 0; t < TILE; ++t) {
+      const V at = from(x + (size_t)t * x_stride + k);
+#pragma GCC unroll 4
+      for (int row = 0; row < TILE; ++row) s[t * TILE + row] += w[row] * at;
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < TILE * TILE; ++i) sums[i] = s[i];
+}
+
+// `dots` of four rows and four tokens, with the same additions in the same order.
+template <class T>
+inline void tile_of_dots(const T* rows, const float* x, int x_stride, int cols, float* y, int y_stride) {
+  const int whole = cols / (4 * LANES) * 4 * LANES;
+  V s[4][TILE * TILE] = {};
+  const auto vector = [](const auto* p) { return load(p); };
+  for (int part = 0; part < 4; ++part)
+    add_columns(rows, x, x_stride, cols, part * LANES, whole, 4 * LANES, s[part], vector);
+  const int vectors = cols / LANES * LANES;
+  add_columns(rows, x, x_stride, cols, whole, vectors, LANES, s[0], vector);
+  if (vectors < cols)
+    add_columns(rows, x, x_stride, cols, vectors, cols, LANES, s[0],
+                [&](const auto* p) { return load_some(p, cols - vectors); });
+#pragma GCC unroll 16
+  for (int i = 0; i < TILE * TILE; ++i) s[0][i] = (s[0][i] + s[1][i]) + (s[2][i] + s[3][i]);
+  float found[TILE * TILE];
+  store(found, sums_of(s[0]));
+  for (int t = 0; t < TILE; ++t) std::memcpy(y + (size_t)t * y_stride, found + t * TILE, sizeof(float) * TILE);
+}
+#endif
+
 template <class T>
 void dense_as(const Dense& w, const float* x, int x_stride, int tokens, int row_start, int row_stop, float* y,
               int y_stride) {
   // Rows that stay in the second-level cache while they are multiplied with all tokens.
   constexpr int DENSE_ROWS = 32;
 #ifdef __AVX512F__
-  constexpr int DENSE_TOKENS = 4;  // 16 accumulators in 32 registers
+  constexpr int DENSE_TOKENS = TILE;
 #else
   constexpr int DENSE_TOKENS = 1;
 #endif
   for (int block = row_start; block < row_stop; block += DENSE_ROWS) {
     const int end = block + DENSE_ROWS < row_stop ? block + DENSE_ROWS : row_stop;
     int t = 0;
-    for (; t + DENSE_TOKENS <= tokens; t += DENSE_TOKENS)
-      for (int row = block; row < end; ++row)
+    for (; t + DENSE_TOKENS <= tokens; t += DENSE_TOKENS) {
+      int row = block;
+#ifdef __AVX512F__
+      for (; row + TILE <= end; row += TILE)
+        tile_of_dots((const T*)w.data + (size_t)row * w.cols, x + (size_t)t * x_stride, x_stride, w.cols,
+                     y + (size_t)t * y_stride + row, y_stride);
+#endif
+      for (; row < end; ++row)
         dots<DENSE_TOKENS>((const T*)w.data + (size_t)row * w.cols, x + (size_t)t * x_stride, x_stride, w.cols,
                 y + (size_t)t * y_stride + row, y_stride);
+    }
     for (; t < tokens; ++t)
       for (int row = block; row < end; ++row)
         dots<1>((const T*)w.data + (size_t)row * w.cols, x + (size_t)t * x_stride, x_stride, w.cols,

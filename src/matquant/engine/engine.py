@@ -238,15 +238,19 @@ class Session:
         self._lock = threading.Lock()
         self._turn = 0  # changes when anyone but the current completion uses the session
 
-    def extend(self, ids: Sequence[int], widths: np.ndarray, *, all_logits: bool = False) -> np.ndarray:
+    def extend(
+        self, ids: Sequence[int], widths: np.ndarray, *, all_logits: bool = False, into: np.ndarray | None = None
+    ) -> np.ndarray:
         """Append tokens and return the logits after the last one, float32 [vocab], or after each, [tokens, vocab].
 
-        The next call overwrites the logits after the last one.
+        The next call overwrites the logits after the last one. into: write those after each here, float32 [at least
+        tokens, vocab], and return that part of it.
         """
         check_types(ids=ids, widths=widths, all_logits=all_logits)
         with self._alone():
             self._turn += 1
-            return self._extend(ids, widths, all_logits=all_logits)
+            every = np.empty((len(ids), len(self._logits)), dtype=np.float32) if all_logits and into is None else into
+            return self._extend(ids, widths, every=None if every is None else every[: len(ids)])
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
@@ -273,12 +277,11 @@ class Session:
                 raise InUseError("another completion has used this session; use one session per completion")
             return self._extend([token], widths)
 
-    def _extend(self, ids: Sequence[int], widths: np.ndarray, *, all_logits: bool = False) -> np.ndarray:
+    def _extend(self, ids: Sequence[int], widths: np.ndarray, *, every: np.ndarray | None = None) -> np.ndarray:
         if len(self.ids) + len(ids) > self.capacity:
             raise InputError(
                 f"{len(self.ids) + len(ids)} tokens exceed the session's capacity of {self.capacity}; open a larger one"
             )
-        every = np.empty((len(ids), len(self._logits)), dtype=np.float32) if all_logits else None
         for start in range(0, len(ids), CHUNK):
             chunk = list(ids[start : start + CHUNK])
             count, held = len(chunk), len(self.ids)

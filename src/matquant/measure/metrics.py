@@ -66,13 +66,14 @@ def check_metrics(metrics: Sequence[str], *, has_reference: bool) -> None:
 def add_logits(totals: Totals, logits_TV: np.ndarray, targets: np.ndarray, truth: Truth | None) -> None:
     """Add the predictions ``logits_TV`` (float32, overwritten) of the tokens ``targets`` [T] to the sums."""
     size = max(1, BLOCK_VALUES // logits_TV.shape[1])
+    scratch = np.empty((size, logits_TV.shape[1]), dtype=np.float32)  # reused: new pages cost more than exponentials
     for start in range(0, len(targets), size):
         rows = slice(start, start + size)
         logits, wanted = logits_TV[rows], targets[rows]
         each = np.arange(len(wanted))
         best = logits.argmax(axis=1) if truth is not None else None
         logits -= logits.max(axis=1, keepdims=True)
-        total = np.log(np.exp(logits).sum(axis=1, dtype=np.float64))
+        total = np.log(np.exp(logits, out=scratch[: len(wanted)]).sum(axis=1, dtype=np.float64))
         loss = float((total - logits[each, wanted]).sum())
         if truth is None or best is None:
             totals.add(tokens=len(wanted), loss=loss)

@@ -44,11 +44,12 @@ class EngineModel:
                 f"use at most {self.engine.context}, or --engine torch"
             )
         session = self.engine.session(windows.context)
+        logits = np.empty((step_tokens(self.engine), self.engine.model.architecture.vocab), dtype=np.float32)
         for name, told in steps(plans, report):
             widths, totals = self.engine.widths(plan=plans[name]), Totals()
             for sequence in range(windows.count):
                 told(sequence, windows.count)
-                _add_sequence(session, widths, windows, sequence, totals, kept)
+                _add_sequence(session, widths, windows, sequence, logits=logits, totals=totals, kept=kept)
                 if not math.isfinite(totals.loss):
                     label = f"int{name}" if name.isdigit() else "the plan"
                     raise InputError(
@@ -71,19 +72,25 @@ class EngineModel:
 
 
 def _add_sequence(
-    session: Session, widths: np.ndarray, windows: Windows, sequence: int, totals: Totals, kept: Kept | None
+    session: Session,
+    widths: np.ndarray,
+    windows: Windows,
+    sequence: int,
+    *,
+    logits: np.ndarray,
+    totals: Totals,
+    kept: Kept | None,
 ) -> None:
-    """Add the predictions of one sequence to the sums."""
+    """Add the predictions of one sequence to the sums. logits: scratch, float32 [tokens of a step, vocabulary]."""
     row, first = windows.row(sequence).tolist(), windows.first(sequence)
     session.rewind(0)
     if first:
         session.extend(row[:first], widths)
-    size = step_tokens(session.engine)
-    for start in range(first, windows.context, size):
-        stop = min(start + size, windows.context)
-        logits = session.extend(row[start:stop], widths, all_logits=True)
+    for start in range(first, windows.context, len(logits)):
+        stop = min(start + len(logits), windows.context)
+        found = session.extend(row[start:stop], widths, into=logits)
         truth = None if kept is None else kept.read(windows.place(sequence) + start - first, stop - start)
-        add_logits(totals, logits, np.array(row[start + 1 : stop + 1]), truth)
+        add_logits(totals, found, np.array(row[start + 1 : stop + 1]), truth)
 
 
 def step_tokens(engine: Engine) -> int:
