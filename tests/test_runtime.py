@@ -251,6 +251,25 @@ def test_results_depend_neither_on_threads_nor_on_the_instruction_set(
         np.testing.assert_array_equal(result, results[0])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_dense_products_of_many_tokens_give_the_bits_of_one(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Four rows and four tokens at a time on AVX-512: whole parts of 64 inputs, then 16, then 12; 19 tokens."""
+    sizes = {"hidden_size": 156, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 78, "vocab_size": 301}
+    model = AutoModelForCausalLM.from_config(transformers.LlamaConfig(**{**SMALL, **sizes})).to(dtype)
+    model.save_pretrained(tmp_path / "float")
+    make_tokenizer().save_pretrained(tmp_path / "float")
+    out = conftest.quantize(tmp_path / "float", tmp_path / "out", method="rtn", scope="ffn", group_size=None)
+    for isa in available_kernels():
+        _native.use_isa(isa)
+        engine = matquant.Engine(out, threads=1)
+        together = native_logits(engine, IDS[:19], 8)
+        np.testing.assert_array_equal(together, one_by_one(engine, IDS[:19], 8))
+        scratch = np.full((25, 301), np.nan, dtype=np.float32)
+        found = engine.session(19).extend(IDS[:19], engine.widths(8), into=scratch)
+        np.testing.assert_array_equal(found, together)
+        assert np.isnan(scratch[19:]).all()
+
+
 def available_kernels() -> list[str]:
     found = []
     for isa in ("scalar", "avx2", "avx512", "neon"):

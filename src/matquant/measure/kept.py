@@ -4,7 +4,7 @@ A safetensors file with ``codes`` [T, V] uint16: how far each log-probability li
 of 2^-11 nats, and 65,535 for more than 32 nats (probability 0); with ``best`` [T] int32, the most probable token, and
 ``loss`` [T] float32, nats of the token that follows. Reading normalises again. Two bytes per token and vocabulary
 entry: 8,192 tokens of a vocabulary of 49,152 take 805 MB. A code is off by at most 2^-12 nats; the errors have either
-sign, and the KL divergence, their mean over the vocabulary, is off by 1e-6 nats (measured; docs/evaluation.md).
+sign, and the KL divergence, their mean over the vocabulary, is off by less than 1e-6 nats (docs/evaluation.md).
 
 The metadata name the model and the text, so that a file of others is rejected.
 

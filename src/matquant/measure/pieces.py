@@ -16,8 +16,8 @@ import torch
 
 from matquant.hf_torch import Model
 
-PIECE_VALUES = 2**23  # logits held at once, 32 MiB in float32
-BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}  # more are not faster on a CPU, and progress would be seldom
+PIECE_VALUES = 2**22  # logits held at once, 16 MiB in float32
+BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}  # more are not faster on a CPU
 BATCH_VALUES = 2**25  # values of the widest activation of a batch, 128 MiB in float32
 PROBE_TOKENS = 8
 
