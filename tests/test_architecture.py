@@ -25,7 +25,17 @@ LAYERS = [
     {"cli"},
     {"__init__", "__main__"},
 ]
-WITHOUT_TORCH = ("system", "core", "format", "hf", "calibration", "options", "engine", "export", "serve")  # every file of them
+WITHOUT_TORCH = (
+    "system",
+    "core",
+    "format",
+    "hf",
+    "calibration",
+    "options",
+    "engine",
+    "export",
+    "serve",
+)  # every file of them
 HEAVY = {  # package -> who imports it: files, or a folder whose files may; the quantizer is what transformers calls
     "transformers": ["hf_torch", "integrations/quantizer.py"],
     "accelerate": ["hf_torch/shards.py"],
