@@ -126,14 +126,9 @@ def answer(checkpoint: Path, question: str, target: Path) -> None:
     """Answer the question at every width, greedily, from one copy of the weights in memory."""
     engine, answers = Engine(checkpoint), {}
     for bits in WIDTHS:
-        reply = Conversation(engine, bits=bits, temperature=0.0, max_tokens=ANSWER).ask(question)
-        print(f"int{bits}: ", end="", flush=True)
-        pieces = []
-        for piece in reply:
-            pieces.append(piece)
-            print(piece, end="", flush=True)
-        answers[f"int{bits}"] = "".join(pieces)
-        print(flush=True)
+        reply = "".join(Conversation(engine, bits=bits, temperature=0.0, max_tokens=ANSWER).ask(question))
+        print(f"int{bits}: {' '.join(reply.split()) or '(only line breaks)'}", flush=True)
+        answers[f"int{bits}"] = reply
     write_atomically(target, json.dumps({"question": question, "answers": answers}, indent=2).encode() + b"\n")
 
 
