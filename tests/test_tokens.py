@@ -364,6 +364,7 @@ def test_a_token_beyond_the_vocabulary_is_one_sentence_in_every_verb(
     text.write_text("he " * 100 + "<300>")
     calls: dict[str, Callable[[], Any]] = {
         "eval": lambda: evaluate_checkpoint(bare, bits=[8], text=[text]),
+        "eval, native": lambda: evaluate_checkpoint(bare, bits=[8], text=[text], engine="native"),
         "plan": lambda: open_losses(bare, [text]),
         "quantize": lambda: conftest.quantize(bare.parent / "model", tmp_path / "out", method="gptq", text=[text]),
         "report": lambda: app(
@@ -399,6 +400,7 @@ def test_a_token_beyond_the_vocabulary_is_one_sentence_in_the_evaluation_harness
         "lm_eval": {"__version__": "0", "__file__": __file__},
         "lm_eval.__main__": {"cli_evaluate": None},
         "lm_eval.api": {},
+        "lm_eval.api.model": {"TemplateLM": object},
         "lm_eval.api.registry": {"register_model": lambda name: lambda cls: cls},
         "lm_eval.models": {},
         "lm_eval.models.huggingface": {"HFLM": StandIn},
@@ -408,15 +410,22 @@ def test_a_token_beyond_the_vocabulary_is_one_sentence_in_the_evaluation_harness
         module = ModuleType(name)
         vars(module).update(values)
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.delitem(sys.modules, "matquant.integrations.lm_eval", raising=False)
-    harness = importlib.import_module("matquant.integrations.lm_eval")
-    monkeypatch.delitem(sys.modules, "matquant.integrations.lm_eval")
+    ours = ("matquant.integrations.lm_eval", "matquant.integrations.harness")
+    for name in ours:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    harness, torch_free = map(importlib.import_module, ours)
+    for name in ours:
+        del sys.modules[name]
+    native = torch_free.wrap_engine(matquant.Engine(bare, threads=1))
+    native.prefix_token_id = 256
+    assert native.tok_encode("he") == [256]
     served = harness.wrap(load_float(bare.parent / "model"), load_tokenizer(bare), batch_size=1)
     assert (served.tok_encode("he"), served.tok_encode("")) == ([256], [])
     for encode, text in (
         (served.tok_encode, "<300>"),
         (served.tok_encode, ["he", "<300>"]),
         (served.tok_batch_encode, ["<300>"]),
+        (native.tok_encode, "<300>"),
     ):
         with pytest.raises(InputError) as caught:
             encode(text)

@@ -13,6 +13,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.tasks import TaskManager
 
 from matquant.engine.engine import CHUNK, SCORE_VALUES, Engine
+from matquant.hf.text import check_ids
 from matquant.system.errors import InputError
 
 VERSION: str = lm_eval.__version__
@@ -50,12 +51,18 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
         return token
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options: Any) -> list[int]:
-        """Return the ids of a text, with the tokens that the tokenizer adds unless told otherwise."""
+        """Return the ids of a text, with the tokens that the tokenizer adds unless told otherwise.
+
+        InputError for tokens outside the embedding.
+        """
         vocabulary = self.engine.vocabulary
         if add_special_tokens is None:
             beginning = vocabulary.tokenizer.decode([self.prefix_token_id], skip_special_tokens=False)
             add_special_tokens = not string.startswith(beginning)
-        return vocabulary.prompt(string) if add_special_tokens else vocabulary.plain(string)
+        ids = vocabulary.prompt(string) if add_special_tokens else vocabulary.plain(string)
+        size = self.engine.model.architecture.vocab
+        check_ids(ids, vocab_size=size, text_of=vocabulary.tokenizer.id_to_token)
+        return ids
 
     def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:
         return super().loglikelihood(requests, disable_tqdm=True)  # ``report`` shows progress
