@@ -29,30 +29,33 @@ inline void dots(const T* row, const float* x, int x_stride, int cols, float* y,
 #ifdef __AVX512F__
 constexpr int TILE = 4;  // rows and tokens of a tile: 16 sums in 32 registers
 
+// Lanes of two vectors: 0 .. 15 are those of a, 16 .. 31 those of b.
+inline V pick(V a, V b, I lanes) { return (V)_mm512_permutex2var_ps((__m512)a, (__m512i)lanes, (__m512)b); }
+
 // Sums of the lanes of 16 vectors, each in the order of `sum`: halves of two vectors are added at once.
 inline V sums_of(const V* v) {
   V pairs[8], fours[4], eights[2];
 #pragma GCC unroll 8
   for (int i = 0; i < 8; ++i) {
     const V a = v[i], b = v[i + 8];
-    pairs[i] = __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
-               __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    pairs[i] = pick(a, b, I{0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23}) +
+               pick(a, b, I{8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31});
   }
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
     const V a = pairs[i], b = pairs[i + 4];
-    fours[i] = __builtin_shufflevector(a, b, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) +
-               __builtin_shufflevector(a, b, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
+    fours[i] = pick(a, b, I{0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27}) +
+               pick(a, b, I{4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31});
   }
 #pragma GCC unroll 2
   for (int i = 0; i < 2; ++i) {
     const V a = fours[i], b = fours[i + 2];
-    eights[i] = __builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
-                __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+    eights[i] = pick(a, b, I{0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29}) +
+                pick(a, b, I{2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31});
   }
   const V a = eights[0], b = eights[1];
-  return __builtin_shufflevector(a, b, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
-         __builtin_shufflevector(a, b, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
+  return pick(a, b, I{0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30}) +
+         pick(a, b, I{1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31});
 }
 
 // Adds columns k, k + step, ... of four rows times four tokens to sums[token * TILE + row]; Load: whole vectors or some.
