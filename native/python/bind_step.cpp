@@ -80,6 +80,10 @@ void bind_step(nb::module_& module) {
             new (self) Cache(held.model, capacity, exact ? DType::f32 : DType::f16);
           },
           nb::arg("model"), nb::arg("capacity"), nb::arg("exact"))
+      .def("copy_prefix", &Cache::copy_prefix, nb::arg("source"), nb::arg("length"),
+           nb::call_guard<nb::gil_scoped_release>())
+      .def("bytes_in_use", &Cache::bytes_in_use, nb::arg("length"))
+      .def_prop_ro("bytes", &Cache::bytes)
       .def_ro("capacity", &Cache::capacity);
 
   nb::class_<HeldWorkspace>(module, "Workspace")

@@ -1,0 +1,109 @@
+"""The native calls of the engine thread: one workspace and one array of logits for all sequences, and their caches.
+
+``Stepper.step`` runs the groups of a step one after another and lets every sequence choose its next token. A sequence
+that cannot go on (its constraint raises, its logits are not finite) ends alone, with finish "error".
+"""
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+
+from matquant import _native
+from matquant.engine.engine import Engine
+from matquant.serve.prefixes import SHORTEST, Prefixes
+from matquant.serve.scheduling import LOGIT_VALUES, Group, Piece, find_running, group_pieces
+from matquant.serve.slots import Slot, Width
+
+
+class Stepper:
+    """Everything that is shared by the steps of an engine. counts: of tokens, steps and seconds, for /metrics."""
+
+    def __init__(self, engine: Engine, *, rows: int, choosing: int, clock: Callable[[], float]) -> None:
+        vocab = engine.model.architecture.vocab
+        self.engine = engine
+        self.workspace = _native.Workspace(engine.model.native, rows, engine.context, engine.threads)
+        self.prefixes = Prefixes()
+        self.counts: defaultdict[str, float] = defaultdict(float)
+        self._clock = clock
+        scored = min(rows, max(1, LOGIT_VALUES // vocab))
+        self._logits = np.empty((choosing + scored, vocab), dtype=np.float32)  # address space until it is used
+
+    def begin(self, slot: Slot, width: Width, running: Iterable[Slot]) -> bool:
+        """Give a slot its cache, with as much of its prompt as is known; False: more of it is being read just now."""
+        source, length = None, 0
+        if not slot.generation.prompt_logprobs:
+            source, length, expected = find_running(slot, width.key, running)
+            kept, kept_length = self.prefixes.find(slot.prompt[:-1], width.key)
+            if kept_length > length:
+                source, length = kept, kept_length
+            if expected >= length + SHORTEST:
+                return False
+        try:
+            cache = _native.Cache(self.engine.model.native, slot.capacity, self.engine.exact)
+        except MemoryError:
+            slot.finish("error", f"not enough memory for a sequence of {slot.capacity} tokens")
+            return False
+        slot.begin(cache, source, length, width.key)
+        self.counts["prompt_tokens"] += len(slot.prompt)
+        self.counts["cached_tokens"] += length
+        return True
+
+    def step(self, pieces: Sequence[Piece], *, reason: str) -> tuple[float, float]:
+        """Read the pieces, and choose tokens where all has been read; return the seconds of native code, and of the
+        rest. reason: why the policy chose its width."""
+        native_s = choosing_s = 0.0
+        for group in group_pieces(pieces):
+            began = self._clock()
+            logits = self._run(group)
+            middle = self._clock()
+            for piece, place in zip(group.pieces, group.places, strict=True):
+                self._take(piece, logits[place : place + piece.logits], reason)
+            native_s += middle - began
+            choosing_s += self._clock() - middle
+            self.counts["native_steps"] += 1
+        self.counts["native_s"] += native_s
+        self.counts["choosing_s"] += choosing_s
+        return native_s, choosing_s
+
+    def _run(self, group: Group) -> np.ndarray:
+        _native.step(
+            self.engine.model.native,
+            group.width.table,
+            self.engine.exact,
+            group.tokens,
+            group.positions,
+            group.caches,
+            group.first_logit,
+            self._logits,
+            self.workspace,
+        )
+        self.counts["rows"] += len(group.tokens)
+        return self._logits
+
+    def _take(self, piece: Piece, logits: np.ndarray, reason: str) -> None:
+        slot = piece.slot
+        slot.advance(piece.stop, piece.width.key)
+        try:
+            if piece.scored:
+                slot.score_prompt(piece.start, logits)
+            if piece.chooses:
+                new = slot.new
+                slot.choose(logits[-1], label=piece.width.label, reason=reason)
+                if slot.new > new:
+                    self.counts["generation_tokens"] += 1
+                    self.counts[f"generation_tokens/{piece.width.label}"] += 1
+        except Exception as error:  # whatever a constraint raises concerns its sequence alone
+            slot.finish("error", f"{type(error).__name__}: {error}")
+
+    def release(self, slot: Slot, *, limit: int, broken: bool) -> None:
+        """Keep what later requests may copy of a sequence that has ended, in ``limit`` bytes of prefixes."""
+        prefix = slot.prefix()
+        if prefix is not None and not broken:
+            self.prefixes.add(prefix, limit=limit)
+
+
+def now_s() -> float:
+    """Return the seconds of the clock that everything here uses."""
+    return time.perf_counter()
