@@ -320,6 +320,6 @@ def start(
     """Measure the cost table (about 2 s, unless ``costs`` are given) and return a running Batcher.
 
     limits: fields of ``admission.Limits``. note: is given a line of text about every change of width. force: the width
-    of each token of sequences without a plan, instead of the policy, to replay a trace.
+    of each token of sequences without a plan but the first, instead of the policy, to replay a trace.
     """
     return Batching(engine, Limits(**limits), costs=costs, force=force, note=note)
