@@ -13,10 +13,11 @@ import matquant
 from matquant import _native
 from matquant.core.spec import Plan
 from matquant.engine.sampling import Sampling
-from matquant.serve import stepping
-from matquant.serve.admission import Limits, available_bytes, cache_bytes, resolve_kv_bytes
+from matquant.serve import batching, stepping
+from matquant.serve.admission import Limits, available_bytes, cache_bytes, candidates, resolve_kv_bytes
 from matquant.serve.batching import Batching, start
 from matquant.serve.scheduling import Piece
+from matquant.serve.stepping import now_s
 from matquant.serve.work import Event, Refused
 from matquant.system.errors import InputError
 from serving import COSTS, PATIENT_S, Gate, Receiver, alone, generation, run
@@ -112,6 +113,44 @@ def test_requests_that_come_and_go_do_not_change_a_text(
     for number in range(6):
         run(batcher, generation(ids[number:], bits=2 + number, max_tokens=4))
     assert receiver.wait().tokens == alone(engine, long)
+
+
+def test_many_threads_submit_at_once(serve: Callable[..., Batching], engine: matquant.Engine, ids: list[int]) -> None:
+    batcher = serve()
+    results: list[tuple[Any, list[int]]] = []
+
+    def use(thread: int) -> None:
+        for number in range(3):
+            one = generation(ids[thread:], bits=2 + thread, max_tokens=4 + number, sampling=Sampling(seed=number))
+            results.append((one, run(batcher, one)[0].tokens))
+            batcher.stats()
+
+    threads = [threading.Thread(target=use, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENT_S)
+    assert len(results) == 18
+    assert all(tokens == alone(engine, one) for one, tokens in results)
+
+
+@pytest.mark.parametrize("activations", ["int8", "float"])
+@pytest.mark.parametrize("family", ["gemma2", "qwen3"])
+def test_families_and_modes_have_the_text_that_they_have_alone(
+    family_model: Callable[[str], Path], tmp_path: Path, family: str, activations: str
+) -> None:
+    out = conftest.quantize(family_model(family), tmp_path / "out", method="rtn", scope="linears")
+    engine = matquant.Engine(out, threads=1, activations=activations)
+    shared = list(range(30, 55))
+    batcher = start(engine, costs=COSTS, policy=False, chunk=6)
+    requests = [
+        generation([*shared[: 25 - 3 * (number % 2)], number], bits=(8, 4, 2)[number % 3], max_tokens=20)
+        for number in range(12)
+    ]
+    got = run(batcher, *requests) + run(batcher, *requests)
+    assert [one.tokens for one in got] == [alone(engine, one) for one in requests] * 2
+    assert all(one.cached for one in got[12:])
+    batcher.stop(0)
 
 
 def test_the_context_ends_a_text(serve: Callable[..., Batching], engine: matquant.Engine, ids: list[int]) -> None:
@@ -381,6 +420,20 @@ def test_limits_that_cannot_be_are_rejected(engine: matquant.Engine, wrong: dict
         start(engine, costs=COSTS, **wrong)
 
 
+@pytest.mark.parametrize(
+    ("options", "widths"),
+    [
+        ({}, (8, 6, 4)),
+        ({"min_bits": 2}, (8, 6, 4, 3, 2)),
+        ({"min_bits": 5}, (8, 6)),
+        ({"widths": (2, 4, 8), "min_bits": 3}, (8, 4)),
+        ({"widths": (2,)}, (8,)),
+    ],
+)
+def test_the_policy_chooses_among(engine: matquant.Engine, options: dict[str, Any], widths: tuple[int, ...]) -> None:
+    assert candidates(engine, Limits(**options)) == widths
+
+
 def test_memory_for_keys_and_values_is_a_quarter_of_what_is_available(engine: matquant.Engine, tmp_path: Path) -> None:
     most = 16 * cache_bytes(engine, engine.context)
     assert resolve_kv_bytes(engine, Limits(), available=None) == most
@@ -500,7 +553,7 @@ def test_a_recorded_trace_gives_the_same_text(serve: Callable[..., Batching], id
 
 def test_the_policy_lowers_requests_that_leave_it_the_width(serve: Callable[..., Batching], ids: list[int]) -> None:
     notes: list[str] = []
-    batcher = serve(policy=True, widths=(8, 4, 2), latency_s=1e-9, note=notes.append)
+    batcher = serve(policy=True, widths=(8, 4, 2), min_bits=2, latency_s=1e-9, note=notes.append)
     free, _ = run(batcher, generation(ids, max_tokens=40), generation(ids[1:], max_tokens=40))
     least = run(batcher, generation(ids, max_tokens=40, least_bits=3))[0]
     fixed = run(batcher, generation(ids, bits=8, max_tokens=40))[0]
@@ -523,3 +576,18 @@ def test_a_text_read_at_changing_widths_is_not_reused(serve: Callable[..., Batch
     longer = ids + first.tokens + ids[:2]
     assert run(batcher, generation(longer, bits=4))[0].cached == 0
     assert run(batcher, generation(longer, max_tokens=1))[0].cached == len(ids) + 4
+
+
+def test_an_idle_server_returns_to_the_widest_width(
+    engine: matquant.Engine, ids: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batching, "IDLE_S", 0.01)
+    began = now_s()
+    limits = Limits(widths=(8, 4), latency_s=1e-9)
+    batcher = Batching(engine, limits, costs=COSTS, clock=lambda: began + 100 * (now_s() - began))
+    assert run(batcher, generation(ids, max_tokens=8))[0].bits[-1] == "4"
+    stop = now_s() + PATIENT_S
+    while batcher.stats()["bits"] != 8:
+        assert now_s() < stop
+    assert batcher.stats()["width_changes/up"] == 1
+    batcher.stop(0)

@@ -29,7 +29,7 @@ class Limits:
     chunk: int = 32  # prompt tokens of a step in which other sequences decode; alone: max_batched_tokens
     kv_bytes: int | None = None  # keys and values; None: a quarter of the memory available, see ``resolve``
     widths: tuple[int, ...] = WIDTHS  # that the policy may choose
-    min_bits: int = 1  # the policy does not go below this width
+    min_bits: int = 4  # the policy does not go below this width: int3 and int2 need a checkpoint trained for them
     latency_s: float = 0.1  # target of the time between two tokens of a sequence
     wait_s: float = 2.0  # target of the time that a request waits
     policy: bool = True  # False: the widest width always

@@ -215,7 +215,8 @@ class Batching:
             while self._waiting and len(self._running) < self.limits.max_num_seqs and self._waiting[0].bytes <= free:
                 slot = self._waiting.pop(0)
                 free -= slot.bytes
-                self._counts["queue_s"] += self._clock() - slot.arrived_s
+                slot.admitted_s = self._clock()
+                self._counts["queue_s"] += slot.admitted_s - slot.arrived_s
                 self._counts["admitted"] += 1
                 self._running.append(slot)
         self._stepper.prefixes.shrink(free)
@@ -293,7 +294,7 @@ class Batching:
         """Deliver the last events of a slot that has left the queue or the running, and keep its prefix."""
         self._send(slot)
         self._counts[f"finished/{slot.ending}"] += 1
-        spent_s = self._clock() - slot.arrived_s
+        spent_s = self._clock() - slot.admitted_s
         if slot.ending in ("stop", "length"):
             mean = spent_s if self._mean_s is None else self._mean_s
             self._mean_s = mean + SMOOTHING * (spent_s - mean)

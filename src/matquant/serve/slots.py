@@ -54,7 +54,7 @@ class Slot:
             raise InputError(f"max_tokens={generation.max_tokens}; give a number of at least 1")
         self.generation = generation
         self.number = number
-        self.arrived_s = arrived_s
+        self.arrived_s = self.admitted_s = arrived_s
         self.fixed = None if generation.plan is None else make_width(engine, generation.plan)
         self.prompt = np.asarray(generation.ids, dtype=np.int32)
         self.ids = [int(token) for token in generation.ids]
