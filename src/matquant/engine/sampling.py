@@ -17,8 +17,9 @@ from matquant.system.arguments import check_types
 from matquant.system.errors import InputError
 
 SMALLEST_TEMPERATURE = float(np.finfo(np.float32).smallest_normal)
-# nats below the most probable token: most of a large vocabulary is further below and need not be sorted
-LEVELS = (7.0, 14.0)
+# nats below the most probable token: most of a large vocabulary is further below and need not be sorted; small steps,
+# because sorting a few thousand tokens takes longer than several looks
+LEVELS = (7.0, 8.5, 10.0, 12.0, 14.0)
 
 
 @dataclass(frozen=True, kw_only=True)
