@@ -233,6 +233,41 @@ def test_cancelling_removes_the_rows_within_two_steps(
     assert not any(number == 1 for step in steps[cancelled_at[0] + 2 :] for number, _ in step)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_any_order_of_requests_and_cancellations_ends_well(
+    serve: Callable[..., Batching], engine: matquant.Engine, ids: list[int], seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    batcher = serve(
+        max_num_seqs=4, max_batched_tokens=24, chunk=5, kv_bytes=5 * cache_bytes(engine, 80), max_queued_requests=99
+    )
+    kept, cancelled = [], []
+    for number in range(40):
+        start_at, stop_at = sorted(rng.choice(len(ids) + 1, 2, replace=False).tolist())
+        one = generation(
+            ids[:stop_at] if number % 3 else ids[start_at:] * 2,
+            bits=int(rng.choice([8, 4, 2])),
+            max_tokens=int(rng.integers(1, 12)),
+            priority=int(rng.integers(3)),
+        )
+        receiver = Receiver()
+        handle = batcher.submit(one, receiver)
+        if rng.random() < 0.4:
+            timer = threading.Timer(float(rng.random()) / 50, handle.cancel)
+            timer.start()
+            cancelled.append((one, receiver))
+        else:
+            kept.append((one, receiver))
+    assert all(receiver.wait().tokens == alone(engine, one) for one, receiver in kept)
+    for one, receiver in cancelled:
+        text = alone(engine, one)
+        assert receiver.wait().finish in ("abort", "length")
+        assert receiver.tokens == text[: len(receiver.tokens)]
+    stats = batcher.stats()
+    assert (stats["running"], stats["waiting"], stats["kv_bytes_reserved"]) == (0, 0, 0)
+    assert stats["kv_bytes"] <= stats["kv_bytes_limit"]
+
+
 def test_a_request_is_cancelled_while_it_waits_and_while_its_prompt_is_read(
     serve: Callable[..., Batching], ids: list[int]
 ) -> None:
