@@ -110,10 +110,20 @@ def test_the_widest_width_that_gains_enough_is_taken() -> None:
 
 
 def test_a_load_of_fixed_widths_or_prompts_does_not_lower_the_width() -> None:
-    for load in (Load(now_s=0, fixed={8: 4}), Load(now_s=0, prompt_rows=32), Load(now_s=0, fixed={8: 9}, auto=(8,))):
+    for load in (Load(now_s=0, fixed={8: 4}), Load(now_s=0, prompt_rows=128), Load(now_s=0, fixed={8: 9}, auto=(8,))):
         one = policy()
         assert play(one, load, start_s=0, stop_s=5) == []
-        assert one.rejected == 1
+        assert one.rejected == (1 if load.decoding else 0)  # where nothing decodes, nobody waits for a token
+
+
+def test_prompts_give_way_before_widths_do() -> None:
+    one, load = policy(COSTS, latency_s=0.25), Load(now_s=0, auto=(1,) * 8)
+    assert one.prompt_rows(load, 32) == 32  # 40 rows of int8: 0.225 s
+    assert one.prompt_rows(load, 5) == 5
+    one.latency_s = 0.15
+    assert one.prompt_rows(load, 32) == 16  # 24 rows: 0.14 s
+    one.latency_s = 0.01
+    assert one.prompt_rows(load, 32) == 8  # never less
 
 
 def test_a_group_more_may_cost_more_than_it_gains() -> None:

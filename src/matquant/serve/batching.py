@@ -13,7 +13,8 @@ is admitted.
 import threading
 from bisect import insort
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from matquant.core.spec import Plan
@@ -228,16 +229,15 @@ class Batching:
     def _step(self) -> None:
         decoding = [slot for slot in self._running if slot.cached_tokens is not None and not slot.is_reading]
         reading = sorted((slot for slot in self._running if slot not in decoding), key=lambda slot: slot.order)
-        rows = min(self.limits.chunk if decoding else self.limits.max_batched_tokens, self.limits.max_batched_tokens)
-        widths = [slot.fixed or self._uniform(self.policy.widths[0]) for slot in reading]
+        load = self._load(decoding)
         chunks = next_chunks(
             reading,
-            widths=widths,
-            rows=min(rows, self.limits.max_batched_tokens - len(decoding)),
+            widths=[slot.fixed or self._uniform(self.policy.widths[0]) for slot in reading],
+            rows=self._prompt_rows(load),
             vocab=self.engine.model.architecture.vocab,
             begin=lambda slot, width: self._stepper.begin(slot, width, self._running),
         )
-        load = self._load(decoding, chunks)
+        load = replace(load, prompt_rows=sum(piece.stop - piece.start for piece in chunks))
         self._look(load)
         pieces = [Piece(slot=s, start=s.read, stop=s.read + 1, width=self._width(s)) for s in decoding]
         native_s, choosing_s = self._stepper.step([*pieces, *chunks], reason=self.policy.reason)
@@ -246,7 +246,8 @@ class Batching:
         for piece in (*pieces, *chunks):
             self._send(piece.slot)
 
-    def _load(self, decoding: list[Slot], chunks: list[Piece]) -> Load:
+    def _load(self, decoding: Sequence[Slot]) -> Load:
+        """Return the load of a step that reads no prompts."""
         now = self._clock()
         with self._changed:
             oldest = max((now - slot.arrived_s for slot in self._waiting), default=0.0)
@@ -254,9 +255,16 @@ class Batching:
             now_s=now,
             auto=[slot.generation.least_bits for slot in decoding if slot.fixed is None],
             fixed=Counter(slot.fixed.bits for slot in decoding if slot.fixed is not None),
-            prompt_rows=sum(piece.stop - piece.start for piece in chunks),
             oldest_wait_s=oldest,
         )
+
+    def _prompt_rows(self, load: Load) -> int:
+        """Return how many rows of prompts the next step may have."""
+        most = self.limits.max_batched_tokens
+        if not load.decoding:
+            return most
+        chunk = min(self.limits.chunk, most - load.decoding)
+        return self.policy.prompt_rows(load, chunk) if self.limits.policy else chunk
 
     def _look(self, load: Load) -> None:
         """Let the policy look at the load."""

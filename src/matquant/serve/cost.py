@@ -16,7 +16,7 @@ from matquant import _native
 from matquant.engine.engine import Engine
 
 ROWS = (1, 2, 4, 8, 16)
-PROMPT_ROWS = (32, 128)  # measured at the widest width, at which prompts are read
+PROMPT_ROWS = 32  # measured at the widest width only, at which prompts are read
 BUDGET_S = 2.0
 MOST_ROUNDS = 9
 CONTEXT = 32  # tokens of the caches that are measured with
@@ -63,15 +63,15 @@ def measure(
     room = min(engine.context, CONTEXT)
     workspace = workspace or _native.Workspace(engine.model.native, most_rows, room, engine.threads)
     counts = [(bits, rows) for bits in widths for rows in ROWS if rows <= most_rows]
-    counts += [(widths[0], rows) for rows in PROMPT_ROWS if max(ROWS) < rows <= most_rows]
-    caches = [_native.Cache(engine.model.native, room, engine.exact) for _ in range(min(most_rows, max(PROMPT_ROWS)))]
+    counts += [(widths[0], PROMPT_ROWS)] if most_rows >= PROMPT_ROWS else []
+    caches = [_native.Cache(engine.model.native, room, engine.exact) for _ in range(min(most_rows, PROMPT_ROWS))]
     tables = {bits: engine.widths(bits) for bits in widths}
     logits = np.empty((max(ROWS), engine.model.architecture.vocab), dtype=np.float32)
     samples: dict[tuple[int, int], list[float]] = {count: [] for count in counts}
 
     def run(bits: int, rows: int) -> float:
         began = clock()
-        wanted = min(rows, max(ROWS)) if rows in ROWS else 1  # a prompt has the logits of its last row
+        wanted = rows if rows in ROWS else 1  # a prompt has the logits of its last row
         _native.step(
             engine.model.native,
             tables[bits],

@@ -15,7 +15,7 @@ the time that choosing tokens takes besides.
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from matquant.serve.cost import Costs
 
@@ -27,6 +27,7 @@ LONGEST_HOLD_S = 30.0
 RELAPSE_S = 10.0  # going down so soon after going up doubles the hold; without it the hold returns to HOLD_S
 SMOOTHING = 0.1  # weight of the newest step in the correction
 MOST_CORRECTION = 8.0
+LEAST_CHUNK = 8  # rows of prompts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +44,9 @@ class Load:
     oldest_wait_s: float = 0.0
 
     @property
-    def rows(self) -> int:
-        return len(self.auto) + sum(self.fixed.values()) + self.prompt_rows
+    def decoding(self) -> int:
+        """Return the number of decode rows."""
+        return len(self.auto) + sum(self.fixed.values())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,14 +86,25 @@ class Policy:
         return next((bits for bits in reversed(self.widths) if bits >= max(level, least)), self.widths[0])
 
     def predict_s(self, load: Load, level: int) -> float:
-        """Return the predicted seconds of a step with the policy at ``level``."""
-        return self.correction * self._table_s(load, level) + (self.choosing_s if load.rows else 0.0)
+        """Return the predicted seconds between tokens with the policy at ``level``; 0 if nothing decodes."""
+        return self.correction * self._table_s(load, level) + self.choosing_s if load.decoding else 0.0
 
     def _table_s(self, load: Load, level: int) -> float:
         rows = Counter(dict(load.fixed))
         rows.update(self.bits_for(least, level) for least in load.auto)
         rows[self.widths[0]] += load.prompt_rows
         return sum(self.costs.step_s(bits, count) for bits, count in rows.items())
+
+    def prompt_rows(self, load: Load, most: int) -> int:
+        """Return how many rows of prompts to read beside decoding rows, at most ``most``.
+
+        Fewer, by halves but not below LEAST_CHUNK, if the step would take longer than the target: prompts give way
+        before widths do.
+        """
+        rows = most
+        while rows > LEAST_CHUNK and self.predict_s(replace(load, prompt_rows=rows), self.bits) > self.latency_s:
+            rows = max(rows // 2, LEAST_CHUNK)
+        return rows
 
     def learn(self, load: Load, *, native_s: float, choosing_s: float) -> None:
         """Learn from a step: how long native code took, and choosing tokens. Single outliers count little."""
@@ -140,7 +153,7 @@ class Policy:
                 self._fits_since.pop(bits, None)
 
     def _raise(self, load: Load) -> Change | None:
-        hold_s = self.hold_s if load.rows else HOLD_S
+        hold_s = self.hold_s if load.decoding or load.prompt_rows else HOLD_S
         for bits in self.widths[: self.widths.index(self.bits)]:
             if load.now_s - self._fits_since.get(bits, load.now_s) >= hold_s:
                 self._rose_at = load.now_s
