@@ -443,7 +443,8 @@ def test_a_request_that_cannot_run_is_rejected(
     ("wrong", "told"),
     [
         ({"max_num_seqs": 0}, "max_num_seqs=0; give a number above 0"),
-        ({"max_num_seqs": 200}, "max_batched_tokens=128 is below max_num_seqs=200"),
+        ({"max_num_seqs": 20, "max_batched_tokens": 16}, "max_batched_tokens=16 is below max_num_seqs=20"),
+        ({"max_num_seqs": 20000}, "20000 rows are more than the 16384 that a step takes"),
         ({"max_queued_requests": -1}, "max_queued_requests=-1"),
         ({"kv_bytes": 100}, "kv_bytes=100 does not hold one sequence"),
         ({"kv_bytes": 2**60}, r"kv_bytes=\d+ exceeds the \d+ bytes of memory available"),

@@ -14,6 +14,7 @@ from matquant.engine.engine import Engine
 from matquant.system.errors import InputError, check_positive
 
 WIDTHS = (8, 6, 4, 3, 2)
+ROWS, MOST_ROWS = 128, 2**14  # of a step: by default, and at most
 SHARE_OF_MEMORY = 4  # the default of kv_bytes is a quarter of the memory that is available
 MEMINFO = Path("/proc/meminfo")
 
@@ -25,8 +26,8 @@ class Limits:
     max_num_seqs: int = 16  # sequences in a step
     max_queued_requests: int = 64  # sequences that wait
     max_queued_tokens: int = 2**17  # prompt tokens that wait
-    max_batched_tokens: int = 128  # rows of a step
-    chunk: int = 32  # prompt tokens of a step in which other sequences decode; alone: max_batched_tokens
+    max_batched_tokens: int | None = None  # rows of a step; None: 128, or max_num_seqs if that is more
+    chunk: int = 32  # prompt tokens of a step in which other sequences decode; alone: all rows
     kv_bytes: int | None = None  # keys and values; None: a quarter of the memory available, see ``resolve``
     widths: tuple[int, ...] = WIDTHS  # that the policy may choose
     min_bits: int = 4  # the policy does not go below this width: int3 and int2 need a checkpoint trained for them
@@ -38,7 +39,7 @@ class Limits:
         check_positive(
             max_num_seqs=self.max_num_seqs,
             max_queued_tokens=self.max_queued_tokens,
-            max_batched_tokens=self.max_batched_tokens,
+            max_batched_tokens=self.rows,
             chunk=self.chunk,
             latency_s=self.latency_s,
             wait_s=self.wait_s,
@@ -46,13 +47,20 @@ class Limits:
         )
         if self.max_queued_requests < 0:
             raise InputError(f"max_queued_requests={self.max_queued_requests}; give a number of at least 0")
-        if self.max_batched_tokens < self.max_num_seqs:
+        if self.rows < self.max_num_seqs:
             raise InputError(
                 f"max_batched_tokens={self.max_batched_tokens} is below max_num_seqs={self.max_num_seqs}, and each "
                 "sequence takes a row of a step; use a larger max_batched_tokens"
             )
+        if self.rows > MOST_ROWS:
+            raise InputError(f"{self.rows} rows are more than the {MOST_ROWS} that a step takes; use fewer")
         for bits in (self.min_bits, *self.widths):
             check_bits(bits)
+
+    @property
+    def rows(self) -> int:
+        """Return the most rows of a step."""
+        return max(ROWS, self.max_num_seqs) if self.max_batched_tokens is None else self.max_batched_tokens
 
 
 def candidates(engine: Engine, limits: Limits) -> tuple[int, ...]:

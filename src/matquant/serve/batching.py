@@ -66,12 +66,10 @@ class Batching:
         self.failure: str | None = None
         self.kv_bytes = resolve_kv_bytes(engine, limits, available=available_bytes())
         self._clock, self._force, self._note = clock, force, note or (lambda text: None)
-        self._stepper = Stepper(engine, rows=limits.max_batched_tokens, choosing=limits.max_num_seqs, clock=clock)
+        self._stepper = Stepper(engine, rows=limits.rows, choosing=limits.max_num_seqs, clock=clock)
         widths = candidates(engine, limits)
         self._widths: dict[int, Width] = {}
-        self.costs = costs or measure(
-            engine, widths, most_rows=limits.max_batched_tokens, workspace=self._stepper.workspace
-        )
+        self.costs = costs or measure(engine, widths, most_rows=limits.rows, workspace=self._stepper.workspace)
         self.policy = Policy(self.costs, widths, latency_s=limits.latency_s, wait_s=limits.wait_s)
         self._changed = threading.Condition(threading.RLock())
         self._waiting: list[Slot] = []
@@ -260,7 +258,7 @@ class Batching:
 
     def _prompt_rows(self, load: Load) -> int:
         """Return how many rows of prompts the next step may have."""
-        most = self.limits.max_batched_tokens
+        most = self.limits.rows
         if not load.decoding:
             return most
         chunk = min(self.limits.chunk, most - load.decoding)
