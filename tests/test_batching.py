@@ -1,5 +1,7 @@
 """The engine side of the server: continuous batching gives every request the text that it has alone."""
 
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -358,6 +360,21 @@ def test_stopping_at_once_aborts_the_rest(serve: Callable[..., Batching], ids: l
     threading.Timer(0.05, gate.open.set).start()
     batcher.stop(0)
     assert [receiver.wait().finish for receiver in receivers] == ["abort", "abort"]
+
+
+def test_a_process_may_end_without_stopping(engine: matquant.Engine) -> None:
+    code = f"""if True:
+        import matquant, threading
+        from matquant.engine.sampling import Sampling
+        from matquant.serve.batching import start
+        from matquant.serve.work import Generation
+        done = threading.Event()
+        batcher = start(matquant.Engine({str(engine.path)!r}, threads=1))
+        batcher.submit(Generation(ids=[5], max_tokens=400, sampling=Sampling()), lambda events: done.set())
+        done.wait()
+        """
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (ended.stdout, ended.stderr) == ("", "")
 
 
 class Broken:

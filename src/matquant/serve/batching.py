@@ -10,6 +10,7 @@ any thread. After an error in the thread itself every request ends with "error",
 is admitted.
 """
 
+import atexit
 import threading
 from bisect import insort
 from collections import Counter, defaultdict
@@ -80,6 +81,7 @@ class Batching:
         self._draining = self._halting = False
         self._thread = threading.Thread(target=self._loop, name="matquant-engine", daemon=True)
         self._thread.start()
+        atexit.register(self.stop, 0)  # a process may end without stop()
 
     # ------------------------------------------------------------------------------------------------- any thread
 
@@ -160,6 +162,7 @@ class Batching:
             self._halting = True
             self._changed.notify_all()
         self._thread.join()
+        atexit.unregister(self.stop)
 
     def _wake(self) -> None:
         with self._changed:
