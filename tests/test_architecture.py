@@ -44,6 +44,9 @@ HEAVY = {  # package -> who imports it: files, or a folder whose files may; the 
     "lm_eval": ["integrations/harness.py", "integrations/lm_eval.py"],
     "vllm": ["integrations/vllm.py"],
     "huggingface_hub": ["hf/hub.py"],
+    "llguidance": ["serve/structured.py"],
+    "prometheus_client": ["serve/metrics.py"],
+    "uvicorn": ["serve/run.py"],
 }
 FILES = sorted(SOURCE.rglob("*.py"))
 WHOLE = [f"{p}.{file.stem}" for p in WITHOUT_TORCH for file in (SOURCE / p).glob("[!_]*.py")]

@@ -1276,7 +1276,10 @@ def test_a_plan_cannot_replace_a_directory(refuse: Refuse, make: Arguments, tmp_
 
 # Help -----------------------------------------------------------------------------------------------------------------
 
-VERBS = ("quantize", "eval", "plan", "report", "inspect", "verify", "generate", "chat", "bench", "export", "demo")
+VERBS = (
+    *("quantize", "eval", "plan", "report", "inspect", "verify"),
+    *("generate", "chat", "serve", "bench", "export", "demo"),
+)
 
 
 def test_the_help_fits_a_small_terminal(run: Run) -> None:
@@ -1347,6 +1350,12 @@ FLAGS: dict[str, list[str]] = {
     "chat": [
         "--bits", "--plan", "--system", "--context", "--max-tokens", "--temperature", "--top-k", "--top-p", "--min-p",
         "--seed", "--max-bits", "--threads", "--activations", "--check-hashes", "--mmap", "--help",
+    ],
+    "serve": [
+        *("--context", "--max-num-seqs", "--max-queued", "--kv-bytes", "--answer-tokens", "--max-body-mb"),
+        *("--drain-seconds", "--api-key", "--cors-origin", "--allow-host"),
+        *("--host", "--port", "--name", "--widths", "--plan", "--min-bits", "--latency-ms", "--tool-format"),
+        *("--max-bits", "--threads", "--activations", "--check-hashes", "--mmap", "--help"),
     ],
     "bench": [
         "--bits", "--tokens", "--rounds", "--context", "--threads", "--activations", "--check-hashes", "--mmap",
@@ -1465,6 +1474,28 @@ DEFAULTS: dict[str, dict[str, str]] = {
         "--tokens": "32",
         "--rounds": "7",
         "--context": "16",
+        "--threads": "(OMP_NUM_THREADS, else all)",
+        "--activations": "int8",
+        "--check-hashes": "check-hashes",
+        "--mmap": "mmap",
+    },
+    "serve": {
+        "--host": "127.0.0.1",
+        "--port": "8000",
+        "--name": "(that of DIR)",
+        "--widths": "(8,6,4,3,2)",
+        "--min-bits": "2",
+        "--latency-ms": "100.0",
+        "--tool-format": "(from its template)",
+        "--context": "(the model's context, 32768 at most)",
+        "--max-num-seqs": "16",
+        "--max-queued": "128",
+        "--kv-bytes": "(a quarter of what is free)",
+        "--answer-tokens": "2048",
+        "--max-body-mb": "8.0",
+        "--drain-seconds": "30.0",
+        "--api-key": "(none is needed)",
+        "--max-bits": "8",
         "--threads": "(OMP_NUM_THREADS, else all)",
         "--activations": "int8",
         "--check-hashes": "check-hashes",

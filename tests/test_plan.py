@@ -26,12 +26,13 @@ from matquant.engine.engine import Engine
 from matquant.format.read import open_checkpoint
 from matquant.format.sizes import bits_per_weight, plain_bytes, size_bytes
 from matquant.planning import sensitivity
-from matquant.planning.budget import Budget, bits_budget, by_layer, by_width, parse_size, size_budget
+from matquant.planning.budget import Budget, bits_budget, by_layer, by_width, size_budget
 from matquant.planning.run import SEARCHED_WIDTHS, make_plan
 from matquant.planning.search import choose, refine, search, strategy_plan
 from matquant.planning.sensitivity import SIDECAR, Forward, Losses, open_losses
 from matquant.planning.speed import CONTEXT, ROUNDS, TOKENS, speed_budget
 from matquant.planning.strategies import STRATEGIES, mixes, widest_mix
+from matquant.system.arguments import read_size
 from matquant.system.errors import InputError
 
 # Strategies -----------------------------------------------------------------------------------------------------------
@@ -200,10 +201,10 @@ def test_refinement_finds_what_the_sum_of_losses_hides() -> None:
 
 def test_sizes_are_parsed() -> None:
     sizes = {"1.1GB": 1_100_000_000, "900 MiB": 900 * 2**20, "12B": 12, ".5KB": 500, "2.KiB": 2048, "3MB": 3_000_000}
-    assert {text: parse_size(text) for text in (*sizes, "1GiB")} == {**sizes, "1GiB": 2**30}
+    assert {text: read_size(text, "--size") for text in (*sizes, "1GiB")} == {**sizes, "1GiB": 2**30}
     for wrong in ("", "1", "GB", "1 gb", "-1GB", "1e3MB", "1.1.1GB", "nan GB", "1XB"):
         with pytest.raises(InputError, match="is not a size; give a number and one of B, KB, MB, GB, KiB, MiB, GiB"):
-            parse_size(wrong)
+            read_size(wrong, "--size")
 
 
 def test_paths_that_other_engines_fuse_share_a_width() -> None:

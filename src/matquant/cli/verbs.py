@@ -18,6 +18,7 @@ VERBS = {  # verb -> its module, its function there, its line in --help
     "verify": ("verify", "verify", "Check every hash, shape, number and token of a checkpoint."),
     "generate": ("generate", "generate", "Continue a text at any width, streaming. Needs no torch."),
     "chat": ("generate", "chat", "Talk to a model; /bits 2 switches the width between replies, /quit ends."),
+    "serve": ("serve", "serve", "Serve a checkpoint at every width through OpenAI's API. Needs no torch."),
     "bench": ("bench", "bench", "Measure tokens per second at every width."),
     "export": ("export", "export", "Write a slice for llama.cpp, MLX, vLLM, transformers or GPTQModel."),
     "demo": ("demo", "demo", "Quantise the embedded model and compare it with its baselines."),

@@ -6,6 +6,7 @@ evaluation. A sequence ends at any token that generation_config.json, config.jso
 they often differ (base models with a chat template, fine-tuned ones with an old config.json).
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,10 +55,10 @@ class Vocabulary:
         """Return the ids of a text without added tokens."""
         return self._encode(text, add_special_tokens=False)
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of ids, without special tokens."""
+    def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
+        """Return the text of ids. special: with the text of special tokens."""
         with one_line("the tokenizer cannot decode these tokens", "copy tokenizer.json again"):
-            text: str = self.tokenizer.decode(ids)
+            text: str = self.tokenizer.decode(ids, skip_special_tokens=not special)
         return text
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
@@ -166,13 +167,16 @@ class TextStream:
 
     A token may end inside a character, and its text can depend on the token before it. So a few tokens are decoded
     together each time, and text is returned once its last character is complete. after: the ids before the first token.
+    special: include the text of special tokens.
     """
 
-    def __init__(self, vocabulary: Vocabulary, *, after: Sequence[int] = (), stop: Sequence[str] = ()) -> None:
+    def __init__(
+        self, vocabulary: Vocabulary, *, after: Sequence[int] = (), stop: Sequence[str] = (), special: bool = False
+    ) -> None:
         if any(not text for text in stop):
             raise InputError("--stop '' is empty; give a text to stop at")
         self.stopped = False
-        self._decode = vocabulary.decode
+        self._decode = functools.partial(vocabulary.decode, special=special)
         self._stop = tuple(stop)
         self._ids = list(after)
         self._start = 0  # first of the tokens that are decoded together

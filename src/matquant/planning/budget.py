@@ -13,10 +13,10 @@ from matquant.core.nest import check_bits
 from matquant.format.read import Checkpoint
 from matquant.format.sizes import plain_bytes, size_bytes
 from matquant.hf.families import FUSED
+from matquant.system.arguments import read_size
 from matquant.system.errors import InputError, check_positive
 
 Groups = tuple[tuple[str, ...], ...]  # paths that share a width, in the order of the model
-UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,19 +85,11 @@ def size_budget(checkpoint: Checkpoint, size: str, *, widths: Iterable[int]) -> 
     """Return a budget for the size of the whole model, such as "1.1GB": quantised weights and all other tensors."""
     plain = plain_bytes(checkpoint)
     return Budget(
-        limit=8 * (parse_size(size) - plain),
+        limit=8 * (read_size(size, "--size") - plain),
         costs=size_costs(checkpoint, widths),
         asked=size,
         least=lambda bits: f"{-(-bits // 8) + plain} bytes ({plain} of them not quantised)",
     )
-
-
-def parse_size(text: str) -> int:
-    """Parse "1.1GB", "900 MiB" or "123456B" into bytes."""
-    found = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*(\w+)", text.strip())
-    if found is None or found[2] not in UNITS:
-        raise InputError(f"--size {text!r} is not a size; give a number and one of {', '.join(UNITS)}, such as 1.1GB")
-    return int(float(found[1]) * UNITS[found[2]])
 
 
 def check_widths(widths: Sequence[int]) -> None:

@@ -5,6 +5,7 @@ names the argument; the range of a value is checked by the function that knows i
 """
 
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
@@ -92,6 +93,7 @@ KINDS: dict[str, Kind] = {
     "stream": ARRAY,
     "widths": ARRAY,
 }
+UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 ANNOTATIONS: dict[str, Kind] = {"int": INTEGER, "float": NUMBER, "bool": BOOLEAN, "str": TEXT}
 
 
@@ -130,3 +132,11 @@ def read_numbers(text: str, kind: type, flag: str) -> list[Any]:
         raise InputError(
             f"{flag} {text!r} is not a list of numbers; separate them with commas, such as 8,4,2"
         ) from None
+
+
+def read_size(text: str, flag: str) -> int:
+    """Parse "1.1GB", "900 MiB" or "123456B" into bytes; InputError naming ``flag``."""
+    found = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*(\w+)", text.strip())
+    if found is None or found[2] not in UNITS:
+        raise InputError(f"{flag} {text!r} is not a size; give a number and one of {', '.join(UNITS)}, such as 1.1GB")
+    return int(float(found[1]) * UNITS[found[2]])

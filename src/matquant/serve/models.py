@@ -1,0 +1,137 @@
+"""Model names and what they serve: ``NAME`` (the width follows the load), ``NAME:int4``, ``NAME:PLAN``.
+
+A name with a width or a plan is served with exactly that; only ``NAME`` may change its width within an answer.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from matquant.core.spec import Plan
+from matquant.serve.errors import ApiError
+
+AUTO = "auto"
+TIERS = {"auto": ("default", 0), "default": ("default", 0), "priority": ("priority", 1), "flex": ("flex", -1)}
+LISTED = (8, 6, 4, 3, 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Models:
+    """What a server offers. widths: those listed. plans: by name. bits_per_weight, tokens_per_s: by label ("8")."""
+
+    name: str
+    max_bits: int
+    widths: Sequence[int]
+    plans: Mapping[str, Plan] = field(default_factory=dict)
+    bits_per_weight: Mapping[str, float] = field(default_factory=dict)
+    tokens_per_s: Mapping[str, float] = field(default_factory=dict)
+    context: int
+    created: int
+
+    def ids(self) -> list[str]:
+        """Return every name that a request may give, the automatic one first."""
+        return [
+            self.name,
+            *(f"{self.name}:int{bits}" for bits in self.widths),
+            *(f"{self.name}:{p}" for p in self.plans),
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What one request is served with. label: "auto", "8" or a plan's name. plan: None for auto."""
+
+    label: str
+    plan: Plan | None
+    least_bits: int = 1
+    priority: int = 0
+    tier: str | None = None  # as the answer reports it
+
+
+def choose(models: Models, values: Mapping[str, Any]) -> Choice:
+    """Return what the fields model, bits, plan, min_bits and service_tier ask for. ApiError if they do not agree."""
+    named = _of_name(models, values["model"])
+    labels = {"model": named} if named != AUTO else {}
+    if values["bits"] is not None:
+        labels["bits"] = str(values["bits"])
+    if values["plan"] is not None:
+        labels["plan"] = values["plan"]
+    if len(set(labels.values())) > 1 or {"bits", "plan"} <= set(labels):
+        given = " and ".join(f"{key}={values[key]!r}" for key in labels)
+        raise ApiError(f"{given} exclude each other; use one of them", param=list(labels)[-1])
+    label = next(iter(labels.values()), AUTO)
+    plan = _plan(models, label, param="bits" if values["bits"] is not None else "plan")
+    least = values["min_bits"] or 1
+    if least > models.max_bits:
+        raise ApiError(
+            f"min_bits={least} exceeds --max-bits {models.max_bits} of this server; use less", param="min_bits"
+        )
+    if plan is not None and label.isdigit() and int(label) < least:
+        raise ApiError(f"min_bits={least} is above the width int{label} of this request; use one", param="min_bits")
+    tier, priority = TIERS[values["service_tier"] or AUTO]
+    if tier == "priority":
+        least = models.max_bits
+    return Choice(
+        label=label, plan=plan, least_bits=least, priority=priority, tier=tier if values["service_tier"] else None
+    )
+
+
+def _of_name(models: Models, name: str | None) -> str:
+    """Return the label of a model's name: "auto", "8" or a plan's name."""
+    if name in (None, models.name, f"{models.name}:{AUTO}"):
+        return AUTO
+    own, _, rest = str(name).rpartition(":")
+    if own == models.name:
+        width = re.fullmatch(r"int([1-8])", rest)
+        if width and int(width[1]) <= models.max_bits:
+            return width[1]
+        if rest in models.plans:
+            return rest
+    shown = ", ".join(models.ids())
+    raise ApiError(
+        f"the model {name!r} does not exist; use one of {shown}", status=404, param="model", code="model_not_found"
+    )
+
+
+def _plan(models: Models, label: str, *, param: str) -> Plan | None:
+    if label == AUTO:
+        return None
+    if label in models.plans:
+        return models.plans[label]
+    if not label.isdigit():
+        known = ", ".join(models.plans) or "none was given by --plan"
+        raise ApiError(f"plan={label!r} is not known; plans of this server: {known}", param=param)
+    if int(label) > models.max_bits:
+        raise ApiError(f"bits={label} exceeds --max-bits {models.max_bits} of this server; use less", param=param)
+    return Plan(default=int(label))
+
+
+def listing(models: Models) -> list[dict[str, Any]]:
+    """Return the entries of /v1/models."""
+    widest = str(models.max_bits)
+    labels: list[tuple[str, dict[str, Any]]] = [(models.name, {"bits": AUTO, **_facts(models, widest)})]
+    labels += [(f"{models.name}:int{bits}", {"bits": bits, **_facts(models, str(bits))}) for bits in models.widths]
+    labels += [(f"{models.name}:{plan}", {"plan": plan, **_facts(models, plan)}) for plan in models.plans]
+    return [
+        {
+            "id": name,
+            "object": "model",
+            "created": models.created,
+            "owned_by": "matquant",
+            "root": models.name,
+            "parent": None if name == models.name else models.name,
+            "max_model_len": models.context,
+            "permission": [],
+            "matquant": facts,
+        }
+        for name, facts in labels
+    ]
+
+
+def _facts(models: Models, label: str) -> dict[str, Any]:
+    bits, speed = models.bits_per_weight.get(label), models.tokens_per_s.get(label)
+    return {
+        "bits_per_weight": None if bits is None else round(bits, 3),
+        "tokens_per_s": None if speed is None else round(speed, 2),
+    }
