@@ -1484,7 +1484,7 @@ DEFAULTS: dict[str, dict[str, str]] = {
         "--port": "8000",
         "--name": "(that of DIR)",
         "--widths": "(8,6,4,3,2)",
-        "--min-bits": "2",
+        "--min-bits": "4",
         "--latency-ms": "100.0",
         "--tool-format": "(from its template)",
         "--context": "(the model's context, 32768 at most)",

@@ -88,7 +88,7 @@ def serve(
     name: Name = None,
     widths: Widths = None,
     plan: Plans = None,
-    min_bits: MinBits = 2,
+    min_bits: MinBits = 4,
     latency_ms: LatencyMs = 100.0,
     tool_format: ToolFormat = None,
     max_bits: MaxBits = 8,
