@@ -46,9 +46,11 @@ def test_the_commands_run(
     texts = dict.fromkeys(("a.txt", "b.txt", "heldout.txt"), text_file)
     names = {"MODEL": model, **texts, **{name: tmp_path / name for name in made}}
     commands = [line for block in blocks("") for line in block.splitlines() if line.startswith("matquant ")]
-    assert len(commands) == 18
+    assert len(commands) == 19
     for line in commands:
         words = [str(names.get(word, word)) for word in shlex.split(line, comments=True)]
+        if words[1] == "serve":  # it does not end: tests/test_serve_process.py runs it
+            continue
         if words[1] == "quantize":
             words += ["--samples", "8", "--seq-len", "32"]
             words += ["--steps", "2", "--tune", "2"] if "best" in words else []
