@@ -20,7 +20,6 @@ import pytest
 import torch
 import transformers
 import typer.rich_utils
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import conftest
@@ -653,8 +652,7 @@ def test_an_output_that_is_no_checkpoint_is_never_replaced(refuse: Refuse, start
 
 
 def disk_is_full(*_arguments: Any, **_options: Any) -> Any:
-    # What safetensors 0.8 raises on a full disk.
-    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def disk_of_config_is_full(file: Path, _content: bytes) -> Any:
@@ -662,7 +660,7 @@ def disk_of_config_is_full(file: Path, _content: bytes) -> Any:
 
 
 @pytest.mark.parametrize(("where", "fail"), [
-    ("safetensors.numpy.serialize_file", disk_is_full),
+    ("matquant.format.write.write_safetensors", disk_is_full),
     ("pathlib.Path.write_bytes", disk_of_config_is_full),
 ])  # fmt: skip
 def test_a_full_disk_is_said_and_leaves_nothing(
@@ -715,7 +713,7 @@ def test_a_disk_that_fills_up_in_training_keeps_the_state_there_was(
         nonlocal calls
         calls += 1
         if calls == 2:
-            monkeypatch.setattr("safetensors.torch.serialize_file", disk_is_full)
+            monkeypatch.setattr("matquant.methods.parts.sealed.write_safetensors", disk_is_full)
         save(*arguments)
 
     monkeypatch.setattr(qat, "save", save_once)

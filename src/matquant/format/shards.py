@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from matquant.core.dtypes import FLOATS
+from matquant.format.tensor_file import DTYPES
 from matquant.system.files import json_bytes
 
 AHEAD = 2  # number of threads, and of parts in memory besides the one being written
-SHARD_BYTES = 5 * 10**9
-DTYPES: dict[str, Any] = {**FLOATS, "I64": np.int64, "I32": np.int32, "U32": np.uint32, "U8": np.uint8}
+SHARD_BYTES = 5 * 10**9  # transformers' default
+NAMES = {np.dtype(kind): name for name, kind in DTYPES.items()}
 PYTORCH = {"format": "pt"}  # header entry that transformers expects
 Report = Callable[[int], None]  # called with the bytes written since the last call
 
@@ -49,6 +49,27 @@ class Part:
         return sum(slot.bytes for slot in self.slots)
 
 
+def held(arrays: Mapping[str, np.ndarray]) -> list[Part]:
+    """Return the parts of tensors in memory, in the order of the safetensors package: wide dtypes first, then by name.
+
+    So every tensor begins at a multiple of its item size.
+    """
+    ranks = {name: rank for rank, name in enumerate(DTYPES)}
+
+    def part(name: str, array: np.ndarray) -> Part:
+        return Part((Slot(name, NAMES[array.dtype], array.shape),), lambda: [array])
+
+    parts = [part(name, array) for name, array in arrays.items()]
+    return sorted(parts, key=lambda found: (-ranks[found.slots[0].dtype], found.slots[0].name))
+
+
+def shard_names(count: int) -> list[str]:
+    """Return the file names of a model in ``count`` shards."""
+    if count == 1:
+        return ["model.safetensors"]
+    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+
+
 def made(parts: Iterable[Part]) -> Iterator[tuple[Part, Sequence[np.ndarray]]]:
     """Yield every part with its arrays, in order; threads make at most AHEAD parts besides the one yielded."""
     waiting: deque[tuple[Part, Any]] = deque()
@@ -72,9 +93,7 @@ def write_shards(
         if shards[-1] and sum(p.bytes for p in shards[-1]) + part.bytes > shard_bytes:
             shards.append([])
         shards[-1].append(part)
-    names = ["model.safetensors"]
-    if len(shards) > 1:
-        names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    names = shard_names(len(shards))
     if index or len(shards) > 1:
         places = zip(names, shards, strict=True)
         weight_map = {slot.name: name for name, shard in places for part in shard for slot in part.slots}
@@ -85,7 +104,11 @@ def write_shards(
 
 
 def write_safetensors(
-    file: Path, parts: Sequence[Part], *, report: Report, metadata: Mapping[str, str] | None = PYTORCH
+    file: Path,
+    parts: Sequence[Part],
+    *,
+    report: Report = lambda written: None,
+    metadata: Mapping[str, str] | None = PYTORCH,
 ) -> None:
     """Write one safetensors file, part by part. metadata: goes into its header."""
     with file.open("wb") as stream:
@@ -112,6 +135,6 @@ def _header(parts: Sequence[Part], metadata: Mapping[str, str] | None) -> bytes:
     for slot in (slot for part in parts for slot in part.slots):
         header[slot.name] = {"dtype": slot.dtype, "shape": slot.shape, "data_offsets": [end, end + slot.bytes]}
         end += slot.bytes
-    text = json.dumps(header).encode()
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # data start at a multiple of 8
     return len(text).to_bytes(8, "little") + text

@@ -12,20 +12,20 @@ import numpy as np
 
 from matquant.system.errors import InputError
 
-DTYPES: dict[str, Any] = {
+DTYPES: dict[str, Any] = {  # narrow to wide, in the order of the safetensors package
     "BOOL": np.bool_,
     "U8": np.uint8,
     "I8": np.int8,
-    "U16": np.uint16,
     "I16": np.int16,
-    "U32": np.uint32,
-    "I32": np.int32,
-    "U64": np.uint64,
-    "I64": np.int64,
+    "U16": np.uint16,
     "F16": np.float16,
     "BF16": ml_dtypes.bfloat16,
+    "I32": np.int32,
+    "U32": np.uint32,
     "F32": np.float32,
     "F64": np.float64,
+    "I64": np.int64,
+    "U64": np.uint64,
 }
 
 

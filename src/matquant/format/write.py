@@ -12,17 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from matquant.core.spec import Spec
 from matquant.core.tensor import NestedTensor
 from matquant.format.layout import SLICES, slice_tensors, stored_tensors
 from matquant.format.manifest import INDEX, MANIFEST, write_manifest
+from matquant.format.shards import SHARD_BYTES, held, shard_names, write_safetensors
 from matquant.system.arguments import check_types
 from matquant.system.files import check_replaceable, json_bytes, replace_directory_when_done
 from matquant.system.locks import check_place
 
-SHARD_BYTES = 5 * 10**9  # transformers' default shard size
 Item = tuple[str, "np.ndarray | NestedTensor"]
 
 
@@ -118,7 +117,7 @@ def _write_tensors(directory: Path, items: Iterable[Item], *, spec: Spec, shard_
     total = 0
 
     def flush() -> None:
-        save_file(shard, directory / f"shard-{len(shards):05d}", metadata={"format": "pt"})
+        write_safetensors(directory / f"shard-{len(shards):05d}", held(shard))
         shards.append(list(shard))
         shard.clear()
 
@@ -136,7 +135,7 @@ def _write_tensors(directory: Path, items: Iterable[Item], *, spec: Spec, shard_
                     slices[key] = part.astype(dtype)
     flush()
     if slices:
-        save_file(slices, directory / SLICES)
+        write_safetensors(directory / SLICES, held(slices), metadata=None)
     _name_shards(directory, shards, total, index=bool(slices))
 
 
@@ -150,9 +149,7 @@ def _name_shards(directory: Path, shards: list[list[str]], total: int, *, index:
 
     Slices need an index: without one, vLLM reads every safetensors file as a part of the model.
     """
-    names = ["model.safetensors"]
-    if len(shards) > 1:
-        names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    names = shard_names(len(shards))
     for number, name in enumerate(names):
         (directory / f"shard-{number:05d}").rename(directory / name)
     if index or len(shards) > 1:

@@ -21,7 +21,8 @@ from matquant.core.nest import MASTER_BITS, UNIFORM
 from matquant.core.spec import Spec
 from matquant.core.tensor import NestedTensor
 from matquant.format.read import manifest_sha256, open_checkpoint
-from matquant.format.write import SHARD_BYTES, check_writable, write_checkpoint
+from matquant.format.shards import SHARD_BYTES
+from matquant.format.write import check_writable, write_checkpoint
 from matquant.hf.gguf import ORIGIN, as_directory, quantised_notice
 from matquant.hf.text import count_windows, data_sha256, token_stream
 from matquant.hf_torch import Model

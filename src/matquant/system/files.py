@@ -7,13 +7,10 @@ import hashlib
 import json
 import math
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
-
-from safetensors import SafetensorError
 
 from matquant.system.errors import InputError
 from matquant.system.locks import hold, partial_path, remove_leftovers
@@ -219,13 +216,11 @@ def sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def explain_full_disk(target: Path) -> Iterator[None]:
-    """Turn "no space left", from the system or from safetensors, into an InputError that says what to do."""
+    """Turn "no space left" into an InputError that says what to do."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        found = re.search(r"os error (\d+)", str(error))  # safetensors' wording
-        number = int(found[1]) if found else getattr(error, "errno", None)
-        if number not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         raise InputError(
             f"{target} was not written: no space left on the device ({free_bytes(target)} bytes free); "

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+from matquant.format.shards import held, write_safetensors
+from matquant.hf_torch.arrays import to_numpy
 from matquant.system.errors import InputError
 from matquant.system.files import replace_when_done
 
@@ -25,7 +26,8 @@ def save_sealed(file: Path, tensors: Mapping[str, torch.Tensor], metadata: Mappi
     """Write tensors and metadata to ``file``, atomically."""
     kept = {name: tensors[name].detach().contiguous() for name in sorted(tensors)}
     with replace_when_done(file) as partial:
-        save_file(kept, partial, metadata={**metadata, SEAL: _digest(metadata, kept.items())})
+        arrays = {name: to_numpy(tensor) for name, tensor in kept.items()}
+        write_safetensors(partial, held(arrays), metadata={**metadata, SEAL: _digest(metadata, kept.items())})
 
 
 @contextlib.contextmanager
