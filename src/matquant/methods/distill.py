@@ -22,6 +22,7 @@ from typing import Any
 
 from matquant.format.read import open_checkpoint
 from matquant.format.write import check_writable
+from matquant.hf_torch.device import bf16_is_fast, choose_device
 from matquant.hf_torch.loading import hidden_size
 from matquant.methods.parts.job import Report, source_files
 from matquant.options import distill
@@ -52,7 +53,10 @@ def run(quantize: Callable[..., Path], model: Path | str, request: Request, *, r
             f"--resume needs the settings and text of the interrupted run in {work}, found others; "
             "use the same, or use --overwrite to start again"
         )
-    asked = stages(model, request.choice.options)
+    options = dict(request.choice.options)
+    if request.choice.recipe is not None and "autocast" not in options:
+        options["autocast"] = choose_device(common.device).type == "cuda" or bf16_is_fast()
+    asked = stages(model, options)
     done, start = folder, None
     with _recorded(folder, {**mark, "files": source_files(model)}, resume=common.resume):
         for number, stage in enumerate(asked, 1):
