@@ -38,7 +38,7 @@ def summarise(checkpoint: Checkpoint) -> dict[str, Any]:
             "paper_bits": bits + overflow,
             "histogram": histogram.tolist(),
         }
-    return {"weights": total, "plain_bytes": rest, "file_bytes": _file_bytes(checkpoint), "widths": widths}
+    return {"weights": total, "plain_bytes": rest, "file_bytes": file_bytes(checkpoint), "widths": widths}
 
 
 def code_counts(checkpoint: Checkpoint) -> np.ndarray:
@@ -100,6 +100,7 @@ def sparkline(counts: list[int]) -> str:
     return "".join(BARS[height] for height in heights)
 
 
-def _file_bytes(checkpoint: Checkpoint) -> int:
+def file_bytes(checkpoint: Checkpoint) -> int:
+    """Return the bytes of the tensor files on disk, which hold all widths."""
     files = {checkpoint.directory / file for file in checkpoint.files.values()}
     return sum(file.stat().st_size for file in files)

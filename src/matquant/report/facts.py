@@ -1,17 +1,23 @@
 """The tables of the report: the model, how it was made, its sizes, and evaluations."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
-from matquant.format.contents import slice_counts
+from matquant.core.nest import COMPANDED, UNIFORM
+from matquant.format.contents import file_bytes, slice_counts
+from matquant.format.describe import ends_words, float_bytes, float_dtype, parameters, scope_words, size
 from matquant.format.read import Checkpoint
 from matquant.format.sizes import bits_per_weight, plain_bytes, plan_bytes
-from matquant.report.values import fixed, is_number, numbers, percent, plan_name, size, width_order
+from matquant.report.values import fixed, is_number, numbers, percent, plan_name, width_order
 
 WIDTHS = (8, 6, 4, 3, 2)
+GRID_WORDS = {
+    UNIFORM: "uniform: evenly spaced positions",
+    COMPANDED: "companded: positions closer together near 0",
+}
 COMPARED = {"kld": "KL divergence from the reference", "top1": "same top token as the reference"}
 
 
@@ -32,10 +38,15 @@ def model_facts(checkpoint: Checkpoint, weights: int) -> list[tuple[str, str]]:
     architectures = config.get("architectures")
     if isinstance(architectures, list) and architectures:
         facts.insert(0, ("architecture", str(architectures[0])))
+    whole = float_bytes(checkpoint)
     return [
         *facts,
-        ("quantised", f"{weights:,} weights in {len(checkpoint.shapes)} layers"),
+        ("parameters", f"{parameters(checkpoint):,}"),
+        *([("float model", f"{size(whole)} in {float_dtype(checkpoint)}")] if whole else []),
+        ("quantised", f"{weights:,} weights in {len(checkpoint.shapes)} matrices: {scope_words(checkpoint)}"),
+        ("embedding and head", ends_words(checkpoint)),
         ("not quantised", size(plain_bytes(checkpoint))),
+        ("on disk, all widths together", size(file_bytes(checkpoint))),
     ]
 
 
@@ -48,11 +59,12 @@ def made_facts(checkpoint: Checkpoint) -> list[tuple[str, str]]:
         ("loss weights (lambda)", ", ".join(f"{weight:g}" for weight in spec.weights) or "none"),
         ("trained widths", ", ".join(f"int{width}" for width in spec.widths) or "none"),
         ("slicing rule", spec.rule),
-        ("grid", "symmetric" if spec.symmetric else "asymmetric"),
+        ("grid", f"{GRID_WORDS[spec.grid]}; {'symmetric' if spec.symmetric else 'asymmetric'}"),
         ("group size", "one group per row" if spec.group_size is None else f"{spec.group_size}"),
         ("scales stored as", spec.scale_dtype),
         ("widths with per-width scales", ", ".join(f"int{width}" for width in spec.slices) or "none"),
-        ("layers quantised", spec.scope),
+        ("quantised", f"{scope_words(checkpoint)} (--scope {spec.scope})"),
+        ("embedding and head", ends_words(checkpoint)),
         ("optimiser steps", f"{spec.steps:,}"),
         ("seed", f"{spec.seed}"),
         ("sha256 of the training tokens", spec.data_sha256 or "none: made without data"),
@@ -60,10 +72,14 @@ def made_facts(checkpoint: Checkpoint) -> list[tuple[str, str]]:
 
 
 def size_rows(
-    checkpoint: Checkpoint, counts: np.ndarray, plans: Mapping[str, Mapping[str, int]]
+    checkpoint: Checkpoint, counts: np.ndarray, plans: Mapping[str, Mapping[str, int]], *, measured: Iterable[int] = ()
 ) -> list[dict[str, Any]]:
-    """Return a row per width and plan: bytes, bits per weight (all overhead included), and share of overflow."""
-    uniform = {f"int{bits}": checkpoint.widths(bits) for bits in shown_widths(checkpoint)}
+    """Return a row per width and plan: bytes, bits per weight (all overhead included), and share of overflow.
+
+    measured: widths to list besides those that are always shown.
+    """
+    shown = sorted({*shown_widths(checkpoint), *measured}, reverse=True)
+    uniform = {f"int{bits}": checkpoint.widths(bits) for bits in shown}
     rest = plain_bytes(checkpoint)
     rows = []
     for name, widths in (*uniform.items(), *plans.items()):
@@ -85,7 +101,9 @@ def size_rows(
 
 
 def shown_widths(checkpoint: Checkpoint) -> list[int]:
-    return sorted({*WIDTHS, *checkpoint.spec.widths}, reverse=True)
+    """Return the widths that every table shows, widest first; none needs more bits than are stored."""
+    stored = max(map(checkpoint.spec.stored, checkpoint.shapes))
+    return [bits for bits in sorted({*WIDTHS, *checkpoint.spec.widths}, reverse=True) if bits <= stored]
 
 
 def result_rows(name: str, record: Mapping[str, Any]) -> dict[str, Any]:

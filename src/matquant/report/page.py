@@ -5,6 +5,7 @@ no time or path of this machine is included, so the same inputs give the same by
 that comes from a file; facts.py, maps.py and pictures.py prepare its tables and pictures. Needs no torch.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,16 +14,19 @@ import jinja2
 
 from matquant.core.spec import Plan
 from matquant.format.contents import code_counts
-from matquant.format.read import manifest_sha256, open_checkpoint
+from matquant.format.describe import size
+from matquant.format.read import Checkpoint, manifest_sha256, open_checkpoint
 from matquant.report.facts import made_facts, model_facts, result_rows, size_rows
 from matquant.report.maps import heat_map, sensitivities, width_map
+from matquant.report.overview import overview
 from matquant.report.pictures import chart, curves, histograms
-from matquant.report.values import plan_name, read_object, size
+from matquant.report.values import is_width, numbers, plan_name, read_object
 from matquant.system.errors import InputError
 from matquant.system.files import write_atomically
 from matquant.system.locks import holding
 
 TEMPLATE = Path(__file__).with_name("page.html.jinja")
+CARD = Path(__file__).with_name("card.md.jinja")
 
 
 @holding("out")
@@ -53,36 +57,83 @@ def write_report(
                 f"{name} was measured on checkpoint {str(found)[:12]}…, but {directory} is {sha256[:12]}…; "
                 "evaluate this checkpoint, or give the directory of the other"
             )
-    named = {name: checkpoint.widths(Plan.read(file)) for name, file in by_name(plans, "--plan").items()}
-    for name, record in records.items():
-        plan = record.get("plan")
-        if isinstance(plan, dict) and isinstance(plan.get("bits"), dict) and plan["bits"] not in named.values():
-            label = plan_name(record)
-            named[label if label not in named else f"{label} ({name})"] = Plan(bits=plan["bits"]).resolve(
-                checkpoint.shapes
-            )
-    counts = code_counts(checkpoint)
-    page = {
+    named, labels = _named_plans(checkpoint, by_name(plans, "--plan"), records)
+    page = _contents(checkpoint, named, labels, records)
+    page |= {
         "title": directory.resolve().name,
         "sha256": sha256,
+        "chart": chart(*curves(pareto, records)),
+        "heat": heat_map(sensitivities(sensitivity, sha256)) if sensitivity is not None else None,
+    }
+    write_atomically(out, render(page, markdown=out.suffix.lower() == ".md").encode())
+
+
+def _contents(
+    checkpoint: Checkpoint,
+    named: Mapping[str, Mapping[str, int]],
+    labels: Mapping[str, str],
+    records: Mapping[str, Mapping[str, Any]],
+) -> dict[str, Any]:
+    """Return the tables and pictures that come from the checkpoint and the evaluations."""
+    counts = code_counts(checkpoint)
+    measured = {
+        int(width) for record in records.values() for width in numbers(record.get("bits_per_weight")) if is_width(width)
+    }
+    sizes = size_rows(checkpoint, counts, named, measured=measured)
+    first = overview(checkpoint, sizes, records, labels)
+    return {
+        "overview": first,
         "model": model_facts(checkpoint, int(counts.sum())),
         "made": made_facts(checkpoint),
-        "sizes": size_rows(checkpoint, counts, named),
+        "sizes": sizes,
         "rule": checkpoint.spec.rule,
         "results": [result_rows(name, record) for name, record in records.items()],
-        "chart": chart(*curves(pareto, records)),
         "plans": [width_map(name, bits, checkpoint) for name, bits in named.items()],
-        "heat": heat_map(sensitivities(sensitivity, sha256)) if sensitivity is not None else None,
         "histograms": histograms(checkpoint, counts),
         "example": next(iter(checkpoint.shapes)),
         "width_plan": next(iter(named), "plan"),
+        "chats": (checkpoint.directory / "chat_template.jinja").is_file(),
     }
+
+
+def _named_plans(
+    checkpoint: Checkpoint, files: Mapping[str, Path], records: Mapping[str, Mapping[str, Any]]
+) -> tuple[dict[str, dict[str, int]], dict[str, str]]:
+    """Return row -> widths of the plans in files and records, and record -> the row of its plan."""
+    named = {_row_name(name): checkpoint.widths(Plan.read(file)) for name, file in files.items()}
+    labels = {}
+    for name, record in records.items():
+        plan = record.get("plan")
+        if not isinstance(plan, dict) or not isinstance(plan.get("bits"), dict):
+            continue
+        bits = Plan(bits=plan["bits"]).resolve(checkpoint.shapes)
+        label = next((label for label, widths in named.items() if widths == bits), None)
+        if label is None:
+            label = _row_name(plan_name(record))
+            label = label if label not in named else f"{label} ({name})"
+            named[label] = bits
+        labels[name] = label
+    return named, labels
+
+
+def _row_name(plan: str) -> str:
+    """Return the name of a plan's row, which differs from those of widths."""
+    return f"plan {plan}" if re.fullmatch(r"int\d|float", plan) else plan
+
+
+def render(page: Mapping[str, Any], *, markdown: bool) -> str:
+    """Return the HTML page, or the model card, of the contents."""
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        autoescape=not markdown, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters["size"] = size
-    text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(page)
-    write_atomically(out, text.encode())
+    environment.filters |= {"size": size, "plain": plain}
+    template = CARD if markdown else TEMPLATE
+    return environment.from_string(template.read_text(encoding="utf-8")).render(page)
+
+
+def plain(text: str) -> str:
+    """Return text for Markdown on one line: what Markdown or HTML would interpret is escaped."""
+    return re.sub(r"([\\`*_{}\[\]<>#|&~])", r"\\\1", " ".join(text.split()))
 
 
 def read_record(file: Path) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Read values from JSON files for the report, and format numbers; anything but finite numbers is left out."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,19 +28,17 @@ def numbers(values: Any) -> dict[str, float]:
     return {str(key): value for key, value in values.items() if is_number(value)} if isinstance(values, dict) else {}
 
 
+def is_width(name: str) -> bool:
+    """Return whether a record's key names a uniform width, 1..8."""
+    return len(name) == 1 and name in "12345678"
+
+
 def fixed(value: Any, decimals: int) -> str:
     return f"{value:,.{decimals}f}" if is_number(value) else ""
 
 
 def percent(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.2f}"
-
-
-def size(count: float) -> str:
-    """Format bytes for people: three digits and a decimal unit."""
-    unit: Callable[[int], str] = ("bytes", "kB", "MB", "GB", "TB").__getitem__
-    power = min(int(math.log10(max(count, 1)) // 3), 4)
-    return f"{count:,.0f} {unit(0)}" if power == 0 else f"{count / 1000**power:.3g} {unit(power)}"
 
 
 def width_order(width: str) -> tuple[bool, int, str]:
