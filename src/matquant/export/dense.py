@@ -4,7 +4,7 @@ from typing import Any
 
 from matquant.core.dtypes import FLOATS
 from matquant.export.directory import write_directory
-from matquant.export.job import Exporter, Job
+from matquant.export.job import PIPELINE, Exporter, Job
 from matquant.format.shards import Part, Slot
 
 NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -27,6 +27,7 @@ def config(job: Job) -> dict[str, Any]:
 
 EXPORTER = Exporter(
     engines="any tool that reads Hugging Face models",
+    run=PIPELINE,
     plain=plain,
     write=lambda job, folder, report: write_directory(job, folder, config(job), report),
 )

@@ -292,6 +292,7 @@ def _add_tokens(writer: Any, tokens: Tokens) -> None:
 
 EXPORTER = Exporter(
     engines="llama.cpp",
+    run='llama-cli -m FILE.gguf -p "Once upon a time"\nllama-server -m FILE.gguf --port 8080',
     containers=containers,
     slots=slots,
     holds_ends=lambda checkpoint, plan: True,

@@ -118,9 +118,17 @@ def write(job: Job, folder: Path, report: Report) -> None:
     (folder / "quantize_config.json").write_bytes(json_bytes(quantization))
 
 
+RUN = (
+    "pip install gptqmodel\n"
+    "python -c \"from gptqmodel import GPTQModel; m = GPTQModel.load('DIR'); "
+    "print(m.tokenizer.decode(m.generate('The')[0]))\""
+)
+
+
 def _exporter(zero: str) -> Exporter:
     return Exporter(
         engines="GPTQModel, vLLM" if zero == FIXED else "GPTQModel",
+        run=RUN + ("\nvllm serve DIR" if zero == FIXED else ""),
         families=tuple(supported("gptq")),
         containers=partial(containers, zero=zero),
         slots=slots,

@@ -14,6 +14,10 @@ from matquant.export.containers import Container, Encoded, Misfit, choose, encod
 from matquant.format.read import Checkpoint
 from matquant.format.shards import Part, Report, Slot
 
+# runs a directory that transformers reads; DIR is the export
+PIPELINE = (
+    "python -c \"from transformers import pipeline; print(pipeline('text-generation', 'DIR')('Once upon a time'))\""
+)
 DENSE = "dense"  # the name of the storage of paths without a container
 
 
@@ -23,6 +27,8 @@ class Exporter:
 
     # the tools that read it, for people
     engines: str
+    # commands that run the export, for the model card; DIR or FILE stands for it
+    run: str = ""
     # writes the directory, or the one file whose name ends in ``suffix``
     write: "Callable[[Job, Path, Report], None]"
     # the containers for a weight, smallest first; none: the weight becomes dense

@@ -171,6 +171,7 @@ def _parameters(kind: Container) -> dict[str, Any]:
 
 EXPORTER = Exporter(
     engines="mlx_lm, LM Studio",
+    run='pip install mlx-lm\nmlx_lm.generate --model DIR --prompt "Once upon a time"',
     families=tuple(FAMILIES),
     containers=containers,
     slots=slots,

@@ -73,6 +73,7 @@ def write(job: Job, folder: Path, report: Report) -> None:
 
 EXPORTER = Exporter(
     engines="matquant, transformers, vLLM",
+    run='matquant generate DIR --prompt "Once upon a time"\nmatquant serve DIR',
     choose=choose,
     encode=encode,
     slots=compressed_tensors.slots,

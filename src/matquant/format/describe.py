@@ -70,3 +70,8 @@ def ends_words(checkpoint: Checkpoint) -> str:
     if not checkpoint.ends:
         return "not quantised"
     return "quantised, read at the width of the row" if least == 1 else f"quantised, read at int{least} or wider"
+
+
+def plain(text: str) -> str:
+    """Return text for Markdown on one line: what Markdown or HTML would interpret is escaped."""
+    return re.sub(r"([\\`*_{}\[\]<>#|&~])", r"\\\1", " ".join(text.split()))

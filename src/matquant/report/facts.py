@@ -43,8 +43,7 @@ def model_facts(checkpoint: Checkpoint, weights: int) -> list[tuple[str, str]]:
         *facts,
         ("parameters", f"{parameters(checkpoint):,}"),
         *([("float model", f"{size(whole)} in {float_dtype(checkpoint)}")] if whole else []),
-        ("quantised", f"{weights:,} weights in {len(checkpoint.shapes)} matrices: {scope_words(checkpoint)}"),
-        ("embedding and head", ends_words(checkpoint)),
+        ("quantised", f"{weights:,} weights in {len(checkpoint.shapes)} matrices"),
         ("not quantised", size(plain_bytes(checkpoint))),
         ("on disk, all widths together", size(file_bytes(checkpoint))),
     ]
@@ -63,7 +62,7 @@ def made_facts(checkpoint: Checkpoint) -> list[tuple[str, str]]:
         ("group size", "one group per row" if spec.group_size is None else f"{spec.group_size}"),
         ("scales stored as", spec.scale_dtype),
         ("widths with per-width scales", ", ".join(f"int{width}" for width in spec.slices) or "none"),
-        ("quantised", f"{scope_words(checkpoint)} (--scope {spec.scope})"),
+        ("what is quantised", f"{scope_words(checkpoint)} (--scope {spec.scope})"),
         ("embedding and head", ends_words(checkpoint)),
         ("optimiser steps", f"{spec.steps:,}"),
         ("seed", f"{spec.seed}"),

@@ -20,6 +20,7 @@ LOSS, AVERAGE = "log_perplexity", "task_average"
 METRICS = (LOSS, "kld", "top1", AVERAGE)
 FLOAT, MASTER = "float", "int8"
 BASES = {FLOAT: "the float model", MASTER: MASTER}  # what losses are compared with, in words
+OWNERS = {FLOAT: "the float model's", MASTER: "int8's"}
 SHORT = {  # column -> what stands before and after its values on a narrow screen
     "size": ("", ""),
     "bits per weight": ("", " bits"),
@@ -154,18 +155,20 @@ def _advice(
         ]
 
     def cost(name: str) -> str:
-        share = "" if name == whole[0] else f", {100 * bytes_of[name] / whole[1]:.0f} % of {whole[0]} size"
-        return f"{size(bytes_of[name])}{share}, perplexity {perplexity(found[name][LOSS])}"
+        return f"{size(bytes_of[name])}{{}}, perplexity {perplexity(found[name][LOSS])}"
 
-    reference = f"{perplexity(found[base][LOSS])} of {BASES[base]}"
+    whole_name, whole_bytes = whole
+    rest = f" instead of {OWNERS[base]} {perplexity(found[base][LOSS])}."
     picked, usable = (smallest(losses, bytes_of, below=limit) for limit in (RECOMMENDED, USABLE))
+    chosen = picked or min(losses, key=lambda name: losses[name])
+    smaller = "" if chosen == whole_name else f" instead of {OWNERS[whole_name]} {size(whole_bytes)}"
+    advice = [(f"Choose {chosen}:", cost(chosen).format(smaller) + ("." if chosen == base else rest))]
     if picked is None:
-        closest = min(losses, key=lambda name: losses[name])
-        rest = f"{cost(closest)} against {reference}. Nothing measured here stays within {RECOMMENDED:g} nats of it."
-        return [(f"Choose {closest}:", rest)]
-    advice = [(f"Choose {picked}:", f"{cost(picked)} against {reference}.")]
-    if usable is not None and usable != picked:
-        advice.append((f"If memory is short, {usable}:", f"{cost(usable)}, {verdict(losses[usable], base='')}."))
+        advice.append(("All others lose more:", f"nothing measured here stays within {RECOMMENDED:g} nats per token."))
+    elif usable is not None and usable != picked:
+        advice.append(
+            (f"If memory is short, {usable}:", f"{cost(usable).format('')}, {verdict(losses[usable], base='')}.")
+        )
     return advice
 
 

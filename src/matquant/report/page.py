@@ -14,7 +14,7 @@ import jinja2
 
 from matquant.core.spec import Plan
 from matquant.format.contents import code_counts
-from matquant.format.describe import size
+from matquant.format.describe import plain, size
 from matquant.format.read import Checkpoint, manifest_sha256, open_checkpoint
 from matquant.report.facts import made_facts, model_facts, result_rows, size_rows
 from matquant.report.maps import heat_map, sensitivities, width_map
@@ -90,7 +90,7 @@ def _contents(
         "results": [result_rows(name, record) for name, record in records.items()],
         "plans": [width_map(name, bits, checkpoint) for name, bits in named.items()],
         "histograms": histograms(checkpoint, counts),
-        "example": next(iter(checkpoint.shapes)),
+        "example": next(path for path in checkpoint.shapes if path not in checkpoint.ends),
         "width_plan": next(iter(named), "plan"),
         "chats": (checkpoint.directory / "chat_template.jinja").is_file(),
     }
@@ -124,16 +124,15 @@ def _row_name(plan: str) -> str:
 def render(page: Mapping[str, Any], *, markdown: bool) -> str:
     """Return the HTML page, or the model card, of the contents."""
     environment = jinja2.Environment(
-        autoescape=not markdown, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        autoescape=not markdown,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
     environment.filters |= {"size": size, "plain": plain}
     template = CARD if markdown else TEMPLATE
     return environment.from_string(template.read_text(encoding="utf-8")).render(page)
-
-
-def plain(text: str) -> str:
-    """Return text for Markdown on one line: what Markdown or HTML would interpret is escaped."""
-    return re.sub(r"([\\`*_{}\[\]<>#|&~])", r"\\\1", " ".join(text.split()))
 
 
 def read_record(file: Path) -> dict[str, Any]:
