@@ -17,6 +17,7 @@ from matquant.format.describe import count_words, plain, size
 from matquant.format.read import manifest_sha256, open_checkpoint
 from matquant.format.verify import verify_checkpoint
 from matquant.report.page import write_report
+from matquant.system.errors import InputError
 from test_html import EVIL, rows
 
 LOSSES = {"8": 0.01, "6": 0.05, "4": 0.2, "3": 0.9, "2": 3.0}  # nats above the reference
@@ -143,6 +144,7 @@ def test_plans_have_rows_and_other_texts_are_not_mixed_in(
     same = {**record, "log_perplexity": {"plan": REFERENCE + 0.03}, "bits_per_weight": {"plan": 5.5}, "plan": plan}
     del same["kld"], same["top1"]
     found = table(page(checkpoint, tmp_path / "same.html", record, same))
+    assert list(found) == ["float", "int8", "int6", "mine", "int4", "int3", "int2"]
     assert found["mine"]["verdict"] == "slightly worse recommended"  # 5 bits are fewer than 6
     assert found["mine"]["size"] == size(summarise(open_checkpoint(checkpoint))["widths"][5]["model_bytes"])
     other = table(page(checkpoint, tmp_path / "other.html", record, {**same, "tokens": 100}))
@@ -182,6 +184,8 @@ def test_the_model_card_says_the_same_and_may_lie_in_the_checkpoint(
     card = page(made, made / "README.md", record)
     verify_checkpoint(made)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["made<i>|_"]
+    with pytest.raises(InputError, match="--pareto and --sensitivity are not part of a model card; drop them"):
+        page(made, tmp_path / "card.md", record, pareto=tmp_path / "pareto.json")
     assert card.startswith("---\nlibrary_name: matquant\n")
     assert "# made\\<i\\>\\|\\_\n" in card
     assert "<script" not in card.replace("\\<script", "")

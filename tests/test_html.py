@@ -210,7 +210,7 @@ def test_what_cannot_be_used_is_refused(checkpoint: Path, inputs: dict[str, Any]
         "or give the directory of the other",
         records={"other": {"checkpoint": "0123"}},
     )
-    refused(f"-o {tmp_path} is a directory; use the name of an HTML file", out=tmp_path)
+    refused(f"-o {tmp_path} is a directory; use the name of an HTML or Markdown file", out=tmp_path)
     missing = tmp_path / "missing.json"
     refused(f'--pareto {missing}: no such file; give a JSON file with "curves"', pareto=missing)
     broken = tmp_path / "broken.json"

@@ -18,7 +18,9 @@ else:
 
 def report(
     directory: Directory,
-    out: Annotated[Path, Option("--out", "-o", metavar="FILE", help="HTML file to write.")],
+    out: Annotated[
+        Path, Option("--out", "-o", metavar="FILE", help="HTML page to write; a model card if the name ends in .md.")
+    ],
     evals: Annotated[
         list[Path] | None, Option("--eval", metavar="FILE", help="A record written by matquant eval --json.")
     ] = None,
@@ -29,7 +31,7 @@ def report(
     max_tokens: Annotated[int | None, Option(help="Evaluate at most this many tokens of the text.")] = None,
     device: Device = None,
 ) -> None:
-    """Write one HTML page: sizes, quality, plans and histograms."""
+    """Write one HTML page: which width to choose, and what each costs."""
     records = {name: page.read_record(file) for name, file in page.by_name(evals or [], "--eval").items()}
     if text:
         check_evaluation(directory, text=text, max_tokens=max_tokens)  # before torch is imported

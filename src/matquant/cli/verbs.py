@@ -13,7 +13,7 @@ VERBS = {  # verb -> its module, its function there, its line in --help
     "quantize": ("quantize", "quantize", "Make one nested checkpoint of a float model."),
     "eval": ("evaluate", "evaluate", "Measure log-perplexity and zero-shot accuracy at every width."),
     "plan": ("plan", "plan", "Choose a width for each layer to fit a budget."),
-    "report": ("report", "report", "Write one HTML page: sizes, quality, plans and histograms."),
+    "report": ("report", "report", "Write one HTML page: which width to choose, and what each costs."),
     "inspect": ("inspect", "inspect_checkpoint", "Show widths, sizes, bits per weight and histograms of a checkpoint."),
     "verify": ("verify", "verify", "Check every hash, shape, number and token of a checkpoint."),
     "generate": ("generate", "generate", "Continue a text at any width, streaming. Needs no torch."),

@@ -50,7 +50,7 @@ def overview(
     uniform = [row["name"] for row in sizes if row["overflow"] is not None]
     whole, dtype = float_bytes(checkpoint), float_dtype(checkpoint)
     whole_of = (FLOAT, float(whole)) if whole else (uniform[0], bytes_of[uniform[0]])
-    listed = list(sizes)
+    listed = sorted(sizes, key=lambda row: -float(row["model_bytes"]))  # plans between the widths
     if whole and dtype:
         listed.insert(0, {"name": FLOAT, "model_bytes": whole, "bits_per_weight": 8 * ITEM_BYTES[dtype]})
     table = [_row(row, found, losses, base=base, whole=whole_of) for row in listed]

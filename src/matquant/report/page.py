@@ -1,8 +1,10 @@
-"""Report on a checkpoint at every width and plan, as one self-contained HTML page.
+"""Report on a checkpoint at every width and plan, as one self-contained HTML page, or as a model card in Markdown.
 
 Everything on the page comes from the checkpoint and from records that other verbs wrote. Nothing is measured here, and
 no time or path of this machine is included, so the same inputs give the same bytes. The template escapes everything
-that comes from a file; facts.py, maps.py and pictures.py prepare its tables and pictures. Needs no torch.
+that comes from a file; overview.py prepares the first screen, facts.py, maps.py and pictures.py the tables and pictures
+below it. The order is that of a newcomer's questions: what is it, which width, what does it cost, how do I run it.
+Needs no torch.
 """
 
 import re
@@ -39,7 +41,7 @@ def write_report(
     pareto: Path | None = None,
     sensitivity: Path | None = None,
 ) -> None:
-    """Write the page about a checkpoint to ``out``, atomically.
+    """Write the page about a checkpoint to ``out``, atomically; the model card if its name ends in .md.
 
     records: name -> record of matquant eval --json. plans: plan files. pareto: {"curves": {name: [[bits], [nats]]},
     "reference": nats or None}, or the file that matquant plan --pareto wrote. sensitivity: {"sensitivity": {path:
@@ -47,7 +49,10 @@ def write_report(
     files, and for records and plans of another checkpoint.
     """
     if out.is_dir():
-        raise InputError(f"-o {out} is a directory; use the name of an HTML file")
+        raise InputError(f"-o {out} is a directory; use the name of an HTML or Markdown file")
+    markdown = out.suffix.lower() == ".md"
+    if markdown and (pareto is not None or sensitivity is not None):
+        raise InputError("--pareto and --sensitivity are not part of a model card; drop them, or use -o NAME.html")
     checkpoint = open_checkpoint(directory)
     sha256 = manifest_sha256(directory)
     for name, record in records.items():
@@ -65,7 +70,7 @@ def write_report(
         "chart": chart(*curves(pareto, records)),
         "heat": heat_map(sensitivities(sensitivity, sha256)) if sensitivity is not None else None,
     }
-    write_atomically(out, render(page, markdown=out.suffix.lower() == ".md").encode())
+    write_atomically(out, render(page, markdown=markdown).encode())
 
 
 def _contents(
