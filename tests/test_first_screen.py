@@ -12,9 +12,11 @@ import pytest
 import conftest
 import matquant
 from matquant.core.verdict import level, smallest, verdict
+from matquant.export import export
 from matquant.format.contents import summarise
 from matquant.format.describe import count_words, plain, size
 from matquant.format.read import manifest_sha256, open_checkpoint
+from matquant.format.seal import seal_checkpoint
 from matquant.format.verify import verify_checkpoint
 from matquant.report.page import write_report
 from matquant.system.errors import InputError
@@ -83,9 +85,7 @@ def test_every_width_has_its_cost_its_verdict_and_one_is_recommended(
     assert first.startswith(f"Language model with {weights:,} parameters (Llama), quantised once")
     assert "from int8 down to int2" in first
     whole, six, four = (found[name]["size"] for name in ("float", "int6", "int4"))
-    assert choice == (
-        f"Choose int6: {six} instead of the float model's {whole}, perplexity 7.77 instead of the float model's 7.39."
-    )
+    assert choice == (f"Choose int6: {six} instead of the float model's {whole}, perplexity 7.77 instead of 7.39.")
     assert smaller == f"If memory is short, int4: {four}, perplexity 9.03, clearly worse."
     assert text.index(choice[:12]) < text.index("<table") < text.index("LlamaForCausalLM")
 
@@ -93,8 +93,8 @@ def test_every_width_has_its_cost_its_verdict_and_one_is_recommended(
 def test_without_an_evaluation_the_page_says_how_to_measure(checkpoint: Path, tmp_path: Path) -> None:
     text = page(checkpoint, tmp_path / "page.html")
     assert list(table(text)["int4"]) == ["width", "size", "of float size", "bits per weight"]
-    assert "recommended" not in text
-    assert "Which width to choose has not been measured." in advice(text)[1]
+    assert 'class="picked"' not in text
+    assert "No width is recommended yet, because perplexity has not been measured." in advice(text)[1]
     assert text.index("matquant eval tiny --text heldout.txt") < text.index("<table")
 
 
@@ -126,6 +126,18 @@ def test_without_a_reference_int8_is_what_widths_are_compared_with(
     assert found["int6"]["verdict"] == "slightly worse recommended"
     assert "perplexity 7.77 instead of int8's 7.46." in advice(text)[1]
     assert "log-perplexity above that of int8" in text
+
+
+def test_fewer_stored_bits_show_no_wider_rows(checkpoint: Path, tmp_path: Path) -> None:
+    export(checkpoint, tmp_path / "four", to="matquant", bits=4)
+    config = json.loads((tmp_path / "four" / "config.json").read_text())
+    (tmp_path / "four" / "config.json").write_text(json.dumps({**config, "dtype": None}))
+    seal_checkpoint(tmp_path / "four")
+    text = page(tmp_path / "four", tmp_path / "page.html")
+    found = table(text)
+    assert not {"float", "int8", "int6"} & set(found)
+    assert found["int4"]["of int4 size"] == "100 %"
+    assert "Start with int4, the most exact." in advice(text)[1]
 
 
 def test_nothing_close_is_recommended_as_close(checkpoint: Path, record: dict[str, Any], tmp_path: Path) -> None:

@@ -20,7 +20,6 @@ LOSS, AVERAGE = "log_perplexity", "task_average"
 METRICS = (LOSS, "kld", "top1", AVERAGE)
 FLOAT, MASTER = "float", "int8"
 BASES = {FLOAT: "the float model", MASTER: MASTER}  # what losses are compared with, in words
-OWNERS = {FLOAT: "the float model's", MASTER: "int8's"}
 SHORT = {  # column -> what stands before and after its values on a narrow screen
     "size": ("", ""),
     "bits per weight": ("", " bits"),
@@ -60,7 +59,7 @@ def overview(
         "what": model_words(checkpoint),
         "widths": uniform,
         "start": int((picked if picked is not None and picked in uniform else uniform[0]).removeprefix("int")),
-        "advice": _advice(losses, bytes_of, found, base=base, whole=whole_of),
+        "advice": _advice(losses, bytes_of, found, base=base, whole=whole_of) if losses else _measure_first(uniform[0]),
         "judged": bool(losses),
         "picked": picked,
         "columns": [(name, *SHORT.get(name, (f"{name} ", ""))) for name in columns],
@@ -144,24 +143,17 @@ def perplexity(loss: float | None) -> str:
 def _advice(
     losses: Mapping[str, float], bytes_of: Mapping[str, float], found: Scores, *, base: str, whole: tuple[str, float]
 ) -> list[tuple[str, str]]:
-    """Return what to choose as pairs (emphasised start, rest of the sentence)."""
-    if not losses:
-        return [
-            (
-                "Which width to choose has not been measured.",
-                "Start with int8, the most exact. Measure all widths on text like yours with these commands, "
-                "and this page recommends one:",
-            )
-        ]
+    """Return what to choose as pairs (emphasised start, rest of the sentence); some loss is measured."""
 
     def cost(name: str) -> str:
         return f"{size(bytes_of[name])}{{}}, perplexity {perplexity(found[name][LOSS])}"
 
     whole_name, whole_bytes = whole
-    rest = f" instead of {OWNERS[base]} {perplexity(found[base][LOSS])}."
+    owner = "" if base == whole_name else f"{BASES[base]}'s "
+    rest = f" instead of {owner}{perplexity(found[base][LOSS])}."
     picked, usable = (smallest(losses, bytes_of, below=limit) for limit in (RECOMMENDED, USABLE))
     chosen = picked or min(losses, key=lambda name: losses[name])
-    smaller = "" if chosen == whole_name else f" instead of {OWNERS[whole_name]} {size(whole_bytes)}"
+    smaller = "" if chosen == whole_name else f" instead of {BASES.get(whole_name, whole_name)}'s {size(whole_bytes)}"
     advice = [(f"Choose {chosen}:", cost(chosen).format(smaller) + ("." if chosen == base else rest))]
     if picked is None:
         advice.append(("All others lose more:", f"nothing measured here stays within {RECOMMENDED:g} nats per token."))
@@ -170,6 +162,12 @@ def _advice(
             (f"If memory is short, {usable}:", f"{cost(usable).format('')}, {verdict(losses[usable], base='')}.")
         )
     return advice
+
+
+def _measure_first(widest: str) -> list[tuple[str, str]]:
+    """Return what to do where no loss was measured, as _advice does; the templates add the commands."""
+    rest = f"Start with {widest}, the most exact. These commands measure all widths on text like yours and write this "
+    return [("No width is recommended yet, because perplexity has not been measured.", f"{rest}page again:")]
 
 
 def _notes(checkpoint: Checkpoint, records: Mapping[str, Mapping[str, Any]], base: str) -> dict[str, str]:
