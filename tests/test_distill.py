@@ -91,6 +91,10 @@ def test_with_a_corpus_the_last_phase_frees_more_at_a_higher_rate(llama: Path) -
     assert (last["freeze"], last["lr"], last["wide_lr"], last["affine_lr"]) == (2, 2e-4, 0.25, 2.5)
 
 
+def test_without_a_last_phase_there_are_two_stages(llama: Path) -> None:
+    assert distill.stages(llama, {"freeze": 0}) == distill.stages(llama, {})[:2]
+
+
 def test_wider_models_have_smaller_rates(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distill, "hidden_size", lambda model: 2304)
     _, second, last = distill.stages(llama, {})
@@ -159,7 +163,10 @@ def test_stages_of_other_settings_are_not_taken(
         ({"pull": 0.3}, "method 'distill' has no option 'pull'; it has steps, batch_size, seq_len, lr"),
         ({"steps": 0}, "steps=0"),
         ({"lr": 0.0}, "lr=0"),
-        ({"freeze": 6}, "freeze=6 is not supported by method 'distill'; use 4 (little text), 3 or 2 (a corpus)"),
+        (
+            {"freeze": 6},
+            "freeze=6 is not supported by method 'distill'; use 4 (little text), 3, 2 (corpus) or 0 (no last phase)",
+        ),
         ({"tune": -1}, "tune=-1; give a number of at least 0"),
         ({"samples": 10**6}, "sequences of 16 tokens need"),
         ({"resume": True}, "--resume found no interrupted run"),

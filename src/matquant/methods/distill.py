@@ -1,4 +1,4 @@
-"""Distillation in three stages, each starting from the checkpoint of the previous stage.
+"""Distillation in up to three stages, each starting from the checkpoint of the previous stage.
 
 1. nested GPTQ, tuned block by block (gptq.py, tune.py);
 2. distillation of every width, each with a separate master, from the float model's logits and hidden states only

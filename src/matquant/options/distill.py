@@ -21,7 +21,7 @@ TUNING = ("autocast", "batch_size", "seed", "seq_len")  # options shared with gp
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """Tuned GPTQ, distillation of all widths, and a last phase. ``steps`` counts the distillation's steps. ``freeze``
-    applies to the last phase: 4, or 2 for a corpus large enough not to be repeated many times."""
+    applies to the last phase: 4, or 2 for a corpus large enough not to be repeated many times; 0: no last phase."""
 
     steps: int = shared.steps(96)
     batch_size: int = shared.batch_size(8, shown="4, then 8")
@@ -47,8 +47,11 @@ def stages(options: Mapping[str, Any], *, default_lr: float) -> list[Options]:
     for the model's width.
     """
     freeze = options.get("freeze", Settings.freeze)
-    if freeze not in SLOWER:
-        raise InputError(f"freeze={freeze} is not supported by method {NAME!r}; use 4 (little text), 3 or 2 (a corpus)")
+    if freeze and freeze not in SLOWER:
+        raise InputError(
+            f"freeze={freeze} is not supported by method {NAME!r}; "
+            "use 4 (little text), 3, 2 (corpus) or 0 (no last phase)"
+        )
     lr = options["lr"] if options.get("lr") is not None else min(LR, default_lr / 2)
     steps = options.get("steps", Settings.steps)
     given = {name: options[name] for name in SHARED if name in options}
@@ -58,16 +61,18 @@ def stages(options: Mapping[str, Any], *, default_lr: float) -> list[Options]:
         tuned.pop("autocast", None)
     trained: Options = {"masters": "each", "pull": 0.5, **given}
     distilled = {**trained, "wide_lr": 0.5, "hidden": 1.0, "lr": lr, "steps": steps}
-    slower = SLOWER[freeze]  # for the narrowest master; 8 bits gets a tenth of it, scales all of it
-    last = {**trained, "freeze": freeze, "lr": lr / slower, "wide_lr": slower / 10, "affine_lr": slower}
-    last |= {"steps": max(1, steps * 2 // 3)}
     check_values(gptq.Settings, tuned, owner="method 'gptq'")
     check_values(qat.Schedule, distilled, owner="method 'qat'")
-    return [
+    asked: list[Options] = [
         {"method": "gptq", **tuned},
         {"method": "qat", "objective": "fp->8;4;3;2", "weights": (1.0,) * 4, **distilled},
-        {"method": "qat", "objective": "8,6,4,3,2,fp->8;6;4;3;2", "weights": (1.0,) * 5, **last},
     ]
+    if freeze:
+        slower = SLOWER[freeze]  # for the narrowest master; 8 bits gets a tenth of it, scales all of it
+        last = {**trained, "freeze": freeze, "lr": lr / slower, "wide_lr": slower / 10, "affine_lr": slower}
+        last |= {"steps": max(1, steps * 2 // 3)}
+        asked.append({"method": "qat", "objective": "8,6,4,3,2,fp->8;6;4;3;2", "weights": (1.0,) * 5, **last})
+    return asked
 
 
 def check_options(options: Mapping[str, Any]) -> None:

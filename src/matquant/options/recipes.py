@@ -62,6 +62,7 @@ RECIPES: dict[str, Recipe] = {
             "lr": 2e-4,  # few steps: twice the method's
             "batch_size": 4,  # twice 4 sequences at once: half the memory of 8
             "accumulate": 2,
+            "freeze": 0,  # no last phase: it takes as long again
         },
         why="GPTQ, then a short distillation from the float model: the best int4, int3 and int2",
         cost="",
