@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from matquant.engine.engine import Completion, Engine, PlanLike
+from matquant.engine.completion import Completion
+from matquant.engine.engine import Engine, PlanLike
 from matquant.hf.templates import Message, render
 from matquant.system.errors import InputError
 

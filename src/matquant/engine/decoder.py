@@ -1,7 +1,7 @@
 """Decoders: each is one way to choose the ids of new tokens.
 
 A decoder yields ids and knows nothing else. Text, stop strings, end-of-sequence tokens, limits and clocks are filters
-around it (``engine.Completion``), which stop iterating when they have enough. A step runs only when the next id is
+around it (``completion.Completion``), which stop iterating when they have enough. A step runs only when the next id is
 requested, so no step is wasted.
 """
 
@@ -28,6 +28,10 @@ class Steps(Protocol):
 class Decoder(Protocol):
     """The interface of a decoder: ``start`` reads the prompt, iterating yields new ids until the session is full."""
 
+    steps: int  # steps at the requested width after the prompt
+    drafted: int  # tokens drafted, and of these accepted
+    accepted: int
+
     def start(self) -> None: ...
 
     def __iter__(self) -> Iterator[int]: ...
@@ -40,6 +44,7 @@ class StepByStep:
     """
 
     def __init__(self, session: Steps, prompt: Sequence[int], *, widths: np.ndarray, sampling: Sampling) -> None:
+        self.steps = self.drafted = self.accepted = 0
         self._session = session
         self._prompt = list(prompt)
         self._widths = widths
@@ -59,5 +64,6 @@ class StepByStep:
             token = choose(logits, self._sampling, generator)
             yield token
             logits = self._session.advance(token, self._widths, turn=turn)
+            self.steps += 1
         # the last token: nothing follows it, so it takes no room in the session
         yield choose(logits, self._sampling, generator)

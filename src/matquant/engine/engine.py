@@ -15,7 +15,6 @@ model that the codes define, much slower).
 import contextlib
 import functools
 import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,9 +25,12 @@ from matquant import _native
 from matquant.core.nest import MASTER_BITS, check_bits
 from matquant.core.planes import ACTIVATIONS
 from matquant.core.spec import Plan
+from matquant.engine.completion import Completion
 from matquant.engine.decoder import Decoder, StepByStep
 from matquant.engine.model import load_model
+from matquant.engine.pace import Pace
 from matquant.engine.sampling import Sampling
+from matquant.engine.speculation import AUTO, DRAFT_WIDTHS, LEAST_SAVING, OFF, Speculative, check_speculate, narrower
 from matquant.format.facts import GENERATION
 from matquant.format.manifest import side_facts
 from matquant.format.read import open_checkpoint
@@ -78,6 +80,7 @@ class Engine:
         self._config = checkpoint.config
         self._start = checkpoint.config.get("bos_token_id")
         self._vocabulary: Vocabulary | None = None
+        self._paces: dict[bytes, Pace] = {}  # widths -> what drafting for them costs and yields
         self.model = load_model(checkpoint, max_bits=max_bits)
         self.context = self.model.architecture.context
 
@@ -160,15 +163,18 @@ class Engine:
         min_p: float | None = None,
         seed: int | None = None,
         stop: Sequence[str] = (),
+        speculate: str | int = OFF,
         session: "Session | None" = None,
-    ) -> "Completion":
+    ) -> Completion:
         """Generate text piece by piece, whole characters only: iterate over the result.
 
         Sampling options that are None come from generation_config.json if it has do_sample, else decoding is greedy.
         Ends at an end-of-sequence token, a stop text (not part of the text), max_tokens or the end of the context.
+        speculate: draft tokens at a narrower width, "auto", "off" or a number; the text is the same (docs/runtime.md).
         session: a session to continue, whose cache holds the start of the prompt.
         """
         check_types(max_tokens=max_tokens, stop=stop)
+        check_speculate(speculate)
         check_positive(max_tokens=max_tokens)
         given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
         check_given(**given)
@@ -180,8 +186,25 @@ class Engine:
         sampling = Sampling.of_model(self.generation_config, **given)
         text = TextStream(self.vocabulary, after=ids[-CONTEXT_TAIL:], stop=stop)
         session = session or self.session(min(self.context, len(ids) + max_tokens))
-        decoder = StepByStep(session, ids, widths=widths, sampling=sampling)
-        return Completion(self, ids, decoder=decoder, text=text, max_tokens=max_tokens)
+        if speculate == OFF:
+            decoder: Decoder = StepByStep(session, ids, widths=widths, sampling=sampling)
+        else:
+            drafts, pace = self._speculation(widths, length=None if speculate == AUTO else int(speculate))
+            decoder = Speculative(
+                session, ids, widths=widths, sampling=sampling, drafts=drafts, pace=pace, most=max_tokens
+            )
+        return Completion(ids, decoder=decoder, text=text, ends=self.ends, max_tokens=max_tokens)
+
+    def _speculation(self, widths: np.ndarray, *, length: int | None) -> tuple[dict[str, np.ndarray], Pace]:
+        """Return the narrower widths that may draft for ``widths``, by name, and what is known about them."""
+        candidates = {f"int{bits}": self.widths(bits) for bits in DRAFT_WIDTHS if bits <= self.max_bits}
+        read = self.model.bytes_per_token
+        drafts = narrower(candidates, widths)
+        share = {name: read(draft) / read(widths) for name, draft in drafts.items()}
+        share = {name: part for name, part in share.items() if part <= LEAST_SAVING}
+        if length is not None:
+            return drafts, Pace(share, length=length)
+        return drafts, self._paces.setdefault(widths.tobytes(), Pace(share))
 
     def generate(self, prompt: str | Sequence[int], **options: Any) -> str:
         """Return all the text that ``stream`` yields with the same options."""
@@ -273,9 +296,28 @@ class Session:
     def advance(self, token: int, widths: np.ndarray, *, turn: int) -> np.ndarray:
         """Append a token of the completion that began at ``turn``; InUseError if others used the session since."""
         with self._alone():
-            if turn != self._turn:
-                raise InUseError("another completion has used this session; use one session per completion")
+            self._check_turn(turn)
             return self._extend([token], widths)
+
+    def attempt(self, ids: Sequence[int], widths: np.ndarray, *, ahead: int, turn: int, into: np.ndarray) -> np.ndarray:
+        """Return the logits after each of ``ids``, ``ahead`` places after the last token, without appending them.
+
+        turn: as for ``advance``. The logits are written to ``into``, float32 [at least tokens, vocab].
+        """
+        with self._alone():
+            self._check_turn(turn)
+            self._step(ids, widths, at=len(self.ids) + ahead, first=0, into=into[: len(ids)])
+            return into[: len(ids)]
+
+    def keep(self, token: int, *, turn: int) -> None:
+        """Append a token whose keys and values the last ``attempt`` computed, at the widths wanted here."""
+        with self._alone():
+            self._check_turn(turn)
+            self.ids.append(token)
+
+    def _check_turn(self, turn: int) -> None:
+        if turn != self._turn:
+            raise InUseError("another completion has used this session; use one session per completion")
 
     def _extend(self, ids: Sequence[int], widths: np.ndarray, *, every: np.ndarray | None = None) -> np.ndarray:
         if len(self.ids) + len(ids) > self.capacity:
@@ -287,19 +329,15 @@ class Session:
             count, held = len(chunk), len(self.ids)
             is_last = start + count == len(ids)
             first = 0 if every is not None else count - 1 if is_last else count
-            _native.step(
-                self.engine.model.native,
-                widths,
-                self.engine.exact,
-                chunk,
-                list(range(held, held + count)),
-                self._caches,
-                first,
-                None if every is None else every[start : start + count],
-                self.workspace,
-            )
+            rows = None if every is None else every[start : start + count]
+            self._step(chunk, widths, at=held, first=first, into=rows)
             self.ids += chunk
         return self._logits if every is None else every
+
+    def _step(self, ids: Sequence[int], widths: np.ndarray, *, at: int, first: int, into: np.ndarray | None) -> None:
+        """Compute ``ids`` at positions from ``at`` on; logits from row ``first`` on go to ``into``, None: _logits."""
+        model, places = self.engine.model.native, list(range(at, at + len(ids)))
+        _native.step(model, widths, self.engine.exact, list(ids), places, self._caches, first, into, self.workspace)
 
     def rewind(self, length: int) -> None:
         """Forget the tokens from ``length`` on. InputError unless ``length`` is from 0 to the number of tokens."""
@@ -316,53 +354,3 @@ class Session:
         """Return how many tokens of ``ids`` are in the cache already, at most all but one."""
         same = next((n for n, (a, b) in enumerate(zip(self.ids, ids, strict=False)) if a != b), len(self.ids))
         return min(same, len(ids) - 1, len(self.ids))
-
-
-class Completion:
-    """Text being generated: iterate over its pieces, once. Afterwards ``reason`` is "stop" or "length".
-
-    ids: the ids of the prompt and the new tokens. prompt_tokens, tokens: counts. prompt_s, decode_s: seconds.
-    """
-
-    def __init__(
-        self, engine: Engine, prompt: Sequence[int], *, decoder: Decoder, text: TextStream, max_tokens: int
-    ) -> None:
-        self.ids = list(prompt)
-        self.prompt_tokens = len(prompt)
-        self.tokens = 0
-        self.prompt_s = self.decode_s = 0.0
-        self.reason = "length"
-        self._ended = False
-        self._pieces = self._run(engine, decoder, text, max_tokens)
-
-    def __iter__(self) -> Iterator[str]:
-        if self._ended:
-            raise InUseError("this completion has been read already; keep its pieces, or call stream again")
-        return self._pieces
-
-    def _run(self, engine: Engine, decoder: Decoder, text: TextStream, max_tokens: int) -> Iterator[str]:
-        began = time.perf_counter()
-        decoder.start()
-        self.prompt_s = time.perf_counter() - began
-        began = time.perf_counter()
-        for token in decoder:
-            self.tokens += 1
-            self.decode_s = time.perf_counter() - began
-            if token in engine.ends:
-                self.reason = "stop"
-                break
-            self.ids.append(token)
-            piece = text.push(token)
-            if piece:
-                yield piece
-            if text.stopped:
-                self.reason, self._ended = "stop", True
-                return
-            if self.tokens == max_tokens:
-                break
-        rest = text.finish()
-        if text.stopped:
-            self.reason = "stop"
-        if rest:
-            yield rest
-        self._ended = True

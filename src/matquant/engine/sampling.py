@@ -7,9 +7,9 @@ token takes one uniform number from a generator seeded once per call, so the sam
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 
@@ -66,8 +66,19 @@ class Sampling:
         return cls(**values | asked)
 
 
-def choose(logits: np.ndarray, sampling: Sampling, generator: np.random.Generator) -> int:
+class Uniform(Protocol):
+    """A source of uniform numbers from 0 to 1, such as ``numpy.random.Generator``."""
+
+    def random(self) -> float: ...
+
+
+def choose(logits: np.ndarray, sampling: Sampling, generator: Uniform) -> int:
     """Return the next token id from logits [vocab], float32. InputError if they are not finite."""
+    return pick(logits, sampling, generator.random)
+
+
+def pick(logits: np.ndarray, sampling: Sampling, number: Callable[[], float]) -> int:
+    """``choose`` with the uniform number that ``number`` returns; it is not called if decoding is greedy."""
     largest = float(logits.max())
     if not math.isfinite(largest):
         raise InputError(
@@ -78,7 +89,7 @@ def choose(logits: np.ndarray, sampling: Sampling, generator: np.random.Generato
         return int(logits.argmax())
     ids, probabilities = distribution(logits, sampling)
     cumulative = np.cumsum(probabilities)
-    place = np.searchsorted(cumulative, generator.random() * cumulative[-1], side="right")
+    place = np.searchsorted(cumulative, number() * cumulative[-1], side="right")
     return int(ids[min(int(place), len(ids) - 1)])
 
 

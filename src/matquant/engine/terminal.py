@@ -8,7 +8,8 @@ from typing import Any
 from matquant.core.nest import check_bits
 from matquant.core.spec import Plan
 from matquant.engine.chat import Conversation
-from matquant.engine.engine import Completion, Engine
+from matquant.engine.completion import Completion
+from matquant.engine.engine import Engine
 from matquant.hf import renderer
 from matquant.system.errors import InputError, check_positive
 from matquant.system.files import MARK

@@ -44,6 +44,7 @@ INTEGERS: Kind = (_all(Integral), "a list of integers")
 NUMBERS: Kind = (_all(Real), "a list of numbers")
 ARRAY: Kind = (lambda value: hasattr(value, "dtype") and hasattr(value, "shape"), "an array")
 PROMPT: Kind = (lambda value: isinstance(value, str) or _all(Integral)(value), "a text or a list of token ids")
+WORD: Kind = (_is((str, Integral)), "a text or an integer")
 MAPPING: Kind = (_is(Mapping), "a mapping, such as {path: bits}")
 
 KINDS: dict[str, Kind] = {
@@ -86,6 +87,7 @@ KINDS: dict[str, Kind] = {
     "weights": NUMBERS,
     "ids": INTEGERS,
     "bits": INTEGERS,  # where several are asked for; of one, nest.check_bits
+    "speculate": WORD,
     "prompt": PROMPT,
     "document": PROMPT,
     "plan": MAPPING,

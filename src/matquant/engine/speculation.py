@@ -1,0 +1,177 @@
+"""Self-speculative decoding: a slice of the same weights drafts, the requested width verifies. The text is the same.
+
+The drafts come from prompt lookup (``lookup.py``) or from steps at a narrower width. One step at the requested width
+then computes the logits after each draft at once, which takes little longer than a single token, because the weights
+are read once. Each token is chosen from those logits exactly as without drafts, with the same random number; drafts
+count only as long as they equal what was chosen. So the text is equal bit for bit, greedy or sampled, whatever drafts.
+
+Drafts are chosen with the random number that their position will use, so a sampled draft agrees more often. They read
+and write the session's own key/value cache beyond its last token; verifying overwrites what they wrote. How much is
+drafted, and from where, is decided by ``pace.py``.
+
+Sources: Zhao et al., QSpec (arXiv 2410.11305), one cache for both widths; Leviathan et al. 2023 for the formula.
+"""
+
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Protocol
+
+import numpy as np
+
+from matquant.engine.decoder import Steps
+from matquant.engine.lookup import Lookup
+from matquant.engine.pace import LENGTHS, Pace
+from matquant.engine.sampling import Sampling, choose, pick
+from matquant.system.arguments import check_types
+from matquant.system.errors import InputError
+
+DRAFT_WIDTHS = (2, 3, 4)
+LEAST_SAVING = 0.85  # a draft that reads more than this share of the bytes is not worth a trial
+AUTO, OFF = "auto", "off"
+
+
+class Attempts(Steps, Protocol):
+    """The part of a session that speculation uses."""
+
+    def attempt(self, ids: Sequence[int], widths: np.ndarray, *, ahead: int, turn: int, into: np.ndarray) -> np.ndarray:
+        """Return the logits after each of ``ids``, ``ahead`` places after the last token, without appending them."""
+
+    def keep(self, token: int, *, turn: int) -> None:
+        """Append a token that the last ``attempt`` computed at its place."""
+
+
+class Finder(Protocol):
+    """Drafts without model steps: ``Lookup``."""
+
+    def extend(self, ids: Sequence[int]) -> None: ...
+
+    def find(self) -> str: ...
+
+    def propose(self, count: int) -> list[int]: ...
+
+
+class Numbers:
+    """The uniform numbers of a generator, in order; those to come can be looked at."""
+
+    def __init__(self, seed: int) -> None:
+        self._generator = np.random.default_rng(seed)
+        self._ahead: deque[float] = deque()
+
+    def random(self) -> float:
+        """Return the next number."""
+        return self._ahead.popleft() if self._ahead else self._generator.random()
+
+    def peek(self, place: int) -> float:
+        """Return the number that is ``place`` numbers after the next."""
+        while len(self._ahead) <= place:
+            self._ahead.append(self._generator.random())
+        return self._ahead[place]
+
+
+class Speculative:
+    """Yield the ids that ``StepByStep`` yields, several per step where drafts are accepted.
+
+    widths: as for ``StepByStep``. drafts: source -> narrower widths. pace: decides how much is drafted
+    from which of them. most: tokens that will be taken at most. lookup: drafts without model steps.
+    """
+
+    def __init__(
+        self,
+        session: Attempts,
+        prompt: Sequence[int],
+        *,
+        widths: np.ndarray,
+        sampling: Sampling,
+        drafts: Mapping[str, np.ndarray],
+        pace: Pace,
+        most: int,
+        lookup: Finder | None = None,
+    ) -> None:
+        self.drafted = self.accepted = self.steps = 0
+        self._session = session
+        self._prompt = list(prompt)
+        self._widths = widths
+        self._sampling = sampling
+        self._drafts = drafts
+        self._pace = pace
+        self._most = most
+        self._lookup = lookup or Lookup()
+        self._numbers = Numbers(sampling.seed)
+        self._started: tuple[int, np.ndarray] | None = None
+        self._logits = np.empty((0, 0), dtype=np.float32)  # of a step's rows
+
+    def start(self) -> None:
+        """Read the prompt."""
+        self._started = self._session.begin(self._prompt, self._widths)
+        self._logits = np.empty((max(LENGTHS) + 1, len(self._started[1])), dtype=np.float32)
+        self._lookup.extend(self._prompt)
+
+    def __iter__(self) -> Iterator[int]:
+        """Yield ids until the session is full. Call ``start`` first."""
+        assert self._started is not None, "start first"
+        turn, logits = self._started
+        token = choose(logits, self._sampling, self._numbers)
+        yield token
+        held, taken = len(self._prompt), 1  # tokens in the session; tokens yielded, of which the last is not in it
+        while held < self._session.capacity:
+            self._lookup.extend([token])
+            room = min(self._session.capacity - held, self._most - taken) - 1
+            source, drafts = self._draft(token, room, turn=turn)
+            rows = self._verify([token, *drafts], turn=turn)
+            accepted = 0
+            for row, draft in enumerate([*drafts, None]):
+                self._session.keep(token, turn=turn)
+                token = choose(rows[row], self._sampling, self._numbers)
+                held, taken = held + 1, taken + 1
+                if token == draft:
+                    accepted += 1
+                    self.accepted += 1
+                yield token
+                if token != draft:
+                    break
+                self._lookup.extend([token])
+            self._pace.judged(source, drafted=len(drafts), accepted=accepted)
+
+    def _verify(self, ids: Sequence[int], *, turn: int) -> np.ndarray:
+        """Return the logits after each of ``ids`` at the requested width."""
+        began = time.perf_counter()
+        logits = self._session.attempt(ids, self._widths, ahead=0, turn=turn, into=self._logits)
+        self._pace.spent(len(ids), began)
+        self.steps += 1
+        self.drafted += len(ids) - 1
+        return logits
+
+    def _draft(self, token: int, room: int, *, turn: int) -> tuple[str, list[int]]:
+        """Return the source of drafts, and the tokens that may follow ``token``."""
+        source, count = self._pace.choose(self._lookup.find() if room > 0 else "", room)
+        if source not in self._drafts:
+            return source, self._lookup.propose(count) if count else []
+        drafts: list[int] = []
+        for ahead in range(count):
+            began = time.perf_counter()
+            logits = self._session.attempt([token], self._drafts[source], ahead=ahead, turn=turn, into=self._logits)
+            try:
+                token = pick(logits[0], self._sampling, partial(self._numbers.peek, ahead))
+            except InputError:  # not finite at this width; the requested one decides
+                break
+            self._pace.spent(source, began)
+            drafts.append(token)
+        return source, drafts
+
+
+def check_speculate(value: str | int) -> None:
+    """Raise InputError unless ``value`` is "auto", "off" or a number of tokens to draft."""
+    check_types(speculate=value)
+    if value not in (AUTO, OFF, *range(1, max(LENGTHS) + 1)):
+        raise InputError(
+            f"speculate={value!r} is not known; use {AUTO!r}, {OFF!r} or a number of tokens to draft "
+            f"from 1 to {max(LENGTHS)}"
+        )
+
+
+def narrower(candidates: Mapping[str, np.ndarray], widths: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the candidates, nowhere wider than ``widths``, that differ from it."""
+    cut = {name: np.minimum(candidate, widths) for name, candidate in candidates.items()}
+    return {name: candidate for name, candidate in cut.items() if (candidate != widths).any()}
