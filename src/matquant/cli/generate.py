@@ -39,6 +39,14 @@ MinP = Annotated[
 Seed = Annotated[int | None, Option(help="Random seed for sampling.", show_default="0")]
 Stop = Annotated[list[str] | None, Option(metavar="TEXT", help="Stop before this text; repeat for several.")]
 
+Speculate = Annotated[
+    str,
+    Option(
+        metavar="auto|off|N",
+        help="Draft tokens at a narrower width and verify them together; the text is the same. N: tokens to draft.",
+    ),
+]
+
 
 def generate(
     directory: Directory,
@@ -52,6 +60,7 @@ def generate(
     min_p: MinP = None,
     seed: Seed = None,
     stop: Stop = None,
+    speculate: Speculate = "off",
     max_bits: MaxBits = 8,
     threads: Threads = None,
     activations: Activations = "int8",
@@ -69,6 +78,7 @@ def generate(
             plan=plan,
             max_tokens=max_tokens,
             stop=stop or [],
+            speculate=_speculate(speculate),
             engine=engine,
             **sampling,
         )
@@ -96,6 +106,7 @@ def chat(
     top_p: TopP = None,
     min_p: MinP = None,
     seed: Seed = None,
+    speculate: Speculate = "off",
     max_bits: MaxBits = 8,
     threads: Threads = None,
     activations: Activations = "int8",
@@ -113,6 +124,7 @@ def chat(
             system=system,
             context=context,
             max_tokens=max_tokens,
+            speculate=_speculate(speculate),
             engine=engine,
             **sampling,
         )
@@ -137,6 +149,11 @@ def _sampling(
 ) -> dict[str, Any]:
     """Return the sampling options that were given."""
     return {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
+
+
+def _speculate(value: str) -> str | int:
+    """Return the value of --speculate: a number if it is one."""
+    return int(value) if value.isdecimal() else value
 
 
 def read_input() -> str:

@@ -13,16 +13,19 @@ The choice depends on clocks. The text does not depend on the choice.
 """
 
 import time
-from collections import deque
-from collections.abc import Mapping
+from bisect import bisect
+from collections.abc import Mapping, Sequence
 
 LENGTHS = (1, 3, 7)  # with the token before them 2, 4 or 8 rows, which is what a kernel computes at once
 PANELS = (1, 2, 4, 8)  # rows of a step that cost the same as fewer ones
-STEP = {1: 1.0, 2: 1.02, 4: 1.05, 8: 1.2}  # first guess of a step with these rows, relative to one row
+STEP = {1: 1.0, 2: 1.05, 4: 1.15, 8: 1.4}  # first guess of a step with these rows, relative to one row
 PROBE = 64  # tokens
-GAIN = 1.03
-PRIOR = (4.5, 6.0)  # accepted and judged drafts before anything is known
+GAIN = 1.1
+PRIOR = {"int2": 0.55, "int3": 0.7, "int4": 0.8, "lookup2": 0.5, "lookup3": 0.7, "lookup8": 0.85}  # first guesses
+TRIALS = 6.0  # judged drafts that a first guess counts as
+SURE = (0.3, 0.5, 0.7, 0.9)  # bounds of the classes of a drafter's largest probability
 FORGET = 0.97  # weight of the past after each judged draft
+SHORTEST_S = 0.001  # of a plain step; below it what drafting does in Python costs more than it saves
 RECENT = 5  # times of which the least counts
 ENOUGH = 3  # times that outweigh the first guess
 
@@ -38,8 +41,10 @@ class Pace:
         self._guess: dict[str | int, float] = dict(drafts.items())
         self._guess.update(STEP.items())
         self._drafts = list(drafts)
-        self._seconds: dict[str | int, deque[float]] = {}
+        self._seconds: dict[str | int, tuple[float, ...]] = {}
         self._judged: dict[str, tuple[float, float]] = {}
+        self._sure: dict[tuple[str, int], tuple[float, float]] = {}  # accepted and judged by source and class
+        self._rate = 0.0  # expected tokens per second of the last choice
         self._tokens = 0
         self._used: dict[str, int] = dict.fromkeys(drafts, 0)  # source -> tokens when it was last tried
         self._probed = 0  # tokens at the last probe
@@ -58,6 +63,8 @@ class Pace:
         if self.length is not None:
             length = min(self.length, room)
             return found or max(sources, key=lambda source: self.rate(source, length)), length
+        if self._cost(1) < SHORTEST_S:
+            return "", 0
         if self._tokens - self._probed >= PROBE:
             self._probing = not self._probing
             if self._probing:
@@ -65,8 +72,22 @@ class Pace:
             self._probed = self._tokens
             return min(sources, key=lambda source: self._used.get(source, 0)), 1
         lengths = [length for length in LENGTHS if length <= room] or [room]
-        rate, source, length = max((self.rate(source, k), source, k) for source in sources for k in lengths)
-        return (source, length) if rate > GAIN * self.rate("", 0) else ("", 0)
+        self._rate, source, length = max((self.rate(source, k), source, k) for source in sources for k in lengths)
+        if self._rate <= GAIN * self.rate("", 0):
+            return "", 0
+        return source, length if source == found else min(room, LENGTHS[-1])
+
+    def chance(self, source: str, confidence: float) -> float:
+        """Return the probability that a draft of this confidence, its largest probability, is accepted."""
+        accepted, judged = self._sure.get((source, bisect(SURE, confidence)), (0.0, 0.0))
+        return (accepted + 2 * confidence) / (judged + 2)
+
+    def goes_on(self, source: str, chance: float, drafted: int) -> bool:
+        """Return whether one more draft pays. chance: the probability that all ``drafted`` ones are accepted."""
+        if self.length is not None:
+            return True
+        costs = self._cost(source) + self._cost(panel(drafted + 2)) - self._cost(panel(drafted + 1))
+        return chance * self.acceptance(source) > self._rate * costs
 
     def rate(self, source: str, length: int) -> float:
         """Return the expected tokens per second of drafting ``length`` tokens from ``source``."""
@@ -77,8 +98,11 @@ class Pace:
 
     def acceptance(self, source: str) -> float:
         """Return the probability that a draft of ``source`` is accepted if those before it were."""
-        accepted, judged = self._judged.get(source, PRIOR)
+        accepted, judged = self._judged.get(source) or self._first(source)
         return accepted / judged
+
+    def _first(self, source: str) -> tuple[float, float]:
+        return TRIALS * PRIOR.get(source, 0.5), TRIALS
 
     def _cost(self, key: str | int) -> float:
         """Return the seconds of a step: a draft's by its source, another's by its rows."""
@@ -91,15 +115,21 @@ class Pace:
         """Record a step that began at ``began`` of perf_counter. key: the source of a draft step, or rows of a step."""
         seconds = time.perf_counter() - began
         key = panel(key) if isinstance(key, int) else key
-        self._seconds.setdefault(key, deque(maxlen=RECENT)).append(seconds)
+        self._seconds[key] = (*self._seconds.get(key, ())[1 - RECENT :], seconds)
 
-    def judged(self, source: str, *, drafted: int, accepted: int) -> None:
-        """Record how many of the drafted tokens were accepted; the step yielded one token more."""
+    def judged(self, source: str, confidences: Sequence[float], *, accepted: int) -> None:
+        """Record how many drafts were accepted; the step yielded one token more. confidences: one per draft."""
         self._tokens += accepted + 1
         self._used[source] = self._tokens
-        if drafted:
-            hits, trials = self._judged.get(source, PRIOR)
-            self._judged[source] = (FORGET * hits + accepted, FORGET * trials + accepted + (accepted < drafted))
+        if not confidences:
+            return
+        hits, trials = self._judged.get(source) or self._first(source)
+        rejected = accepted < len(confidences)
+        self._judged[source] = (FORGET * hits + accepted, FORGET * trials + accepted + rejected)
+        for place, confidence in enumerate(confidences[: accepted + rejected]):
+            key = source, bisect(SURE, confidence)
+            hits, trials = self._sure.get(key, (0.0, 0.0))
+            self._sure[key] = (FORGET * hits + (place < accepted), FORGET * trials + 1)
 
 
 def panel(rows: int) -> int:

@@ -93,6 +93,13 @@ def pick(logits: np.ndarray, sampling: Sampling, number: Callable[[], float]) ->
     return int(ids[min(int(place), len(ids) - 1)])
 
 
+def confidence(logits: np.ndarray, sampling: Sampling) -> float:
+    """Return the largest probability, at the temperature or at 1 if decoding is greedy; no token is excluded."""
+    temperature = sampling.temperature if sampling.temperature >= SMALLEST_TEMPERATURE else 1.0
+    with np.errstate(over="ignore", under="ignore"):
+        return 1 / float(np.exp((logits - logits.max()) / np.float32(temperature)).sum())
+
+
 def distribution(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.ndarray]:
     """Return the candidate ids and their probabilities, float64, summing to 1."""
     with np.errstate(over="ignore"):  # tokens far below the first underflow to probability 0

@@ -23,7 +23,7 @@ import numpy as np
 from matquant.engine.decoder import Steps
 from matquant.engine.lookup import Lookup
 from matquant.engine.pace import LENGTHS, Pace
-from matquant.engine.sampling import Sampling, choose, pick
+from matquant.engine.sampling import Sampling, choose, confidence, pick
 from matquant.system.arguments import check_types
 from matquant.system.errors import InputError
 
@@ -118,7 +118,7 @@ class Speculative:
         while held < self._session.capacity:
             self._lookup.extend([token])
             room = min(self._session.capacity - held, self._most - taken) - 1
-            source, drafts = self._draft(token, room, turn=turn)
+            source, drafts, confidences = self._draft(token, room, turn=turn)
             rows = self._verify([token, *drafts], turn=turn)
             accepted = 0
             for row, draft in enumerate([*drafts, None]):
@@ -132,7 +132,7 @@ class Speculative:
                 if token != draft:
                     break
                 self._lookup.extend([token])
-            self._pace.judged(source, drafted=len(drafts), accepted=accepted)
+            self._pace.judged(source, confidences, accepted=accepted)
 
     def _verify(self, ids: Sequence[int], *, turn: int) -> np.ndarray:
         """Return the logits after each of ``ids`` at the requested width."""
@@ -143,22 +143,27 @@ class Speculative:
         self.drafted += len(ids) - 1
         return logits
 
-    def _draft(self, token: int, room: int, *, turn: int) -> tuple[str, list[int]]:
-        """Return the source of drafts, and the tokens that may follow ``token``."""
+    def _draft(self, token: int, room: int, *, turn: int) -> tuple[str, list[int], list[float]]:
+        """Return the source of drafts, the tokens that may follow ``token``, and the confidence in each."""
         source, count = self._pace.choose(self._lookup.find() if room > 0 else "", room)
         if source not in self._drafts:
-            return source, self._lookup.propose(count) if count else []
+            return source, self._lookup.propose(count) if count else [], [1.0] * count
         drafts: list[int] = []
-        for ahead in range(count):
+        confidences: list[float] = []
+        chance = 1.0
+        while len(drafts) < count and (not drafts or self._pace.goes_on(source, chance, len(drafts))):
             began = time.perf_counter()
+            ahead = len(drafts)
             logits = self._session.attempt([token], self._drafts[source], ahead=ahead, turn=turn, into=self._logits)
             try:
                 token = pick(logits[0], self._sampling, partial(self._numbers.peek, ahead))
             except InputError:  # not finite at this width; the requested one decides
                 break
-            self._pace.spent(source, began)
             drafts.append(token)
-        return source, drafts
+            confidences.append(confidence(logits[0], self._sampling))
+            chance *= self._pace.chance(source, confidences[-1])
+            self._pace.spent(source, began)
+        return source, drafts, confidences
 
 
 def check_speculate(value: str | int) -> None:

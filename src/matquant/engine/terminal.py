@@ -10,6 +10,7 @@ from matquant.core.spec import Plan
 from matquant.engine.chat import Conversation
 from matquant.engine.completion import Completion
 from matquant.engine.engine import Engine
+from matquant.engine.speculation import OFF, check_speculate
 from matquant.hf import renderer
 from matquant.system.errors import InputError, check_positive
 from matquant.system.files import MARK
@@ -19,11 +20,19 @@ COMMANDS = "/bits N switches the width, /quit ends"
 
 
 def generate(
-    directory: Path, prompt: str, *, bits: int | None, plan: Path | None, engine: dict[str, Any], **options: Any
+    directory: Path,
+    prompt: str,
+    *,
+    bits: int | None,
+    plan: Path | None,
+    engine: dict[str, Any],
+    speculate: str | int = OFF,
+    **options: Any,
 ) -> int:
     """Stream the continuation of ``prompt`` to stdout and its speed to stderr; return the exit code."""
+    check_speculate(speculate)
     served = _open(directory, bits, plan, engine)
-    reply = served.stream(prompt, bits=bits, plan=_read_plan(plan, bits), **options)
+    reply = served.stream(prompt, bits=bits, plan=_read_plan(plan, bits), speculate=speculate, **options)
     _, code = _show(reply, _width(served, bits, plan))
     return code
 
@@ -36,15 +45,18 @@ def chat(
     system: str,
     engine: dict[str, Any],
     context: int | None = None,
+    speculate: str | int = OFF,
     read: Callable[[str], str] = input,
     **options: Any,
 ) -> int:
     """Talk to the model until /quit or the end of the input; return the exit code."""
+    check_speculate(speculate)
     if context is not None:
         check_positive(context=context)
     renderer.warm()
     served = _open(directory, bits, plan, engine)
-    talk = Conversation(served, bits=bits, plan=_read_plan(plan, bits), system=system, context=context, **options)
+    options |= {"speculate": speculate, "context": context}
+    talk = Conversation(served, bits=bits, plan=_read_plan(plan, bits), system=system, **options)
     _note(f"{directory}, {_width(served, bits, plan)}; {COMMANDS}")
     while True:
         try:
@@ -115,6 +127,7 @@ def _show(reply: Completion, width: str) -> tuple[str, int]:
     speed = (reply.tokens - 1) / reply.decode_s if reply.tokens > 1 else 0.0
     _note(
         f"{reply.prompt_tokens} + {reply.tokens} tokens at {width}, {speed:.1f} tokens/s"
+        + (f", {reply.accepted} of {reply.drafted} drafts accepted in {reply.steps} steps" if reply.drafted else "")
         + (", interrupted" if code else "")
     )
     return "".join(shown), code
