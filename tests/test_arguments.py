@@ -29,6 +29,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "seed": ("1", 1.5, True),
     "stop": ("x", [1], b"x", 5, None),
     "session": ("x", 1),
+    "speculate": (None, 2.0, True, [3]),
     "prompt": (None, 5, b"x", ["a"], [1.5], [True], {"a": 1}),
     "document": (None, 5, b"x", ["a"], [1.5]),
     "capacity": ("9", 9.5, True),
@@ -83,8 +84,9 @@ def test_an_engine_rejects_wrong_types_by_name(checkpoint: Path, engine: matquan
 def test_streams_reject_wrong_types_by_name(engine: matquant.Engine) -> None:
     assert_rejected("prompt", engine.stream)
     assert_rejected("prompt", engine.generate)
-    for name in ("max_tokens", "stop", "temperature", "top_k", "top_p", "min_p", "seed", "bits", "plan", "session"):
-        optional = name not in ("max_tokens", "stop")
+    sampling = ("temperature", "top_k", "top_p", "min_p", "seed")
+    for name in ("max_tokens", "stop", "speculate", *sampling, "bits", "plan", "session"):
+        optional = name not in ("max_tokens", "stop", "speculate")
         assert_rejected(name, lambda value, name=name: engine.stream("The cat", **{name: value}), none=optional)
     assert_rejected("temperature", lambda value: Sampling(temperature=value))
 

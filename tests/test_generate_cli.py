@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -56,6 +57,18 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         return int(ended.value.code or 0), out, err
 
     return call
+
+
+def test_speculation_changes_the_speed_line_only(checkpoint: Path, run: Run) -> None:
+    options = ("--prompt", PROMPT, "--bits", 8, "--max-tokens", 24, "--threads", 1)
+    plain, drafted = run("generate", checkpoint, *options), run("generate", checkpoint, *options, "--speculate", 3)
+    assert drafted[:2] == plain[:2]
+    assert re.search(r"tokens/s, \d+ of \d+ drafts accepted in \d+ steps\n$", drafted[2])
+    for verb in ("generate", "chat"):
+        code, out, err = run(verb, checkpoint, "--speculate", "9")
+        assert (code, out) == (2, "")
+        assert "speculate=9 is not known; use 'auto', 'off' or a number of tokens to draft from 1 to 7" in err
+    assert run("chat", checkpoint, "--speculate", "fast")[0] == 2
 
 
 def test_generate_prints_the_text_and_how_fast_it_was(checkpoint: Path, run: Run) -> None:

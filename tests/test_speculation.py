@@ -208,7 +208,7 @@ def test_text_is_equal_at_every_width(bits: int, temperature: float, engine: mat
     for speculate in ("auto", 1, 3, 7):
         reply = assert_same(engine, bits=bits, speculate=speculate, temperature=temperature, seed=2, max_tokens=24)
         assert 0 <= reply.accepted <= reply.drafted
-        if speculate == 3:
+        if speculate == 3 and bits > 2:  # at int2 only prompt lookup drafts
             assert reply.drafted > 0
             assert reply.steps + reply.accepted == reply.tokens - 1
 
@@ -308,7 +308,7 @@ COST = {1: 0.010, 2: 0.0102, 4: 0.0105, 8: 0.012, "int2": 0.0025, "int4": 0.005,
 
 
 class Machine:
-    """A clock that steps move on, and drafters of known acceptance: the tokens per second that ``Pace`` makes of them."""
+    """A clock that steps move on, and drafters of known acceptance: the tokens per second of ``Pace``."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, acceptance: dict[str, float]) -> None:
         self.now = 0.0

@@ -83,11 +83,19 @@ class Pace:
         return (accepted + 2 * confidence) / (judged + 2)
 
     def goes_on(self, source: str, chance: float, drafted: int) -> bool:
-        """Return whether one more draft pays. chance: the probability that all ``drafted`` ones are accepted."""
+        """Return whether more drafts pay. chance: the probability that all ``drafted`` ones are accepted.
+
+        They do if any number of further ones yields more tokens than the time they take would yield otherwise.
+        """
         if self.length is not None:
             return True
-        costs = self._cost(source) + self._cost(panel(drafted + 2)) - self._cost(panel(drafted + 1))
-        return chance * self.acceptance(source) > self._rate * costs
+        accepted, before, tokens = self.acceptance(source), self._cost(panel(drafted + 1)), 0.0
+        for more in range(1, LENGTHS[-1] - drafted + 1):
+            tokens += chance * accepted**more
+            seconds = more * self._cost(source) + self._cost(panel(drafted + 1 + more)) - before
+            if tokens > self._rate * seconds:
+                return True
+        return False
 
     def rate(self, source: str, length: int) -> float:
         """Return the expected tokens per second of drafting ``length`` tokens from ``source``."""
