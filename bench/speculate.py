@@ -1,0 +1,139 @@
+"""Self-speculation: acceptance of each draft width, and speed with drafts over speed without.
+
+    python bench/speculate.py CHECKPOINT [--modes off,auto,1,3 --temperatures 0,0.8 --tokens 192 --rounds 5 --keep]
+
+Correctness comes first: every mode must give the ids of "off". Modes take turns in every round, so that a change of
+load meets all of them. Each round starts knowing nothing about costs and acceptance; when sampling, it has another seed.
+Ratios are medians over rounds of speed over that of "off", from the second token on; "cpu" counts the CPU time of the
+thread that decodes, which other programs disturb less. Acceptance is the share of tokens for which a single draft step
+at that width, reading the cache of the requested width, chooses what that width chooses with the same random number.
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from matquant import _native
+from matquant.engine.engine import Engine
+from matquant.engine.sampling import Sampling, choose
+from origin import ROOT, origin
+
+RECORDS = ROOT / "bench" / "speculate.jsonl"
+TOP_P = 0.95
+PROMPTS = {
+    "prose": "The history of the city begins with a small fishing village on the river. In the early years, the people",
+    "story": "Once upon a time, in a house at the edge of the forest, there lived an old woman who",
+    "code": 'def quicksort(items):\n    """Return the items sorted."""\n    if len(items) < 2:\n        return items\n',
+    "json": '[\n  {"name": "Anna", "age": 31, "city": "Berlin"},\n  {"name": "Ben", "age": 27, "city": "Paris"},\n'
+    '  {"name": "',
+}
+
+
+def measure(engine: Engine, prompt: str, mode: str, *, tokens: int, sampling: dict[str, Any]) -> dict[str, Any]:
+    """Generate once; return the ids, tokens/s of the wall clock and of CPU time, and the counts."""
+    engine._paces.clear()
+    speculate = int(mode) if mode.isdecimal() else mode
+    reply = engine.stream(prompt, max_tokens=tokens, speculate=speculate, **sampling)
+    pieces = iter(reply)
+    next(pieces)
+    first, wall, cpu = reply.tokens, time.perf_counter(), time.thread_time()
+    for _ in pieces:
+        pass
+    wall, cpu, made = time.perf_counter() - wall, time.thread_time() - cpu, reply.tokens - first
+    counts = {"tokens": reply.tokens, "steps": reply.steps, "drafted": reply.drafted, "accepted": reply.accepted}
+    return {"ids": reply.ids, "wall": made / wall, "cpu": made / cpu, **counts}
+
+
+def acceptance(engine: Engine, prompt: str, *, tokens: int, sampling: Sampling, widths: list[int]) -> dict[str, float]:
+    """Return the share of tokens on which a draft step at each width agrees."""
+    ids, wide = engine.prompt_ids(prompt), engine.widths()
+    session, tables = engine.session(len(ids) + tokens), {bits: engine.widths(bits) for bits in widths}
+    generator, same = np.random.default_rng(sampling.seed), dict.fromkeys(widths, 0)
+    token = choose(session.extend(ids, wide), sampling, generator)
+    for _ in range(tokens):
+        state, drafts = generator.bit_generator.state, {}
+        for bits, table in tables.items():
+            logits = session.extend([token], table)
+            session.rewind(len(session.ids) - 1)
+            drafts[bits] = choose(logits, sampling, generator)
+            generator.bit_generator.state = state
+        token = choose(session.extend([token], wide), sampling, generator)
+        for bits, draft in drafts.items():
+            same[bits] += draft == token
+    return {f"int{bits}": count / tokens for bits, count in same.items()}
+
+
+def run(engine: Engine, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measure every prompt at every temperature; return a row for each."""
+    rows = []
+    for temperature, (name, prompt) in itertools.product(options.temperatures, PROMPTS.items()):
+        found: dict[str, list[dict[str, Any]]] = {mode: [] for mode in options.modes}
+        for seed in range(options.rounds):
+            sampling = {"temperature": temperature, "top_p": TOP_P, "seed": seed}
+            for mode in options.modes:
+                found[mode].append(measure(engine, prompt, mode, tokens=options.tokens, sampling=sampling))
+            assert all(samples[-1]["ids"] == found["off"][-1]["ids"] for samples in found.values()), "ids differ"
+        chosen = Sampling(temperature=temperature, top_p=TOP_P)
+        same = acceptance(engine, prompt, tokens=options.tokens, sampling=chosen, widths=[2, 3, 4])
+        modes = {mode: summary(samples, found["off"]) for mode, samples in found.items()}
+        rows.append({"prompt": name, "temperature": temperature, "acceptance": same, "modes": modes})
+        print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def summary(samples: list[dict[str, Any]], plain: list[dict[str, Any]]) -> dict[str, float]:
+    """Return the median speed, the median and least ratios to "off", and the sums of the counts."""
+    ratios = {
+        clock: [own[clock] / other[clock] for own, other in zip(samples, plain, strict=True)]
+        for clock in ("wall", "cpu")
+    }
+    return {
+        "tok_s": statistics.median(sample["wall"] for sample in samples),
+        **{clock: statistics.median(values) for clock, values in ratios.items()},
+        "least_cpu": min(ratios["cpu"]),
+        **{name: sum(sample[name] for sample in samples) for name in ("tokens", "steps", "drafted", "accepted")},
+    }
+
+
+def table(rows: list[dict[str, Any]], modes: list[str]) -> Table:
+    made = Table(title="speed over off, by CPU time (by the wall clock)", title_justify="left")
+    for name in ("text", "temperature", "int2", "int3", "int4", *modes):
+        made.add_column(name, justify="right")
+    for row in rows:
+        same = [f"{share:.2f}" for share in row["acceptance"].values()]
+        ratios = [f"{row['modes'][mode]['cpu']:.2f} ({row['modes'][mode]['wall']:.2f})" for mode in modes]
+        made.add_row(row["prompt"], str(row["temperature"]), *same, *ratios)
+    return made
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--modes", type=lambda text: text.split(","), default=["off", "auto", "1", "3"])
+    parser.add_argument("--temperatures", type=lambda text: [float(part) for part in text.split(",")], default=[0, 0.8])
+    parser.add_argument("--tokens", type=int, default=192)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--keep", action="store_true")
+    options = parser.parse_args()
+    engine = Engine(options.checkpoint, threads=options.threads)
+    rows = run(engine, options)
+    Console(width=140).print(table(rows, options.modes))
+    about = {"checkpoint": options.checkpoint.name, "threads": engine.threads, "isa": _native.isa()}
+    line = json.dumps({**origin(), **about, "tokens": options.tokens, "rounds": options.rounds, "texts": rows})
+    print(line)
+    if options.keep:
+        with RECORDS.open("a") as file:
+            file.write(line + "\n")
+
+
+if __name__ == "__main__":
+    main()
