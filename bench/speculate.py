@@ -3,9 +3,9 @@
     python bench/speculate.py CHECKPOINT [--modes off,auto,1,3 --temperatures 0,0.8 --tokens 192 --rounds 5 --keep]
 
 Correctness comes first: every mode must give the ids of "off". Modes take turns in every round, so that a change of
-load meets all of them. Each round starts knowing nothing about costs and acceptance; when sampling, it has another seed.
-Ratios are medians over rounds of speed over that of "off", from the second token on; "cpu" counts the CPU time of the
-thread that decodes, which other programs disturb less. Acceptance is the share of tokens for which a single draft step
+load meets all of them. Each round starts knowing nothing about costs and acceptance; when sampling, it has another
+seed. Ratios are medians over rounds of speed over that of "off", from the second token on; "cpu" counts the CPU time of
+the thread that decodes, which other programs disturb less. Acceptance is the share of tokens for which one draft step
 at that width, reading the cache of the requested width, chooses what that width chooses with the same random number.
 """
 

@@ -69,6 +69,12 @@ def test_speculation_changes_the_speed_line_only(checkpoint: Path, run: Run) -> 
         assert (code, out) == (2, "")
         assert "speculate=9 is not known; use 'auto', 'off' or a number of tokens to draft from 1 to 7" in err
     assert run("chat", checkpoint, "--speculate", "fast")[0] == 2
+    turns = [
+        run("chat", checkpoint, "--max-tokens", 16, "--threads", 1, "--speculate", how, stdin="A cat\nA dog\n/quit\n")
+        for how in ("off", 3)
+    ]
+    assert turns[0][:2] == turns[1][:2]
+    assert (turns[0][2].count("drafts accepted"), turns[1][2].count("drafts accepted")) == (0, 2)
 
 
 def test_generate_prints_the_text_and_how_fast_it_was(checkpoint: Path, run: Run) -> None:

@@ -153,14 +153,17 @@ def test_ids_are_those_of_one_step_per_token(lies: float, length: int, temperatu
         assert session.ids == [3, 4, *found[:-1]], "the last id takes no room"
 
 
-def test_a_right_drafter_saves_steps_and_a_lying_one_none() -> None:
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_right_drafter_saves_steps_and_a_lying_one_none(temperature: float) -> None:
+    """When sampling, a right drafter is accepted only if it takes the number that its position will use."""
     wide = []
     for lies in (0.0, 1.0):
         session = Scripted(82, lies)
-        list(speculative(session, Pace({"int2": 0.3}, length=3), lookup=Nothing()))
+        pace = Pace({"int2": 0.3}, length=3)
+        list(speculative(session, pace, lookup=Nothing(), temperature=temperature, seed=4))
         wide.append(session.wide)
-    assert wide[0] <= 25
-    assert wide[1] == 80
+    assert wide[0] <= 3 + 20
+    assert wide[1] >= 75
 
 
 @pytest.mark.parametrize("taken", [1, 2, 6, 9])
@@ -350,13 +353,15 @@ def test_a_drafter_that_always_lies_costs_little_after_64_tokens(monkeypatch: py
     assert machine.run(pace, 1000, found="lookup3") > 95
 
 
-@pytest.mark.parametrize(("acceptance", "most", "least"), [(0.95, 230, 190), (0.8, 170, 140), (0.6, 130, 110)])
-def test_the_speed_is_that_of_the_cost_model(
-    acceptance: float, most: float, least: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Best over K of (1 - a^(K+1)) / (1 - a) / (K * 0.25 + V(K+1)) at 100 plain tokens/s: 224, 163 and 126."""
-    machine = Machine(monkeypatch, {"int2": acceptance, "int4": acceptance})
-    assert least < machine.run(Pace({"int2": 0.25, "int4": 0.5}), 3000) < most
+@pytest.mark.parametrize("acceptance", [0.95, 0.8, 0.6, 0.3])
+def test_the_speed_is_that_of_the_cost_model(acceptance: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch, {"": 0.0, "int2": acceptance, "int4": acceptance})
+    best = max(
+        sum(acceptance**place for place in range(length + 1))
+        / (length * COST["int2"] + COST[{0: 1, 1: 2, 3: 4, 7: 8}[length]])
+        for length in (0, 1, 3, 7)
+    )
+    assert 0.9 * best < machine.run(Pace({"int2": 0.25, "int4": 0.5}), 3000) < 1.05 * best
 
 
 def test_the_width_that_pays_is_found_and_a_change_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
