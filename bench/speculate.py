@@ -1,6 +1,7 @@
 """Self-speculation: acceptance of each draft width, and speed with drafts over speed without.
 
-    python bench/speculate.py CHECKPOINT [--modes off,auto,1,3 --temperatures 0,0.8 --tokens 192 --rounds 5 --keep]
+    python bench/speculate.py CHECKPOINT [--bits 8 --modes off,auto,1,3 --temperatures 0,0.8 --tokens 192 --rounds 5
+        --keep]
 
 Correctness comes first: every mode must give the ids of "off". Modes take turns in every round, so that a change of
 load meets all of them. Each round starts knowing nothing about costs and acceptance; when sampling, it has another
@@ -24,6 +25,7 @@ from rich.table import Table
 from matquant import _native
 from matquant.engine.engine import Engine
 from matquant.engine.sampling import Sampling, choose
+from matquant.engine.speculation import DRAFT_WIDTHS
 from origin import ROOT, origin
 
 RECORDS = ROOT / "bench" / "speculate.jsonl"
@@ -37,11 +39,13 @@ PROMPTS = {
 }
 
 
-def measure(engine: Engine, prompt: str, mode: str, *, tokens: int, sampling: dict[str, Any]) -> dict[str, Any]:
+def measure(
+    engine: Engine, prompt: str, mode: str, *, bits: int, tokens: int, sampling: dict[str, Any]
+) -> dict[str, Any]:
     """Generate once; return the ids, tokens/s of the wall clock and of CPU time, and the counts."""
     engine._paces.clear()
     speculate = int(mode) if mode.isdecimal() else mode
-    reply = engine.stream(prompt, max_tokens=tokens, speculate=speculate, **sampling)
+    reply = engine.stream(prompt, bits=bits, max_tokens=tokens, speculate=speculate, **sampling)
     pieces = iter(reply)
     next(pieces)
     first, wall, cpu = reply.tokens, time.perf_counter(), time.thread_time()
@@ -52,23 +56,24 @@ def measure(engine: Engine, prompt: str, mode: str, *, tokens: int, sampling: di
     return {"ids": reply.ids, "wall": made / wall, "cpu": made / cpu, **counts}
 
 
-def acceptance(engine: Engine, prompt: str, *, tokens: int, sampling: Sampling, widths: list[int]) -> dict[str, float]:
+def acceptance(engine: Engine, prompt: str, *, bits: int, tokens: int, sampling: Sampling) -> dict[str, float]:
     """Return the share of tokens on which a draft step at each width agrees."""
-    ids, wide = engine.prompt_ids(prompt), engine.widths()
-    session, tables = engine.session(len(ids) + tokens), {bits: engine.widths(bits) for bits in widths}
-    generator, same = np.random.default_rng(sampling.seed), dict.fromkeys(widths, 0)
+    ids, wide = engine.prompt_ids(prompt), engine.widths(bits)
+    session = engine.session(len(ids) + tokens)
+    tables = {f"int{width}": engine.widths(width) for width in DRAFT_WIDTHS if width < bits}
+    generator, same = np.random.default_rng(sampling.seed), dict.fromkeys(tables, 0)
     token = choose(session.extend(ids, wide), sampling, generator)
     for _ in range(tokens):
         state, drafts = generator.bit_generator.state, {}
-        for bits, table in tables.items():
+        for name, table in tables.items():
             logits = session.extend([token], table)
             session.rewind(len(session.ids) - 1)
-            drafts[bits] = choose(logits, sampling, generator)
+            drafts[name] = choose(logits, sampling, generator)
             generator.bit_generator.state = state
         token = choose(session.extend([token], wide), sampling, generator)
-        for bits, draft in drafts.items():
-            same[bits] += draft == token
-    return {f"int{bits}": count / tokens for bits, count in same.items()}
+        for name, draft in drafts.items():
+            same[name] += draft == token
+    return {name: count / tokens for name, count in same.items()}
 
 
 def run(engine: Engine, options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -79,10 +84,12 @@ def run(engine: Engine, options: argparse.Namespace) -> list[dict[str, Any]]:
         for seed in range(options.rounds):
             sampling = {"temperature": temperature, "top_p": TOP_P, "seed": seed}
             for mode in options.modes:
-                found[mode].append(measure(engine, prompt, mode, tokens=options.tokens, sampling=sampling))
+                found[mode].append(
+                    measure(engine, prompt, mode, bits=options.bits, tokens=options.tokens, sampling=sampling)
+                )
             assert all(samples[-1]["ids"] == found["off"][-1]["ids"] for samples in found.values()), "ids differ"
         chosen = Sampling(temperature=temperature, top_p=TOP_P)
-        same = acceptance(engine, prompt, tokens=options.tokens, sampling=chosen, widths=[2, 3, 4])
+        same = acceptance(engine, prompt, bits=options.bits, tokens=options.tokens, sampling=chosen)
         modes = {mode: summary(samples, found["off"]) for mode, samples in found.items()}
         rows.append({"prompt": name, "temperature": temperature, "acceptance": same, "modes": modes})
         print(json.dumps(rows[-1]), flush=True)
@@ -105,7 +112,7 @@ def summary(samples: list[dict[str, Any]], plain: list[dict[str, Any]]) -> dict[
 
 def table(rows: list[dict[str, Any]], modes: list[str]) -> Table:
     made = Table(title="speed over off, by CPU time (by the wall clock)", title_justify="left")
-    for name in ("text", "temperature", "int2", "int3", "int4", *modes):
+    for name in ("text", "temperature", *rows[0]["acceptance"], *modes):
         made.add_column(name, justify="right")
     for row in rows:
         same = [f"{share:.2f}" for share in row["acceptance"].values()]
@@ -117,6 +124,7 @@ def table(rows: list[dict[str, Any]], modes: list[str]) -> Table:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--bits", type=int, default=8)
     parser.add_argument("--modes", type=lambda text: text.split(","), default=["off", "auto", "1", "3"])
     parser.add_argument("--temperatures", type=lambda text: [float(part) for part in text.split(",")], default=[0, 0.8])
     parser.add_argument("--tokens", type=int, default=192)
@@ -127,7 +135,12 @@ def main() -> None:
     engine = Engine(options.checkpoint, threads=options.threads)
     rows = run(engine, options)
     Console(width=140).print(table(rows, options.modes))
-    about = {"checkpoint": options.checkpoint.name, "threads": engine.threads, "isa": _native.isa()}
+    about = {
+        "checkpoint": options.checkpoint.name,
+        "bits": options.bits,
+        "threads": engine.threads,
+        "isa": _native.isa(),
+    }
     line = json.dumps({**origin(), **about, "tokens": options.tokens, "rounds": options.rounds, "texts": rows})
     print(line)
     if options.keep:
