@@ -65,7 +65,8 @@ RECIPES: dict[str, Recipe] = {
             "freeze": 0,  # no last phase: it takes as long again
         },
         why="GPTQ, then a short distillation from the float model: the best int4, int3 and int2",
-        cost="",
+        cost="48 min, 10 GB",
+        perplexity=("30.05", "30.24", "33.29", "46.3", "218"),
     ),
     "paper": Recipe(
         method="qat",
