@@ -1343,11 +1343,11 @@ FLAGS: dict[str, list[str]] = {
     "verify": ["--seal", "--help"],
     "generate": [
         "--prompt", "--bits", "--plan", "--max-tokens", "--temperature", "--top-k", "--top-p", "--min-p", "--seed",
-        "--stop", "--max-bits", "--threads", "--activations", "--check-hashes", "--mmap", "--help",
+        "--stop", "--speculate", "--max-bits", "--threads", "--activations", "--check-hashes", "--mmap", "--help",
     ],
     "chat": [
         "--bits", "--plan", "--system", "--context", "--max-tokens", "--temperature", "--top-k", "--top-p", "--min-p",
-        "--seed", "--max-bits", "--threads", "--activations", "--check-hashes", "--mmap", "--help",
+        "--seed", "--speculate", "--max-bits", "--threads", "--activations", "--check-hashes", "--mmap", "--help",
     ],
     "serve": [
         *("--context", "--max-num-seqs", "--max-queued", "--kv-bytes", "--answer-tokens", "--max-body-mb"),
@@ -1446,6 +1446,7 @@ DEFAULTS: dict[str, dict[str, str]] = {
         "--top-p": "(as temperature)",
         "--min-p": "(as temperature)",
         "--seed": "(0)",
+        "--speculate": "off",
         "--max-bits": "8",
         "--threads": "(OMP_NUM_THREADS, else all)",
         "--activations": "int8",
@@ -1461,6 +1462,7 @@ DEFAULTS: dict[str, dict[str, str]] = {
         "--top-p": "(as temperature)",
         "--min-p": "(as temperature)",
         "--seed": "(0)",
+        "--speculate": "off",
         "--max-bits": "8",
         "--threads": "(OMP_NUM_THREADS, else all)",
         "--activations": "int8",

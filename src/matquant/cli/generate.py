@@ -42,8 +42,8 @@ Stop = Annotated[list[str] | None, Option(metavar="TEXT", help="Stop before this
 Speculate = Annotated[
     str,
     Option(
-        metavar="auto|off|N",
-        help="Draft tokens at a narrower width and verify them together; the text is the same. N: tokens to draft.",
+        metavar="N",
+        help="Tokens to draft at a narrower width in each step: N, auto or off.",
     ),
 ]
 
