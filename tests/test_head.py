@@ -152,7 +152,7 @@ def test_every_method_rounds_embedding_and_head_alike(
         "qat": {"steps": 1, "seq_len": 32},
         "distill": {"samples": 8, "seq_len": 32, "steps": 2, "tune": 0},
     }[method]
-    asked = {"method": method, "scope": "all", "group_size": 16, "zero_point": "midrange", **small}
+    asked = {"method": method, "scope": "all", "group_size": 16, "zero_point": "midrange", "head_bits": 5, **small}
     if method in ("rtn",):
         asked["affine"] = "refit"
     text = {} if method == "rtn" else {"text": [text_file]}
@@ -166,6 +166,7 @@ def test_every_method_rounds_embedding_and_head_alike(
         assert np.array_equal(nested.codes, expected.codes.numpy()), path
         assert np.array_equal(nested.slices[2][0], expected.slices[2][0].numpy())
     assert sorted(found.ends) == [HEAD, EMBEDDING]
+    assert found.spec.head_bits == 5
 
 
 def test_rows_encoded_in_parts_are_those_of_the_whole() -> None:

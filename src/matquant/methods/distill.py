@@ -34,7 +34,7 @@ from matquant.system.files import move_into_place
 from matquant.system.interrupted import RECORD, claim, work_folder
 
 # Options of every method; all stages share them.
-SHARED = ("scope", "exclude", "group_size", "zero_point", "grid", "scale_dtype")
+SHARED = ("scope", "exclude", "group_size", "zero_point", "grid", "scale_dtype", "head_bits")
 
 
 def stages(model: Path | str, options: Mapping[str, Any]) -> list[Options]:
