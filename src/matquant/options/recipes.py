@@ -57,12 +57,12 @@ RECIPES: dict[str, Recipe] = {
         options={
             "zero_point": MIDRANGE,
             "grid": "companded",
-            "tune": 0,  # on a real model a step of distillation gains more than its time of tuning
+            "tune": 0,  # not tried on a model of this size
             "steps": 20,
-            "lr": 2e-4,  # few steps: twice the method's
+            "lr": 2e-4,  # the only one tried: few steps, so twice the method's
             "batch_size": 4,  # twice 4 sequences at once: half the memory of 8
             "accumulate": 2,
-            "freeze": 0,  # no last phase: it takes as long again
+            "freeze": 0,  # no last phase: not measured on this model
         },
         why="GPTQ, then a short distillation from the float model: the best int4, int3 and int2",
         cost="48 min, 10 GB",
