@@ -51,7 +51,7 @@ from matquant.engine.model import HEAD, NORM
 from matquant.format.read import open_checkpoint
 from matquant.format.write import Item, write_checkpoint
 from matquant.hf.architecture import EMBEDDING, PROJECTIONS
-from origin import ROOT, origin
+from origin import ROOT, append_record, origin
 
 RECORDS = ROOT / "bench" / "decode.jsonl"
 PICTURE = ROOT / "docs" / "roofline.png"
@@ -135,8 +135,7 @@ def run(
                 show(record)
                 line = json.dumps(record, sort_keys=True)
                 if keep:
-                    with RECORDS.open("a") as file:
-                        file.write(line + "\n")
+                    append_record(RECORDS, line)
                 print(line, flush=True)
 
 

@@ -24,7 +24,7 @@ from linear import WIDTHS
 from matquant import _native
 from matquant.core.nest import COMPANDED, UNIFORM
 from matquant.engine.engine import Engine, Session
-from origin import ROOT, origin
+from origin import ROOT, append_record, origin
 
 RECORDS = ROOT / "bench" / "grids.jsonl"
 PAIR = (UNIFORM, COMPANDED)
@@ -63,8 +63,7 @@ def main(
     sizes = {"shape": shape, "threads": threads, "group": group, "rounds": rounds, "prompt": prompt}
     line = json.dumps({**origin(), **sizes, "isa": _native.isa(), "rates": rows}, sort_keys=True)
     if keep:
-        with RECORDS.open("a") as file:
-            file.write(line + "\n")
+        append_record(RECORDS, line)
     print(line)
 
 

@@ -26,7 +26,7 @@ from matquant.core.nest import GRIDS, UNIFORM
 from matquant.core.planes import Weight, bits_read, isa, load_weight, matmul
 from matquant.core.tensor import NestedTensor
 from matquant.engine.bench import STREAM_BYTES, Sample, median, timed
-from origin import ROOT, origin
+from origin import ROOT, append_record, origin
 
 WIDTHS = (2, 3, 4, 6, 8)
 UNITS = 16
@@ -93,8 +93,7 @@ def main() -> None:
     sizes = {"rows": asked.rows, "columns": asked.columns, "group": asked.group, "rounds": asked.rounds}
     line = json.dumps({**origin(), **sizes, **record, "products": rows}, sort_keys=True)
     if asked.keep:
-        with RECORDS.open("a") as file:
-            file.write(line + "\n")
+        append_record(RECORDS, line)
     print(line)
 
 

@@ -12,6 +12,12 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def append_record(file: Path, line: str) -> None:
+    """Append a record to a file of records."""
+    with file.open("a") as stream:
+        stream.write(line + "\n")
+
+
 def origin(*packages: str) -> dict[str, Any]:
     """The command, commit, date and machine of this run, and the versions of ``packages`` if there are any."""
     git = ["git", "rev-parse", "--short", "HEAD"]

@@ -31,7 +31,7 @@ from matquant.engine.sampling import Sampling
 from matquant.serve.batching import Batching, start
 from matquant.serve.cost import Costs, measure
 from matquant.serve.work import Event, Generation
-from origin import ROOT, origin
+from origin import ROOT, append_record, origin
 
 RECORDS = ROOT / "bench" / "serve_batch.jsonl"
 PROMPT_TOKENS = 16
@@ -193,8 +193,7 @@ def main() -> None:
     line = json.dumps({**origin(), "checkpoint": options.checkpoint.name, **record})
     print(line)
     if options.keep:
-        with RECORDS.open("a") as file:
-            file.write(line + "\n")
+        append_record(RECORDS, line)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from matquant import _native
 from matquant.engine.engine import Engine
 from matquant.engine.sampling import Sampling, choose
 from matquant.engine.speculation import DRAFT_WIDTHS
-from origin import ROOT, origin
+from origin import ROOT, append_record, origin
 
 RECORDS = ROOT / "bench" / "speculate.jsonl"
 TOP_P = 0.95
@@ -144,8 +144,7 @@ def main() -> None:
     line = json.dumps({**origin(), **about, "tokens": options.tokens, "rounds": options.rounds, "texts": rows})
     print(line)
     if options.keep:
-        with RECORDS.open("a") as file:
-            file.write(line + "\n")
+        append_record(RECORDS, line)
 
 
 if __name__ == "__main__":

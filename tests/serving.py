@@ -2,10 +2,12 @@
 
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+import conftest
 import matquant
 from matquant.core.spec import Plan
 from matquant.engine.sampling import Sampling
@@ -22,6 +24,12 @@ COSTS = Costs(
     }
 )
 PATIENT_S = 60.0
+MODEL = Path(__file__).resolve().parents[1] / "examples" / "reference" / "model"
+
+
+def reference_engine(out: Path) -> matquant.Engine:
+    """The embedded model's linear layers rounded into ``out``, on one thread."""
+    return matquant.Engine(conftest.quantize(MODEL, out, method="rtn", scope="linears"), threads=1)
 
 
 class Receiver:

@@ -22,17 +22,15 @@ from matquant.serve.scheduling import Piece
 from matquant.serve.stepping import now_s
 from matquant.serve.work import Event, Refused
 from matquant.system.errors import InputError
-from serving import COSTS, PATIENT_S, Gate, Receiver, alone, generation, run
+from serving import COSTS, PATIENT_S, Gate, Receiver, alone, generation, reference_engine, run
 
-MODEL = Path(__file__).resolve().parents[1] / "examples" / "reference" / "model"
 TEXT = "Once upon a time, there was a little dog who lived in a small house near the wood. He said"
 PLAN = Plan(default=4, bits={"model.layers.0.mlp.down_proj": 8, "model.layers.1.self_attn.q_proj": 2})
 
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> matquant.Engine:
-    out = conftest.quantize(MODEL, tmp_path_factory.mktemp("batch") / "out", method="rtn", scope="linears")
-    return matquant.Engine(out, threads=1)
+    return reference_engine(tmp_path_factory.mktemp("batch") / "out")
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,23 +10,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-import conftest
 import matquant
 from matquant.engine.sampling import Sampling
 from matquant.serve.batching import Batching, start
 from matquant.serve.logits import log_probabilities, score
 from matquant.serve.work import Generation
 from matquant.system.errors import InputError
-from serving import COSTS, alone, generation, run
+from serving import COSTS, alone, generation, reference_engine, run
 
-MODEL = Path(__file__).resolve().parents[1] / "examples" / "reference" / "model"
 TEXT = "Once upon a time, there was a little dog. The little dog was a little"
 
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> matquant.Engine:
-    out = conftest.quantize(MODEL, tmp_path_factory.mktemp("logits") / "out", method="rtn", scope="linears")
-    return matquant.Engine(out, threads=1)
+    return reference_engine(tmp_path_factory.mktemp("logits") / "out")
 
 
 @pytest.fixture(scope="module")

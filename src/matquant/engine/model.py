@@ -79,7 +79,7 @@ def load_model(checkpoint: Checkpoint, *, max_bits: int) -> Model:
     paths = [f"model.layers.{layer}.{name}" for layer in range(architecture.layers) for name in PROJECTIONS]
     paths += [EMBEDDING] if architecture.tied else [HEAD, EMBEDDING]
     looked_up = None if architecture.tied else EMBEDDING
-    least = dict.fromkeys(checkpoint.ends, checkpoint.spec.head_bits or 1)
+    least = checkpoint.least
     _check_names(checkpoint, tensors, architecture, paths)
     weights = {
         path: load_weight(checkpoint.nested(path, mapped=True), max_bits=max(max_bits, least.get(path, 1)))

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from matquant.core.dtypes import CONFIG_NAMES
 from matquant.core.nest import MASTER_BITS, UNIFORM
 from matquant.core.spec import Plan
 from matquant.export import compressed_tensors, dense, gguf, gptq, mlx, nested
@@ -40,7 +41,7 @@ FORMATS: dict[str, Exporter] = {
     "dense": dense.EXPORTER,
     "matquant": nested.EXPORTER,
 }
-DTYPES = {name: short for short, name in dense.NAMES.items()}
+DTYPES = {name: short for short, name in CONFIG_NAMES.items()}
 Progress = Callable[[int, int], None]  # bytes written so far, total
 SPARE_BYTES = 10**6  # space for the files besides the tensors
 
@@ -184,10 +185,12 @@ def make_job(
     kept = DTYPES.get(dtype or "") or exporter.dense or DTYPES.get(str(model), "F32")
     if exporter.typed and dtype is not None:
         exporter = _with_scales(exporter, kept)
-    chosen = {path: exporter.container(checkpoint, path, bits, zero_point) for path, bits in plan.items()}
-    for path in checkpoint.ends:
-        if not exporter.holds_ends(checkpoint, plan) or isinstance(chosen[path], list):
-            chosen[path] = None
+    dense_ends = () if exporter.holds_ends(checkpoint, plan) else checkpoint.ends
+    chosen = {
+        path: None if path in dense_ends else exporter.container(checkpoint, path, bits, zero_point)
+        for path, bits in plan.items()
+    }
+    chosen |= {path: None for path in checkpoint.ends if isinstance(chosen[path], list)}
     refused = {path: found for path, found in chosen.items() if isinstance(found, list)}
     if refused:
         path, misfits = next(iter(refused.items()))

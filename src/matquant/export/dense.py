@@ -2,12 +2,10 @@
 
 from typing import Any
 
-from matquant.core.dtypes import FLOATS
+from matquant.core.dtypes import CONFIG_NAMES, FLOATS
 from matquant.export.directory import write_directory
 from matquant.export.job import PIPELINE, Exporter, Job
 from matquant.format.shards import Part, Slot
-
-NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def plain(job: Job, name: str) -> Part:
@@ -22,7 +20,7 @@ def plain(job: Job, name: str) -> Part:
 def config(job: Job) -> dict[str, Any]:
     """Return config.json without quantisation."""
     kept = {key: value for key, value in job.checkpoint.config.items() if key != "torch_dtype"}
-    return {**kept, "dtype": NAMES[job.dtype]}
+    return {**kept, "dtype": CONFIG_NAMES[job.dtype]}
 
 
 EXPORTER = Exporter(

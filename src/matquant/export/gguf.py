@@ -11,7 +11,6 @@ for other families with windows, the context of the file ends where the window w
 """
 
 import contextlib
-import importlib
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -33,6 +32,7 @@ from matquant.format.read import Checkpoint
 from matquant.format.shards import Part, Report, Slot, made
 from matquant.hf.architecture import Architecture, check_sizes, read_architecture
 from matquant.hf.families import Gguf, supported
+from matquant.hf.gguf_file import package
 from matquant.system.errors import InputError
 from matquant.system.files import json_text
 
@@ -127,12 +127,7 @@ def plain(job: Job, name: str) -> Part:
 
 
 def _package() -> ModuleType:
-    try:
-        return importlib.import_module("gguf")
-    except ImportError:
-        raise InputError(
-            "--to gguf needs the package gguf, which is not installed; pip install 'matquant[export]'"
-        ) from None
+    return package("--to gguf", extra="export")
 
 
 # ------------------------------------------------------------------------------------------------------- architecture

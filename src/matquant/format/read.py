@@ -108,12 +108,17 @@ class Checkpoint:
         an unknown path or misses one.
         """
         asked = plan if isinstance(plan, Plan) else Plan(default=plan)
-        return asked.resolve(self.shapes, least=dict.fromkeys(self.ends, self.spec.head_bits or 1))
+        return asked.resolve(self.shapes, least=self.least)
 
     @property
     def ends(self) -> tuple[str, ...]:
         """Return the paths of the quantised embedding and head: those outside the numbered layers."""
         return ends_of(self.shapes) if self.spec.head_bits is not None else ()
+
+    @property
+    def least(self) -> dict[str, int]:
+        """Return the least width of embedding and head unless a plan names them: path -> bits."""
+        return dict.fromkeys(self.ends, self.spec.head_bits or 1)
 
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return tensor name -> shape of all weights; quantised ones are named ``path.weight``, [N, K]."""

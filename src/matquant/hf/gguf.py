@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from matquant.core.dtypes import FLOATS
+from matquant.core.dtypes import CONFIG_NAMES, FLOATS
 from matquant.format.shards import Part, Slot, write_shards, write_zeros
 from matquant.hf.gguf_config import Stored, read_config, read_stored, read_tensors
 from matquant.hf.gguf_file import Entry, Header, bits_per_weight, is_gguf, read_header
@@ -32,7 +32,6 @@ from matquant.system.locks import check_place, delete, sibling
 
 ORIGIN = "converted_from"  # key of config.json: the name of the GGUF file
 EXACT_BITS = 8.5  # bits per weight of Q8_0; narrower types are reported
-NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' -> transformers'
 Report = Callable[[int, int], None]  # bytes written, total bytes
 
 
@@ -135,7 +134,9 @@ def _fill(
 ) -> None:
     """Write config.json and the weights into a new directory."""
     dtype = _dtype(header, tensors)
-    (directory / "config.json").write_bytes(json_bytes({**config, "dtype": NAMES[dtype], ORIGIN: header.file.name}))
+    (directory / "config.json").write_bytes(
+        json_bytes({**config, "dtype": CONFIG_NAMES[dtype], ORIGIN: header.file.name})
+    )
     parts = [_part(header, stored, dtype) for stored in tensors]
     if not with_numbers:
         write_zeros(directory / SINGLE, parts)

@@ -121,12 +121,13 @@ def bits_per_weight(kind: str) -> float:
     return float(8 * size_bytes / weights)
 
 
-def package() -> ModuleType:
+def package(work: str = "reading GGUF files", *, extra: str = "train") -> ModuleType:
+    """Return the gguf package; InputError if it is not installed. work: what needs it. extra: what installs it."""
     try:
         return importlib.import_module("gguf")
     except ImportError:
         raise InputError(
-            "reading GGUF files needs the package gguf, which is not installed; pip install 'matquant[train]'"
+            f"{work} needs the package gguf, which is not installed; pip install 'matquant[{extra}]'"
         ) from None
 
 

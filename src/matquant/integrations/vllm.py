@@ -63,13 +63,13 @@ class NestedConfig(QuantizationConfig):  # type: ignore[misc]
     def maybe_update_config(self, model_name: str, **_: Any) -> None:
         """Check the plan before anything starts; vLLM passes the model's directory only here."""
         self.directory = model_name
-        ends = open_checkpoint(model_name, check_hashes=False).ends
-        if ends:
+        checkpoint = open_checkpoint(model_name, check_hashes=False)
+        if checkpoint.ends:
             raise InputError(
-                f"{model_name} quantises {ends[0]}, and the plugin supports only linear layers: quantise with "
-                "--scope linears, or export with --to dense or compressed-tensors"
+                f"{model_name} quantises {checkpoint.ends[0]}, and the plugin supports only linear layers: "
+                "quantise with --scope linears, or export with --to dense or compressed-tensors"
             )
-        self.bits = open_checkpoint(model_name, check_hashes=False).widths(self.plan)
+        self.bits = checkpoint.widths(self.plan)
 
     def get_name(self) -> str:
         return METHOD

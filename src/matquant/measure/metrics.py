@@ -6,13 +6,13 @@ cache. The torch engine has the same formulas in ``likelihood.py``; a test holds
 T tokens, V vocabulary.
 """
 
-import difflib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from matquant.system.arguments import check_names
 from matquant.system.errors import InputError
 
 METRICS = ("ppl", "kld", "top1")
@@ -50,12 +50,7 @@ class Totals:
 
 def check_metrics(metrics: Sequence[str], *, has_reference: bool) -> None:
     """Raise InputError for an unknown metric, and for one that needs a reference if there is none."""
-    if not metrics:
-        raise InputError(f"--metrics names no metric; give one or more of {','.join(METRICS)}")
-    for name in metrics:
-        if name not in METRICS:
-            nearest = difflib.get_close_matches(name, METRICS, n=1, cutoff=0.0)[0]
-            raise InputError(f"--metrics {name!r} is not one of {', '.join(METRICS)}; nearest: {nearest!r}")
+    check_names(metrics, METRICS, flag="--metrics", kind="metric")
     compared = [name for name in metrics if name != "ppl"]
     if compared and not has_reference:
         raise InputError(

@@ -14,7 +14,6 @@ size, harness. A result with the same fingerprint in an earlier record is not co
 """
 
 import contextlib
-import difflib
 import hashlib
 import importlib
 import json
@@ -23,6 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from matquant.system.arguments import check_names
 from matquant.system.errors import InputError
 from matquant.system.files import MARK, read_text
 
@@ -52,12 +52,7 @@ HUB = "hub"
 
 def check_tasks(names: Sequence[str], data: Path | None) -> dict[str, str]:
     """Return task -> sha256 of its file in ``data``, or "hub". InputError for unknown tasks and unusable files."""
-    if not names:
-        raise InputError(f"--tasks names no task; give one or more of {','.join(TASKS)}")
-    for name in names:
-        if name not in TASKS:
-            nearest = difflib.get_close_matches(name, TASKS, n=1, cutoff=0.0)[0]
-            raise InputError(f"--tasks {name!r} is not one of {', '.join(TASKS)}; nearest: {nearest!r}")
+    check_names(names, TASKS, flag="--tasks", kind="task")
     if data is None:
         return dict.fromkeys(names, HUB)
     return {name: _check_file(data / f"{name}.jsonl", TASKS[name]) for name in names}

@@ -68,9 +68,9 @@ def quantize(
 
     model: Hugging Face directory, GGUF file or hub id. out: directory to write; an interrupted run leaves ``.OUT.work``
     beside it, which ``resume=True`` continues. recipe: a name in options.recipes.RECIPES, by default "balanced"; or
-    method: a name
-    in options.METHODS, with its own defaults. options: those of all methods (options/common.py) and of the method
-    (options/); they override the recipe's. docs/options.md lists them. report: called with each record of progress.
+    method: a name in options.METHODS, with its own defaults. options: those of all methods (options/common.py) and of
+    the method (options/); they override the recipe's. docs/options.md lists them. report: called with each record of
+    progress.
 
     Raises InputError before any work if possible, and never leaves a half-written checkpoint.
     """

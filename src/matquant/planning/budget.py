@@ -61,11 +61,11 @@ class Budget:
 
 def size_costs(checkpoint: Checkpoint, widths: Iterable[int]) -> dict[tuple[str, int], int]:
     """Return the bits on disk of every path at every width, all overhead included: (path, bits) -> bits."""
-    least = {path: {checkpoint.spec.head_bits or 1} for path in checkpoint.ends}
+    least = checkpoint.least
     return {
         (path, bits): round(8 * size_bytes(checkpoint, path, bits))
         for path in checkpoint.shapes
-        for bits in {*widths} | least.get(path, set())
+        for bits in {*widths} | ({least[path]} if path in least else set())
     }
 
 

@@ -136,7 +136,7 @@ def make_plan(
     if strategy != SEARCH:
         check_strategy(strategy)
         # strategies order layers: embedding and head have their least width
-        body = budget.fixing({path: bits for path, bits in checkpoint.widths(1).items() if path in checkpoint.ends})
+        body = budget.fixing(checkpoint.least)
         paths = [path for path in checkpoint.shapes if path not in body.fixed]
         plan = {**body.fixed, **strategy_plan(strategy, paths, body, widths=widths)}
     elif losses is None:

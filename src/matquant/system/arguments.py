@@ -4,9 +4,10 @@ An argument's name means the same everywhere, so one table holds the type of eac
 names the argument; the range of a value is checked by the function that knows it.
 """
 
+import difflib
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -134,6 +135,16 @@ def read_numbers(text: str, kind: type, flag: str) -> list[Any]:
         raise InputError(
             f"{flag} {text!r} is not a list of numbers; separate them with commas, such as 8,4,2"
         ) from None
+
+
+def check_names(names: Sequence[str], known: Collection[str], *, flag: str, kind: str) -> None:
+    """Raise InputError for no names, and for the first that is not known, with the nearest one."""
+    if not names:
+        raise InputError(f"{flag} names no {kind}; give one or more of {','.join(known)}")
+    for name in names:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+            raise InputError(f"{flag} {name!r} is not one of {', '.join(known)}; nearest: {nearest!r}")
 
 
 def read_size(text: str, flag: str) -> int:
