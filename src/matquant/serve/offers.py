@@ -86,11 +86,7 @@ def sizes(engine: Engine, plans: Mapping[str, Plan]) -> dict[str, float]:
     checkpoint = open_checkpoint(engine.path, check_hashes=False)
     if checkpoint.spec.rule == "extra":
         return {}
-    model = engine.model
-    return {
-        label: bits_per_weight(checkpoint, plan.resolve(model.weights, least=model.least))
-        for label, plan in plans.items()
-    }
+    return {label: bits_per_weight(checkpoint, checkpoint.widths(plan)) for label, plan in plans.items()}
 
 
 def measure(

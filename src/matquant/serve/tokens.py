@@ -5,9 +5,8 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+from matquant.hf.llama_words import SPACE
 from matquant.hf.vocabulary import Vocabulary
-
-SPACE = "\u2581"  # how SentencePiece writes a space
 
 
 def token_reader(vocabulary: Vocabulary) -> Callable[[int], bytes]:
