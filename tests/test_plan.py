@@ -26,9 +26,10 @@ from matquant.engine.engine import Engine
 from matquant.format.read import open_checkpoint
 from matquant.format.sizes import bits_per_weight, plain_bytes, size_bytes
 from matquant.planning import sensitivity
-from matquant.planning.budget import Budget, bits_budget, by_layer, by_width, size_budget
+from matquant.planning.budget import Budget, Groups, bits_budget, by_layer, by_width, size_budget
+from matquant.planning.gradients import estimable, estimate
 from matquant.planning.run import SEARCHED_WIDTHS, make_plan
-from matquant.planning.search import choose, refine, search, strategy_plan
+from matquant.planning.search import choose, refine, search, sensitivities, strategy_plan
 from matquant.planning.sensitivity import SIDECAR, Forward, Losses, open_losses
 from matquant.planning.speed import CONTEXT, ROUNDS, TOKENS, speed_budget
 from matquant.planning.strategies import STRATEGIES, mixes, widest_mix
@@ -140,6 +141,9 @@ class Made:
 
     def known(self) -> list[tuple[float, dict[str, int]]]:
         return [(loss, dict(zip(self.paths, key, strict=True))) for key, loss in self.memo.items()]
+
+    def estimates(self, groups: Groups, widths: Sequence[int]) -> np.ndarray:
+        return np.full((len(groups), len(widths)), np.nan)
 
     def budget(self, bits: float) -> Budget:
         costs = {(path, width): 10 * width + 3 for path in self.paths for width in range(1, 9)}
@@ -368,6 +372,58 @@ def test_a_damaged_file_of_losses_is_refused(content: str, losses: Open, checkpo
     (checkpoint / SIDECAR).write_text('{"format": 2}')
     with pytest.raises(InputError, match="is in format 2, this matquant reads 1; delete it"):
         losses()
+
+
+def test_estimates_are_the_mean_square_of_each_tokens_score_along_the_change(losses: Open, checkpoint: Path) -> None:
+    """The oracle runs the whole model once and takes the gradient by a factor of the change at every token."""
+    opened, measured, widths = open_checkpoint(checkpoint), losses(), (2, 4, 8)
+    model, tokens = measured.model, measured.tokens
+    paths = estimable(model, measured.paths)
+    assert set(paths) == {path for path in measured.paths if ".layers." in path}
+    group = tuple(path for path in paths if ".0.self_attn." in path and path[-6] in "qkv")
+    found = estimate(opened, model, tokens, widths, paths=paths, seed=5)(group)
+
+    ids = torch.from_numpy(tokens[:, :-1])
+    whole = {path: opened.nested(path).read(8) for path in group}
+    squares = []
+    for bits in widths:
+        factor = torch.zeros(ids.shape, requires_grad=True)  # of the change, at every token
+
+        def add(path: str, bits: int = bits, factor: torch.Tensor = factor) -> Callable[..., torch.Tensor]:
+            change = torch.from_numpy(opened.nested(path).read(bits) - whole[path])
+            return lambda module, args, output: output + factor[..., None] * (args[0] @ change.T)
+
+        hooks = [model.get_submodule(path).register_forward_hook(add(path)) for path in group]
+        logits = model(input_ids=ids, use_cache=False).logits
+        for hook in hooks:
+            hook.remove()
+        generator = torch.Generator().manual_seed(5)
+        drawn = torch.multinomial(logits.detach().softmax(-1).flatten(0, 1), 1, generator=generator)
+        (score,) = torch.autograd.grad(logits.log_softmax(-1).flatten(0, 1).gather(1, drawn).sum(), factor)
+        squares.append(float(score.double().square().mean() / 2))
+    np.testing.assert_allclose(found, squares, rtol=1e-4, atol=1e-12)
+    assert found[0] > found[1] > found[2] == 0
+
+
+def test_estimates_are_scaled_to_what_all_groups_lose_together_and_others_are_measured() -> None:
+    class Estimated(Made):
+        def estimates(self, groups: Groups, widths: Sequence[int]) -> np.ndarray:
+            table = np.outer(np.arange(1.0, len(groups) + 1), 2.0 ** -np.array(widths))
+            table[:, widths.index(8)] = 0
+            table[0] = np.nan
+            return table
+
+    made, widths = Estimated(2, 0), (2, 4, 8)
+    groups = by_width(made.paths, fused=True)
+    found = sensitivities(made, groups, widths)
+    everything = dict.fromkeys(made.paths, 8)
+    for column, bits in enumerate(widths):
+        first = {**everything, **dict.fromkeys(groups[0], bits)}
+        rest = {**everything, **dict.fromkeys((path for group in groups[1:] for path in group), bits)}
+        zero = made.loss(everything)
+        assert found[0, column] == pytest.approx(made.loss(first) - zero)
+        assert found[1:, column].sum() == pytest.approx(made.loss(rest) - zero)
+    np.testing.assert_allclose(found[2, :2] / found[1, :2], 1.5)
 
 
 def test_a_searched_plan_keeps_its_budget_and_beats_what_is_simple(losses: Open, checkpoint: Path) -> None:

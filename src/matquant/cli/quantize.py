@@ -16,7 +16,7 @@ from matquant.options.recipes import DEFAULT, RECIPES
 from matquant.options.request import check_request
 from matquant.system import progress
 from matquant.system.lazy import lazy
-from matquant.system.startup import INTERRUPTED, return_freed_memory
+from matquant.system.startup import INTERRUPTED, keep_freed_memory
 
 if TYPE_CHECKING:
     from matquant.methods import preview
@@ -40,7 +40,7 @@ def quantize(model: str, out: Path, *, dry_run: bool, **given: Any) -> None:
         if dry_run:
             print("\n".join(preview.preview(model, request)))
             return
-        return_freed_memory()
+        keep_freed_memory()
         with progress.quantising() as report:
             written = quantising.run(model, request, report=report, announce=lambda lines: report({"settings": lines}))
     print(f"wrote {written}; try: matquant eval {written} --text FILE")

@@ -81,9 +81,13 @@ def _hand_on(model: Model, token: torch.Tensor) -> Callable[[torch.Tensor], Any]
 
 
 def finish(model: Model, tokens: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-    """Return logits [B, T, vocab] from the last decoder layer's output, [B, T, H], for token ids [B, T]."""
+    """Return logits [B, T, vocab] from the last decoder layer's output, [B, T, H], for token ids [B, T].
+
+    Gradients are recorded only if ``states`` requires them.
+    """
     layers, hand_on = [layer for _, layer in decoder_layers(model)], _hand_on(model, tokens[:1, :1])
-    with torch.no_grad(), _replaced(layers, [lambda *_, **__: hand_on(states)] * len(layers)):
+    replaced = _replaced(layers, [lambda *_, **__: hand_on(states)] * len(layers))
+    with torch.set_grad_enabled(states.requires_grad), replaced:
         logits: torch.Tensor = model(input_ids=tokens, use_cache=False).logits
     return logits
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from rich.console import RenderableType
 from rich.table import Table
 
@@ -144,7 +145,9 @@ def make_plan(
     else:
         if evaluations < 0:
             raise InputError(f"--evaluations {evaluations} is not valid; use a number of at least 0")
-        losses.expected = before + len(by_width(losses.paths, fused=fused)) * len(widths) + evaluations
+        groups = by_width((path for path in losses.paths if path not in budget.fixed), fused=fused)
+        alone = int(np.isnan(losses.estimates(groups, widths)).any(1).sum())
+        losses.expected = before + (alone + 1) * len(widths) + evaluations
         plan = search(losses, budget, widths=tuple(widths), fused=fused, evaluations=evaluations)
     facts: dict[str, Any] = {"strategy": strategy, "budget": budget.asked, **describe(checkpoint, plan, losses)}
     if losses is not None:

@@ -1,6 +1,6 @@
 """Choose a width for every group: exact for a sum of losses, then refined on the loss itself.
 
-Alone, a group g at width w costs loss[g, w] (planning/sensitivity.py). If losses added up, the best plan would be a
+Alone, a group g at width w costs loss[g, w] (planning/gradients.py). If losses added up, the best plan would be a
 multiple-choice knapsack, min sum loss[g, w_g] subject to sum cost[g, w_g] <= limit. ``choose`` solves it exactly by
 dynamic programming over the Pareto-optimal plans (cost, loss) of the first groups (Nemhauser and Ullmann 1969). Layers
 are alike, so costs are integers with large common divisors and there are few such plans. A general solver would be
@@ -12,7 +12,7 @@ the order of their estimated gain; every measurement corrects the estimates of t
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -38,6 +38,11 @@ class Measured(Protocol):
 
     def known(self) -> list[tuple[float, dict[str, int]]]:
         """Return every plan measured so far, with its loss."""
+
+    def estimates(self, groups: Groups, widths: Sequence[int], /) -> np.ndarray:
+        """Return estimates of every group's loss at every width, float64 [groups, widths]; NaN in rows of groups that
+        must be measured.
+        """
 
 
 def search(
@@ -76,13 +81,24 @@ def sensitivities(
 ) -> np.ndarray:
     """Return every group's loss at every width, all else at 8 bits, minus the 8-bit loss: float64 [groups, widths].
 
-    fixed: widths of other paths, in all plans.
+    Estimated, and scaled so that they add up to what all estimated groups lose together at that width; measured where
+    there is no estimate. fixed: widths of other paths, in all plans.
     """
     everything = {**dict.fromkeys(losses.paths, MASTER_BITS), **(fixed or {})}
     zero = losses.loss(everything)
-    return np.array(
-        [[losses.loss({**everything, **dict.fromkeys(group, bits)}) - zero for bits in widths] for group in groups]
-    )
+
+    def alone(paths: Iterable[str], bits: int) -> float:
+        return losses.loss({**everything, **dict.fromkeys(paths, bits)}) - zero
+
+    loss_GW = losses.estimates(groups, widths)
+    rough = np.isfinite(loss_GW).all(1)
+    for row in np.flatnonzero(~rough):
+        loss_GW[row] = [alone(groups[row], bits) for bits in widths]
+    if rough.any():
+        together = [path for row in np.flatnonzero(rough) for path in groups[row]]
+        measured = np.array([alone(together, bits) for bits in widths])
+        loss_GW[rough] *= measured / np.maximum(loss_GW[rough].sum(0), np.finfo(float).tiny)
+    return loss_GW
 
 
 def strategy_plan(strategy: str, paths: Sequence[str], budget: Budget, *, widths: Sequence[int]) -> dict[str, int]:

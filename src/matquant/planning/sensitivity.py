@@ -1,10 +1,10 @@
 """Measure the losses of plans on calibration text, and cache them beside the checkpoint.
 
 The loss of a plan is KL(p || q), nats per token: p is the next-token distribution of a reference (a float model, or the
-checkpoint at 8 bits), q that of the checkpoint at the plan. A group's *sensitivity* at a width is the loss of the plan
-with the group at that width and all else at 8 bits. Every measured loss is stored in ``matquant_plans.json`` in the
-checkpoint's directory, under the sha256 of the calibration tokens and of the checkpoint's manifest, and the reference.
-Another text or checkpoint is measured again; another budget or search reuses the stored losses.
+checkpoint at 8 bits), q that of the checkpoint at the plan. Every measured loss, and every estimate of a group's loss
+(planning/gradients.py), is stored in ``matquant_plans.json`` in the checkpoint's directory, under the sha256 of the
+calibration tokens and of the checkpoint's manifest, and the reference. Another text or checkpoint is measured again;
+another budget or search reuses the stored losses.
 
 Only the decoder layers from the first difference to an earlier plan on are run: hidden states [B, T, H] are cached by
 the widths of all layers before them, the last used ones up to CACHE_BYTES. Further memory: the dense float32 model, its
@@ -37,6 +37,8 @@ from matquant.hf_torch.layers import decoder_layers
 from matquant.hf_torch.layerwise import embed, finish
 from matquant.hf_torch.loading import load_float, load_tokenizer
 from matquant.hf_torch.nested_model import load
+from matquant.planning import gradients
+from matquant.planning.budget import Groups
 from matquant.planning.request import check_losses
 from matquant.system.errors import InputError
 from matquant.system.files import json_text, sha256, write_atomically
@@ -95,9 +97,10 @@ class Losses:
             self._skip_file(error)
         found = next((known for known in self._sets if self._key.items() <= known.items()), None)
         if found is None:
-            found = {**self._key, "measured": {}}
+            found = {**self._key, "measured": {}, "estimated": {}}
             self._sets.append(found)
         self._measured: dict[str, list[float]] = found["measured"]
+        self._estimated: dict[str, float | None] = found.setdefault("estimated", {})
 
     def __enter__(self) -> Self:
         return self
@@ -127,10 +130,22 @@ class Losses:
             (values[0], dict(zip(self.paths, map(int, key), strict=True))) for key, values in self._measured.items()
         ]
 
+    def estimates(self, groups: Groups, widths: Sequence[int]) -> np.ndarray:
+        """Return estimated losses (planning/gradients.py), float64 [groups, widths]; NaN for groups without one."""
+        keys = [[f"{bits} {' '.join(group)}" for bits in widths] for group in groups]
+        if any(key not in self._estimated for row in keys for key in row):
+            known = gradients.estimable(self.model, self.paths)
+            of = gradients.estimate(self.checkpoint, self.model, self.tokens, widths, paths=known)
+            for group, row in zip(groups, keys, strict=True):
+                found = of(group).tolist() if set(group) <= set(known) else [None] * len(widths)
+                self._estimated.update(zip(row, found, strict=True))
+            self.save()
+        return np.array([[self._estimated[key] for key in row] for row in keys], dtype=float)
+
     def save(self) -> None:
         """Store the known losses beside the checkpoint if possible: only a later search needs them."""
         self._saved_s = time.monotonic()
-        if self.evaluations:
+        if self.evaluations or self._estimated:
             record = {"format": SIDECAR_FORMAT, "paths": self.paths, "losses": self._sets}
             try:
                 write_atomically(self._file, (json_text(record, indent=1, sort_keys=False) + "\n").encode())
@@ -272,6 +287,8 @@ def _read_sidecar(file: Path, checkpoint_sha256: str) -> list[dict[str, Any]]:
         sets = [known for known in record["losses"] if known["checkpoint_sha256"] == checkpoint_sha256]
         assert all(len(values) == 2 for known in sets for values in known["measured"].values())
         assert all(math.isfinite(value) for known in sets for pair in known["measured"].values() for value in pair)
+        estimates = (value for known in sets for value in known.get("estimated", {}).values())
+        assert all(value is None or math.isfinite(value) for value in estimates)
     except (ValueError, KeyError, TypeError, AttributeError, AssertionError, RecursionError) as error:
         if isinstance(error, InputError):
             raise
