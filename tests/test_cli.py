@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 import conftest
 from conftest import Interrupt
 from matquant import cli
+from matquant.export import FORMATS
 from matquant.format.contents import summarise
 from matquant.format.read import open_checkpoint
 from matquant.format.sizes import bits_per_weight
@@ -729,6 +730,19 @@ def test_a_disk_that_fills_up_in_training_keeps_the_state_there_was(
 
 
 # Interrupted runs -----------------------------------------------------------------------------------------------------
+
+
+def test_the_table_of_formats_fits_a_terminal_and_gives_reasons(run: Run, refuse: Refuse, checkpoint: Path) -> None:
+    shown = run("export", checkpoint, "--explain", columns=80).out
+    assert max(map(len, shown.splitlines())) <= 80
+    assert "…" not in shown
+    assert re.search(r"int8 .*int6 .*int4 .*int3 .*int2 ", shown)
+    assert "int5" not in shown
+    for name in FORMATS:
+        assert f"│ {name.replace('-', '-│').split('│')[0]} " in shown
+    assert "--to gguf cannot hold" in shown
+    message = "--explain prints what is exact, --requantise is not; drop one of them"
+    refuse("export", checkpoint, "--explain", "--requantise", message=message)
 
 
 @pytest.fixture

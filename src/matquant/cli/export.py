@@ -48,6 +48,8 @@ def export(
 ) -> None:
     """Write a slice for llama.cpp, MLX, vLLM, transformers or GPTQModel, if the format holds it exactly."""
     wanted = Plan.read(plan) if plan is not None else None
+    if explain and requantise:
+        raise InputError("--explain prints what is exact, --requantise is not; drop one of them")
     if explain:
         _explain(directory, wanted, zero_point)
         return
@@ -81,4 +83,4 @@ def _explain(directory: Path, wanted: Plan | None, zero_point: str) -> None:
     checkpoint = open_checkpoint(directory)
     resolved = checkpoint.widths(wanted) if wanted is not None else None
     table = explaining.explain(checkpoint, plan=resolved, zero_point=zero_point)
-    Console().print(explaining.render(table, str(directory)))
+    Console().print(explaining.render(table, checkpoint))

@@ -1,5 +1,6 @@
 """Report how every format would store every width of a checkpoint: the table of ``matquant export --explain``."""
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -7,12 +8,14 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.table import Table
 
+from matquant.core.nest import UNIFORM
 from matquant.export import FORMATS, make_job
 from matquant.export.containers import EXACT
 from matquant.format.read import Checkpoint
 from matquant.system.errors import InputError
 
 WIDTHS = (8, 7, 6, 5, 4, 3, 2)
+RARE = ("7", "5")  # widths that the table leaves out
 
 
 def explain(
@@ -49,23 +52,33 @@ def _outcome(checkpoint: Checkpoint, to: str, plan: Mapping[str, int], zero_poin
     return {"containers": dict(containers.most_common()), "bits_per_weight": job.bits_per_weight()}
 
 
-def render(outcomes: Mapping[str, Mapping[str, Mapping[str, Any]]], title: str) -> RenderableType:
-    """Return a table, one row per width and one column per format, and the reasons of the rejections below it."""
-    table = Table(title=title)
-    table.add_column("")
+def render(outcomes: Mapping[str, Mapping[str, Mapping[str, Any]]], checkpoint: Checkpoint) -> RenderableType:
+    """Return a table that fits 80 columns, a row for each format and a column for each width, with notes below it."""
+    table = Table(title=f"{checkpoint.directory}: container and bits per weight", title_justify="left")
+    table.add_column("--to")
+    shown = [name for name in next(iter(outcomes.values())) if name not in RARE]
+    for name in shown:
+        table.add_column(f"int{name}" if name.isdigit() else name, justify="right")
+    for to, found in outcomes.items():
+        table.add_row(to.replace("-", "-\n"), *(_cell(found[name]) for name in shown), end_section=True)
+    engines = Table.grid(padding=(0, 2))
     for to in outcomes:
-        table.add_column(f"{to}\n{FORMATS[to].engines}")
-    for name in next(iter(outcomes.values())):
-        table.add_row(f"int{name}" if name.isdigit() else name, *(_cell(found[name]) for found in outcomes.values()))
-    return Group(table, *_reasons(outcomes))
+        engines.add_row(to, FORMATS[to].engines)
+    notes = ["+: some weights are in another type. -: not exact; the reasons are below."]
+    if checkpoint.spec.grid != UNIFORM:
+        notes.append("Slices of the companded grid take wider types; --requantise fits them to their width, at a loss.")
+    return Group(table, engines, *notes, *_reasons(outcomes))
 
 
 def _cell(outcome: Mapping[str, Any]) -> str:
+    """Return the container of most weights and the bits per weight, or a dash."""
     if "rejected" in outcome:
-        return "rejected"
-    return f"{', '.join(outcome['containers'])}\n{outcome['bits_per_weight']:.3f}"
+        return "-"
+    (most, *rest) = outcome["containers"]
+    return f"{re.split('-| of ', most)[0]}{'+' if rest else ''}\n{outcome['bits_per_weight']:.2f}"
 
 
 def _reasons(outcomes: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Iterable[str]:
     for found in outcomes.values():
-        yield from dict.fromkeys(outcome["rejected"] for outcome in found.values() if "rejected" in outcome)
+        shown = (outcome for name, outcome in found.items() if name not in RARE and "rejected" in outcome)
+        yield from dict.fromkeys(outcome["rejected"] for outcome in shown)

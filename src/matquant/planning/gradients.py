@@ -106,12 +106,15 @@ def _backwards(
 
     def watch(path: str) -> Callable[..., None]:
         def hook(module: torch.nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> None:
-            output.register_hook(lambda gradient: parts[path].append(_terms(args[0], gradient, changes[path])))
+            def add(gradient: torch.Tensor) -> None:
+                parts[path].append(_terms(args[0], gradient, changes[path]))
+
+            output.register_hook(add)  # type: ignore[no-untyped-call]
 
         return hook
 
     hooks = [layer.get_submodule(path[len(name) + 1 :]).register_forward_hook(watch(path)) for path in changes]
-    found = []
+    found: list[torch.Tensor] = []
     try:
         for states, gradient in zip(inputs, gradients, strict=True):
             states = states.detach().requires_grad_()
