@@ -150,7 +150,7 @@ def _paper(
             cells[f"{name} {objective}"] = Cell(
                 what=objective, options={**options, "objective": objective}, rates=chosen
             )
-    return {f"{method}{' all' if scope == 'all' else ''} {name}": cell for name, cell in cells.items()}
+    return {f"{method}{' all' if scope == 'linears' else ''} {name}": cell for name, cell in cells.items()}
 
 
 def _matrix() -> dict[str, Cell]:

@@ -22,9 +22,10 @@ from typing import Any
 
 from matquant.format.read import open_checkpoint
 from matquant.format.write import check_writable
-from matquant.hf_torch.device import bf16_is_fast, choose_device
+from matquant.hf_torch.device import choose_device
 from matquant.hf_torch.loading import hidden_size
 from matquant.methods.parts.job import Report, source_files
+from matquant.methods.prepare import trains_in_bf16
 from matquant.options import distill
 from matquant.options.distill import Options
 from matquant.options.qat import default_lr
@@ -54,8 +55,8 @@ def run(quantize: Callable[..., Path], model: Path | str, request: Request, *, r
             "use the same, or use --overwrite to start again"
         )
     options = dict(request.choice.options)
-    if request.choice.recipe is not None and "autocast" not in options:
-        options["autocast"] = choose_device(common.device).type == "cuda" or bf16_is_fast()
+    if trains_in_bf16(request, choose_device(common.device)):
+        options["autocast"] = True
     asked = stages(model, options)
     done, start = folder, None
     with _recorded(folder, {**mark, "files": source_files(model)}, resume=common.resume):

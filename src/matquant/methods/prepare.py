@@ -9,7 +9,7 @@ import torch
 
 from matquant.core.grid import check_group_size
 from matquant.hf_torch.config import check_context, context_length
-from matquant.hf_torch.device import choose_device
+from matquant.hf_torch.device import bf16_is_fast, choose_device
 from matquant.hf_torch.layers import select_ends, select_linears
 from matquant.hf_torch.loading import load_float
 from matquant.hf_torch.shards import Shards, open_shards
@@ -71,6 +71,8 @@ def prepare(model: Path | str, request: Request, *, with_numbers: bool = True) -
             reasons["seq_len"] = "the model's context"
     if chosen.settings is not None:
         check_context(shards.model, options["seq_len"])
+    if chosen.settings is not None and trains_in_bf16(request, device):
+        options["autocast"], reasons["autocast"] = True, "this processor or GPU is fast at it"
     return Prepared(
         source=str(model),
         request=request,
@@ -82,6 +84,13 @@ def prepare(model: Path | str, request: Request, *, with_numbers: bool = True) -
         options=options,
         reasons=reasons,
     )
+
+
+def trains_in_bf16(request: Request, device: torch.device) -> bool:
+    """Return whether a recipe picks bf16: it does for training, where the hardware has it and nothing else was given."""
+    choice = request.choice
+    picks = choice.recipe is not None and not request.method.streamed and "autocast" not in choice.options
+    return picks and request.method.settings is not None and (device.type == "cuda" or bf16_is_fast())
 
 
 def _choose_group_size(views: Mapping[str, View]) -> tuple[int | None, str]:

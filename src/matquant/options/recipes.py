@@ -76,6 +76,7 @@ RECIPES: dict[str, Recipe] = {
             "rule": "round",
             "scope": "ffn",
             "group_size": None,
+            "steps": 150,  # of 8 sequences of 256 tokens; the paper takes 100 million tokens
         },
         why="the paper's joint training of the feed-forward layers (Eq. 6 and 7), for comparison; needs a corpus",
         cost="",
