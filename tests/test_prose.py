@@ -293,7 +293,6 @@ def test_the_recipes_of_the_page_are_those_of_the_code() -> None:
     page = (ROOT / "docs" / "choose-a-recipe.md").read_text()
     for name, recipe in RECIPES.items():
         assert f"| `{name}`" in page
-        if recipe.perplexity:
-            assert f"| `{name}` | {recipe.cost} | {' | '.join(recipe.perplexity)} |" in page
+        assert f"| `{name}` | {recipe.cost} | {' | '.join(recipe.perplexity)} |" in page
     assert f"`{DEFAULT}` (default)" in page
     assert [name for name in RECIPES if f"--recipe {name}" not in page and name != DEFAULT] == []

@@ -87,7 +87,7 @@ def prepare(model: Path | str, request: Request, *, with_numbers: bool = True) -
 
 
 def trains_in_bf16(request: Request, device: torch.device) -> bool:
-    """Return whether a recipe picks bf16: it does for training, where the hardware has it and nothing else was given."""
+    """Return whether a recipe picks bf16: for training, where the hardware has it, unless the user chose."""
     choice = request.choice
     picks = choice.recipe is not None and not request.method.streamed and "autocast" not in choice.options
     return picks and request.method.settings is not None and (device.type == "cuda" or bf16_is_fast())

@@ -44,9 +44,8 @@ def describe(prepared: Prepared) -> list[str]:
     if choice.recipe is not None:
         recipe = RECIPES[choice.recipe]
         lines.append(f"recipe       {choice.recipe}: {recipe.why}")
-        if recipe.perplexity:
-            widths = ", ".join(f"int{bits} {value}" for bits, value in zip(WIDTHS, recipe.perplexity, strict=True))
-            lines.append(f"measured     SmolLM2-135M in {recipe.cost} on one core: perplexity {widths}; float 29.37")
+        widths = ", ".join(f"int{bits} {value}" for bits, value in zip(WIDTHS, recipe.perplexity, strict=True))
+        lines.append(f"measured     SmolLM2-135M in {recipe.cost} on one core: perplexity {widths}; float 29.37")
     lines.append(f"method       {choice.method}: {request.method.summary}")
     lines.append(
         f"layers       {len(prepared.views)} (--scope {common.scope}), {_weights(prepared) / 1e6:,.1f} million weights"

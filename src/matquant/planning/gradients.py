@@ -27,7 +27,7 @@ Sums = dict[str, torch.Tensor]  # path -> g_t (d x_t), float32 [tokens, widths]
 
 
 def estimable(model: Any, paths: Iterable[str]) -> tuple[str, ...]:
-    """Return the paths that are separate linear layers of a decoder layer: no embedding, head or part of a fused one."""
+    """Return the paths that are linear layers inside a decoder layer: no embedding, head or part of a fused tensor."""
     modules = {
         f"{name}.{inner}": module for name, layer in decoder_layers(model) for inner, module in layer.named_modules()
     }

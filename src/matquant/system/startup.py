@@ -14,7 +14,8 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
-MMAP_MAX, TRIM_THRESHOLD = -4, -1  # glibc's M_MMAP_MAX and M_TRIM_THRESHOLD
+MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # glibc's M_MMAP_THRESHOLD and M_TRIM_THRESHOLD
+OWN_PAGES_BYTES = 2**25  # tensors above this, the most that glibc takes, get separate pages and always return them
 NEVER = -1  # as a trim threshold
 INTERRUPTED = 130  # the exit code of a program ended by Ctrl-C
 SPINS = "2000"  # spins of torch's OpenMP threads before they sleep, some 30 us; the default is 300,000, milliseconds
@@ -63,13 +64,14 @@ def let_threads_sleep() -> None:
 def keep_freed_memory() -> None:
     """Let glibc's malloc keep the memory of freed tensors for the next ones, instead of returning it to the system.
 
-    The system clears every page that it hands out, which cost a fifth of the CPU time of nested GPTQ and nearly half of
-    that of training (SmolLM2-135M). Methods that work layer by layer return it after each layer, so that the peak does
-    not grow with depth. For a command line only: it changes the whole process. Other C libraries are unaffected.
+    The system clears each page that it hands out, which took a fifth of the CPU time of nested GPTQ and nearly half of
+    that of training (SmolLM2-135M). Methods that work layer by layer return memory after each layer (parts/blocks.py),
+    so that the peak does not grow with depth. For a command line only: it changes the whole process. Other C libraries
+    are unaffected.
     """
     with contextlib.suppress(OSError, AttributeError):
         library = ctypes.CDLL("libc.so.6")
-        library.mallopt(MMAP_MAX, 0)
+        library.mallopt(MMAP_THRESHOLD, OWN_PAGES_BYTES)
         library.mallopt(TRIM_THRESHOLD, NEVER)
 
 
