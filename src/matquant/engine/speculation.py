@@ -22,7 +22,7 @@ import numpy as np
 
 from matquant.engine.decoder import Steps
 from matquant.engine.lookup import Lookup
-from matquant.engine.pace import LENGTHS, Pace
+from matquant.engine.pace import LENGTHS, Pace, Times
 from matquant.engine.sampling import Sampling, choose, confidence, pick
 from matquant.system.arguments import check_types
 from matquant.system.errors import InputError
@@ -103,6 +103,11 @@ class Draft:
         self._chance *= self._pace.chance(self.source, self.confidences[-1])
         if token in self._ends:
             self._count = 0
+
+    @property
+    def times(self) -> Times:
+        """Return what steps for the sequence take."""
+        return self._pace.times
 
     def judge(self, accepted: int) -> None:
         """Record how many of the tokens were accepted."""
