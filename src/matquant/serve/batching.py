@@ -23,7 +23,7 @@ from matquant.core.spec import Plan
 from matquant.engine.engine import Engine
 from matquant.engine.speculation import OFF
 from matquant.serve.admission import Limits, available_bytes, candidates, resolve_kv_bytes
-from matquant.serve.cost import Costs, measure
+from matquant.serve.cost import Costs, drafting, measure
 from matquant.serve.drafting import Drafter
 from matquant.serve.policy import Load, Policy
 from matquant.serve.scheduling import Piece, next_chunks
@@ -73,7 +73,8 @@ class Batching:
         self._stepper = Stepper(engine, rows=limits.rows, choosing=limits.max_num_seqs, clock=clock)
         widths = candidates(engine, limits)
         self._widths: dict[int, Width] = {}
-        self.costs = costs or measure(engine, widths, most_rows=limits.rows, workspace=self._stepper.workspace)
+        measured = widths if limits.speculate == OFF else drafting(widths, engine)
+        self.costs = costs or measure(engine, measured, most_rows=limits.rows)
         self.policy = Policy(self.costs, widths, latency_s=limits.latency_s, wait_s=limits.wait_s)
         self._drafter: Drafter | None = None
         if limits.speculate != OFF:
