@@ -11,8 +11,9 @@ the thread that decodes, which other programs disturb less. Acceptance is the sh
 at that width, reading the cache of the requested width, chooses what that width chooses with the same random number.
 
 With --server the server's batching generates, for 1 and for 4 requests at once: continuations of one text from which
-the first 0, 1, 2 and 3 tokens are left out, or ("mixed") of the four texts. A sample is tokens/s from the moment when all
-requests have their first token, and "cpu" counts the CPU time of the process.
+the first 0, 1, 2 and 3 tokens are left out, or ("mixed") of the four texts. A sample is tokens/s from the moment when
+all requests have their first token, and "cpu" counts the CPU time of the process. What steps cost is measured in CPU
+time of the engine thread, so that drafts are chosen as on a machine without other work; threads must be 1.
 """
 
 import argparse
@@ -32,7 +33,8 @@ from matquant.core.spec import Plan
 from matquant.engine.engine import Engine
 from matquant.engine.sampling import Sampling, choose
 from matquant.engine.speculation import DRAFT_WIDTHS
-from matquant.serve.batching import Batching, start
+from matquant.serve.admission import Limits
+from matquant.serve.batching import Batching
 from matquant.serve.cost import drafting
 from matquant.serve.cost import measure as measure_costs
 from matquant.serve.work import Generation
@@ -141,22 +143,25 @@ def serve_once(
     after, made = batcher.stats(), sum(len(receiver.tokens) for receiver in receivers)
     names = {"tokens": "generation_tokens", "drafted": "draft_tokens", "accepted": "accepted_tokens", "steps": "steps"}
     counts = {name: int(after.get(key, 0) - before.get(key, 0)) for name, key in names.items()}
-    ids = [receiver.tokens for receiver in receivers]
-    return {"ids": ids, "wall": (made - first) / wall, "cpu": (made - first) / cpu, **counts}
+    return {
+        "ids": [receiver.tokens for receiver in receivers],
+        "wall": (made - first) / wall,
+        "cpu": (made - first) / cpu,
+        **counts,
+    }
 
 
 def run_server(engine: Engine, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure every prompt at every temperature and number of requests; return a row for each."""
     texts = {name: engine.prompt_ids(prompt) for name, prompt in PROMPTS.items()}
-    cases: list[tuple[int, str, list[list[int]]]] = [
-        (count, name, [ids[place:] for place in range(count)])
-        for count in options.server
-        for name, ids in texts.items()
-    ]
+    cases = [(count, name, [ids[k:] for k in range(count)]) for count in options.server for name, ids in texts.items()]
     cases += [(count, "mixed", list(texts.values())) for count in options.server if count == len(texts)]
-    costs = measure_costs(engine, drafting((options.bits,), engine), most_rows=MOST_ROWS)
+    costs = measure_costs(engine, drafting((options.bits,), engine), most_rows=MOST_ROWS, clock=time.thread_time)
     modes = {mode: int(mode) if mode.isdecimal() else mode for mode in options.modes}
-    batchers = {mode: start(engine, costs=costs, policy=False, speculate=value) for mode, value in modes.items()}
+    batchers = {
+        mode: Batching(engine, Limits(policy=False, speculate=value), costs=costs, clock=time.thread_time)
+        for mode, value in modes.items()
+    }
     rows = []
     for temperature, (count, name, prompts) in itertools.product(options.temperatures, cases):
         found: dict[str, list[dict[str, Any]]] = {mode: [] for mode in modes}
