@@ -8,7 +8,7 @@ The choice is the source and the K with the most tokens per second; K = 0 if non
 that are decoded together choose together: their tokens are added up, and so are the rows of the step that verifies.
 Acceptance is a running mean per source. A time is the least of the last few measured, because other programs can only
 lengthen it. Both start from guesses that favour a trial, or from a measured table of costs. Every PROBE tokens there is
-a plain step, and the source that was not used for longest is tried again at K = 1.
+a plain step, and of the sources that could pay the one that was not used for longest is tried again at K = 1.
 
 The choice depends on clocks. The text does not depend on the choice.
 """
@@ -67,6 +67,15 @@ class Times:
         key = source, panel(rows)
         self._seconds[key] = (*self._seconds.get(key, ())[1 - RECENT :], seconds)
 
+    def could_pay(self, source: str, sequences: int, room: int) -> bool:
+        """Return whether drafts by steps at ``source`` would pay if all of them were accepted."""
+        limit = self.cost(sequences) / GAIN
+        return any(
+            length * self.cost(sequences, source) + self.cost(sequences * (length + 1)) < (length + 1) * limit
+            for length in LENGTHS
+            if length <= room
+        )
+
     def probe(self, sequences: int) -> str:
         """Return "plain" if the next step is to be plain, "source" if it is to try a source again, "" usually."""
         if self.tokens - self._probed < PROBE * sequences:
@@ -111,10 +120,9 @@ class Pace:
             return PLAIN
         return found or max(self.times.drafts, key=lambda source: self._alone(source, length)), length
 
-    def longest_unused(self, found: str, room: int) -> tuple[str, int]:
+    def longest_unused(self, sources: Sequence[str]) -> tuple[str, int]:
         """Return the source that was not tried for longest, and one token."""
-        sources = [found, *self.times.drafts] if found else self.times.drafts
-        return (min(sources, key=lambda source: self._used.get(source, 0)), 1) if room and sources else PLAIN
+        return (min(sources, key=lambda source: self._used.get(source, 0)), 1) if sources else PLAIN
 
     def best(self, sources: Iterable[str], length: int) -> tuple[float, str]:
         """Return the expected tokens of a step with ``length`` drafts, and which of ``sources`` yields them."""
@@ -200,8 +208,13 @@ def choose_together(wishes: Sequence[Wish], *, beside: tuple[int, float] = (0, 0
         return [wish.pace.fixed(wish.found, wish.room) for wish in wishes]
     if times.cost(1) < SHORTEST_S or not (times.drafts or any(wish.found for wish in wishes)):
         return plain
-    if probe := times.probe(count):
-        return plain if probe == "plain" else [wish.pace.longest_unused(wish.found, wish.room) for wish in wishes]
+    probe = times.probe(count)
+    if probe == "plain":
+        return plain
+    if probe == "source":
+        able = [source for source in times.drafts if times.could_pay(source, count, room)]
+        tried = [([wish.found] if wish.found else []) + able if wish.room else [] for wish in wishes]
+        return [wish.pace.longest_unused(sources) for wish, sources in zip(wishes, tried, strict=True)]
     best, chosen = GAIN * (count + beside[0]) / (times.cost(count) + beside[1]), plain
     for number in [each for each in LENGTHS if each <= room] or [room]:
         for source in ("", *times.drafts):

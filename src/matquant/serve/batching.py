@@ -263,16 +263,15 @@ class Batching:
         room = self._drafter.room(len(pieces)) if self._drafter else 0
         if not room or not self._drafter:
             return pieces
-        return self._drafter.draft(pieces, [min(room, self._left(piece.slot)) for piece in pieces])
+        return self._drafter.draft(pieces, [self._room(piece.slot, room) for piece in pieces])
 
-    def _left(self, slot: Slot) -> int:
-        """Return how many tokens are of use after the next one, at most those that its width is known to hold for."""
-        left = slot.most - slot.new - 1
+    def _room(self, slot: Slot, most: int) -> int:
+        """Return how many tokens, at most ``most``, are of use after the next one and have its width."""
+        most = min(most, slot.most - slot.new - 1)
         if slot.fixed is not None or self._force is None:
-            return left
-        following = (self._force(slot.generation, slot.new + place) for place in range(left + 1))
-        first = next(following)
-        return sum(1 for _ in takewhile(lambda bits: bits == first, following))
+            return most
+        bits = [self._force(slot.generation, slot.new + place) for place in range(most + 1)]
+        return len(list(takewhile(lambda width: width == bits[0], bits))) - 1
 
     def _load(self, decoding: Sequence[Slot]) -> Load:
         """Return the load of a step that reads no prompts."""
