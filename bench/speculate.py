@@ -2,12 +2,18 @@
 
     python bench/speculate.py CHECKPOINT [--bits 8 --modes off,auto,1,3 --temperatures 0,0.8 --tokens 192 --rounds 5
         --keep]
+    python bench/speculate.py CHECKPOINT --server 1,4 [...]
 
 Correctness comes first: every mode must give the ids of "off". Modes take turns in every round, so that a change of
 load meets all of them. Each round starts knowing nothing about costs and acceptance; when sampling, it has another
 seed. Ratios are medians over rounds of speed over that of "off", from the second token on; "cpu" counts the CPU time of
 the thread that decodes, which other programs disturb less. Acceptance is the share of tokens for which one draft step
 at that width, reading the cache of the requested width, chooses what that width chooses with the same random number.
+
+With --server the server's batching generates, for 1 and for 4 requests at once: continuations of one text from which
+the first 0, 1, 2 and 3 tokens are left out, or ("mixed") of the four texts. A sample is tokens/s from the moment when
+all requests have their first token, and "cpu" counts the CPU time of the process. What steps cost is measured in CPU
+time of the engine thread, so that drafts are chosen as on a machine without other work; threads must be 1.
 """
 
 import argparse
@@ -23,10 +29,17 @@ from rich.console import Console
 from rich.table import Table
 
 from matquant import _native
+from matquant.core.spec import Plan
 from matquant.engine.engine import Engine
 from matquant.engine.sampling import Sampling, choose
 from matquant.engine.speculation import DRAFT_WIDTHS
+from matquant.serve.admission import Limits
+from matquant.serve.batching import Batching
+from matquant.serve.cost import drafting
+from matquant.serve.cost import measure as measure_costs
+from matquant.serve.work import Generation
 from origin import ROOT, append_record, origin
+from serve_batch import MOST_ROWS, Receiver
 
 RECORDS = ROOT / "bench" / "speculate.jsonl"
 TOP_P = 0.95
@@ -110,12 +123,71 @@ def summary(samples: list[dict[str, Any]], plain: list[dict[str, Any]]) -> dict[
     }
 
 
+# -------------------------------------------------------------------------------------------------------------- server
+
+
+def serve_once(
+    batcher: Batching, prompts: list[list[int]], *, bits: int, tokens: int, sampling: Sampling
+) -> dict[str, Any]:
+    """Generate for all prompts at once; return the ids, tokens/s of the wall clock and of CPU time, and the counts."""
+    before, receivers = batcher.stats(), [Receiver() for _ in prompts]
+    for ids, receiver in zip(prompts, receivers, strict=True):
+        batcher.submit(Generation(ids=ids, plan=Plan(default=bits), max_tokens=tokens, sampling=sampling), receiver)
+    while not all(receiver.tokens for receiver in receivers):
+        time.sleep(0.0005)
+    first = sum(len(receiver.tokens) for receiver in receivers)
+    wall, cpu = time.perf_counter(), time.process_time()
+    for receiver in receivers:
+        receiver.done.wait()
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    after, made = batcher.stats(), sum(len(receiver.tokens) for receiver in receivers)
+    names = {"tokens": "generation_tokens", "drafted": "draft_tokens", "accepted": "accepted_tokens", "steps": "steps"}
+    counts = {name: int(after.get(key, 0) - before.get(key, 0)) for name, key in names.items()}
+    return {
+        "ids": [receiver.tokens for receiver in receivers],
+        "wall": (made - first) / wall,
+        "cpu": (made - first) / cpu,
+        **counts,
+    }
+
+
+def run_server(engine: Engine, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measure every prompt at every temperature and number of requests; return a row for each."""
+    texts = {name: engine.prompt_ids(prompt) for name, prompt in PROMPTS.items()}
+    cases = [(count, name, [ids[k:] for k in range(count)]) for count in options.server for name, ids in texts.items()]
+    cases += [(count, "mixed", list(texts.values())) for count in options.server if count == len(texts)]
+    costs = measure_costs(engine, drafting((options.bits,), engine), most_rows=MOST_ROWS, clock=time.thread_time)
+    modes = {mode: int(mode) if mode.isdecimal() else mode for mode in options.modes}
+    batchers = {
+        mode: Batching(engine, Limits(policy=False, speculate=value), costs=costs, clock=time.thread_time)
+        for mode, value in modes.items()
+    }
+    rows = []
+    for temperature, (count, name, prompts) in itertools.product(options.temperatures, cases):
+        found: dict[str, list[dict[str, Any]]] = {mode: [] for mode in modes}
+        for seed in range(options.rounds):
+            sampling = Sampling(temperature=temperature, top_p=TOP_P, seed=seed)
+            for mode, batcher in batchers.items():
+                sample = serve_once(batcher, prompts, bits=options.bits, tokens=options.tokens, sampling=sampling)
+                found[mode].append(sample)
+            assert all(samples[-1]["ids"] == found["off"][-1]["ids"] for samples in found.values()), "ids differ"
+        summaries = {mode: summary(samples, found["off"]) for mode, samples in found.items()}
+        rows.append({"prompt": name, "temperature": temperature, "requests": count, "modes": summaries})
+        print(json.dumps(rows[-1]), flush=True)
+    for batcher in batchers.values():
+        batcher.stop(0)
+    return rows
+
+
 def table(rows: list[dict[str, Any]], modes: list[str]) -> Table:
     made = Table(title="speed over off, by CPU time (by the wall clock)", title_justify="left")
-    for name in ("text", "temperature", *rows[0]["acceptance"], *modes):
+    facts = list(rows[0].get("acceptance", {"requests": 0}))
+    for name in ("text", "temperature", *facts, *modes):
         made.add_column(name, justify="right")
     for row in rows:
-        same = [f"{share:.2f}" for share in row["acceptance"].values()]
+        same = (
+            [f"{share:.2f}" for share in row["acceptance"].values()] if "acceptance" in row else [str(row["requests"])]
+        )
         ratios = [f"{row['modes'][mode]['cpu']:.2f} ({row['modes'][mode]['wall']:.2f})" for mode in modes]
         made.add_row(row["prompt"], str(row["temperature"]), *same, *ratios)
     return made
@@ -130,10 +202,11 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=192)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--server", type=lambda text: [int(part) for part in text.split(",")], default=[])
     parser.add_argument("--keep", action="store_true")
     options = parser.parse_args()
     engine = Engine(options.checkpoint, threads=options.threads)
-    rows = run(engine, options)
+    rows = run_server(engine, options) if options.server else run(engine, options)
     Console(width=140).print(table(rows, options.modes))
     about = {
         "checkpoint": options.checkpoint.name,

@@ -1,5 +1,6 @@
 """What tests of the batcher share: a receiver of events, and a constraint that holds the engine thread."""
 
+import functools
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,9 +28,10 @@ PATIENT_S = 60.0
 MODEL = Path(__file__).resolve().parents[1] / "examples" / "reference" / "model"
 
 
-def reference_engine(out: Path) -> matquant.Engine:
-    """The embedded model's linear layers rounded into ``out``, on one thread."""
-    return matquant.Engine(conftest.quantize(MODEL, out, method="rtn", scope="linears"), threads=1)
+@functools.cache
+def reference_engine(folder: Path) -> matquant.Engine:
+    """The embedded model's linear layers rounded, on one thread. folder: of the session, shared by its tests."""
+    return matquant.Engine(conftest.quantize(MODEL, folder / "served", method="rtn", scope="linears"), threads=1)
 
 
 class Receiver:

@@ -30,7 +30,7 @@ PLAN = Plan(default=4, bits={"model.layers.0.mlp.down_proj": 8, "model.layers.1.
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> matquant.Engine:
-    return reference_engine(tmp_path_factory.mktemp("batch") / "out")
+    return reference_engine(tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,9 @@ import pytest
 
 import conftest
 import matquant
-from matquant.serve.cost import Costs, measure
+from matquant.core.spec import Plan
+from matquant.serve.cost import Costs, drafting, measure
+from matquant.serve.offers import offer
 from matquant.serve.policy import GAIN, HOLD_S, LONGEST_HOLD_S, PATIENCE, Change, Load, Policy
 from serving import COSTS
 
@@ -54,8 +56,12 @@ def test_a_width_above_all_costs_like_the_widest() -> None:
     assert Costs(seconds={4: ((1, 0.5),)}).step_s(8, 1) == 0.5
 
 
-def test_measured_costs_rise_with_rows_and_keep_to_the_budget(llama: Path, tmp_path: Path) -> None:
-    engine = matquant.Engine(conftest.quantize(llama, tmp_path / "out", method="rtn"), threads=1)
+@pytest.fixture(scope="module")
+def engine(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> matquant.Engine:
+    return matquant.Engine(conftest.quantize(llama, tmp_path_factory.mktemp("costs") / "out", method="rtn"), threads=1)
+
+
+def test_measured_costs_rise_with_rows_and_keep_to_the_budget(engine: matquant.Engine) -> None:
     ticks = iter(range(10**6))
     costs = measure(engine, (8, 4), most_rows=32, budget_s=50, clock=lambda: float(next(ticks)))
     assert {bits: [rows for rows, _ in points] for bits, points in costs.seconds.items()} == {
@@ -66,6 +72,21 @@ def test_measured_costs_rise_with_rows_and_keep_to_the_budget(llama: Path, tmp_p
     rising = [seconds for _, seconds in costs.seconds[8]]
     assert rising == sorted(rising)
     assert costs.to_json()["8"]["16"] == costs.step_s(8, 16)
+
+
+def test_the_speeds_listed_are_those_of_the_table(engine: matquant.Engine) -> None:
+    plans = {"mixed": Plan(default=3)}
+    ticks = iter(range(10**6))
+    costs = measure(engine, (8, 4), most_rows=1, plans=plans, clock=lambda: float(next(ticks)))
+    assert costs == Costs(seconds={8: ((1, 1.0),), 4: ((1, 1.0),)}, plans={"mixed": 1.0})
+    costs = Costs(seconds={8: ((1, 0.5),), 4: ((1, 0.25),)}, plans={"mixed": 0.2})
+    models = offer(engine, name="tiny", widths=[4], plans=plans, context=9, costs=costs)
+    assert models.tokens_per_s == {"8": 2.0, "4": 4.0, "mixed": 5.0}
+    assert list(models.bits_per_weight) == ["8", "4", "mixed"]
+
+
+def test_a_server_that_speculates_measures_the_widths_that_draft(engine: matquant.Engine) -> None:
+    assert drafting((8, 6), engine) == (8, 6, 4, 3, 2)
 
 
 # --------------------------------------------------------------------------------------------------------------- down

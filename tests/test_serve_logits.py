@@ -23,7 +23,7 @@ TEXT = "Once upon a time, there was a little dog. The little dog was a little"
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> matquant.Engine:
-    return reference_engine(tmp_path_factory.mktemp("logits") / "out")
+    return reference_engine(tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture(scope="module")

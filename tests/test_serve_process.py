@@ -127,6 +127,7 @@ def test_errors_of_the_client_are_openais(server: tuple[subprocess.Popen[str], s
         (["--name", "a:b"], "--name 'a:b' is not valid"),
         (["--tool-format", "xml"], "--tool-format 'xml' is not known"),
         (["--min-bits", "9"], "9"),
+        (["--speculate", "fast"], "speculate='fast' is not known; use 'auto', 'off' or a number of tokens to draft"),
     ],
 )
 def test_settings_that_cannot_work_end_with_one_line(

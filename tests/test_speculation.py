@@ -313,18 +313,17 @@ COST = {1: 0.010, 2: 0.0102, 4: 0.0105, 8: 0.012, "int2": 0.0025, "int4": 0.005,
 class Machine:
     """A clock that steps move on, and drafters of known acceptance: the tokens per second of ``Pace``."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, acceptance: dict[str, float]) -> None:
+    def __init__(self, acceptance: dict[str, float]) -> None:
         self.now = 0.0
         self.acceptance = acceptance
         self.generator = np.random.default_rng(0)
         self.lengths: list[int] = []
         self.sources: list[str] = []
-        monkeypatch.setattr(pacing.time, "perf_counter", lambda: self.now)
 
-    def spend(self, pace: Pace, key: str | int) -> None:
-        began = self.now
-        self.now += COST[key if isinstance(key, str) else pacing.panel(key)]
-        pace.spent(key, began)
+    def spend(self, pace: Pace, rows: int, source: str = "") -> None:
+        seconds = COST[source or pacing.panel(rows)]
+        self.now += seconds
+        pace.times.spent(seconds, rows=rows, source=source)
 
     def run(self, pace: Pace, tokens: int, found: str = "") -> float:
         began, made = self.now, 0
@@ -333,7 +332,7 @@ class Machine:
             drafted, chance = 0, 1.0
             while drafted < length and (source == found or not drafted or pace.goes_on(source, chance, drafted)):
                 if source != found:
-                    self.spend(pace, source)
+                    self.spend(pace, 1, source)
                 chance *= pace.chance(source, 0.8)
                 drafted += 1
             right = [self.generator.random() < self.acceptance[source] for _ in range(drafted)]
@@ -346,16 +345,16 @@ class Machine:
         return made / (self.now - began)
 
 
-def test_a_drafter_that_always_lies_costs_little_after_64_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    machine = Machine(monkeypatch, dict.fromkeys(("int2", "int4", "lookup3"), 0.0))
+def test_a_drafter_that_always_lies_costs_little_after_64_tokens() -> None:
+    machine = Machine(dict.fromkeys(("int2", "int4", "lookup3"), 0.0))
     pace = Pace({"int2": 0.25, "int4": 0.5})
     machine.run(pace, 64, found="lookup3")
     assert machine.run(pace, 1000, found="lookup3") > 95
 
 
 @pytest.mark.parametrize("acceptance", [0.95, 0.8, 0.6, 0.3])
-def test_the_speed_is_that_of_the_cost_model(acceptance: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    machine = Machine(monkeypatch, {"": 0.0, "int2": acceptance, "int4": acceptance})
+def test_the_speed_is_that_of_the_cost_model(acceptance: float) -> None:
+    machine = Machine({"": 0.0, "int2": acceptance, "int4": acceptance})
     best = max(
         sum(acceptance**place for place in range(length + 1))
         / (length * COST["int2"] + COST[{0: 1, 1: 2, 3: 4, 7: 8}[length]])
@@ -364,8 +363,8 @@ def test_the_speed_is_that_of_the_cost_model(acceptance: float, monkeypatch: pyt
     assert 0.9 * best < machine.run(Pace({"int2": 0.25, "int4": 0.5}), 3000) < 1.05 * best
 
 
-def test_the_width_that_pays_is_found_and_a_change_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    machine = Machine(monkeypatch, {"int2": 0.1, "int4": 0.95})
+def test_the_width_that_pays_is_found_and_a_change_is_noticed() -> None:
+    machine = Machine({"int2": 0.1, "int4": 0.95})
     pace = Pace({"int2": 0.25, "int4": 0.5})
     machine.run(pace, 600)
     assert machine.sources[-100:].count("int4") > 80

@@ -25,6 +25,13 @@ PlanFile = Annotated[
 ]
 Threads = Annotated[int | None, Option(help="Number of CPU threads.", show_default="OMP_NUM_THREADS, else all")]
 Activations = Annotated[str, Option(help="Arithmetic of activations: int8, or float (exact and slow).")]
+Speculate = Annotated[
+    str,
+    Option(
+        metavar="N",
+        help="Tokens to draft at a narrower width in each step: N, auto or off.",
+    ),
+]
 CheckHashes = Annotated[
     bool, Option("--check-hashes/--no-check-hashes", help="Check the checkpoint's hashes before reading it.")
 ]
@@ -40,6 +47,11 @@ def widths(text: str) -> list[int]:
     for width in found:
         check_bits(width)
     return found
+
+
+def read_speculate(value: str) -> str | int:
+    """Return the value of --speculate: a number if it is one."""
+    return int(value) if value.isdecimal() else value
 
 
 def notice(text: str) -> None:

@@ -5,7 +5,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from matquant.cli.arguments import Activations, CheckHashes, Directory, Mmap, Option, PlanFile, Threads
+from matquant.cli.arguments import (
+    Activations,
+    CheckHashes,
+    Directory,
+    Mmap,
+    Option,
+    PlanFile,
+    Speculate,
+    Threads,
+    read_speculate,
+)
 from matquant.system.errors import InputError
 from matquant.system.files import MARK
 from matquant.system.lazy import lazy
@@ -39,14 +49,6 @@ MinP = Annotated[
 Seed = Annotated[int | None, Option(help="Random seed for sampling.", show_default="0")]
 Stop = Annotated[list[str] | None, Option(metavar="TEXT", help="Stop before this text; repeat for several.")]
 
-Speculate = Annotated[
-    str,
-    Option(
-        metavar="N",
-        help="Tokens to draft at a narrower width in each step: N, auto or off.",
-    ),
-]
-
 
 def generate(
     directory: Directory,
@@ -78,7 +80,7 @@ def generate(
             plan=plan,
             max_tokens=max_tokens,
             stop=stop or [],
-            speculate=_speculate(speculate),
+            speculate=read_speculate(speculate),
             engine=engine,
             **sampling,
         )
@@ -124,7 +126,7 @@ def chat(
             system=system,
             context=context,
             max_tokens=max_tokens,
-            speculate=_speculate(speculate),
+            speculate=read_speculate(speculate),
             engine=engine,
             **sampling,
         )
@@ -149,11 +151,6 @@ def _sampling(
 ) -> dict[str, Any]:
     """Return the sampling options that were given."""
     return {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
-
-
-def _speculate(value: str) -> str | int:
-    """Return the value of --speculate: a number if it is one."""
-    return int(value) if value.isdecimal() else value
 
 
 def read_input() -> str:

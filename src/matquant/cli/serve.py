@@ -4,7 +4,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from matquant.cli.arguments import Activations, CheckHashes, Directory, Mmap, Option, Threads
+from matquant.cli.arguments import (
+    Activations,
+    CheckHashes,
+    Directory,
+    Mmap,
+    Option,
+    Speculate,
+    Threads,
+    read_speculate,
+)
 from matquant.core.nest import check_bits
 from matquant.system.arguments import read_numbers, read_size
 from matquant.system.errors import InputError, check_positive
@@ -90,6 +99,7 @@ def serve(
     plan: Plans = None,
     min_bits: MinBits = 4,
     latency_ms: LatencyMs = 100.0,
+    speculate: Speculate = "off",
     tool_format: ToolFormat = None,
     max_bits: MaxBits = 8,
     context: Context = None,
@@ -119,7 +129,7 @@ def serve(
     settings = run.Settings(
         directory=directory,
         engine={**engine, "check_hashes": check_hashes, "mmap": mmap},
-        batching={**batching, "latency_s": latency_ms / 1000},
+        batching={**batching, "latency_s": latency_ms / 1000, "speculate": read_speculate(speculate)},
         host=host,
         port=port,
         name=name,

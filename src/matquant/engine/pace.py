@@ -4,17 +4,18 @@ A draft of K tokens of which each is accepted with probability a, given that tho
 
     E = 1 + a + a^2 + ... + a^K tokens in K * draft_s + verify_s(K + 1) seconds.
 
-The choice is the source and the K with the most tokens per second; K = 0 if none beats a plain step by GAIN. Acceptance
-is a running mean per source. A time is the least of the last few measured, because other programs can only lengthen it.
-Both start from guesses that favour a trial. Every PROBE tokens there is a plain step, and the source that was not used
-for longest is tried again at K = 1.
+The choice is the source and the K with the most tokens per second; K = 0 if none beats a plain step by GAIN. Sequences
+that are decoded together choose together: their tokens are added up, and so are the rows of the step that verifies.
+Acceptance is a running mean per source. A time is the least of the last few measured, because other programs can only
+lengthen it. Both start from guesses that favour a trial, or from a measured table of costs. Every PROBE tokens there is
+a plain step, and of the sources that could pay the one that was not used for longest is tried again at K = 1.
 
 The choice depends on clocks. The text does not depend on the choice.
 """
 
-import time
 from bisect import bisect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 LENGTHS = (1, 3, 7)  # with the token before them 2, 4 or 8 rows, which is what a kernel computes at once
 PANELS = (1, 2, 4, 8)  # rows of a step that cost the same as fewer ones
@@ -28,54 +29,117 @@ FORGET = 0.97  # weight of the past after each judged draft
 SHORTEST_S = 0.001  # of a plain step; below it what drafting does in Python costs more than it saves
 RECENT = 5  # times of which the least counts
 ENOUGH = 3  # times that outweigh the first guess
+PLAIN = ("", 0)  # the choice to draft nothing
+
+
+class Times:
+    """What steps take that draft for one requested width and verify at it; shared by sequences at this width.
+
+    drafts: source -> first guess of a draft step's cost relative to a plain step. table: seconds of a step at the
+    width of a source ("": the requested one) with so many rows, if it has been measured; None: plain steps come first.
+    """
+
+    def __init__(self, drafts: Mapping[str, float], *, table: Callable[[str, int], float] | None = None) -> None:
+        self.drafts = list(drafts)
+        self.tokens = 0
+        self._share = {"": 1.0, **drafts}
+        self._table = table
+        self._seconds: dict[tuple[str, int], tuple[float, ...]] = {}
+        self._probed = 0  # tokens at the last probe
+        self._probing = False  # whether the plain step of a probe has been made
+
+    @property
+    def ready(self) -> bool:
+        """Return whether the time of a plain step is known, which the others are compared with."""
+        return self._table is not None or len(self._seconds.get(("", 1), ())) >= ENOUGH
+
+    def cost(self, rows: int, source: str = "") -> float:
+        """Return the seconds of a step with 1 to 8 rows at the requested width, or at that of a source of drafts."""
+        key = source, panel(rows)
+        times = self._seconds.get(key, ())
+        if len(times) >= ENOUGH:
+            return min(times)
+        guess = self._table(*key) if self._table else self._share[source] * STEP[key[1]] * self.cost(1)
+        return min([guess, *times])
+
+    def spent(self, seconds: float, *, rows: int, source: str = "") -> None:
+        """Record the time of a step."""
+        key = source, panel(rows)
+        self._seconds[key] = (*self._seconds.get(key, ())[1 - RECENT :], seconds)
+
+    def could_pay(self, source: str, sequences: int, room: int) -> bool:
+        """Return whether drafts by steps at ``source`` would pay if all of them were accepted."""
+        limit = self.cost(sequences) / GAIN
+        return any(
+            length * self.cost(sequences, source) + self.cost(sequences * (length + 1)) < (length + 1) * limit
+            for length in LENGTHS
+            if length <= room
+        )
+
+    def probe(self, sequences: int) -> str:
+        """Return "plain" if the next step is to be plain, "source" if it is to try a source again, "" usually."""
+        if self.tokens - self._probed < PROBE * sequences:
+            return ""
+        self._probing = not self._probing
+        if self._probing:
+            return "plain"
+        self._probed = self.tokens
+        return "source"
 
 
 class Pace:
-    """What drafting costs and yields. drafts: source -> first guess of a draft step's cost relative to a plain step.
+    """How often drafts are accepted, for one sequence or for several that follow each other.
 
-    length: draft always this many tokens instead of choosing; None: choose.
+    drafts: as for ``Times``, which are made from it unless given. length: draft always this many tokens instead of
+    choosing; None: choose.
     """
 
-    def __init__(self, drafts: Mapping[str, float], *, length: int | None = None) -> None:
+    def __init__(
+        self, drafts: Mapping[str, float] | None = None, *, times: Times | None = None, length: int | None = None
+    ) -> None:
+        self.times = times or Times(drafts or {})
         self.length = length
-        self._guess: dict[str | int, float] = dict(drafts.items())
-        self._guess.update(STEP.items())
-        self._drafts = list(drafts)
-        self._seconds: dict[str | int, tuple[float, ...]] = {}
         self._judged: dict[str, tuple[float, float]] = {}
         self._sure: dict[tuple[str, int], tuple[float, float]] = {}  # accepted and judged by source and class
-        self._rate = 0.0  # expected tokens per second of the last choice
-        self._tokens = 0
-        self._used: dict[str, int] = dict.fromkeys(drafts, 0)  # source -> tokens when it was last tried
-        self._probed = 0  # tokens at the last probe
-        self._probing = False  # whether the plain step of a probe has been made
+        self._used: dict[str, int] = {}  # source -> tokens when it was last tried
+        # of the last choice: tokens per second that a draft step has to yield for this sequence, sequences of the
+        # step and of its draft steps, and the most tokens to draft
+        self._rate, self._together, self._drafting, self._most = 0.0, 1, 1, LENGTHS[-1]
 
     def choose(self, found: str, room: int) -> tuple[str, int]:
         """Return the source ("" for none) and the number of tokens to draft.
 
         found: the kind of occurrence that prompt lookup found, "" for none. room: the most tokens to draft.
         """
-        sources = [found, *self._drafts] if found else self._drafts
-        if room < 1 or not sources:
-            return "", 0
-        if len(self._seconds.get(1, ())) < ENOUGH:  # a plain step is what the others are compared with
-            return "", 0
-        if self.length is not None:
-            length = min(self.length, room)
-            return found or max(sources, key=lambda source: self.rate(source, length)), length
-        if self._cost(1) < SHORTEST_S:
-            return "", 0
-        if self._tokens - self._probed >= PROBE:
-            self._probing = not self._probing
-            if self._probing:
-                return "", 0
-            self._probed = self._tokens
-            return min(sources, key=lambda source: self._used.get(source, 0)), 1
-        lengths = [length for length in LENGTHS if length <= room] or [room]
-        self._rate, source, length = max((self.rate(source, k), source, k) for source in sources for k in lengths)
-        if self._rate <= GAIN * self.rate("", 0):
-            return "", 0
-        return source, length if source == found else min(room, LENGTHS[-1])
+        return choose_together([Wish(pace=self, found=found, room=room)])[0]
+
+    def fixed(self, found: str, room: int) -> tuple[str, int]:
+        """Return the source of ``length`` tokens."""
+        length = min(self.length or 0, room)
+        if length < 1 or not (found or self.times.drafts):
+            return PLAIN
+        return found or max(self.times.drafts, key=lambda source: self._alone(source, length)), length
+
+    def longest_unused(self, sources: Sequence[str]) -> tuple[str, int]:
+        """Return the source that was not tried for longest, and one token."""
+        return (min(sources, key=lambda source: self._used.get(source, 0)), 1) if sources else PLAIN
+
+    def best(self, sources: Iterable[str], length: int) -> tuple[float, str]:
+        """Return the expected tokens of a step with ``length`` drafts, and which of ``sources`` yields them."""
+        return max(((self.expected(source, length), source) for source in sources if source), default=(1.0, ""))
+
+    def expected(self, source: str, length: int) -> float:
+        """Return the expected tokens of a step that verifies ``length`` drafts of ``source``."""
+        accepted = self.acceptance(source)
+        return sum(accepted**place for place in range(length + 1))
+
+    def _alone(self, source: str, length: int) -> float:
+        """Return the expected tokens per second of a sequence without others."""
+        return self.expected(source, length) / (length * self.times.cost(1, source) + self.times.cost(length + 1))
+
+    def set_out(self, rate: float, *, together: int, drafting: int, most: int) -> None:
+        """Note the choice of a step: its tokens per second, its sequences, those that draft by steps, and the most."""
+        self._rate, self._together, self._drafting, self._most = rate / drafting, together, drafting, most
 
     def chance(self, source: str, confidence: float) -> float:
         """Return the probability that a draft of this confidence, its largest probability, is accepted."""
@@ -89,20 +153,14 @@ class Pace:
         """
         if self.length is not None:
             return True
-        accepted, before, tokens = self.acceptance(source), self._cost(panel(drafted + 1)), 0.0
-        for more in range(1, LENGTHS[-1] - drafted + 1):
+        cost, together, tokens = self.times.cost, self._together, 0.0
+        accepted, before = self.acceptance(source), cost(together * (drafted + 1))
+        for more in range(1, self._most - drafted + 1):
             tokens += chance * accepted**more
-            seconds = more * self._cost(source) + self._cost(panel(drafted + 1 + more)) - before
+            seconds = more * cost(self._drafting, source) + cost(together * (drafted + 1 + more)) - before
             if tokens > self._rate * seconds:
                 return True
         return False
-
-    def rate(self, source: str, length: int) -> float:
-        """Return the expected tokens per second of drafting ``length`` tokens from ``source``."""
-        accepted = self.acceptance(source)
-        tokens = sum(accepted**place for place in range(length + 1))
-        drafting = length * self._cost(source) if source in self._guess else 0.0
-        return tokens / (drafting + self._cost(panel(length + 1)))
 
     def acceptance(self, source: str) -> float:
         """Return the probability that a draft of ``source`` is accepted if those before it were."""
@@ -112,23 +170,10 @@ class Pace:
     def _first(self, source: str) -> tuple[float, float]:
         return TRIALS * PRIOR.get(source, 0.5), TRIALS
 
-    def _cost(self, key: str | int) -> float:
-        """Return the seconds of a step: a draft's by its source, another's by its rows."""
-        times = self._seconds.get(key, ())
-        if len(times) >= ENOUGH or key == 1:
-            return min(times)
-        return min([self._guess[key] * self._cost(1), *times])
-
-    def spent(self, key: str | int, began: float) -> None:
-        """Record a step that began at ``began`` of perf_counter. key: the source of a draft step, or rows of a step."""
-        seconds = time.perf_counter() - began
-        key = panel(key) if isinstance(key, int) else key
-        self._seconds[key] = (*self._seconds.get(key, ())[1 - RECENT :], seconds)
-
     def judged(self, source: str, confidences: Sequence[float], *, accepted: int) -> None:
         """Record how many drafts were accepted; the step yielded one token more. confidences: one per draft."""
-        self._tokens += accepted + 1
-        self._used[source] = self._tokens
+        self.times.tokens += accepted + 1
+        self._used[source] = self.times.tokens
         if not confidences:
             return
         hits, trials = self._judged.get(source) or self._first(source)
@@ -140,6 +185,67 @@ class Pace:
             self._sure[key] = (FORGET * hits + (place < accepted), FORGET * trials + 1)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Wish:
+    """A sequence that may draft: what prompt lookup found ("" for nothing), and the most tokens to draft."""
+
+    pace: Pace
+    found: str
+    room: int
+
+
+def choose_together(wishes: Sequence[Wish], *, beside: tuple[int, float] = (0, 0.0)) -> list[tuple[str, int]]:
+    """Return the source ("" for none) and the number of tokens to draft for each of the sequences of a step.
+
+    Their paces share their ``Times`` and ``length``. beside: tokens and seconds of what else the step computes.
+    """
+    times, length, count = wishes[0].pace.times, wishes[0].pace.length, len(wishes)
+    plain = [PLAIN] * count
+    room = min(LENGTHS[-1], max(wish.room for wish in wishes))
+    if room < 1 or not times.ready:
+        return plain
+    if length is not None:
+        return [wish.pace.fixed(wish.found, wish.room) for wish in wishes]
+    if times.cost(1) < SHORTEST_S or not (times.drafts or any(wish.found for wish in wishes)):
+        return plain
+    probe = times.probe(count)
+    if probe == "plain":
+        return plain
+    if probe == "source":
+        able = [source for source in times.drafts if times.could_pay(source, count, room)]
+        tried = [([wish.found] if wish.found else []) + able if wish.room else [] for wish in wishes]
+        return [wish.pace.longest_unused(sources) for wish, sources in zip(wishes, tried, strict=True)]
+    best, chosen = GAIN * (count + beside[0]) / (times.cost(count) + beside[1]), plain
+    for number in [each for each in LENGTHS if each <= room] or [room]:
+        for source in ("", *times.drafts):
+            rate, choice = _weigh(wishes, source, number, beside)
+            if rate > best:
+                best, chosen = rate, choice
+    drafting = sum(source in times.drafts for source, _ in chosen)
+    for wish, (source, number) in zip(wishes, chosen, strict=True):
+        if source in times.drafts:
+            wish.pace.set_out(best, together=count, drafting=drafting, most=number)
+    return chosen
+
+
+def _weigh(
+    wishes: Sequence[Wish], source: str, length: int, beside: tuple[int, float]
+) -> tuple[float, list[tuple[str, int]]]:
+    """Return the expected tokens per second of a step with ``length`` drafts from lookup or ``source``; the choices.
+
+    Drafts by steps may go on to the end of the room, because ``Pace.goes_on`` ends them.
+    """
+    times, tokens, rows, drafting, choices = wishes[0].pace.times, float(beside[0]), 0, 0, []
+    for wish in wishes:
+        number = min(length, wish.room)
+        expected, best = wish.pace.best((wish.found, source), number) if number else (1.0, "")
+        by_steps = bool(best) and best == source
+        tokens, rows, drafting = tokens + expected, rows + 1 + (number if best else 0), drafting + by_steps
+        choices.append((best, min(wish.room, LENGTHS[-1]) if by_steps else number) if best else PLAIN)
+    drafting_s = length * times.cost(drafting, source) if drafting else 0.0
+    return tokens / (drafting_s + times.cost(rows) + beside[1]), choices
+
+
 def panel(rows: int) -> int:
-    """Return the rows that a step of ``rows`` costs."""
+    """Return the rows that a step of ``rows`` rows costs."""
     return next(size for size in PANELS if size >= rows)

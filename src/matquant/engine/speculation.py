@@ -14,7 +14,7 @@ Sources: Zhao et al., QSpec (arXiv 2410.11305), one cache for both widths; Levia
 
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Protocol
 
@@ -22,7 +22,7 @@ import numpy as np
 
 from matquant.engine.decoder import Steps
 from matquant.engine.lookup import Lookup
-from matquant.engine.pace import LENGTHS, Pace
+from matquant.engine.pace import LENGTHS, Pace, Times
 from matquant.engine.sampling import Sampling, choose, confidence, pick
 from matquant.system.arguments import check_types
 from matquant.system.errors import InputError
@@ -68,6 +68,50 @@ class Numbers:
         while len(self._ahead) <= place:
             self._ahead.append(self._generator.random())
         return self._ahead[place]
+
+
+class Draft:
+    """The tokens drafted for a sequence in one step, and the ``confidences`` in them, between 0 and 1.
+
+    source: where they come from, "" for nowhere. count: the most of them. ends: tokens after which none are drafted.
+    """
+
+    def __init__(self, pace: Pace, lookup: Finder, source: str, count: int, *, ends: Container[int] = ()) -> None:
+        self.source = source
+        self._by_steps = source in pace.times.drafts
+        self.tokens = lookup.propose(count) if count and not self._by_steps else []
+        self.confidences = [1.0] * len(self.tokens)
+        self._pace, self._count, self._ends = pace, count, ends
+        self._chance = 1.0  # that all of them are accepted
+
+    @property
+    def goes_on(self) -> bool:
+        """Return whether another step is to draft a token."""
+        if not self._by_steps or len(self.tokens) >= self._count:
+            return False
+        return not self.tokens or self._pace.goes_on(self.source, self._chance, len(self.tokens))
+
+    def take(self, logits_V: np.ndarray, sampling: Sampling, numbers: Numbers) -> None:
+        """Draft a token from the logits, float32 [vocab], of a step at the width that drafts."""
+        try:
+            token = pick(logits_V, sampling, partial(numbers.peek, len(self.tokens)))
+        except InputError:  # not finite at this width; the requested one decides
+            self._count = 0
+            return
+        self.tokens.append(token)
+        self.confidences.append(confidence(logits_V, sampling))
+        self._chance *= self._pace.chance(self.source, self.confidences[-1])
+        if token in self._ends:
+            self._count = 0
+
+    @property
+    def times(self) -> Times:
+        """Return what steps for the sequence take."""
+        return self._pace.times
+
+    def judge(self, accepted: int) -> None:
+        """Record how many of the tokens were accepted."""
+        self._pace.judged(self.source, self.confidences, accepted=accepted)
 
 
 class Speculative:
@@ -118,52 +162,41 @@ class Speculative:
         while held < self._session.capacity:
             self._lookup.extend([token])
             room = min(self._session.capacity - held, self._most - taken) - 1
-            source, drafts, confidences = self._draft(token, room, turn=turn)
-            rows = self._verify([token, *drafts], turn=turn)
+            draft = self._draft(token, room, turn=turn)
+            rows = self._verify([token, *draft.tokens], turn=turn)
             accepted = 0
-            for row, draft in enumerate([*drafts, None]):
+            for row, drafted in enumerate([*draft.tokens, None]):
                 self._session.keep(token, turn=turn)
                 token = choose(rows[row], self._sampling, self._numbers)
                 held, taken = held + 1, taken + 1
-                if token == draft:
+                if token == drafted:
                     accepted += 1
                     self.accepted += 1
                 yield token
-                if token != draft:
+                if token != drafted:
                     break
                 self._lookup.extend([token])
-            self._pace.judged(source, confidences, accepted=accepted)
+            draft.judge(accepted)
 
     def _verify(self, ids: Sequence[int], *, turn: int) -> np.ndarray:
         """Return the logits after each of ``ids`` at the requested width."""
         began = time.perf_counter()
         logits = self._session.attempt(ids, self._widths, ahead=0, turn=turn, into=self._logits)
-        self._pace.spent(len(ids), began)
+        self._pace.times.spent(time.perf_counter() - began, rows=len(ids))
         self.steps += 1
         self.drafted += len(ids) - 1
         return logits
 
-    def _draft(self, token: int, room: int, *, turn: int) -> tuple[str, list[int], list[float]]:
-        """Return the source of drafts, the tokens that may follow ``token``, and the confidence in each."""
-        source, count = self._pace.choose(self._lookup.find() if room > 0 else "", room)
-        if source not in self._drafts:
-            return source, self._lookup.propose(count) if count else [], [1.0] * count
-        drafts: list[int] = []
-        confidences: list[float] = []
-        chance = 1.0
-        while len(drafts) < count and (not drafts or self._pace.goes_on(source, chance, len(drafts))):
-            began = time.perf_counter()
-            ahead = len(drafts)
-            logits = self._session.attempt([token], self._drafts[source], ahead=ahead, turn=turn, into=self._logits)
-            try:
-                token = pick(logits[0], self._sampling, partial(self._numbers.peek, ahead))
-            except InputError:  # not finite at this width; the requested one decides
-                break
-            drafts.append(token)
-            confidences.append(confidence(logits[0], self._sampling))
-            chance *= self._pace.chance(source, confidences[-1])
-            self._pace.spent(source, began)
-        return source, drafts, confidences
+    def _draft(self, token: int, room: int, *, turn: int) -> Draft:
+        """Return the tokens that may follow ``token``."""
+        draft = Draft(self._pace, self._lookup, *self._pace.choose(self._lookup.find() if room > 0 else "", room))
+        while draft.goes_on:
+            began, ahead = time.perf_counter(), len(draft.tokens)
+            last, widths = [token, *draft.tokens][-1], self._drafts[draft.source]
+            logits = self._session.attempt([last], widths, ahead=ahead, turn=turn, into=self._logits)
+            draft.take(logits[0], self._sampling, self._numbers)
+            self._pace.times.spent(time.perf_counter() - began, rows=1, source=draft.source)
+        return draft
 
 
 def check_speculate(value: str | int) -> None:

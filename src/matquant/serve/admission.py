@@ -11,6 +11,7 @@ from pathlib import Path
 from matquant import _native
 from matquant.core.nest import check_bits
 from matquant.engine.engine import Engine
+from matquant.engine.speculation import OFF, check_speculate
 from matquant.system.errors import InputError, check_positive
 
 WIDTHS = (8, 6, 4, 3, 2)
@@ -34,6 +35,7 @@ class Limits:
     latency_s: float = 0.1  # target of the time between two tokens of a sequence
     wait_s: float = 2.0  # target of the time that a request waits
     policy: bool = True  # False: the widest width always
+    speculate: str | int = OFF  # tokens that a sequence drafts in a step with few rows: a number, "auto" or "off"
 
     def __post_init__(self) -> None:
         check_positive(
@@ -54,6 +56,7 @@ class Limits:
             )
         if self.rows > MOST_ROWS:
             raise InputError(f"{self.rows} rows are more than the {MOST_ROWS} that a step takes; use fewer")
+        check_speculate(self.speculate)
         for bits in (self.min_bits, *self.widths):
             check_bits(bits)
 

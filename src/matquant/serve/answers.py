@@ -101,6 +101,10 @@ def usage(job: Job, counts: Sequence[Counts]) -> dict[str, Any]:
         "completion_tokens": tokens,
         "total_tokens": prompts + tokens,
         "prompt_tokens_details": {"cached_tokens": cached},
+        "completion_tokens_details": {
+            "accepted_prediction_tokens": sum(count.accepted for count in counts),
+            "rejected_prediction_tokens": sum(count.rejected for count in counts),
+        },
     }
 
 

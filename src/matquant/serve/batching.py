@@ -16,12 +16,15 @@ from bisect import insort
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import takewhile
 from typing import Any
 
 from matquant.core.spec import Plan
 from matquant.engine.engine import Engine
+from matquant.engine.speculation import OFF
 from matquant.serve.admission import Limits, available_bytes, candidates, resolve_kv_bytes
-from matquant.serve.cost import Costs, measure
+from matquant.serve.cost import Costs, drafting, measure
+from matquant.serve.drafting import Drafter
 from matquant.serve.policy import Load, Policy
 from matquant.serve.scheduling import Piece, next_chunks
 from matquant.serve.slots import Slot, Width, make_width
@@ -70,8 +73,13 @@ class Batching:
         self._stepper = Stepper(engine, rows=limits.rows, choosing=limits.max_num_seqs, clock=clock)
         widths = candidates(engine, limits)
         self._widths: dict[int, Width] = {}
-        self.costs = costs or measure(engine, widths, most_rows=limits.rows, workspace=self._stepper.workspace)
+        measured = widths if limits.speculate == OFF else drafting(widths, engine)
+        self.costs = costs or measure(engine, measured, most_rows=limits.rows)
         self.policy = Policy(self.costs, widths, latency_s=limits.latency_s, wait_s=limits.wait_s)
+        self._drafter: Drafter | None = None
+        if limits.speculate != OFF:
+            speculate, rows = limits.speculate, limits.rows
+            self._drafter = Drafter(self._stepper, self.costs, speculate=speculate, rows=rows, clock=clock)
         self._changed = threading.Condition(threading.RLock())
         self._waiting: list[Slot] = []
         self._running: list[Slot] = []
@@ -241,11 +249,29 @@ class Batching:
         load = replace(load, prompt_rows=sum(piece.stop - piece.start for piece in chunks))
         self._look(load)
         pieces = [Piece(slot=s, start=s.read, stop=s.read + 1, width=self._width(s)) for s in decoding]
+        if not chunks:
+            pieces = self._draft(pieces)
         native_s, choosing_s = self._stepper.step([*pieces, *chunks], reason=self.policy.reason)
-        self.policy.learn(load, native_s=native_s, choosing_s=choosing_s)
+        if all(piece.stop - piece.start == 1 for piece in pieces):  # drafts are not in the load
+            self.policy.learn(load, native_s=native_s, choosing_s=choosing_s)
         self._counts["steps"] += 1
         for piece in (*pieces, *chunks):
             self._send(piece.slot)
+
+    def _draft(self, pieces: list[Piece]) -> list[Piece]:
+        """Return the pieces, each of one row, with what is to be verified behind them."""
+        room = self._drafter.room(len(pieces)) if self._drafter else 0
+        if not room or not self._drafter:
+            return pieces
+        return self._drafter.draft(pieces, [self._room(piece.slot, room) for piece in pieces])
+
+    def _room(self, slot: Slot, most: int) -> int:
+        """Return how many tokens, at most ``most``, are of use after the next one and have its width."""
+        most = min(most, slot.most - slot.new - 1)
+        if slot.fixed is not None or self._force is None:
+            return most
+        bits = [self._force(slot.generation, slot.new + place) for place in range(most + 1)]
+        return len(list(takewhile(lambda width: width == bits[0], bits))) - 1
 
     def _load(self, decoding: Sequence[Slot]) -> Load:
         """Return the load of a step that reads no prompts."""

@@ -7,13 +7,15 @@ of all widths take turns until the time is used, at least one round, and the sho
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import numpy as np
 
 from matquant import _native
+from matquant.core.spec import Plan
 from matquant.engine.engine import Engine
+from matquant.engine.speculation import DRAFT_WIDTHS
 
 ROWS = (1, 2, 4, 8, 16)
 PROMPT_ROWS = 32  # measured at the widest width only, at which prompts are read
@@ -24,9 +26,10 @@ CONTEXT = 32  # tokens of the caches that are measured with
 
 @dataclass(frozen=True, kw_only=True)
 class Costs:
-    """Seconds of a step by width, at ascending numbers of rows."""
+    """Seconds of a step by width, at ascending numbers of rows. plans: by name, of a single row."""
 
     seconds: Mapping[int, tuple[tuple[int, float], ...]]
+    plans: Mapping[str, float] = field(default_factory=dict)
 
     def step_s(self, bits: int, rows: float) -> float:
         """Return the seconds of a step of ``rows`` rows: between measured points on a straight line, beyond the last
@@ -52,29 +55,32 @@ def measure(
     widths: Sequence[int],
     *,
     most_rows: int,
-    workspace: _native.Workspace | None = None,
+    plans: Mapping[str, Plan] | None = None,
     budget_s: float = BUDGET_S,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Costs:
     """Measure steps of up to ``most_rows`` rows for about ``budget_s`` seconds. widths: the widest first.
 
+    plans: plans by name, whose single rows are measured too.
     A round is not begun if it is expected to end after the budget.
     """
     room = min(engine.context, CONTEXT)
-    workspace = workspace or _native.Workspace(engine.model.native, most_rows, room, engine.threads)
-    counts = [(bits, rows) for bits in widths for rows in ROWS if rows <= most_rows]
+    workspace = _native.Workspace(engine.model.native, most_rows, room, engine.threads)
+    counts: list[tuple[int | str, int]] = [(bits, rows) for bits in widths for rows in ROWS if rows <= most_rows]
     counts += [(widths[0], PROMPT_ROWS)] if most_rows >= PROMPT_ROWS else []
+    counts += [(name, 1) for name in plans or {}]
     caches = [_native.Cache(engine.model.native, room, engine.exact) for _ in range(min(most_rows, PROMPT_ROWS))]
-    tables = {bits: engine.widths(bits) for bits in widths}
+    tables: dict[int | str, np.ndarray] = {bits: engine.widths(bits) for bits in widths}
+    tables |= {name: engine.widths(plan=plan) for name, plan in (plans or {}).items()}
     logits = np.empty((max(ROWS), engine.model.architecture.vocab), dtype=np.float32)
-    samples: dict[tuple[int, int], list[float]] = {count: [] for count in counts}
+    samples: dict[tuple[int | str, int], list[float]] = {count: [] for count in counts}
 
-    def run(bits: int, rows: int) -> float:
+    def run(label: int | str, rows: int) -> float:
         began = clock()
         wanted = rows if rows in ROWS else 1  # a prompt has the logits of its last row
         _native.step(
             engine.model.native,
-            tables[bits],
+            tables[label],
             engine.exact,
             [row % engine.model.architecture.vocab for row in range(rows)],
             [0] * rows,
@@ -85,18 +91,24 @@ def measure(
         )
         return clock() - began
 
-    for bits in widths:
-        run(bits, 1)  # touch every plane once
+    for label in tables:
+        run(label, 1)  # touch every plane once
     began = clock()
     for done in range(1, MOST_ROUNDS + 1):
-        for bits, rows in counts:
-            samples[bits, rows].append(run(bits, rows))
+        for label, rows in counts:
+            samples[label, rows].append(run(label, rows))
         if (clock() - began) * (done + 1) / done > budget_s:
             break
-    return Costs(seconds={bits: _rising(samples, bits) for bits in widths})
+    singles = {name: min(samples[name, 1]) for name in plans or {}}
+    return Costs(seconds={bits: _rising(samples, bits) for bits in widths}, plans=singles)
 
 
-def _rising(samples: Mapping[tuple[int, int], Sequence[float]], bits: int) -> tuple[tuple[int, float], ...]:
+def drafting(widths: Sequence[int], engine: Engine) -> tuple[int, ...]:
+    """Return the widths to measure for a server that speculates: ``widths`` and those that draft, widest first."""
+    return tuple(sorted({*widths, *(bits for bits in DRAFT_WIDTHS if bits <= engine.max_bits)}, reverse=True))
+
+
+def _rising(samples: Mapping[tuple[int | str, int], Sequence[float]], bits: int) -> tuple[tuple[int, float], ...]:
     """Return the shortest time at each number of rows, or at more rows if that is shorter: noise only adds."""
-    counts = sorted(rows for width, rows in samples if width == bits)
+    counts = sorted(rows for label, rows in samples if label == bits)
     return tuple((rows, min(min(samples[bits, more]) for more in counts if more >= rows)) for rows in counts)

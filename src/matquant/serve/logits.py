@@ -52,14 +52,19 @@ class Penalties:
             logits_V[used] -= self._presence
 
 
-def adjust(logits_V: np.ndarray, generation: Generation, penalties: Penalties, *, new: int) -> None:
-    """Apply bias, penalties, ends and constraint in place. new: tokens that the answer has already."""
+def shift(logits_V: np.ndarray, generation: Generation, penalties: Penalties, *, new: int) -> None:
+    """Apply bias, penalties and ends in place: steps 1 to 5. new: tokens that the answer has already."""
     if generation.logit_bias:
         tokens = np.fromiter(generation.logit_bias, dtype=np.int64)
         logits_V[tokens] += np.fromiter(generation.logit_bias.values(), dtype=np.float32)
     penalties.apply(logits_V)
     if new < generation.min_tokens and generation.ends:
         logits_V[np.fromiter(generation.ends, dtype=np.int64)] = -np.inf
+
+
+def adjust(logits_V: np.ndarray, generation: Generation, penalties: Penalties, *, new: int) -> None:
+    """Apply bias, penalties, ends and constraint in place: steps 1 to 6. new: tokens that the answer has already."""
+    shift(logits_V, generation, penalties, new=new)
     if generation.constraint is not None:
         generation.constraint.mask(logits_V)
     if (generation.constraint is not None or generation.min_tokens > new) and logits_V.max() == -math.inf:

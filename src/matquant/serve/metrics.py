@@ -19,6 +19,9 @@ GAUGES = {  # a key of Batcher.stats -> vLLM's name
 COUNTED = {
     "prompt_tokens": ("vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache."),
     "cached_tokens": ("vllm:prefix_cache_hits", "Prompt tokens found in the prefix cache."),
+    "drafts": ("vllm:spec_decode_num_drafts", "Drafts, each of one or more tokens of a sequence."),
+    "draft_tokens": ("vllm:spec_decode_num_draft_tokens", "Tokens drafted."),
+    "accepted_tokens": ("vllm:spec_decode_num_accepted_tokens", "Drafted tokens that were accepted."),
 }
 WIDTH_CHANGES = "Changes of the width by load."
 HISTOGRAMS = {

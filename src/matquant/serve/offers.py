@@ -1,20 +1,17 @@
-"""What a server offers, found out at its start: plans, bits per weight and decoding speed of every width."""
+"""What a server offers, found out at its start: plans, and bits per weight and decoding speed of every width."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-
-import numpy as np
 
 from matquant.core.spec import Plan
 from matquant.engine.engine import Engine
 from matquant.format.read import open_checkpoint
 from matquant.format.sizes import bits_per_weight
+from matquant.serve.cost import Costs
 from matquant.serve.models import LISTED, Models
 from matquant.system.errors import InputError
 
-ROUNDS, ROUND_S = 3, 0.1  # of measuring; seconds for each width
-MOST_TOKENS, LEAST_TOKENS = 16, 2
 CONTEXT = 2**15  # default limit of a prompt and its answer
 
 
@@ -45,37 +42,31 @@ def check_context(context: int | None, engine: Engine) -> int:
     return context
 
 
-def offer(
-    engine: Engine,
-    *,
-    name: str,
-    widths: Sequence[int] | None,
-    plans: Mapping[str, Plan],
-    context: int,
-    report: Callable[[str], None] = lambda text: None,
-) -> Models:
-    """Return what the server offers; measures the speed of each width and plan, and ``report``s it.
-
-    widths: those listed; None: LISTED. InputError for a width above the engine's max_bits.
-    """
+def listed_widths(widths: Sequence[int] | None, engine: Engine) -> list[int]:
+    """Return the widths to list, the widest first: those given, or LISTED. InputError for one that is not held."""
     if widths is None:
-        listed = [bits for bits in LISTED if bits <= engine.max_bits] or [engine.max_bits]
-    else:
-        listed = sorted(set(widths), reverse=True)
-        if listed[0] > engine.max_bits:
-            raise InputError(
-                f"--widths has {listed[0]}, above --max-bits {engine.max_bits}; leave it out, or raise the limit"
-            )
-    uniform = sorted({*listed, engine.max_bits}, reverse=True)
-    served = {str(bits): Plan(default=bits) for bits in uniform} | dict(plans)
-    tables = {label: engine.widths(plan=plan) for label, plan in served.items()}
+        return [bits for bits in LISTED if bits <= engine.max_bits] or [engine.max_bits]
+    listed = sorted(set(widths), reverse=True)
+    if listed[0] > engine.max_bits:
+        raise InputError(
+            f"--widths has {listed[0]}, above --max-bits {engine.max_bits}; leave it out, or raise the limit"
+        )
+    return listed
+
+
+def offer(
+    engine: Engine, *, name: str, widths: Sequence[int], plans: Mapping[str, Plan], context: int, costs: Costs
+) -> Models:
+    """Return what the server offers. widths: those listed. costs: of all widths that they and the engine have."""
+    uniform = sorted({*widths, engine.max_bits}, reverse=True)
+    seconds = {str(bits): costs.step_s(bits, 1) for bits in uniform} | dict(costs.plans)
     return Models(
         name=name,
         max_bits=engine.max_bits,
-        widths=listed,
+        widths=widths,
         plans=plans,
-        bits_per_weight=sizes(engine, served),
-        tokens_per_s=measure(engine, tables, context=context, report=report),
+        bits_per_weight=sizes(engine, {str(bits): Plan(default=bits) for bits in uniform} | dict(plans)),
+        tokens_per_s={label: 1 / max(step_s, 1e-9) for label, step_s in seconds.items()},
         context=context,
         created=int(time.time()),
     )
@@ -87,28 +78,6 @@ def sizes(engine: Engine, plans: Mapping[str, Plan]) -> dict[str, float]:
     if checkpoint.spec.rule == "extra":
         return {}
     return {label: bits_per_weight(checkpoint, checkpoint.widths(plan)) for label, plan in plans.items()}
-
-
-def measure(
-    engine: Engine, widths: Mapping[str, np.ndarray], *, context: int, report: Callable[[str], None] = lambda text: None
-) -> dict[str, float]:
-    """Return tokens per second of one sequence at each of ``widths``: the fastest of ROUNDS rounds that take turns."""
-    session = engine.session(min(context, MOST_TOKENS + 1))
-    most = session.capacity - 1
-    speeds = dict.fromkeys(widths, 0.0)
-    for _ in range(ROUNDS):
-        for label, table in widths.items():
-            report("measuring the speed of each width")
-            session.rewind(0)
-            session.extend([0], table)  # the first time it touches every plane
-            began, tokens, spent_s = time.perf_counter(), 0, 0.0
-            while tokens < most and (tokens < LEAST_TOKENS or spent_s < ROUND_S):
-                session.extend([0], table)
-                tokens += 1
-                spent_s = time.perf_counter() - began
-            if tokens:
-                speeds[label] = max(speeds[label], tokens / max(spent_s, 1e-9))
-    return speeds
 
 
 def model_name(name: str | None, directory: Path) -> str:

@@ -23,13 +23,16 @@ from starlette.types import ASGIApp
 
 from matquant import _native
 from matquant.engine.engine import Engine
+from matquant.engine.speculation import OFF, check_speculate
 from matquant.format.manifest import MANIFEST
 from matquant.hf.renderer import warm
 from matquant.hf.templates import WITH_TOOLS
+from matquant.serve.admission import ROWS
 from matquant.serve.app import make_app
+from matquant.serve.cost import drafting, measure
 from matquant.serve.limits import LOOPBACK, Limits
 from matquant.serve.metrics import Metrics
-from matquant.serve.offers import check_context, model_name, offer, read_plans
+from matquant.serve.offers import check_context, listed_widths, model_name, offer, read_plans
 from matquant.serve.service import Service
 from matquant.serve.tools import FORMS, probe
 from matquant.serve.work import Batcher
@@ -68,6 +71,7 @@ def serve(settings: Settings, *, start: Start | None = None) -> None:
     """Serve until a signal comes. start: makes the batcher. InputError for anything that cannot be used."""
     if settings.tool_form is not None and settings.tool_form not in FORMS:
         raise InputError(f"--tool-format {settings.tool_form!r} is not known; use one of {', '.join(FORMS)}")
+    check_speculate(settings.batching.get("speculate", OFF))
     if any(not key for key in settings.api_keys):
         raise InputError("--api-key is empty; give a key, or leave it out")
     name = model_name(settings.name, settings.directory)
@@ -105,10 +109,13 @@ def _load(settings: Settings, name: str, start: Start, report: Callable[[str], N
     engine = Engine(settings.directory, **settings.engine)
     vocabulary, context = engine.vocabulary, check_context(settings.context, engine)
     plans = read_plans(settings.plans, engine)
-    models = offer(engine, name=name, widths=settings.widths, plans=plans, context=context, report=report)
+    listed = listed_widths(settings.widths, engine)
+    report("measuring the speed of each width")
+    costs = measure(engine, drafting([*listed, engine.max_bits], engine), most_rows=ROWS, plans=plans)
+    models = offer(engine, name=name, widths=listed, plans=plans, context=context, costs=costs)
     report("starting the engine")
     given = {name: value for name, value in settings.batching.items() if value is not None}
-    batcher = start(engine, note=_say, **given)
+    batcher = start(engine, costs=costs, note=_say, **given)
     template = vocabulary.named_templates.get(WITH_TOOLS, vocabulary.chat_template)
     return Service(
         engine=engine,

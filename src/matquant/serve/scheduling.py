@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from matquant import _native
+from matquant.engine.speculation import Draft
 from matquant.serve.prefixes import SHORTEST, common, uniform
 from matquant.serve.slots import Slot, Width
 
@@ -19,23 +20,33 @@ LOGIT_VALUES = 2**23  # logits that a step computes for prompts, at most
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """Tokens ``start`` to ``stop`` of a sequence, to be read in one step. scored: all of their logits are wanted."""
+    """Tokens ``start`` to ``stop`` of a sequence, to be read in one step. scored: all of their logits are wanted.
+
+    draft: tokens behind those of the sequence; None: nothing was to be drafted.
+    """
 
     slot: Slot
     start: int
     stop: int
     width: Width
     scored: bool = False
+    draft: Draft | None = None
 
     @property
     def chooses(self) -> bool:
         """Return whether the next token is chosen after it."""
-        return self.stop == len(self.slot.ids)
+        return self.stop >= len(self.slot.ids)
 
     @property
     def logits(self) -> int:
         """Return how many rows want logits, the last ones."""
-        return self.stop - self.start if self.scored else int(self.chooses)
+        rows = self.stop - self.start
+        return rows if self.scored else min(rows, max(0, self.stop - len(self.slot.ids) + 1))
+
+    def tokens(self, start: int, stop: int) -> list[int]:
+        """Return the tokens ``start`` to ``stop``, drafts included."""
+        ids, drafts, held = self.slot.ids, self.draft.tokens if self.draft else [], len(self.slot.ids)
+        return ids[start:stop] + drafts[max(0, start - held) : max(0, stop - held)]
 
 
 @dataclass(kw_only=True)
@@ -93,7 +104,7 @@ def group_pieces(pieces: Iterable[Piece]) -> list[Group]:
 def add_rows(group: Group, piece: Piece, start: int, stop: int) -> None:
     """Append the rows of the tokens ``start`` to ``stop`` of a piece."""
     assert piece.slot.cache is not None, "begin first"
-    group.tokens += piece.slot.ids[start:stop]
+    group.tokens += piece.tokens(start, stop)
     group.positions += range(start, stop)
     group.caches += [piece.slot.cache] * (stop - start)
 

@@ -4,6 +4,7 @@ Only the engine thread changes a slot, except for ``cancelled``, which any threa
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +12,10 @@ import numpy as np
 from matquant import _native
 from matquant.core.spec import Plan
 from matquant.engine.engine import Engine
+from matquant.engine.lookup import Lookup
+from matquant.engine.pace import Pace
 from matquant.engine.sampling import choose
+from matquant.engine.speculation import Numbers
 from matquant.serve.admission import cache_bytes, check_prompt
 from matquant.serve.logits import Penalties, adjust, score
 from matquant.serve.prefixes import SHORTEST, Mark, Prefix, add_mark
@@ -64,15 +68,18 @@ class Slot:
         self.bytes = cache_bytes(engine, self.capacity)
         self.cache: _native.Cache | None = None
         self.read = 0  # tokens whose keys and values are in the cache
+        self.reached = 0  # tokens that the cache has held, rejected drafts included
         self.reads = b""  # the width table of its prompt
         self.marks: list[Mark] = []
         self.cached_tokens: int | None = None  # None: the prompt has not been begun
         self.cancelled = False
         self.ending = ""  # "stop", "length", "abort" or "error"; "": it goes on
+        self.numbers = Numbers(generation.sampling.seed)
+        self.penalties = Penalties(generation, vocab)
+        self.lookup = Lookup()  # for drafts; it may be behind
+        self.paces: dict[bytes, Pace] = {}  # how often drafts are accepted, by the key of a width
         self._deliver = deliver
         self._events: list[Event] = []
-        self._generator = np.random.default_rng(generation.sampling.seed)
-        self._penalties = Penalties(generation, vocab)
         self._label = ""  # the width that chose the last token
         self._told = False  # the number of cached tokens
         self._prompt_scores: list[Scored] = [Scored(token=self.ids[0])] if generation.prompt_logprobs else []
@@ -117,10 +124,11 @@ class Slot:
             if place < len(self.prompt):
                 self._prompt_scores.append(score(logits_V, self.ids[place], self.generation.logprobs or 0))
 
-    def choose(self, logits_V: np.ndarray, *, label: str, reason: str) -> None:
+    def choose(self, logits_V: np.ndarray, *, label: str, reason: str, drafts: Sequence[int] = ()) -> bool:
         """Choose the next token from its logits, which are changed, and note the event.
 
         label: the width that computed them. reason: why the policy chose it, of use if it differs from the last one's.
+        drafts: tokens that may come next. Returns whether the first of them came.
         """
         generation = self.generation
         if self._prompt_scores:
@@ -128,13 +136,13 @@ class Slot:
             self._prompt_scores.clear()
         if not self.most:
             self.finish("length")
-            return
-        adjust(logits_V, generation, self._penalties, new=self.new)
-        token = choose(logits_V, generation.sampling, self._generator)
+            return False
+        adjust(logits_V, generation, self.penalties, new=self.new)
+        token = choose(logits_V, generation.sampling, self.numbers)
         scored = Scored(token=token)
         if generation.logprobs is not None:
             scored = score(logits_V, token, generation.logprobs)
-        self._penalties.take(token)
+        self.penalties.take(token)
         self.ids.append(token)
         if generation.constraint is not None and token not in generation.ends:
             generation.constraint.accept(token)
@@ -143,6 +151,7 @@ class Slot:
         changed = self._label not in ("", label)
         self._label = label
         self.ending = finish or ""
+        accepted = token in drafts[:1]
         self._events.append(
             Event(
                 token=scored,
@@ -150,8 +159,11 @@ class Slot:
                 cached_tokens=self._cached(),
                 finish=finish,
                 reason=reason if changed else "",
+                accepted=int(accepted),
+                rejected=0 if accepted and finish is None else len(drafts) - accepted,
             )
         )
+        return accepted
 
     def _cached(self) -> int | None:
         """Return the number of cached tokens, once: for the first event."""
@@ -176,4 +188,4 @@ class Slot:
         if cache is None or self.read < SHORTEST:
             return None
         ids = np.asarray(self.ids[: self.read], dtype=np.int32)
-        return Prefix(ids=ids, marks=tuple(self.marks), cache=cache, bytes=cache.bytes_in_use(self.read))
+        return Prefix(ids=ids, marks=tuple(self.marks), cache=cache, bytes=cache.bytes_in_use(self.reached))

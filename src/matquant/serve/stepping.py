@@ -56,8 +56,11 @@ class Stepper:
         native_s = choosing_s = 0.0
         for group in group_pieces(pieces):
             began = self._clock()
-            logits = self._run(group)
+            logits = self.run(group)
             middle = self._clock()
+            first = group.pieces[0].draft
+            if first and all(piece.draft for piece in group.pieces):
+                first.times.spent(middle - began, rows=len(group.tokens))
             for piece, place in zip(group.pieces, group.places, strict=True):
                 self._take(piece, logits[place : place + piece.logits], reason)
             native_s += middle - began
@@ -67,7 +70,10 @@ class Stepper:
         self.counts["choosing_s"] += choosing_s
         return native_s, choosing_s
 
-    def _run(self, group: Group) -> np.ndarray:
+    def run(self, group: Group) -> np.ndarray:
+        """Compute the rows of a group; return the logits, float32 [at least as many as it wants, vocab]."""
+        for piece in group.pieces:
+            piece.slot.reached = max(piece.slot.reached, piece.stop)
         _native.step(
             self.engine.model.native,
             group.width.table,
@@ -83,19 +89,34 @@ class Stepper:
         return self._logits
 
     def _take(self, piece: Piece, logits: np.ndarray, reason: str) -> None:
-        slot = piece.slot
-        slot.advance(piece.stop, piece.width.key)
+        slot, drafts = piece.slot, piece.draft.tokens if piece.draft else []
+        slot.advance(piece.stop - len(drafts), piece.width.key)
         try:
             if piece.scored:
                 slot.score_prompt(piece.start, logits)
             if piece.chooses:
-                new = slot.new
-                slot.choose(logits[-1], label=piece.width.label, reason=reason)
-                if slot.new > new:
-                    self.counts["generation_tokens"] += 1
-                    self.counts[f"generation_tokens/{piece.width.label}"] += 1
+                self._choose(piece, logits[-1 - len(drafts) :], drafts, reason)
         except Exception as error:  # whatever a constraint raises concerns its sequence alone
             slot.finish("error", f"{type(error).__name__}: {error}")
+
+    def _choose(self, piece: Piece, logits: np.ndarray, drafts: Sequence[int], reason: str) -> None:
+        """Choose tokens for as long as they are those drafted, and the one after them."""
+        slot, label, accepted = piece.slot, piece.width.label, 0
+        while True:
+            new = slot.new
+            came = slot.choose(logits[accepted], label=label, reason=reason, drafts=drafts[accepted:])
+            accepted += came
+            self.counts["generation_tokens"] += slot.new - new
+            self.counts[f"generation_tokens/{label}"] += slot.new - new
+            if not came or slot.finished:
+                break
+            slot.advance(len(slot.ids), piece.width.key)
+        if piece.draft and not slot.finished:
+            piece.draft.judge(accepted)
+        if drafts:
+            self.counts["drafts"] += 1
+            self.counts["draft_tokens"] += len(drafts)
+            self.counts["accepted_tokens"] += accepted
 
     def release(self, slot: Slot, *, limit: int, broken: bool) -> None:
         """Keep what later requests may copy of a sequence that has ended, in ``limit`` bytes of prefixes."""

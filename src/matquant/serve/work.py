@@ -69,6 +69,8 @@ class Event:
     cached_tokens: int | None = None  # with the first event: prompt tokens that were in the cache already
     finish: str | None = None  # the last event: "stop" (an end), "length", "abort", or "error"
     reason: str = ""  # with "error": what happened; with a change of width: why
+    accepted: int = 0  # 1 if the token had been drafted
+    rejected: int = 0  # drafts that the token replaced or ended
 
 
 Deliver = Callable[[Sequence[Event]], None]  # called by the engine thread; it must not block

@@ -25,6 +25,8 @@ class Counts:
 
     tokens: int = 0
     cached_tokens: int = 0
+    accepted: int = 0  # drafted tokens
+    rejected: int = 0
     served: list[tuple[str, int]] = field(default_factory=list)
     reason: str = ""  # of the last change of width, or of an error
 
@@ -67,6 +69,8 @@ class Writer:
             self.counts.cached_tokens = event.cached_tokens
         if event.reason:
             self.counts.reason = event.reason
+        self.counts.accepted += event.accepted
+        self.counts.rejected += event.rejected
         text = ""
         if event.token is not None:
             text = self._token(event.token, label or event.bits)

@@ -1,0 +1,103 @@
+"""Drafts for the sequences of a step: which of them draft, from where, and how many tokens (engine/speculation.py).
+
+A step with drafts has a row for every sequence's last token and one for each draft, at most MOST_ROWS together, because
+more rows cost more than they can yield. So four sequences may draft one token each, two of them three, and a sequence
+alone seven; with five or more, or while a prompt is read, nothing is drafted. Sequences at one width choose together
+(engine/pace.py), and those that draft by steps take them together. What steps cost is shared by all sequences and
+starts from the table of costs (cost.py); how often drafts are accepted is measured for each, because texts differ.
+
+Logit bias, penalties and ends before ``min_tokens`` count for drafts too; constraints and the drafts before do not.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from matquant.engine.pace import PANELS, Pace, Times, Wish, choose_together
+from matquant.engine.speculation import AUTO, DRAFT_WIDTHS, LEAST_SAVING, Draft, narrower
+from matquant.serve.cost import Costs
+from matquant.serve.logits import shift
+from matquant.serve.scheduling import Piece, group_pieces
+from matquant.serve.slots import Slot, Width
+from matquant.serve.stepping import Stepper
+
+MOST_ROWS = PANELS[-1]
+CATCH_UP = 4096  # tokens of a text that prompt lookup takes up in a step
+
+
+class Drafter:
+    """Chooses what sequences draft. speculate: "auto", or the number of tokens that each drafts if there is room."""
+
+    def __init__(
+        self, stepper: Stepper, costs: Costs, *, speculate: str | int, rows: int, clock: Callable[[], float]
+    ) -> None:
+        self._stepper, self._costs, self._clock = stepper, costs, clock
+        self._rows = min(rows, MOST_ROWS)
+        self._length = None if speculate == AUTO else int(speculate)
+        engine = stepper.engine
+        self._bits = {f"int{bits}": bits for bits in DRAFT_WIDTHS if bits <= engine.max_bits}
+        self._tables = {name: engine.widths(bits) for name, bits in self._bits.items()}
+        self._sources: dict[bytes, dict[str, Width]] = {}  # of a width, by its key: what may draft for it
+        self._times: dict[bytes, Times] = {}
+
+    def room(self, sequences: int) -> int:
+        """Return how many tokens each of the sequences of a step may draft."""
+        return max(0, self._rows // sequences - 1) if sequences else 0
+
+    def draft(self, pieces: Sequence[Piece], rooms: Sequence[int]) -> list[Piece]:
+        """Return the pieces, each of the last token of a sequence, with at most ``rooms`` drafts behind them."""
+        began = self._clock()
+        rows = {piece.width.key: sum(other.width.key == piece.width.key for other in pieces) for piece in pieces}
+        seconds = {piece.width.key: self._of(piece.width).cost(rows[piece.width.key]) for piece in pieces}
+        drafts: dict[int, Draft] = {}  # by number of the slot
+        for key in rows:
+            own = [(piece.slot, room) for piece, room in zip(pieces, rooms, strict=True) if piece.width.key == key]
+            beside = len(pieces) - len(own), sum(seconds.values()) - seconds[key]
+            wishes = [self._wish(slot, key, room) for slot, room in own]
+            for (slot, _), wish, choice in zip(own, wishes, choose_together(wishes, beside=beside), strict=True):
+                drafts[slot.number] = Draft(wish.pace, slot.lookup, *choice, ends=slot.generation.ends)
+        drafting = [replace(piece, draft=drafts[piece.slot.number]) for piece in pieces]
+        while going := [piece for piece in drafting if piece.draft and piece.draft.goes_on]:
+            self._step(going)
+        self._stepper.counts["drafting_s"] += self._clock() - began
+        return [replace(piece, stop=piece.stop + len(piece.draft.tokens)) for piece in drafting if piece.draft]
+
+    def _wish(self, slot: Slot, key: bytes, room: int) -> Wish:
+        """Return what a sequence may draft."""
+        lookup = slot.lookup
+        lookup.extend(slot.ids[len(lookup.ids) :][:CATCH_UP])
+        pace = slot.paces.setdefault(key, Pace(times=self._times[key], length=self._length))
+        found = lookup.find() if room and len(lookup.ids) == len(slot.ids) else ""
+        return Wish(pace=pace, found=found, room=room)
+
+    def _step(self, pieces: Sequence[Piece]) -> None:
+        """Draft one more token for each of the pieces."""
+        steps = []
+        for piece in pieces:
+            assert piece.draft is not None
+            start, width = piece.start + len(piece.draft.tokens), self._sources[piece.width.key][piece.draft.source]
+            steps.append(replace(piece, start=start, stop=start + 1, width=width))
+        for group in group_pieces(steps):
+            began = self._clock()
+            logits = self._stepper.run(group)
+            for piece, place in zip(group.pieces, group.places, strict=True):
+                slot, draft, logits_V = piece.slot, piece.draft, logits[place]
+                assert draft is not None
+                shift(logits_V, slot.generation, slot.penalties, new=slot.new + len(draft.tokens))
+                draft.take(logits_V, slot.generation.sampling, slot.numbers)
+            spent_s = self._clock() - began
+            for source, times in {(piece.draft.source, piece.draft.times) for piece in group.pieces if piece.draft}:
+                times.spent(spent_s, rows=len(group.pieces), source=source)
+
+    def _of(self, width: Width) -> Times:
+        """Return what steps for a width take."""
+        if width.key not in self._times:
+            cost, bits = self._costs.step_s, {"": width.bits, **self._bits}
+            tables = narrower(self._tables, width.table)
+            share = {name: cost(bits[name], 1) / cost(width.bits, 1) for name in tables}
+            share = {name: part for name, part in share.items() if part <= LEAST_SAVING}
+            self._sources[width.key] = {
+                name: Width(table=tables[name], key=tables[name].tobytes(), label=name, bits=bits[name])
+                for name in share
+            }
+            self._times[width.key] = Times(share, table=lambda source, rows: cost(bits[source], rows))
+        return self._times[width.key]
