@@ -49,6 +49,7 @@ def directory(server: Any) -> Path:
     copy = Path(tempfile.mkdtemp()) / "model"
     shutil.copytree(model, copy)
     (copy / "chat_template.jinja").write_text(text)
+    subprocess.run([os.environ["MATQUANT"], "verify", "--seal", copy], check=True, capture_output=True)
     return copy
 
 
