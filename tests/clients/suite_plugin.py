@@ -18,20 +18,18 @@ from typing import Any
 import pytest
 import utils  # the suite's
 
-ROUTES = ("/chat/completions", "/completions", "/models", "/embeddings")  # llama.cpp's short forms of OpenAI's
+ROUTES = ("/chat/completions", "/models")  # llama.cpp's short forms of OpenAI's
 READY = re.compile(r"at http://[\d.]+:(\d+)/v1")
 TEMPLATES = {"llama3": "meta-llama-Llama-3.1-8B-Instruct"}
-CONTEXT = 512  # of the model
 servers: dict[tuple[str, ...], tuple[subprocess.Popen[str], int]] = {}
 asked: dict[str, str] = {}
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Note the name under which a test wants its model."""
+    """Note the name under which a test wants its model, and whether it wants an empty cache."""
     found = re.search(r'model="([^"]+)"', inspect.getsource(getattr(item, "function")))  # noqa: B009
-    asked.clear()
-    if found:
-        asked["name"] = found[1]
+    asked["name"] = found[1] if found else ""
+    asked["cache"] = item.name if "cached" in item.name else ""
 
 
 def directory(server: Any) -> Path:
@@ -57,11 +55,12 @@ def start(server: Any, timeout_seconds: float = 60) -> None:
     """Start our server, or take the one that runs with the same options."""
     if server.model_hf_repo != "ggml-org/test-model-stories260K":
         pytest.skip(f"needs {server.model_hf_repo}")
-    name = asked.get("name") or (server.model_alias or "tinyllama-2").split(",")[0]
-    context = min(CONTEXT, server.n_ctx or CONTEXT) // (server.n_slots or 1) if (server.n_ctx or 0) <= CONTEXT else CONTEXT
-    options = ["--name", name, "--context", str(context), "--answer-tokens", str(server.n_predict or CONTEXT)]
+    name = asked["name"] or (server.model_alias or "tinyllama-2").split(",")[0]
+    context = server.n_ctx // (server.n_slots or 1)
+    answer = server.n_predict if (server.n_predict or -1) > 0 else context
+    options = ["--name", name, "--context", str(context), "--answer-tokens", str(answer)]
     options += ["--api-key", server.api_key] if server.api_key else []
-    key = (*options, server.chat_template or "", server.chat_template_file or "")
+    key = (*options, server.chat_template or "", server.chat_template_file or "", asked["cache"])
     if key not in servers:
         command = [os.environ["MATQUANT"], "serve", directory(server), "--port", "0", "--threads", "1", *options]
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
