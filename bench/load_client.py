@@ -8,6 +8,8 @@ import asyncio
 import json
 import os
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -87,6 +89,18 @@ def take(answer: Answer, data: bytes) -> None:
 async def together(port: int, bodies: Sequence[dict[str, Any]]) -> list[Answer]:
     """Send all at once."""
     return await asyncio.gather(*(ask(port, fields) for fields in bodies))
+
+
+def read(port: int, path: str) -> tuple[int, str]:
+    """GET a route of a server of this machine: status and text; 0 while nobody listens."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}") as response:
+            return response.status, response.read().decode()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read().decode()
+    except OSError:
+        return 0, ""
 
 
 def cpu_s(process: int) -> float:

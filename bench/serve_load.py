@@ -23,12 +23,11 @@ import contextlib
 import json
 import random
 import re
+import signal
 import statistics
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +36,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from load_client import Answer, ask, body, cpu_s, resident_bytes, together
+from load_client import Answer, ask, body, cpu_s, read, resident_bytes, together
 from matquant.engine.engine import Engine
 from origin import ROOT, append_record, origin
 
@@ -95,18 +94,6 @@ def llama(options: argparse.Namespace, gguf: str, port: int, sequences: int) -> 
     finally:
         process.kill()
         process.wait()
-
-
-def read(port: int, path: str) -> tuple[int, str]:
-    """GET a route of a server of this machine: status and text; 0 while nobody listens."""
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}") as response:
-            return response.status, response.read().decode()
-    except urllib.error.HTTPError as error:
-        with error:
-            return error.code, error.read().decode()
-    except OSError:
-        return 0, ""
 
 
 class Prompts:
@@ -169,6 +156,7 @@ def load(options: argparse.Namespace) -> dict[str, Any]:
                 for target in targets:
                     found = measure(target, drawn, options.tokens)
                     samples.setdefault((target.label, requests), []).append(found)
+                    print(f"{requests} requests, {target.label}: {found['tok_s']:.1f} tokens/s", file=sys.stderr, flush=True)
                 targets = [*targets[1:], targets[0]]
     labels = [target.label for target in targets]
     return {"cells": {label: {n: cell(samples, label, n, labels) for n in options.requests} for label in sorted(labels)}}
@@ -307,6 +295,7 @@ def main() -> None:
     parser.add_argument("--soak", type=int, metavar="REQUESTS")
     parser.add_argument("--keep", action="store_true")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the servers end too
     kind = "overload" if options.overload else "soak" if options.soak else "load"
     record = {"overload": overload, "soak": soak, "load": load}[kind](options)
     if kind == "load":

@@ -20,6 +20,10 @@ class Server:
     process: subprocess.Popen[str]
     address: str
 
+    @property
+    def port(self) -> int:
+        return int(self.address.rpartition(":")[2])
+
 
 @contextlib.contextmanager
 def running(directory: Path, *options: str) -> Iterator[Server]:

@@ -7,7 +7,7 @@ for OpenAI's package of npm, "suite" for llama.cpp's tests of servers.
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -56,10 +56,13 @@ def run_client(script: str, *arguments: str | Path) -> str:
     return run_command([python, HERE / script, *arguments])
 
 
-def run_command(command: list[str | Path]) -> str:
+def run_command(
+    command: list[str | Path], *, folder: Path | None = None, variables: Mapping[str, str] | None = None
+) -> str:
     """Run a command without this project on its path, and without any hub; return what it prints."""
     environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "OPENAI_API_KEY")}
     environment |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    environment |= variables or {}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, check=False)
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
     return done.stdout
