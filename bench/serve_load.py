@@ -156,10 +156,16 @@ def load(options: argparse.Namespace) -> dict[str, Any]:
                 for target in targets:
                     found = measure(target, drawn, options.tokens)
                     samples.setdefault((target.label, requests), []).append(found)
-                    print(f"{requests} requests, {target.label}: {found['tok_s']:.1f} tokens/s", file=sys.stderr, flush=True)
+                    print(
+                        f"{requests} requests, {target.label}: {found['tok_s']:.1f} tokens/s",
+                        file=sys.stderr,
+                        flush=True,
+                    )
                 targets = [*targets[1:], targets[0]]
     labels = [target.label for target in targets]
-    return {"cells": {label: {n: cell(samples, label, n, labels) for n in options.requests} for label in sorted(labels)}}
+    return {
+        "cells": {label: {n: cell(samples, label, n, labels) for n in options.requests} for label in sorted(labels)}
+    }
 
 
 def cell(samples: Any, label: str, requests: int, labels: Sequence[str]) -> dict[str, Any]:
@@ -257,7 +263,8 @@ def overload(options: argparse.Namespace) -> dict[str, Any]:
 
 def soak(options: argparse.Namespace) -> dict[str, Any]:
     """Answer many requests, a few at a time; return resident memory at tenths of the way, in MiB."""
-    prompts, found, at_once = Prompts(options), [], max(options.requests)
+    prompts, at_once = Prompts(options), max(options.requests)
+    found: list[float] = []
     with matquant(options, "--max-num-seqs", str(at_once), "--kv-bytes", options.kv_bytes) as (port, process):
         for start in range(0, options.soak, at_once):
             bodies = [body(ids, options.tokens) for ids in prompts.take(min(at_once, options.soak - start))]

@@ -156,6 +156,13 @@ def test_a_stream_has_the_text_of_the_answer(client: TestClient) -> None:
     assert {entry["id"] for entry in found} == {found[0]["id"]}
 
 
+def test_counts_come_with_every_chunk_only_where_counts_are_wanted(client: TestClient) -> None:
+    for wanted in (False, True):
+        options = {"include_usage": wanted, "continuous_usage_stats": True}
+        found = events(complete(client, ignore_eos=True, stream=True, stream_options=options))
+        assert [bool(entry.get("usage")) for entry in found] == [wanted] * len(found)
+
+
 def test_several_answers_differ_and_are_reproducible(client: TestClient) -> None:
     fields: dict[str, Any] = {"n": 3, "temperature": 1.5, "seed": 5, "ignore_eos": True}
     texts = [choice["text"] for choice in complete(client, **fields).json()["choices"]]
@@ -249,7 +256,10 @@ def test_scoring_alone_needs_no_new_token(client: TestClient) -> None:
     fields: dict[str, Any] = {"prompt": "abc", "max_tokens": 0, "echo": True, "logprobs": 0}
     body = complete(client, **fields).json()
     assert body["choices"][0]["text"] == "abc"
-    assert len(body["choices"][0]["logprobs"]["tokens"]) == 3
+    logprobs = body["choices"][0]["logprobs"]
+    assert len(logprobs["tokens"]) == 3
+    chosen = zip(logprobs["tokens"], logprobs["token_logprobs"], strict=True)
+    assert logprobs["top_logprobs"] == [None, *({token: logprob} for token, logprob in list(chosen)[1:])]
     assert body["usage"]["completion_tokens"] == 0
     streamed = events(complete(client, **fields, stream=True))
     assert "".join(entry["choices"][0]["text"] for entry in streamed) == "abc"

@@ -4,6 +4,7 @@ import asyncio
 import sys
 import time
 import urllib.request
+from collections.abc import Callable
 from typing import Any
 
 import openai
@@ -33,7 +34,7 @@ class Point(BaseModel):
 
 
 def whole_answers(client: openai.OpenAI) -> None:
-    assert [model.id for model in client.models.list()][0] == "tiny"
+    assert next(model.id for model in client.models.list()) == "tiny"
     assert client.models.retrieve("tiny:int8").id == "tiny:int8"
     found = client.chat.completions.create(
         model=MODEL, messages=MESSAGES, max_tokens=8, n=2, logprobs=True, top_logprobs=3, seed=1, temperature=1
@@ -64,7 +65,9 @@ def structured(client: openai.OpenAI) -> None:
         called.choices[0].message.model_dump(exclude_none=True),
         *({"role": "tool", "tool_call_id": call.id, "content": "3"} for call in calls),
     ]
-    after = client.chat.completions.create(model=MODEL, messages=history, tools=[TOOL], tool_choice="none", max_tokens=4)
+    after = client.chat.completions.create(
+        model=MODEL, messages=history, tools=[TOOL], tool_choice="none", max_tokens=4
+    )
     assert after.choices[0].message.content
 
 
@@ -84,6 +87,15 @@ def streams(client: openai.OpenAI) -> None:
     assert "".join(chunk.choices[0].text for chunk in pieces)
 
 
+def error_of(kind: type[openai.APIStatusError], ask: Callable[..., Any], **fields: Any) -> openai.APIStatusError:
+    """The error that a request must raise."""
+    try:
+        ask(**fields)
+    except kind as error:
+        return error
+    raise AssertionError(f"{fields} was answered")
+
+
 def errors(client: openai.OpenAI) -> None:
     wrong: list[tuple[type[openai.APIStatusError], Any]] = [
         (openai.NotFoundError, {"model": "other"}),
@@ -91,18 +103,8 @@ def errors(client: openai.OpenAI) -> None:
         (openai.BadRequestError, {"model": MODEL, "max_tokens": 10**6}),
     ]
     for kind, fields in wrong:
-        try:
-            client.chat.completions.create(messages=MESSAGES, **fields)
-        except kind as error:
-            assert error.param is not None
-        else:
-            raise AssertionError(f"{fields} was answered")
-    try:
-        client.embeddings.create(model=MODEL, input="x")
-    except openai.NotFoundError as error:
-        assert "text only" in error.message
-    else:
-        raise AssertionError("embeddings were answered")
+        assert error_of(kind, client.chat.completions.create, messages=MESSAGES, **fields).param is not None
+    assert "text only" in error_of(openai.NotFoundError, client.embeddings.create, model=MODEL, input="x").message
 
 
 def answers_being_written(address: str) -> int:

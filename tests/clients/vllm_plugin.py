@@ -14,6 +14,7 @@ import subprocess
 import sys
 import urllib.request
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
@@ -60,7 +61,9 @@ class Words:
     def apply_chat_template(self, conversation: Any, **options: Any) -> str:
         """What the server's template writes, read back from the tokens that it makes of it."""
         body = {"messages": conversation, "add_special_tokens": False}
-        body |= {key: options[key] for key in ("add_generation_prompt", "continue_final_message", "tools") if key in options}
+        body |= {
+            key: options[key] for key in ("add_generation_prompt", "continue_final_message", "tools") if key in options
+        }
         request = urllib.request.Request(f"{RUNNING[-1].address}/tokenize", json.dumps(body).encode())
         with urllib.request.urlopen(request) as response:
             return self.decode(json.load(response)["tokens"])
@@ -75,8 +78,8 @@ class RemoteOpenAIServer:
     DUMMY_API_KEY = "token-abc123"
 
     def __init__(self, model: str, args: Sequence[str], **options: Any) -> None:
-        self._options = ["--name", model]
-        for name, value in zip(args, args[1:], strict=False):
+        self._options = ["--name", model, "--tool-format", "hermes"]
+        for name, value in pairwise(args):
             if name == "--max-model-len":
                 self._options += ["--context", value]
 
@@ -108,5 +111,8 @@ class RemoteOpenAIServer:
 
 sys.meta_path.append(Absent())
 sys.modules["tests.utils"] = MagicMock(RemoteOpenAIServer=RemoteOpenAIServer, ROCM_EXTRA_ARGS=[])
+sys.modules["tests.conftest"] = MagicMock()
 sys.modules["vllm.tokenizers"] = MagicMock(get_tokenizer=lambda **_: Words())
 sys.modules["transformers"] = MagicMock(AutoTokenizer=MagicMock(from_pretrained=lambda *_, **__: Words()))
+
+from tests.entrypoints.conftest import *  # noqa: E402, F403  (fixtures; the folder of the tests is on the path)
