@@ -224,7 +224,8 @@ async def offer(port: int, bodies: Sequence[dict[str, Any]], rate: float) -> lis
 def overload(options: argparse.Namespace) -> dict[str, Any]:
     """Offer twice what the server can do; raise AssertionError if an answer is lost or changed."""
     prompts, tokens, places = Prompts(options), options.tokens, str(max(options.requests))
-    with matquant(options, "--max-num-seqs", places, "--max-queued", str(WAITING), "--latency-ms", "50") as (port, _):
+    limits = ("--max-num-seqs", places, "--max-queued", str(WAITING), "--latency-ms", str(options.latency_ms))
+    with matquant(options, *limits) as (port, _):
         probe = Target("matquant int8", port, 0, {"model": "model:int8"})
         began = time.perf_counter()
         answers = asyncio.run(together(port, [body(i, tokens, **probe.fields) for i in prompts.take(int(places))]))
@@ -299,6 +300,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=18100, help="of the first llama-server")
     parser.add_argument("--kv-bytes", default="200MB")
     parser.add_argument("--overload", type=float, metavar="SECONDS")
+    parser.add_argument("--latency-ms", type=float, default=100, help="target of the overloaded server")
     parser.add_argument("--soak", type=int, metavar="REQUESTS")
     parser.add_argument("--keep", action="store_true")
     options = parser.parse_args()
