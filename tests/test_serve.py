@@ -19,6 +19,7 @@ from matquant.serve import running
 from matquant.serve.app import make_app
 from matquant.serve.fields import CHAT, COMPLETION
 from matquant.serve.limits import Limits
+from matquant.serve.metrics import Metrics
 from matquant.serve.run import drain
 from matquant.serve.service import Service
 from one_by_one import OneByOne
@@ -309,6 +310,17 @@ def test_state(client: TestClient, service: Service) -> None:
     service.is_draining = True
     assert_error(client.get("/health"), 503)
     assert_error(complete(client), 503, words="stopping")
+
+
+def test_kept_prefixes_are_no_usage_of_the_cache(engine: matquant.Engine) -> None:
+    class Busy(OneByOne):
+        def stats(self) -> dict[str, float]:
+            return {"kv_bytes": 900.0, "kv_bytes_reserved": 100.0, "kv_bytes_limit": 1000.0}
+
+    batcher = Busy(engine)
+    text = Metrics(batcher, model_name="tiny").text().decode()
+    batcher.stop(0)
+    assert 'vllm:kv_cache_usage_perc{engine="0",model_name="tiny"} 0.1\n' in text
 
 
 def test_metrics_count_tokens_by_width(client: TestClient) -> None:

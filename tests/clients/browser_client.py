@@ -34,6 +34,7 @@ def stops(page: Page) -> None:
 
 def compares(page: Page) -> None:
     """The same prompt at every width, side by side."""
+    page.locator("#new").click()
     page.locator("#max_tokens").fill("4")
     page.locator("#compare").click()
     page.locator("#box").fill("The cat")

@@ -76,6 +76,7 @@ class RemoteOpenAIServer:
     """Our server in the place of vLLM's."""
 
     DUMMY_API_KEY = "token-abc123"
+    show_hidden_metrics = False
 
     def __init__(self, model: str, args: Sequence[str], **options: Any) -> None:
         self._options = ["--name", model, "--tool-format", "hermes"]
