@@ -28,8 +28,8 @@ test-tasks: $(READY)
 test-engines: $(READY)
 	$(BIN)/pytest -n 0 -m engine --timeout 3600 tests/engines
 
-# Other people's clients and tests against matquant serve: openai, langchain-openai, lm-eval, npm's openai, and the server
-# tests of llama.cpp and vLLM, in environments under .engines/ (1 GB, made once).
+# Other people's clients and tests against matquant serve: openai, langchain-openai, lm-eval, npm's openai, the playground
+# in Chromium, and the server tests of llama.cpp and vLLM, in environments under .engines/ (1.5 GB, made once).
 test-serve: $(READY)
 	$(BIN)/pytest -n 0 -m engine --timeout 3600 tests/clients
 

@@ -1,7 +1,7 @@
 """Other people's clients against ``matquant serve``, each in an environment that is made once (make test-serve).
 
 Environments lie under MATQUANT_ENGINES (default .engines/): "clients" for openai, langchain-openai and lm-eval, "node"
-for OpenAI's package of npm, "suite" for llama.cpp's tests of servers.
+for OpenAI's package of npm, "browser" for the playground, "serve-llamacpp" and "serve-vllm" for their tests of servers.
 """
 
 import os
