@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo smollm2 test test-all test-tasks test-engines test-sanitize test-neon lint bench clean
+.PHONY: demo smollm2 test test-all test-tasks test-engines test-serve test-sanitize test-neon lint bench clean
 
 demo: $(READY)
 	$(BIN)/matquant demo
@@ -27,6 +27,11 @@ test-tasks: $(READY)
 # Exports in the engines they are for, each in an environment of its own under .engines/ (several GB, made once).
 test-engines: $(READY)
 	$(BIN)/pytest -n 0 -m engine --timeout 3600 tests/engines
+
+# Other people's clients and tests against matquant serve: openai, langchain-openai, lm-eval, npm's openai, the playground
+# in Chromium, and the server tests of llama.cpp and vLLM, in environments under .engines/ (1.5 GB, made once).
+test-serve: $(READY)
+	$(BIN)/pytest -n 0 -m engine --timeout 3600 tests/clients
 
 # The native tests under AddressSanitizer and UndefinedBehaviorSanitizer (minutes of compiling; needs cmake).
 test-sanitize:

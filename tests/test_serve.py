@@ -19,6 +19,7 @@ from matquant.serve import running
 from matquant.serve.app import make_app
 from matquant.serve.fields import CHAT, COMPLETION
 from matquant.serve.limits import Limits
+from matquant.serve.metrics import Metrics
 from matquant.serve.run import drain
 from matquant.serve.service import Service
 from one_by_one import OneByOne
@@ -156,6 +157,13 @@ def test_a_stream_has_the_text_of_the_answer(client: TestClient) -> None:
     assert {entry["id"] for entry in found} == {found[0]["id"]}
 
 
+def test_counts_come_with_every_chunk_only_where_counts_are_wanted(client: TestClient) -> None:
+    for wanted in (False, True):
+        options = {"include_usage": wanted, "continuous_usage_stats": True}
+        found = events(complete(client, ignore_eos=True, stream=True, stream_options=options))
+        assert [bool(entry.get("usage")) for entry in found] == [wanted] * len(found)
+
+
 def test_several_answers_differ_and_are_reproducible(client: TestClient) -> None:
     fields: dict[str, Any] = {"n": 3, "temperature": 1.5, "seed": 5, "ignore_eos": True}
     texts = [choice["text"] for choice in complete(client, **fields).json()["choices"]]
@@ -249,7 +257,10 @@ def test_scoring_alone_needs_no_new_token(client: TestClient) -> None:
     fields: dict[str, Any] = {"prompt": "abc", "max_tokens": 0, "echo": True, "logprobs": 0}
     body = complete(client, **fields).json()
     assert body["choices"][0]["text"] == "abc"
-    assert len(body["choices"][0]["logprobs"]["tokens"]) == 3
+    logprobs = body["choices"][0]["logprobs"]
+    assert len(logprobs["tokens"]) == 3
+    chosen = zip(logprobs["tokens"], logprobs["token_logprobs"], strict=True)
+    assert logprobs["top_logprobs"] == [None, *({token: logprob} for token, logprob in list(chosen)[1:])]
     assert body["usage"]["completion_tokens"] == 0
     streamed = events(complete(client, **fields, stream=True))
     assert "".join(entry["choices"][0]["text"] for entry in streamed) == "abc"
@@ -299,6 +310,17 @@ def test_state(client: TestClient, service: Service) -> None:
     service.is_draining = True
     assert_error(client.get("/health"), 503)
     assert_error(complete(client), 503, words="stopping")
+
+
+def test_kept_prefixes_are_no_usage_of_the_cache(engine: matquant.Engine) -> None:
+    class Busy(OneByOne):
+        def stats(self) -> dict[str, float]:
+            return {"kv_bytes": 900.0, "kv_bytes_reserved": 100.0, "kv_bytes_limit": 1000.0}
+
+    batcher = Busy(engine)
+    text = Metrics(batcher, model_name="tiny").text().decode()
+    batcher.stop(0)
+    assert 'vllm:kv_cache_usage_perc{engine="0",model_name="tiny"} 0.1\n' in text
 
 
 def test_metrics_count_tokens_by_width(client: TestClient) -> None:

@@ -130,10 +130,11 @@ def chat_logprobs(tokens: Sequence[Scored], count: int, read: TokenBytes) -> dic
     }
 
 
-def text_logprobs(tokens: Sequence[Scored], read: TokenBytes, *, offset: int = 0) -> dict[str, Any]:
+def text_logprobs(tokens: Sequence[Scored], count: int, read: TokenBytes, *, offset: int = 0) -> dict[str, Any]:
     """Return the "logprobs" object of a completion. offset: characters of the answer before these tokens.
 
-    The top tokens of a place include the most probable and the chosen one, with the same number for the same token.
+    The top tokens of a place include the most probable and the chosen one, with the same number for the same token; if
+    ``count`` is 0, they are the chosen one only.
     """
     texts = [show(read(scored.token)) for scored in tokens]
     offsets = []
@@ -144,15 +145,15 @@ def text_logprobs(tokens: Sequence[Scored], read: TokenBytes, *, offset: int = 0
         "text_offset": offsets,
         "tokens": texts,
         "token_logprobs": [_number(scored.logprob) for scored in tokens],
-        "top_logprobs": [_top(scored, text, read) for scored, text in zip(tokens, texts, strict=True)],
+        "top_logprobs": [_top(scored, text, count, read) for scored, text in zip(tokens, texts, strict=True)],
     }
 
 
-def _top(scored: Scored, text: str, read: TokenBytes) -> dict[str, float | None] | None:
+def _top(scored: Scored, text: str, count: int, read: TokenBytes) -> dict[str, float | None] | None:
     if scored.logprob is None:
         return None
     top: dict[str, float | None] = {}
-    for token, logprob in scored.top:
+    for token, logprob in scored.top if count else ():
         top.setdefault(show(read(token)), _number(logprob))
     top.setdefault(text, _number(scored.logprob))
     return top
@@ -210,7 +211,7 @@ def _text_choice(service: Service, job: Job, index: int, answer: Answer) -> dict
     return {
         "index": index,
         "text": job.echoes[index] + answer.text,
-        "logprobs": None if job.logprobs is None else text_logprobs(scored, service.token_bytes),
+        "logprobs": None if job.logprobs is None else text_logprobs(scored, job.logprobs, service.token_bytes),
         "finish_reason": finish_reason(job, answer.finish, 0),
         "stop_reason": answer.matched,
     }
@@ -246,7 +247,7 @@ class Chunks:
         else:
             scored = [*prompt, *tokens]
             if job.logprobs is not None and scored:
-                logprobs = text_logprobs(scored, read, offset=self._offsets[index])
+                logprobs = text_logprobs(scored, job.logprobs, read, offset=self._offsets[index])
                 self._offsets[index] += sum(len(read(s.token).decode(errors="ignore")) for s in scored)
             contents = [{"text": delta.text} for delta in deltas] or ([{"text": ""}] if logprobs else [])
         return [

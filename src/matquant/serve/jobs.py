@@ -102,7 +102,7 @@ def make_job(
         calling=calling,
         stream=values["stream"],
         include_usage=options["include_usage"],
-        continuous_usage=options["continuous_usage_stats"],
+        continuous_usage=options["include_usage"] and options["continuous_usage_stats"],
         ignored=[*ignored, *options["unknown"]],
     )
 

@@ -14,7 +14,7 @@ TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50
 GAUGES = {  # a key of Batcher.stats -> vLLM's name
     "running": ("vllm:num_requests_running", "Sequences that are being generated."),
     "waiting": ("vllm:num_requests_waiting", "Sequences that wait for a place."),
-    "kv_usage": ("vllm:kv_cache_usage_perc", "Share of the key/value memory in use, 1 for all of it."),
+    "kv_usage": ("vllm:kv_cache_usage_perc", "Share of the key/value memory that running sequences hold."),
 }
 COUNTED = {
     "prompt_tokens": ("vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache."),
@@ -101,7 +101,7 @@ class _Stats:
     def collect(self) -> Iterator[Any]:
         stats = dict(self._batcher.stats())
         if limit := stats.get("kv_bytes_limit"):
-            stats["kv_usage"] = stats.get("kv_bytes", 0.0) / limit
+            stats["kv_usage"] = stats.get("kv_bytes_reserved", 0.0) / limit  # as in vLLM: kept prefixes give way
         for key, (name, words) in COUNTED.items():
             yield self._counter(name, words, stats.get(key, 0.0))
         changes = CounterMetricFamily("matquant:width_changes", WIDTH_CHANGES, labels=[*LABELS, "direction"])
