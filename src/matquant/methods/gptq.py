@@ -25,7 +25,7 @@ from matquant.core.tensor import Affine, NestedTensor
 from matquant.methods.parts.affines import clip_groups, refit_affine
 from matquant.methods.parts.blocks import Block, Solved, calibration, read_tensor, run_blocks
 from matquant.methods.parts.compensation import nested_codes, sweep
-from matquant.methods.parts.ends import head_path, in_parts, with_plain_error
+from matquant.methods.parts.ends import HEAD_WEIGHTS, head_path, in_parts, with_plain_error
 from matquant.methods.parts.fake import Grid
 from matquant.methods.parts.hessians import Factor, collect_hessians, inverse_factor
 from matquant.methods.parts.job import Job
@@ -33,8 +33,6 @@ from matquant.methods.parts.tune import tune_block
 from matquant.options.gptq import Settings
 from matquant.options.objective import FLOAT
 from matquant.system.errors import InputError
-
-HEAD_WEIGHTS = 2**20  # weights of the head that are solved at once: bounds memory for any vocabulary
 
 
 def run(job: Job) -> Iterator[tuple[str, NestedTensor]]:

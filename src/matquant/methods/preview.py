@@ -15,7 +15,7 @@ import torch
 from matquant.hf.gguf import as_directory, quantised_notice
 from matquant.hf_torch.layers import decoder_layers
 from matquant.hf_torch.views import View
-from matquant.methods.parts.ends import head_path
+from matquant.methods.parts.ends import HEAD_WEIGHTS, head_path
 from matquant.methods.prepare import Prepared, prepare
 from matquant.options import METHODS
 from matquant.options.declare import options_of
@@ -27,6 +27,7 @@ ENCODE_S = 2e-7  # seconds to round one weight
 SEARCH_S = 3.4e-6  # seconds to choose one nested code by GPTQ, including one sweep
 PASSES = 6  # multiply-adds of a GPTQ pass per weight and token: two forward passes and the Hessian, each 2 FLOP
 STEP = 6  # FLOP of a training step per weight and token, forward and backward
+SOLVING_BYTES = 200  # memory per weight while GPTQ solves some rows of the head at five widths
 PYTHON_BYTES = 400e6  # memory of the process with torch, before any model
 
 
@@ -134,8 +135,9 @@ def memory_bytes(prepared: Prepared) -> float:
     stream = float(getattr(settings, "samples", 0) * settings.seq_len * config.hidden_size * 4)
     if prepared.request.choice.method == "gptq":
         streams = 1 if not settings.tune else 2 + len(prepared.request.widths)
-        solving = max(4 * layer * (12 if settings.tune else 6), 6 * _head(prepared))
-        return PYTHON_BYTES + solving + streams * stream
+        head = _head(prepared)
+        solving = 4 * layer * (12 if settings.tune else 6)
+        return PYTHON_BYTES + max(solving, 6 * head + SOLVING_BYTES * min(head, HEAD_WEIGHTS)) + streams * stream
     if prepared.request.choice.method == "omniquant":
         return PYTHON_BYTES + 4 * layer * 6 + (2 + len(prepared.request.widths)) * stream
     masters = 5 if getattr(settings, "masters", "each") == "each" else 1

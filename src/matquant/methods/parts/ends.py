@@ -17,6 +17,7 @@ from matquant.methods.parts.fake import Grid, nest
 from matquant.methods.parts.job import Job
 
 PLAIN = 1.0  # weight of the plain squared error of a head, in units of the mean diagonal of its Hessian
+HEAD_WEIGHTS = 2**20  # weights of the head solved at once: bounds memory for any vocabulary
 ROWS = 8192  # rows encoded at once: bounds memory for any vocabulary
 
 
