@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import conftest
 from conftest import FAMILIES, OTHERS, Interrupt
 from matquant.hf_torch.layers import decoder_layers
-from matquant.hf_torch.layerwise import embed, layer_output
+from matquant.hf_torch.layerwise import embed, head_inputs, layer_output
 from matquant.hf_torch.loading import load_float
 from matquant.hf_torch.shards import open_shards
 from matquant.system.errors import InputError
@@ -67,15 +67,22 @@ def test_layers_called_one_after_the_other_are_the_model(family: str, family_mod
     tokens = torch.randint(0, 250, (5, 40), generator=torch.Generator().manual_seed(0))  # longer than a sliding window
     batches, calls = embed(model, tokens.split(2))
     seen: list[torch.Tensor] = []
+    given: list[torch.Tensor] = []
     _, last = decoder_layers(model)[-1]
     with torch.no_grad():
         handle = last.register_forward_hook(lambda module, args, output: seen.append(layer_output(output)))
         model(tokens)
         handle.remove()
+        head = model.get_output_embeddings()
+        handle = head.register_forward_pre_hook(lambda module, args: given.append(args[0]))
+        model(tokens)
+        handle.remove()
         for number, states in enumerate(batches):
             for (_, layer), call in zip(decoder_layers(model), calls, strict=True):
                 states = call(layer, states)
-            torch.testing.assert_close(states, seen[0][2 * number : 2 * number + 2], rtol=1e-4, atol=1e-4)
+            part = slice(2 * number, 2 * number + 2)
+            torch.testing.assert_close(states, seen[0][part], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(head_inputs(model, tokens[part], states), given[0][part], rtol=1e-4, atol=1e-4)
 
 
 def test_a_model_that_does_not_run_layer_by_layer_is_refused(

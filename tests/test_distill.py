@@ -72,9 +72,9 @@ def test_it_is_the_three_commands_of_the_page(whole: Path, llama: Path, text_fil
     assert spec.method == "gptq, qat, qat"
     assert spec == verify_checkpoint(last).spec
     counts = [len((tmp_path / name / "training.jsonl").read_text().splitlines()) for name in ("first", "second")]
-    assert counts == [2, 2 + 6]  # a record per block, then per step, after those of what a stage starts from
+    assert counts == [3, 3 + 6]  # one per block and one of the head, then per step, after those it starts from
     assert [json.loads(line)["step"] for line in (whole / "training.jsonl").read_text().splitlines()] == [
-        *(1, 2), *range(1, 7), *range(1, 5),
+        *(1, 2, 3), *range(1, 7), *range(1, 5),
     ]  # fmt: skip
 
 

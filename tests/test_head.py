@@ -21,7 +21,7 @@ from matquant.core.spec import Plan, Spec
 from matquant.core.tensor import NestedTensor
 from matquant.export import export, make_job
 from matquant.format.contents import summarise
-from matquant.format.read import open_checkpoint
+from matquant.format.read import Checkpoint, open_checkpoint
 from matquant.format.verify import verify_checkpoint
 from matquant.format.write import write_checkpoint
 from matquant.methods.parts.ends import ROWS, nest_in_parts
@@ -141,32 +141,101 @@ def test_stock_transformers_reads_the_8_bit_model(
     assert not torch.equal(logits(stock), logits(ours))
 
 
-@pytest.mark.parametrize("method", ["rtn", "gptq", "omniquant", "qat", "distill"])
-def test_every_method_rounds_embedding_and_head_alike(
-    method: str, source: Callable[..., Path], checkpoint: Callable[..., Path], text_file: Path, tmp_path: Path
+SHORT: dict[str, dict[str, Any]] = {
+    "rtn": {"affine": "refit"},
+    "gptq": {"samples": 8, "seq_len": 32},
+    "omniquant": {"samples": 8, "seq_len": 32, "steps": 1},
+    "qat": {"steps": 1, "seq_len": 32},
+    "distill": {"samples": 8, "seq_len": 32, "steps": 2, "tune": 0},
+}
+
+
+@pytest.fixture(scope="module")
+def quantised(
+    source: Callable[..., Path], text_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Checkpoint]:
+    """(method, tied) -> the checkpoint of a short run, in groups of 16."""
+    root = tmp_path_factory.mktemp("methods")
+
+    def get(method: str, *, tied: bool = False) -> Checkpoint:
+        out = root / f"{method}-{tied}"
+        if not out.is_dir():
+            text = {} if method == "rtn" else {"text": [text_file]}
+            asked = {"scope": "all", "group_size": 16, "zero_point": "midrange", "head_bits": 5}
+            matquant.quantize(source(tied=tied), out, method=method, **asked, **SHORT[method], **text)
+        return open_checkpoint(out)
+
+    return get
+
+
+def weight_of(source: Path, path: str) -> torch.Tensor:
+    model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    return model.get_parameter(f"{path}.weight").detach()
+
+
+@pytest.mark.parametrize("method", SHORT)
+def test_what_is_not_calibrated_is_rounded_alike_by_every_method(
+    method: str, source: Callable[..., Path], quantised: Callable[..., Checkpoint]
 ) -> None:
-    small = {
-        "rtn": {},
-        "gptq": {"samples": 8, "seq_len": 32},
-        "omniquant": {"samples": 8, "seq_len": 32, "steps": 1},
-        "qat": {"steps": 1, "seq_len": 32},
-        "distill": {"samples": 8, "seq_len": 32, "steps": 2, "tune": 0},
-    }[method]
-    asked = {"method": method, "scope": "all", "group_size": 16, "zero_point": "midrange", "head_bits": 5, **small}
-    if method in ("rtn",):
-        asked["affine"] = "refit"
-    text = {} if method == "rtn" else {"text": [text_file]}
-    out = matquant.quantize(source(tied=False), tmp_path / "out", **asked, **text)
-    found, plain = open_checkpoint(out), source(tied=False) / "model.safetensors"
-    weights = transformers.AutoModelForCausalLM.from_pretrained(plain.parent)
-    grid = Grid(rule="prefix", group_size=16, zeros="centre", sliced=(2, 3, 4))
-    for path in found.ends:
-        expected = nest(weights.get_parameter(f"{path}.weight").detach().float(), grid)
-        nested = found.nested(path)
-        assert np.array_equal(nested.codes, expected.codes.numpy()), path
-        assert np.array_equal(nested.slices[2][0], expected.slices[2][0].numpy())
+    found, grid = quantised(method), Grid(rule="prefix", group_size=16, zeros="centre", sliced=(2, 3, 4))
     assert sorted(found.ends) == [HEAD, EMBEDDING]
     assert found.spec.head_bits == 5
+    for path in found.ends:
+        expected, nested = nest(weight_of(source(tied=False), path), grid), found.nested(path)
+        calibrated = path == HEAD and method in ("gptq", "distill")
+        assert np.array_equal(nested.codes, expected.codes.numpy()) != calibrated, path
+        assert np.array_equal(nested.slices[2][0], expected.slices[2][0].numpy()) != calibrated, path
+
+
+def test_distillation_keeps_the_head_of_its_first_stage(quantised: Callable[..., Checkpoint]) -> None:
+    first, last = (quantised(method).nested(HEAD) for method in ("gptq", "distill"))
+    assert np.array_equal(first.codes, last.codes)
+    assert all(np.array_equal(first.slices[bits][0], last.slices[bits][0]) for bits in (2, 3, 4))
+    changed = "model.layers.0.mlp.down_proj"
+    assert not np.array_equal(*(quantised(method).nested(changed).codes for method in ("gptq", "distill")))
+
+
+@pytest.mark.parametrize("at", ["calibrating", "the head"])
+def test_a_run_stopped_at_the_head_resumes_to_the_same_bits(
+    at: str, source: Callable[..., Path], quantised: Callable[..., Checkpoint], text_file: Path, tmp_path: Path
+) -> None:
+    def stop(record: dict[str, Any]) -> None:
+        if record.get("notice", "").startswith(at) or record.get("block") == at:
+            raise KeyboardInterrupt
+
+    asked = {"method": "gptq", "group_size": 16, "zero_point": "midrange", "head_bits": 5, **SHORT["gptq"]}
+    with pytest.raises(KeyboardInterrupt):
+        matquant.quantize(source(tied=True), tmp_path / "out", text=[text_file], report=stop, **asked)
+    assert (tmp_path / ".out.work" / "blocks" / "ends.safetensors").exists() == (at == "the head")
+    out = matquant.quantize(source(tied=True), tmp_path / "out", text=[text_file], resume=True, **asked)
+    assert read_all(out) == read_all(quantised("gptq", tied=True).directory)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_calibrated_head_has_less_output_error_than_a_rounded_one(
+    tied: bool, source: Callable[..., Path], quantised: Callable[..., Checkpoint], text_file: Path
+) -> None:
+    """The inputs are those that transformers gives to the head of the float model."""
+    path = EMBEDDING if tied else HEAD
+    model = transformers.AutoModelForCausalLM.from_pretrained(source(tied=tied), dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source(tied=tied))
+    ids = torch.tensor(tokenizer(text_file.read_text())["input_ids"][:1920]).reshape(30, 64)
+    inputs: list[torch.Tensor] = []
+    model.lm_head.register_forward_pre_hook(lambda _, given: inputs.append(given[0].flatten(0, 1)))
+    with torch.no_grad():
+        model(ids)
+    weight = model.lm_head.weight.detach()
+
+    def errors(method: str) -> dict[int, float]:
+        nested = quantised(method, tied=tied).nested(path)
+        return {
+            bits: float((inputs[0] @ (weight - torch.from_numpy(nested.read(bits))).T).square().sum())
+            for bits in (6, 4, 3, 2)
+        }
+
+    rounded, calibrated = errors("rtn"), errors("gptq")
+    assert all(calibrated[bits] < 0.9 * rounded[bits] for bits in rounded), (calibrated, rounded)
+    assert (HEAD in quantised("gptq", tied=tied).shapes) != tied
 
 
 def test_rows_encoded_in_parts_are_those_of_the_whole() -> None:

@@ -92,6 +92,14 @@ def finish(model: Model, tokens: torch.Tensor, states: torch.Tensor) -> torch.Te
     return logits
 
 
+def head_inputs(model: Model, tokens: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+    """Return the decoder's output after its final norm, [B, T, H], from the last layer's, for token ids [B, T]."""
+    layers, hand_on = [layer for _, layer in decoder_layers(model)], _hand_on(model, tokens[:1, :1])
+    with torch.no_grad(), _replaced(layers, [lambda *_, **__: hand_on(states)] * len(layers)):
+        result: torch.Tensor = model.get_decoder()(input_ids=tokens, use_cache=False)[0]
+    return result
+
+
 @contextlib.contextmanager
 def _replaced(modules: Sequence[torch.nn.Module], forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
     """Replace the forward functions of modules within this context."""

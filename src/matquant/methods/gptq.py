@@ -23,8 +23,9 @@ import torch
 from matquant.core.nest import MASTER_BITS, centred_codes, labels_of, positions, slice_codes, stored_codes
 from matquant.core.tensor import Affine, NestedTensor
 from matquant.methods.parts.affines import clip_groups, refit_affine
-from matquant.methods.parts.blocks import Block, Solved, calibration, run_blocks
+from matquant.methods.parts.blocks import Block, Solved, calibration, read_tensor, run_blocks
 from matquant.methods.parts.compensation import nested_codes, sweep
+from matquant.methods.parts.ends import HEAD_WEIGHTS, head_path, in_parts, with_plain_error
 from matquant.methods.parts.fake import Grid
 from matquant.methods.parts.hessians import Factor, collect_hessians, inverse_factor
 from matquant.methods.parts.job import Job
@@ -47,6 +48,7 @@ def run(job: Job) -> Iterator[tuple[str, NestedTensor]]:
         )
     tokens = calibration(job, samples=settings.samples, seq_len=settings.seq_len, seed=settings.seed)
     _check_rank(job, tokens.numel())
+    head = head_path(job.model, job.ends)
     return run_blocks(
         job,
         functools.partial(_solve, settings=settings),
@@ -54,6 +56,7 @@ def run(job: Job) -> Iterator[tuple[str, NestedTensor]]:
         tokens=tokens,
         batch_size=settings.batch_size,
         settings=dataclasses.asdict(settings),
+        ends=functools.partial(_solve_head, path=head, settings=settings) if head is not None else None,
     )
 
 
@@ -116,6 +119,29 @@ def _solve(job: Job, block: Block, settings: Settings) -> Solved:
         )
         record |= tuned
     return Solved(nested=nested, record=record)
+
+
+def _solve_head(job: Job, hessian_KK: torch.Tensor, *, path: str, settings: Settings) -> Solved:
+    """Return the nested head. hessian: of its inputs. "loss" as in ``nest_block``, with the plain error's share."""
+    view = job.ends[path]
+    job.report({"notice": f"calibrating {path}, {view.shape[0]:,} x {view.shape[1]:,}"})
+    hessian_KK = with_plain_error(hessian_KK)
+    factor = inverse_factor(hessian_KK, damp=settings.damp, name=path)
+    lambdas = {width.bits: width.weight for width in job.objective}
+    errors, total = dict.fromkeys(lambdas, 0.0), 0.0
+
+    def encode(rows_NK: torch.Tensor) -> NestedTensor:
+        nonlocal total
+        nested = nested_gptq(rows_NK, hessian_KK, job.grid, lambdas, factor=factor, sweeps=settings.sweeps, name=path)
+        total += float(((rows_NK @ hessian_KK) * rows_NK).sum())
+        for bits in lambdas:
+            error = rows_NK - nested.read(bits)
+            errors[bits] += float(((error @ hessian_KK) * error).sum())
+        return nested
+
+    weight_NK = view.of(read_tensor(job, view.parameter)).to(job.device)
+    nested = in_parts(weight_NK, encode, rows=max(1, HEAD_WEIGHTS // weight_NK.shape[1]))
+    return Solved(nested={path: nested}, record={"loss": {str(bits): error / total for bits, error in errors.items()}})
 
 
 def nest_block(

@@ -6,7 +6,7 @@ is only meant to tell minutes from hours; the progress line has a better estimat
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ import torch
 
 from matquant.hf.gguf import as_directory, quantised_notice
 from matquant.hf_torch.layers import decoder_layers
+from matquant.hf_torch.views import View
+from matquant.methods.parts.ends import HEAD_WEIGHTS, head_path
 from matquant.methods.prepare import Prepared, prepare
 from matquant.options import METHODS
 from matquant.options.declare import options_of
@@ -25,6 +27,7 @@ ENCODE_S = 2e-7  # seconds to round one weight
 SEARCH_S = 3.4e-6  # seconds to choose one nested code by GPTQ, including one sweep
 PASSES = 6  # multiply-adds of a GPTQ pass per weight and token: two forward passes and the Hessian, each 2 FLOP
 STEP = 6  # FLOP of a training step per weight and token, forward and backward
+SOLVING_BYTES = 200  # memory per weight while GPTQ solves some rows of the head at five widths
 PYTHON_BYTES = 400e6  # memory of the process with torch, before any model
 
 
@@ -74,7 +77,7 @@ def _ends(prepared: Prepared) -> str:
     """Return what else is quantised, in words."""
     if not prepared.ends:
         return ""
-    count = sum(view.shape[0] * view.shape[1] for view in prepared.ends.values())
+    count = _count(prepared.ends)
     names = " and ".join(path.rpartition(".")[2] for path in prepared.ends)
     return f"; {names} with {count / 1e6:,.1f} million at int{prepared.request.common.head_bits} or wider"
 
@@ -105,13 +108,13 @@ def seconds(prepared: Prepared) -> float:
 
 
 def _method_seconds(prepared: Prepared, method: str, settings: Any, speed: float) -> float:
-    weights = float(_weights(prepared))
+    weights, ends = float(_weights(prepared)), float(_count(prepared.ends))
     widths = len(prepared.request.widths) or 5
     if settings is None:
-        return ENCODE_S * weights
+        return ENCODE_S * (weights + ends)
     batch = float(settings.batch_size * settings.seq_len)
     if method == "gptq":
-        search = SEARCH_S * weights * (1 + settings.sweeps) / 2
+        search = SEARCH_S * (weights + _head(prepared)) * (1 + settings.sweeps) / 2
         tuning = settings.tune * widths * STEP * weights * batch / speed
         return float(search + PASSES * weights * settings.samples * settings.seq_len / speed + tuning)
     if method == "omniquant":
@@ -131,7 +134,9 @@ def memory_bytes(prepared: Prepared) -> float:
     stream = float(getattr(settings, "samples", 0) * settings.seq_len * config.hidden_size * 4)
     if prepared.request.choice.method == "gptq":
         streams = 1 if not settings.tune else 2 + len(prepared.request.widths)
-        return PYTHON_BYTES + 4 * layer * (12 if settings.tune else 6) + streams * stream
+        head = _head(prepared)
+        solving = 4 * layer * (12 if settings.tune else 6)
+        return PYTHON_BYTES + max(solving, 6 * head + SOLVING_BYTES * min(head, HEAD_WEIGHTS)) + streams * stream
     if prepared.request.choice.method == "omniquant":
         return PYTHON_BYTES + 4 * layer * 6 + (2 + len(prepared.request.widths)) * stream
     masters = 5 if getattr(settings, "masters", "each") == "each" else 1
@@ -149,7 +154,17 @@ def in_words(value_s: float) -> str:
 
 
 def _weights(prepared: Prepared) -> int:
-    return sum(rows * columns for rows, columns in (view.shape for view in prepared.views.values()))
+    return _count(prepared.views)
+
+
+def _head(prepared: Prepared) -> int:
+    """Return the weights of the head that gptq solves, 0 if it stays float."""
+    path = head_path(prepared.shards.model, prepared.ends)
+    return 0 if path is None else _count({path: prepared.ends[path]})
+
+
+def _count(views: Mapping[str, View]) -> int:
+    return sum(rows * columns for rows, columns in (view.shape for view in views.values()))
 
 
 def _parameters(prepared: Prepared) -> int:

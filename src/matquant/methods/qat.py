@@ -75,7 +75,8 @@ def run(job: Job) -> Iterator[tuple[str, NestedTensor]]:
     _check_freeze(schedule, [width.bits for width in job.objective])
     _check_mix(schedule, [width.bits for width in job.objective], list(views))
     windows = cut_windows(job.stream, schedule.seq_len)
-    state = start(model, views, grid, schedule, trained=[width.bits for width in job.objective], first=job.first)
+    first = {path: nested for path, nested in job.first.items() if path in views}  # not embedding and head
+    state = start(model, views, grid, schedule, trained=[width.bits for width in job.objective], first=first)
     optimizer = make_optimizer(state, schedule)
     check_space(work, STATE_COPIES * sum(3 * tensor.nbytes for _, tensor in state.named()))
     claim(work, mark, resume=job.resume)  # only now: a rejected start must not delete an interrupted run

@@ -151,7 +151,8 @@ def _make_job(prepared: Prepared, report: Report) -> tuple[Job, dict[str, bytes]
         count_windows(len(stream), prepared.settings.seq_len)  # rejects a text shorter than one sequence
         prepared = _fit_samples(prepared, len(stream), report)
     grid = _make_grid(prepared, report)
-    before, first = _first(request, grid, views, prepared.device)
+    kept = {} if getattr(settings, "train_rest", False) else prepared.ends
+    before, first = _first(request, grid, views, prepared.device, kept=kept)
     job = Job(
         source=prepared.source,
         model=shards.model,
@@ -238,9 +239,17 @@ def _make_spec(prepared: Prepared, grid: Grid, before: list[str], stream: np.nda
 
 
 def _first(
-    request: Request, grid: Grid, views: Mapping[str, View], device: torch.device
+    request: Request,
+    grid: Grid,
+    views: Mapping[str, View],
+    device: torch.device,
+    *,
+    kept: Mapping[str, View],
 ) -> tuple[list[str], dict[str, NestedTensor]]:
-    """Return ``--start``'s method and nested tensors on ``device``; InputError unless qat can continue from it."""
+    """Return ``--start``'s method and nested tensors on ``device``; InputError unless qat can continue from it.
+
+    kept: embedding and head, taken as they are if the checkpoint has them.
+    """
     start = request.common.start
     if start is None:
         return [], {}
@@ -263,7 +272,8 @@ def _first(
     if there != shapes:
         other = sorted(set(there.items()) ^ set(shapes.items()))[0][0]
         raise InputError(f"--start {start} and this run quantise different weights: {other}; use the same --scope")
-    first = {path: nested_to_torch(checkpoint.nested(path), device=device) for path in shapes}
+    same = [path for path in checkpoint.ends if path in kept and checkpoint.shapes[path] == kept[path].shape]
+    first = {path: nested_to_torch(checkpoint.nested(path), device=device) for path in (*shapes, *same)}
     return [checkpoint.spec.method], first
 
 
@@ -293,9 +303,12 @@ def _write(prepared: Prepared, job: Job, nested: Nested, files: dict[str, bytes]
     """Write the checkpoint from tensors as they are made, with the training log."""
 
     def items() -> Iterator[Any]:
-        yield from ((path, nested_to_numpy(tensor)) for path, tensor in nested)
+        done = set()
+        for path, tensor in nested:
+            done.add(path)
+            yield path, nested_to_numpy(tensor)
         read = functools.partial(read_tensor, job) if streamed else None
-        yield from ((path, nested_to_numpy(tensor)) for path, tensor in nest_ends(job, read))
+        yield from ((path, nested_to_numpy(tensor)) for path, tensor in nest_ends(job, read, done=done))
         yield from plain_items(job.model, quantised, job.dtypes, read=read)
 
     request, streamed = prepared.request, prepared.request.method.streamed

@@ -5,6 +5,8 @@ block computes the input of the next one. Memory holds one block, the method's d
 hidden states (samples x seq_len x hidden_size x 4 bytes for each stream), however deep the model is. A *stream* is the
 hidden states of the float model (FLOAT) or of the model read at one width.
 
+After the last block its output, through the final norm, is the head's input: a method may solve the head with it.
+
 A resumed run loads the finished blocks instead of solving them and computes the streams again with them, so its result
 is bit-identical to that of an uninterrupted run.
 """
@@ -28,7 +30,7 @@ from matquant.core.nest import UNIFORM
 from matquant.core.tensor import NestedTensor
 from matquant.hf.text import cut_windows
 from matquant.hf_torch.layers import decoder_layers
-from matquant.hf_torch.layerwise import Call, embed
+from matquant.hf_torch.layerwise import Call, embed, head_inputs
 from matquant.hf_torch.views import View, write_weights
 from matquant.methods.parts.job import LOG, Job, fingerprint
 from matquant.methods.parts.sealed import open_sealed, save_sealed
@@ -37,7 +39,7 @@ from matquant.system.errors import InputError
 from matquant.system.files import json_text, write_atomically
 from matquant.system.interrupted import check_same_run, claim
 
-BLOCKS = "blocks"
+BLOCKS, ENDS = "blocks", "ends"
 CPU = torch.device("cpu")
 
 
@@ -49,7 +51,7 @@ class Block:
     """
 
     index: int  # index of the decoder layer, from 0
-    count: int  # decoder layers of the model
+    count: int  # blocks of the run: decoder layers, and one more for the head if it is solved too
     name: str  # module name of the layer
     module: torch.nn.Module  # the layer with its float32 weights, not to be changed
     views: Mapping[str, View]  # path -> linear layer to quantise
@@ -68,6 +70,7 @@ class Solved:
 
 
 Solve = Callable[[Job, Block], Solved]
+SolveEnds = Callable[[Job, torch.Tensor], Solved]  # given the Hessian [H, H] of the head's inputs
 
 
 def run_blocks(
@@ -78,13 +81,61 @@ def run_blocks(
     tokens: torch.Tensor,
     batch_size: int,
     settings: Mapping[str, Any],
+    ends: SolveEnds | None = None,
 ) -> Iterator[tuple[str, NestedTensor]]:
     """Solve every block in order, then return the nested tensors, one at a time, from ``work/blocks``.
 
     tokens: calibration text, int64 [samples, T]. settings: values that a resumed run must share, besides the job's.
+    ends: solves the head after the last block, with its inputs on the widest stream; None: the head is not solved.
     """
-    mark = fingerprint(job, settings)
-    layers = decoder_layers(job.model)
+    mark, layers, folder = fingerprint(job, settings), decoder_layers(job.model), job.work / BLOCKS
+    flowing, calls = _start(job, mark, tokens, batch_size, streams)
+    records: list[Mapping[str, Any]] = []
+    files = [folder / f"{index:05d}.safetensors" for index in range(len(layers))]
+    last = folder / f"{ENDS}.safetensors"
+    count = len(layers) + (ends is not None)
+    after_last = (max(streams),) if ends is not None and not last.is_file() else ()
+    for index, ((name, module), file) in enumerate(zip(layers, files, strict=True)):
+        views = {path: view for path, view in job.views.items() if view.parameter.startswith(f"{name}.")}
+        began = time.perf_counter()
+        _materialise(job, name, module)
+        if not file.is_file():
+            block = Block(
+                index=index,
+                count=count,
+                name=name,
+                module=module,
+                views=views,
+                inputs=flowing,
+                call=calls[index],
+                config=job.model.config,
+            )
+            _save_solved(job, solve(job, block), file, mark, name=name, at=(index + 1, count), began=began)
+        solved = _load(file, mark, device=job.device)
+        records.append(solved.record)
+        job.report(dict(solved.record))
+        for stream in streams if index + 1 < len(layers) else after_last:
+            _advance(job, solved, module, calls[index], views, flowing[stream], stream)
+            _check_states(flowing[stream], name, stream)
+        _release(module)
+        del solved
+        _give_memory_back()
+    if ends is not None:
+        files.append(last)
+        if not last.is_file():
+            began = time.perf_counter()
+            hessian = _head_hessian(job, torch.split(tokens, batch_size), flowing.pop(max(streams)))
+            _save_solved(job, ends(job, hessian), last, mark, name="the head", at=(count, count), began=began)
+        records.append(_load(last, mark, device=CPU).record)
+        job.report(dict(records[-1]))
+    write_atomically(job.work / LOG, "".join(json_text(record, sort_keys=False) + "\n" for record in records).encode())
+    return (item for file in files for item in _load(file, mark, device=CPU).nested.items())
+
+
+def _start(
+    job: Job, mark: Mapping[str, Any], tokens: torch.Tensor, batch_size: int, streams: Sequence[int]
+) -> tuple[dict[int, list[torch.Tensor]], list[Call]]:
+    """Check the work of a resumed run, or claim the folder; return each stream's first input, and the layers' calls."""
     folder = job.work / BLOCKS
     if job.resume:
         claim(job.work, mark, resume=True)
@@ -95,38 +146,7 @@ def run_blocks(
     if not job.resume:
         claim(job.work, mark, resume=False)
     folder.mkdir(parents=True, exist_ok=True)
-    flowing = {stream: list(hidden) for stream in streams}
-    del hidden
-    records: list[Mapping[str, Any]] = []
-    for index, (name, module) in enumerate(layers):
-        file = folder / f"{index:05d}.safetensors"
-        views = {path: view for path, view in job.views.items() if view.parameter.startswith(f"{name}.")}
-        began = time.perf_counter()
-        _materialise(job, name, module)
-        if not file.is_file():
-            block = Block(
-                index=index,
-                count=len(layers),
-                name=name,
-                module=module,
-                views=views,
-                inputs=flowing,
-                call=calls[index],
-                config=job.model.config,
-            )
-            _solve_and_save(job, solve, block, file, mark, began=began)
-        solved = _load(file, mark, device=job.device)
-        records.append(solved.record)
-        job.report(dict(solved.record))
-        if index + 1 < len(layers):
-            for stream in streams:
-                _advance(job, solved, module, calls[index], views, flowing[stream], stream)
-                _check_states(flowing[stream], name, stream)
-        _release(module)
-        del solved
-        _give_memory_back()
-    write_atomically(job.work / LOG, "".join(json_text(record, sort_keys=False) + "\n" for record in records).encode())
-    return _finished(job, len(layers), mark)
+    return {stream: list(hidden) for stream in streams}, calls
 
 
 def read_tensor(job: Job, name: str) -> torch.Tensor:
@@ -155,15 +175,38 @@ def calibration(job: Job, *, samples: int, seq_len: int, seed: int) -> torch.Ten
 # -------------------------------------------------------------------------------------------------------- one block
 
 
-def _solve_and_save(job: Job, solve: Solve, block: Block, file: Path, mark: Mapping[str, Any], *, began: float) -> None:
-    """Solve one block and write it to ``file``. began: start time of reading its weights, for the log."""
-    solved = solve(job, block)
-    check_losses({int(bits): loss for bits, loss in solved.record.get("loss", {}).items()}, block.name)
-    record = {**solved.record, "step": block.index + 1, "steps": block.count, "block": block.name}
+def _save_solved(
+    job: Job, solved: Solved, file: Path, mark: Mapping[str, Any], *, name: str, at: tuple[int, int], began: float
+) -> None:
+    """Write a solved block to ``file``. at: its number and how many there are; began: when its work began."""
+    check_losses({int(bits): loss for bits, loss in solved.record.get("loss", {}).items()}, name)
+    record = {**solved.record, "step": at[0], "steps": at[1], "block": name}
     _save(file, solved, record | {"seconds": round(time.perf_counter() - began, 2)}, mark, job)
 
 
 def _embed(job: Job, tokens: torch.Tensor, batch_size: int) -> tuple[list[torch.Tensor], list[Call]]:
+    with _outside_layers(job):
+        return embed(job.model, (part.to(job.device) for part in torch.split(tokens, batch_size)))
+
+
+def _head_hessian(job: Job, batches: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return X^T X [H, H], float32, of the head's inputs. outputs: the last layer's, [B, T, H], for ``batches``."""
+    total = torch.zeros(())
+    with _outside_layers(job):
+        for tokens, states in zip(batches, outputs, strict=True):
+            rows = head_inputs(job.model, tokens.to(job.device), states).flatten(0, 1)
+            total = rows.T @ rows + total.to(rows.device)
+    if not bool(torch.isfinite(total).all()):
+        raise InputError(
+            "the inputs of the head are not finite; check the float model with matquant eval --reference, "
+            "or quantise with --scope linears"
+        )
+    return total
+
+
+@contextlib.contextmanager
+def _outside_layers(job: Job) -> Iterator[None]:
+    """Load the decoder's parameters outside its layers, such as the embedding and the final norm, in this context."""
     inside = tuple(f"{name}." for name, _ in decoder_layers(job.model))
     decoder = job.model.get_decoder()
     prefix = next(f"{name}." if name else "" for name, module in job.model.named_modules() if module is decoder)
@@ -172,11 +215,9 @@ def _embed(job: Job, tokens: torch.Tensor, batch_size: int) -> tuple[list[torch.
         _set_parameter(decoder, name, _read(job, f"{prefix}{name}").float().to(job.device))
     for name, buffer in decoder.named_buffers():
         _set(decoder, name, buffer.to(job.device))
-    parts = (tokens[start : start + batch_size] for start in range(0, len(tokens), batch_size))
-    result = embed(job.model, (part.to(job.device) for part in parts))
+    yield
     for name in outside:
         _set_parameter(decoder, name, decoder.get_parameter(name).detach().to("meta"))
-    return result
 
 
 def _advance(
@@ -290,8 +331,3 @@ def _load(file: Path, mark: Mapping[str, Any], *, device: torch.device) -> Solve
         if name.startswith("plain/"):
             plain[name.removeprefix("plain/")] = tensor
     return Solved(nested=nested, plain=plain, record=json.loads(metadata["record"]))
-
-
-def _finished(job: Job, count: int, mark: Mapping[str, Any]) -> Iterator[tuple[str, NestedTensor]]:
-    for index in range(count):
-        yield from _load(job.work / BLOCKS / f"{index:05d}.safetensors", mark, device=CPU).nested.items()
