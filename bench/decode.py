@@ -31,7 +31,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -140,7 +140,8 @@ def run(
         raise SystemExit(f"llama.cpp's K types need rows of a multiple of {BLOCK_INPUTS}; give --no-peer with {shape}")
     folder = CACHE / "decode" / shape
     folder.mkdir(parents=True, exist_ok=True)
-    with LlamaCpp(folder, SHAPES[shape]) if peer else nullcontext() as other:
+    running: AbstractContextManager[LlamaCpp | None] = LlamaCpp(folder, SHAPES[shape]) if peer else nullcontext()
+    with running as other:
         for group_size in group or (64,):
             directory = folder / f"{grid}-{group_size}"
             if not directory.exists():
@@ -298,7 +299,7 @@ def summary(engine: Engine, peer: LlamaCpp | None, samples: Samples) -> Record:
         means = map(statistics.harmonic_mean, zip(*(by_round[name] for name in under), strict=True))
         return float(statistics.median(value / mean for value, mean in zip(by_round[over], means, strict=True)))
 
-    rows = {}
+    rows: dict[str, Record] = {}
     for bits in WIDTHS:
         read = engine.model.bytes_per_token(engine.widths(bits))
         rows[str(bits)] = {
