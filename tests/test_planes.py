@@ -127,6 +127,18 @@ def test_only_the_planes_that_are_needed_stay(max_bits: int) -> None:
                 planes.native.plane(plane)
 
 
+def test_weights_that_share_pages_outlive_each_other() -> None:
+    """Small weights lie in the same huge pages, large ones begin in them: a release changes only what is released."""
+    shapes = [(16, 32), (576, 576), (2048, 1200), (192, 576), (1536, 576), (4096, 1024)]
+    codes = [random_codes(shape) for shape in shapes]
+    kept = [pack(one) for one in codes]
+    for first in (0, 1):
+        for place in range(first, len(shapes), 2):
+            kept[place] = pack(codes[place])  # the one before is released
+        for one, planes in zip(codes, kept, strict=True):
+            np.testing.assert_array_equal(unpack(planes), one)
+
+
 def test_affines_that_fit_take_four_bytes_per_group_and_are_shared() -> None:
     codes = random_codes((256, 1024))
     scale = np.full((256, 8), 0.5, np.float32)

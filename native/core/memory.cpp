@@ -2,13 +2,20 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
+#include <mutex>
 #include <new>
+
+#include "core/layout.hpp"
 
 namespace matquant {
 namespace {
 
 constexpr std::size_t HUGE_PAGE = std::size_t{2} << 20;
 constexpr std::size_t PAGE = 4096;
+constexpr std::size_t REGION_BYTES = std::size_t{64} << 20;
+
+std::size_t rounded_up(std::size_t bytes, std::size_t unit) { return (bytes + unit - 1) / unit * unit; }
 
 std::uint8_t* map(std::size_t bytes, int flags) {
   void* start = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | flags, -1, 0);
@@ -18,7 +25,7 @@ std::uint8_t* map(std::size_t bytes, int flags) {
 
 // Maps 2 MiB more than needed and unmaps what lies before the boundary and after the end.
 std::uint8_t* map_huge(std::size_t bytes) {
-  std::uint8_t* const start = map(bytes + HUGE_PAGE, 0);
+  std::uint8_t* const start = map(bytes + HUGE_PAGE, MAP_NORESERVE);
   const std::size_t before = (HUGE_PAGE - reinterpret_cast<std::uintptr_t>(start) % HUGE_PAGE) % HUGE_PAGE;
   std::uint8_t* const data = start + before;
   if (before > 0) munmap(start, before);
@@ -31,13 +38,59 @@ std::uint8_t* map_huge(std::size_t bytes) {
 
 }  // namespace
 
-Memory::Memory(std::size_t bytes, Pages pages) : bytes_((bytes + PAGE - 1) / PAGE * PAGE) {
-  if (bytes_ == 0) return;
-  data_ = pages == Pages::huge ? map_huge(bytes_) : map(bytes_, MAP_NORESERVE);
+// Huge pages that several memories lie in, one after the other: most matrices are smaller than a page.
+struct Memory::Region {
+  explicit Region(std::size_t bytes) : data(map_huge(bytes)), left(bytes) {}
+  ~Region() { munmap(data, used + left); }
+  Region(const Region&) = delete;
+  Region& operator=(const Region&) = delete;
+  std::uint8_t* const data;
+  std::size_t used = 0, left;
+};
+
+namespace {
+
+// The region from which the next memory is taken, while any memory in it lives.
+struct Newest {
+  std::mutex mutex;
+  std::weak_ptr<Memory::Region> region;
+};
+
+Newest& newest() {
+  static Newest* const only = new Newest;  // never destroyed: memories may outlive it
+  return *only;
 }
 
+}  // namespace
+
+Memory::Memory(std::size_t bytes, Pages pages) {
+  if (bytes == 0) return;
+  if (pages == Pages::on_demand) {
+    bytes_ = rounded_up(bytes, PAGE);
+    data_ = map(bytes_, MAP_NORESERVE);
+    return;
+  }
+  bytes_ = rounded_up(bytes, LINE_BYTES);
+  const std::lock_guard<std::mutex> lock(newest().mutex);
+  region_ = newest().region.lock();
+  if (region_ == nullptr || region_->left < bytes_) {
+    region_ = std::make_shared<Region>(std::max(REGION_BYTES, rounded_up(bytes_, HUGE_PAGE)));
+    newest().region = region_;
+  }
+  data_ = region_->data + region_->used;
+  region_->used += bytes_;
+  region_->left -= bytes_;
+}
+
+// Gives back the huge pages that no other memory shares; the others go with their region.
 Memory::~Memory() {
-  if (data_ != nullptr) munmap(data_, bytes_);
+  if (region_ == nullptr) {
+    if (data_ != nullptr) munmap(data_, bytes_);
+    return;
+  }
+  const auto start = reinterpret_cast<std::uintptr_t>(data_);
+  const std::uintptr_t first = rounded_up(start, HUGE_PAGE), stop = (start + bytes_) / HUGE_PAGE * HUGE_PAGE;
+  if (first < stop) madvise(reinterpret_cast<void*>(first), stop - first, MADV_DONTNEED);
 }
 
 }  // namespace matquant

@@ -3,11 +3,12 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 
 namespace matquant {
 
 enum class Pages {
-  huge,       // at a 2 MiB boundary, in huge pages where they fit: for weights, which are read from end to end
+  huge,       // at a 64-byte boundary, in huge pages shared with other memories: for weights, read from end to end
   on_demand,  // address space only; a page takes memory once it is written: for caches, which are rarely full
 };
 
@@ -19,9 +20,12 @@ class Memory {
   Memory(const Memory&) = delete;
   Memory& operator=(const Memory&) = delete;
   std::uint8_t* data() const { return data_; }
-  std::size_t bytes() const { return bytes_; }  // whole pages
+  std::size_t bytes() const { return bytes_; }  // whole pages, or whole cache lines if pages are shared
+
+  struct Region;
 
  private:
+  std::shared_ptr<Region> region_;  // null: pages that it has for itself
   std::uint8_t* data_ = nullptr;
   std::size_t bytes_ = 0;
 };

@@ -35,7 +35,8 @@ void exact_block(const Linear& weight, const Width& width, const Input& input, i
   const float* values = input.values + panel * padded;
   const float* value_sums = input.value_sums + panel * (padded / TILE_INPUTS);
   const bool whole_tiles = has_whole_tiles(weight);
-  const int groups = weight.cols / weight.group;
+  const std::size_t groups = weight.cols / weight.group;
+  const Affines affines(weight, width);
   const Streams streams = streams_of(weight, block);
   const Decode decode_segment = decode_of(width);
   const Floats centre = broadcast(static_cast<float>(width.centre));
@@ -65,7 +66,7 @@ void exact_block(const Linear& weight, const Width& width, const Input& input, i
         at.x_sum[token] += tile_sum[token];
       });
     }
-    if (segment.ends_group) at.end_group(row_affine(weight, width, groups, block, segment.group));
+    if (segment.ends_group) at.end_group(affines.of(block * groups + segment.group));
   }
   at.store(weight, input, panel * PANEL_TOKENS, block, y, y_stride);
 }

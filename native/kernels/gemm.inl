@@ -44,7 +44,8 @@ void many_tokens(const Linear& weight, const Width& width, const Input& input, i
   const int tokens = smaller(GEMM_TOKENS, input.tokens - first_token);
   const int panels = ceil_div(tokens, M);
   const bool whole_tiles = has_whole_tiles(weight);
-  const int groups = weight.cols / weight.group;
+  const std::size_t groups = weight.cols / weight.group;
+  const Affines affines(weight, width);
   const Decode decode_segment = decode_of(width);
   for (int at = 0; at < panels * BLOCKS * M * BLOCK_ROWS; ++at) dots[at] = totals[at] = 0.0f;
   for (int token = 0; token < panels * M; ++token) x_sums[token] = 0.0f;
@@ -68,7 +69,7 @@ void many_tokens(const Linear& weight, const Width& width, const Input& input, i
     }
     if (!segment.ends_group) continue;
     for (int one = 0; one < BLOCKS; ++one) {
-      const RowAffine affine = row_affine(weight, width, groups, block + one, segment.group);
+      const RowAffine affine = affines.of((block + one) * groups + segment.group);
       for (int token = 0; token < panels * M; ++token) {
         float* total = totals + sums_of(one, token);
         float* dot = dots + sums_of(one, token);

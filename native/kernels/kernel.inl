@@ -78,14 +78,8 @@ void linear_share(const Linear& weight, const Width& width, const Input& input, 
     return;
   }
   if constexpr (fused_tokens(2) > 0)
-    if (input.tokens <= fused_tokens(width.read)) {
-      // The planes of a block are still in the second-level cache for its second panel.
-      const BlockOfRows run = block_of_rows_of(width, input.panel);
-      for (int block = first; block < stop; ++block)
-        for (int panel = 0; panel < ceil_div(input.tokens, input.panel); ++panel)
-          run(weight, width, input, panel, block, y, y_stride);
-      return;
-    }
+    if (input.tokens <= fused_tokens(width.read) && has_whole_tiles(weight))
+      return row_blocks_of(width, input.panel)(weight, width, input, first, stop, y, y_stride);
   const ManyTokens one = input.panel == 1   ? many_tokens_of<1, 1>(width)
                          : input.panel == 2 ? many_tokens_of<1, 2>(width)
                          : input.panel == 4 ? many_tokens_of<1, 4>(width)

@@ -99,22 +99,36 @@ struct RowAffine {
   Floats zero;  // minus the width's centre
 };
 
-MATQUANT_INLINE RowAffine row_affine(const Linear& weight, const Width& width, int groups, int block, unsigned group) {
-  const Affine& affine = weight.affine[width.bits];
-  const std::size_t at = (static_cast<std::size_t>(block) * groups + group) * 2 * BLOCK_ROWS;
-  Floats scale, zero;
-  if (affine.half) {
-    const auto* values = static_cast<const std::uint16_t*>(affine.values) + at;
-    scale = widen_bfloat16(values);
-    zero = widen_float16(values + BLOCK_ROWS);
-  } else {
-    const auto* values = static_cast<const float*>(affine.values) + at;
-    scale = load_floats(values);
-    zero = load_floats(values + BLOCK_ROWS);
+// Scales and zero-points of a width, by row block and group: [blocks * groups].
+struct Affines {
+  const void* values;
+  bool half;
+  float step, inverse, centre, middle;
+
+  MATQUANT_INLINE Affines(const Linear& weight, const Width& width)
+      : values(weight.affine[width.bits].values),
+        half(weight.affine[width.bits].half),
+        step(weight.affine[width.bits].step),
+        inverse(1.0f / step),  // of a power of two: exact
+        centre(weight.affine[width.bits].centre),
+        middle(static_cast<float>(width.centre)) {}
+
+  MATQUANT_INLINE RowAffine of(std::size_t index) const {
+    const std::size_t at = index * 2 * BLOCK_ROWS;
+    Floats scale, zero;
+    if (half) {
+      const auto* from = static_cast<const std::uint16_t*>(values) + at;
+      scale = widen_bfloat16(from);
+      zero = widen_float16(from + BLOCK_ROWS);
+    } else {
+      const auto* from = static_cast<const float*>(values) + at;
+      scale = load_floats(from);
+      zero = load_floats(from + BLOCK_ROWS);
+    }
+    zero = multiply(subtract(zero, broadcast(centre)), broadcast(inverse));
+    return {multiply(scale, broadcast(step)), subtract(zero, broadcast(middle))};
   }
-  zero = multiply(subtract(zero, broadcast(affine.centre)), broadcast(1.0f / affine.step));  // a power of two: exact
-  return {multiply(scale, broadcast(affine.step)), subtract(zero, broadcast(static_cast<float>(width.centre)))};
-}
+};
 
 // total + scale * (dot - zero * x_sum)
 MATQUANT_INLINE Floats finish(const RowAffine& affine, Floats total, Floats dot, float x_sum) {
