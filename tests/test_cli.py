@@ -1366,7 +1366,8 @@ FLAGS: dict[str, list[str]] = {
     "serve": [
         *("--context", "--max-num-seqs", "--max-queued", "--kv-bytes", "--answer-tokens", "--max-body-mb"),
         *("--drain-seconds", "--api-key", "--cors-origin", "--allow-host"),
-        *("--host", "--port", "--name", "--widths", "--plan", "--min-bits", "--latency-ms", "--tool-format"),
+        *("--host", "--port", "--name", "--widths", "--plan", "--min-bits", "--latency-ms"),
+        *("--speculate", "--tool-format"),
         *("--max-bits", "--threads", "--activations", "--check-hashes", "--mmap", "--help"),
     ],
     "bench": [
@@ -1500,6 +1501,7 @@ DEFAULTS: dict[str, dict[str, str]] = {
         "--widths": "(8,6,4,3,2)",
         "--min-bits": "4",
         "--latency-ms": "100.0",
+        "--speculate": "off",
         "--tool-format": "(from its template)",
         "--context": "(the model's context, 32768 at most)",
         "--max-num-seqs": "16",

@@ -172,6 +172,7 @@ def test_gptq_writes_a_line_for_every_block(
     more = ("--method", "gptq", "--text", text_file, "--samples", "4", "--seq-len", "16", "--sweeps", "0")
     _, err = run("quantize", llama, "-o", tmp_path / "out", *more, monkeypatch=monkeypatch, capsys=capsys)
     assert [line.split(",")[0] for line in err.splitlines() if "block" in line] == [
-        "quantize: block 1 of 2",
-        "quantize: block 2 of 2",
+        "quantize: block 1 of 3",
+        "quantize: block 2 of 3",
+        "quantize: block 3 of 3",  # the head
     ]

@@ -48,10 +48,8 @@ def export(
 ) -> None:
     """Write a slice for llama.cpp, MLX, vLLM, transformers or GPTQModel, if the format holds it exactly."""
     wanted = Plan.read(plan) if plan is not None else None
-    if explain and requantise:
-        raise InputError("--explain prints what is exact, --requantise is not; drop one of them")
     if explain:
-        _explain(directory, wanted, zero_point)
+        _explain(directory, wanted, zero_point, requantise=requantise)
         return
     if to is None or out is None:
         raise InputError(f"export needs --to and -o; give --to {' or '.join(exporting.FORMATS)} and -o OUT")
@@ -78,8 +76,10 @@ def export(
     )
 
 
-def _explain(directory: Path, wanted: Plan | None, zero_point: str) -> None:
+def _explain(directory: Path, wanted: Plan | None, zero_point: str, *, requantise: bool) -> None:
     """Print how every format would store every width."""
+    if requantise:
+        raise InputError("--explain prints what is exact, --requantise is not; drop one of them")
     checkpoint = open_checkpoint(directory)
     resolved = checkpoint.widths(wanted) if wanted is not None else None
     table = explaining.explain(checkpoint, plan=resolved, zero_point=zero_point)

@@ -146,6 +146,7 @@ def make_plan(
         if evaluations < 0:
             raise InputError(f"--evaluations {evaluations} is not valid; use a number of at least 0")
         groups = by_width((path for path in losses.paths if path not in budget.fixed), fused=fused)
+        budget.table(groups, widths)  # before any estimate
         alone = int(np.isnan(losses.estimates(groups, widths)).any(1).sum())
         losses.expected = before + (alone + 1) * len(widths) + evaluations
         plan = search(losses, budget, widths=tuple(widths), fused=fused, evaluations=evaluations)
