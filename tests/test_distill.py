@@ -110,6 +110,9 @@ def test_every_option_reaches_the_stages_that_have_it(llama: Path) -> None:
         assert {name for name in theirs if stage[name] in (5, True)} == theirs
         assert set(stage) - {"method", "objective", "weights"} <= {field.name for field in dataclasses.fields(settings)}
     assert "autocast" not in distill.stages(llama, {"autocast": True, "tune": 0})[0]  # an option of tuning
+    first, *trained = distill.stages(llama, {"gptq_weights": (5.0, 4.0, 3.0, 2.0, 1.0)})
+    assert first["weights"] == (5.0, 4.0, 3.0, 2.0, 1.0)
+    assert trained == distill.stages(llama, {})[1:]
 
 
 STOPS = {"1/3": (gptq, "_solve", 2), "2/3": (qat, "train_step", 4), "3/3": (qat, "train_step", 7)}  # calls

@@ -1,12 +1,13 @@
 """Options of distillation in three stages (methods/distill.py)."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from matquant.options import gptq, qat, shared
-from matquant.options.declare import check_values
+from matquant.options.declare import TRAINING, check_values, option
+from matquant.system.arguments import read_numbers
 from matquant.system.errors import InputError
 
 Options = dict[str, Any]
@@ -14,7 +15,14 @@ NAME = "distill"
 LR = 5e-4  # upper limit: best on the embedded model, no worse than others on stories260K
 # freeze -> factor by which the last phase's learning rate is below the distillation's
 SLOWER = {4: 10.0, 3: 2.5, 2: 2.5}
-OWN = ("freeze", "lr", "samples", "steps", "tune")  # apply to the whole method; the others go to every stage
+OWN = (
+    "freeze",
+    "gptq_weights",
+    "lr",
+    "samples",
+    "steps",
+    "tune",
+)  # apply to the whole method; the others go to every stage
 TUNING = ("autocast", "batch_size", "seed", "seq_len")  # options shared with gptq
 
 
@@ -31,6 +39,14 @@ class Settings:
     samples: int = shared.samples(128)
     tune: int = shared.tune(60)
     freeze: int = shared.freeze(4)
+    gptq_weights: Sequence[float] | None = option(
+        None,
+        "Loss weights of the first stage, of widths 8, 6, 4, 3 and 2.",
+        panel=TRAINING,
+        metavar="NUMBERS",
+        parse=lambda text: read_numbers(text, float, "--gptq-weights"),
+        shown="gptq's",
+    )
     accumulate: int = shared.accumulate()
     autocast: bool = shared.autocast()
     checkpoint_activations: bool = shared.checkpoint_activations()
@@ -59,12 +75,13 @@ def stages(options: Mapping[str, Any], *, default_lr: float) -> list[Options]:
     tuned |= {name: options[name] for name in (*TUNING, "samples", "tune") if name in options}
     if not tuned["tune"]:
         tuned.pop("autocast", None)
+    weights = {"weights": options["gptq_weights"]} if options.get("gptq_weights") is not None else {}
     trained: Options = {"masters": "each", "pull": 0.5, **given}
     distilled = {**trained, "wide_lr": 0.5, "hidden": 1.0, "lr": lr, "steps": steps}
     check_values(gptq.Settings, tuned, owner="method 'gptq'")
     check_values(qat.Schedule, distilled, owner="method 'qat'")
     asked: list[Options] = [
-        {"method": "gptq", **tuned},
+        {"method": "gptq", **weights, **tuned},
         {"method": "qat", "objective": "fp->8;4;3;2", "weights": (1.0,) * 4, **distilled},
     ]
     if freeze:
