@@ -3,6 +3,7 @@
 import datetime
 import os
 import platform
+import re
 import subprocess
 import sys
 from importlib.metadata import version
@@ -18,11 +19,16 @@ def append_record(file: Path, line: str) -> None:
         stream.write(line + "\n")
 
 
+def arguments() -> list[str]:
+    """The arguments of this command; of an absolute path only the last part, which means something elsewhere."""
+    return [re.sub(r"(^|=)/\S*/", r"\1", argument) for argument in sys.argv[1:]]
+
+
 def origin(*packages: str) -> dict[str, Any]:
     """The command, commit, date and machine of this run, and the versions of ``packages`` if there are any."""
     git = ["git", "rev-parse", "--short", "HEAD"]
     return {
-        "command": " ".join(["python", Path(sys.argv[0]).resolve().relative_to(ROOT).as_posix(), *sys.argv[1:]]),
+        "command": " ".join(["python", Path(sys.argv[0]).resolve().relative_to(ROOT).as_posix(), *arguments()]),
         "commit": subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip(),
         "date": datetime.date.today().isoformat(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",

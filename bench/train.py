@@ -32,6 +32,7 @@ from matquant.methods.parts import forward, training
 from matquant.methods.parts.fake import Grid
 from matquant.options.objective import parse_objective
 from matquant.options.qat import Schedule
+from origin import arguments
 
 VOCABULARY, BATCH, LENGTH = 8192, 4, 128
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -149,7 +150,7 @@ def main(
         "time_ratio": ratio,
         "memory_ratio": memory,
         "seconds": seconds,
-        "command": " ".join(["python", "bench/train.py", *sys.argv[1:]]),
+        "command": " ".join(["python", "bench/train.py", *arguments()]),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {threads} threads",
         "torch": torch.__version__,
     }
