@@ -97,7 +97,10 @@ def test_a_model_that_does_not_run_layer_by_layer_is_refused(
     conftest.quantize(bloom, tmp_path / "out", text=[text_file], steps=1, batch_size=2, seq_len=32)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3_moe"])
+@pytest.mark.parametrize(
+    "family",
+    ["llama", pytest.param("gemma2", marks=pytest.mark.slow), pytest.param("qwen3_moe", marks=pytest.mark.slow)],
+)
 def test_a_run_resumed_at_a_block_ends_with_the_same_bits(
     family: str, family_model: Callable[[str], Path], text_file: Path, tmp_path: Path
 ) -> None:

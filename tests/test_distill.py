@@ -118,6 +118,7 @@ def test_every_option_reaches_the_stages_that_have_it(llama: Path) -> None:
 STOPS = {"1/3": (gptq, "_solve", 2), "2/3": (qat, "train_step", 4), "3/3": (qat, "train_step", 7)}  # calls
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_in_the_stage_it_was_in(
     run: Run, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,6 +138,7 @@ def test_a_stopped_run_goes_on_in_the_stage_it_was_in(
     assert "stage" not in json.loads((out / "training.jsonl").read_text().splitlines()[0])
 
 
+@pytest.mark.slow
 def test_stages_of_other_settings_are_not_taken(
     run: Run, whole: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

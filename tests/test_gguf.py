@@ -143,7 +143,7 @@ def families(large: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.mark.parametrize("name", MASTERS)
-@pytest.mark.parametrize("zero_point", ["exact", "midrange"])
+@pytest.mark.parametrize("zero_point", ["exact", pytest.param("midrange", marks=pytest.mark.slow)])
 def test_a_file_holds_the_slices_exactly_or_is_refused(
     name: str, zero_point: str, masters: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -195,7 +195,7 @@ def test_distillation_keeps_the_head_of_its_first_stage(quantised: Callable[...,
     assert not np.array_equal(*(quantised(method).nested(changed).codes for method in ("gptq", "distill")))
 
 
-@pytest.mark.parametrize("at", ["calibrating", "the head"])
+@pytest.mark.parametrize("at", [pytest.param("calibrating", marks=pytest.mark.slow), "the head"])
 def test_a_run_stopped_at_the_head_resumes_to_the_same_bits(
     at: str, source: Callable[..., Path], quantised: Callable[..., Checkpoint], text_file: Path, tmp_path: Path
 ) -> None:

@@ -392,6 +392,7 @@ def test_a_loss_that_is_not_finite_names_width_and_layer_and_keeps_the_saved_sta
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_bits(llama: Path, text_file: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"batch_size": 2, "seq_len": 16, "lr": 1e-3, "steps": 24, "save_every": 5, "threads": 1}
     options |= {"train_rest": True, "mix": 1.0, "hidden": 1.0}

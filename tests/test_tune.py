@@ -181,6 +181,7 @@ def test_a_dedicated_width_is_tuned_alone(bits: int, llama: Path, text_file: Pat
     assert (tensor.codes % step == step // 2).all()
 
 
+@pytest.mark.slow
 def test_a_tuned_run_resumed_at_a_block_ends_with_the_same_bits(llama: Path, text_file: Path, tmp_path: Path) -> None:
     options = {**RUN, "tune": 4, "text": [text_file]}
     whole = conftest.quantize(llama, tmp_path / "whole", **options)
@@ -193,6 +194,7 @@ def test_a_tuned_run_resumed_at_a_block_ends_with_the_same_bits(llama: Path, tex
         assert (whole / file).read_bytes() == (resumed / file).read_bytes()
 
 
+@pytest.mark.slow
 def test_bf16_tunes_too(llama: Path, text_file: Path, tmp_path: Path) -> None:
     _, records = run(llama, text_file, tmp_path / "out", autocast=True, tune=10)
     assert records[0]["loss"]["2"] < records[0]["loss_before"]["2"]
