@@ -42,7 +42,7 @@ def export(
         bool, Option("--requantise", help="Fit companded slices to the format, at a loss that is printed.")
     ] = False,
     explain: Annotated[
-        bool, Option("--explain", help="Print how every format would store every width, and write nothing.")
+        bool, Option("--explain", help="Print how each format would store int8, 6, 4, 3 and 2, and write nothing.")
     ] = False,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace OUT.")] = False,
 ) -> None:
