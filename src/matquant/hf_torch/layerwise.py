@@ -85,19 +85,22 @@ def finish(model: Model, tokens: torch.Tensor, states: torch.Tensor) -> torch.Te
 
     Gradients are recorded only if ``states`` requires them.
     """
-    layers, hand_on = [layer for _, layer in decoder_layers(model)], _hand_on(model, tokens[:1, :1])
-    replaced = _replaced(layers, [lambda *_, **__: hand_on(states)] * len(layers))
-    with torch.set_grad_enabled(states.requires_grad), replaced:
+    with torch.set_grad_enabled(states.requires_grad), _handing_on(model, tokens, states):
         logits: torch.Tensor = model(input_ids=tokens, use_cache=False).logits
     return logits
 
 
 def head_inputs(model: Model, tokens: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
     """Return the decoder's output after its final norm, [B, T, H], from the last layer's, for token ids [B, T]."""
-    layers, hand_on = [layer for _, layer in decoder_layers(model)], _hand_on(model, tokens[:1, :1])
-    with torch.no_grad(), _replaced(layers, [lambda *_, **__: hand_on(states)] * len(layers)):
+    with torch.no_grad(), _handing_on(model, tokens, states):
         result: torch.Tensor = model.get_decoder()(input_ids=tokens, use_cache=False)[0]
     return result
+
+
+def _handing_on(model: Model, tokens: torch.Tensor, states: torch.Tensor) -> contextlib.AbstractContextManager[None]:
+    """Let every layer return ``states`` within this context, so that only what follows the layers is computed."""
+    layers, hand_on = [layer for _, layer in decoder_layers(model)], _hand_on(model, tokens[:1, :1])
+    return _replaced(layers, [lambda *_, **__: hand_on(states)] * len(layers))
 
 
 @contextlib.contextmanager

@@ -42,7 +42,6 @@ def estimate(
     *,
     paths: Sequence[str],
     seed: int = 0,
-    report: Callable[[int, int], None] = lambda done, total: None,
 ) -> Callable[[Sequence[str]], np.ndarray]:
     """Return a function of a group of ``paths``: its estimated KL at every width, all else at 8 bits, float64 [widths]
     in nats per token.
@@ -63,10 +62,9 @@ def estimate(
     generator = torch.Generator(device=model.device).manual_seed(seed)
     gradients = [_score(model, part, last, generator) for part, last in zip(batches, inputs.pop(), strict=True)]
     sums: Sums = {}
-    for number, (call, (name, layer)) in enumerate(zip(reversed(calls), reversed(layers), strict=True)):
+    for call, (name, layer) in zip(reversed(calls), reversed(layers), strict=True):
         changes = {path: _changes(checkpoint, path, widths, model) for path in paths if path.startswith(f"{name}.")}
         gradients = _backwards(call, layer, name, inputs.pop(), gradients, changes, sums)
-        report(number + 1, len(layers))
 
     def of(group: Sequence[str]) -> np.ndarray:
         total = sum((sums[path] for path in group), torch.zeros(()))
