@@ -3,7 +3,7 @@
     python bench/export.py setup      llama.cpp, as bench/decode.py has it, and mlx_lm
     python bench/export.py run        measure: bench/export.json
 
-The model has the shape of Llama-3.2-1B with a head of its own, random codes, all layers and the head quantised, the
+The model has the shape of Llama-3.2-1B with an untied head, random codes, all layers and the head quantised, the
 embedding bf16. The other tool starts from the 8-bit slice in bf16 in the form it reads, and keeps the embedding;
 scales of MLX are bf16, as its converter's. Correctness first: the files must hold the same tensors in the same types.
 Then both take turns in separate processes, so that a change of load meets both. Only ours checks the checkpoint's

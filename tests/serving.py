@@ -1,8 +1,9 @@
 """What tests of the batcher share: a receiver of events, and a constraint that holds the engine thread."""
 
+import contextlib
 import functools
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import conftest
 import matquant
 from matquant.core.spec import Plan
 from matquant.engine.sampling import Sampling
-from matquant.serve.batching import Batching
+from matquant.serve.batching import Batching, start
 from matquant.serve.cost import Costs
 from matquant.serve.work import Event, Generation
 
@@ -32,6 +33,20 @@ MODEL = Path(__file__).resolve().parents[1] / "examples" / "reference" / "model"
 def reference_engine(folder: Path) -> matquant.Engine:
     """The embedded model's linear layers rounded, on one thread. folder: of the session, shared by its tests."""
     return matquant.Engine(conftest.quantize(MODEL, folder / "served", method="rtn", scope="linears"), threads=1)
+
+
+@contextlib.contextmanager
+def starting(engine: matquant.Engine, **defaults: Any) -> Iterator[Callable[..., Batching]]:
+    """start() with options, at fixed costs and without a policy by default; what it started is stopped at the end."""
+    started: list[Batching] = []
+
+    def get(**options: Any) -> Batching:
+        started.append(start(engine, **{"costs": COSTS, "policy": False, **defaults, **options}))
+        return started[-1]
+
+    yield get
+    for batcher in started:
+        batcher.stop(0)
 
 
 class Receiver:

@@ -22,7 +22,7 @@ from matquant.serve.scheduling import Piece
 from matquant.serve.stepping import now_s
 from matquant.serve.work import Event, Refused
 from matquant.system.errors import InputError
-from serving import COSTS, PATIENT_S, Gate, Receiver, alone, generation, reference_engine, run
+from serving import COSTS, PATIENT_S, Gate, Receiver, alone, generation, reference_engine, run, starting
 
 TEXT = "Once upon a time, there was a little dog who lived in a small house near the wood. He said"
 PLAN = Plan(default=4, bits={"model.layers.0.mlp.down_proj": 8, "model.layers.1.self_attn.q_proj": 2})
@@ -41,15 +41,8 @@ def ids(engine: matquant.Engine) -> list[int]:
 @pytest.fixture
 def serve(engine: matquant.Engine) -> Iterator[Callable[..., Batching]]:
     """start() with options, stopped at the end."""
-    started = []
-
-    def get(**options: Any) -> Batching:
-        started.append(start(engine, **{"costs": COSTS, "policy": False, **options}))
-        return started[-1]
-
-    yield get
-    for batcher in started:
-        batcher.stop(0)
+    with starting(engine) as get:
+        yield get
 
 
 # ---------------------------------------------------------------------------------------------------------- same text

@@ -10,25 +10,13 @@ from openai.types.chat import ChatCompletion
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.testclient import TestClient
 
+from clients.openai_client import TOOL
 from http_service import TEMPLATE, make_engine, make_service, stop_all
 from matquant.serve.app import make_app
 from matquant.serve.limits import Limits
 from one_by_one import OneByOne
 
 MESSAGES: Any = [{"role": "user", "content": "Hi"}]
-TOOL: Any = {
-    "type": "function",
-    "function": {
-        "name": "add",
-        "strict": True,
-        "parameters": {
-            "type": "object",
-            "properties": {"x": {"type": "integer", "minimum": 0, "maximum": 9}},
-            "required": ["x"],
-            "additionalProperties": False,
-        },
-    },
-}
 
 
 class Point(BaseModel):

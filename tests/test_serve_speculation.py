@@ -22,7 +22,7 @@ from matquant.serve.batching import Batching, start
 from matquant.serve.limits import Limits as HttpLimits
 from matquant.serve.scheduling import Group
 from matquant.serve.work import Generation
-from serving import COSTS, PATIENT_S, Gate, Receiver, alone, generation, reference_engine, run
+from serving import COSTS, PATIENT_S, Gate, Receiver, alone, generation, reference_engine, run, starting
 
 TEXT = "Once upon a time, there was a little dog. Once upon a time, there was"
 PLAN = Plan(default=4, bits={"model.layers.0.mlp.down_proj": 8, "model.layers.1.self_attn.q_proj": 2})
@@ -42,15 +42,8 @@ def ids(engine: matquant.Engine) -> list[int]:
 @pytest.fixture
 def serve(engine: matquant.Engine) -> Iterator[Callable[..., Batching]]:
     """start() with options, stopped at the end."""
-    started = []
-
-    def get(**options: Any) -> Batching:
-        started.append(start(engine, **{"costs": COSTS, "policy": False, "speculate": 7, **options}))
-        return started[-1]
-
-    yield get
-    for batcher in started:
-        batcher.stop(0)
+    with starting(engine, speculate=7) as get:
+        yield get
 
 
 @pytest.fixture

@@ -152,4 +152,5 @@ def main() -> None:
     asyncio.run(together(address))
 
 
-main()
+if __name__ == "__main__":
+    main()
