@@ -7,7 +7,8 @@
 All are one-shot: a float model, 128 calibration sequences of 512 tokens, no training of the model. Every linear layer
 of the decoder is quantised, the rest stays float. Each tool runs in a separate process and environment
 (experiments/peers/with_*.py) and writes the dequantised weights and the bytes of its stored form. All are evaluated
-here in the same way: in the float model, float32, with our log_perplexity.
+here in the same way: in the float model, float32, with our log-perplexity, KL divergence and top-1 agreement. The model
+smollm2 is what ``make smollm2`` converts.
 
     bits per weight = 8 * bytes stored for these layers (codes, scales, zeros, g_idx, block headers) / their weights
 
@@ -23,6 +24,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,9 +34,12 @@ import typer
 from safetensors.numpy import load_file
 from safetensors.torch import save_file
 
+from matquant.calibration import calibration_text
 from matquant.hf.text import read_documents, token_stream
 from matquant.hf_torch.loading import load_float, load_tokenizer
-from matquant.measure.likelihood import log_perplexity
+from matquant.measure import kept
+from matquant.measure.likelihood import keep, measure
+from matquant.measure.windows import Windows, cut
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))
 from environments import TORCH, make_environment
@@ -46,19 +51,44 @@ SHARED = ROOT / "bench" / "peers"  # llama_gguf.py
 CACHE = Path(os.environ.get("MATQUANT_PEERS", ROOT / ".peers")).resolve()
 DATA = Path(os.environ.get("MATQUANT_DATA", ROOT.parent / "shared" / "data"))
 REFERENCE = ROOT / "examples" / "reference"
+SMOLLM2 = Path(os.environ.get("MATQUANT_SMOLLM2", ROOT / "out" / "smollm2" / "model"))
 CONTEXT = 512
 CALIBRATION = 128  # windows of CONTEXT tokens, the first of the training text
 TOLERANCE = 1e-3  # at 8 bits, relative to the float model's log-perplexity: more means a wrong read-back
 
-# name -> (model, calibration text, evaluation text, documents of it to drop, windows evaluated)
-MODELS: dict[str, tuple[Path, Path, Path, int, int]] = {
-    "reference": (REFERENCE / "model", REFERENCE / "text" / "train.txt", REFERENCE / "text" / "valid.txt", 0, 80),
-    "stories260K": (
-        DATA / "models" / "stories260K",
-        DATA / "text" / "tinystories-train.txt",
-        DATA / "text" / "tinystories-valid.txt",
-        1,  # cut at its beginning
-        117,
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A model and its texts."""
+
+    model: Path
+    train: Path | None  # calibration text; None: the text that comes with matquant
+    valid: Path  # evaluation text
+    dropped: int = 0  # its first documents, not used
+    windows: int  # evaluated
+    context: int = CONTEXT  # tokens of a window evaluated
+
+
+MODELS = {
+    "reference": Case(
+        model=REFERENCE / "model",
+        train=REFERENCE / "text" / "train.txt",
+        valid=REFERENCE / "text" / "valid.txt",
+        windows=80,
+    ),
+    "stories260K": Case(
+        model=DATA / "models" / "stories260K",
+        train=DATA / "text" / "tinystories-train.txt",
+        valid=DATA / "text" / "tinystories-valid.txt",
+        dropped=1,  # cut at its beginning
+        windows=117,
+    ),
+    "smollm2": Case(
+        model=SMOLLM2,
+        train=None,
+        valid=DATA / "text" / "wikitext2-test.raw.txt",
+        windows=8,
+        context=1024,
     ),
 }
 
@@ -95,7 +125,9 @@ SETTINGS: dict[str, tuple[tuple[str, dict[str, Any], tuple[int, ...]], ...]] = {
         ("Q2_K, imatrix", {"type": "Q2_K"}, (2,)),
         ("Q2_K pure, imatrix", {"type": "Q2_K", "pure": True}, (2,)),
         ("IQ2_XXS, imatrix", {"type": "IQ2_XXS"}, (2,)),
+        ("IQ2_XS, imatrix", {"type": "IQ2_XS"}, (2,)),
         ("IQ2_S, imatrix", {"type": "IQ2_S"}, (2,)),
+        ("IQ2_M, imatrix", {"type": "IQ2_M"}, (2,)),
         ("IQ3_XXS, imatrix", {"type": "IQ3_XXS"}, (3,)),
         ("Q3_K_M, imatrix", {"type": "Q3_K_M"}, (3,)),
         ("Q3_K pure, imatrix", {"type": "Q3_K_S", "pure": True}, (3,)),
@@ -110,6 +142,7 @@ SETTINGS: dict[str, tuple[tuple[str, dict[str, Any], tuple[int, ...]], ...]] = {
         # Its default act_group_aware does not support one group per row.
         ("per channel, sym", {"group_size": -1, "sym": True, "act_group_aware": False}, (2, 3, 4)),
         ("g128, asym, gptq_v2", {"group_size": 128, "sym": False, "format": "gptq_v2"}, (2, 3, 4, 8)),
+        ("g64, asym, gptq_v2", {"group_size": 64, "sym": False, "format": "gptq_v2"}, (2, 3, 4, 8)),
     ),
     "autoround": (
         ("iters 200, g128, sym", AUTOROUND, (2, 3, 4, 8)),
@@ -172,16 +205,16 @@ def run(
         ]
         if not rows:
             continue
-        float_model, stream = _load(name)
+        float_model, windows = _load(name)
         paths = decoder_linears(float_model)
         original = {path: float_model.get_submodule(path).weight.detach().clone() for path in paths}
-        reference = log_perplexity(float_model, stream, context=CONTEXT)
+        reference = _keep(name, float_model, windows)
         for peer, row, options, bits in rows:
             weights, outcome = _quantise(name, peer, row, options, bits, original, threads)
             if weights is not None:
                 _install(float_model, weights)
-                outcome = {**outcome, **_measure(float_model, stream, original, outcome["bytes_by_part"])}
-                _check_read_back(outcome["log_perplexity"], reference, bits, f"{peer}, {row}")
+                outcome = {**outcome, **_measure(float_model, windows, reference, original, outcome["bytes_by_part"])}
+                _check_read_back(outcome["log_perplexity"], reference.log_perplexity, bits, f"{peer}, {row}")
             _append({"model": name, "peer": peer, "setting": row, "bits": bits, **outcome, **_origin(peer)})
 
 
@@ -190,16 +223,32 @@ def decoder_linears(model: Any) -> list[str]:
     return [n for n, module in model.named_modules() if isinstance(module, torch.nn.Linear) and ".layers." in n]
 
 
-def _load(name: str) -> tuple[Any, np.ndarray]:
-    """The float32 model and the evaluation tokens; its weights and calibration sequences go to the cache."""
-    directory, train, valid, dropped, windows = MODELS[name]
-    model, tokenizer = load_float(directory, dtype=torch.float32), load_tokenizer(directory)
+def _load(name: str) -> tuple[Any, Windows]:
+    """The float32 model and the windows evaluated; its weights and calibration sequences go to the cache."""
+    case = MODELS[name]
+    model, tokenizer = load_float(case.model, dtype=torch.float32), load_tokenizer(case.model)
     CACHE.mkdir(parents=True, exist_ok=True)
     save_file({key: value.clone() for key, value in model.state_dict().items()}, CACHE / f"{name}.safetensors")
-    calibration = token_stream(read_documents([train]), tokenizer)[: CALIBRATION * CONTEXT]
+    documents = calibration_text() if case.train is None else read_documents([case.train])
+    calibration = token_stream(documents, tokenizer)[: CALIBRATION * CONTEXT]
     np.save(CACHE / f"{name}.npy", calibration.reshape(CALIBRATION, CONTEXT))
-    stream = token_stream(read_documents([valid])[dropped:], tokenizer)[: windows * CONTEXT + 1]
-    return model, stream
+    stream = token_stream(read_documents([case.valid])[case.dropped :], tokenizer)
+    return model, cut(stream[: case.windows * case.context + 1], context=case.context)
+
+
+def _keep(name: str, model: Any, windows: Windows) -> kept.Kept:
+    """The float model's predictions, which the cache keeps."""
+    file = CACHE / f"{name}-predictions.safetensors"
+    facts = kept.describe(windows, reference=kept.identity(MODELS[name].model))
+    size = {"tokens": windows.predicted, "vocab": model.config.vocab_size}
+    if not file.is_file():
+        with kept.writing(file, facts, **size) as writer:
+            keep(model, windows, writer, report=_silent)
+    return kept.open_kept(file, facts, **size)
+
+
+def _silent(done: int, total: int) -> None:
+    """Report nothing: a line per record is enough."""
 
 
 def _quantise(
@@ -219,7 +268,7 @@ def _quantise(
         return round_to_nearest(arrays, bits=bits, **options)
     folder = CACHE / "jobs" / re.sub(r"\W+", "-", f"{model}-{peer}-{setting}-{bits}")
     job = {
-        "model": str(MODELS[model][0]),
+        "model": str(MODELS[model].model),
         "weights": str(CACHE / f"{model}.safetensors"),
         "calibration": str(CACHE / f"{model}.npy"),
         "tools": str(CACHE / "llamacpp" / "build" / "bin"),
@@ -287,15 +336,18 @@ def _install(model: Any, weights: dict[str, np.ndarray]) -> None:
 
 
 def _measure(
-    model: Any, stream: np.ndarray, original: dict[str, torch.Tensor], parts: dict[str, int]
+    model: Any, windows: Windows, reference: kept.Kept, original: dict[str, torch.Tensor], parts: dict[str, int]
 ) -> dict[str, Any]:
     """Quality, size and how far the weights moved: |W' - W| / |W| over all layers."""
     moved = sum(float((model.get_submodule(p).weight.detach() - w).square().sum()) for p, w in original.items())
     norm = sum(float(w.square().sum()) for w in original.values())
     count = sum(weight.numel() for weight in original.values())
     stored = sum(parts.values())
+    found = measure(model, windows, kept=reference, report=_silent)
     return {
-        "log_perplexity": log_perplexity(model, stream, context=CONTEXT),
+        "log_perplexity": found["ppl"],
+        "kl_divergence": found["kld"],
+        "top1_agreement": found["top1"],
         "weight_error": math.sqrt(moved / norm),
         "bytes": stored,
         "bits_per_weight": 8 * stored / count,
@@ -344,8 +396,10 @@ def report() -> None:
         mine = [record for record in _records() if record["model"] == name]
         reference = next((r["log_perplexity"] for r in mine if r["peer"] == "float"), math.nan)
         print(f"\n## {name}\n")
-        print("| peer | setting | bits | log-perplexity | over float | bits per weight | without g_idx | seconds |")
-        print("|---|---|---|---|---|---|---|---|")
+        print(
+            "| peer | setting | bits | log-perplexity | over float | KL | top-1 | bits per weight | without g_idx | s |"
+        )
+        print("|---|---|---|---|---|---|---|---|---|---|")
         for record in sorted(mine, key=lambda r: (r["bits"], r.get("bits_per_weight", math.inf))):
             print(_row(record, reference))
 
@@ -353,11 +407,13 @@ def report() -> None:
 def _row(record: dict[str, Any], reference: float) -> str:
     head = f"| {record['peer']} | {record['setting']} | {record['bits']} |"
     if "error" in record:
-        return f"{head} failed: {record['error']} | | | | |"
+        return f"{head} failed: {record['error']} | | | | | | |"
     value, apart = record["log_perplexity"], record["bits_per_weight_without_g_idx"]
     apart_cell = f"{apart:.3f}" if apart != record["bits_per_weight"] else ""
+    compared = (f"{record[key]:.3f}" if key in record else "" for key in ("kl_divergence", "top1_agreement"))
     return (
-        f"{head} {value:.4f} | {value - reference:+.4f} | {record['bits_per_weight']:.3f} | {apart_cell} "
+        f"{head} {value:.4f} | {value - reference:+.4f} | {' | '.join(compared)} "
+        f"| {record['bits_per_weight']:.3f} | {apart_cell} "
         f"| {record['seconds']} |"
     )
 
