@@ -25,7 +25,7 @@ from matquant.core.tensor import Affine, NestedTensor
 from matquant.methods.parts.affines import clip_groups, refit_affine
 from matquant.methods.parts.blocks import Block, Solved, calibration, read_tensor, run_blocks
 from matquant.methods.parts.compensation import nested_codes, sweep
-from matquant.methods.parts.ends import HEAD_WEIGHTS, head_path, in_parts, with_plain_error
+from matquant.methods.parts.ends import HEAD_RATIO, HEAD_WEIGHTS, head_path, in_parts, with_plain_error
 from matquant.methods.parts.fake import Grid
 from matquant.methods.parts.hessians import Factor, collect_hessians, inverse_factor
 from matquant.methods.parts.job import Job
@@ -122,12 +122,15 @@ def _solve(job: Job, block: Block, settings: Settings) -> Solved:
 
 
 def _solve_head(job: Job, hessian_KK: torch.Tensor, *, path: str, settings: Settings) -> Solved:
-    """Return the nested head. hessian: of its inputs. "loss" as in ``nest_block``, with the plain error's share."""
+    """Return the nested head. hessian: of its inputs. "loss" as in ``nest_block``, with the plain error's share.
+
+    Its loss weights are HEAD_RATIO's, whatever the objective's are.
+    """
     view = job.ends[path]
     job.report({"notice": f"calibrating {path}, {view.shape[0]:,} x {view.shape[1]:,}"})
     hessian_KK = with_plain_error(hessian_KK)
     factor = inverse_factor(hessian_KK, damp=settings.damp, name=path)
-    lambdas = {width.bits: width.weight for width in job.objective}
+    lambdas = {width.bits: HEAD_RATIO**width.bits for width in job.objective}
     errors, total = dict.fromkeys(lambdas, 0.0), 0.0
 
     def encode(rows_NK: torch.Tensor) -> NestedTensor:

@@ -21,6 +21,7 @@ OWN = (
     "lr",
     "samples",
     "steps",
+    "sweeps",
     "tune",
 )  # apply to the whole method; the others go to every stage
 TUNING = ("autocast", "batch_size", "seed", "seq_len")  # options shared with gptq
@@ -37,6 +38,7 @@ class Settings:
     lr: float | None = shared.lr(None, shown="half of qat's, at most 5e-4")
     seed: int = shared.seed()
     samples: int = shared.samples(128)
+    sweeps: int = shared.sweeps(1)
     tune: int = shared.tune(60)
     freeze: int = shared.freeze(4)
     gptq_weights: Sequence[float] | None = option(
@@ -72,7 +74,7 @@ def stages(options: Mapping[str, Any], *, default_lr: float) -> list[Options]:
     steps = options.get("steps", Settings.steps)
     given = {name: options[name] for name in SHARED if name in options}
     tuned: Options = {"tune": Settings.tune, "seq_len": Settings.seq_len}
-    tuned |= {name: options[name] for name in (*TUNING, "samples", "tune") if name in options}
+    tuned |= {name: options[name] for name in (*TUNING, "samples", "sweeps", "tune") if name in options}
     if not tuned["tune"]:
         tuned.pop("autocast", None)
     weights = {"weights": options["gptq_weights"]} if options.get("gptq_weights") is not None else {}

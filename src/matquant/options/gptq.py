@@ -17,7 +17,7 @@ class Settings:
     seq_len: int = shared.seq_len(2048)
     batch_size: int = shared.batch_size(4)
     damp: float = option(0.01, "Damping of the Hessian, as a share of its mean diagonal.", panel=GPTQ, positive=True)
-    sweeps: int = option(1, "Rounds of coordinate descent over all codes after the pass.", panel=GPTQ, least=0)
+    sweeps: int = shared.sweeps(1)
     tune: int = shared.tune(0)
     lr: float = shared.lr(0.003)
     pull: float = shared.pull(0.35)

@@ -76,6 +76,10 @@ def learn_clip(default: bool | None, **more: Any) -> Any:
     )
 
 
+def sweeps(default: int) -> Any:
+    return option(default, "Rounds of coordinate descent over all codes after the pass.", panel=GPTQ, least=0)
+
+
 def tune(default: int) -> Any:
     return option(
         default,
