@@ -6,10 +6,10 @@ is most of what a narrow width reads. Tied embedding and head share codes.
 Added nats per token on SmolLM2-135M, tied, groups of 64: rounded int6 0.010 and int4 0.205, solved int6 0.007, int5
 0.026 and int4 0.058 (docs/concepts.md). So reading stops at ``Spec.head_bits`` unless a plan asks for less. PLAIN was
 chosen among 0 and 1 on the 6,144 most probable rows: for 0.004 more KL divergence of an int4 head, the plain error,
-which is what a tied embedding sees, falls by 40 %, and that of int8 and int6 to a ninth and a quarter. The head is read at int6 or
-wider, so its wide widths weigh more than those of the layers: with HEAD_RATIO 3 instead of recipe ``balanced``'s former
-weights (56, 14, 3.6, 1.9, 1) the error falls by 73 % at int8 and 25 % at int6, and rises by 2 % at int4 and 8 to 9 % at
-int3 and int2 (3,000 rows of SmolLM2).
+which is what a tied embedding sees, falls by 40 %, and that of int8 and int6 to a ninth and a quarter. The head is read
+at int6 or wider, so its wide widths weigh more than those of the layers: HEAD_RATIO 3 instead of the loss weights
+56, 14, 3.6, 1.9 and 1 takes the error down by 73 % at int8 and 25 % at int6, and up by 2 % at int4 and 9 % at int3 and
+int2 (3,000 rows of SmolLM2, companded grid, groups of 64).
 """
 
 import dataclasses
