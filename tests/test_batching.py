@@ -609,7 +609,7 @@ def test_the_policy_lowers_requests_that_leave_it_the_width(serve: Callable[...,
     assert "ms between tokens at int" in changed[0]
     assert changed[-1] in notes
     stats = batcher.stats()
-    assert stats["width_changes/down"] >= 1
+    assert stats["width_changes/down/latency"] >= 1
     by_width = {name: value for name, value in stats.items() if name.startswith("generation_tokens/")}
     assert sum(by_width.values()) == stats["generation_tokens"] == 160
 
@@ -633,5 +633,5 @@ def test_an_idle_server_returns_to_the_widest_width(
     stop = now_s() + PATIENT_S
     while batcher.stats()["bits"] != 8:
         assert now_s() < stop
-    assert batcher.stats()["width_changes/up"] == 1
+    assert batcher.stats()["width_changes/up/recovered"] == 1
     batcher.stop(0)

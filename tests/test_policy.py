@@ -97,7 +97,9 @@ def test_the_width_goes_down_after_three_steps_over_the_target() -> None:
     load = Load(now_s=0, auto=(1,))
     assert [one.observe(load) for _ in range(PATIENCE - 1)] == [None] * (PATIENCE - 1)
     change = one.observe(load)
-    assert change == Change(before=8, after=4, reason="int8 to int4: 80 ms between tokens at int8, target 50")
+    assert change == Change(
+        before=8, after=4, cause="latency", reason="int8 to int4: 80 ms between tokens at int8, target 50"
+    )
     assert (one.bits, change.direction) == (4, "down")
     assert play(one, load, start_s=1, stop_s=20) == []  # 40 ms: under the target, but int8 would not be
 
@@ -175,7 +177,10 @@ def test_the_width_goes_up_when_the_load_has_been_low_for_two_seconds() -> None:
     before = one.bits
     changes = play(replace_latency(one, 0.06), Load(now_s=0, auto=(1,)), start_s=1.0, stop_s=5)
     assert changes == [
-        (1.0 + HOLD_S, Change(before=before, after=8, reason=f"int{before} to int8: the load has fallen"))
+        (
+            1.0 + HOLD_S,
+            Change(before=before, after=8, cause="recovered", reason=f"int{before} to int8: the load has fallen"),
+        )
     ]
 
 

@@ -440,7 +440,7 @@ def test_a_full_server_says_when_to_come_back(engine: matquant.Engine) -> None:
                 assert time.monotonic() < deadline, "the first of the two was not cancelled"
                 time.sleep(0.005)
         assert complete(client).status_code == 200
-        assert 'reason="full"} 2.0' in client.get("/metrics").text
+        assert 'reason="max_num_queued_reqs"} 2.0' in client.get("/metrics").text
 
 
 def test_every_field_is_documented() -> None:

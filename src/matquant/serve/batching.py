@@ -22,7 +22,7 @@ from typing import Any
 from matquant.core.spec import Plan
 from matquant.engine.engine import Engine
 from matquant.engine.speculation import OFF
-from matquant.serve.admission import Limits, available_bytes, candidates, resolve_kv_bytes
+from matquant.serve.admission import Limits, available_bytes, cache_bytes, candidates, resolve_kv_bytes
 from matquant.serve.cost import Costs, drafting, measure
 from matquant.serve.drafting import Drafter
 from matquant.serve.policy import Load, Policy
@@ -35,6 +35,8 @@ from matquant.system.errors import InputError
 IDLE_S = 0.5  # how often an idle loop looks whether the width may rise
 LEAST_RETRY_S, MOST_RETRY_S = 1.0, 120.0
 SMOOTHING = 0.2  # weight of the newest request in the mean duration
+# limits, and what vLLM calls refusals for them
+REFUSALS = {"max_queued_requests": "max_num_queued_reqs", "max_queued_tokens": "max_num_queued_tokens"}
 
 Force = Callable[[Generation, int], int]  # generation, number of the new token -> its width
 
@@ -69,6 +71,7 @@ class Batching:
         self.limits = limits
         self.failure: str | None = None
         self.kv_bytes = resolve_kv_bytes(engine, limits, available=available_bytes())
+        self._context_bytes = cache_bytes(engine, engine.context)
         self._clock, self._force, self._note = clock, force, note or (lambda text: None)
         self._stepper = Stepper(engine, rows=limits.rows, choosing=limits.max_num_seqs, clock=clock)
         widths = candidates(engine, limits)
@@ -98,7 +101,7 @@ class Batching:
 
         Refused if a limit is reached or nothing more is admitted; InputError for a generation that can never run.
         """
-        slot = Slot(self.engine, generation, deliver, number=0, arrived_s=self._clock())
+        slot = Slot(self.engine, generation, deliver, number=0, clock=self._clock)
         if slot.bytes > self.kv_bytes:
             raise InputError(
                 f"{slot.capacity} tokens (prompt and max_tokens) need {slot.bytes} bytes of keys and values, and the "
@@ -129,6 +132,7 @@ class Batching:
                 raise Refused(
                     f"{len(queued)} requests with {tokens} tokens are waiting, as many as {name} allows",
                     retry_after_s=self._retry_s(),
+                    limit=REFUSALS[name],
                 )
 
     def _retry_s(self) -> float:
@@ -148,10 +152,13 @@ class Batching:
             **counts,
             "running": len(running),
             "waiting": len(waiting),
+            "deferred": sum(slot.cached_tokens is None for slot in running),  # until a prompt like theirs has been read
             "oldest_wait_s": max((now - slot.arrived_s for slot in waiting), default=0.0),
             "kv_bytes": reserved + prefixes.bytes,
             "kv_bytes_reserved": reserved,
             "kv_bytes_limit": self.kv_bytes,
+            "kv_tokens_limit": self.kv_bytes * self.engine.context // self._context_bytes,
+            "kv_contexts_limit": self.kv_bytes / self._context_bytes,
             "prefixes": len(prefixes),
             "caches": len(prefixes) + sum(slot.cache is not None for slot in running),
             "bits": self.policy.bits,
@@ -299,7 +306,7 @@ class Batching:
             return
         change = self.policy.observe(load)
         if change is not None:
-            self._counts[f"width_changes/{change.direction}"] += 1
+            self._counts[f"width_changes/{change.direction}/{change.cause}"] += 1
             self._note(change.reason)
 
     def _width(self, slot: Slot) -> Width:

@@ -51,10 +51,11 @@ class Load:
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """A change of width."""
+    """A change of width. cause: "latency", "waiting" or "recovered"; reason: the same in words, with figures."""
 
     before: int
     after: int
+    cause: str
     reason: str
 
     @property
@@ -117,28 +118,29 @@ class Policy:
     def observe(self, load: Load) -> Change | None:
         """Look at the next step; return the change of width, if there is one."""
         now_s = self.predict_s(load, self.bits)
-        reason = self._over_target(now_s, load)
-        self._over = self._over + 1 if reason else 0
+        cause, reason = self._over_target(now_s, load)
+        self._over = self._over + 1 if cause else 0
         self._note_fitting(load)
         if self._over >= PATIENCE:
-            return self._lower(load, reason)
-        return None if reason else self._raise(load)
+            return self._lower(load, cause, reason)
+        return None if cause else self._raise(load)
 
-    def _over_target(self, predicted_s: float, load: Load) -> str:
+    def _over_target(self, predicted_s: float, load: Load) -> tuple[str, str]:
         if predicted_s > self.latency_s:
-            return f"{1000 * predicted_s:.0f} ms between tokens at int{self.bits}, target {1000 * self.latency_s:.0f}"
+            words = f"{1000 * predicted_s:.0f} ms between tokens at int{self.bits}, target {1000 * self.latency_s:.0f}"
+            return "latency", words
         if load.oldest_wait_s > self.wait_s:
-            return f"a request has waited {load.oldest_wait_s:.1f} s, target {self.wait_s:.1f}"
-        return ""
+            return "waiting", f"a request has waited {load.oldest_wait_s:.1f} s, target {self.wait_s:.1f}"
+        return "", ""
 
-    def _lower(self, load: Load, reason: str) -> Change | None:
+    def _lower(self, load: Load, cause: str, reason: str) -> Change | None:
         now_s = self.predict_s(load, self.bits)
         for bits in self.widths[self.widths.index(self.bits) + 1 :]:
             if now_s >= GAIN * self.predict_s(load, bits):
                 rose_s = None if self._rose_at is None else load.now_s - self._rose_at
                 relapse = rose_s is not None and rose_s < max(RELAPSE_S, 2 * self.hold_s)
                 self.hold_s = min(2 * self.hold_s, LONGEST_HOLD_S) if relapse else HOLD_S
-                return self._change(bits, reason)
+                return self._change(bits, cause, reason)
         if self._over == PATIENCE:
             self.rejected += 1
         return None
@@ -157,11 +159,11 @@ class Policy:
         for bits in self.widths[: self.widths.index(self.bits)]:
             if load.now_s - self._fits_since.get(bits, load.now_s) >= hold_s:
                 self._rose_at = load.now_s
-                return self._change(bits, "the load has fallen")
+                return self._change(bits, "recovered", "the load has fallen")
         return None
 
-    def _change(self, bits: int, reason: str) -> Change:
-        change = Change(before=self.bits, after=bits, reason=f"int{self.bits} to int{bits}: {reason}")
+    def _change(self, bits: int, cause: str, reason: str) -> Change:
+        change = Change(before=self.bits, after=bits, cause=cause, reason=f"int{self.bits} to int{bits}: {reason}")
         self.bits, self.reason = bits, change.reason
         self._over = 0
         self._fits_since.clear()
