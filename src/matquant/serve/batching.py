@@ -253,14 +253,19 @@ class Batching:
             vocab=self.engine.model.architecture.vocab,
             begin=lambda slot, width: self._stepper.begin(slot, width, self._running),
         )
-        load = replace(load, prompt_rows=sum(piece.stop - piece.start for piece in chunks))
+        drafts = bool(self._drafter and not chunks and self._drafter.room(len(decoding)))
+        load = replace(load, prompt_rows=sum(piece.stop - piece.start for piece in chunks), drafts=drafts)
         self._look(load)
         pieces = [Piece(slot=s, start=s.read, stop=s.read + 1, width=self._width(s)) for s in decoding]
+        began, before = self._clock(), self._stepper.counts["generation_tokens"]
         if not chunks:
             pieces = self._draft(pieces)
         native_s, choosing_s = self._stepper.step([*pieces, *chunks], reason=self.policy.reason)
-        if all(piece.stop - piece.start == 1 for piece in pieces):  # drafts are not in the load
+        if all(piece.stop - piece.start == 1 for piece in pieces):  # the table is of steps without drafts
             self.policy.learn(load, native_s=native_s, choosing_s=choosing_s)
+        if drafts:
+            tokens = int(self._stepper.counts["generation_tokens"] - before)
+            self.policy.learn_drafts(load, step_s=self._clock() - began, tokens=tokens)
         self._counts["steps"] += 1
         for piece in (*pieces, *chunks):
             self._send(piece.slot)

@@ -10,7 +10,9 @@ change all the time.
 
 A request with ``least_bits`` gets the narrowest candidate that is not below it. Explicit widths are never changed, but
 their rows count in predictions. Predictions are corrected by what recent steps took, compared with the table, and by
-the time that choosing tokens takes besides.
+the time that choosing tokens takes besides. Where sequences draft, they are multiplied by the time and divided by the
+tokens of recent steps at that width: accepted drafts that meet the target keep the width. A width at which nothing was
+drafted yet is predicted without drafts.
 """
 
 from collections import Counter
@@ -28,13 +30,15 @@ RELAPSE_S = 10.0  # going down so soon after going up doubles the hold; without 
 SMOOTHING = 0.1  # weight of the newest step in the correction
 MOST_CORRECTION = 8.0
 LEAST_CHUNK = 8  # rows of prompts
+UNKNOWN = 1.0, 1.0, 0  # what drafting yields before any was tried
 
 
 @dataclass(frozen=True, kw_only=True)
 class Load:
     """A step to come. auto: ``least_bits`` of each decode row whose width is free. fixed: other decode rows, by width.
 
-    prompt_rows: rows that read prompts, at the widest width. oldest_wait_s: of the requests that wait.
+    prompt_rows: rows that read prompts, at the widest width. oldest_wait_s: of the requests that wait. drafts: whether
+    its sequences may draft, which can yield several tokens of each.
     """
 
     now_s: float
@@ -42,6 +46,7 @@ class Load:
     fixed: Mapping[int, int] = field(default_factory=dict)
     prompt_rows: int = 0
     oldest_wait_s: float = 0.0
+    drafts: bool = False
 
     @property
     def decoding(self) -> int:
@@ -77,6 +82,8 @@ class Policy:
         self.choosing_s = 0.0  # of a step, besides native code
         self.rejected = 0  # times that no narrower width gained enough
         self.hold_s = HOLD_S
+        # level -> of recent steps that might draft: seconds relative to plain ones, tokens per sequence, and how many
+        self._drafting: dict[int, tuple[float, float, int]] = {}
         self._over = 0  # steps in a row over a target
         self._fits_since: dict[int, float] = {}  # wider width -> since when it would do
         self._rose_at: float | None = None
@@ -88,7 +95,12 @@ class Policy:
 
     def predict_s(self, load: Load, level: int) -> float:
         """Return the predicted seconds between tokens with the policy at ``level``; 0 if nothing decodes."""
-        return self.correction * self._table_s(load, level) + self.choosing_s if load.decoding else 0.0
+        seconds, tokens, _ = self._drafting.get(level, UNKNOWN) if load.drafts else UNKNOWN
+        return self._plain_s(load, level) * seconds / tokens if load.decoding else 0.0
+
+    def _plain_s(self, load: Load, level: int) -> float:
+        """Return the predicted seconds of a step without drafts."""
+        return self.correction * self._table_s(load, level) + self.choosing_s
 
     def _table_s(self, load: Load, level: int) -> float:
         rows = Counter(dict(load.fixed))
@@ -114,6 +126,17 @@ class Policy:
             ratio = min(max(native_s / predicted_s, 1 / MOST_CORRECTION), MOST_CORRECTION)
             self.correction += SMOOTHING * (ratio - self.correction)
             self.choosing_s += SMOOTHING * (choosing_s - self.choosing_s)
+
+    def learn_drafts(self, load: Load, *, step_s: float, tokens: int) -> None:
+        """Learn from a step that might draft: how long it took, drafting included, and the new tokens of all sequences.
+
+        Accepted drafts come at once, so what counts is the mean time between tokens.
+        """
+        seconds, mean, steps = self._drafting.get(self.bits, UNKNOWN)
+        weight = max(SMOOTHING, 1 / (steps + 1))
+        took, yielded = step_s / max(self._plain_s(load, self.bits), 1e-9), tokens / load.decoding
+        seconds += weight * (min(took, MOST_CORRECTION) - seconds)
+        self._drafting[self.bits] = seconds, mean + weight * (yielded - mean), steps + 1
 
     def observe(self, load: Load) -> Change | None:
         """Look at the next step; return the change of width, if there is one."""

@@ -16,7 +16,10 @@ from matquant.engine.sampling import Sampling
 
 
 class Constraint(Protocol):
-    """Which tokens may come next: a grammar, a schema, tools. Used by the engine thread only."""
+    """Which tokens may come next: a grammar, a schema, tools. Used by the engine thread only.
+
+    ``copy``, ``allowed`` and ``forced`` are for drafts, and change nothing.
+    """
 
     def mask(self, logits: np.ndarray) -> None:
         """Set the logits [vocab], float32, of tokens that may not come next to -inf, in place."""
@@ -27,6 +30,15 @@ class Constraint(Protocol):
     @property
     def ended(self) -> bool:
         """Return whether nothing more may come."""
+
+    def copy(self) -> "Constraint":
+        """Return the same constraint at the same place."""
+
+    def allowed(self, tokens: Sequence[int]) -> int:
+        """Return how many of the tokens may come next, one after another."""
+
+    def forced(self) -> Sequence[int]:
+        """Return the tokens that write the only text that may come next, as far as there is only one."""
 
 
 @dataclass(frozen=True, kw_only=True)
