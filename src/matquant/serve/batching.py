@@ -27,7 +27,7 @@ from matquant.serve.cost import Costs, drafting, measure
 from matquant.serve.drafting import Drafter
 from matquant.serve.policy import Load, Policy
 from matquant.serve.scheduling import Piece, next_chunks
-from matquant.serve.slots import Slot, Width, make_width
+from matquant.serve.slots import Slot, Width, at_least, make_width
 from matquant.serve.stepping import Stepper, now_s
 from matquant.serve.work import Deliver, Generation, Refused
 from matquant.system.errors import InputError
@@ -107,6 +107,8 @@ class Batching:
                 f"{slot.capacity} tokens (prompt and max_tokens) need {slot.bytes} bytes of keys and values, and the "
                 f"server has {self.kv_bytes}; use fewer tokens or a larger kv_bytes"
             )
+        if slot.fixed is not None and self.limits.prefill_bits is not None and not generation.prompt_logprobs:
+            slot.prefill = at_least(slot.fixed, self._uniform(min(self.limits.prefill_bits, self.engine.max_bits)))
         with self._changed:
             self._check_room(slot)
             slot.number = self._number
@@ -248,7 +250,7 @@ class Batching:
         load = self._load(decoding)
         chunks = next_chunks(
             reading,
-            widths=[slot.fixed or self._uniform(self.policy.widths[0]) for slot in reading],
+            reading=self._reading,
             rows=self._prompt_rows(load),
             vocab=self.engine.model.architecture.vocab,
             begin=lambda slot, width: self._stepper.begin(slot, width, self._running),
@@ -313,6 +315,13 @@ class Batching:
         if change is not None:
             self._counts[f"width_changes/{change.direction}/{change.cause}"] += 1
             self._note(change.reason)
+
+    def _reading(self, slot: Slot) -> tuple[Width, int]:
+        """Return the width at which the next tokens of a prompt are read, and where they stop."""
+        last = len(slot.prompt) - 1
+        if slot.prefill is not None and slot.read < last:
+            return slot.prefill, last
+        return slot.fixed or self._uniform(self.policy.widths[0]), len(slot.prompt)
 
     def _width(self, slot: Slot) -> Width:
         """Return the width at which a decoding slot's next token is chosen."""

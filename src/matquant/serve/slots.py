@@ -47,8 +47,19 @@ def make_width(engine: Engine, plan: Plan) -> Width:
     return Width(table=table, key=table.tobytes(), label=label, bits=bits)
 
 
+def at_least(width: Width, other: Width) -> Width | None:
+    """Return the width of which each matrix is as wide as in both; None if that is ``width``."""
+    table = np.maximum(width.table, other.table)
+    if (table == width.table).all():
+        return None
+    return Width(table=table, key=table.tobytes(), label=other.label, bits=max(width.bits, other.bits))
+
+
 class Slot:
-    """One generation. fixed: its width, None if the policy chooses. InputError for a generation that cannot run."""
+    """One generation. fixed: its width, None if the policy chooses. InputError for a generation that cannot run.
+
+    prefill: a wider width at which its prompt is read, all but the last token; None: that at which it is served.
+    """
 
     def __init__(
         self, engine: Engine, generation: Generation, deliver: Deliver, *, number: int, clock: Callable[[], float]
@@ -61,6 +72,7 @@ class Slot:
         self.number = number
         self.arrived_s = self.admitted_s = clock()
         self.fixed = None if generation.plan is None else make_width(engine, generation.plan)
+        self.prefill: Width | None = None
         self.prompt = np.asarray(generation.ids, dtype=np.int32)
         self.ids = [int(token) for token in generation.ids]
         # the last token is never read, so it takes no room
