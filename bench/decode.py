@@ -30,7 +30,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from importlib.metadata import version
@@ -160,8 +160,18 @@ def run(
 # ------------------------------------------------------------------------------------------------------- the models
 
 
-def write_random(directory: Path, shape: Record, group_size: int | None, *, grid: str = UNIFORM) -> None:
-    """A nested checkpoint of ``shape`` with random codes, written a matrix at a time; an untied embedding is bf16."""
+def write_random(
+    directory: Path,
+    shape: Record,
+    group_size: int | None,
+    *,
+    grid: str = UNIFORM,
+    files: Mapping[str, bytes] | None = None,
+) -> None:
+    """A nested checkpoint of ``shape`` with random codes, written a matrix at a time; an untied embedding is bf16.
+
+    files: further files by name, such as a tokenizer.
+    """
     generator = np.random.default_rng(0)
     hidden, ffn = shape["hidden_size"], shape["intermediate_size"]
     attended, shared = (shape[f"num_{kind}_heads"] * shape["head_dim"] for kind in ("attention", "key_value"))
@@ -194,7 +204,7 @@ def write_random(directory: Path, shape: Record, group_size: int | None, *, grid
 
     scope, head_bits = ("all", HEAD_BITS) if tied else ("linears", None)
     spec = Spec(rule="prefix", widths=WIDTHS, group_size=group_size, scope=scope, grid=grid, head_bits=head_bits)
-    write_checkpoint(directory, items(), spec=spec, config=shape, ignore=(HEAD,) if tied else (), files={})
+    write_checkpoint(directory, items(), spec=spec, config=shape, ignore=(HEAD,) if tied else (), files=files or {})
 
 
 class LlamaCpp:

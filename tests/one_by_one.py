@@ -39,7 +39,7 @@ class OneByOne:
         if self._stopped:
             raise Refused("the server is stopping", retry_after_s=5)
         if sum(not handle.ended.is_set() for handle in self.handles) >= self.most:
-            raise Refused("max_num_queued_reqs", retry_after_s=2)
+            raise Refused("too many", retry_after_s=2, limit="max_num_queued_reqs")
         handle = Handle()
         self.seen.append(generation)
         self.handles.append(handle)

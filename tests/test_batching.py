@@ -555,6 +555,34 @@ def test_a_prefix_is_reused_at_its_width_only(
     assert batcher.stats()["cached_tokens"] == len(ids) - 1 + len(ids) + 8
 
 
+@pytest.mark.parametrize("plan", [Plan(default=4), PLAN], ids=["4", "plan"])
+def test_prompts_are_read_at_prefill_bits_but_for_their_last_token(
+    serve: Callable[..., Batching], engine: matquant.Engine, ids: list[int], plan: Plan
+) -> None:
+    batcher = serve(prefill_bits=8, chunk=8)
+    session, narrow = engine.session(len(ids) + 24), engine.widths(plan=plan)
+    session.extend(ids[:-1], engine.widths(8))
+    logits, wanted = session.extend(ids[-1:], narrow), []
+    for _ in range(24):
+        wanted.append(int(logits.argmax()))
+        logits = session.extend(wanted[-1:], narrow)
+    one = generation(ids, plan=plan)
+    others = [generation(ids[1:], plan=plan), generation(ids, bits=8), generation(ids)]
+    got, *_ = run(batcher, one, *others)
+    assert got.tokens == wanted != alone(engine, one)
+    again = run(batcher, one)[0]  # its keys and values are kept with the width that computed them
+    assert (again.tokens, again.cached) == (wanted, len(ids) - 1)
+    scored = run(batcher, generation(ids, plan=plan, prompt_logprobs=True, logprobs=1))[0]
+    assert scored.tokens == alone(engine, one)  # log-probabilities of a prompt are those of its width
+
+
+def test_a_prompt_is_not_read_at_a_narrower_width(
+    serve: Callable[..., Batching], engine: matquant.Engine, ids: list[int]
+) -> None:
+    one = generation(ids, bits=8)
+    assert run(serve(prefill_bits=4), one)[0].tokens == alone(engine, one)
+
+
 def test_answers_to_one_prompt_read_it_once(
     serve: Callable[..., Batching], engine: matquant.Engine, ids: list[int]
 ) -> None:
@@ -609,7 +637,7 @@ def test_the_policy_lowers_requests_that_leave_it_the_width(serve: Callable[...,
     assert "ms between tokens at int" in changed[0]
     assert changed[-1] in notes
     stats = batcher.stats()
-    assert stats["width_changes/down"] >= 1
+    assert stats["width_changes/down/latency"] >= 1
     by_width = {name: value for name, value in stats.items() if name.startswith("generation_tokens/")}
     assert sum(by_width.values()) == stats["generation_tokens"] == 160
 
@@ -633,5 +661,5 @@ def test_an_idle_server_returns_to_the_widest_width(
     stop = now_s() + PATIENT_S
     while batcher.stats()["bits"] != 8:
         assert now_s() < stop
-    assert batcher.stats()["width_changes/up"] == 1
+    assert batcher.stats()["width_changes/up/recovered"] == 1
     batcher.stop(0)

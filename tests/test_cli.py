@@ -1366,7 +1366,7 @@ FLAGS: dict[str, list[str]] = {
     "serve": [
         *("--context", "--max-num-seqs", "--max-queued", "--kv-bytes", "--answer-tokens", "--max-body-mb"),
         *("--drain-seconds", "--api-key", "--cors-origin", "--allow-host"),
-        *("--host", "--port", "--name", "--widths", "--plan", "--min-bits", "--latency-ms"),
+        *("--host", "--port", "--name", "--widths", "--plan", "--min-bits", "--prefill-bits", "--latency-ms"),
         *("--speculate", "--tool-format"),
         *("--max-bits", "--threads", "--activations", "--check-hashes", "--mmap", "--help"),
     ],
@@ -1501,6 +1501,7 @@ DEFAULTS: dict[str, dict[str, str]] = {
         "--name": "(that of DIR)",
         "--widths": "(8,6,4,3,2)",
         "--min-bits": "4",
+        "--prefill-bits": "(that of the request)",
         "--latency-ms": "100.0",
         "--speculate": "off",
         "--tool-format": "(from its template)",

@@ -24,7 +24,7 @@ import conftest
 import matquant
 from conftest import make_tokenizer
 from matquant.engine.chat import Conversation, render
-from matquant.engine.sampling import Sampling, choose, distribution
+from matquant.engine.sampling import BLOCK, Sampling, choose, distribution, draw
 from matquant.hf.text import token_stream
 from matquant.hf.vocabulary import TextStream, Vocabulary, read_vocabulary
 from matquant.hf_torch.loading import load_tokenizer
@@ -329,6 +329,21 @@ def test_the_distribution_is_that_of_transformers(options: dict[str, Any], size:
         dense = np.zeros(size)
         dense[ids] = found
         np.testing.assert_allclose(dense, transformers_distribution(logits, **settings), rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [1, 7, BLOCK, BLOCK + 1, 3 * BLOCK - 5])
+def test_a_draw_is_the_first_token_whose_sum_exceeds_the_number(size: int) -> None:
+    """Exact weights, some of them 0, so that sums are too; the numbers lie on their bounds and between."""
+    generator = np.random.default_rng(size)
+    weights = generator.integers(0, 4, size).astype(np.float32)
+    weights[generator.integers(size)] = 1
+    bounds = np.cumsum(weights, dtype=np.float64)
+    numbers = [0.0, *((bounds[:-1] + half) / bounds[-1] for half in (0.0, 0.5)), [1 - 2**-53]]
+    for number in np.concatenate([np.atleast_1d(part) for part in numbers]):
+        if 0 <= number < 1:
+            index = draw(weights, float(number))
+            assert index == int(np.argmax(bounds > number * bounds[-1]))
+            assert weights[index] > 0
 
 
 def test_draws_follow_the_distribution_and_the_seed() -> None:

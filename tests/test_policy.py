@@ -97,7 +97,9 @@ def test_the_width_goes_down_after_three_steps_over_the_target() -> None:
     load = Load(now_s=0, auto=(1,))
     assert [one.observe(load) for _ in range(PATIENCE - 1)] == [None] * (PATIENCE - 1)
     change = one.observe(load)
-    assert change == Change(before=8, after=4, reason="int8 to int4: 80 ms between tokens at int8, target 50")
+    assert change == Change(
+        before=8, after=4, cause="latency", reason="int8 to int4: 80 ms between tokens at int8, target 50"
+    )
     assert (one.bits, change.direction) == (4, "down")
     assert play(one, load, start_s=1, stop_s=20) == []  # 40 ms: under the target, but int8 would not be
 
@@ -175,7 +177,10 @@ def test_the_width_goes_up_when_the_load_has_been_low_for_two_seconds() -> None:
     before = one.bits
     changes = play(replace_latency(one, 0.06), Load(now_s=0, auto=(1,)), start_s=1.0, stop_s=5)
     assert changes == [
-        (1.0 + HOLD_S, Change(before=before, after=8, reason=f"int{before} to int8: the load has fallen"))
+        (
+            1.0 + HOLD_S,
+            Change(before=before, after=8, cause="recovered", reason=f"int{before} to int8: the load has fallen"),
+        )
     ]
 
 
@@ -258,3 +263,43 @@ def test_predictions_learn_from_steps() -> None:
     assert one.predict_s(load, 8) == pytest.approx(0.17, rel=1e-3)
     assert one.predict_s(load, 4) == pytest.approx(0.09, rel=1e-3)
     assert one.predict_s(Load(now_s=0), 8) == 0
+
+
+def draft(one: Policy, load: Load, *, step_s: float, tokens: int, steps: int) -> Change | None:
+    """Steps of which each takes ``step_s`` and yields ``tokens``, up to the first change of the width."""
+    for _ in range(steps):
+        change = one.observe(load)
+        if change is not None:
+            return change
+        one.learn_drafts(load, step_s=step_s, tokens=tokens)
+        load = replace(load, now_s=load.now_s + step_s)
+    return None
+
+
+@pytest.mark.parametrize(("tokens", "stays"), [(2, True), (1, False)])
+def test_accepted_drafts_count_when_they_meet_the_target(tokens: int, stays: bool) -> None:
+    """A step of int8 takes 44 ms with drafts, target 30: two tokens of it meet the target, one does not."""
+    one, load = policy(COSTS, latency_s=0.030), Load(now_s=0, auto=(1,), drafts=True)
+    change = draft(one, load, step_s=0.044, tokens=tokens, steps=40)
+    assert (change is None) == stays
+    if stays:
+        assert one.predict_s(load, 8) == pytest.approx(0.022)
+        assert one.predict_s(replace(load, drafts=False), 8) == pytest.approx(0.040)  # as for more sequences
+
+
+def test_drafts_that_are_no_longer_accepted_lower_the_width() -> None:
+    one, load = policy(COSTS, latency_s=0.030), Load(now_s=0, auto=(1, 1), drafts=True)
+    assert draft(one, load, step_s=0.048, tokens=4, steps=40) is None
+    change = draft(one, replace(load, now_s=9), step_s=0.048, tokens=2, steps=40)
+    assert change is not None
+    assert (change.after, change.cause) == (4, "latency")
+
+
+def test_a_width_at_which_nothing_was_drafted_is_predicted_without_drafts() -> None:
+    """int4 takes 20 ms plain, which is no gain of 1.15 over the 22 ms of int8 with drafts."""
+    one, load = policy(COSTS, latency_s=0.021), Load(now_s=0, auto=(1,), drafts=True)
+    one.learn_drafts(load, step_s=0.044, tokens=2)
+    assert one.predict_s(load, 4) == 0.020
+    change = draft(one, load, step_s=0.044, tokens=2, steps=9)
+    assert change is not None
+    assert change.after == 2

@@ -323,6 +323,13 @@ def test_kept_prefixes_are_no_usage_of_the_cache(engine: matquant.Engine) -> Non
     assert 'vllm:kv_cache_usage_perc{engine="0",model_name="tiny"} 0.1\n' in text
 
 
+def test_answers_name_the_width_of_their_prompt_if_it_is_another(engine: matquant.Engine) -> None:
+    with TestClient(make_app(make_service(engine, prefill_bits=4), Limits())) as client:
+        found = [complete(client, **fields).json()["matquant"] for fields in ({"bits": 2}, {"bits": 4}, {})]
+        scored = complete(client, bits=2, echo=True, logprobs=1).json()["matquant"]
+    assert [report.get("prompt_bits") for report in (*found, scored)] == [4, None, None, None]
+
+
 def test_metrics_count_tokens_by_width(client: TestClient) -> None:
     complete(client, bits=4, ignore_eos=True)
     complete(client, bits=2, ignore_eos=True, stream=True)
@@ -440,7 +447,7 @@ def test_a_full_server_says_when_to_come_back(engine: matquant.Engine) -> None:
                 assert time.monotonic() < deadline, "the first of the two was not cancelled"
                 time.sleep(0.005)
         assert complete(client).status_code == 200
-        assert 'reason="full"} 2.0' in client.get("/metrics").text
+        assert 'reason="max_num_queued_reqs"} 2.0' in client.get("/metrics").text
 
 
 def test_every_field_is_documented() -> None:

@@ -15,7 +15,7 @@ from matquant.serve.fields import CHAT, COMPLETION, DETOKENIZE, TOKENIZE, UNSUPP
 from matquant.serve.limits import Limits
 
 ROUTES = {"/v1/chat/completions": CHAT, "/v1/completions": COMPLETION, "/tokenize": TOKENIZE, "/detokenize": DETOKENIZE}
-BODIES = 400
+BODIES = 1000
 TEXTS = ["", "a", "auto", "none", "tiny", "tiny:int4", "user", "json_object", "é🐱", "\x00\n", "\ud800", "x" * 99]
 NUMBERS = [0, 1, -1, 2, 3.5, 1e300, -0.0, 2**31, 2**63, 2**70, True, False, 255, 299, 300, float("nan")]
 MESSAGES = [{"role": "user", "content": "Hi"}]

@@ -127,6 +127,8 @@ def test_errors_of_the_client_are_openais(server: tuple[subprocess.Popen[str], s
         (["--name", "a:b"], "--name 'a:b' is not valid"),
         (["--tool-format", "xml"], "--tool-format 'xml' is not known"),
         (["--min-bits", "9"], "9"),
+        (["--prefill-bits", "9"], "9"),
+        (["--prefill-bits", "8", "--max-bits", "6"], "--prefill-bits 8 exceeds --max-bits 6; use 6 or less"),
         (["--speculate", "fast"], "speculate='fast' is not known; use 'auto', 'off' or a number of tokens to draft"),
     ],
 )

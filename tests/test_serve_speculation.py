@@ -1,11 +1,14 @@
 """Speculation in the server: answers are those without it, whoever else is served and whatever drafts."""
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from llguidance import LLMatcher
 from starlette.testclient import TestClient
 
 import matquant
@@ -20,7 +23,8 @@ from matquant.serve.admission import Limits
 from matquant.serve.app import make_app
 from matquant.serve.batching import Batching, start
 from matquant.serve.limits import Limits as HttpLimits
-from matquant.serve.scheduling import Group
+from matquant.serve.scheduling import Group, Piece
+from matquant.serve.structured import Grammars
 from matquant.serve.work import Generation
 from serving import COSTS, PATIENT_S, Gate, Receiver, alone, generation, reference_engine, run, starting
 
@@ -184,6 +188,18 @@ class Even:
     def accept(self, token: int) -> None:
         self.taken.append(token)
 
+    def copy(self) -> "Even":
+        ahead = Even()
+        ahead.taken += self.taken
+        return ahead
+
+    def allowed(self, tokens: Sequence[int]) -> int:
+        pairs = zip([self.taken[-1] if self.taken else 0, *tokens], tokens, strict=False)
+        return next((place for place, (a, b) in enumerate(pairs) if b % 2 or a == b), len(tokens))
+
+    def forced(self) -> list[int]:
+        return []
+
 
 @pytest.mark.parametrize(
     "options",
@@ -216,6 +232,66 @@ def test_events_are_those_without_drafts(
         if constraint is not None:
             assert constraint.taken == [token for token in got.tokens if token != end]
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("source", ["steps", "lookup"])
+def test_no_draft_is_what_the_constraint_excludes(
+    serve: Callable[..., Batching], ids: list[int], source: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without its mask a slice would draft odd tokens, and what was copied from the text may have them."""
+    monkeypatch.setattr(Lookup, "find", lambda self: "lookup8" if source == "lookup" else "")
+    monkeypatch.setattr(Lookup, "propose", lambda self, count: [40, 42, 41, 44][:count])
+    batcher, constraint = serve(), Even()
+    seen: list[list[int]] = []
+    take = stepping.Stepper._choose
+
+    def spy(self: stepping.Stepper, piece: Piece, logits: np.ndarray, drafts: Sequence[int], reason: str) -> None:
+        before = constraint.copy()
+        take(self, piece, logits, drafts, reason)
+        seen.append(list(drafts))
+        assert before.allowed(drafts) == len(drafts)
+
+    monkeypatch.setattr(stepping.Stepper, "_choose", spy)
+    got = run(batcher, generation(ids, bits=8, max_tokens=60, constraint=constraint))[0]
+    assert got.finish == "length"
+    if source == "lookup":
+        assert {tuple(drafts) for drafts in seen} >= {(40, 42)}
+    else:
+        assert drafted(batcher)[1] > 20
+
+
+def test_a_text_that_a_constraint_forces_is_drafted_without_steps(
+    serve: Callable[..., Batching], engine: matquant.Engine, groups: list[tuple[int, set[int], int]]
+) -> None:
+    grammars = Grammars(
+        engine.vocabulary.tokenizer.to_str(), vocab=engine.model.architecture.vocab, ends=sorted(engine.ends)
+    )
+    words = "The quick brown fox jumps over the lazy dog and then sleeps until noon."
+    prompt = engine.prompt_ids("Write: ")
+    for speculate, steps in (("off", (12, 99)), (7, (1, 6))):
+        constraint = grammars.compile(LLMatcher.grammar_from_regex(re.escape(words)), param="regex")
+        groups.clear()
+        one = generation(prompt, bits=8, max_tokens=99, constraint=constraint, ends=engine.ends)
+        tokens = run(serve(speculate=speculate), one)[0].tokens
+        text = engine.vocabulary.tokenizer.decode([token for token in tokens if token not in engine.ends])
+        assert text.strip() == words
+        assert steps[0] <= len(groups) <= steps[1]
+
+
+class Broken(Even):
+    """A constraint whose drafts fail."""
+
+    def copy(self) -> "Even":
+        raise ValueError("no copy")
+
+    def allowed(self, tokens: Sequence[int]) -> int:
+        raise ValueError("no look ahead")
+
+
+def test_a_constraint_that_cannot_look_ahead_is_not_drafted_for(serve: Callable[..., Batching], ids: list[int]) -> None:
+    one = [generation(ids, bits=8, constraint=make()) for make in (Even, Broken)]
+    even, broken = (run(serve(), each)[0] for each in one)
+    assert (broken.tokens, broken.finish) == (even.tokens, "length")
 
 
 def test_the_end_of_the_context_is_the_same(
@@ -314,8 +390,8 @@ def test_metrics_and_usage_count_drafts(clients: list[TestClient]) -> None:
 
 
 @pytest.fixture
-def timed(engine: matquant.Engine, monkeypatch: pytest.MonkeyPatch) -> Callable[..., float]:
-    """Seconds by the table of costs that requests take from the 64th token on: a clock that native steps move."""
+def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """A clock that native steps move, by the table of costs."""
     now = [0.0]
     compute = stepping.Stepper.run
 
@@ -325,6 +401,12 @@ def timed(engine: matquant.Engine, monkeypatch: pytest.MonkeyPatch) -> Callable[
         return logits
 
     monkeypatch.setattr(stepping.Stepper, "run", spend)
+    return now
+
+
+@pytest.fixture
+def timed(engine: matquant.Engine, now: list[float]) -> Callable[..., float]:
+    """Seconds that requests take from the 64th token on."""
 
     def measure(speculate: str, count: int, prompt: list[int]) -> float:
         batcher = Batching(engine, Limits(policy=False, speculate=speculate), costs=COSTS, clock=lambda: now[0])
@@ -381,3 +463,19 @@ def test_a_sequence_does_not_draft_by_steps_while_many_others_wait_for_it() -> N
     times = Times({"int2": 0.25}, table=table)
     assert choose_together([wish(times, room=1)]) == [("int2", 1)]
     assert choose_together([wish(times, room=1)], beside=(3, 0.044)) == [("", 0)]
+
+
+@pytest.mark.parametrize("speculate", ["off", 3])
+def test_the_policy_keeps_a_width_that_meets_its_target_with_drafts(
+    engine: matquant.Engine, ids: list[int], now: list[float], speculate: str | int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step at int8 takes 40 ms, or 44 with three drafts, and the target is 30."""
+    one = generation(ids, max_tokens=40)
+    text = [*ids, *alone(engine, replace(one, plan=Plan(default=8)))]
+    monkeypatch.setattr(Lookup, "find", lambda self: "lookup8")
+    monkeypatch.setattr(Lookup, "propose", lambda self, count: text[len(self.ids) :][:count])
+    limits = Limits(latency_s=0.030, widths=(8, 4), speculate=speculate)
+    batcher = Batching(engine, limits, costs=COSTS, clock=lambda: now[0])
+    bits = run(batcher, one)[0].bits
+    batcher.stop(0)
+    assert set(bits) == ({"8"} if speculate == 3 else {"8", "4"})

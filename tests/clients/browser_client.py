@@ -1,4 +1,7 @@
-"""The playground in a browser: ``python browser_client.py ADDRESS CHROMIUM`` asserts what a person would see."""
+"""The playground in a browser: ``python browser_client.py ADDRESS CHROMIUM FOLDER`` asserts what a person would see.
+
+Pictures of the page go to FOLDER.
+"""
 
 import json
 import sys
@@ -7,6 +10,7 @@ from pathlib import Path
 from playwright.sync_api import Page, expect, sync_playwright
 
 PATIENT_MS = 60_000
+WIDTHS = ["int8", "int6", "int4", "int3", "int2"]
 
 
 def answers(page: Page) -> None:
@@ -18,9 +22,32 @@ def answers(page: Page) -> None:
     page.locator("#box").press("Enter")
     answer = page.locator(".message.assistant").last
     expect(answer.locator(".badge")).to_contain_text("int4")
-    expect(answer.locator(".facts")).to_contain_text("tokens ·")
+    expect(answer.locator(".facts")).to_contain_text("24 tokens · ")
     expect(page.locator("#send")).to_have_text("Send")
     assert answer.locator(".text").inner_text()
+
+
+def instructs(page: Page) -> None:
+    """A system prompt goes before the conversation."""
+    page.locator("#system").fill("You are brief.")
+    page.locator("#box").fill("Hello")
+    with page.expect_request("**/v1/chat/completions") as waiting:
+        page.locator("#send").click()
+    assert waiting.value.post_data_json["messages"][0] == {"role": "system", "content": "You are brief."}
+    expect(page.locator("#send")).to_have_text("Send")
+    page.locator("#system").fill("")
+
+
+def changes(page: Page) -> None:
+    """An answer is given again, and a question is edited."""
+    count = page.locator(".message").count()
+    page.locator(".message.assistant").last.get_by_role("button", name="Again").click()
+    expect(page.locator(".message.assistant").last.locator(".facts")).to_contain_text("24 tokens · ")
+    expect(page.locator("#send")).to_have_text("Send")
+    assert page.locator(".message").count() == count
+    page.locator(".message.user").last.get_by_role("button", name="Edit").click()
+    expect(page.locator("#box")).to_have_value("Hello")
+    assert page.locator(".message").count() == count - 2
 
 
 def stops(page: Page) -> None:
@@ -41,6 +68,7 @@ def compares(page: Page) -> None:
     page.locator("#send").click()
     expect(page.locator(".columns > div")).to_have_count(5)
     expect(page.locator("#send")).to_have_text("Send")
+    assert [badge.split()[0] for badge in page.locator(".columns .badge").all_inner_texts()] == WIDTHS
     page.locator("#compare").click()
 
 
@@ -73,8 +101,17 @@ def keeps(page: Page) -> None:
     expect(page.locator("#box")).to_have_value("Hi")
 
 
+def fits_a_phone(page: Page) -> None:
+    """Nothing is wider than the window, and the settings open."""
+    page.set_viewport_size({"width": 390, "height": 844})
+    for _ in range(2):
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        page.locator("#open").click()
+    expect(page.locator("#send")).to_be_in_viewport()
+
+
 def main() -> None:
-    address, chromium = sys.argv[1:]
+    address, chromium, folder = sys.argv[1:]
     problems: list[str] = []
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
@@ -84,8 +121,12 @@ def main() -> None:
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.goto(address)
         expect(page.locator("#width option")).to_have_count(6)
-        for part in (answers, stops, compares, colours, keeps):
+        shown = page.locator("#width option").all_inner_texts()
+        assert [text.split()[0] for text in shown[1:]] == WIDTHS
+        assert all("bits" in text and "tok/s" in text for text in shown[1:])
+        for part in (answers, instructs, changes, stops, compares, colours, keeps, fits_a_phone):
             part(page)
+            page.screenshot(path=Path(folder) / f"{part.__name__}.png")
         browser.close()
     assert not problems, problems
 

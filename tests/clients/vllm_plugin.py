@@ -20,6 +20,7 @@ from typing import Any
 from unittest.mock import MagicMock
 
 import openai
+import pytest
 from tokenizers import Tokenizer
 
 READY = re.compile(r"at (http://[\d.]+:\d+)/v1")
@@ -108,6 +109,11 @@ class RemoteOpenAIServer:
 
     def get_async_client(self, **options: Any) -> openai.AsyncOpenAI:
         return openai.AsyncOpenAI(base_url=self.url_for("v1"), api_key=self.DUMMY_API_KEY, max_retries=0, **options)
+
+
+@pytest.fixture
+def local_asset_server() -> None:
+    """A server of pictures, for models that see."""
 
 
 sys.meta_path.append(Absent())

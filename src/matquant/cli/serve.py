@@ -38,6 +38,13 @@ Plans = Annotated[
     Option(metavar="NAME=FILE", help="A mixed-precision plan, served as the model NAME; repeat for several."),
 ]
 MinBits = Annotated[int, Option(help="Narrowest width that load may lead to; requests may raise it.")]
+PrefillBits = Annotated[
+    int | None,
+    Option(
+        help="Read prompts of narrower requests at this width.",
+        show_default="that of the request",
+    ),
+]
 LatencyMs = Annotated[float, Option(help="Time between two tokens, ms, above which a narrower width serves.")]
 ToolFormat = Annotated[
     str | None,
@@ -98,6 +105,7 @@ def serve(
     widths: Widths = None,
     plan: Plans = None,
     min_bits: MinBits = 4,
+    prefill_bits: PrefillBits = None,
     latency_ms: LatencyMs = 100.0,
     speculate: Speculate = "off",
     tool_format: ToolFormat = None,
@@ -119,11 +127,14 @@ def serve(
 ) -> None:
     """Serve a checkpoint at every width through OpenAI's API. Needs no torch."""
     listed = None if widths is None else tuple(int(bits) for bits in read_numbers(widths, int, "--widths"))
-    for bits in (min_bits, max_bits, *(listed or ())):
+    for bits in (min_bits, max_bits, *(listed or ()), *([] if prefill_bits is None else [prefill_bits])):
         check_bits(bits)
+    if prefill_bits is not None and prefill_bits > max_bits:
+        raise InputError(f"--prefill-bits {prefill_bits} exceeds --max-bits {max_bits}; use {max_bits} or less")
     _check(max_num_seqs=max_num_seqs, max_queued=max_queued, latency_ms=latency_ms, drain_seconds=drain_seconds)
     _check(answer_tokens=answer_tokens, max_body_mb=max_body_mb)
     batching = {"max_num_seqs": max_num_seqs, "max_queued_requests": max_queued, "widths": listed, "min_bits": min_bits}
+    batching |= {"prefill_bits": prefill_bits}
     batching |= {"kv_bytes": None if kv_bytes is None else read_size(kv_bytes, "--kv-bytes")}
     engine = {"max_bits": max_bits, "threads": threads, "activations": activations}
     settings = run.Settings(

@@ -22,7 +22,8 @@ PANELS = (1, 2, 4, 8)  # rows of a step that cost the same as fewer ones
 STEP = {1: 1.0, 2: 1.05, 4: 1.15, 8: 1.4}  # first guess of a step with these rows, relative to one row
 PROBE = 64  # tokens
 GAIN = 1.1
-PRIOR = {"int2": 0.55, "int3": 0.7, "int4": 0.8, "lookup2": 0.5, "lookup3": 0.7, "lookup8": 0.85}  # first guesses
+# first guesses
+PRIOR = {"int2": 0.55, "int3": 0.7, "int4": 0.8, "lookup2": 0.5, "lookup3": 0.7, "lookup8": 0.85, "forced": 0.9}
 TRIALS = 6.0  # judged drafts that a first guess counts as
 SURE = (0.3, 0.5, 0.7, 0.9)  # bounds of the classes of a drafter's largest probability
 FORGET = 0.97  # weight of the past after each judged draft
@@ -124,9 +125,10 @@ class Pace:
         """Return the source that was not tried for longest, and one token."""
         return (min(sources, key=lambda source: self._used.get(source, 0)), 1) if sources else PLAIN
 
-    def best(self, sources: Iterable[str], length: int) -> tuple[float, str]:
-        """Return the expected tokens of a step with ``length`` drafts, and which of ``sources`` yields them."""
-        return max(((self.expected(source, length), source) for source in sources if source), default=(1.0, ""))
+    def best(self, offers: Iterable[tuple[str, int]]) -> tuple[float, str, int]:
+        """Return the expected tokens of a step with drafts, and the offer, a source and a number, that yields most."""
+        found = ((self.expected(source, number), source, number) for source, number in offers if source and number)
+        return max(found, default=(1.0, *PLAIN))
 
     def expected(self, source: str, length: int) -> float:
         """Return the expected tokens of a step that verifies ``length`` drafts of ``source``."""
@@ -187,11 +189,12 @@ class Pace:
 
 @dataclass(frozen=True, kw_only=True)
 class Wish:
-    """A sequence that may draft: what prompt lookup found ("" for nothing), and the most tokens to draft."""
+    """A sequence that may draft: what was found without a step ("" for nothing), and the most tokens to draft."""
 
     pace: Pace
     found: str
     room: int
+    held: int = LENGTHS[-1]  # tokens of what was found
 
 
 def choose_together(wishes: Sequence[Wish], *, beside: tuple[int, float] = (0, 0.0)) -> list[tuple[str, int]]:
@@ -231,17 +234,17 @@ def choose_together(wishes: Sequence[Wish], *, beside: tuple[int, float] = (0, 0
 def _weigh(
     wishes: Sequence[Wish], source: str, length: int, beside: tuple[int, float]
 ) -> tuple[float, list[tuple[str, int]]]:
-    """Return the expected tokens per second of a step with ``length`` drafts from lookup or ``source``; the choices.
+    """Return the expected tokens per second of a step with ``length`` drafts found or by ``source``; the choices.
 
     Drafts by steps may go on to the end of the room, because ``Pace.goes_on`` ends them.
     """
     times, tokens, rows, drafting, choices = wishes[0].pace.times, float(beside[0]), 0, 0, []
     for wish in wishes:
-        number = min(length, wish.room)
-        expected, best = wish.pace.best((wish.found, source), number) if number else (1.0, "")
+        room = min(length, wish.room)
+        expected, best, number = wish.pace.best(((wish.found, min(room, wish.held)), (source, room)))
         by_steps = bool(best) and best == source
-        tokens, rows, drafting = tokens + expected, rows + 1 + (number if best else 0), drafting + by_steps
-        choices.append((best, min(wish.room, LENGTHS[-1]) if by_steps else number) if best else PLAIN)
+        tokens, rows, drafting = tokens + expected, rows + 1 + number, drafting + by_steps
+        choices.append((best, min(wish.room, LENGTHS[-1]) if by_steps else number))
     drafting_s = length * times.cost(drafting, source) if drafting else 0.0
     return tokens / (drafting_s + times.cost(rows) + beside[1]), choices
 

@@ -20,6 +20,7 @@ SMALLEST_TEMPERATURE = float(np.finfo(np.float32).smallest_normal)
 # nats below the most probable token: most of a large vocabulary is further below and need not be sorted; small steps,
 # because sorting a few thousand tokens takes longer than several looks
 LEVELS = (7.0, 8.5, 10.0, 12.0, 14.0)
+BLOCK = 1024  # tokens that are added up together before one of all is drawn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,10 +88,27 @@ def pick(logits: np.ndarray, sampling: Sampling, number: Callable[[], float]) ->
         )
     if sampling.temperature < SMALLEST_TEMPERATURE:
         return int(logits.argmax())
+    if sampling.top_k == 0 and sampling.top_p == 1 and sampling.min_p == 0:
+        return draw(np.exp(_shifted(logits, sampling)), number())
     ids, probabilities = distribution(logits, sampling)
     cumulative = np.cumsum(probabilities)
     place = np.searchsorted(cumulative, number() * cumulative[-1], side="right")
     return int(ids[min(int(place), len(ids) - 1)])
+
+
+def draw(weights: np.ndarray, number: float) -> int:
+    """Return the index that a uniform number draws by weights, float32: the first whose sum with those before exceeds
+    ``number`` times the sum of all.
+
+    Sums of blocks come first, because adding one by one through a large vocabulary takes longer than exp.
+    """
+    cumulative = np.cumsum(np.add.reduceat(weights, np.arange(0, len(weights), BLOCK), dtype=np.float64))
+    wanted = number * cumulative[-1]
+    block = min(int(np.searchsorted(cumulative, wanted, side="right")), len(cumulative) - 1)
+    inside = weights[block * BLOCK : (block + 1) * BLOCK]
+    before = cumulative[block - 1] if block else 0.0
+    place = int(np.searchsorted(before + np.cumsum(inside, dtype=np.float64), wanted, side="right"))
+    return block * BLOCK + min(place, len(inside) - 1)
 
 
 def confidence(logits: np.ndarray, sampling: Sampling) -> float:
@@ -102,12 +120,11 @@ def confidence(logits: np.ndarray, sampling: Sampling) -> float:
 
 def distribution(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.ndarray]:
     """Return the candidate ids and their probabilities, float64, summing to 1."""
-    with np.errstate(over="ignore"):  # tokens far below the first underflow to probability 0
-        shifted = (logits - logits.max()) / np.float32(sampling.temperature)
+    shifted = _shifted(logits, sampling)
     if sampling.top_k == 0 and sampling.top_p == 1 and sampling.min_p == 0:
         weights = np.exp(shifted)
         return np.arange(len(weights)), weights / weights.sum(dtype=np.float64)
-    total = np.exp(shifted).sum(dtype=np.float64)
+    total = np.exp(shifted).sum(dtype=np.float64) if sampling.top_p < 1 and not sampling.top_k else 0.0
     ids = _candidates(shifted, total, sampling)
     weights = np.exp(shifted[ids].astype(np.float64))
     order = np.lexsort((ids, -weights))[: sampling.top_k or None]
@@ -120,12 +137,24 @@ def distribution(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np
     return ids[: len(weights)], weights / weights.sum()
 
 
+def _shifted(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
+    """Return logits over the temperature, 0 for the most probable token."""
+    with np.errstate(over="ignore"):  # tokens far below the first underflow to probability 0
+        shifted: np.ndarray = logits - logits.max()
+        shifted /= np.float32(sampling.temperature)
+    return shifted
+
+
 def _candidates(shifted: np.ndarray, total: float, sampling: Sampling) -> np.ndarray:
-    """Return the ids of a superset of the tokens to keep. shifted: nats, 0 for the most probable."""
+    """Return the ids of a superset of the tokens to keep. shifted: nats, 0 for the most probable. total: the sum of
+    exp(shifted), which only top_p without top_k needs.
+    """
     for level in LEVELS:
         ids = np.flatnonzero(shifted >= -level)
         if sampling.top_k:
             enough = len(ids) >= sampling.top_k
+        elif sampling.top_p == 1:
+            enough = sampling.min_p >= math.exp(-level)
         else:
             held = np.exp(shifted[ids]).sum(dtype=np.float64)
             enough = sampling.min_p >= math.exp(-level) or held >= sampling.top_p * total

@@ -73,13 +73,16 @@ class Numbers:
 class Draft:
     """The tokens drafted for a sequence in one step, and the ``confidences`` in them, between 0 and 1.
 
-    source: where they come from, "" for nowhere. count: the most of them. ends: tokens after which none are drafted.
+    proposed: tokens that took no step, used unless ``source`` drafts by steps. source: where the drafts come from, ""
+    for nowhere. count: the most of them. ends: tokens after which none are drafted.
     """
 
-    def __init__(self, pace: Pace, lookup: Finder, source: str, count: int, *, ends: Container[int] = ()) -> None:
+    def __init__(
+        self, pace: Pace, proposed: Sequence[int], source: str, count: int, *, ends: Container[int] = ()
+    ) -> None:
         self.source = source
         self._by_steps = source in pace.times.drafts
-        self.tokens = lookup.propose(count) if count and not self._by_steps else []
+        self.tokens = [] if self._by_steps else list(proposed[:count])
         self.confidences = [1.0] * len(self.tokens)
         self._pace, self._count, self._ends = pace, count, ends
         self._chance = 1.0  # that all of them are accepted
@@ -91,18 +94,26 @@ class Draft:
             return False
         return not self.tokens or self._pace.goes_on(self.source, self._chance, len(self.tokens))
 
-    def take(self, logits_V: np.ndarray, sampling: Sampling, numbers: Numbers) -> None:
-        """Draft a token from the logits, float32 [vocab], of a step at the width that drafts."""
+    def take(self, logits_V: np.ndarray, sampling: Sampling, numbers: Numbers) -> int | None:
+        """Draft a token from the logits, float32 [vocab], of a step at the width that drafts, and return it.
+
+        None if there is none: the logits are not finite at this width, and the requested one decides.
+        """
         try:
             token = pick(logits_V, sampling, partial(numbers.peek, len(self.tokens)))
-        except InputError:  # not finite at this width; the requested one decides
-            self._count = 0
-            return
+        except InputError:
+            self.stop()
+            return None
         self.tokens.append(token)
         self.confidences.append(confidence(logits_V, sampling))
         self._chance *= self._pace.chance(self.source, self.confidences[-1])
         if token in self._ends:
-            self._count = 0
+            self.stop()
+        return token
+
+    def stop(self) -> None:
+        """Draft no more."""
+        self._count = 0
 
     @property
     def times(self) -> Times:
@@ -189,7 +200,9 @@ class Speculative:
 
     def _draft(self, token: int, room: int, *, turn: int) -> Draft:
         """Return the tokens that may follow ``token``."""
-        draft = Draft(self._pace, self._lookup, *self._pace.choose(self._lookup.find() if room > 0 else "", room))
+        found = self._lookup.find() if room > 0 else ""
+        source, count = self._pace.choose(found, room)
+        draft = Draft(self._pace, self._lookup.propose(count) if found else [], source, count)
         while draft.goes_on:
             began, ahead = time.perf_counter(), len(draft.tokens)
             last, widths = [token, *draft.tokens][-1], self._drafts[draft.source]

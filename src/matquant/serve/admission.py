@@ -34,6 +34,7 @@ class Limits:
     min_bits: int = 4  # the policy does not go below this width: int3 and int2 need a checkpoint trained for them
     latency_s: float = 0.1  # target of the time between two tokens of a sequence
     wait_s: float = 2.0  # target of the time that a request waits
+    prefill_bits: int | None = None  # prompts of narrower requests are read at this width; None: at that of the request
     policy: bool = True  # False: the widest width always
     speculate: str | int = OFF  # tokens that a sequence drafts in a step with few rows: a number, "auto" or "off"
 
@@ -57,7 +58,7 @@ class Limits:
         if self.rows > MOST_ROWS:
             raise InputError(f"{self.rows} rows are more than the {MOST_ROWS} that a step takes; use fewer")
         check_speculate(self.speculate)
-        for bits in (self.min_bits, *self.widths):
+        for bits in (self.min_bits, *self.widths, *([] if self.prefill_bits is None else [self.prefill_bits])):
             check_bits(bits)
 
     @property

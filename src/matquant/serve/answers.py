@@ -81,9 +81,18 @@ def width_report(service: Service, job: Job, counts: Sequence[Counts]) -> dict[s
             for label, tokens in served.items()
         ],
         "bits_per_weight": None if bits is None else round(bits, 3),
+        **prompt_width(service, job),
         "reason": next((count.reason for count in reversed(counts) if count.reason), "")
         or ("auto" if job.choice.label == AUTO else "requested"),
     }
+
+
+def prompt_width(service: Service, job: Job) -> dict[str, int]:
+    """Return {"prompt_bits": ...} if the prompt was read at another width than the request's."""
+    bits, label = service.prefill_bits, job.choice.label
+    if bits is None or label == AUTO or job.generations[0].prompt_logprobs or (label.isdigit() and int(label) >= bits):
+        return {}
+    return {"prompt_bits": bits}
 
 
 def width_header(served: Mapping[str, int]) -> str:

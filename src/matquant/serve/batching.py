@@ -22,12 +22,12 @@ from typing import Any
 from matquant.core.spec import Plan
 from matquant.engine.engine import Engine
 from matquant.engine.speculation import OFF
-from matquant.serve.admission import Limits, available_bytes, candidates, resolve_kv_bytes
+from matquant.serve.admission import Limits, available_bytes, cache_bytes, candidates, resolve_kv_bytes
 from matquant.serve.cost import Costs, drafting, measure
 from matquant.serve.drafting import Drafter
 from matquant.serve.policy import Load, Policy
 from matquant.serve.scheduling import Piece, next_chunks
-from matquant.serve.slots import Slot, Width, make_width
+from matquant.serve.slots import Slot, Width, at_least, make_width
 from matquant.serve.stepping import Stepper, now_s
 from matquant.serve.work import Deliver, Generation, Refused
 from matquant.system.errors import InputError
@@ -35,6 +35,8 @@ from matquant.system.errors import InputError
 IDLE_S = 0.5  # how often an idle loop looks whether the width may rise
 LEAST_RETRY_S, MOST_RETRY_S = 1.0, 120.0
 SMOOTHING = 0.2  # weight of the newest request in the mean duration
+# limits, and what vLLM calls refusals for them
+REFUSALS = {"max_queued_requests": "max_num_queued_reqs", "max_queued_tokens": "max_num_queued_tokens"}
 
 Force = Callable[[Generation, int], int]  # generation, number of the new token -> its width
 
@@ -69,6 +71,7 @@ class Batching:
         self.limits = limits
         self.failure: str | None = None
         self.kv_bytes = resolve_kv_bytes(engine, limits, available=available_bytes())
+        self._context_bytes = cache_bytes(engine, engine.context)
         self._clock, self._force, self._note = clock, force, note or (lambda text: None)
         self._stepper = Stepper(engine, rows=limits.rows, choosing=limits.max_num_seqs, clock=clock)
         widths = candidates(engine, limits)
@@ -98,12 +101,14 @@ class Batching:
 
         Refused if a limit is reached or nothing more is admitted; InputError for a generation that can never run.
         """
-        slot = Slot(self.engine, generation, deliver, number=0, arrived_s=self._clock())
+        slot = Slot(self.engine, generation, deliver, number=0, clock=self._clock)
         if slot.bytes > self.kv_bytes:
             raise InputError(
                 f"{slot.capacity} tokens (prompt and max_tokens) need {slot.bytes} bytes of keys and values, and the "
                 f"server has {self.kv_bytes}; use fewer tokens or a larger kv_bytes"
             )
+        if slot.fixed is not None and self.limits.prefill_bits is not None and not generation.prompt_logprobs:
+            slot.prefill = at_least(slot.fixed, self._uniform(min(self.limits.prefill_bits, self.engine.max_bits)))
         with self._changed:
             self._check_room(slot)
             slot.number = self._number
@@ -129,6 +134,7 @@ class Batching:
                 raise Refused(
                     f"{len(queued)} requests with {tokens} tokens are waiting, as many as {name} allows",
                     retry_after_s=self._retry_s(),
+                    limit=REFUSALS[name],
                 )
 
     def _retry_s(self) -> float:
@@ -148,10 +154,13 @@ class Batching:
             **counts,
             "running": len(running),
             "waiting": len(waiting),
+            "deferred": sum(slot.cached_tokens is None for slot in running),  # until a prompt like theirs has been read
             "oldest_wait_s": max((now - slot.arrived_s for slot in waiting), default=0.0),
             "kv_bytes": reserved + prefixes.bytes,
             "kv_bytes_reserved": reserved,
             "kv_bytes_limit": self.kv_bytes,
+            "kv_tokens_limit": self.kv_bytes * self.engine.context // self._context_bytes,
+            "kv_contexts_limit": self.kv_bytes / self._context_bytes,
             "prefixes": len(prefixes),
             "caches": len(prefixes) + sum(slot.cache is not None for slot in running),
             "bits": self.policy.bits,
@@ -241,19 +250,24 @@ class Batching:
         load = self._load(decoding)
         chunks = next_chunks(
             reading,
-            widths=[slot.fixed or self._uniform(self.policy.widths[0]) for slot in reading],
+            reading=self._reading,
             rows=self._prompt_rows(load),
             vocab=self.engine.model.architecture.vocab,
             begin=lambda slot, width: self._stepper.begin(slot, width, self._running),
         )
-        load = replace(load, prompt_rows=sum(piece.stop - piece.start for piece in chunks))
+        drafts = bool(self._drafter and not chunks and self._drafter.room(len(decoding)))
+        load = replace(load, prompt_rows=sum(piece.stop - piece.start for piece in chunks), drafts=drafts)
         self._look(load)
         pieces = [Piece(slot=s, start=s.read, stop=s.read + 1, width=self._width(s)) for s in decoding]
+        began, before = self._clock(), self._stepper.counts["generation_tokens"]
         if not chunks:
             pieces = self._draft(pieces)
         native_s, choosing_s = self._stepper.step([*pieces, *chunks], reason=self.policy.reason)
-        if all(piece.stop - piece.start == 1 for piece in pieces):  # drafts are not in the load
+        if all(piece.stop - piece.start == 1 for piece in pieces):  # the table is of steps without drafts
             self.policy.learn(load, native_s=native_s, choosing_s=choosing_s)
+        if drafts:
+            tokens = int(self._stepper.counts["generation_tokens"] - before)
+            self.policy.learn_drafts(load, step_s=self._clock() - began, tokens=tokens)
         self._counts["steps"] += 1
         for piece in (*pieces, *chunks):
             self._send(piece.slot)
@@ -299,8 +313,15 @@ class Batching:
             return
         change = self.policy.observe(load)
         if change is not None:
-            self._counts[f"width_changes/{change.direction}"] += 1
+            self._counts[f"width_changes/{change.direction}/{change.cause}"] += 1
             self._note(change.reason)
+
+    def _reading(self, slot: Slot) -> tuple[Width, int]:
+        """Return the width at which the next tokens of a prompt are read, and where they stop."""
+        last = len(slot.prompt) - 1
+        if slot.prefill is not None and slot.read < last:
+            return slot.prefill, last
+        return slot.fixed or self._uniform(self.policy.widths[0]), len(slot.prompt)
 
     def _width(self, slot: Slot) -> Width:
         """Return the width at which a decoding slot's next token is chosen."""

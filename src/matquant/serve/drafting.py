@@ -6,11 +6,15 @@ alone seven; with five or more, or while a prompt is read, nothing is drafted. S
 (engine/pace.py), and those that draft by steps take them together. What steps cost is shared by all sequences and
 starts from the table of costs (cost.py); how often drafts are accepted is measured for each, because texts differ.
 
-Logit bias, penalties and ends before ``min_tokens`` count for drafts too; constraints and the drafts before do not.
+Logit bias, penalties, ends before ``min_tokens`` and constraints count for drafts too, because a token that they
+exclude is always rejected; of these only constraints see the drafts before. Where a constraint permits a single text,
+that text is drafted without a step.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+
+import numpy as np
 
 from matquant.engine.pace import PANELS, Pace, Times, Wish, choose_together
 from matquant.engine.speculation import AUTO, DRAFT_WIDTHS, LEAST_SAVING, Draft, narrower
@@ -19,8 +23,10 @@ from matquant.serve.logits import shift
 from matquant.serve.scheduling import Piece, group_pieces
 from matquant.serve.slots import Slot, Width
 from matquant.serve.stepping import Stepper
+from matquant.serve.work import Constraint
 
 MOST_ROWS = PANELS[-1]
+FORCED = "forced"
 CATCH_UP = 4096  # tokens of a text that prompt lookup takes up in a step
 
 
@@ -49,28 +55,30 @@ class Drafter:
         rows = {piece.width.key: sum(other.width.key == piece.width.key for other in pieces) for piece in pieces}
         seconds = {piece.width.key: self._of(piece.width).cost(rows[piece.width.key]) for piece in pieces}
         drafts: dict[int, Draft] = {}  # by number of the slot
+        ahead: dict[int, Constraint] = {}  # constraints after the drafts
         for key in rows:
             own = [(piece.slot, room) for piece, room in zip(pieces, rooms, strict=True) if piece.width.key == key]
             beside = len(pieces) - len(own), sum(seconds.values()) - seconds[key]
-            wishes = [self._wish(slot, key, room) for slot, room in own]
-            for (slot, _), wish, choice in zip(own, wishes, choose_together(wishes, beside=beside), strict=True):
-                drafts[slot.number] = Draft(wish.pace, slot.lookup, *choice, ends=slot.generation.ends)
+            found = [propose(slot, room) for slot, room in own]
+            wishes = [
+                Wish(pace=self._pace(slot, key), found=source, room=room, held=len(tokens))
+                for (slot, room), (source, tokens) in zip(own, found, strict=True)
+            ]
+            choices = choose_together(wishes, beside=beside)
+            for (slot, _), wish, (_, tokens), choice in zip(own, wishes, found, choices, strict=True):
+                drafts[slot.number] = Draft(wish.pace, tokens, *choice, ends=slot.generation.ends)
         drafting = [replace(piece, draft=drafts[piece.slot.number]) for piece in pieces]
         while going := [piece for piece in drafting if piece.draft and piece.draft.goes_on]:
-            self._step(going)
+            self._step(going, ahead)
         self._stepper.counts["drafting_s"] += self._clock() - began
         return [replace(piece, stop=piece.stop + len(piece.draft.tokens)) for piece in drafting if piece.draft]
 
-    def _wish(self, slot: Slot, key: bytes, room: int) -> Wish:
-        """Return what a sequence may draft."""
-        lookup = slot.lookup
-        lookup.extend(slot.ids[len(lookup.ids) :][:CATCH_UP])
-        pace = slot.paces.setdefault(key, Pace(times=self._times[key], length=self._length))
-        found = lookup.find() if room and len(lookup.ids) == len(slot.ids) else ""
-        return Wish(pace=pace, found=found, room=room)
+    def _pace(self, slot: Slot, key: bytes) -> Pace:
+        """Return how often drafts of a sequence are accepted at a width."""
+        return slot.paces.setdefault(key, Pace(times=self._times[key], length=self._length))
 
-    def _step(self, pieces: Sequence[Piece]) -> None:
-        """Draft one more token for each of the pieces."""
+    def _step(self, pieces: Sequence[Piece], ahead: dict[int, Constraint]) -> None:
+        """Draft one more token for each of the pieces. ahead: their constraints after the drafts, by number."""
         steps = []
         for piece in pieces:
             assert piece.draft is not None
@@ -80,13 +88,29 @@ class Drafter:
             began = self._clock()
             logits = self._stepper.run(group)
             for piece, place in zip(group.pieces, group.places, strict=True):
-                slot, draft, logits_V = piece.slot, piece.draft, logits[place]
-                assert draft is not None
-                shift(logits_V, slot.generation, slot.penalties, new=slot.new + len(draft.tokens))
-                draft.take(logits_V, slot.generation.sampling, slot.numbers)
+                self._take(piece, logits[place], ahead)
             spent_s = self._clock() - began
             for source, times in {(piece.draft.source, piece.draft.times) for piece in group.pieces if piece.draft}:
                 times.spent(spent_s, rows=len(group.pieces), source=source)
+
+    def _take(self, piece: Piece, logits_V: np.ndarray, ahead: dict[int, Constraint]) -> None:
+        """Draft a token from logits, which are changed."""
+        slot, generation, draft = piece.slot, piece.slot.generation, piece.draft
+        assert draft is not None
+        shift(logits_V, generation, slot.penalties, new=slot.new + len(draft.tokens))
+        if generation.constraint is None:
+            draft.take(logits_V, generation.sampling, slot.numbers)
+            return
+        try:
+            constraint = ahead.get(slot.number) or ahead.setdefault(slot.number, generation.constraint.copy())
+            constraint.mask(logits_V)
+            token = draft.take(logits_V, generation.sampling, slot.numbers)
+            if token is not None and token not in generation.ends:
+                constraint.accept(token)
+            if constraint.ended:
+                draft.stop()
+        except Exception:  # whatever a constraint raises: the step that verifies decides what it means
+            draft.stop()
 
     def _of(self, width: Width) -> Times:
         """Return what steps for a width take."""
@@ -101,3 +125,23 @@ class Drafter:
             }
             self._times[width.key] = Times(share, table=lambda source, rows: cost(bits[source], rows))
         return self._times[width.key]
+
+
+def propose(slot: Slot, room: int) -> tuple[str, Sequence[int]]:
+    """Return where drafts come from that take no step ("" for nowhere), and at most ``room`` tokens.
+
+    They are copied by prompt lookup, as far as the constraint allows, or the only ones that it allows.
+    """
+    lookup, constraint = slot.lookup, slot.generation.constraint
+    lookup.extend(slot.ids[len(lookup.ids) :][:CATCH_UP])
+    found = lookup.find() if room and len(lookup.ids) == len(slot.ids) else ""
+    tokens: Sequence[int] = lookup.propose(room) if found else []
+    if constraint is None or not room:
+        return found, tokens
+    try:
+        tokens = tokens[: constraint.allowed(tokens)]
+        if not tokens:
+            found, tokens = FORCED, constraint.forced()[:room]
+    except Exception:  # as above
+        tokens = []
+    return (found, tokens) if tokens else ("", [])

@@ -10,7 +10,9 @@ change all the time.
 
 A request with ``least_bits`` gets the narrowest candidate that is not below it. Explicit widths are never changed, but
 their rows count in predictions. Predictions are corrected by what recent steps took, compared with the table, and by
-the time that choosing tokens takes besides.
+the time that choosing tokens takes besides. Where sequences draft, they are multiplied by the time and divided by the
+tokens of recent steps at that width: accepted drafts that meet the target keep the width. A width at which nothing was
+drafted yet is predicted without drafts.
 """
 
 from collections import Counter
@@ -28,13 +30,15 @@ RELAPSE_S = 10.0  # going down so soon after going up doubles the hold; without 
 SMOOTHING = 0.1  # weight of the newest step in the correction
 MOST_CORRECTION = 8.0
 LEAST_CHUNK = 8  # rows of prompts
+UNKNOWN = 1.0, 1.0, 0  # what drafting yields before any was tried
 
 
 @dataclass(frozen=True, kw_only=True)
 class Load:
     """A step to come. auto: ``least_bits`` of each decode row whose width is free. fixed: other decode rows, by width.
 
-    prompt_rows: rows that read prompts, at the widest width. oldest_wait_s: of the requests that wait.
+    prompt_rows: rows that read prompts, at the widest width. oldest_wait_s: of the requests that wait. drafts: whether
+    its sequences may draft, which can yield several tokens of each.
     """
 
     now_s: float
@@ -42,6 +46,7 @@ class Load:
     fixed: Mapping[int, int] = field(default_factory=dict)
     prompt_rows: int = 0
     oldest_wait_s: float = 0.0
+    drafts: bool = False
 
     @property
     def decoding(self) -> int:
@@ -51,10 +56,11 @@ class Load:
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """A change of width."""
+    """A change of width. cause: "latency", "waiting" or "recovered"; reason: the same in words, with figures."""
 
     before: int
     after: int
+    cause: str
     reason: str
 
     @property
@@ -76,6 +82,8 @@ class Policy:
         self.choosing_s = 0.0  # of a step, besides native code
         self.rejected = 0  # times that no narrower width gained enough
         self.hold_s = HOLD_S
+        # level -> of recent steps that might draft: seconds relative to plain ones, tokens per sequence, and how many
+        self._drafting: dict[int, tuple[float, float, int]] = {}
         self._over = 0  # steps in a row over a target
         self._fits_since: dict[int, float] = {}  # wider width -> since when it would do
         self._rose_at: float | None = None
@@ -87,7 +95,12 @@ class Policy:
 
     def predict_s(self, load: Load, level: int) -> float:
         """Return the predicted seconds between tokens with the policy at ``level``; 0 if nothing decodes."""
-        return self.correction * self._table_s(load, level) + self.choosing_s if load.decoding else 0.0
+        seconds, tokens, _ = self._drafting.get(level, UNKNOWN) if load.drafts else UNKNOWN
+        return self._plain_s(load, level) * seconds / tokens if load.decoding else 0.0
+
+    def _plain_s(self, load: Load, level: int) -> float:
+        """Return the predicted seconds of a step without drafts."""
+        return self.correction * self._table_s(load, level) + self.choosing_s
 
     def _table_s(self, load: Load, level: int) -> float:
         rows = Counter(dict(load.fixed))
@@ -114,31 +127,43 @@ class Policy:
             self.correction += SMOOTHING * (ratio - self.correction)
             self.choosing_s += SMOOTHING * (choosing_s - self.choosing_s)
 
+    def learn_drafts(self, load: Load, *, step_s: float, tokens: int) -> None:
+        """Learn from a step that might draft: how long it took, drafting included, and the new tokens of all sequences.
+
+        Accepted drafts come at once, so what counts is the mean time between tokens.
+        """
+        seconds, mean, steps = self._drafting.get(self.bits, UNKNOWN)
+        weight = max(SMOOTHING, 1 / (steps + 1))
+        took, yielded = step_s / max(self._plain_s(load, self.bits), 1e-9), tokens / load.decoding
+        seconds += weight * (min(took, MOST_CORRECTION) - seconds)
+        self._drafting[self.bits] = seconds, mean + weight * (yielded - mean), steps + 1
+
     def observe(self, load: Load) -> Change | None:
         """Look at the next step; return the change of width, if there is one."""
         now_s = self.predict_s(load, self.bits)
-        reason = self._over_target(now_s, load)
-        self._over = self._over + 1 if reason else 0
+        cause, reason = self._over_target(now_s, load)
+        self._over = self._over + 1 if cause else 0
         self._note_fitting(load)
         if self._over >= PATIENCE:
-            return self._lower(load, reason)
-        return None if reason else self._raise(load)
+            return self._lower(load, cause, reason)
+        return None if cause else self._raise(load)
 
-    def _over_target(self, predicted_s: float, load: Load) -> str:
+    def _over_target(self, predicted_s: float, load: Load) -> tuple[str, str]:
         if predicted_s > self.latency_s:
-            return f"{1000 * predicted_s:.0f} ms between tokens at int{self.bits}, target {1000 * self.latency_s:.0f}"
+            words = f"{1000 * predicted_s:.0f} ms between tokens at int{self.bits}, target {1000 * self.latency_s:.0f}"
+            return "latency", words
         if load.oldest_wait_s > self.wait_s:
-            return f"a request has waited {load.oldest_wait_s:.1f} s, target {self.wait_s:.1f}"
-        return ""
+            return "waiting", f"a request has waited {load.oldest_wait_s:.1f} s, target {self.wait_s:.1f}"
+        return "", ""
 
-    def _lower(self, load: Load, reason: str) -> Change | None:
+    def _lower(self, load: Load, cause: str, reason: str) -> Change | None:
         now_s = self.predict_s(load, self.bits)
         for bits in self.widths[self.widths.index(self.bits) + 1 :]:
             if now_s >= GAIN * self.predict_s(load, bits):
                 rose_s = None if self._rose_at is None else load.now_s - self._rose_at
                 relapse = rose_s is not None and rose_s < max(RELAPSE_S, 2 * self.hold_s)
                 self.hold_s = min(2 * self.hold_s, LONGEST_HOLD_S) if relapse else HOLD_S
-                return self._change(bits, reason)
+                return self._change(bits, cause, reason)
         if self._over == PATIENCE:
             self.rejected += 1
         return None
@@ -157,11 +182,11 @@ class Policy:
         for bits in self.widths[: self.widths.index(self.bits)]:
             if load.now_s - self._fits_since.get(bits, load.now_s) >= hold_s:
                 self._rose_at = load.now_s
-                return self._change(bits, "the load has fallen")
+                return self._change(bits, "recovered", "the load has fallen")
         return None
 
-    def _change(self, bits: int, reason: str) -> Change:
-        change = Change(before=self.bits, after=bits, reason=f"int{self.bits} to int{bits}: {reason}")
+    def _change(self, bits: int, cause: str, reason: str) -> Change:
+        change = Change(before=self.bits, after=bits, cause=cause, reason=f"int{self.bits} to int{bits}: {reason}")
         self.bits, self.reason = bits, change.reason
         self._over = 0
         self._fits_since.clear()

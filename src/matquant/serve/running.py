@@ -44,6 +44,7 @@ class Running:
         self._handles: list[Handle] = []
         self._times: list[float | None] = [None] * len(job.generations)  # of the first token, and of the last one
         self._last = [0.0] * len(job.generations)
+        self._began: list[tuple[float, float] | None] = [None] * len(job.generations)  # seconds in the queue, of prompt
         self.writers = [
             Writer(service.vocabulary, generation, stop=job.stop, include_stop=job.include_stop, special=job.special)
             for generation in job.generations
@@ -72,7 +73,7 @@ class Running:
         except Refused as refused:
             self.cancel()
             ends = service.is_draining or bool(service.batcher.stats().get("failed"))
-            service.metrics.rejected("stopping" if ends else "full")
+            service.metrics.rejected(refused.limit)
             raise busy(refused.reason, refused.retry_after_s, ends=ends) from None
         except InputError as error:  # it can never run, such as when its keys and values exceed the memory for them
             self.cancel()
@@ -97,6 +98,8 @@ class Running:
         writer, choice = self.writers[index], self._job.choice
         if writer.finish is not None:
             return Piece()
+        if event.queue_s is not None and event.prompt_s is not None:
+            self._began[index] = event.queue_s, event.prompt_s
         piece = writer.push(event, label="" if choice.label == AUTO else choice.label)
         if event.token is not None:
             self._timed(index)
@@ -135,9 +138,16 @@ class Running:
         metrics.answer(
             served, finish=self.writers[index].finish or "abort", bits_per_weight=mean_bits(self._service, served)
         )
+        metrics.observe("preempted", 0)
         metrics.observe("whole", time.monotonic() - self._job.began)
         if first is not None and counts.tokens > 1:
             metrics.observe("per_token", (self._last[index] - first) / (counts.tokens - 1))
+        if (began := self._began[index]) is not None:
+            queue_s, prompt_s = began
+            decode_s = 0.0 if first is None else self._last[index] - first
+            spent = {"queue": queue_s, "prefill": prompt_s, "decode": decode_s, "inference": prompt_s + decode_s}
+            for key, seconds in spent.items():
+                metrics.observe(key, seconds)
 
     def deltas(self, index: int, piece: Piece) -> list[Delta]:
         """Return a piece as deltas: text, or parts of tool calls."""

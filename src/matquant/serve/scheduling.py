@@ -2,7 +2,8 @@
 
 A prompt is read in chunks so that the sequences that decode meanwhile wait for a bounded time: ``chunk`` tokens of all
 prompts together per step, or as many as a step takes if nothing decodes. Prompts are read at the widest width of the
-policy, unless their width is fixed: reading a prompt is bound by arithmetic and is about as fast at every width.
+policy, unless their width is fixed: reading a prompt is bound by arithmetic and is about as fast at every width. So
+with ``prefill_bits`` the prompt of a narrower width is read at that one, all but its last token, whose logits choose.
 
 Rows are grouped by width; each group is one native step. Within a group, rows that want logits come last.
 """
@@ -63,22 +64,28 @@ class Group:
 
 
 def next_chunks(
-    slots: Sequence[Slot], *, widths: Sequence[Width], rows: int, vocab: int, begin: Callable[[Slot, Width], bool]
+    slots: Sequence[Slot],
+    *,
+    reading: Callable[[Slot], tuple[Width, int]],
+    rows: int,
+    vocab: int,
+    begin: Callable[[Slot, Width], bool],
 ) -> list[Piece]:
     """Return the pieces of prompts to read, at most ``rows`` rows in all, of the first slots first.
 
-    widths: of each slot's prompt. begin: called for a slot whose prompt has not been begun; False: it waits for a
-    prompt that is being read and begins alike.
+    reading: returns the width of a slot's next tokens, and where they stop. begin: called for a slot whose prompt has
+    not been begun; False: it waits for a prompt that is being read and begins alike.
     """
     pieces = []
     logits = max(1, LOGIT_VALUES // vocab)
-    for slot, width in zip(slots, widths, strict=True):
+    for slot in slots:
         if rows <= 0:
             break
-        if slot.cached_tokens is None and not begin(slot, width):
+        if slot.cached_tokens is None and not begin(slot, reading(slot)[0]):
             continue
         scored = slot.generation.prompt_logprobs
-        size = min(rows, len(slot.prompt) - slot.read, logits if scored else rows)
+        width, stop = reading(slot)
+        size = min(rows, stop - slot.read, logits if scored else rows)
         if size:
             pieces.append(Piece(slot=slot, start=slot.read, stop=slot.read + size, width=width, scored=scored))
         rows -= size

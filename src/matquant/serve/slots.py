@@ -4,8 +4,9 @@ Only the engine thread changes a slot, except for ``cancelled``, which any threa
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -46,11 +47,22 @@ def make_width(engine: Engine, plan: Plan) -> Width:
     return Width(table=table, key=table.tobytes(), label=label, bits=bits)
 
 
+def at_least(width: Width, other: Width) -> Width | None:
+    """Return the width of which each matrix is as wide as in both; None if that is ``width``."""
+    table = np.maximum(width.table, other.table)
+    if (table == width.table).all():
+        return None
+    return Width(table=table, key=table.tobytes(), label=other.label, bits=max(width.bits, other.bits))
+
+
 class Slot:
-    """One generation. fixed: its width, None if the policy chooses. InputError for a generation that cannot run."""
+    """One generation. fixed: its width, None if the policy chooses. InputError for a generation that cannot run.
+
+    prefill: a wider width at which its prompt is read, all but the last token; None: that at which it is served.
+    """
 
     def __init__(
-        self, engine: Engine, generation: Generation, deliver: Deliver, *, number: int, arrived_s: float
+        self, engine: Engine, generation: Generation, deliver: Deliver, *, number: int, clock: Callable[[], float]
     ) -> None:
         vocab = engine.model.architecture.vocab
         check_prompt(generation.ids, context=engine.context, vocab=vocab)
@@ -58,8 +70,9 @@ class Slot:
             raise InputError(f"max_tokens={generation.max_tokens}; give a number of at least 1")
         self.generation = generation
         self.number = number
-        self.arrived_s = self.admitted_s = arrived_s
+        self.arrived_s = self.admitted_s = clock()
         self.fixed = None if generation.plan is None else make_width(engine, generation.plan)
+        self.prefill: Width | None = None
         self.prompt = np.asarray(generation.ids, dtype=np.int32)
         self.ids = [int(token) for token in generation.ids]
         # the last token is never read, so it takes no room
@@ -79,9 +92,10 @@ class Slot:
         self.lookup = Lookup()  # for drafts; it may be behind
         self.paces: dict[bytes, Pace] = {}  # how often drafts are accepted, by the key of a width
         self._deliver = deliver
+        self._clock = clock
         self._events: list[Event] = []
         self._label = ""  # the width that chose the last token
-        self._told = False  # the number of cached tokens
+        self._told = False  # how it began
         self._prompt_scores: list[Scored] = [Scored(token=self.ids[0])] if generation.prompt_logprobs else []
 
     @property
@@ -132,7 +146,7 @@ class Slot:
         """
         generation = self.generation
         if self._prompt_scores:
-            self._events.append(Event(prompt=tuple(self._prompt_scores), cached_tokens=self._cached()))
+            self._events.append(Event(prompt=tuple(self._prompt_scores), **self._beginning()))
             self._prompt_scores.clear()
         if not self.most:
             self.finish("length")
@@ -156,19 +170,22 @@ class Slot:
             Event(
                 token=scored,
                 bits=label,
-                cached_tokens=self._cached(),
                 finish=finish,
                 reason=reason if changed else "",
                 accepted=int(accepted),
                 rejected=0 if accepted and finish is None else len(drafts) - accepted,
+                **self._beginning(),
             )
         )
         return accepted
 
-    def _cached(self) -> int | None:
-        """Return the number of cached tokens, once: for the first event."""
-        told, self._told = self._told, True
-        return None if told else self.cached_tokens
+    def _beginning(self) -> dict[str, Any]:
+        """Return the fields of the first event, once."""
+        if self._told:
+            return {}
+        self._told = True
+        times = {"queue_s": self.admitted_s - self.arrived_s, "prompt_s": self._clock() - self.admitted_s}
+        return {"cached_tokens": self.cached_tokens, **times}
 
     def finish(self, finish: str, reason: str = "") -> None:
         """End, unless it has ended."""

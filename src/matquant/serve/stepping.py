@@ -54,6 +54,8 @@ class Stepper:
         """Read the pieces, and choose tokens where all has been read; return the seconds of native code, and of the
         rest. reason: why the policy chose its width."""
         native_s = choosing_s = 0.0
+        tokens = sum(piece.stop - piece.start for piece in pieces if piece.start < len(piece.slot.prompt))
+        before = self.counts["generation_tokens"]
         for group in group_pieces(pieces):
             began = self._clock()
             logits = self.run(group)
@@ -66,6 +68,7 @@ class Stepper:
             native_s += middle - began
             choosing_s += self._clock() - middle
             self.counts["native_steps"] += 1
+        self.counts[f"iteration_tokens/{tokens + self.counts['generation_tokens'] - before:.0f}"] += 1
         self.counts["native_s"] += native_s
         self.counts["choosing_s"] += choosing_s
         return native_s, choosing_s
@@ -117,6 +120,8 @@ class Stepper:
             self.counts["drafts"] += 1
             self.counts["draft_tokens"] += len(drafts)
             self.counts["accepted_tokens"] += accepted
+            for position in range(accepted):
+                self.counts[f"accepted_tokens/{position}"] += 1
 
     def release(self, slot: Slot, *, limit: int, broken: bool) -> None:
         """Keep what later requests may copy of a sequence that has ended, in ``limit`` bytes of prefixes."""

@@ -83,6 +83,14 @@ class Grammar:
         """Return whether nothing more may come."""
         return bool(self._matcher.is_stopped())
 
+    def allowed(self, tokens: Sequence[int]) -> int:
+        """Return how many of the tokens may come next, one after another."""
+        return int(self._matcher.validate_tokens(list(tokens)))
+
+    def forced(self) -> list[int]:
+        """Return the tokens that write the only text that may come next, as far as there is only one."""
+        return list(self._matcher.compute_ff_tokens())
+
 
 def grammar_of(values: Mapping[str, Any]) -> tuple[str, str] | None:
     """Return the grammar that response_format or structured_outputs ask for, and the field; None for free text."""

@@ -16,7 +16,10 @@ from matquant.engine.sampling import Sampling
 
 
 class Constraint(Protocol):
-    """Which tokens may come next: a grammar, a schema, tools. Used by the engine thread only."""
+    """Which tokens may come next: a grammar, a schema, tools. Used by the engine thread only.
+
+    ``copy``, ``allowed`` and ``forced`` are for drafts, and change nothing.
+    """
 
     def mask(self, logits: np.ndarray) -> None:
         """Set the logits [vocab], float32, of tokens that may not come next to -inf, in place."""
@@ -27,6 +30,15 @@ class Constraint(Protocol):
     @property
     def ended(self) -> bool:
         """Return whether nothing more may come."""
+
+    def copy(self) -> "Constraint":
+        """Return the same constraint at the same place."""
+
+    def allowed(self, tokens: Sequence[int]) -> int:
+        """Return how many of the tokens may come next, one after another."""
+
+    def forced(self) -> Sequence[int]:
+        """Return the tokens that write the only text that may come next, as far as there is only one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +79,8 @@ class Event:
     bits: str = ""  # the width that chose it: "8", or the label of a plan
     prompt: tuple[Scored, ...] = ()  # with ``prompt_logprobs``
     cached_tokens: int | None = None  # with the first event: prompt tokens that were in the cache already
+    queue_s: float | None = None  # with the first event: seconds until it was given a place
+    prompt_s: float | None = None  # with the first event: seconds from then on
     finish: str | None = None  # the last event: "stop" (an end), "length", "abort", or "error"
     reason: str = ""  # with "error": what happened; with a change of width: why
     accepted: int = 0  # 1 if the token had been drafted
@@ -77,12 +91,16 @@ Deliver = Callable[[Sequence[Event]], None]  # called by the engine thread; it m
 
 
 class Refused(Exception):  # noqa: N818 (not an error of the program)
-    """A generation was not admitted: too many requests, or the server is stopping."""
+    """A generation was not admitted: too many requests, or the server is stopping.
 
-    def __init__(self, reason: str, *, retry_after_s: float) -> None:
+    limit: the one that was reached, as /metrics names it: "max_num_queued_reqs", "max_num_queued_tokens" or "stopping".
+    """
+
+    def __init__(self, reason: str, *, retry_after_s: float, limit: str = "stopping") -> None:
         super().__init__(reason)
         self.reason = reason
         self.retry_after_s = retry_after_s
+        self.limit = limit
 
 
 class Handle(Protocol):
