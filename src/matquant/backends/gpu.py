@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from matquant.backends.backend import Backend
-from matquant.backends.gpu_layout import BLOCK, Resident, load_resident, read
+from matquant.backends.gpu_layout import BLOCK, Resident, load_resident, read, round_activations
 from matquant.backends.gpu_layout import why_not as why_not_weight
 from matquant.core.tensor import NestedTensor
 
@@ -36,19 +36,6 @@ def linear(x: torch.Tensor, weight: Resident, *, activations: str = "float") -> 
     parts = (weight.planes, weight.affine, weight.widths, weight.bits)
     y: torch.Tensor = torch.ops.matquant.linear(x, *parts, weight.rows, weight.group, weight.grid, activations)
     return y
-
-
-def round_activations(x_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return int8 codes [T, K'] and scales float32 [T, K' / 128] of x [T, K], K' the next multiple of 128.
-
-    scale = max|x| / 127 and code = the nearest integer of x / scale, ties to even, as on the CPU (docs/kernels.md).
-    """
-    x = torch.nn.functional.pad(x_TK.float(), (0, -x_TK.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
-    largest = x.abs().amax(-1)
-    nothing = largest < 2.0**-119  # the reciprocal would overflow float32
-    inverse = torch.where(nothing, 0.0, 127.0 / largest)
-    codes = (x * inverse[..., None]).round().clamp(-127, 127).to(torch.int8)
-    return codes.flatten(1), torch.where(nothing, 0.0, largest / 127.0)
 
 
 def _linear_dense(

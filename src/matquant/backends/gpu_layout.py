@@ -36,7 +36,7 @@ PLACES: Mapping[int, tuple[int, tuple[tuple[int, ...], tuple[int, ...]]]] = {
     2: (4, ((4, 5, 0, 1), (6, 7, 2, 3))),
 }
 PAIRS: Mapping[int, int] = {0: 6, 3: 2, 4: 0}  # plane -> lowest bit of its pairs in the code
-TABLE, STEP, CENTRE, UNIT, OFFSET = range(5)  # columns of ``widths``
+TABLE, STEP, CENTRE, FACTOR, INVERSE, MIDDLE = range(6)  # columns of ``widths``
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class Resident:
 
     planes: torch.Tensor  # uint8 [bytes], by ``pack``
     affine: torch.Tensor  # int32 [A, G, N'], zero-points in float16 below scales in bfloat16; or float32 [A, G, 2, N']
-    widths: torch.Tensor  # float32 [9, 5]: by width, its table and how to use it (``width_rows``)
+    widths: torch.Tensor  # float32 [9, 6]: by width, its table and how to use it (``width_rows``)
     bits: torch.Tensor  # int32 [1] or [N' / 64]: the width of all rows, or of each 64; kernels read it when they run
     rows: int  # N; N' is N padded
     columns: int  # K
@@ -174,13 +174,13 @@ def pack_affines(affines: list[Affine], *, device: torch.device | str = "cpu") -
 
 
 def width_rows(own: Sequence[int], *, grid: str) -> torch.Tensor:
-    """Return how each width uses stored scales and zero-points, float32 [9, 5], on the CPU.
+    """Return how each width uses stored scales and zero-points, float32 [9, 6], on the CPU.
 
-    own: the widths of tables 1, 2, ...; other widths use table 0, of the 8-bit grid. With the columns TABLE, STEP,
-    CENTRE, UNIT and OFFSET, scale_r = scale * STEP, zero_r = (zero - CENTRE) / STEP and position = UNIT * integer +
-    OFFSET, where the integers are those that kernels multiply by, about 0 and in int8.
+    own: the widths of tables 1, 2, ...; other widths use TABLE 0, of the 8-bit grid. scale_r = scale * STEP and zero_r =
+    (zero - CENTRE) / STEP. Kernels multiply by integers about 0 in int8, of which scale * FACTOR is the scale and
+    (zero - CENTRE) * INVERSE - MIDDLE the zero-point. FACTOR is a power of two and INVERSE its reciprocal.
     """
-    rows = [[0.0, 1.0, 0.0, 1.0, 0.0]]  # width 0 does not exist
+    rows = [[0.0, 1.0, 0.0, 1.0, 1.0, 0.0]]  # width 0 does not exist
     for bits in range(1, MASTER_BITS + 1):
         step, centre = (1, 0.0) if bits in own else (2 ** (MASTER_BITS - bits), bin_centre(bits))
         table = 1 + own.index(bits) if bits in own else 0
@@ -189,7 +189,7 @@ def width_rows(own: Sequence[int], *, grid: str) -> torch.Tensor:
             unit, offset = 2.0 ** (bits - container(bits)), float(2 ** (bits - 1))
         else:
             offset += unit * ((int(integers.max()) + 1) // 2)
-        rows.append([table, step, centre, unit, offset])
+        rows.append([table, step, centre, step * unit, 1 / (step * unit), offset / unit])
     return torch.tensor(rows, dtype=torch.float32)
 
 
@@ -213,7 +213,7 @@ def read(weight: Resident, ids: torch.Tensor | None = None) -> torch.Tensor:
     """
     ids = torch.arange(weight.rows, device=weight.planes.device) if ids is None else ids
     bits = (weight.bits.expand(len(ids)) if weight.bits.numel() == 1 else weight.bits[ids // ROWS]).long()
-    table, step, centre = weight.widths[bits][:, :UNIT].unbind(1)
+    table, step, centre = weight.widths[bits][:, :FACTOR].unbind(1)
     values = weight.affine[table.long(), ..., ids]  # [ids, G] or [ids, G, 2]
     if values.dtype == torch.int32:
         halves = values.view(torch.int16).view(len(ids), -1, 2)  # little-endian: zero-point, scale
@@ -223,3 +223,16 @@ def read(weight: Resident, ids: torch.Tensor | None = None) -> torch.Tensor:
     codes = unpack_rows(weight.planes, ids, rows=weight.rows, columns=weight.columns)
     position = _positions(weight.grid, codes.device)[bits[:, None] * 2**MASTER_BITS + codes]
     return decode(position, scale * step[:, None], (zero - centre[:, None]) / step[:, None])
+
+
+def round_activations(x_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return int8 codes [T, K'] and scales float32 [T, K' / 128] of x [T, K], K' the next multiple of 128.
+
+    scale = max|x| / 127 and code = the nearest integer of x / scale, ties to even, as on the CPU (docs/kernels.md).
+    """
+    x = torch.nn.functional.pad(x_TK.float(), (0, -x_TK.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
+    largest = x.abs().amax(-1)
+    nothing = largest < 2.0**-119  # the reciprocal would overflow float32
+    inverse = torch.where(nothing, 0.0, 127.0 / largest)
+    codes = (x * inverse[..., None]).round().clamp(-127, 127).to(torch.int8)
+    return codes.flatten(1), torch.where(nothing, 0.0, largest / 127.0)
