@@ -219,10 +219,10 @@ def _lowered(total, BY: tl.constexpr):
 @triton.jit
 def _dot(word, x, total, PACKED: tl.constexpr):
     """Add the product with 32 inputs. int8 is exact in every dtype of x."""
-    if PACKED:
+    if PACKED or total.dtype == tl.int32:
         return tl.dot(word.to(x.dtype), x, total, out_dtype=total.dtype)
-    else:  # the interpreter converts integers to bfloat16 wrongly
-        return tl.dot(word.to(tl.float32).to(x.dtype), x, total, out_dtype=total.dtype)
+    else:  # the interpreter multiplies the bits of bfloat16
+        return tl.dot(word.to(tl.float32), x.to(tl.float32), total)
 
 
 @triton.jit
@@ -511,7 +511,7 @@ def schedule(
     splits = max(1, min(2 * processors // (rows // tall * -(-tokens // tile)), inputs // 2, 16))
     blocks = -(-inputs // splits)
     return Schedule(
-        rows=tall, tokens=tile, splits=-(-inputs // blocks), blocks=blocks, warps=4, stages=3 if tile > 16 else 4
+        rows=tall, tokens=tile, splits=-(-inputs // blocks), blocks=blocks, warps=4, stages=3
     )
 
 
