@@ -2,7 +2,7 @@
 
     python bench/train.py [--device cuda] [--rounds N] [--threads N]
 
-A random Llama: on a CPU 111 M parameters, 4 x 128 tokens, fp32; on a GPU 965 M parameters, 8 x 1024 tokens, bf16
+A random Llama: on a CPU 111 M parameters, 4 x 128 tokens, fp32; on a GPU 942 M parameters, 8 x 1024 tokens, bf16
 autocast. Steps are interleaved (fine-tuning, joint, fine-tuning, ...) and the ratio is the median over rounds; peak
 memory is that of separate processes. First the joint step's loss at 8 bits is checked against the float model's. The
 last line is JSON.

@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
 
 import conftest
 from conftest import SMALL
-from matquant.core.nest import CENTRE, COMPANDED, nearest_codes, positions
+from matquant.core.nest import CENTRE, COMPANDED, RULES, UNIFORM, nearest_codes, positions
+from matquant.core.tensor import NestedTensor
 from matquant.hf_torch.layers import select_linears
 from matquant.hf_torch.loading import load_float
 from matquant.methods import qat
-from matquant.methods.parts import forward, readings, throughput, training
+from matquant.methods.parts import forward, fused, readings, throughput, training
 from matquant.methods.parts.fake import Grid, Learned
 from matquant.options.objective import parse_objective
 from matquant.options.qat import Schedule
@@ -138,6 +139,34 @@ def test_reading_many_steps_at_once_changes_nothing(
     assert len(records[1]) == RUN["steps"]
     one, four = ((tmp_path / str(every) / "model.safetensors").read_bytes() for every in records)
     assert one == four
+
+
+def assert_every_code_is_read(read: Callable[[NestedTensor, int], torch.Tensor], *, rules: Sequence[str]) -> None:
+    """``read`` is NestedTensor.read at every width, bit for bit, and not that of the neighbouring width."""
+    torch.manual_seed(0)
+    codes = torch.arange(256, dtype=torch.uint8).repeat(3, 1)
+    for rule, grid in [*((rule, UNIFORM) for rule in rules), ("prefix", COMPANDED)]:
+        for groups in (1, 4):
+            scale, zero = torch.rand(3, groups) + 0.1, 128 + torch.rand(3, groups)
+            own = {2: (torch.rand(3, groups), torch.rand(3, groups))}
+            tensor = NestedTensor(codes=codes, scale=scale, zero=zero, rule=rule, slices=own, grid=grid)
+            for bits in range(1, 9):
+                assert torch.equal(read(tensor, bits), tensor.read(bits))
+                assert not torch.equal(read(tensor, bits), tensor.read(bits % 8 + 1))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own, inside inductor
+@pytest.mark.parametrize("made", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_the_compiled_read_is_the_definition(made: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled for a CPU: the same graph, for another processor."""
+    monkeypatch.setattr(fused, "helps", lambda codes: True)
+    if not made:
+        monkeypatch.setattr(fused, "compiled", lambda: fused.chain)
+    assert_every_code_is_read(fused.read, rules=RULES)
+
+
+def test_nothing_is_compiled_on_a_cpu() -> None:
+    assert not fused.helps(torch.zeros(1024, 2048, dtype=torch.uint8))
 
 
 @pytest.mark.parametrize("every", [1, 10])

@@ -35,6 +35,7 @@ from matquant.hf.text import batch, cut_windows
 from matquant.hf_torch import Model
 from matquant.hf_torch.config import check_context
 from matquant.hf_torch.views import View, write_weights
+from matquant.methods.parts import fused
 from matquant.methods.parts.fake import Grid, finish_backward, keep_in_range, nest
 from matquant.methods.parts.forward import first_not_finite, layer_outputs, passes, prepare
 from matquant.methods.parts.job import LOG, Job, fingerprint
@@ -152,7 +153,7 @@ def _explain(
     terms = _terms(tuple(views), objective, schedule, index=index)
     plan = next(plan for name, _, plan in terms if name == error.term)
     nested = _nest(state, grid, objective)
-    write_weights(model, views, ((path, tensor.read(plan[path])) for path, tensor in nested.items()))
+    write_weights(model, views, ((path, fused.read(tensor, plan[path])) for path, tensor in nested.items()))
     with passes(model, schedule):
         layer = first_not_finite(model, _tokens(windows, schedule, index=index, device=model.device)[:, :-1])
     return InputError(f"the loss at {error.term} bits is not finite at step {error.step}, first in {layer}; {remedy}")
@@ -286,7 +287,7 @@ def _backward_batch(
             with torch.no_grad(), layer_outputs(teacher, kept=schedule.hidden > 0) as aims:
                 logits[FLOAT] = teacher(input_ids=inputs, use_cache=False).logits
         for name, width, plan in terms:
-            write_weights(model, views, ((path, tensor.read(plan[path])) for path, tensor in nested.items()))
+            write_weights(model, views, ((path, fused.read(tensor, plan[path])) for path, tensor in nested.items()))
             with layer_outputs(model, kept=schedule.hidden > 0) as hidden:
                 output = model(input_ids=inputs, use_cache=False).logits
             loss = width_loss(output, targets, [logits[bits] for bits in width.teachers], truth=width.truth)

@@ -88,7 +88,7 @@ def step_bytes(model: Model, schedule: Schedule, *, trained: int, teachers: int)
     config = model.config.get_text_config()
     parameters = sum(parameter.numel() for parameter in model.parameters())
     logits = 4.0 * schedule.batch_size * schedule.seq_len * config.vocab_size * (4 + 2 * teachers)
-    return MARGIN * (12.0 * trained + 5.0 * parameters + logits + activation_bytes(model, schedule))
+    return MARGIN * float(12.0 * trained + 5.0 * parameters + logits + activation_bytes(model, schedule))
 
 
 def why_recompute(needed_bytes: float, device: torch.device) -> str:
