@@ -187,7 +187,7 @@ def width_rows(own: Sequence[int], *, grid: str) -> torch.Tensor:
         integers, unit, offset = integer_positions(bits, grid)
         if grid == UNIFORM:  # codes stay where they lie: in the upper bits of 2, 4 or 8
             unit, offset = 2.0 ** (bits - container(bits)), float(2 ** (bits - 1))
-        else:
+        elif bits > 4:  # integers up to 255 are less their middle
             offset += unit * ((int(integers.max()) + 1) // 2)
         rows.append([table, step, centre, step * unit, 1 / (step * unit), offset / unit])
     return torch.tensor(rows, dtype=torch.float32)
