@@ -1,10 +1,11 @@
 """What joint training costs: a step over 8, 4, 2 against an ordinary fine-tuning step of the same model and batch.
 
-    python bench/train.py [--rounds N] [--threads N]
+    python bench/train.py [--device cuda] [--rounds N] [--threads N]
 
-A random Llama of 111 M parameters, 4 x 128 tokens, fp32. Steps are interleaved (fine-tuning, joint, fine-tuning, ...)
-and the ratio is the median over rounds; peak memory is that of separate processes. First the joint step's loss at 8
-bits is checked against the float model's. The last line is JSON.
+A random Llama: on a CPU 111 M parameters, 4 x 128 tokens, fp32; on a GPU 942 M parameters, 8 x 1024 tokens, bf16
+autocast. Steps are interleaved (fine-tuning, joint, fine-tuning, ...) and the ratio is the median over rounds; peak
+memory is that of separate processes. First the joint step's loss at 8 bits is checked against the float model's. The
+last line is JSON.
 """
 
 import json
@@ -16,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,7 +36,26 @@ from matquant.options.objective import parse_objective
 from matquant.options.qat import Schedule
 from origin import arguments
 
-VOCABULARY, BATCH, LENGTH = 8192, 4, 128
+VOCABULARY = 8192
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """The model and the batch, and how many steps of a variant run before the clock is read."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    batch: int
+    length: int
+    steps: int
+
+
+SIZES = {
+    "cpu": Size(hidden=1024, intermediate=2816, layers=8, batch=4, length=128, steps=1),
+    "cuda": Size(hidden=2048, intermediate=5632, layers=18, batch=8, length=1024, steps=5),
+}
+Step = Callable[[], torch.Tensor]  # makes one step; returns a loss, on the device
 VARIANTS: dict[str, dict[str, Any]] = {
     "fine-tuning": {},
     "joint, plain": {"affine": "none"},
@@ -43,73 +64,108 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def make_model() -> LlamaForCausalLM:
+def make_model(device: str) -> LlamaForCausalLM:
     torch.manual_seed(0)
+    size = SIZES[device]
     config = LlamaConfig(
-        hidden_size=1024,
-        intermediate_size=2816,
-        num_hidden_layers=8,
+        hidden_size=size.hidden,
+        intermediate_size=size.intermediate,
+        num_hidden_layers=size.layers,
         num_attention_heads=16,
         num_key_value_heads=16,
         vocab_size=VOCABULARY,
-        max_position_embeddings=LENGTH,
+        max_position_embeddings=size.length,
         tie_word_embeddings=True,
     )
-    return LlamaForCausalLM(config)
+    return LlamaForCausalLM(config).to(device)
 
 
-def fine_tuning(model: LlamaForCausalLM, windows: np.ndarray) -> Callable[[], float]:
+def fine_tuning(model: LlamaForCausalLM, windows: np.ndarray, schedule: Schedule) -> Step:
     """An ordinary step: all parameters, AdamW, clipped gradients."""
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, betas=(0.9, 0.95), fused=True)
-    tokens = torch.from_numpy(windows)
+    tokens = torch.from_numpy(windows).to(model.device)
 
-    def step() -> float:
+    def step() -> torch.Tensor:
         optimizer.zero_grad()
-        logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
+        with forward.passes(model, schedule):
+            logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
         loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        return loss.item()
+        return loss.detach()
 
     return step
 
 
-def joint(
-    model: LlamaForCausalLM, windows: np.ndarray, *, learn_clip: bool = False, **grid: Any
-) -> Callable[[], float]:
+def joint(model: LlamaForCausalLM, windows: np.ndarray, schedule: Schedule, **grid: Any) -> Step:
     """Our step over 8, 4, 2; returns the loss at 8 bits."""
     views = select_linears(model, "ffn")
-    schedule = Schedule(steps=10**6, batch_size=BATCH, seq_len=LENGTH, lr=1e-5, seed=0, warmup=1, learn_clip=learn_clip)
     our_grid = Grid(rule="prefix", **grid)
     state = training.start(model, views, our_grid, schedule, trained=(8, 4, 2))
     optimizer = training.make_optimizer(state, schedule)
     forward.prepare(model, views, schedule)
     objective = parse_objective("8,4,2")
 
-    def step() -> float:
-        record = qat.train_step(model, views, our_grid, state, optimizer, objective, windows, schedule, None)
-        return float(record["loss"]["8"])
+    def step() -> torch.Tensor:
+        reading = qat.train_step(model, views, our_grid, state, optimizer, objective, windows, schedule, None)
+        return reading.losses["8"][0]
 
     return step
 
 
-def make_step(name: str) -> Callable[[], float]:
-    windows = np.random.default_rng(0).integers(0, VOCABULARY, size=(BATCH, LENGTH + 1))
-    return joint(make_model(), windows, **VARIANTS[name]) if VARIANTS[name] else fine_tuning(make_model(), windows)
+def make_step(name: str, device: str) -> Step:
+    size, model = SIZES[device], make_model(device)
+    windows = np.random.default_rng(0).integers(0, VOCABULARY, size=(size.batch, size.length + 1))
+    grid = dict(VARIANTS[name])
+    schedule = Schedule(
+        steps=10**6,
+        batch_size=size.batch,
+        seq_len=size.length,
+        lr=1e-5,
+        warmup=1,
+        learn_clip=bool(grid.pop("learn_clip", False)),
+        autocast=device == "cuda",
+    )
+    return joint(model, windows, schedule, **grid) if grid else fine_tuning(model, windows, schedule)
 
 
-def peak_bytes(name: str, threads: int) -> int:
-    """Peak resident memory of a process that makes two steps."""
+def measure(step: Step, device: str) -> float:
+    """Seconds of a step, the device's work included."""
+    count = SIZES[device].steps
+    began = time.perf_counter()
+    for _ in range(count):
+        step()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - began) / count
+
+
+def peak_bytes(name: str, device: str, threads: int) -> int:
+    """Peak memory of a process that makes two steps: resident, or of the GPU."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "peak"
-        command = [sys.executable, __file__, "--only", name, "--threads", str(threads), "--peak-file", str(file)]
-        subprocess.run(command, check=True, capture_output=True)
+        command = [sys.executable, __file__, "--only", name, "--device", device, "--threads", str(threads)]
+        subprocess.run([*command, "--peak-file", str(file)], check=True, capture_output=True)
         return int(file.read_text())
 
 
+def write_peak(name: str, device: str, file: Path) -> None:
+    """Make two steps and write the peak memory of this process."""
+    step = make_step(name, device)
+    step()
+    step()
+    if device == "cuda":
+        file.write_text(str(torch.cuda.max_memory_allocated()))
+        return
+    # Not getrusage: its maximum starts at the size of the process that forked this one.
+    status = Path("/proc/self/status").read_text()
+    file.write_text(str(int(status.split("VmHWM:")[1].split()[0]) * 1024))
+
+
 def main(
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     rounds: Annotated[int, typer.Option(help="Interleaved rounds; the median counts.")] = 5,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
     only: Annotated[str, typer.Option(help="Measure the peak memory of this variant.", hidden=True)] = "",
@@ -118,24 +174,18 @@ def main(
     """Print a table and one JSON line."""
     torch.set_num_threads(threads)
     if only and peak_file is not None:
-        step = make_step(only)
-        step()
-        step()
-        # Not getrusage: its maximum starts at the size of the process that forked this one.
-        status = Path("/proc/self/status").read_text()
-        peak_file.write_text(str(int(status.split("VmHWM:")[1].split()[0]) * 1024))
+        write_peak(only, device, peak_file)
         return
-    steps = {name: make_step(name) for name in VARIANTS}
-    first = {name: step() for name, step in steps.items()}
+    steps = {name: make_step(name, device) for name in VARIANTS}
+    first = {name: float(step()) for name, step in steps.items()}
     for name, loss in first.items():
         assert abs(loss - first["fine-tuning"]) < 1e-2, f"{name} starts at {loss}, the float model at {first}"
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():
-            began = time.perf_counter()
-            step()
-            seconds[name].append(time.perf_counter() - began)
-    peaks = {name: peak_bytes(name, threads) for name in VARIANTS}
+            seconds[name].append(measure(step, device))
+    size = SIZES[device]
+    peaks = {name: peak_bytes(name, device, threads) for name in VARIANTS}
     ratio = {
         name: statistics.median(a / b for a, b in zip(times, seconds["fine-tuning"], strict=True))
         for name, times in seconds.items()
@@ -150,7 +200,9 @@ def main(
         "time_ratio": ratio,
         "memory_ratio": memory,
         "seconds": seconds,
+        "tok_s": {name: size.batch * size.length / statistics.median(times) for name, times in seconds.items()},
         "command": " ".join(["python", "bench/train.py", *arguments()]),
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {threads} threads",
         "torch": torch.__version__,
     }

@@ -29,6 +29,7 @@ from matquant.methods import qat
 from matquant.methods import quantize as quantising
 from matquant.methods.parts import forward, training
 from matquant.methods.parts.fake import Grid, Learned, backward, finish_backward, nest
+from matquant.methods.parts.readings import read
 from matquant.options.objective import parse_objective
 from matquant.system.errors import InputError
 
@@ -51,7 +52,8 @@ def masters_gradients(
     teacher = load_float(directory, dtype=torch.float32) if "fp" in objective or plan.hidden else None
     forward.prepare(model, views, plan)
     windows = np.random.default_rng(0).integers(0, 256, size=(4, 17))
-    record = qat.train_step(model, views, grid, state, optimizer, parse_objective(objective), windows, plan, teacher)
+    reading = qat.train_step(model, views, grid, state, optimizer, parse_objective(objective), windows, plan, teacher)
+    (record,) = read([reading], steps=plan.steps, tokens=1)
     return {name: tensor.grad.clone() for name, tensor in state.named() if tensor.grad is not None}, record
 
 

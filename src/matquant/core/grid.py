@@ -77,6 +77,7 @@ def fit_grid(
     beta: Any = 1.0,
     integer_zero: bool = True,
     storable: bool = True,
+    finite: bool = False,
     name: str = "weight",
 ) -> tuple[Any, Any]:
     """Fit the min-max grid of Eq. 1, clipped as in Eq. 3, to each group of each row.
@@ -87,11 +88,13 @@ def fit_grid(
     loses the half-step guarantee on narrow groups far from 0, and a group whose clipped range is empty uses |max| as
     its range).
     storable: round scales up to 8 significant bits in the range of fp16. Up, so that no weight is clipped by it.
+    finite: the weights are known to be finite, so do not check, which would wait for a GPU.
     Returns (scale_NG, zero_NG), float32. Raises ValueError on NaN or infinite weights and on group sizes that do not
     divide K, both naming ``name``.
     """
     check_bits(bits)
-    check_finite(weight_NK, name=name)
+    if not finite:
+        check_finite(weight_NK, name=name)
     xp = array_namespace(weight_NK)
     rows, columns = weight_NK.shape
     size = check_group_size(columns, group_size, name=name)
@@ -103,7 +106,7 @@ def fit_grid(
     if symmetric:
         step = xp.maximum(xp.abs(high), xp.abs(low)) / top_code * 2
     elif integer_zero:
-        high, low = xp.clip(high, min=0.0), xp.clip(low, max=0.0)
+        high, low = high.clip(min=0.0), low.clip(max=0.0)
         step = high / top_code - low / top_code
     else:
         # A constant group has no range; with |c|/top as its step it decodes to within half of it.
@@ -116,7 +119,7 @@ def fit_grid(
         return scale, xp.full_like(scale, 2 ** (bits - 1))
     zero = -low / scale
     if integer_zero:
-        zero = xp.clip(round_half_up(zero), min=0, max=top_code)
+        zero = round_half_up(zero).clip(min=0, max=top_code)
     return scale, zero
 
 
@@ -191,11 +194,11 @@ def storable_scale(scale: Any, *, up: bool = False) -> Any:
     fp16 and fp32 while inside the range.
     """
     xp = array_namespace(scale)
-    scale = xp.clip(xp.astype(scale, xp.float32), min=SMALLEST_SCALE, max=LARGEST_SCALE)
-    step = xp.clip(xp.exp2(xp.floor(xp.log2(scale)) - 7), min=SMALLEST_SCALE)
+    scale = xp.astype(scale, xp.float32).clip(min=SMALLEST_SCALE, max=LARGEST_SCALE)
+    step = xp.exp2(xp.floor(xp.log2(scale)) - 7).clip(min=SMALLEST_SCALE)
     units = scale / step
     rounded = (xp.ceil(units) if up else round_half_up(units)) * step
-    return xp.clip(rounded, min=SMALLEST_SCALE, max=LARGEST_SCALE)
+    return rounded.clip(min=SMALLEST_SCALE, max=LARGEST_SCALE)
 
 
 def _grouped(values_NK: Any, scale_NG: Any) -> Any:

@@ -36,6 +36,7 @@ kernels, exporters) with this file on all 256 codes.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -155,8 +156,7 @@ def positions(codes: Any, bits: int, *, grid: str = UNIFORM) -> Any:
     xp = array_namespace(codes)
     if grid == UNIFORM:
         return xp.astype(codes, xp.float32)
-    table = xp.asarray(position_table(bits, grid), device=codes.device)
-    return table[xp.astype(codes, xp.int32)]
+    return _placed(position_table, bits, grid, xp, codes.device)[xp.astype(codes, xp.int32)]
 
 
 def nearest_codes(position: Any, bits: int, *, grid: str = UNIFORM) -> Any:
@@ -168,9 +168,9 @@ def nearest_codes(position: Any, bits: int, *, grid: str = UNIFORM) -> Any:
     check_grid(grid)
     xp = array_namespace(position)
     if grid == UNIFORM:
-        return xp.astype(xp.clip(round_half_up(position), min=0, max=2**bits - 1), xp.uint8)
-    cell = xp.clip(xp.floor(xp.astype(position, xp.float32) * RESOLUTION), min=0, max=RESOLUTION * 2**bits - 1)
-    return xp.asarray(_nearest_table(bits, grid), device=position.device)[xp.astype(cell, xp.int32)]
+        return xp.astype(round_half_up(position).clip(min=0, max=2**bits - 1), xp.uint8)
+    cell = xp.floor(xp.astype(position, xp.float32) * RESOLUTION).clip(min=0, max=RESOLUTION * 2**bits - 1)
+    return _placed(_nearest_table, bits, grid, xp, position.device)[xp.astype(cell, xp.int32)]
 
 
 @functools.cache
@@ -231,6 +231,12 @@ def _nearest_table(bits: int, grid: str) -> np.ndarray:
     thresholds = (distinct[1:] + distinct[:-1]) / 2
     cells = np.arange(RESOLUTION * 2**bits) / RESOLUTION
     return first[np.searchsorted(thresholds, cells, side="right")].astype(np.uint8)
+
+
+@functools.cache
+def _placed(table: Callable[[int, str], np.ndarray], bits: int, grid: str, xp: Any, device: Any) -> Any:
+    """Return ``table(bits, grid)`` as an array of ``xp`` on ``device``; copied once, since a copy waits for it."""
+    return xp.asarray(table(bits, grid), device=device)
 
 
 def slice_values(codes: Any, bits: int, *, rule: str = "prefix", grid: str = UNIFORM) -> Any:

@@ -15,6 +15,7 @@ Shapes: N out features, K in features, G groups.
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -159,17 +160,16 @@ def nest_block(
     hessians, leaders = collect_hessians(dataclasses.replace(block, inputs={widest: block.inputs[widest]}))
     factors: dict[str, Factor] = {}
     nested: dict[str, NestedTensor] = {}
-    errors, total = dict.fromkeys(lambdas, 0.0), 0.0
+    squares: list[torch.Tensor] = []  # of each weight: its own, and its error's at every width; read together
     for path, weight in weights.items():
         hessian, leader = hessians[leaders[path]], leaders[path]
         if leader not in factors:
             factors[leader] = inverse_factor(hessian, damp=damp, name=path)
         nested[path] = nested_gptq(weight, hessian, job.grid, lambdas, factor=factors[leader], sweeps=sweeps, name=path)
-        total += float(((weight @ hessian) * weight).sum())
-        for bits in lambdas:
-            error = weight - nested[path].read(bits)
-            errors[bits] += float(((error @ hessian) * error).sum())
-    record: dict[str, Any] = {"loss": {str(bits): error / total for bits, error in errors.items()}}
+        several = itertools.chain([weight], (weight - nested[path].read(bits) for bits in lambdas))
+        squares.append(torch.stack([((part @ hessian) * part).sum() for part in several]))
+    total, *errors = (sum(column) for column in zip(*torch.stack(squares).tolist(), strict=True))
+    record: dict[str, Any] = {"loss": {str(bits): error / total for bits, error in zip(lambdas, errors, strict=True)}}
     damped = max(factor.damp for factor in factors.values())
     if damped > damp:
         record["notice"] = (

@@ -12,6 +12,9 @@ Layers trained only at uniform widths co-adapt. ``mix`` adds a loss at a random 
 random cut use one width, the rest the next wider one (``draw_mix``). ``hidden`` adds to every loss the distance of each
 decoder layer's output to the float model's (``objective.hidden_loss``).
 
+Nothing in a step waits for the device: batches are copied from pinned memory, and losses and gradient norms stay where
+they are until those of several steps are read at once (readings.py), so that a GPU always has work queued.
+
 Cost: one forward and backward per width and mix, plus one forward if the float model teaches. The state is saved every
 ``save_every`` steps as safetensors, atomically. Batches and mixes depend only on seed and step, so a resumed run is
 bit-identical to an uninterrupted one.
@@ -19,9 +22,9 @@ bit-identical to an uninterrupted one.
 
 import copy
 import dataclasses
+import itertools
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -32,11 +35,14 @@ from matquant.hf.text import batch, cut_windows
 from matquant.hf_torch import Model
 from matquant.hf_torch.config import check_context
 from matquant.hf_torch.views import View, write_weights
+from matquant.methods.parts import fused
 from matquant.methods.parts.fake import Grid, finish_backward, keep_in_range, nest
-from matquant.methods.parts.forward import autocast, first_not_finite, layer_outputs, prepare
+from matquant.methods.parts.forward import first_not_finite, layer_outputs, passes, prepare
 from matquant.methods.parts.job import LOG, Job, fingerprint
 from matquant.methods.parts.masters import chain, release_blocked
 from matquant.methods.parts.objective import hidden_loss, width_loss
+from matquant.methods.parts.readings import NotFiniteError, Reading, read, steps_at_once, stop_unless_finite
+from matquant.methods.parts.throughput import peak_flop_s, step_bytes, step_flops, why_recompute
 from matquant.methods.parts.training import STATE, State, learning_rate, make_optimizer, restore, save, start, trim_log
 from matquant.options.objective import FLOAT, Width
 from matquant.options.qat import Schedule, default_lr
@@ -86,18 +92,71 @@ def run(job: Job) -> Iterator[tuple[str, NestedTensor]]:
     if (work / STATE).is_file():
         restore(state, optimizer, work, mark)
     trim_log(work / LOG, state.step)
-    prepare(model, views, schedule)
+    flops = _prepare(job, state, schedule)
     work.mkdir(parents=True, exist_ok=True)
+    every, peak, pending = steps_at_once(model.device), peak_flop_s(model.device), list[Reading]()
     with (work / LOG).open("a") as log:
         while state.step < schedule.steps:
-            record = train_step(model, views, grid, state, optimizer, job.objective, windows, schedule, teacher)
-            log.write(json_text(record, sort_keys=False) + "\n")
-            job.report(record)
-            if state.step % schedule.save_every == 0 or state.step == schedule.steps:
+            pending.append(train_step(model, views, grid, state, optimizer, job.objective, windows, schedule, teacher))
+            saved = state.step % schedule.save_every == 0 or state.step == schedule.steps
+            if not saved and len(pending) < every:
+                continue
+            try:
+                for record in read(pending, steps=schedule.steps, tokens=_count(schedule), flops=flops, peak=peak):
+                    log.write(json_text(record, sort_keys=False) + "\n")
+                    job.report(record)
+            except NotFiniteError as error:
+                raise _explain(error, model, views, grid, state, job.objective, windows, schedule) from None
+            pending.clear()
+            if saved:
                 log.flush()
                 save(state, optimizer, work, mark)
     model.zero_grad(set_to_none=True)
     return finish(state, grid)
+
+
+def _prepare(job: Job, state: State, schedule: Schedule) -> float:
+    """Prepare the model, and recompute activations where they do not fit; return the FLOPs of a step, 0.0 on a CPU."""
+    model, terms = job.model, len(job.objective) + (schedule.mix > 0)
+    teachers = {bits for width in job.objective for bits in width.teachers}
+    trained = sum(tensor.numel() for _, tensor in state.named())
+    needed_bytes = step_bytes(model, schedule, trained=trained, teachers=len(teachers))
+    reason = "" if schedule.checkpoint_activations else why_recompute(needed_bytes, model.device)
+    if reason:  # not in the fingerprint: it changes no result, and free memory is that of the moment
+        job.report({"notice": reason})
+        schedule = dataclasses.replace(schedule, checkpoint_activations=True)
+    prepare(model, job.views, schedule)
+    taught = schedule.hidden > 0 or FLOAT in teachers
+    return step_flops(model, schedule, terms=terms, taught=taught) if model.device.type == "cuda" else 0.0
+
+
+def _count(schedule: Schedule) -> int:
+    """Return the tokens of text in a step."""
+    return schedule.accumulate * schedule.batch_size * schedule.seq_len
+
+
+def _explain(
+    error: NotFiniteError,
+    model: Model,
+    views: Mapping[str, View],
+    grid: Grid,
+    state: State,
+    objective: tuple[Width, ...],
+    windows: np.ndarray,
+    schedule: Schedule,
+) -> InputError:
+    """Return the error of a step that is not finite. The step changed no weight, so its layers can be run again."""
+    remedy = "use a smaller --lr and --overwrite"
+    if not error.term:
+        return InputError(f"the gradient is not finite at step {error.step}; {remedy}")
+    index = (error.step - 1) * schedule.accumulate + error.part
+    terms = _terms(tuple(views), objective, schedule, index=index)
+    plan = next(plan for name, _, plan in terms if name == error.term)
+    nested = _nest(state, grid, objective)
+    write_weights(model, views, ((path, fused.read(tensor, plan[path])) for path, tensor in nested.items()))
+    with passes(model, schedule):
+        layer = first_not_finite(model, _tokens(windows, schedule, index=index, device=model.device)[:, :-1])
+    return InputError(f"the loss at {error.term} bits is not finite at step {error.step}, first in {layer}; {remedy}")
 
 
 def _check_freeze(schedule: Schedule, trained: Sequence[int]) -> None:
@@ -130,9 +189,9 @@ def train_step(
     windows: np.ndarray,
     schedule: Schedule,
     teacher: Model | None,
-) -> dict[str, Any]:
-    """Run one optimiser step over all widths; return its log record and advance ``state.step``."""
-    began = time.perf_counter()
+) -> Reading:
+    """Run one optimiser step over all widths; return its numbers, unread, and advance ``state.step``."""
+    began_s = time.perf_counter()
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(state.step, schedule) * group["factor"]
     optimizer.zero_grad()
@@ -140,32 +199,24 @@ def train_step(
         parameter.grad = None
     nested = _nest(state, grid, objective)
     teachers = {bits for width in objective for bits in width.teachers}
-    losses: dict[str, float] = {}
+    losses: dict[str, list[torch.Tensor]] = {}
     for part in range(schedule.accumulate):
         index = state.step * schedule.accumulate + part
-        rows = batch(windows, index, size=schedule.batch_size, seed=schedule.seed)
-        tokens = torch.from_numpy(rows).to(model.device)
+        tokens = _tokens(windows, schedule, index=index, device=model.device)
         terms = _terms(tuple(nested), objective, schedule, index=index)
         found = _backward_batch(model, views, state, nested, terms, tokens, schedule, teacher, teachers)
         for name, loss in found.items():
-            losses[name] = losses.get(name, 0.0) + loss / schedule.accumulate
+            losses.setdefault(name, []).append(loss)
     _finish_gradients(model, views, state, nested, schedule.pull)
     _drop_frozen(state, schedule.freeze)
     norm = torch.nn.utils.clip_grad_norm_([t for _, t in state.named() if t.grad is not None], schedule.clip_norm)
+    stop_unless_finite(optimizer, [norm, *itertools.chain.from_iterable(losses.values())])
     optimizer.step()
     for path, tensor in nested.items():
         keep_in_range(state.learned[path], state.masters[path], tensor)
     state.step += 1
-    seconds = time.perf_counter() - began
-    count = schedule.accumulate * schedule.batch_size * schedule.seq_len
-    return {
-        "step": state.step,
-        "steps": schedule.steps,
-        "loss": losses,
-        "lr": optimizer.param_groups[0]["lr"],
-        "gradient_norm": float(norm),
-        "tok_s": round(count / seconds, 1),
-    }
+    lr = optimizer.param_groups[0]["lr"]
+    return Reading(step=state.step, began_s=began_s, lr=lr, losses=losses, gradient_norm=norm)
 
 
 def draw_mix(paths: Sequence[str], widths: Sequence[int], *, index: int, seed: int) -> dict[str, int]:
@@ -185,6 +236,12 @@ def finish(state: State, grid: Grid) -> Iterator[tuple[str, NestedTensor]]:
         yield path, nest(weight.detach(), grid, learned=state.learned[path], coarse=state.coarse[path], name=path)
 
 
+def _tokens(windows: np.ndarray, schedule: Schedule, *, index: int, device: torch.device) -> torch.Tensor:
+    """Return batch ``index``, int64 [B, T + 1], on ``device``, without waiting for it."""
+    rows = torch.from_numpy(batch(windows, index, size=schedule.batch_size, seed=schedule.seed))
+    return (rows.pin_memory() if device.type == "cuda" else rows).to(device, non_blocking=True)
+
+
 def _terms(paths: Sequence[str], objective: Sequence[Width], schedule: Schedule, *, index: int) -> list[Term]:
     """Return the losses of a batch: their names, definitions and plans {path: bits}."""
     terms = [(str(width.bits), width, dict.fromkeys(paths, width.bits)) for width in objective]
@@ -195,10 +252,12 @@ def _terms(paths: Sequence[str], objective: Sequence[Width], schedule: Schedule,
 
 
 def _nest(state: State, grid: Grid, objective: tuple[Width, ...]) -> dict[str, NestedTensor]:
-    """Encode all weights once for this step; every width reads the same codes."""
+    """Encode all weights, which are finite, once for this step; every width reads the same codes."""
     needed = dataclasses.replace(grid, sliced=tuple(w.bits for w in objective if w.bits in grid.sliced))
     return {
-        path: nest(weight.detach(), needed, learned=state.learned[path], coarse=state.coarse[path], name=path)
+        path: nest(
+            weight.detach(), needed, learned=state.learned[path], coarse=state.coarse[path], finite=True, name=path
+        )
         for path, weight in state.masters.items()
     }
 
@@ -213,35 +272,29 @@ def _backward_batch(
     schedule: Schedule,
     teacher: Model | None,
     teachers: Collection[int],
-) -> dict[str, float]:
-    """Add the gradients of one batch for every term, in order; return the losses by the terms' names.
+) -> dict[str, torch.Tensor]:
+    """Add the gradients of one batch for every term, in order; return the losses by the terms' names, on the device.
 
     tokens: int64 [B, T + 1]. teachers: widths whose logits are kept, without a graph, as targets of later terms.
-    Raises InputError naming the width, the step and the layer for a loss that is not finite.
     """
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     logits: dict[int, torch.Tensor] = {}
     aims: list[torch.Tensor] = []
-    losses: dict[str, float] = {}
+    losses: dict[str, torch.Tensor] = {}
     chained = any(state.coarse.values()) or next(state.named_learned(), None) is not None
-    with autocast(model, schedule):
+    with passes(model, schedule):
         if teacher is not None:
             with torch.no_grad(), layer_outputs(teacher, kept=schedule.hidden > 0) as aims:
                 logits[FLOAT] = teacher(input_ids=inputs, use_cache=False).logits
         for name, width, plan in terms:
-            write_weights(model, views, ((path, tensor.read(plan[path])) for path, tensor in nested.items()))
+            write_weights(model, views, ((path, fused.read(tensor, plan[path])) for path, tensor in nested.items()))
             with layer_outputs(model, kept=schedule.hidden > 0) as hidden:
                 output = model(input_ids=inputs, use_cache=False).logits
             loss = width_loss(output, targets, [logits[bits] for bits in width.teachers], truth=width.truth)
             if schedule.hidden:
                 loss = loss + schedule.hidden * hidden_loss(hidden, aims)
-            if not bool(torch.isfinite(loss)):
-                raise InputError(
-                    f"the loss at {name} bits is not finite at step {state.step + 1}, first in "
-                    f"{first_not_finite(model, inputs)}; use a smaller --lr and --overwrite"
-                )
             torch.autograd.backward(loss * width.weight / schedule.accumulate)
-            losses[name] = loss.item()
+            losses[name] = loss.detach()
             if width.bits in teachers:
                 logits[width.bits] = output.detach()
             if chained:

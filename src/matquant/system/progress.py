@@ -269,8 +269,10 @@ def quantising() -> Iterator[Callable[[Mapping[str, Any]], None]]:
 
 
 def _facts(record: Mapping[str, Any]) -> str:
-    """Format the loss by width, then the speed or the block."""
+    """Format the loss by width, then the speed or the block, and what it is of a GPU's peak."""
     names = (f"int{name}" if name.isdecimal() else name for name in record["loss"])
     losses = "  ".join(f"{name} {loss:.3g}" for name, loss in zip(names, record["loss"].values(), strict=True))
     speed = f"{record['tok_s']:,.0f} tok/s" if "tok_s" in record else record.get("block", "")
-    return "  ".join(part for part in (losses, speed) if part)
+    flops = f"{record['flop_s'] / 1e12:,.0f} TFLOP/s" if "flop_s" in record else ""
+    used = f"{record['mfu']:.0%} MFU" if "mfu" in record else ""
+    return "  ".join(part for part in (losses, speed, flops, used) if part)

@@ -65,17 +65,19 @@ def nest(
     *,
     learned: Learned | None = None,
     coarse: Mapping[int, torch.Tensor] | None = None,
+    finite: bool = False,
     name: str = "weight",
 ) -> NestedTensor:
     """Encode a weight on its grid, with per-width scales and zero-points for ``grid.sliced``, as they would be stored.
 
-    coarse: masters of narrower widths, which confine the codes of ``weight_NK`` to their bins (``confine``).
+    coarse: masters of narrower widths, which confine the codes of ``weight_NK`` to their bins (``confine``). finite:
+    see ``fit_grid``.
     """
     learned = learned or Learned()
     with torch.no_grad():
         groups = 1 if grid.group_size is None else weight_NK.shape[1] // grid.group_size
         gamma = 1.0 if learned.clip is None else learned.clip / _largest(weight_NK, groups)
-        tensor = encode_clipped(weight_NK, grid, gamma=gamma, beta=gamma, name=name)
+        tensor = encode_clipped(weight_NK, grid, gamma=gamma, beta=gamma, finite=finite, name=name)
         if coarse:
             encoded = {
                 bits: encode(master, tensor.scale, tensor.zero, grid=grid.kind) for bits, master in coarse.items()
@@ -216,7 +218,9 @@ def keep_in_range(learned: Learned, weight_NK: torch.Tensor, tensor: NestedTenso
             reach.clamp_(0.1 * own, 10 * own)
 
 
-def encode_clipped(weight_NK: torch.Tensor, grid: Grid, *, gamma: Any, beta: Any, name: str) -> NestedTensor:
+def encode_clipped(
+    weight_NK: torch.Tensor, grid: Grid, *, gamma: Any, beta: Any, finite: bool = False, name: str
+) -> NestedTensor:
     """Encode on the grid clipped by ``gamma`` and ``beta`` (Eq. 3; ratios, scalars or [N, G]), without per-width
     scales.
 
@@ -232,6 +236,7 @@ def encode_clipped(weight_NK: torch.Tensor, grid: Grid, *, gamma: Any, beta: Any
         gamma=gamma,
         beta=beta,
         storable=grid.storable,
+        finite=finite,
         name=name,
     )
     if grid.bits == MASTER_BITS:

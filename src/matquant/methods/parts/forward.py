@@ -10,6 +10,7 @@ from matquant.hf_torch import Model
 from matquant.hf_torch.layers import decoder_layers
 from matquant.hf_torch.layerwise import layer_output
 from matquant.hf_torch.views import View
+from matquant.hf_torch.whole_sequences import whole_sequences
 from matquant.options.qat import Schedule
 
 
@@ -27,11 +28,13 @@ def prepare(model: Model, views: Mapping[str, View], schedule: Schedule) -> None
             vars(layer).update(dict.fromkeys(rates, 0.0))
 
 
-def autocast(model: Model, schedule: Schedule) -> contextlib.AbstractContextManager[Any]:
-    if not schedule.autocast:
-        return contextlib.nullcontext()
+@contextlib.contextmanager
+def passes(model: Model, schedule: Schedule) -> Iterator[None]:
+    """Run forward and backward passes within this context: rows are whole sequences, products bf16 if scheduled."""
     # No weight cache: weights change inside the context, and a cache would serve the first width's to all others.
-    return torch.autocast(model.device.type, torch.bfloat16, cache_enabled=False)
+    cast = torch.autocast(model.device.type, torch.bfloat16, cache_enabled=False) if schedule.autocast else None
+    with whole_sequences(), cast or contextlib.nullcontext():
+        yield
 
 
 @contextlib.contextmanager

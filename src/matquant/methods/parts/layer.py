@@ -53,7 +53,8 @@ class Layer(torch.nn.Module):
         found = self.block.inputs[FLOAT]
         with torch.no_grad():
             outputs = [self.run(self.inputs(FLOAT, index), {}, autocast=autocast) for index in range(len(found))]
-        self.power = sum(float(output.square().mean()) for output in outputs) / len(outputs) or 1.0
+        squares = torch.stack([output.square().mean() for output in outputs])
+        self.power = sum(squares.tolist()) / len(outputs) or 1.0
         return [output.to(states.device) for output, states in zip(outputs, found, strict=True)]
 
     def distances(
@@ -76,7 +77,7 @@ class Layer(torch.nn.Module):
         with torch.no_grad():
             for bits in widths:
                 read = self.assemble({path: tensor.read(bits) for path, tensor in nested.items()})
-                squares = (
+                squares = [
                     (
                         self.run(self.inputs(bits, i), {**(changed or {}), **read}, autocast=autocast)
                         - targets[i].to(self.device)
@@ -84,8 +85,8 @@ class Layer(torch.nn.Module):
                     .square()
                     .mean()
                     for i in indices
-                )
-                found[bits] = sum(float(square) for square in squares) / len(indices) / self.power
+                ]
+                found[bits] = sum(torch.stack(squares).tolist()) / len(indices) / self.power
         return found
 
     def order(self, step: int, seed: int) -> int:

@@ -43,6 +43,7 @@ from matquant.methods.parts.fake import (
 from matquant.methods.parts.job import Job
 from matquant.methods.parts.layer import Layer, check_losses
 from matquant.methods.parts.masters import chain, encode_masters, release_blocked
+from matquant.methods.parts.readings import read_losses, steps_at_once
 
 BETAS, EPSILON = (0.9, 0.95), 1e-12
 AFFINE_RATE = 0.2  # learning rate of scales and zero-points, relative to the masters'
@@ -102,9 +103,13 @@ def tune_block(
     floats = dict(layer.weights({}))
     weights = {path: _start(floats[path], tensor, job.grid, widths) for path, tensor in nested.items()}
     adam = Adam([item for weight in weights.values() for item in weight.moved()])
+    every, pending = steps_at_once(layer.device), list[dict[int, torch.Tensor]]()
     for step in range(steps):
-        losses = _gradients(layer, weights, lambdas, layer.order(step, seed), targets, autocast=autocast)
-        check_losses(losses, block.name, f"step {step + 1} of {steps}")
+        pending.append(_gradients(layer, weights, lambdas, layer.order(step, seed), targets, autocast=autocast))
+        if len(pending) == every or step == steps - 1:
+            for number, losses in enumerate(read_losses(pending), step + 2 - len(pending)):
+                check_losses(losses, block.name, f"step {number} of {steps}")
+            pending.clear()
         for weight in weights.values():
             release_blocked(weight.masters, weight.start, pull=pull)
         adam.step(lr * (1 - step / steps))
@@ -142,8 +147,8 @@ def _gradients(
     targets: Sequence[torch.Tensor],
     *,
     autocast: bool,
-) -> dict[int, float]:
-    """Add the gradients of one batch at every width to .grad; return the losses."""
+) -> dict[int, torch.Tensor]:
+    """Add the gradients of one batch at every width to .grad; return the losses, on the device."""
     nested = {path: weight.nested() for path, weight in weights.items()}
     target = targets[index].to(layer.device)
     losses = {}
@@ -152,7 +157,7 @@ def _gradients(
         output = layer.run(layer.inputs(bits, index), layer.assemble(reads), autocast=autocast)
         loss = (output - target).square().mean() / layer.power
         torch.autograd.backward(loss * weight_of_loss)
-        losses[bits] = float(loss.detach())
+        losses[bits] = loss.detach()
         for path, weight in weights.items():
             read = reads[path]
             assert read.grad is not None
