@@ -17,7 +17,7 @@ from matquant.system.errors import InputError
 def export(
     directory: Directory,
     to: Annotated[
-        str | None, Option(help="Format: gguf, mlx, compressed-tensors, gptq, gptq_v2, dense or matquant.")
+        str | None, Option(help="Format: gguf, mlx, compressed-tensors, gptq, gptq_v2, dense, matquant or planes.")
     ] = None,
     out: Annotated[Path | None, Option("--out", "-o", metavar="OUT", help="File or directory to write.")] = None,
     bits: Annotated[int | None, Option(help="Width to export.", show_default="8")] = None,

@@ -16,7 +16,7 @@ from typing import Any
 from matquant.core.dtypes import CONFIG_NAMES
 from matquant.core.nest import MASTER_BITS, UNIFORM
 from matquant.core.spec import Plan
-from matquant.export import compressed_tensors, dense, gguf, gptq, mlx, nested
+from matquant.export import compressed_tensors, dense, gguf, gptq, mlx, nested, planes
 from matquant.export.card import RECORD
 from matquant.export.containers import EXACT, MIDRANGE, ZERO_POINTS, Container
 from matquant.export.job import Exporter, Job
@@ -64,6 +64,8 @@ def export(
 ) -> dict[str, Any]:
     """Write the ``bits``-bit slice (or ``plan``) of a nested checkpoint in the format ``to``, a name of FORMATS.
 
+    ``to`` may also be "planes" (planes.py), the checkpoint itself in other files; options of slices are then errors.
+
     The engine computes with the weights of the slice, after one rounding of scales (and minima) to the format's type.
     Weights whose size does not fit the format's blocks stay dense, with a notice.
 
@@ -74,6 +76,12 @@ def export(
     Returns {"out", "bytes", "seconds", "bits_per_weight", "containers": {name: weights}}.
     If a slice does not fit, InputError is raised and nothing is written.
     """
+    if to == planes.NAME:
+        options: dict[str, Any] = {"--plan": plan, "--dtype": dtype, "--base-model": base_model, "--measured": measured}
+        options |= {"--zero-point": zero_point != EXACT, "--requantise": requantise}
+        if given := [flag for flag, value in options.items() if value]:
+            raise InputError(f"{given[0]} is for slices, and --to planes writes the whole checkpoint; leave it out")
+        return planes.export_planes(directory, out, bits=bits or MASTER_BITS, overwrite=overwrite, report=report)
     began = time.perf_counter()
     target = check_place(out)
     if to in FORMATS:  # before a large checkpoint is read
@@ -253,7 +261,7 @@ def alternatives(checkpoint: Checkpoint, to: str, path: str, bits: int) -> str:
 
 def _exporter(to: str, checkpoint: Checkpoint) -> Exporter:
     if to not in FORMATS:
-        raise InputError(f"--to {to!r} is not a format; give {', '.join(FORMATS)}")
+        raise InputError(f"--to {to!r} is not a format; give {', '.join([*FORMATS, planes.NAME])}")
     found, family = FORMATS[to], checkpoint.config.get("model_type")
     if not _reads(found, checkpoint):
         every = [name for name, exporter in FORMATS.items() if exporter.families is None]
