@@ -46,14 +46,14 @@ def export(
     ] = False,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace OUT.")] = False,
 ) -> None:
-    """Write a slice for llama.cpp, MLX, vLLM, transformers or GPTQModel, if the format holds it exactly."""
+    """Write a slice for llama.cpp, MLX, vLLM, transformers or GPTQModel, if the format holds it exactly; or planes."""
     wanted = Plan.read(plan) if plan is not None else None
     if explain:
         _explain(directory, wanted, zero_point, requantise=requantise)
         return
     if to is None or out is None:
         raise InputError(f"export needs --to and -o; give --to {' or '.join(exporting.FORMATS)} and -o OUT")
-    with progress.exporting() as report:
+    with progress.transferring("export", "written") as report:
         made = exporting.export(
             directory,
             out,

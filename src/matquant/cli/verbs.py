@@ -21,6 +21,9 @@ VERBS = {  # verb -> its module, its function there, its line in --help
     "serve": ("serve", "serve", "Serve a checkpoint at every width through OpenAI's API. Needs no torch."),
     "bench": ("bench", "bench", "Measure tokens per second at every width."),
     "export": ("export", "export", "Write a slice for llama.cpp, MLX, vLLM, transformers or GPTQModel."),
+    "push": ("hub", "push", "Upload a checkpoint to the Hugging Face hub."),
+    "pull": ("hub", "pull", "Fetch a checkpoint from the hub: int2 first, the other bits later."),
+    "assemble": ("hub", "assemble", "Make the stock checkpoint of its planes, byte for byte."),
     "demo": ("demo", "demo", "Quantise the embedded model and compare it with its baselines."),
 }
 

@@ -3,8 +3,8 @@
 import threading
 
 from matquant.core.nest import MASTER_BITS
-from matquant.format.manifest import is_weights, read_manifest
-from matquant.format.plane_files import fetch_words, planes_read
+from matquant.format.manifest import fetch_words, is_weights, read_manifest
+from matquant.format.plane_files import planes_read
 from matquant.format.read import Checkpoint, open_checkpoint
 from matquant.system.errors import InputError
 

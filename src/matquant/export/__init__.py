@@ -17,16 +17,15 @@ from matquant.core.dtypes import CONFIG_NAMES
 from matquant.core.nest import MASTER_BITS, UNIFORM
 from matquant.core.spec import Plan
 from matquant.export import compressed_tensors, dense, gguf, gptq, mlx, nested, planes
-from matquant.export.card import RECORD
+from matquant.export.card import RECORD, read_evaluation
 from matquant.export.containers import EXACT, MIDRANGE, ZERO_POINTS, Container
 from matquant.export.job import Exporter, Job
 from matquant.export.requantise import Requantised, view
-from matquant.format.read import Checkpoint, manifest_sha256, open_checkpoint
+from matquant.format.read import Checkpoint, open_checkpoint
 from matquant.system.errors import InputError
 from matquant.system.files import (
     check_replaceable,
     check_space,
-    read_json,
     replace_directory_when_done,
     replace_when_done,
 )
@@ -90,7 +89,7 @@ def export(
     if bits is not None and plan is not None:
         raise InputError("bits and a plan exclude each other; use one of them")
     wanted = checkpoint.widths(plan or Plan(default=bits or MASTER_BITS))
-    about: dict[str, Any] = {"base_model": base_model, "measured": _evaluation(measured, checkpoint), "loss": None}
+    about: dict[str, Any] = {"base_model": base_model, "measured": read_evaluation(measured, checkpoint), "loss": None}
     if requantise:
         checkpoint = _fitted(checkpoint, to, wanted)
         about["loss"] = float(f"{checkpoint.loss():.6g}")  # sums differ in the last digits with the number of threads
@@ -283,20 +282,3 @@ def _check_target(target: Path, exporter: Exporter, *, overwrite: bool) -> None:
         raise InputError(f"{target} exists; use another -o, or --overwrite to replace it")
     elif not target.parent.is_dir():
         raise InputError(f"{target.parent} is not a directory; create it, or use another -o")
-
-
-def _evaluation(file: Path | None, checkpoint: Checkpoint) -> dict[str, Any] | None:
-    """Read a record of matquant eval; InputError for other files, and for a record of another checkpoint."""
-    if file is None:
-        return None
-    give = "a file that matquant eval --json wrote"
-    found = read_json(file, "--measured", give=give, missing=give)
-    if not isinstance(found, dict) or not isinstance(found.get("bits_per_weight"), dict):
-        raise InputError(f"--measured {file} has no bits_per_weight; give {give}")
-    sha256 = manifest_sha256(checkpoint.directory)
-    if found.get("checkpoint", sha256) != sha256:
-        raise InputError(
-            f"--measured {file} was measured on checkpoint {str(found['checkpoint'])[:12]}…, but "
-            f"{checkpoint.directory} is {sha256[:12]}…; evaluate this checkpoint"
-        )
-    return found

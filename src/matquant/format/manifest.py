@@ -6,6 +6,7 @@ inside the directory, and links from snapshots to blobs in a hub cache.
 """
 
 import contextlib
+import json
 import stat
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ PLAN_CACHE = "matquant_plans.json"  # written beside a checkpoint by matquant pl
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 FOLDER = "planes"  # plane_files.py
+ORIGIN = f"{FOLDER}/origin.json"  # where ``matquant pull`` gets them from: {"repo": name, "commit": hash}
 MADE_BY = "give a checkpoint made by matquant quantize"
 AGAIN = "copy it again or write the checkpoint again"
 NUMBERS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".npy", ".npz", ".h5", ".msgpack", ".onnx", ".pkl")
@@ -131,6 +133,8 @@ def read_manifest(where: Path) -> dict[str, Any]:
     """Read a checkpoint's manifest; InputError for unknown formats and entries without name, size and sha256."""
     if not where.is_dir():
         raise InputError(f"{where}: no such directory; {MADE_BY}")
+    if regular_file(where, MANIFEST) is None and (where / ORIGIN).exists():
+        raise InputError(f"{where} is not complete: files are missing; {fetch_words(where, bits=2)}")
     if regular_file(where, MANIFEST) is None:
         raise InputError(f"{where} has no {MANIFEST}; {MADE_BY}")
     manifest = read_object(where / MANIFEST)
@@ -139,6 +143,14 @@ def read_manifest(where: Path) -> dict[str, Any]:
     if CONFIG not in manifest["files"]:
         raise InputError(f"{where / MANIFEST} lists no files; {AGAIN}")
     return manifest
+
+
+def fetch_words(where: Path, *, bits: int) -> str:
+    """Return how to fetch what a width needs: the end of an error."""
+    repo = "REPO"
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        repo = str(json.loads((where / ORIGIN).read_text())["repo"])
+    return f"fetch them with: matquant pull {repo} --bits {bits} -o {where}"
 
 
 def check_entries(entries: Any, *, where: Path) -> None:

@@ -14,8 +14,6 @@ which that needs lie in ``rest``. docs/format.md specifies the files byte by byt
 Shapes: N out features, K in features.
 """
 
-import contextlib
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -35,13 +33,13 @@ from matquant.format.manifest import (
     FOLDER,
     check_entries,
     check_files,
+    fetch_words,
     read_object,
     regular_file,
 )
 from matquant.system.errors import InputError
 
 RECORD = f"{FOLDER}/manifest.json"
-ORIGIN = f"{FOLDER}/origin.json"  # where ``matquant pull`` got them: {"repo": id, "commit": hash}
 FORMAT = 1  # of the record; the checkpoint's is that of its own manifest
 PLANE_BITS = tuple(last - first for first, last in pairwise((0, *RESIDENT_BITS)))
 PART = re.compile(r"(rest|p[0-4])-(\d{5})\.planes")
@@ -173,11 +171,3 @@ def read_record(file: Path) -> dict[str, Any]:
     if numbers != set(range(1, len(record["shards"]) + 1)):
         raise InputError(f"{file} does not list one part of each kind for every shard; {AGAIN}")
     return record
-
-
-def fetch_words(where: Path, *, bits: int) -> str:
-    """Return how to fetch the planes of a width: the end of an error."""
-    repo = "REPO"
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        repo = str(json.loads((where / ORIGIN).read_text())["repo"])
-    return f"fetch them with: matquant pull {repo} --bits {bits} -o {where}"

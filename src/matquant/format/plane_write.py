@@ -134,7 +134,7 @@ def assemble(directory: Path | str, *, report: Report = lambda written: None) ->
     """
     where = Path(directory)
     manifest = read_manifest(where)
-    with hold(where):
+    with hold(where, again=True):
         planes = find_planes(where, manifest)
         if planes is None and regular_file(where, RECORD) is None:
             raise InputError(f"{where} has no planes to assemble; give a directory that matquant pull wrote")

@@ -30,13 +30,13 @@ from matquant.format.manifest import (
     MADE_BY,
     MANIFEST,
     check_files,
+    fetch_words,
     read_manifest,
     read_object,
     regular_file,
 )
 from matquant.format.plane_files import (
     PlaneFiles,
-    fetch_words,
     find_planes,
     header_name,
     plane_tensors,
@@ -237,14 +237,9 @@ def open_listed(
     where: Path, manifest: Mapping[str, Any], *, planes: PlaneFiles | None = None, mmap: bool = True
 ) -> Checkpoint:
     """Open a checkpoint whose files have been compared with ``manifest``; InputError if its structure is wrong."""
-    config = read_object(where / "config.json", CONFIG)
-    quantised = config.pop("quantization_config", None)
-    record = quantised.get("matquant") if isinstance(quantised, dict) else None
-    if not isinstance(quantised, dict) or not isinstance(record, dict):
-        raise InputError(f'{where / "config.json"} has no "matquant" object; {MADE_BY}')
-    spec = Spec.from_json(record, where=str(where / "config.json"))
-    if record["format"] != manifest["format"]:
-        found = f"{where} has format {manifest['format']} in {MANIFEST}, but {record['format']} in config.json"
+    config, quantised, spec = read_config(where)
+    if (version := quantised["matquant"]["format"]) != manifest["format"]:
+        found = f"{where} has format {manifest['format']} in {MANIFEST}, but {version} in config.json"
         raise InputError(f"{found}; {AGAIN}")
     listed = set(manifest["files"])
     with contextlib.ExitStack() as stack:
@@ -265,6 +260,16 @@ def open_listed(
         mmap=mmap,
         planes=planes,
     )
+
+
+def read_config(where: Path) -> tuple[dict[str, Any], dict[str, Any], Spec]:
+    """Return a checkpoint's config.json without quantization_config, that object, and our record in it."""
+    config = read_object(where / "config.json", CONFIG)
+    quantised = config.pop("quantization_config", None)
+    record = quantised.get("matquant") if isinstance(quantised, dict) else None
+    if not isinstance(quantised, dict) or not isinstance(record, dict):
+        raise InputError(f'{where / "config.json"} has no "matquant" object; {MADE_BY}')
+    return config, quantised, Spec.from_json(record, where=str(where / "config.json"))
 
 
 def manifest_sha256(directory: Path | str) -> str:
