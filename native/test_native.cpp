@@ -3,6 +3,7 @@
 // Products are compared with the definition of a nested weight in plain loops: for every instruction set of the
 // machine, width, rule, grid and mode, and a table of shapes, groups, batches and numbers of threads. Buffers have
 // exactly the size they need. Decode steps of a small model must not allocate after the first ones.
+#include <algorithm>
 #include <atomic>
 #include <cerrno>
 #include <cmath>
@@ -86,7 +87,7 @@ struct Fixture {
   Rule rule;
   std::vector<std::uint8_t> codes;
   std::vector<float> scale, zero, values, x;
-  std::unique_ptr<Memory> memory;
+  std::unique_ptr<Memory> memory[PLANE_COUNT];
   Linear linear{};
 
   Fixture(Case of, Rule by, Grid on = Grid::uniform) : shape(of), rule(by) {
@@ -116,10 +117,14 @@ struct Fixture {
 
   void pack_for(int bits, int threads) {
     linear.resident_bits = bits_read(bits, rule);
-    memory = std::make_unique<Memory>(planes_bytes(shape.rows, shape.cols, linear.resident_bits), Pages::huge);
-    place_planes(memory->data(), shape.rows, shape.cols, linear.resident_bits, linear.plane);
+    std::uint8_t* plane[PLANE_COUNT] = {};
+    for (int at = 0; at < PLANE_COUNT && BITS_UP_TO[at] <= linear.resident_bits; ++at) {
+      memory[at] = std::make_unique<Memory>(plane_bytes(shape.rows, shape.cols, at), Pages::huge, at + 1);
+      plane[at] = memory[at]->data();
+    }
     for (int thread = 0; thread < threads; ++thread)
-      pack(codes.data(), shape.cols, shape.rows, shape.cols, linear.resident_bits, linear.plane, thread, threads);
+      pack(codes.data(), shape.cols, shape.rows, shape.cols, plane, thread, threads);
+    std::copy(plane, plane + PLANE_COUNT, linear.plane);
     const float step = static_cast<float>(1 << (8 - bits));
     const float centre = rule == Rule::prefix ? (step - 1) / 2 : 0.0f;
     // nest.integer_positions: position = unit * integer + offset

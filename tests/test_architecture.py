@@ -18,7 +18,7 @@ LAYERS = [
     {"hf", "backends"},
     {"calibration"},
     {"options", "engine", "hf_torch", "report", "export"},
-    {"serve"},
+    {"serve", "hub"},
     {"methods", "integrations"},
     {"measure"},
     {"planning"},
@@ -36,6 +36,7 @@ WITHOUT_TORCH = (
     "engine",
     "export",
     "serve",
+    "hub",
 )  # every file of them
 HEAVY = {  # package -> who imports it: files, or a folder whose files may; the quantizer is what transformers calls
     "transformers": ["hf_torch", "integrations/quantizer.py"],

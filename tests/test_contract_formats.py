@@ -193,4 +193,4 @@ def test_the_bytes_reported_are_those_written(to: str, plain: Path, tmp_path: Pa
 def test_an_unknown_format_is_rejected(plain: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
         export(plain, tmp_path / "out", to="onnx")
-    assert str(caught.value) == f"--to 'onnx' is not a format; give {', '.join(FORMATS)}"
+    assert str(caught.value) == f"--to 'onnx' is not a format; give {', '.join([*FORMATS, 'planes'])}"

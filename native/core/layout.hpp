@@ -18,6 +18,7 @@ constexpr int PANEL_TOKENS = 8;        // of the widest panel of an Input
 
 constexpr int PLANE_COUNT = 5;
 constexpr int PLANE_BITS[PLANE_COUNT] = {2, 1, 1, 2, 2};  // most significant first
+constexpr int BITS_UP_TO[PLANE_COUNT] = {2, 3, 4, 6, 8};  // bits in a plane and those before it
 
 // Static: a copy that is not inlined must not be shared between files compiled for different machines.
 static constexpr int ceil_div(int a, int b) { return a / b + (a % b != 0); }

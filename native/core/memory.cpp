@@ -50,20 +50,20 @@ struct Memory::Region {
 
 namespace {
 
-// The region from which the next memory is taken, while any memory in it lives.
+// The region of a pool from which the next memory is taken, while any memory in it lives.
 struct Newest {
   std::mutex mutex;
   std::weak_ptr<Memory::Region> region;
 };
 
-Newest& newest() {
-  static Newest* const only = new Newest;  // never destroyed: memories may outlive it
-  return *only;
+Newest& newest(int pool) {
+  static Newest* const all = new Newest[POOLS];  // never destroyed: memories may outlive them
+  return all[pool];
 }
 
 }  // namespace
 
-Memory::Memory(std::size_t bytes, Pages pages) {
+Memory::Memory(std::size_t bytes, Pages pages, int pool) {
   if (bytes == 0) return;
   if (pages == Pages::on_demand) {
     bytes_ = rounded_up(bytes, PAGE);
@@ -71,11 +71,12 @@ Memory::Memory(std::size_t bytes, Pages pages) {
     return;
   }
   bytes_ = rounded_up(bytes, LINE_BYTES);
-  const std::lock_guard<std::mutex> lock(newest().mutex);
-  region_ = newest().region.lock();
+  Newest& last = newest(pool);
+  const std::lock_guard<std::mutex> lock(last.mutex);
+  region_ = last.region.lock();
   if (region_ == nullptr || region_->left < bytes_) {
     region_ = std::make_shared<Region>(std::max(REGION_BYTES, rounded_up(bytes_, HUGE_PAGE)));
-    newest().region = region_;
+    last.region = region_;
   }
   data_ = region_->data + region_->used;
   region_->used += bytes_;

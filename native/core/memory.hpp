@@ -12,10 +12,14 @@ enum class Pages {
   on_demand,  // address space only; a page takes memory once it is written: for caches, which are rarely full
 };
 
+// Memories in huge pages share them with those of the same pool only, so that a pool's memories can be given back while
+// those of another stay.
+constexpr int POOLS = 6;
+
 // Throws std::bad_alloc. Nothing is mapped for zero bytes.
 class Memory {
  public:
-  Memory(std::size_t bytes, Pages pages);
+  Memory(std::size_t bytes, Pages pages, int pool = 0);
   ~Memory();
   Memory(const Memory&) = delete;
   Memory& operator=(const Memory&) = delete;

@@ -40,28 +40,14 @@ void place(const Bytes* quads, int drop, const int (&shifts)[QUADS], std::uint8_
 
 }  // namespace
 
-std::size_t planes_bytes(int rows, int cols, int resident_bits) {
-  return static_cast<std::size_t>(ceil_div(rows, BLOCK_ROWS)) * ceil_div(cols, TILE_INPUTS) * VECTOR_BYTES *
-         static_cast<std::size_t>(resident_bits);
+std::size_t plane_bytes(int rows, int cols, int plane) {
+  return static_cast<std::size_t>(ceil_div(rows, BLOCK_ROWS)) * ceil_div(cols, TILE_INPUTS) * tile_bytes(plane);
 }
 
-void place_planes(std::uint8_t* memory, int rows, int cols, int resident_bits, const std::uint8_t* plane[PLANE_COUNT]) {
-  const std::size_t tiles = static_cast<std::size_t>(ceil_div(rows, BLOCK_ROWS)) * ceil_div(cols, TILE_INPUTS);
-  int bits = 0;
-  for (int at = 0; at < PLANE_COUNT; ++at) {
-    bits += PLANE_BITS[at];
-    plane[at] = bits <= resident_bits ? memory : nullptr;
-    memory += bits <= resident_bits ? tiles * tile_bytes(at) : 0;
-  }
-}
-
-void pack(const std::uint8_t* codes, std::ptrdiff_t stride, int rows, int cols, int resident_bits,
-          const std::uint8_t* const plane[PLANE_COUNT], int thread, int threads) {
+void pack(const std::uint8_t* codes, std::ptrdiff_t stride, int rows, int cols, std::uint8_t* const plane[PLANE_COUNT],
+          int thread, int threads) {
   const std::int64_t blocks = ceil_div(rows, BLOCK_ROWS);
   const int tiles = ceil_div(cols, TILE_INPUTS);
-  // Planes are written only here, before anyone else can see them.
-  std::uint8_t* out[PLANE_COUNT];
-  for (int at = 0; at < PLANE_COUNT; ++at) out[at] = const_cast<std::uint8_t*>(plane[at]);
   Bytes quads[TILE_QUADS];
   for (std::int64_t block = blocks * thread / threads; block < blocks * (thread + 1) / threads; ++block) {
     const int first_row = static_cast<int>(block) * BLOCK_ROWS;
@@ -72,12 +58,12 @@ void pack(const std::uint8_t* codes, std::ptrdiff_t stride, int rows, int cols, 
       const std::size_t at = static_cast<std::size_t>(block) * tiles + tile;
       for (int half = 0; half < 2; ++half) {
         const std::size_t vector = 2 * at + half;
-        place<2>(quads + 4 * half, 6, TWO_BIT_SHIFT, out[0] + vector * VECTOR_BYTES);
-        if (resident_bits >= 6) place<2>(quads + 4 * half, 2, TWO_BIT_SHIFT, out[3] + vector * VECTOR_BYTES);
-        if (resident_bits >= 8) place<2>(quads + 4 * half, 0, TWO_BIT_SHIFT, out[4] + vector * VECTOR_BYTES);
+        if (plane[0]) place<2>(quads + 4 * half, 6, TWO_BIT_SHIFT, plane[0] + vector * VECTOR_BYTES);
+        if (plane[3]) place<2>(quads + 4 * half, 2, TWO_BIT_SHIFT, plane[3] + vector * VECTOR_BYTES);
+        if (plane[4]) place<2>(quads + 4 * half, 0, TWO_BIT_SHIFT, plane[4] + vector * VECTOR_BYTES);
       }
-      if (resident_bits >= 3) place<1>(quads, 5, ONE_BIT_SHIFT[0], out[1] + at * VECTOR_BYTES);
-      if (resident_bits >= 4) place<1>(quads, 4, ONE_BIT_SHIFT[1], out[2] + at * VECTOR_BYTES);
+      if (plane[1]) place<1>(quads, 5, ONE_BIT_SHIFT[0], plane[1] + at * VECTOR_BYTES);
+      if (plane[2]) place<1>(quads, 4, ONE_BIT_SHIFT[1], plane[2] + at * VECTOR_BYTES);
     }
   }
 }

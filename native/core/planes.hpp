@@ -12,14 +12,13 @@
 
 namespace matquant {
 
-// Bytes of the planes with the top `resident_bits` (2, 3, 4, 6 or 8) of codes [rows, cols].
-std::size_t planes_bytes(int rows, int cols, int resident_bits);
-// Sets where each plane begins in `memory` [planes_bytes()]; null for planes beyond resident_bits.
-void place_planes(std::uint8_t* memory, int rows, int cols, int resident_bits, const std::uint8_t* plane[PLANE_COUNT]);
+// Bytes of a plane of codes [rows, cols].
+std::size_t plane_bytes(int rows, int cols, int plane);
 
-// Packs codes [rows, cols], row r at codes + r * stride, into planes: this thread's share. Reads no byte past a row.
-void pack(const std::uint8_t* codes, std::ptrdiff_t stride, int rows, int cols, int resident_bits,
-          const std::uint8_t* const plane[PLANE_COUNT], int thread = 0, int threads = 1);
+// Packs codes [rows, cols], row r at codes + r * stride, into the planes that are not null: this thread's share. Reads
+// no byte past a row.
+void pack(const std::uint8_t* codes, std::ptrdiff_t stride, int rows, int cols, std::uint8_t* const plane[PLANE_COUNT],
+          int thread = 0, int threads = 1);
 
 // Reads the top `read` bits (2, 3, 4, 6 or 8) of the 32 codes of a row in a tile; their other bits are 0.
 void unpack_tile(const std::uint8_t* const plane[PLANE_COUNT], int cols, int row, int tile, int read,

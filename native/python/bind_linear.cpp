@@ -8,6 +8,7 @@
 #include <memory>
 #include <new>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 #include "core/memory.hpp"
@@ -35,26 +36,51 @@ Result<T> new_matrix(std::size_t rows, std::size_t cols, std::unique_ptr<T[]> va
   return Result<T>(data, {rows, cols}, owner);
 }
 
-// A Linear and the memory it points to.
+// A Linear and the memory it points to, which each plane has for itself.
 class Weight {
  public:
-  Weight(Matrix<std::uint8_t> codes, int resident_bits, int rule, int group, int grid)
-      : memory_(planes_bytes(size(codes.shape(0)), size(codes.shape(1)), resident_bits), Pages::huge) {
-    if (codes.shape(1) > 0 && codes.stride(1) != 1 && codes.shape(1) != 1)
-      throw std::invalid_argument("the codes of a row are not contiguous");
+  Weight(const Matrix<std::uint8_t>& codes, int resident_bits, int rule, int group, int grid) {
     linear_.rows = size(codes.shape(0));
     linear_.cols = size(codes.shape(1));
     if (group < 1) throw std::invalid_argument("a group needs at least one input");
     linear_.group = group;
     linear_.rule = static_cast<Rule>(rule);
     linear_.grid = static_cast<Grid>(grid);
-    linear_.resident_bits = resident_bits;
-    place_planes(memory_.data(), linear_.rows, linear_.cols, resident_bits, linear_.plane);
+    add_planes(codes, resident_bits);
+    hold(resident_bits);
+  }
+
+  // Packs those of the planes with the top `bits` bits that are not in memory. Products do not see them before hold().
+  void add_planes(const Matrix<std::uint8_t>& codes, int bits) {
+    if (size(codes.shape(0)) != linear_.rows || size(codes.shape(1)) != linear_.cols)
+      throw std::invalid_argument("the codes are not [rows, cols]");
+    if (codes.shape(1) > 1 && codes.stride(1) != 1)
+      throw std::invalid_argument("the codes of a row are not contiguous");
+    std::unique_ptr<Memory> added[PLANE_COUNT];
+    std::uint8_t* to[PLANE_COUNT] = {};
+    for (int plane = 0; plane < count_planes(bits); ++plane) {
+      if (planes_[plane] != nullptr) continue;
+      added[plane] = std::make_unique<Memory>(plane_bytes(linear_.rows, linear_.cols, plane), Pages::huge, 1 + plane);
+      to[plane] = added[plane]->data();
+    }
     const nb::gil_scoped_release released;
     on_threads(default_threads(), [&](Team& team, int thread) {
-      pack(codes.data(), codes.stride(0), linear_.rows, linear_.cols, resident_bits, linear_.plane, thread,
-           team.threads());
+      pack(codes.data(), codes.stride(0), linear_.rows, linear_.cols, to, thread, team.threads());
     });
+    for (int plane = 0; plane < PLANE_COUNT; ++plane)
+      if (added[plane] != nullptr) planes_[plane] = std::move(added[plane]);
+  }
+
+  // Makes the top `bits` bits available and gives the memory of the others back. No product may run meanwhile.
+  void hold(int bits) {
+    const int count = count_planes(bits);
+    for (int plane = 0; plane < count; ++plane)
+      if (planes_[plane] == nullptr) throw std::invalid_argument("a plane is not in memory");
+    for (int plane = 0; plane < PLANE_COUNT; ++plane) {
+      if (plane >= count) planes_[plane].reset();
+      linear_.plane[plane] = plane < count ? planes_[plane]->data() : nullptr;
+    }
+    linear_.resident_bits = bits;
   }
 
   // scale, zero: [rows, groups] as float32, or as the bits of bfloat16 and float16. Returns an index for set_affine;
@@ -86,7 +112,8 @@ class Weight {
 
   const Linear& linear() const { return linear_; }
   std::size_t bytes() const {
-    std::size_t total = memory_.bytes();
+    std::size_t total = 0;
+    for (const auto& plane : planes_) total += plane == nullptr ? 0 : plane->bytes();
     for (const auto& affine : affines_) total += affine->bytes();
     return total;
   }
@@ -97,8 +124,14 @@ class Weight {
     return static_cast<int>(value);
   }
 
+  static int count_planes(int bits) {
+    for (int plane = 0; plane < PLANE_COUNT; ++plane)
+      if (BITS_UP_TO[plane] == bits) return plane + 1;
+    throw std::invalid_argument("planes hold 2, 3, 4, 6 or 8 bits");
+  }
+
   Linear linear_{};
-  Memory memory_;
+  std::unique_ptr<Memory> planes_[PLANE_COUNT];
   std::vector<std::unique_ptr<Memory>> affines_;
   std::vector<bool> halves_;
 };
@@ -118,7 +151,7 @@ Result<std::uint8_t> read_codes(const Weight& weight, int bits, int rule) {
 }
 
 // Copies a plane: [row blocks, bytes of a block].
-Result<std::uint8_t> plane_bytes(const Weight& weight, int plane) {
+Result<std::uint8_t> copy_plane(const Weight& weight, int plane) {
   const Linear& linear = weight.linear();
   if (plane < 0 || plane >= PLANE_COUNT || linear.plane[plane] == nullptr)
     throw std::invalid_argument("that plane is not resident");
@@ -186,13 +219,15 @@ void rows_at(const Weight& weight, std::uintptr_t tokens, std::uintptr_t out, in
 
 void bind_linear(nb::module_& module) {
   nb::class_<Weight>(module, "Weight", "Planes and affines of a nested weight; planes.py checks the arguments.")
-      .def(nb::init<Matrix<std::uint8_t>, int, int, int, int>(), nb::arg("codes").noconvert(),
+      .def(nb::init<const Matrix<std::uint8_t>&, int, int, int, int>(), nb::arg("codes").noconvert(),
            nb::arg("resident_bits"), nb::arg("rule"), nb::arg("group"), nb::arg("grid") = 0)
+      .def("add_planes", &Weight::add_planes, nb::arg("codes").noconvert(), nb::arg("bits"))
+      .def("hold", &Weight::hold, nb::arg("bits"))
       .def("add_values", &Weight::add_values<float>, nb::arg("scale").noconvert(), nb::arg("zero").noconvert())
       .def("add_values", &Weight::add_values<std::uint16_t>, nb::arg("scale").noconvert(), nb::arg("zero").noconvert())
       .def("set_affine", &Weight::set_affine, nb::arg("bits"), nb::arg("values"), nb::arg("step"), nb::arg("centre"))
       .def("codes", read_codes, nb::arg("bits"), nb::arg("rule"))
-      .def("plane", plane_bytes, nb::arg("plane"))
+      .def("plane", copy_plane, nb::arg("plane"))
       .def("matmul", matmul, nb::arg("x").noconvert(), nb::arg("bits"), nb::arg("activations"), nb::arg("threads"))
       .def("matmul_at", matmul_at, nb::arg("x"), nb::arg("y"), nb::arg("tokens"), nb::arg("bits"),
            nb::arg("activations"), nb::arg("threads"))

@@ -80,13 +80,16 @@ void check_shape(const Matrix& matrix, int rows, int cols) {
   require(matrix.rows() == rows && matrix.cols() == cols, "a matrix has the wrong shape");
 }
 
+std::uint16_t widths_of(const Matrix& matrix) {
+  std::uint16_t widths = 0;
+  for (int bits = 0; bits < 16; ++bits) widths |= (matrix.nested == nullptr || serves(*matrix.nested, bits)) << bits;
+  return widths;
+}
+
 // Adds a matrix to the model and returns its id.
 int add_matrix(HeldModel& held, const HeldMatrix& matrix) {
-  std::uint16_t widths = 0;
-  const Linear* const nested = matrix.matrix.nested;
-  for (int bits = 0; bits < 16; ++bits) widths |= (nested == nullptr || serves(*nested, bits)) << bits;
   own(held, matrix);
-  held.served.push_back(widths);
+  held.served.push_back(widths_of(matrix.matrix));
   return held.model.add(matrix.matrix);
 }
 
@@ -149,6 +152,23 @@ void set_ends(HeldModel& held, const HeldMatrix& head, const HeldMatrix* embeddi
   m.embedding = embedding == nullptr ? m.head : add_matrix(held, *embedding);
 }
 
+// Calls `change`, which may add and drop planes of the model's weights, while no step runs.
+void change_weights(HeldModel& held, const nb::callable& change) {
+  struct Closed {
+    explicit Closed(HeldModel& of) : held(of) {
+      const nb::gil_scoped_release unlocked;  // the steps that are waited for may need it
+      held.gate.close();
+    }
+    ~Closed() {
+      for (std::size_t id = 0; id < held.served.size(); ++id) held.served[id] = widths_of(held.model.matrices[id]);
+      held.gate.open();
+    }
+    HeldModel& held;
+  };
+  const Closed closed(held);
+  change();
+}
+
 void make_model(HeldModel* self, std::int64_t hidden, std::int64_t intermediate, std::int64_t heads,
                 std::int64_t kv_heads, std::int64_t head_dim, std::int64_t vocab, float norm_eps,
                 float attention_scale, float embedding_scale, float attention_cap, float logit_cap, bool gelu) {
@@ -176,6 +196,7 @@ void bind_model(nb::module_& module) {
            nb::arg("embedding_scale"), nb::arg("attention_cap"), nb::arg("logit_cap"), nb::arg("gelu"))
       .def("add_rope", &add_rope, nb::arg("frequencies"), nb::arg("scale"))
       .def("add_layer", &add_layer, nb::arg("matrices"), nb::arg("norms"), nb::arg("window"), nb::arg("rope"))
+      .def("change_weights", &change_weights, nb::arg("change"))
       .def("set_ends", &set_ends, nb::arg("head"), nb::arg("embedding").none(), nb::arg("norm"));
 }
 

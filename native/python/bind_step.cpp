@@ -57,9 +57,10 @@ void run_step(const HeldModel& held, Array<const std::uint8_t, 1> bits, bool exa
   require(first_logit >= 0 && first_logit <= count && room >= static_cast<std::size_t>(count - first_logit) &&
               width == static_cast<std::size_t>(m.vocab),
           "the logits have the wrong shape");
-  check_widths(held, bits);
   fill_rows(m, tokens, positions, caches, space);
-  nb::gil_scoped_release unlocked;
+  const nb::gil_scoped_release unlocked;
+  const Gate::Step entered(held.gate);
+  check_widths(held, bits);
   step(m, bits.data(), exact ? Activations::exact : Activations::int8, space.rows.data(), count, first_logit,
        logits ? logits->data() : space.logits.data(), space.workspace);
 }

@@ -17,7 +17,7 @@ from matquant.system.errors import InputError
 def export(
     directory: Directory,
     to: Annotated[
-        str | None, Option(help="Format: gguf, mlx, compressed-tensors, gptq, gptq_v2, dense or matquant.")
+        str | None, Option(help="Format: gguf, mlx, compressed-tensors, gptq, gptq_v2, dense, matquant or planes.")
     ] = None,
     out: Annotated[Path | None, Option("--out", "-o", metavar="OUT", help="File or directory to write.")] = None,
     bits: Annotated[int | None, Option(help="Width to export.", show_default="8")] = None,
@@ -46,14 +46,14 @@ def export(
     ] = False,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace OUT.")] = False,
 ) -> None:
-    """Write a slice for llama.cpp, MLX, vLLM, transformers or GPTQModel, if the format holds it exactly."""
+    """Write a slice for llama.cpp, MLX, vLLM, transformers or GPTQModel, if the format holds it exactly; or planes."""
     wanted = Plan.read(plan) if plan is not None else None
     if explain:
         _explain(directory, wanted, zero_point, requantise=requantise)
         return
     if to is None or out is None:
         raise InputError(f"export needs --to and -o; give --to {' or '.join(exporting.FORMATS)} and -o OUT")
-    with progress.exporting() as report:
+    with progress.transferring("export", "written") as report:
         made = exporting.export(
             directory,
             out,

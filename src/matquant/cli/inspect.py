@@ -15,7 +15,7 @@ def inspect_checkpoint(
     as_json: Annotated[bool, Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Show widths, sizes, bits per weight and histograms of a checkpoint."""
-    checkpoint = open_checkpoint(directory)
+    checkpoint = open_checkpoint(directory, partial=True)
     summary = summarise(checkpoint)
     if as_json:
         print(json_text(summary))

@@ -21,15 +21,21 @@ VERBS = {  # verb -> its module, its function there, its line in --help
     "serve": ("serve", "serve", "Serve a checkpoint at every width through OpenAI's API. Needs no torch."),
     "bench": ("bench", "bench", "Measure tokens per second at every width."),
     "export": ("export", "export", "Write a slice for llama.cpp, MLX, vLLM, transformers or GPTQModel."),
+    "push": ("hub", "push", "Upload a checkpoint to the Hugging Face hub."),
+    "pull": ("hub", "pull", "Fetch a checkpoint from the hub: int2 first, the other bits later."),
+    "assemble": ("hub", "assemble", "Make the stock checkpoint of its planes, byte for byte."),
     "demo": ("demo", "demo", "Quantise the embedded model and compare it with its baselines."),
 }
+
+
+NOT_LISTED = {"assemble"}  # matquant pull does it; for directories that were copied
 
 
 class Verbs(TyperGroup):
     """A group that imports a command only when it runs; listing commands needs only the table."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        return list(VERBS)
+        return [verb for verb in VERBS if verb not in NOT_LISTED]
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         return TyperCommand(cmd_name, help=VERBS[cmd_name][2]) if cmd_name in VERBS else None

@@ -13,7 +13,7 @@ docs/kernels.md describes the layout. The scale and zero-point of a width are ap
 Shapes: N out features, K in features, G groups, T tokens.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ml_dtypes
@@ -55,6 +55,8 @@ class Weight:
     planes: Planes
     rule: str
     max_bits: int
+    affines: frozenset[int]  # widths whose scales and zero-points are in memory, some of them perhaps above max_bits
+    shared: int | None  # number of the 8-bit grid's, which widths without per-width ones share
 
     @property
     def pointer(self) -> int:
@@ -99,17 +101,34 @@ def load_weight(tensor: NestedTensor, *, max_bits: int = MASTER_BITS) -> Weight:
     columns, groups = tensor.codes.shape[-1], tensor.scale.shape[-1]
     resident = bits_read(max_bits, rule=tensor.rule)
     planes = _pack(tensor.codes, resident, rule=tensor.rule, group=columns // groups, grid=tensor.grid)
-    own = {bits: affine for bits, affine in tensor.slices.items() if bits <= max_bits}
-    derived = set(range(1, max_bits + 1)) - set(own)
-    if derived:
-        values = _add_values(planes.native, tensor.scale, tensor.zero)
-        for bits in derived:
-            step = 2 ** (MASTER_BITS - bits)
-            centre = bin_centre(bits, rule=tensor.rule)  # the kernel does what nest.slice_affine would
-            _set_affine(planes.native, bits, values, step, centre, grid=tensor.grid)
-    for bits, (scale, zero) in own.items():
-        _set_affine(planes.native, bits, _add_values(planes.native, scale, zero), 1, 0.0, grid=tensor.grid)
-    return Weight(planes=planes, rule=tensor.rule, max_bits=max_bits)
+    bare = Weight(planes=planes, rule=tensor.rule, max_bits=max_bits, affines=frozenset(), shared=None)
+    return _with_affines(bare, tensor)
+
+
+def add_planes(weight: Weight, tensor: NestedTensor, *, max_bits: int) -> Weight:
+    """Return the weight with what widths up to ``max_bits`` need besides: planes of the same codes, and scales.
+
+    Products that use ``weight`` may run meanwhile; they see the new planes only after ``hold``.
+    """
+    planes, resident = weight.planes, bits_read(max_bits, rule=weight.rule)
+    if tensor.codes.shape != (planes.rows, planes.columns) or tensor.rule != weight.rule:
+        raise InputError(
+            f"planes of {tensor.rule} codes {list(tensor.codes.shape)} do not belong to a weight of "
+            f"{weight.rule} codes {[planes.rows, planes.columns]}; open the checkpoint again"
+        )
+    planes.native.add_planes(_contiguous_rows(tensor.codes), resident)
+    return _with_affines(replace(weight, planes=replace(planes, resident_bits=resident), max_bits=max_bits), tensor)
+
+
+def hold(weight: Weight, *, max_bits: int) -> Weight:
+    """Make the planes that widths up to ``max_bits`` need available, and give the memory of the others back.
+
+    No product with this weight may run meanwhile (for those of a model: ``native.change_weights``). Scales and
+    zero-points stay in memory.
+    """
+    resident = bits_read(max_bits, rule=weight.rule)
+    weight.planes.native.hold(resident)
+    return replace(weight, planes=replace(weight.planes, resident_bits=resident), max_bits=max_bits)
 
 
 def matmul(weight: Weight, x_TK: Floats, *, bits: int, activations: str = "int8", threads: int = 0) -> Floats:
@@ -161,14 +180,32 @@ def isa() -> str:
         raise InputError(str(error)) from None
 
 
+def _with_affines(weight: Weight, tensor: NestedTensor) -> Weight:
+    """Return the weight with the scales and zero-points of all widths up to its ``max_bits``."""
+    native, shared, wanted = weight.planes.native, weight.shared, set(range(1, weight.max_bits + 1)) - weight.affines
+    for bits in sorted(wanted & set(tensor.slices)):
+        _set_affine(native, bits, _add_values(native, *tensor.slices[bits]), 1, 0.0, grid=tensor.grid)
+    for bits in sorted(wanted - set(tensor.slices)):
+        shared = _add_values(native, tensor.scale, tensor.zero) if shared is None else shared
+        step = 2 ** (MASTER_BITS - bits)
+        centre = bin_centre(bits, rule=tensor.rule)  # the kernel does what nest.slice_affine would
+        _set_affine(native, bits, shared, step, centre, grid=tensor.grid)
+    return replace(weight, affines=weight.affines | wanted, shared=shared)
+
+
+def _contiguous_rows(codes_NK: Codes) -> Codes:
+    """Return the codes with contiguous columns."""
+    return np.ascontiguousarray(codes_NK) if codes_NK.shape[1] > 1 and codes_NK.strides[1] != 1 else codes_NK
+
+
 def _pack(codes_NK: Codes, resident_bits: int, *, rule: str, group: int | None, grid: str) -> Planes:
     isa()
     if codes_NK.ndim != 2 or codes_NK.dtype != np.uint8 or 0 in codes_NK.shape:
         raise InputError(f"planes need uint8 codes [N, K], found {codes_NK.dtype} {list(codes_NK.shape)}")
     rows, columns = codes_NK.shape
-    if columns > 1 and codes_NK.strides[1] != 1:
-        codes_NK = np.ascontiguousarray(codes_NK)
-    native = _native.Weight(codes_NK, resident_bits, RULES.index(rule), group or columns, GRIDS.index(grid))
+    native = _native.Weight(
+        _contiguous_rows(codes_NK), resident_bits, RULES.index(rule), group or columns, GRIDS.index(grid)
+    )
     return Planes(native, rows, columns, resident_bits)
 
 

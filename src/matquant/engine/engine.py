@@ -27,9 +27,10 @@ from matquant.core.planes import ACTIVATIONS
 from matquant.core.spec import Plan
 from matquant.engine.completion import Completion
 from matquant.engine.decoder import Decoder, StepByStep
-from matquant.engine.model import load_model
+from matquant.engine.model import load_model, narrow, widen
 from matquant.engine.pace import Pace
 from matquant.engine.sampling import Sampling
+from matquant.engine.source import Source
 from matquant.engine.speculation import AUTO, DRAFT_WIDTHS, LEAST_SAVING, OFF, Speculative, check_speculate, narrower
 from matquant.format.facts import GENERATION
 from matquant.format.manifest import side_facts
@@ -43,6 +44,7 @@ from matquant.system.threads import check_threads
 CHUNK = 128  # tokens of a prompt per step
 SCORE_VALUES = 2**24  # logits held at once while scoring
 MOST_TOKENS = 2**31 - 2**10  # limit of a sequence: positions are 32-bit numbers
+NOT_HELD = "a width is not held in memory"  # as native code says
 CONTEXT_TAIL = 8  # tokens of the prompt that the text of the first new token may depend on
 
 PlanLike = Plan | Mapping[str, int] | None
@@ -51,9 +53,10 @@ PlanLike = Plan | Mapping[str, int] | None
 class Engine:
     """A nested checkpoint ready to decode.
 
-    path: a checkpoint directory. max_bits: keep only the planes that widths up to this one need. threads: None for
-    OMP_NUM_THREADS or all cores this process may use. activations: "int8" or "float". check_hashes, mmap: as in
-    ``open_checkpoint``. InputError for checkpoints that cannot be decoded.
+    path: a checkpoint directory, perhaps with its first planes only. max_bits: keep only the planes that widths up to
+    this one need; as an attribute the widest width that is in memory. threads: None for OMP_NUM_THREADS or all cores
+    this process may use. activations: "int8" or "float". check_hashes, mmap: as in ``open_checkpoint``. InputError for
+    checkpoints that cannot be decoded.
     """
 
     def __init__(
@@ -71,9 +74,9 @@ class Engine:
         if activations not in ACTIVATIONS:
             raise InputError(f"activations={activations!r} is not known; use {' or '.join(ACTIVATIONS)}")
         threads = check_threads(threads)
-        checkpoint = open_checkpoint(path, check_hashes=check_hashes, mmap=mmap)
+        checkpoint = open_checkpoint(path, check_hashes=check_hashes, mmap=mmap, partial=True)
         self.path = checkpoint.directory
-        self.max_bits = max_bits
+        self.max_bits = max_bits = min(max_bits, checkpoint.max_bits)
         self.threads = threads
         self.exact = activations == "float"
         self.generation_config = side_facts(self.path, "generation_config.json", GENERATION)
@@ -83,6 +86,7 @@ class Engine:
         self._paces: dict[bytes, Pace] = {}  # widths -> what drafting for them costs and yields
         self.model = load_model(checkpoint, max_bits=max_bits)
         self.context = self.model.architecture.context
+        self._source = Source(checkpoint, check_hashes=check_hashes)
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -110,9 +114,36 @@ class Engine:
             if width > max(self.max_bits, self.model.least.get(path, 1)):
                 raise InputError(
                     f"bits={width} for {path} exceeds max_bits={self.max_bits} of this engine; "
-                    "use fewer bits or a larger max_bits"
+                    + (self._source.hint(width) or "use fewer bits or a larger max_bits")
                 )
         return np.array([resolved.get(path, MASTER_BITS) for path in self.model.paths], dtype=np.uint8)
+
+    def add_planes(self, max_bits: int = MASTER_BITS) -> int:
+        """Bring the planes that widths up to ``max_bits`` need into memory; return the widest width there is now.
+
+        For planes that arrived in the directory since, and after ``evict``. If some are not there yet, it is what the
+        others serve. Sessions go on meanwhile, in any thread. InputError if a file is damaged, or the directory holds
+        another checkpoint by now; then nothing changes.
+        """
+        check_bits(max_bits)
+        with self._source.alone:
+            checkpoint = self._source.open(held_bits=self.max_bits)
+            reached = min(max_bits, checkpoint.max_bits)
+            if reached > self.max_bits:
+                self.model = widen(self.model, checkpoint, held_bits=self.max_bits, max_bits=reached)
+                self.max_bits = reached
+        return self.max_bits
+
+    def evict(self, max_bits: int) -> None:
+        """Give back the memory of planes that widths up to ``max_bits`` do not need; ``add_planes`` brings them back.
+
+        Takes effect between steps. Completions at wider widths end with an InputError. Memory is in pages of 2 MiB.
+        """
+        check_bits(max_bits)
+        with self._source.alone:
+            if max_bits < self.max_bits:
+                self.max_bits = max_bits
+                self.model = narrow(self.model, max_bits=max_bits)
 
     def session(self, capacity: int | None = None) -> "Session":
         """Return an empty session with room for ``capacity`` tokens (None: the model's context)."""
@@ -337,7 +368,12 @@ class Session:
     def _step(self, ids: Sequence[int], widths: np.ndarray, *, at: int, first: int, into: np.ndarray | None) -> None:
         """Compute ``ids`` at positions from ``at`` on; logits from row ``first`` on go to ``into``, None: _logits."""
         model, places = self.engine.model.native, list(range(at, at + len(ids)))
-        _native.step(model, widths, self.engine.exact, list(ids), places, self._caches, first, into, self.workspace)
+        try:
+            _native.step(model, widths, self.engine.exact, list(ids), places, self._caches, first, into, self.workspace)
+        except ValueError as error:
+            if str(error) != NOT_HELD:
+                raise
+            raise InputError(f"{error}: it was evicted; bring it back with Engine.add_planes") from None
 
     def rewind(self, length: int) -> None:
         """Forget the tokens from ``length`` on. InputError unless ``length`` is from 0 to the number of tokens."""

@@ -6,14 +6,14 @@ dtype; an embedding that is not also the head stays memory-mapped. Norm weights 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 
 from matquant import _native
-from matquant.core.planes import Weight, bits_read, load_weight
+from matquant.core.planes import Weight, add_planes, bits_read, hold, load_weight
 from matquant.format.read import Checkpoint
 from matquant.hf.architecture import EMBEDDING, PROJECTIONS, Architecture, check_sizes, read_architecture
 from matquant.system.errors import InputError
@@ -105,6 +105,37 @@ def load_model(checkpoint: Checkpoint, *, max_bits: int) -> Model:
         group_bytes=4 if checkpoint.spec.scale_dtype == "bfloat16" else 8,
         plain_bytes=plain,
     )
+
+
+def widen(model: Model, checkpoint: Checkpoint, *, held_bits: int, max_bits: int) -> Model:
+    """Return the model with the planes that widths up to ``max_bits`` need. Steps run while they are made.
+
+    checkpoint: the model's. held_bits: the widest width that is in memory; it stays so after an error.
+    """
+    wider = {}
+    try:
+        for path, weight in model.weights.items():
+            bits = max(max_bits, model.least.get(path, 1))
+            wider[path] = add_planes(weight, checkpoint.nested(path, mapped=True), max_bits=bits)
+    except BaseException:
+        narrow(model, max_bits=held_bits)  # frees what was made
+        raise
+    return narrow(replace(model, weights=wider), max_bits=max_bits)
+
+
+def narrow(model: Model, *, max_bits: int) -> Model:
+    """Return the model with the planes that widths up to ``max_bits`` need, and free the others.
+
+    Waits for the end of steps that run, and keeps new ones out for a moment.
+    """
+    held: dict[str, Weight] = {}
+
+    def change() -> None:
+        for path, weight in model.weights.items():
+            held[path] = hold(weight, max_bits=max(max_bits, model.least.get(path, 1)))
+
+    model.native.change_weights(change)
+    return replace(model, weights=held)
 
 
 def _fill(

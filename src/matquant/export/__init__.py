@@ -16,17 +16,16 @@ from typing import Any
 from matquant.core.dtypes import CONFIG_NAMES
 from matquant.core.nest import MASTER_BITS, UNIFORM
 from matquant.core.spec import Plan
-from matquant.export import compressed_tensors, dense, gguf, gptq, mlx, nested
-from matquant.export.card import RECORD
+from matquant.export import compressed_tensors, dense, gguf, gptq, mlx, nested, planes
+from matquant.export.card import RECORD, read_evaluation
 from matquant.export.containers import EXACT, MIDRANGE, ZERO_POINTS, Container
 from matquant.export.job import Exporter, Job
 from matquant.export.requantise import Requantised, view
-from matquant.format.read import Checkpoint, manifest_sha256, open_checkpoint
+from matquant.format.read import Checkpoint, open_checkpoint
 from matquant.system.errors import InputError
 from matquant.system.files import (
     check_replaceable,
     check_space,
-    read_json,
     replace_directory_when_done,
     replace_when_done,
 )
@@ -64,6 +63,8 @@ def export(
 ) -> dict[str, Any]:
     """Write the ``bits``-bit slice (or ``plan``) of a nested checkpoint in the format ``to``, a name of FORMATS.
 
+    ``to`` may also be "planes" (planes.py), the checkpoint itself in other files; options of slices are then errors.
+
     The engine computes with the weights of the slice, after one rounding of scales (and minima) to the format's type.
     Weights whose size does not fit the format's blocks stay dense, with a notice.
 
@@ -74,6 +75,12 @@ def export(
     Returns {"out", "bytes", "seconds", "bits_per_weight", "containers": {name: weights}}.
     If a slice does not fit, InputError is raised and nothing is written.
     """
+    if to == planes.NAME:
+        options: dict[str, Any] = {"--plan": plan, "--dtype": dtype, "--base-model": base_model, "--measured": measured}
+        options |= {"--zero-point": zero_point != EXACT, "--requantise": requantise}
+        if given := [flag for flag, value in options.items() if value]:
+            raise InputError(f"{given[0]} is for slices, and --to planes writes the whole checkpoint; leave it out")
+        return planes.export_planes(directory, out, bits=bits or MASTER_BITS, overwrite=overwrite, report=report)
     began = time.perf_counter()
     target = check_place(out)
     if to in FORMATS:  # before a large checkpoint is read
@@ -82,7 +89,7 @@ def export(
     if bits is not None and plan is not None:
         raise InputError("bits and a plan exclude each other; use one of them")
     wanted = checkpoint.widths(plan or Plan(default=bits or MASTER_BITS))
-    about: dict[str, Any] = {"base_model": base_model, "measured": _evaluation(measured, checkpoint), "loss": None}
+    about: dict[str, Any] = {"base_model": base_model, "measured": read_evaluation(measured, checkpoint), "loss": None}
     if requantise:
         checkpoint = _fitted(checkpoint, to, wanted)
         about["loss"] = float(f"{checkpoint.loss():.6g}")  # sums differ in the last digits with the number of threads
@@ -253,7 +260,7 @@ def alternatives(checkpoint: Checkpoint, to: str, path: str, bits: int) -> str:
 
 def _exporter(to: str, checkpoint: Checkpoint) -> Exporter:
     if to not in FORMATS:
-        raise InputError(f"--to {to!r} is not a format; give {', '.join(FORMATS)}")
+        raise InputError(f"--to {to!r} is not a format; give {', '.join([*FORMATS, planes.NAME])}")
     found, family = FORMATS[to], checkpoint.config.get("model_type")
     if not _reads(found, checkpoint):
         every = [name for name, exporter in FORMATS.items() if exporter.families is None]
@@ -275,20 +282,3 @@ def _check_target(target: Path, exporter: Exporter, *, overwrite: bool) -> None:
         raise InputError(f"{target} exists; use another -o, or --overwrite to replace it")
     elif not target.parent.is_dir():
         raise InputError(f"{target.parent} is not a directory; create it, or use another -o")
-
-
-def _evaluation(file: Path | None, checkpoint: Checkpoint) -> dict[str, Any] | None:
-    """Read a record of matquant eval; InputError for other files, and for a record of another checkpoint."""
-    if file is None:
-        return None
-    give = "a file that matquant eval --json wrote"
-    found = read_json(file, "--measured", give=give, missing=give)
-    if not isinstance(found, dict) or not isinstance(found.get("bits_per_weight"), dict):
-        raise InputError(f"--measured {file} has no bits_per_weight; give {give}")
-    sha256 = manifest_sha256(checkpoint.directory)
-    if found.get("checkpoint", sha256) != sha256:
-        raise InputError(
-            f"--measured {file} was measured on checkpoint {str(found['checkpoint'])[:12]}…, but "
-            f"{checkpoint.directory} is {sha256[:12]}…; evaluate this checkpoint"
-        )
-    return found

@@ -12,7 +12,7 @@ from matquant.core.grid import decode
 from matquant.core.tensor import NestedTensor
 from matquant.export.containers import Container, Encoded, Misfit, choose, encode, read_affine
 from matquant.format.read import Checkpoint
-from matquant.format.shards import Part, Report, Slot
+from matquant.format.shards import Part, Report, Slot, as_stored
 
 # runs a directory that transformers reads; DIR is the export
 PIPELINE = (
@@ -142,9 +142,3 @@ def _dense(job: Job, path: str, rows: np.ndarray | None) -> np.ndarray:
     scale, zero = read_affine(tensor, bits, zero_point=job.zero_point)
     weight: np.ndarray = decode(tensor.positions(bits), scale, zero).astype(FLOATS[job.dtype])
     return weight if rows is None else weight[rows]
-
-
-def as_stored(checkpoint: Checkpoint, name: str) -> Part:
-    """Return a tensor of the checkpoint unchanged."""
-    slot = Slot(name, checkpoint.stored_dtype(name), checkpoint.stored_shape(name))
-    return Part((slot,), lambda: [checkpoint.array(name)])

@@ -15,11 +15,11 @@ from matquant.core.tensor import NestedTensor
 from matquant.export import compressed_tensors
 from matquant.export.containers import FIXED, Container, Encoded, Fit, Misfit
 from matquant.export.directory import write_directory
-from matquant.export.job import Exporter, Job, as_stored
+from matquant.export.job import Exporter, Job
 from matquant.format.layout import NAMES, SLICES, scale_dtype, slice_tensors
 from matquant.format.manifest import write_manifest
 from matquant.format.read import Checkpoint
-from matquant.format.shards import Report, write_safetensors
+from matquant.format.shards import Report, as_stored, write_safetensors
 from matquant.format.side_files import nested_side_files
 from matquant.format.write import quantization_config
 

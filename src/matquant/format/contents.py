@@ -15,7 +15,7 @@ WIDEST_HISTOGRAM = 32  # columns
 
 
 def summarise(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return sizes, bits per weight, overflow and histograms of the codes at every width 8..1, as plain numbers.
+    """Return sizes, bits per weight, overflow and histograms of the codes at every width that is there, 8..1.
 
     bits_per_weight and bytes include packed codes, scales, zero-points, shapes and (rule ``extra``) the overflow set as
     core/overflow.py counts it. ``paper_bits`` is the paper's count, r + overflow fraction (2.05 at int2 in Table 7),
@@ -25,7 +25,7 @@ def summarise(checkpoint: Checkpoint) -> dict[str, Any]:
     total = int(counts.sum())
     rest = plain_bytes(checkpoint)
     widths = {}
-    for bits in range(MASTER_BITS, 0, -1):
+    for bits in range(checkpoint.max_bits, 0, -1):
         plan = checkpoint.widths(bits)
         histogram = slice_counts(counts, bits, rule=checkpoint.spec.rule)
         overflow = float(histogram[2**bits :].sum()) / total
@@ -73,7 +73,7 @@ def render(checkpoint: Checkpoint, summary: dict[str, Any]) -> RenderableType:
         ("grid", f"{'symmetric' if spec.symmetric else 'asymmetric'}, groups: {group}; per-width {kind} at: {own}"),
         ("quantised", f"{summary['weights']:,} weights in {len(checkpoint.shapes)} layers ({spec.scope})"),
         ("not quantised", f"{summary['plain_bytes']:,} bytes"),
-        ("on disk", f"{summary['file_bytes']:,} bytes of tensors for all widths"),
+        ("on disk", f"{summary['file_bytes']:,} bytes of tensors for {_held(checkpoint)}"),
     ):
         facts.add_row(name, value)
     table = Table()
@@ -89,6 +89,13 @@ def render(checkpoint: Checkpoint, summary: dict[str, Any]) -> RenderableType:
             cells += [f"{row['paper_bits']:.3f}", f"{row['overflow']:.2%}"]
         table.add_row(*cells, sparkline(row["histogram"]))
     return Group(facts, table)
+
+
+def _held(checkpoint: Checkpoint) -> str:
+    """Return which widths are on disk."""
+    if checkpoint.max_bits == MASTER_BITS:
+        return "all widths" if checkpoint.planes is None else "all widths, as planes"
+    return f"widths up to int{checkpoint.max_bits}, as planes"
 
 
 def sparkline(counts: list[int]) -> str:

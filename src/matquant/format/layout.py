@@ -53,6 +53,11 @@ def pack_zeros(zero_NG: np.ndarray, bits: int) -> np.ndarray:
     return np.ascontiguousarray(pack(zero_NG.T.astype(np.uint8), bits).view("<i4").T)
 
 
+def is_end(path: str) -> bool:
+    """Return whether a path is outside the numbered decoder layers: embedding or head."""
+    return not any(part.isdecimal() for part in path.split("."))
+
+
 def scale_dtype(path: str, spec: Spec) -> Any:
     """Return the dtype in which the 8-bit scales of a weight are stored."""
     # transformers decompresses fused experts and asymmetric weights in the dtype of their scale: float32 is exact.

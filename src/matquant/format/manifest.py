@@ -6,9 +6,10 @@ inside the directory, and links from snapshots to blobs in a hub cache.
 """
 
 import contextlib
+import json
 import stat
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
@@ -23,6 +24,8 @@ MANIFEST = "matquant_manifest.json"
 PLAN_CACHE = "matquant_plans.json"  # written beside a checkpoint by matquant plan
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
+FOLDER = "planes"  # plane_files.py
+ORIGIN = f"{FOLDER}/origin.json"  # where ``matquant pull`` gets them from: {"repo": name, "commit": hash}
 MADE_BY = "give a checkpoint made by matquant quantize"
 AGAIN = "copy it again or write the checkpoint again"
 NUMBERS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".npy", ".npz", ".h5", ".msgpack", ".onnx", ".pkl")
@@ -116,33 +119,53 @@ def listed_only(directory: Path) -> Iterator[Path]:
 def write_manifest(directory: Path, spec: Spec) -> None:
     """Write the manifest of all files that are in ``directory`` now."""
     files = sorted(file for file in directory.iterdir() if file.name != MANIFEST)
+    (directory / MANIFEST).write_bytes(json_bytes({"format": spec.format, "files": hashed(files)}))
+
+
+def hashed(files: Sequence[Path]) -> dict[str, dict[str, Any]]:
+    """Return the manifest entries of files, by name."""
     with ThreadPoolExecutor() as pool:
         sums = list(pool.map(sha256, files))
-    entries = {f.name: {"bytes": f.stat().st_size, "sha256": s} for f, s in zip(files, sums, strict=True)}
-    (directory / MANIFEST).write_bytes(json_bytes({"format": spec.format, "files": entries}))
+    return {f.name: {"bytes": f.stat().st_size, "sha256": s} for f, s in zip(files, sums, strict=True)}
 
 
 def read_manifest(where: Path) -> dict[str, Any]:
     """Read a checkpoint's manifest; InputError for unknown formats and entries without name, size and sha256."""
     if not where.is_dir():
         raise InputError(f"{where}: no such directory; {MADE_BY}")
+    if regular_file(where, MANIFEST) is None and (where / ORIGIN).exists():
+        raise InputError(f"{where} is not complete: files are missing; {fetch_words(where, bits=2)}")
     if regular_file(where, MANIFEST) is None:
         raise InputError(f"{where} has no {MANIFEST}; {MADE_BY}")
     manifest = read_object(where / MANIFEST)
     check_format(manifest.get("format"), where=where)
-    entries = manifest.get("files")
-    if not isinstance(entries, dict) or CONFIG not in entries:
+    check_entries(manifest.get("files"), where=where / MANIFEST)
+    if CONFIG not in manifest["files"]:
         raise InputError(f"{where / MANIFEST} lists no files; {AGAIN}")
+    return manifest
+
+
+def fetch_words(where: Path, *, bits: int) -> str:
+    """Return how to fetch what a width needs: the end of an error."""
+    repo = "REPO"
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        repo = str(json.loads((where / ORIGIN).read_text())["repo"])
+    return f"fetch them with: matquant pull {repo} --bits {bits} -o {where}"
+
+
+def check_entries(entries: Any, *, where: Path) -> None:
+    """Raise InputError unless ``entries`` maps file names, without a directory, to sizes and sha256 sums."""
+    if not isinstance(entries, dict) or not entries:
+        raise InputError(f"{where} lists no files; {AGAIN}")
     for name, entry in entries.items():
         if Path(name).name != name or "\\" in name or name in (MANIFEST, "", ".", ".."):
-            raise InputError(f"{where / MANIFEST} lists {name!r}, which is not a file name; {AGAIN}")
+            raise InputError(f"{where} lists {name!r}, which is not a file name; {AGAIN}")
         if (
             not isinstance(entry, dict)
             or type(entry.get("bytes")) is not int
             or not isinstance(entry.get("sha256"), str)
         ):
-            raise InputError(f"{where / MANIFEST} has no size and sha256 of {name}; {AGAIN}")
-    return manifest
+            raise InputError(f"{where} has no size and sha256 of {name}; {AGAIN}")
 
 
 def read_object(file: Path, table: Table = MappingProxyType({})) -> dict[str, Any]:
@@ -181,6 +204,6 @@ def _remedy(where: Path, name: str) -> str:
 
 def unlisted(directory: Path) -> list[str]:
     """Return the names in a checkpoint's directory that are not part of it, without our own caches."""
-    known = {MANIFEST, *read_manifest(directory)["files"]}
+    known = {MANIFEST, FOLDER, *read_manifest(directory)["files"]}
     others = (entry for entry in directory.iterdir() if entry.name not in known)
     return sorted(entry.name + "/" * entry.is_dir() for entry in others if PLAN_CACHE not in entry.name)

@@ -2,7 +2,8 @@
 
 The manifest's sizes and hashes are compared first, then the structure (structure.py), so damage is an error that names
 the file and never a wrong model. No numbers are read before they are needed; with ``mmap`` the codes are views of the
-files, which the system pages in. Pickle is never used.
+files, which the system pages in. Pickle is never used. A directory may hold the planes of its codes instead of the
+shards, all of them or the first ones (plane_files.py).
 Shapes: N out features, K in features, G groups.
 """
 
@@ -21,16 +22,26 @@ from matquant.core.packing import unpack
 from matquant.core.spec import DAMAGED, Plan, Spec
 from matquant.core.tensor import NestedTensor
 from matquant.format.facts import CONFIG, check_depth
-from matquant.format.layout import SLICES, slice_tensors
+from matquant.format.layout import SLICES, is_end, slice_tensors
 from matquant.format.manifest import (
     AGAIN,
+    FOLDER,
     INDEX,
     MADE_BY,
     MANIFEST,
     check_files,
+    fetch_words,
     read_manifest,
     read_object,
     regular_file,
+)
+from matquant.format.plane_files import (
+    PlaneFiles,
+    find_planes,
+    header_name,
+    plane_tensors,
+    unpack_planes,
+    widest,
 )
 from matquant.format.structure import check_structure
 from matquant.format.tensor_file import DTYPES, read_tensor
@@ -52,6 +63,7 @@ class Checkpoint:
     files: Mapping[str, str]  # tensor name -> file name
     shapes: Mapping[str, tuple[int, int]]  # path -> (N, K)
     mmap: bool = True  # files are mapped into memory; otherwise tensors are read
+    planes: PlaneFiles | None = None  # files that hold the codes by significance; None: they are in the shards
     handles: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)  # file name -> open file
     # file name -> (where its data begin, its header)
     headers: dict[str, tuple[int, Any]] = field(default_factory=dict, repr=False, compare=False)
@@ -105,10 +117,27 @@ class Checkpoint:
         """Return the width of every quantised weight at a plan, or at a default width.
 
         Embedding and head get at least ``spec.head_bits`` unless the plan names them. InputError for a plan that names
-        an unknown path or misses one.
+        an unknown path or misses one, and for widths whose planes are not there.
         """
         asked = plan if isinstance(plan, Plan) else Plan(default=plan)
-        return asked.resolve(self.shapes, least=self.least)
+        resolved = asked.resolve(self.shapes, least=self.least)
+        for path, bits in resolved.items():
+            if bits > max(self.max_bits, self.least.get(path, 1)):
+                raise InputError(f"{self.lacks()}, so {path} cannot be read at int{bits}; {self.fetch(bits)}")
+        return resolved
+
+    @property
+    def max_bits(self) -> int:
+        """Return the widest width that can be read: 8, or that of the planes that are there."""
+        return MASTER_BITS if self.planes is None else widest(self.planes.held, self.spec.rule)
+
+    def lacks(self) -> str:
+        """Return that only the first planes are there: the start of an error."""
+        return f"{self.directory} has the planes of int{self.max_bits} only"
+
+    def fetch(self, bits: int) -> str:
+        """Return how to fetch the planes of a width: the end of an error."""
+        return fetch_words(self.directory, bits=bits)
 
     @property
     def ends(self) -> tuple[str, ...]:
@@ -128,12 +157,14 @@ class Checkpoint:
     def plain_names(self) -> list[str]:
         """Return the names of the tensors that are not part of a quantised weight."""
         ours = {f"{path}.weight_{part}" for path in self.shapes for part in ("packed", "scale", "shape", "zero_point")}
+        if self.planes is not None:
+            ours |= {name for path, shape in self.shapes.items() for name in plane_tensors(path, shape, self.spec)}
+            ours |= {header_name(shard) for shard in self.planes.shards}
         return [name for name, file in self.files.items() if name not in ours and file != SLICES]
 
     def nested(self, path: str, *, mapped: bool = False) -> NestedTensor:
         """Return the quantised weight at ``path``, numpy arrays; ``mapped``: codes are a read-only view of the file."""
-        rows, columns = self.shapes[path]
-        stored = self.spec.stored(path)
+        rows, stored = self.shapes[path][0], self.spec.stored(path)
         scale = self.array(f"{path}.weight_scale").astype(np.float32) / 2 ** (MASTER_BITS - stored)
         zero = np.full_like(scale, 2 ** (MASTER_BITS - 1))
         if f"{path}.weight_zero_point" in self.files:
@@ -143,27 +174,46 @@ class Checkpoint:
         for bits in self.spec.slices:
             own = [self.array(name).astype(np.float32) for name in slice_tensors(path, bits, self.spec)]
             slices[bits] = own[0], own[1] if len(own) > 1 else np.full_like(own[0], middle(bits))
+        return NestedTensor(
+            codes=self._codes(path, mapped=mapped),
+            scale=scale,
+            zero=zero,
+            rule=self.spec.rule,
+            slices=slices,
+            grid=self.spec.grid,
+        )
+
+    def _codes(self, path: str, *, mapped: bool) -> np.ndarray:
+        """Return the labels of a weight's codes, uint8 [N, K]; bits whose planes are not there are 0."""
+        columns, stored = self.shapes[path][1], self.spec.stored(path)
+        if self.planes is not None:
+            names = plane_tensors(path, self.shapes[path], self.spec)
+            return unpack_planes([self.mapped(name, np.uint8) for name in names if name in self.files], columns)
         packed = f"{path}.weight_packed"
         codes = unpack(self.mapped(packed, "<u4") if mapped else self.array(packed).view("<u4"), stored, columns)
         codes = codes << (MASTER_BITS - stored) if stored < MASTER_BITS else codes
-        codes = labels_of(codes, grid=self.spec.grid)
-        return NestedTensor(
-            codes=codes, scale=scale, zero=zero, rule=self.spec.rule, slices=slices, grid=self.spec.grid
-        )
+        labels: np.ndarray = labels_of(codes, grid=self.spec.grid)
+        return labels
 
 
 def ends_of(paths: Iterable[str]) -> tuple[str, ...]:
     """Return the paths outside the numbered decoder layers: embedding and head."""
-    return tuple(path for path in paths if not any(part.isdecimal() for part in path.split(".")))
+    return tuple(filter(is_end, paths))
 
 
 def open_checkpoint(
-    directory: Path | str, *, check_hashes: bool = True, check_sizes: bool | None = None, mmap: bool = True
+    directory: Path | str,
+    *,
+    check_hashes: bool = True,
+    check_sizes: bool | None = None,
+    mmap: bool = True,
+    partial: bool = False,
 ) -> Checkpoint:
     """Open a nested checkpoint after checking its manifest (optional) and its structure.
 
     check_sizes: compare file sizes, which takes no time; None: only together with the hashes. mmap False: read tensors
-    into memory, so that truncating a file later does no harm.
+    into memory, so that truncating a file later does no harm. partial: the first planes are enough; ``max_bits`` says
+    which widths they serve.
 
     Raises InputError naming the damaged file or tensor and what to do.
     """
@@ -171,28 +221,33 @@ def open_checkpoint(
     where = Path(directory)
     check_sizes = check_hashes if check_sizes is None else check_sizes
     manifest = read_manifest(where)
-    check_files(where, manifest["files"], sizes=check_sizes, hashes=check_hashes)
-    return open_listed(where, manifest, mmap=mmap)
+    planes = find_planes(where, manifest)
+    shards = {} if planes is None else planes.shards
+    entries = {name: entry for name, entry in manifest["files"].items() if name not in shards}
+    check_files(where, entries, sizes=check_sizes, hashes=check_hashes)
+    if planes is not None:
+        planes.check(sizes=check_sizes, hashes=check_hashes)
+    checkpoint = open_listed(where, manifest, planes=planes, mmap=mmap)
+    if checkpoint.max_bits < MASTER_BITS and not partial:
+        raise InputError(f"{checkpoint.lacks()}, and all of them are needed; {checkpoint.fetch(MASTER_BITS)}")
+    return checkpoint
 
 
-def open_listed(where: Path, manifest: Mapping[str, Any], *, mmap: bool = True) -> Checkpoint:
+def open_listed(
+    where: Path, manifest: Mapping[str, Any], *, planes: PlaneFiles | None = None, mmap: bool = True
+) -> Checkpoint:
     """Open a checkpoint whose files have been compared with ``manifest``; InputError if its structure is wrong."""
-    listed = set(manifest["files"])
-    config = read_object(where / "config.json", CONFIG)
-    quantised = config.pop("quantization_config", None)
-    record = quantised.get("matquant") if isinstance(quantised, dict) else None
-    if not isinstance(quantised, dict) or not isinstance(record, dict):
-        raise InputError(f'{where / "config.json"} has no "matquant" object; {MADE_BY}')
-    spec = Spec.from_json(record, where=str(where / "config.json"))
-    if record["format"] != manifest["format"]:
-        found = f"{where} has format {manifest['format']} in {MANIFEST}, but {record['format']} in config.json"
+    config, quantised, spec = read_config(where)
+    if (version := quantised["matquant"]["format"]) != manifest["format"]:
+        found = f"{where} has format {manifest['format']} in {MANIFEST}, but {version} in config.json"
         raise InputError(f"{found}; {AGAIN}")
     listed = set(manifest["files"])
     with contextlib.ExitStack() as stack:
-        handles = {file: stack.enter_context(_open_tensors(where / file)) for file in _tensor_files(where, listed)}
+        sources = _tensor_files(where, listed, planes)
+        handles = {file: stack.enter_context(_open_tensors(where / file)) for file in sources}
         files = _tensor_names(where, handles)
         check_depth(config, len(files), where=where / "config.json")
-        shapes = check_structure(where, files, handles, spec)
+        shapes = check_structure(where, files, handles, spec, planes=None if planes is None else planes.held)
     _untie_stored_head(config, files)
     ignore = quantised.get("ignore")
     return Checkpoint(
@@ -203,7 +258,18 @@ def open_listed(where: Path, manifest: Mapping[str, Any], *, mmap: bool = True) 
         files=files,
         shapes=shapes,
         mmap=mmap,
+        planes=planes,
     )
+
+
+def read_config(where: Path) -> tuple[dict[str, Any], dict[str, Any], Spec]:
+    """Return a checkpoint's config.json without quantization_config, that object, and our record in it."""
+    config = read_object(where / "config.json", CONFIG)
+    quantised = config.pop("quantization_config", None)
+    record = quantised.get("matquant") if isinstance(quantised, dict) else None
+    if not isinstance(quantised, dict) or not isinstance(record, dict):
+        raise InputError(f'{where / "config.json"} has no "matquant" object; {MADE_BY}')
+    return config, quantised, Spec.from_json(record, where=str(where / "config.json"))
 
 
 def manifest_sha256(directory: Path | str) -> str:
@@ -219,8 +285,8 @@ def _untie_stored_head(config: dict[str, Any], names: Mapping[str, str]) -> None
                 part["tie_word_embeddings"] = False
 
 
-def _tensor_files(where: Path, listed: set[str]) -> list[str]:
-    """Return the listed files that hold tensors: the model's shards and the slices."""
+def _tensor_files(where: Path, listed: set[str], planes: PlaneFiles | None) -> list[str]:
+    """Return the listed files that hold tensors: the slices, and the model's shards or the planes instead."""
     index = where / INDEX
     shards: set[Any] = {"model.safetensors"}
     if regular_file(where, INDEX) is not None:
@@ -235,6 +301,8 @@ def _tensor_files(where: Path, listed: set[str]) -> list[str]:
     for shard in sorted(shards):
         if shard not in listed:
             raise InputError(f"{where / shard} is not listed in {MANIFEST}; {AGAIN}")
+    if planes is not None:
+        return [*sorted(shards - set(planes.shards)), *(f"{FOLDER}/{part}" for part in planes.parts())]
     return sorted(shards)
 
 

@@ -19,6 +19,7 @@ from matquant.format.manifest import (
     regular_file,
     unlisted,
 )
+from matquant.format.plane_files import find_planes
 from matquant.format.read import Checkpoint, open_listed
 from matquant.format.side_files import SIDE_FILES, TOKENS
 from matquant.format.verify import check_plain, check_scales
@@ -57,7 +58,12 @@ def seal_checkpoint(directory: Path | str) -> tuple[Checkpoint, list[Change]]:
     where = Path(directory)
     manifest = read_manifest(where)
     listed: dict[str, Any] = manifest["files"]
-    check_files(where, {name: entry for name, entry in listed.items() if is_weights(name)}, hashes=True)
+    planes = find_planes(where, manifest)
+    shards = {} if planes is None else planes.shards
+    weights = {name: entry for name, entry in listed.items() if is_weights(name) and name not in shards}
+    check_files(where, weights, hashes=True)
+    if planes is not None:
+        planes.check(hashes=True)
     names = [name for name in listed if not is_weights(name)]
     names += [name for name in SIDE_FILES if name not in listed]
     entries = {name: entry for name in names if (entry := _entry(where, name)) is not None}
@@ -71,7 +77,7 @@ def seal_checkpoint(directory: Path | str) -> tuple[Checkpoint, list[Change]]:
     if "config.json" not in entries:
         raise InputError(f"{where / 'config.json'} is missing and a checkpoint cannot be read without it; put it back")
     sealed = {**manifest, "files": {name: listed[name] for name in listed if is_weights(name)} | entries}
-    checkpoint = open_listed(where, sealed)
+    checkpoint = open_listed(where, sealed, planes=planes)
     check_scales(checkpoint)
     check_plain(checkpoint)
     if changes:

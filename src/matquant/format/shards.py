@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from matquant.format.read import Checkpoint
 from matquant.format.tensor_file import DTYPES
 from matquant.system.files import json_bytes
 
@@ -50,17 +51,27 @@ class Part:
 
 
 def held(arrays: Mapping[str, np.ndarray]) -> list[Part]:
-    """Return the parts of tensors in memory, in the order of the safetensors package: wide dtypes first, then by name.
-
-    So every tensor begins at a multiple of its item size.
-    """
-    ranks = {name: rank for rank, name in enumerate(DTYPES)}
+    """Return the parts of tensors in memory, in the order of ``sorted_parts``."""
 
     def part(name: str, array: np.ndarray) -> Part:
         return Part((Slot(name, NAMES[array.dtype], array.shape),), lambda: [array])
 
-    parts = [part(name, array) for name, array in arrays.items()]
+    return sorted_parts(part(name, array) for name, array in arrays.items())
+
+
+def sorted_parts(parts: Iterable[Part]) -> list[Part]:
+    """Return parts in the order of the safetensors package: wide dtypes first, then by name.
+
+    So every tensor begins at a multiple of its item size.
+    """
+    ranks = {name: rank for rank, name in enumerate(DTYPES)}
     return sorted(parts, key=lambda found: (-ranks[found.slots[0].dtype], found.slots[0].name))
+
+
+def as_stored(checkpoint: Checkpoint, name: str) -> Part:
+    """Return a tensor of the checkpoint unchanged."""
+    slot = Slot(name, checkpoint.stored_dtype(name), checkpoint.stored_shape(name))
+    return Part((slot,), lambda: [checkpoint.array(name)])
 
 
 def shard_names(count: int) -> list[str]:

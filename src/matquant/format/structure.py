@@ -11,13 +11,17 @@ import numpy as np
 
 from matquant.core.spec import DAMAGED, Spec
 from matquant.format.layout import expected_tensors
+from matquant.format.plane_files import kind_of, plane_tensors
 from matquant.system.errors import InputError
 
 
 def check_structure(
-    where: Path, files: Mapping[str, str], handles: Mapping[str, Any], spec: Spec
+    where: Path, files: Mapping[str, str], handles: Mapping[str, Any], spec: Spec, *, planes: int | None = None
 ) -> dict[str, tuple[int, int]]:
-    """Return path -> (N, K) of every quantised weight; InputError if one of its tensors is missing or wrong."""
+    """Return path -> (N, K) of every quantised weight; InputError if one of its tensors is missing or wrong.
+
+    planes: the first planes that the files hold instead of the codes; None: they hold the codes.
+    """
     shapes: dict[str, tuple[int, int]] = {}
     parts = (".weight_packed", ".weight_scale", ".weight_shape", ".weight_zero_point")
     paths = {name.removesuffix(part) for name in files for part in parts if name.endswith(part)}
@@ -42,7 +46,11 @@ def check_structure(
                 f"{where} has group_size={spec.group_size}, "
                 f"which does not divide in_features={columns} of {path}; {DAMAGED}"
             )
-        for name, wanted in expected_tensors(path, rows, columns, spec).items():
+        expected = expected_tensors(path, rows, columns, spec)
+        if planes is not None:
+            del expected[f"{path}.weight_packed"]
+            expected |= _expected_planes(path, (rows, columns), spec, planes)
+        for name, wanted in expected.items():
             if name not in files:
                 raise InputError(f"{where} lacks the tensor {name}; {DAMAGED}")
             entry = handles[files[name]].get_slice(name)
@@ -58,3 +66,15 @@ def check_structure(
     if not shapes:
         raise InputError(f"{where} holds no quantised weight; {DAMAGED}")
     return shapes
+
+
+def _expected_planes(
+    path: str, shape: tuple[int, int], spec: Spec, held: int
+) -> dict[str, tuple[list[int], tuple[str, ...]]]:
+    """Return tensor name -> (shape, possible dtypes) of the planes of a weight if the first ``held`` are there."""
+    tensors = enumerate(plane_tensors(path, shape, spec).items())
+    return {
+        name: (list(wanted), ("U8",))
+        for plane, (name, wanted) in tensors
+        if plane < held or kind_of(path, plane, spec) == "rest"
+    }

@@ -11,7 +11,7 @@ from matquant.system.errors import InputError
 
 def verify_checkpoint(directory: Path | str) -> Checkpoint:
     """Check every hash, shape and scale; return the checkpoint, or raise InputError."""
-    checkpoint = open_checkpoint(directory)
+    checkpoint = open_checkpoint(directory, partial=True)
     check_scales(checkpoint)
     return checkpoint
 

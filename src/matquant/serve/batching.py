@@ -77,15 +77,11 @@ class Batching:
         widths = candidates(engine, limits)
         self._widths: dict[int, Width] = {}
         measured = widths if limits.speculate == OFF else drafting(widths, engine)
-        self.costs = costs or measure(engine, measured, most_rows=limits.rows)
-        self.policy = Policy(self.costs, widths, latency_s=limits.latency_s, wait_s=limits.wait_s)
-        self._drafter: Drafter | None = None
-        if limits.speculate != OFF:
-            speculate, rows = limits.speculate, limits.rows
-            self._drafter = Drafter(self._stepper, self.costs, speculate=speculate, rows=rows, clock=clock)
+        self.widen(costs or measure(engine, measured, most_rows=limits.rows))
         self._changed = threading.Condition(threading.RLock())
         self._waiting: list[Slot] = []
         self._running: list[Slot] = []
+        self._work: list[Callable[[], None]] = []
         self._counts: defaultdict[str, float] = defaultdict(float)
         self._number = 0
         self._mean_s: float | None = None  # of a request, from its admission
@@ -181,6 +177,22 @@ class Batching:
         self._thread.join()
         atexit.unregister(self.stop)
 
+    def between(self, work: Callable[[], None]) -> None:
+        """Let the engine thread call ``work`` between two steps; it must not raise."""
+        with self._changed:
+            self._work.append(work)
+            self._changed.notify_all()
+
+    def widen(self, costs: Costs) -> None:
+        """Choose from all widths that the engine holds by now, by these costs. In the engine thread only."""
+        limits, widths = self.limits, candidates(self.engine, self.limits)
+        self.costs = costs
+        self.policy = Policy(costs, widths, latency_s=limits.latency_s, wait_s=limits.wait_s)
+        self._drafter: Drafter | None = None
+        if limits.speculate != OFF:
+            speculate, rows = limits.speculate, limits.rows
+            self._drafter = Drafter(self._stepper, costs, speculate=speculate, rows=rows, clock=self._clock)
+
     def _wake(self) -> None:
         with self._changed:
             self._changed.notify_all()
@@ -223,11 +235,12 @@ class Batching:
     def _admit(self) -> bool:
         """Wait for work and move what fits from the queue to the running; False at the end."""
         with self._changed:
-            while not (self._waiting or self._running or self._halting or self._draining):
+            while not (self._waiting or self._running or self._halting or self._draining or self._work):
                 if not self._changed.wait(None if self.policy.bits == self.policy.widths[0] else IDLE_S):
                     return True
-            if self._halting or not (self._waiting or self._running):
+            if self._halting or not (self._waiting or self._running or self._work):
                 return False
+            work, self._work = self._work, []
             gone = [slot for slot in self._waiting if slot.cancelled]
             self._waiting = [slot for slot in self._waiting if not slot.cancelled]
             free = self.kv_bytes - sum(slot.bytes for slot in self._running)
@@ -239,6 +252,8 @@ class Batching:
                 self._counts["admitted"] += 1
                 self._running.append(slot)
         self._stepper.prefixes.shrink(free)
+        for change in work:
+            change()
         for slot in gone:
             slot.finish("abort")
             self._retire(slot, broken=True)

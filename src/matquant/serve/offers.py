@@ -42,16 +42,17 @@ def check_context(context: int | None, engine: Engine) -> int:
     return context
 
 
-def listed_widths(widths: Sequence[int] | None, engine: Engine) -> list[int]:
-    """Return the widths to list, the widest first: those given, or LISTED. InputError for one that is not held."""
+def listed_widths(widths: Sequence[int] | None, engine: Engine, *, most_bits: int) -> list[int]:
+    """Return the widths to list, the widest first: those given, or LISTED, that are in memory.
+
+    InputError for one above ``most_bits``; planes of others may still arrive.
+    """
     if widths is None:
         return [bits for bits in LISTED if bits <= engine.max_bits] or [engine.max_bits]
     listed = sorted(set(widths), reverse=True)
-    if listed[0] > engine.max_bits:
-        raise InputError(
-            f"--widths has {listed[0]}, above --max-bits {engine.max_bits}; leave it out, or raise the limit"
-        )
-    return listed
+    if listed[0] > most_bits:
+        raise InputError(f"--widths has {listed[0]}, above --max-bits {most_bits}; leave it out, or raise the limit")
+    return [bits for bits in listed if bits <= engine.max_bits] or [engine.max_bits]
 
 
 def offer(
@@ -74,7 +75,7 @@ def offer(
 
 def sizes(engine: Engine, plans: Mapping[str, Plan]) -> dict[str, float]:
     """Return bits per weight of each plan, all overhead included; empty under rule ``extra``: it counts slowly."""
-    checkpoint = open_checkpoint(engine.path, check_hashes=False)
+    checkpoint = open_checkpoint(engine.path, check_hashes=False, partial=True)
     if checkpoint.spec.rule == "extra":
         return {}
     return {label: bits_per_weight(checkpoint, checkpoint.widths(plan)) for label, plan in plans.items()}

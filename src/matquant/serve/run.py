@@ -22,6 +22,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from matquant import _native
+from matquant.core.nest import MASTER_BITS
 from matquant.engine.engine import Engine
 from matquant.engine.speculation import OFF, check_speculate
 from matquant.format.manifest import MANIFEST
@@ -29,10 +30,12 @@ from matquant.hf.renderer import warm
 from matquant.hf.templates import WITH_TOOLS
 from matquant.serve.admission import ROWS
 from matquant.serve.app import make_app
-from matquant.serve.cost import drafting, measure
+from matquant.serve.cost import Costs, drafting, measure
 from matquant.serve.limits import LOOPBACK, Limits
 from matquant.serve.metrics import Metrics
+from matquant.serve.models import Models
 from matquant.serve.offers import check_context, listed_widths, model_name, offer, read_plans
+from matquant.serve.refine import Arrivals
 from matquant.serve.service import Service
 from matquant.serve.tools import FORMS, probe
 from matquant.serve.work import Batcher
@@ -109,15 +112,22 @@ def _load(settings: Settings, name: str, start: Start, report: Callable[[str], N
     engine = Engine(settings.directory, **settings.engine)
     vocabulary, context = engine.vocabulary, check_context(settings.context, engine)
     plans = read_plans(settings.plans, engine)
-    listed = listed_widths(settings.widths, engine)
+    most_bits = settings.engine.get("max_bits", MASTER_BITS)
+
+    def listed() -> list[int]:
+        return listed_widths(settings.widths, engine, most_bits=most_bits)
+
+    def offered(costs: Costs) -> Models:
+        return offer(engine, name=name, widths=listed(), plans=plans, context=context, costs=costs)
+
     report("measuring the speed of each width")
-    costs = measure(engine, drafting([*listed, engine.max_bits], engine), most_rows=ROWS, plans=plans)
-    models = offer(engine, name=name, widths=listed, plans=plans, context=context, costs=costs)
+    costs = measure(engine, drafting([*listed(), engine.max_bits], engine), most_rows=ROWS, plans=plans)
+    models, held_bits = offered(costs), engine.max_bits
     report("starting the engine")
     given = {name: value for name, value in settings.batching.items() if value is not None}
     batcher = start(engine, costs=costs, note=_say, **given)
     template = vocabulary.named_templates.get(WITH_TOOLS, vocabulary.chat_template)
-    return Service(
+    service = Service(
         engine=engine,
         batcher=batcher,
         models=models,
@@ -128,6 +138,15 @@ def _load(settings: Settings, name: str, start: Start, report: Callable[[str], N
         tool_form=settings.tool_form or probe(template),
         prefill_bits=settings.batching.get("prefill_bits"),
     )
+
+    def widen(costs: Costs) -> None:
+        batcher.widen(costs)
+        service.models = offered(costs)
+
+    Arrivals(
+        service=service, most_bits=most_bits, widths=listed, rows=ROWS, offer=widen, note=_say, offered=held_bits
+    ).start()
+    return service
 
 
 def _start(engine: Engine, **limits: Any) -> Batcher:

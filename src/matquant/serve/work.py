@@ -13,6 +13,7 @@ import numpy as np
 
 from matquant.core.spec import Plan
 from matquant.engine.sampling import Sampling
+from matquant.serve.cost import Costs
 
 
 class Constraint(Protocol):
@@ -118,6 +119,16 @@ class Batcher(Protocol):
 
     def stats(self) -> Mapping[str, float]:
         """Return counters and gauges for /metrics: running, waiting, kv_bytes, prompt_tokens, ..."""
+
+    @property
+    def costs(self) -> Costs:
+        """Return the costs of the widths that it may choose."""
+
+    def between(self, work: Callable[[], None]) -> None:
+        """Let the engine thread call ``work`` between two steps; it must not raise."""
+
+    def widen(self, costs: Costs) -> None:
+        """Choose from all widths that the engine holds by now, by these costs. In the engine thread only."""
 
     def stop(self, drain_s: float) -> None:
         """Admit nothing more, wait up to ``drain_s`` seconds for what runs, end the rest with "abort", and return."""

@@ -143,10 +143,10 @@ def replace_directory_when_done(target: Path, check: Callable[[], None]) -> Iter
                 partial.mkdir()
                 yield partial
                 permissions = partial.stat().st_mode & 0o666
-                for file in partial.iterdir():
-                    _permit(file, permissions)
-                    sync(file)
-                sync(partial)
+                for path in [*partial.rglob("*"), partial]:
+                    if path.is_file():
+                        _permit(path, permissions)
+                    sync(path)
             check()
             move_into_place(partial, target)
         finally:

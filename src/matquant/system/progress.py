@@ -161,17 +161,17 @@ def counted(verb: str) -> Iterator[Count]:
 
 
 @contextlib.contextmanager
-def exporting() -> Iterator[Callable[[int, int], None]]:
-    """Yield report(bytes written, total bytes)."""
+def transferring(verb: str, done_word: str) -> Iterator[Callable[[int, int], None]]:
+    """Yield report(bytes, total bytes). done_word: what happened to the bytes, such as "written"."""
     console = Console(stderr=True)
     if not console.is_terminal:
-        with Log("export") as log:
+        with Log(verb) as log:
             yield lambda done, total: log.at(
-                "writing", f"{done / 1e6:,.0f} of {total / 1e6:,.0f} MB written", done=done, total=total, quiet=True
+                verb, f"{done / 1e6:,.0f} of {total / 1e6:,.0f} MB {done_word}", done=done, total=total, quiet=True
             )
         return
     with _bar(console, *BYTES, transient=True) as bar:
-        task = bar.add_task("exporting", total=None)
+        task = bar.add_task(verb, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
