@@ -7,6 +7,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 
+from matquant.system import ranks
 from matquant.system.startup import leave_on_interrupt
 
 VERBS = {  # verb -> its module, its function there, its line in --help
@@ -23,6 +24,7 @@ VERBS = {  # verb -> its module, its function there, its line in --help
     "export": ("export", "export", "Write a slice for llama.cpp, MLX, vLLM, transformers or GPTQModel."),
     "demo": ("demo", "demo", "Quantise the embedded model and compare it with its baselines."),
 }
+SHARED = ("quantize", "eval")  # verbs that several processes can share
 
 
 class Verbs(TyperGroup):
@@ -36,6 +38,8 @@ class Verbs(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name, command, rest = super().resolve_command(ctx, args)
+        if name not in SHARED:
+            ranks.check_single(f"matquant {name}")
         return name, command and load(str(name)), rest
 
 

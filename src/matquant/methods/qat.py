@@ -17,29 +17,43 @@ Cost: one forward and backward per width and mix, plus one forward if the float 
 bit-identical to an uninterrupted one.
 """
 
-import copy
 import dataclasses
+import os
+import shutil
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, TextIO
 
 import numpy as np
 import torch
 
 from matquant.core.nest import MASTER_BITS
 from matquant.core.tensor import NestedTensor
+from matquant.distributed.collect import all_true, clip_gradients, exchange, on_first, own_part, total_values
 from matquant.hf.text import batch, cut_windows
 from matquant.hf_torch import Model
 from matquant.hf_torch.config import check_context
-from matquant.hf_torch.views import View, write_weights
+from matquant.hf_torch.sharded import split_again
+from matquant.hf_torch.views import View, local, write_weights
 from matquant.methods.parts.fake import Grid, finish_backward, keep_in_range, nest
 from matquant.methods.parts.forward import autocast, first_not_finite, layer_outputs, prepare
 from matquant.methods.parts.job import LOG, Job, fingerprint
 from matquant.methods.parts.masters import chain, release_blocked
 from matquant.methods.parts.objective import hidden_loss, width_loss
+from matquant.methods.parts.split_state import (
+    SPLIT,
+    Training,
+    gather_nested,
+    keep_rest,
+    open_training,
+    restore_split,
+    save_split,
+)
 from matquant.methods.parts.training import STATE, State, learning_rate, make_optimizer, restore, save, start, trim_log
 from matquant.options.objective import FLOAT, Width
 from matquant.options.qat import Schedule, default_lr
+from matquant.system import ranks
 from matquant.system.errors import InputError
 from matquant.system.files import check_space, json_text
 from matquant.system.interrupted import claim
@@ -75,29 +89,51 @@ def run(job: Job) -> Iterator[tuple[str, NestedTensor]]:
     _check_freeze(schedule, [width.bits for width in job.objective])
     _check_mix(schedule, [width.bits for width in job.objective], list(views))
     windows = cut_windows(job.stream, schedule.seq_len)
+    # Before restoring a state, which changes the model's other parameters if they are trained too.
+    taught = schedule.hidden > 0 or any(FLOAT in width.teachers for width in job.objective)
+    training = open_training(job, schedule, taught=taught)
+    model, teacher, views = training.model, training.teacher, training.views
     first = {path: nested for path, nested in job.first.items() if path in views}  # not embedding and head
     state = start(model, views, grid, schedule, trained=[width.bits for width in job.objective], first=first)
     optimizer = make_optimizer(state, schedule)
-    check_space(work, STATE_COPIES * sum(3 * tensor.nbytes for _, tensor in state.named()))
-    claim(work, mark, resume=job.resume)  # only now: a rejected start must not delete an interrupted run
-    # Before restoring a state, which changes the model's other parameters if they are trained too.
-    taught = schedule.hidden > 0 or any(FLOAT in width.teachers for width in job.objective)
-    teacher = copy.deepcopy(model) if taught else None
-    if (work / STATE).is_file():
+    state_bytes = sum(exchange(sum(3 * tensor.nbytes for _, tensor in state.named())))
+    on_first(lambda: check_space(work, STATE_COPIES * state_bytes))
+    # Only now: a rejected start must not delete an interrupted run.
+    on_first(lambda: claim(work, mark, resume=job.resume))
+    if not restore_split(training, state, optimizer, work, mark) and ranks.count() == 1 and (work / STATE).is_file():
         restore(state, optimizer, work, mark)
-    trim_log(work / LOG, state.step)
+    on_first(lambda: trim_log(work / LOG, state.step))
     prepare(model, views, schedule)
-    work.mkdir(parents=True, exist_ok=True)
-    with (work / LOG).open("a") as log:
+    with _open_log(work) as log:
         while state.step < schedule.steps:
             record = train_step(model, views, grid, state, optimizer, job.objective, windows, schedule, teacher)
             log.write(json_text(record, sort_keys=False) + "\n")
             job.report(record)
             if state.step % schedule.save_every == 0 or state.step == schedule.steps:
                 log.flush()
-                save(state, optimizer, work, mark)
+                _save(training, state, optimizer, work, mark)
     model.zero_grad(set_to_none=True)
-    return finish(state, grid)
+    keep_rest(job, training, state)
+    return gather_nested(finish(state, grid), training, grid, job.views)
+
+
+def _open_log(work: Path) -> TextIO:
+    """Open the log of the training to append to it; only the first process writes it."""
+    if not ranks.leads():
+        return Path(os.devnull).open("a")
+    work.mkdir(parents=True, exist_ok=True)
+    return (work / LOG).open("a")
+
+
+def _save(
+    training: Training, state: State, optimizer: torch.optim.Optimizer, work: Path, mark: Mapping[str, Any]
+) -> None:
+    """Save the state: one file, or of several processes a folder; the other form is deleted."""
+    if ranks.count() > 1:
+        save_split(training, state, optimizer, work, mark)
+    else:
+        save(state, optimizer, work, mark)
+        shutil.rmtree(work / SPLIT, ignore_errors=True)
 
 
 def _check_freeze(schedule: Schedule, trained: Sequence[int]) -> None:
@@ -144,14 +180,14 @@ def train_step(
     for part in range(schedule.accumulate):
         index = state.step * schedule.accumulate + part
         rows = batch(windows, index, size=schedule.batch_size, seed=schedule.seed)
-        tokens = torch.from_numpy(rows).to(model.device)
+        tokens = torch.from_numpy(rows[own_part(len(rows))]).to(model.device)
         terms = _terms(tuple(nested), objective, schedule, index=index)
         found = _backward_batch(model, views, state, nested, terms, tokens, schedule, teacher, teachers)
         for name, loss in found.items():
             losses[name] = losses.get(name, 0.0) + loss / schedule.accumulate
     _finish_gradients(model, views, state, nested, schedule.pull)
     _drop_frozen(state, schedule.freeze)
-    norm = torch.nn.utils.clip_grad_norm_([t for _, t in state.named() if t.grad is not None], schedule.clip_norm)
+    norm = clip_gradients([t for _, t in state.named() if t.grad is not None], schedule.clip_norm)
     optimizer.step()
     for path, tensor in nested.items():
         keep_in_range(state.learned[path], state.masters[path], tensor)
@@ -161,7 +197,7 @@ def train_step(
     return {
         "step": state.step,
         "steps": schedule.steps,
-        "loss": losses,
+        "loss": total_values(losses),
         "lr": optimizer.param_groups[0]["lr"],
         "gradient_norm": float(norm),
         "tok_s": round(count / seconds, 1),
@@ -216,8 +252,9 @@ def _backward_batch(
 ) -> dict[str, float]:
     """Add the gradients of one batch for every term, in order; return the losses by the terms' names.
 
-    tokens: int64 [B, T + 1]. teachers: widths whose logits are kept, without a graph, as targets of later terms.
-    Raises InputError naming the width, the step and the layer for a loss that is not finite.
+    tokens: int64 [B, T + 1], this process's sequences of the batch. teachers: widths whose logits are kept, without a
+    graph, as targets of later terms. Raises InputError naming the width, the step and the layer for a loss that is not
+    finite.
     """
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     logits: dict[int, torch.Tensor] = {}
@@ -229,13 +266,15 @@ def _backward_batch(
             with torch.no_grad(), layer_outputs(teacher, kept=schedule.hidden > 0) as aims:
                 logits[FLOAT] = teacher(input_ids=inputs, use_cache=False).logits
         for name, width, plan in terms:
+            split_again(model)
             write_weights(model, views, ((path, tensor.read(plan[path])) for path, tensor in nested.items()))
             with layer_outputs(model, kept=schedule.hidden > 0) as hidden:
                 output = model(input_ids=inputs, use_cache=False).logits
             loss = width_loss(output, targets, [logits[bits] for bits in width.teachers], truth=width.truth)
+            loss = loss * (len(tokens) / schedule.batch_size)  # this process's part of the batch
             if schedule.hidden:
                 loss = loss + schedule.hidden * hidden_loss(hidden, aims)
-            if not bool(torch.isfinite(loss)):
+            if not bool(all_true(torch.isfinite(loss))):
                 raise InputError(
                     f"the loss at {name} bits is not finite at step {state.step + 1}, first in "
                     f"{first_not_finite(model, inputs)}; use a smaller --lr and --overwrite"
@@ -263,8 +302,8 @@ def _chain_gradients(
             parameter, bits = parameters[view.parameter], plan[path]
             weight = state.coarse[path].get(bits, state.masters[path])
             chain(
-                view.of(parameter.grad).float(),
-                view.of(parameter),
+                view.of(local(parameter.grad)).float(),
+                view.of(local(parameter)),
                 nested[path],
                 bits,
                 master=weight,
@@ -283,13 +322,16 @@ def _finish_gradients(
         for path, view in views.items():
             weight = state.masters[path]
             if weight.grad is None:
-                weight.grad = view.of(parameters[view.parameter].grad).contiguous().float()
+                weight.grad = view.of(local(parameters[view.parameter].grad)).contiguous().float()
                 continue
             if state.coarse[path]:
                 release_blocked({MASTER_BITS: weight, **state.coarse[path]}, nested[path], pull=pull)
             for master in (weight, *state.coarse[path].values()):
                 assert master.grad is not None
                 master.grad = finish_backward(master.grad, master, nested[path], state.learned[path])
+        for name, tensor in state.rest.items():
+            gradient = parameters[name].grad
+            tensor.grad = None if gradient is None else local(gradient)
 
 
 def _drop_frozen(state: State, freeze: int) -> None:
