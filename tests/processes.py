@@ -48,7 +48,10 @@ def run_all(function: Callable[[], Any], count: int) -> list[tuple[bool, Any]]:
             started.append((process, receiver))
     answers = []
     for process, receiver in started:
-        answers.append(receiver.recv() if receiver.poll(120) else (False, ("Timeout", "no answer", "")))
+        try:
+            answers.append(receiver.recv() if receiver.poll(120) else (False, ("Timeout", "no answer", "")))
+        except EOFError:
+            answers.append((False, ("Killed", "no answer", "")))
         process.join(20)
         process.kill()
     return answers

@@ -165,8 +165,8 @@ def test_two_processes_write_the_checkpoint_of_one(
 
 @pytest.mark.slow
 def test_two_processes_start_from_a_checkpoint(llama: Path, text_file: Path, tmp_path: Path) -> None:
-    common = {"scope": "all", "group_size": 16, "text": [text_file]}
-    matquant.quantize(llama, tmp_path / "start", method="gptq", samples=8, seq_len=32, **common)
+    common: dict[str, Any] = {"scope": "all", "group_size": 16}
+    matquant.quantize(llama, tmp_path / "start", method="gptq", samples=8, seq_len=32, text=[text_file], **common)
     options = {**common, "start": tmp_path / "start", "objective": "8,4,2,fp->8;4;2", "freeze": 2}
     for count, name in ((1, "one"), (2, "two")):
         work = functools.partial(train, llama, text_file, tmp_path / name, stop=None, **options)
