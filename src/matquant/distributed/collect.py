@@ -6,6 +6,7 @@ Rows are split as ``fully_shard`` splits them (``torch.chunk``): ceil(N / proces
 ones.
 """
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -16,6 +17,7 @@ from matquant.system import ranks
 from matquant.system.errors import InputError
 
 T = TypeVar("T")
+_sent = [0.0]  # bytes
 
 
 def on_first(function: Callable[[], T]) -> T:
@@ -79,6 +81,7 @@ def total(tensor: torch.Tensor) -> torch.Tensor:
     """Add the tensors of all processes, in place, and return the sum. Its last bits depend on their number."""
     if ranks.count() > 1:
         dist.all_reduce(tensor)
+        _count(tensor, 2 * (ranks.count() - 1) / ranks.count())
     return tensor
 
 
@@ -118,23 +121,38 @@ def own_rows(rows: int, *, rank: int | None = None) -> slice:
 
 
 def own_part(count: int) -> slice:
-    """Return which of a batch's sequences belong to this process: as equal parts as possible, in order."""
-    start, stop = (count * place // ranks.count() for place in (ranks.rank(), ranks.rank() + 1))
-    return slice(start, stop)
+    """Return which of ``count`` sequences or parts belong to this process."""
+    return own_parts(count)[ranks.rank()]
+
+
+def own_parts(count: int) -> list[slice]:
+    """Return which of ``count`` sequences or parts belong to each process: as equal as possible, in order."""
+    bounds = [count * place // ranks.count() for place in range(ranks.count() + 1)]
+    return [slice(start, stop) for start, stop in itertools.pairwise(bounds)]
 
 
 def gather_rows(own: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
     """Return the rows of all processes in their order, in every process. counts: how many rows each one has."""
     if ranks.count() == 1:
         return own
-    most = max(counts)
-    padded = own.new_zeros((most, *own.shape[1:]))
-    padded[: len(own)] = own
-    found = own.new_empty((ranks.count() * most, *own.shape[1:]))
+    most, each = max(counts), own.shape[1:].numel() * own.element_size()
+    padded = torch.zeros((most, each), dtype=torch.uint8, device=own.device)  # bytes: gloo lacks some dtypes
+    padded[: len(own)] = own.contiguous().reshape(len(own), -1).view(torch.uint8)
+    found = torch.empty((ranks.count() * most, each), dtype=torch.uint8, device=own.device)
     dist.all_gather_single(found, padded)
-    if sum(counts) == len(found):
-        return found
-    return torch.cat([part[:count] for part, count in zip(torch.split(found, most), counts, strict=True)])
+    _count(padded, ranks.count() - 1)
+    if sum(counts) < len(found):
+        found = torch.cat([part[:count] for part, count in zip(torch.split(found, most), counts, strict=True)])
+    return found.view(own.dtype).reshape(sum(counts), *own.shape[1:])
+
+
+def from_rank(tensor: torch.Tensor, rank: int) -> torch.Tensor:
+    """Overwrite ``tensor`` in every process with that of process ``rank``, and return it."""
+    if ranks.count() > 1:
+        dist.broadcast(tensor, src=rank)
+        if rank == ranks.rank():
+            _count(tensor, ranks.count() - 1)
+    return tensor
 
 
 def row_counts(rows: int) -> tuple[int, ...]:
@@ -155,3 +173,12 @@ def check_rows(rows: int, what: str) -> None:
 def _most(rows: int) -> int:
     """Return the largest number of processes, up to this run's, of which each gets some of the rows."""
     return next(n for n in range(ranks.count(), 0, -1) if -(-rows // n) * (n - 1) < rows)
+
+
+def sent_bytes() -> float:
+    """Return how many bytes of tensors this process has sent so far, by the usual ring algorithms."""
+    return _sent[0]
+
+
+def _count(tensor: torch.Tensor, times: float) -> None:
+    _sent[0] += times * tensor.nbytes

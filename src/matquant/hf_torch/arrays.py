@@ -36,17 +36,6 @@ def nested_to_torch(tensor: NestedTensor, *, device: torch.device | str = "cpu")
     return _convert(tensor, lambda array: to_torch(array).to(device))
 
 
-def cut_rows(nested: NestedTensor, rows: slice) -> NestedTensor:
-    """Return these rows of a nested tensor."""
-    return dataclasses.replace(
-        nested,
-        codes=nested.codes[rows],
-        scale=nested.scale[rows],
-        zero=nested.zero[rows],
-        slices={bits: (scale[rows], zero[rows]) for bits, (scale, zero) in nested.slices.items()},
-    )
-
-
 def _convert(tensor: NestedTensor, convert: Callable[[Any], Any]) -> NestedTensor:
     return dataclasses.replace(
         tensor,

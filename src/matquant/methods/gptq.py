@@ -22,13 +22,16 @@ import torch
 
 from matquant.core.nest import MASTER_BITS, centred_codes, labels_of, positions, slice_codes, stored_codes
 from matquant.core.tensor import Affine, NestedTensor
+from matquant.distributed.collect import own_rows, total_values
+from matquant.distributed.nested import cut_rows
 from matquant.methods.parts.affines import clip_groups, refit_affine
 from matquant.methods.parts.blocks import Block, Solved, calibration, read_tensor, run_blocks
 from matquant.methods.parts.compensation import nested_codes, sweep
-from matquant.methods.parts.ends import HEAD_WEIGHTS, head_path, in_parts, with_plain_error
+from matquant.methods.parts.ends import HEAD_WEIGHTS, head_path, with_plain_error
 from matquant.methods.parts.fake import Grid
 from matquant.methods.parts.hessians import Factor, collect_hessians, inverse_factor
 from matquant.methods.parts.job import Job
+from matquant.methods.parts.share import part_rows, solve_rows, total_losses
 from matquant.methods.parts.tune import tune_block
 from matquant.options.gptq import Settings
 from matquant.options.objective import FLOAT
@@ -56,6 +59,7 @@ def run(job: Job) -> Iterator[tuple[str, NestedTensor]]:
         tokens=tokens,
         batch_size=settings.batch_size,
         settings=dataclasses.asdict(settings),
+        steps=settings.tune > 0,
         ends=functools.partial(_solve_head, path=head, settings=settings) if head is not None else None,
     )
 
@@ -140,7 +144,9 @@ def _solve_head(job: Job, hessian_KK: torch.Tensor, *, path: str, settings: Sett
         return nested
 
     weight_NK = view.of(read_tensor(job, view.parameter)).to(job.device)
-    nested = in_parts(weight_NK, encode, rows=max(1, HEAD_WEIGHTS // weight_NK.shape[1]))
+    most = part_rows(len(weight_NK), ordered=settings.deterministic)
+    nested = solve_rows(weight_NK, encode, rows=min(most, max(1, HEAD_WEIGHTS // weight_NK.shape[1])), name=path)
+    errors, total = total_losses(errors), total_values({"": total})[""]
     return Solved(nested={path: nested}, record={"loss": {str(bits): error / total for bits, error in errors.items()}})
 
 
@@ -149,7 +155,8 @@ def nest_block(
 ) -> tuple[dict[str, NestedTensor], dict[str, Any]]:
     """Return the nested codes of a block's ``weights`` [N, K], by path, and a log record.
 
-    The Hessians are those of the block with its widest stream as input. "loss": D H D^T / W H W^T over all weights.
+    The Hessians are those of the block with its widest stream as input. Several processes solve some rows each.
+    "loss": D H D^T / W H W^T over all weights.
     """
     lambdas = {width.bits: width.weight for width in job.objective}
     widest = max(block.inputs)
@@ -161,11 +168,18 @@ def nest_block(
         hessian, leader = hessians[leaders[path]], leaders[path]
         if leader not in factors:
             factors[leader] = inverse_factor(hessian, damp=damp, name=path)
-        nested[path] = nested_gptq(weight, hessian, job.grid, lambdas, factor=factors[leader], sweeps=sweeps, name=path)
-        total += float(((weight @ hessian) * weight).sum())
+        encode = functools.partial(
+            nested_gptq, hessian_KK=hessian, grid=job.grid, weights=lambdas, factor=factors[leader], sweeps=sweeps,
+            name=path,
+        )  # fmt: skip
+        nested[path] = solve_rows(weight, encode, rows=part_rows(len(weight), ordered=block.share.ordered), name=path)
+        own = own_rows(len(weight))
+        weight_NK, tensor = weight[own], cut_rows(nested[path], own)
+        total += float(((weight_NK @ hessian) * weight_NK).sum())
         for bits in lambdas:
-            error = weight - nested[path].read(bits)
+            error = weight_NK - tensor.read(bits)
             errors[bits] += float(((error @ hessian) * error).sum())
+    errors, total = total_losses(errors), total_values({"": total})[""]
     record: dict[str, Any] = {"loss": {str(bits): error / total for bits, error in errors.items()}}
     damped = max(factor.damp for factor in factors.values())
     if damped > damp:

@@ -44,7 +44,7 @@ from matquant.methods.parts.objective import hidden_loss, width_loss
 from matquant.methods.parts.split_state import (
     SPLIT,
     Training,
-    gather_nested,
+    gather_all,
     keep_rest,
     open_training,
     restore_split,
@@ -114,7 +114,7 @@ def run(job: Job) -> Iterator[tuple[str, NestedTensor]]:
                 _save(training, state, optimizer, work, mark)
     model.zero_grad(set_to_none=True)
     keep_rest(job, training, state)
-    return gather_nested(finish(state, grid), training, grid, job.views)
+    return gather_all(finish(state, grid), training, grid, job.views)
 
 
 def _open_log(work: Path) -> TextIO:

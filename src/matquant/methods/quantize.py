@@ -23,13 +23,14 @@ from matquant.core.spec import Spec
 from matquant.core.tensor import NestedTensor
 from matquant.distributed.collect import check_same, on_first, together, wait
 from matquant.distributed.group import joined
+from matquant.distributed.nested import cut_rows
 from matquant.format.read import manifest_sha256, open_checkpoint
 from matquant.format.shards import SHARD_BYTES
 from matquant.format.write import check_writable, write_checkpoint
 from matquant.hf.gguf import ORIGIN, as_directory, quantised_notice
 from matquant.hf.text import count_windows, data_sha256, token_stream
 from matquant.hf_torch import Model
-from matquant.hf_torch.arrays import cut_rows, nested_to_numpy, nested_to_torch
+from matquant.hf_torch.arrays import nested_to_numpy, nested_to_torch
 from matquant.hf_torch.device import bf16_is_fast
 from matquant.hf_torch.layers import unquantised_linears
 from matquant.hf_torch.sharded import split_rows

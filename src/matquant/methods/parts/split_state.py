@@ -15,7 +15,7 @@ import dataclasses
 import json
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,8 @@ from torch.distributed.tensor import DTensor, Shard
 
 from matquant.core.tensor import NestedTensor
 from matquant.distributed.collect import exchange, gather_rows, on_first, own_rows, row_counts, together
+from matquant.distributed.nested import cut_rows, gather_nested
 from matquant.hf_torch import Model
-from matquant.hf_torch.arrays import cut_rows
 from matquant.hf_torch.sharded import own_views, split, split_rows
 from matquant.hf_torch.views import View
 from matquant.methods.parts.fake import Grid
@@ -94,7 +94,7 @@ def keep_rest(job: Job, training: Training, state: State) -> None:
             setattr(job.model.get_submodule(module), leaf, torch.nn.Parameter(whole.cpu()))
 
 
-def gather_nested(
+def gather_all(
     own: Iterator[tuple[str, NestedTensor]], training: Training, grid: Grid, views: Mapping[str, View]
 ) -> Iterator[tuple[str, NestedTensor]]:
     """Yield every nested tensor whole, in every process, from the rows that each process yields.
@@ -109,10 +109,10 @@ def gather_nested(
     for path, view in views.items():
         held = training.counts[path]
         if path == path_of_next:
-            yield path, gather_tensor(part, held)
+            yield path, gather_nested(part, held)
             path_of_next, part = next(own, ("", part))
         else:  # another process's expert
-            yield path, gather_tensor(_no_rows(like, view.shape[1], grid), held)
+            yield path, gather_nested(_no_rows(like, view.shape[1], grid), held)
 
 
 def _no_rows(like: NestedTensor, columns: int, grid: Grid) -> NestedTensor:
@@ -126,21 +126,6 @@ def _no_rows(like: NestedTensor, columns: int, grid: Grid) -> NestedTensor:
     slices = {bits: (empty(scale), empty(zero)) for bits, (scale, zero) in none.slices.items()}
     return dataclasses.replace(
         none, codes=empty(none.codes, columns), scale=empty(none.scale), zero=empty(none.zero), slices=slices
-    )
-
-
-def gather_tensor(own: NestedTensor, counts: Sequence[int]) -> NestedTensor:
-    """Return a nested tensor whole, in every process, from each process's rows."""
-    if ranks.count() == 1:
-        return own
-    return dataclasses.replace(
-        own,
-        codes=gather_rows(own.codes, counts),
-        scale=gather_rows(own.scale, counts),
-        zero=gather_rows(own.zero, counts),
-        slices={
-            bits: (gather_rows(scale, counts), gather_rows(zero, counts)) for bits, (scale, zero) in own.slices.items()
-        },
     )
 
 
