@@ -130,7 +130,7 @@ def _start(job: Job, settings: Settings, layer: Layer) -> tuple[_Learned, str]:
     block, notice = layer.block, ""
     rows: tuple[equivalence.Bound, ...] = ()
     if settings.transform:
-        states = from_rank(layer.inputs(FLOAT, 0)[:1].contiguous(), 0)  # all processes must bind the same
+        states = from_rank(layer.inputs(FLOAT, 0)[:1].clone(), 0)  # all processes must bind the same
         with torch.no_grad():
             rows, notice = equivalence.bind(
                 block.name,

@@ -139,8 +139,7 @@ def _run(model: Path | str, request: Request, report: Report, announce: Callable
     if announce is not None:
         announce(describe(prepared))
     _write(prepared, job, _method(request)(job), files)
-    if ranks.leads():
-        shutil.rmtree(request.work, ignore_errors=True)
+    on_first(lambda: shutil.rmtree(request.work, ignore_errors=True))
     return request.target
 
 
@@ -339,8 +338,8 @@ def _write(prepared: Prepared, job: Job, nested: Nested, files: dict[str, bytes]
         yield from ((path, nested_to_numpy(tensor)) for path, tensor in nest_ends(job, read, done=done))
         yield from plain_items(job.model, quantised, job.dtypes, read=read)
 
-    if not ranks.leads():  # only to take part in gathering them
-        for _ in nested:
+    if not ranks.leads():
+        for _ in () if streamed else nested:  # to take part in gathering them
             pass
         return
     quantised = {**job.views, **job.ends}
