@@ -29,9 +29,11 @@ from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from matquant.hf_torch.layers import select_linears
+from matquant.hf_torch.sharded import split_rows
 from matquant.methods import qat
 from matquant.methods.parts import forward, training
 from matquant.methods.parts.fake import Grid
+from matquant.methods.parts.split_state import Training
 from matquant.options.objective import parse_objective
 from matquant.options.qat import Schedule
 from origin import arguments
@@ -103,13 +105,14 @@ def joint(model: LlamaForCausalLM, windows: np.ndarray, schedule: Schedule, **gr
     """Our step over 8, 4, 2; returns the loss at 8 bits."""
     views = select_linears(model, "ffn")
     our_grid = Grid(rule="prefix", **grid)
+    models = Training(model=model, teacher=None, views=views, counts=split_rows(views, model))
     state = training.start(model, views, our_grid, schedule, trained=(8, 4, 2))
     optimizer = training.make_optimizer(state, schedule)
     forward.prepare(model, views, schedule)
     objective = parse_objective("8,4,2")
 
     def step() -> torch.Tensor:
-        reading = qat.train_step(model, views, our_grid, state, optimizer, objective, windows, schedule, None)
+        reading = qat.train_step(models, our_grid, state, optimizer, objective, windows, schedule)
         return reading.losses["8"][0]
 
     return step

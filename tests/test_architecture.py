@@ -16,7 +16,7 @@ LAYERS = [
     {"core"},
     {"format"},
     {"hf", "backends"},
-    {"calibration"},
+    {"calibration", "distributed"},
     {"options", "engine", "hf_torch", "report", "export"},
     {"serve", "hub"},
     {"methods", "integrations"},

@@ -25,11 +25,14 @@ from matquant.core.grid import fit_slice
 from matquant.format.read import open_checkpoint
 from matquant.hf_torch.layers import select_linears
 from matquant.hf_torch.loading import load_float
+from matquant.hf_torch.sharded import split_rows
 from matquant.methods import qat
 from matquant.methods import quantize as quantising
 from matquant.methods.parts import forward, training
 from matquant.methods.parts.fake import Grid, Learned, backward, finish_backward, nest
 from matquant.methods.parts.readings import read
+from matquant.methods.parts.split_state import Training
+from matquant.methods.parts.terms import draw_mix
 from matquant.options.objective import parse_objective
 from matquant.system.errors import InputError
 
@@ -52,7 +55,8 @@ def masters_gradients(
     teacher = load_float(directory, dtype=torch.float32) if "fp" in objective or plan.hidden else None
     forward.prepare(model, views, plan)
     windows = np.random.default_rng(0).integers(0, 256, size=(4, 17))
-    reading = qat.train_step(model, views, grid, state, optimizer, parse_objective(objective), windows, plan, teacher)
+    models = Training(model=model, teacher=teacher, views=views, counts=split_rows(views, model))
+    reading = qat.train_step(models, grid, state, optimizer, parse_objective(objective), windows, plan)
     (record,) = read([reading], steps=plan.steps, tokens=1)
     return {name: tensor.grad.clone() for name, tensor in state.named() if tensor.grad is not None}, record
 
@@ -139,7 +143,7 @@ def test_a_mix_adds_the_loss_of_its_plan(objective: str, masters: str, llama: Pa
         path, _, _ = name.split("/")
         found[f"{path}/weight"] += found.pop(name)
     paths = list(select_linears(load_float(llama), "ffn"))
-    plan = qat.draw_mix(paths, (8, 4, 2), index=0, seed=3)
+    plan = draw_mix(paths, (8, 4, 2), index=0, seed=3)
     assert_same_gradients(found, oracle_gradients(llama, objective, grid, 2, mix=0.5, plan=plan))
     assert set(record["loss"]) == {"8", "4", "2", "mixed"}
     other = {path: 8 if bits == 2 else 2 for path, bits in plan.items()}
@@ -161,7 +165,7 @@ def test_hidden_states_add_their_distance_to_every_loss(
     if objective != "2":
         paths = list(select_linears(load_float(llama), "ffn"))
         changes["mix"] = 0.5
-        plan = qat.draw_mix(paths, (8, 4, 2), index=0, seed=3)
+        plan = draw_mix(paths, (8, 4, 2), index=0, seed=3)
     else:
         plan = None
     found, _ = masters_gradients(llama, objective, grid=grid, hidden=3.0, **changes)
@@ -172,9 +176,9 @@ def test_hidden_states_add_their_distance_to_every_loss(
 
 def test_a_mix_is_two_neighbouring_widths_the_wider_after_the_narrower() -> None:
     paths = [f"linear {number}" for number in range(4)]
-    drawn = [qat.draw_mix(paths, (8, 4, 2), index=index, seed=0) for index in range(200)]
-    assert drawn == [qat.draw_mix(paths, (8, 4, 2), index=index, seed=0) for index in range(200)]
-    assert drawn != [qat.draw_mix(paths, (8, 4, 2), index=index, seed=1) for index in range(200)]
+    drawn = [draw_mix(paths, (8, 4, 2), index=index, seed=0) for index in range(200)]
+    assert drawn == [draw_mix(paths, (8, 4, 2), index=index, seed=0) for index in range(200)]
+    assert drawn != [draw_mix(paths, (8, 4, 2), index=index, seed=1) for index in range(200)]
     found = {"".join(str(plan[path]) for path in paths) for plan in drawn}
     assert found == {"2444", "2244", "2224", "4888", "4488", "4448"}
 

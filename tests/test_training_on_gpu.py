@@ -25,9 +25,12 @@ from matquant.core.nest import CENTRE, COMPANDED, RULES, UNIFORM, nearest_codes,
 from matquant.core.tensor import NestedTensor
 from matquant.hf_torch.layers import select_linears
 from matquant.hf_torch.loading import load_float
+from matquant.hf_torch.sharded import split_rows
 from matquant.methods import qat
-from matquant.methods.parts import forward, fused, readings, throughput, training
+from matquant.methods.parts import forward, fused, readings, throughput
 from matquant.methods.parts.fake import Grid, Learned
+from matquant.methods.parts.split_state import Training
+from matquant.methods.parts.training import State, make_optimizer, start
 from matquant.options.objective import parse_objective
 from matquant.options.qat import Schedule
 from matquant.system.errors import InputError
@@ -66,7 +69,7 @@ def step_on_meta(directory: Path, grid: Grid, schedule: Schedule) -> tuple[readi
     """Run one step of joint training with distillation on "meta"."""
     model = load_float(directory, dtype=torch.float32)
     views, objective = select_linears(model, "ffn"), parse_objective("8,4,2,fp->8;4;2")
-    state = training.start(model, views, grid, schedule, trained=[8, 4, 2])
+    state = start(model, views, grid, schedule, trained=[8, 4, 2])
     model = model.to(META)
     state.masters = {path: tensor.detach().to(META) for path, tensor in state.masters.items()}
     state.coarse = {
@@ -74,7 +77,7 @@ def step_on_meta(directory: Path, grid: Grid, schedule: Schedule) -> tuple[readi
         for path, masters in state.coarse.items()
     }
     state.learned = {path: move(learned) for path, learned in state.learned.items()}
-    optimizer = training.make_optimizer(state, schedule)
+    optimizer = make_optimizer(state, schedule)
     forward.prepare(model, views, schedule)
     windows = np.random.default_rng(0).integers(0, 256, size=(8, schedule.seq_len + 1))
     with Arrivals() as arrivals, pytest.MonkeyPatch.context() as patch:
@@ -83,7 +86,8 @@ def step_on_meta(directory: Path, grid: Grid, schedule: Schedule) -> tuple[readi
         )  # it runs on "meta" too
         teacher = load_float(directory, dtype=torch.float32).to(META)
         arrivals.found.clear()
-        found = qat.train_step(model, views, grid, state, optimizer, objective, windows, schedule, teacher)
+        training = Training(model=model, teacher=teacher, views=views, counts=split_rows(views, model))
+        found = qat.train_step(training, grid, state, optimizer, objective, windows, schedule)
     return found, arrivals
 
 
@@ -178,16 +182,16 @@ def test_a_step_that_is_not_finite_changes_nothing_until_it_is_read(
     seen: list[torch.Tensor] = []
     step, write, finish = qat.train_step, qat.write_weights, qat._finish_gradients
 
-    def train_step(model: Any, views: Any, grid: Any, state: Any, *rest: Any) -> Any:
+    def train_step(training: Training, grid: Grid, state: State, *rest: Any) -> Any:
         seen.append(next(iter(state.masters.values())).detach().clone())
-        return step(model, views, grid, state, *rest)
+        return step(training, grid, state, *rest)
 
     def write_weights(model: Any, views: Any, weights: Any) -> None:
         late = broken == "loss" and len(seen) > 2
         write(model, views, ((path, w * torch.inf if late and "1.mlp.down" in path else w) for path, w in weights))
 
-    def finish_gradients(model: Any, views: Any, state: Any, *rest: Any) -> None:
-        finish(model, views, state, *rest)
+    def finish_gradients(training: Training, state: State, *rest: Any) -> None:
+        finish(training, state, *rest)
         if broken == "gradient" and len(seen) > 2:
             next(iter(state.masters.values())).grad[0, 0] = torch.nan
 

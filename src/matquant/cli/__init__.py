@@ -1,12 +1,20 @@
 """The command line: one file per verb, which only parses and prints. The work is in the packages it calls."""
 
 import sys
+from typing import TYPE_CHECKING
 
 from matquant.cli.verbs import app
+from matquant.system import ranks
 from matquant.system.errors import InputError
+from matquant.system.lazy import lazy
 from matquant.system.startup import shortage
 from matquant.system.streams import accept_any_text
 from matquant.system.threads import check_environment
+
+if TYPE_CHECKING:
+    from matquant.distributed import group
+else:
+    group = lazy("matquant.distributed.group")
 
 __all__ = ["app", "main"]
 
@@ -30,5 +38,7 @@ def main() -> None:
 
 
 def _fail(message: str) -> None:
-    print(f"error: {message}", file=sys.stderr)
+    """Print an error and exit with code 2; of several processes only the first one to fail prints."""
+    if ranks.count() == 1 or group.claim_error():
+        print(f"error: {message}", file=sys.stderr)
     sys.exit(2)

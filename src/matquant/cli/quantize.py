@@ -14,7 +14,7 @@ from matquant.options import METHODS, declared_options
 from matquant.options.declare import BASICS, OBJECTIVE, Option
 from matquant.options.recipes import DEFAULT, RECIPES
 from matquant.options.request import check_request
-from matquant.system import progress
+from matquant.system import progress, ranks
 from matquant.system.lazy import lazy
 from matquant.system.startup import INTERRUPTED, keep_freed_memory
 
@@ -38,12 +38,14 @@ def quantize(model: str, out: Path, *, dry_run: bool, **given: Any) -> None:
     request = check_request(model, out, **options)  # before torch is imported
     with _resumable():
         if dry_run:
-            print("\n".join(preview.preview(model, request)))
+            if ranks.leads():
+                print("\n".join(preview.preview(model, request)))
             return
         keep_freed_memory()
         with progress.quantising() as report:
             written = quantising.run(model, request, report=report, announce=lambda lines: report({"settings": lines}))
-    print(f"wrote {written}; try: matquant eval {written} --text FILE")
+    if ranks.leads():
+        print(f"wrote {written}; try: matquant eval {written} --text FILE")
 
 
 def _signature() -> inspect.Signature:

@@ -7,6 +7,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 
+from matquant.system import ranks
 from matquant.system.startup import leave_on_interrupt
 
 VERBS = {  # verb -> its module, its function there, its line in --help
@@ -26,6 +27,7 @@ VERBS = {  # verb -> its module, its function there, its line in --help
     "assemble": ("hub", "assemble", "Make the stock checkpoint of its planes, byte for byte."),
     "demo": ("demo", "demo", "Quantise the embedded model and compare it with its baselines."),
 }
+SHARED = ("quantize", "eval")  # verbs that several processes can share
 
 
 NOT_LISTED = {"assemble"}  # matquant pull does it; for directories that were copied
@@ -42,6 +44,8 @@ class Verbs(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name, command, rest = super().resolve_command(ctx, args)
+        if name not in SHARED:
+            ranks.check_single(f"matquant {name}")
         return name, command and load(str(name)), rest
 
 

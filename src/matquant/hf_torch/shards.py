@@ -29,6 +29,7 @@ class Shards:
 
     model: Model  # may be without weights
     read: Callable[[str], torch.Tensor]  # parameter or buffer name -> tensor of the stored dtype
+    read_rows: Callable[[str, slice], torch.Tensor]  # the same for a part of its first dimension, and only that part
     dtypes: Mapping[str, torch.dtype]  # the same names -> that dtype
 
 
@@ -75,12 +76,32 @@ def open_shards(source: Path | str) -> Shards:
             view.of(tensor).copy_(read_key(files, f"{path}.weight"))
         return tensor
 
-    return Shards(model=model, read=read, dtypes=dtypes)
+    def read_rows(name: str, rows: slice) -> torch.Tensor:
+        parts, renamed = stored[name]
+        if renamed:
+            return read_key(files, next(iter(parts)), rows=rows).to(dtypes[name])
+        whole = parameters[name]
+        each = whole[0].numel()
+        tensor = torch.empty((rows.stop - rows.start, *whole.shape[1:]), dtype=dtypes[name])
+        for path, view in checkpoint_views(model, name, whole).items():
+            inside = view.within(rows, each)
+            if inside is None:
+                return read(name)[rows].clone()
+            if inside.shape[0]:
+                inside.of(tensor).copy_(read_key(files, f"{path}.weight"))
+        return tensor
+
+    return Shards(model=model, read=read, read_rows=read_rows, dtypes=dtypes)
 
 
 def _whole(model: Model) -> Shards:
     state = model.state_dict()
-    return Shards(model=model, read=state.__getitem__, dtypes={name: tensor.dtype for name, tensor in state.items()})
+    return Shards(
+        model=model,
+        read=state.__getitem__,
+        read_rows=lambda name, rows: state[name][rows],
+        dtypes={name: tensor.dtype for name, tensor in state.items()},
+    )
 
 
 def _names(model: Model) -> list[str]:

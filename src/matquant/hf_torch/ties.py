@@ -90,8 +90,9 @@ def resolve_ties(
     return resolved
 
 
-def read_key(files: Files, key: str) -> torch.Tensor:
-    """Read a stored tensor into memory."""
+def read_key(files: Files, key: str, *, rows: slice | None = None) -> torch.Tensor:
+    """Read a stored tensor into memory, or these rows of it."""
     with safe_open(files[key][0], "pt") as file:  # closed again: an open file keeps read tensors in memory
-        tensor: torch.Tensor = file.get_tensor(key).clone()
+        stored = file.get_tensor(key) if rows is None else file.get_slice(key)[rows]
+        tensor: torch.Tensor = stored.clone()
     return tensor

@@ -8,11 +8,13 @@ naming any.
 Shapes: N out features, K in features, E experts, I intermediate size, H hidden size.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from transformers.core_model_loading import revert_weight_conversion
 
 from matquant.hf_torch import Model
@@ -32,6 +34,24 @@ class View:
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return this weight inside ``tensor``, a contiguous tensor of the parameter's shape, without a copy."""
         return tensor.as_strided(self.shape, self.stride, tensor.storage_offset() + self.offset)
+
+    def within(self, rows: slice, each: int) -> "View | None":
+        """Return this weight's part in ``rows`` of the parameter's first dimension, as a view of only these.
+
+        each: elements of one row of that dimension. The part has rows of the weight, or, of a fused expert, all or
+        none. None if it is neither.
+        """
+        low, high = rows.start * each, rows.stop * each
+        first = self.offset
+        last = first + sum((n - 1) * step for n, step in zip(self.shape, self.stride, strict=True))
+        if low <= first and last < high:
+            return dataclasses.replace(self, offset=first - low)
+        if last < low or first >= high:
+            return dataclasses.replace(self, shape=(0, self.shape[1]), offset=0)
+        if self.offset == 0 and self.stride[0] == each:
+            count = max(0, min(rows.stop, self.shape[0]) - rows.start)
+            return dataclasses.replace(self, shape=(count, self.shape[1]))
+        return None
 
 
 def stored_parts(model: Model, name: str, parameter: torch.Tensor) -> Parts:
@@ -96,4 +116,9 @@ def write_weights(model: Model, views: Mapping[str, View], weights: Iterable[tup
     with torch.no_grad():
         for path, weight in weights:
             view = views[path]
-            view.of(parameters[view.parameter]).copy_(weight)
+            view.of(local(parameters[view.parameter])).copy_(weight)
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """Return this process's rows of a tensor that is split among processes (a DTensor), detached; else the tensor."""
+    return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor

@@ -13,6 +13,7 @@ interrupted run continues in its current stage.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import shutil
@@ -20,6 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from matquant.distributed.collect import on_first
 from matquant.format.read import open_checkpoint
 from matquant.format.write import check_writable
 from matquant.hf_torch.device import choose_device
@@ -49,7 +51,7 @@ def run(quantize: Callable[..., Path], model: Path | str, request: Request, *, r
     shared = {name: getattr(common, name) for name in SHARED}
     mark = _mark(model, request, shared)
     folder = work / _name(mark)  # named by the run, so that stages of other runs are never reused
-    if common.resume and not folder.is_dir():
+    if common.resume and not on_first(folder.is_dir):
         raise InputError(
             f"--resume needs the settings and text of the interrupted run in {work}, found others; "
             "use the same, or use --overwrite to start again"
@@ -62,8 +64,8 @@ def run(quantize: Callable[..., Path], model: Path | str, request: Request, *, r
     with _recorded(folder, {**mark, "files": source_files(model)}, resume=common.resume):
         for number, stage in enumerate(asked, 1):
             done, name = folder / str(number), f"{number}/{len(asked)}"
-            if common.resume and done.is_dir():
-                _check_stage(done)
+            if common.resume and on_first(done.is_dir):
+                on_first(functools.partial(_check_stage, done))
             else:
                 quantize(
                     model,
@@ -71,22 +73,37 @@ def run(quantize: Callable[..., Path], model: Path | str, request: Request, *, r
                     text=common.text,
                     start=start,
                     device=common.device,
-                    resume=common.resume and work_folder(done).is_dir(),
+                    resume=common.resume and on_first(work_folder(done).is_dir),
                     overwrite=True,
                     report=lambda record, name=name: report({**record, "stage": name}),
                     **shared,
                     **stage,
                 )
             start = done
-    check_writable(request.target, overwrite=common.overwrite)
-    move_into_place(done, request.target)
-    shutil.rmtree(work, ignore_errors=True)
+    on_first(functools.partial(_finish, request, done))
     return request.target
+
+
+def _finish(request: Request, done: Path) -> None:
+    """Move the last stage's checkpoint into place, and delete the others."""
+    check_writable(request.target, overwrite=request.common.overwrite)
+    move_into_place(done, request.target)
+    shutil.rmtree(request.work, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def _recorded(folder: Path, mark: Mapping[str, Any], *, resume: bool) -> Iterator[None]:
-    """Record the run while its stages are made; leave everything unchanged if it ends before the first stage."""
+    """Record the run while its stages are made; leave everything unchanged if it ends before the first stage.
+
+    Of several processes the first one does so.
+    """
+    with contextlib.ExitStack() as recorded:
+        on_first(lambda: recorded.enter_context(_recording(folder, mark, resume=resume)))
+        yield
+
+
+@contextlib.contextmanager
+def _recording(folder: Path, mark: Mapping[str, Any], *, resume: bool) -> Iterator[None]:
     before = folder.with_name(f".{folder.name}.before")
     if not resume and folder.is_dir():
         shutil.rmtree(before, ignore_errors=True)

@@ -16,20 +16,23 @@ Shapes: N out features, K in features, G groups.
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 
 from matquant.core.nest import MASTER_BITS, centred_codes, labels_of, positions, slice_codes, stored_codes
 from matquant.core.tensor import Affine, NestedTensor
+from matquant.distributed.collect import own_rows, total_values
+from matquant.distributed.nested import cut_rows
 from matquant.methods.parts.affines import clip_groups, refit_affine
 from matquant.methods.parts.blocks import Block, Solved, calibration, read_tensor, run_blocks
 from matquant.methods.parts.compensation import nested_codes, sweep
-from matquant.methods.parts.ends import HEAD_RATIO, HEAD_WEIGHTS, head_path, in_parts, with_plain_error
+from matquant.methods.parts.ends import HEAD_RATIO, HEAD_WEIGHTS, head_path, with_plain_error
 from matquant.methods.parts.fake import Grid
 from matquant.methods.parts.hessians import Factor, collect_hessians, inverse_factor
 from matquant.methods.parts.job import Job
+from matquant.methods.parts.share import part_rows, solve_rows
 from matquant.methods.parts.tune import tune_block
 from matquant.options.gptq import Settings
 from matquant.options.objective import FLOAT
@@ -57,6 +60,7 @@ def run(job: Job) -> Iterator[tuple[str, NestedTensor]]:
         tokens=tokens,
         batch_size=settings.batch_size,
         settings=dataclasses.asdict(settings),
+        steps=settings.tune > 0,
         ends=functools.partial(_solve_head, path=head, settings=settings) if head is not None else None,
     )
 
@@ -132,20 +136,17 @@ def _solve_head(job: Job, hessian_KK: torch.Tensor, *, path: str, settings: Sett
     hessian_KK = with_plain_error(hessian_KK)
     factor = inverse_factor(hessian_KK, damp=settings.damp, name=path)
     lambdas = {width.bits: HEAD_RATIO**width.bits for width in job.objective}
-    errors, total = dict.fromkeys(lambdas, 0.0), 0.0
+    squares: list[torch.Tensor] = []
 
     def encode(rows_NK: torch.Tensor) -> NestedTensor:
-        nonlocal total
         nested = nested_gptq(rows_NK, hessian_KK, job.grid, lambdas, factor=factor, sweeps=settings.sweeps, name=path)
-        total += float(((rows_NK @ hessian_KK) * rows_NK).sum())
-        for bits in lambdas:
-            error = rows_NK - nested.read(bits)
-            errors[bits] += float(((error @ hessian_KK) * error).sum())
+        squares.append(_squares(rows_NK, nested, hessian_KK, lambdas))
         return nested
 
     weight_NK = view.of(read_tensor(job, view.parameter)).to(job.device)
-    nested = in_parts(weight_NK, encode, rows=max(1, HEAD_WEIGHTS // weight_NK.shape[1]))
-    return Solved(nested={path: nested}, record={"loss": {str(bits): error / total for bits, error in errors.items()}})
+    most = part_rows(len(weight_NK), ordered=settings.deterministic)
+    nested = solve_rows(weight_NK, encode, rows=min(most, max(1, HEAD_WEIGHTS // weight_NK.shape[1])), name=path)
+    return Solved(nested={path: nested}, record={"loss": _losses(squares, lambdas)})
 
 
 def nest_block(
@@ -153,29 +154,49 @@ def nest_block(
 ) -> tuple[dict[str, NestedTensor], dict[str, Any]]:
     """Return the nested codes of a block's ``weights`` [N, K], by path, and a log record.
 
-    The Hessians are those of the block with its widest stream as input. "loss": D H D^T / W H W^T over all weights.
+    The Hessians are those of the block with its widest stream as input. Several processes solve some rows each.
+    "loss": D H D^T / W H W^T over all weights.
     """
     lambdas = {width.bits: width.weight for width in job.objective}
     widest = max(block.inputs)
     hessians, leaders = collect_hessians(dataclasses.replace(block, inputs={widest: block.inputs[widest]}))
     factors: dict[str, Factor] = {}
     nested: dict[str, NestedTensor] = {}
-    squares: list[torch.Tensor] = []  # of each weight: its own, and its error's at every width; read together
+    squares: list[torch.Tensor] = []
     for path, weight in weights.items():
         hessian, leader = hessians[leaders[path]], leaders[path]
         if leader not in factors:
             factors[leader] = inverse_factor(hessian, damp=damp, name=path)
-        nested[path] = nested_gptq(weight, hessian, job.grid, lambdas, factor=factors[leader], sweeps=sweeps, name=path)
-        several = itertools.chain([weight], (weight - nested[path].read(bits) for bits in lambdas))
-        squares.append(torch.stack([((part @ hessian) * part).sum() for part in several]))
-    total, *errors = (sum(column) for column in zip(*torch.stack(squares).tolist(), strict=True))
-    record: dict[str, Any] = {"loss": {str(bits): error / total for bits, error in zip(lambdas, errors, strict=True)}}
+        encode = functools.partial(
+            nested_gptq, hessian_KK=hessian, grid=job.grid, weights=lambdas, factor=factors[leader], sweeps=sweeps,
+            name=path,
+        )  # fmt: skip
+        nested[path] = solve_rows(weight, encode, rows=part_rows(len(weight), ordered=block.share.ordered), name=path)
+        own = own_rows(len(weight))
+        squares.append(_squares(weight[own], cut_rows(nested[path], own), hessian, lambdas))
+    record: dict[str, Any] = {"loss": _losses(squares, lambdas)}
     damped = max(factor.damp for factor in factors.values())
     if damped > damp:
         record["notice"] = (
             f"{block.name}: the Hessian was not positive definite; used damping of {damped:g} times its mean"
         )
     return nested, record
+
+
+def _squares(
+    weight_NK: torch.Tensor, nested: NestedTensor, hessian_KK: torch.Tensor, widths: Iterable[int]
+) -> torch.Tensor:
+    """Return W H W^T summed over rows of the weight, and of its error at every width: [1 + widths], on the device."""
+    parts = itertools.chain([weight_NK], (weight_NK - nested.read(bits) for bits in widths))
+    return torch.stack([((part @ hessian_KK) * part).sum() for part in parts])
+
+
+def _losses(squares: list[torch.Tensor], widths: Iterable[int]) -> dict[str, float]:
+    """Return the loss of each width over all weights and processes, by name. squares: ``_squares`` of each weight."""
+    sums = (sum(column) for column in zip(*torch.stack(squares).tolist(), strict=True))
+    errors = total_values(dict(zip(["", *map(str, widths)], sums, strict=True)))
+    whole = errors.pop("")
+    return {name: error / whole for name, error in errors.items()}
 
 
 def _check_rank(job: Job, tokens: int) -> None:

@@ -27,12 +27,15 @@ from collections.abc import Iterator, Mapping
 import torch
 
 from matquant.core.tensor import NestedTensor
+from matquant.distributed.collect import from_rank
 from matquant.hf_torch.config import check_context
 from matquant.methods import gptq
 from matquant.methods.parts import clip, equivalence
 from matquant.methods.parts.blocks import Block, Solved, calibration, run_blocks
 from matquant.methods.parts.job import Job
 from matquant.methods.parts.layer import Layer, check_losses
+from matquant.methods.parts.readings import read_losses
+from matquant.methods.parts.share import sum_gradients
 from matquant.options.gptq import Settings as GptqSettings
 from matquant.options.objective import FLOAT, Width
 from matquant.options.omniquant import Settings
@@ -50,6 +53,7 @@ def run(job: Job) -> Iterator[tuple[str, NestedTensor]]:
         tokens=tokens,
         batch_size=settings.batch_size,
         settings=dataclasses.asdict(settings),
+        steps=True,
     )
 
 
@@ -111,6 +115,11 @@ class _Learned:
     def fold(self, layer: Layer) -> dict[str, torch.Tensor]:
         return equivalence.fold(self.rows, self.transforms, layer.tensors, dtypes=layer.dtypes)
 
+    def tensors(self) -> list[torch.Tensor]:
+        """Return everything that is trained."""
+        transforms = [tensor for t in self.transforms for tensor in (t.log_scale, t.shift) if tensor is not None]
+        return [*(tensor for factors in self.clips.values() for tensor in factors.tensors()), *transforms]
+
     def keep_in_range(self) -> None:
         for factors in self.clips.values():
             clip.keep_in_range(factors)
@@ -122,7 +131,7 @@ def _start(job: Job, settings: Settings, layer: Layer) -> tuple[_Learned, str]:
     block, notice = layer.block, ""
     rows: tuple[equivalence.Bound, ...] = ()
     if settings.transform:
-        states = layer.inputs(FLOAT, 0)[:1]
+        states = from_rank(layer.inputs(FLOAT, 0)[:1].clone(), 0)  # all processes must bind the same
         with torch.no_grad():
             rows, notice = equivalence.bind(
                 block.name,
@@ -157,7 +166,27 @@ def _optimizer(learned: _Learned, settings: Settings) -> torch.optim.Optimizer |
 def _step(
     job: Job, settings: Settings, layer: Layer, learned: _Learned, targets: list[torch.Tensor], index: int
 ) -> dict[int, float]:
-    """Accumulate the gradients of one batch over all widths; return the widths' losses.
+    """Accumulate the gradients of one batch over all widths and processes; return the widths' losses."""
+    losses = {width.bits: torch.zeros((), device=layer.device) for width in job.objective}
+
+    def backward(piece: int, part: float) -> None:
+        for bits, loss in _backward_piece(job, settings, layer, learned, targets, piece, part).items():
+            losses[bits] += loss
+
+    sum_gradients(layer.block.share, index, learned.tensors(), backward)
+    return read_losses([losses])[0]
+
+
+def _backward_piece(
+    job: Job,
+    settings: Settings,
+    layer: Layer,
+    learned: _Learned,
+    targets: list[torch.Tensor],
+    index: int,
+    part: float,
+) -> dict[int, torch.Tensor]:
+    """Add the gradients of one piece over all widths, times its ``part`` of the batch; return the losses likewise.
 
     The steps that all widths share (folding, encoding) have one graph, cut from the graphs of the widths: each width's
     graph is freed before the next is made, and the shared graph is traversed once.
@@ -187,11 +216,11 @@ def _step(
         output = layer.run(
             layer.inputs(width.bits, index), {**plain, **layer.assemble(reads)}, autocast=settings.autocast
         )
-        loss = _loss(output, outputs, width) / layer.power
+        loss = _loss(output, outputs, width) * part / layer.power
         if loss.requires_grad and width.weight:
             torch.autograd.backward(loss * width.weight)
         outputs[width.bits] = output.detach()
-        losses[width.bits] = float(loss.detach())
+        losses[width.bits] = loss.detach()
     shared = [(root, leaf.grad) for root, leaf in cuts if leaf.grad is not None]
     if shared:
         torch.autograd.backward([root for root, _ in shared], [gradient for _, gradient in shared])

@@ -16,6 +16,7 @@ from matquant.hf_torch.shards import Shards, open_shards
 from matquant.hf_torch.views import View
 from matquant.options.common import AUTO, GROUP_SIZES
 from matquant.options.request import Request
+from matquant.system import ranks
 from matquant.system.errors import InputError
 
 
@@ -47,7 +48,8 @@ def prepare(model: Path | str, request: Request, *, with_numbers: bool = True) -
     """
     common, chosen = request.common, request.method
     device = choose_device(common.device)
-    shards = open_shards(model) if chosen.streamed or not with_numbers else _in_memory(model, device)
+    by_tensor = chosen.streamed or not with_numbers or ranks.count() > 1
+    shards = open_shards(model) if by_tensor else _in_memory(model, device)
     views = select_linears(shards.model, common.scope, exclude=common.exclude)
     ends = {} if common.baseline_bits is not None else select_ends(shards.model, common.scope, exclude=common.exclude)
     reasons = {}
@@ -110,4 +112,5 @@ def _in_memory(model: Path | str, device: torch.device) -> Shards:
     source = load_float(model)
     dtypes = {name: tensor.dtype for name, tensor in source.state_dict().items()}
     source = source.float().to(device)
-    return Shards(model=source, read=lambda name: source.state_dict()[name], dtypes=dtypes)
+    state = source.state_dict()
+    return Shards(model=source, read=state.__getitem__, read_rows=lambda name, rows: state[name][rows], dtypes=dtypes)

@@ -20,7 +20,6 @@ Cost: one forward and backward per width and mix, plus one forward if the float 
 bit-identical to an uninterrupted one.
 """
 
-import copy
 import dataclasses
 import itertools
 import time
@@ -31,10 +30,11 @@ import torch
 
 from matquant.core.nest import MASTER_BITS
 from matquant.core.tensor import NestedTensor
-from matquant.hf.text import batch, cut_windows
-from matquant.hf_torch import Model
+from matquant.distributed.collect import clip_gradients, exchange, on_first
+from matquant.hf.text import cut_windows
 from matquant.hf_torch.config import check_context
-from matquant.hf_torch.views import View, write_weights
+from matquant.hf_torch.sharded import split_again
+from matquant.hf_torch.views import local, write_weights
 from matquant.methods.parts import fused
 from matquant.methods.parts.fake import Grid, finish_backward, keep_in_range, nest
 from matquant.methods.parts.forward import first_not_finite, layer_outputs, passes, prepare
@@ -42,16 +42,18 @@ from matquant.methods.parts.job import LOG, Job, fingerprint
 from matquant.methods.parts.masters import chain, release_blocked
 from matquant.methods.parts.objective import hidden_loss, width_loss
 from matquant.methods.parts.readings import NotFiniteError, Reading, read, steps_at_once, stop_unless_finite
-from matquant.methods.parts.throughput import peak_flop_s, step_bytes, step_flops, why_recompute
-from matquant.methods.parts.training import STATE, State, learning_rate, make_optimizer, restore, save, start, trim_log
+from matquant.methods.parts.split_state import Training, gather_all, keep_rest, open_training, restore_state, save_state
+from matquant.methods.parts.terms import Term, make_terms, own_tokens
+from matquant.methods.parts.throughput import peak_flop_s, step_bytes, step_flops, step_tokens, why_recompute
+from matquant.methods.parts.training import State, learning_rate, make_optimizer, open_log, start, trim_log
 from matquant.options.objective import FLOAT, Width
 from matquant.options.qat import Schedule, default_lr
+from matquant.system import ranks
 from matquant.system.errors import InputError
 from matquant.system.files import check_space, json_text
 from matquant.system.interrupted import claim
 
 STATE_COPIES = 2  # the saved state, and the next one while it is written
-Term = tuple[str, Width, dict[str, int]]  # a loss of a step: its name, definition and plan
 
 
 def make_schedule(job: Job) -> Schedule:
@@ -81,64 +83,61 @@ def run(job: Job) -> Iterator[tuple[str, NestedTensor]]:
     _check_freeze(schedule, [width.bits for width in job.objective])
     _check_mix(schedule, [width.bits for width in job.objective], list(views))
     windows = cut_windows(job.stream, schedule.seq_len)
+    # Before restoring a state, which changes the model's other parameters if they are trained too.
+    taught = schedule.hidden > 0 or any(FLOAT in width.teachers for width in job.objective)
+    training = open_training(job, schedule, taught=taught)
+    model, views = training.model, training.views
     first = {path: nested for path, nested in job.first.items() if path in views}  # not embedding and head
     state = start(model, views, grid, schedule, trained=[width.bits for width in job.objective], first=first)
     optimizer = make_optimizer(state, schedule)
-    check_space(work, STATE_COPIES * sum(3 * tensor.nbytes for _, tensor in state.named()))
-    claim(work, mark, resume=job.resume)  # only now: a rejected start must not delete an interrupted run
-    # Before restoring a state, which changes the model's other parameters if they are trained too.
-    taught = schedule.hidden > 0 or any(FLOAT in width.teachers for width in job.objective)
-    teacher = copy.deepcopy(model) if taught else None
-    if (work / STATE).is_file():
-        restore(state, optimizer, work, mark)
-    trim_log(work / LOG, state.step)
-    flops = _prepare(job, state, schedule)
-    work.mkdir(parents=True, exist_ok=True)
-    every, peak, pending = steps_at_once(model.device), peak_flop_s(model.device), list[Reading]()
-    with (work / LOG).open("a") as log:
+    state_bytes = sum(exchange(sum(3 * tensor.nbytes for _, tensor in state.named())))
+    on_first(lambda: check_space(work, STATE_COPIES * state_bytes))
+    # Only now: a rejected start must not delete an interrupted run.
+    on_first(lambda: claim(work, mark, resume=job.resume))
+    restore_state(training, state, optimizer, work, mark)
+    on_first(lambda: trim_log(work / LOG, state.step))
+    flops, peak = _prepare(job, training, state, schedule), ranks.count() * peak_flop_s(job.device)
+    every, pending = steps_at_once(job.device), list[Reading]()
+    with open_log(work) as log:
         while state.step < schedule.steps:
-            pending.append(train_step(model, views, grid, state, optimizer, job.objective, windows, schedule, teacher))
+            pending.append(train_step(training, grid, state, optimizer, job.objective, windows, schedule))
             saved = state.step % schedule.save_every == 0 or state.step == schedule.steps
             if not saved and len(pending) < every:
                 continue
             try:
-                for record in read(pending, steps=schedule.steps, tokens=_count(schedule), flops=flops, peak=peak):
+                for record in read(pending, steps=schedule.steps, tokens=step_tokens(schedule), flops=flops, peak=peak):
                     log.write(json_text(record, sort_keys=False) + "\n")
                     job.report(record)
             except NotFiniteError as error:
-                raise _explain(error, model, views, grid, state, job.objective, windows, schedule) from None
+                raise _explain(error, training, grid, state, job.objective, windows, schedule) from None
             pending.clear()
             if saved:
                 log.flush()
-                save(state, optimizer, work, mark)
+                save_state(training, state, optimizer, work, mark)
     model.zero_grad(set_to_none=True)
-    return finish(state, grid)
+    keep_rest(job, training, state)
+    return gather_all(finish(state, grid), training, grid, job.views)
 
 
-def _prepare(job: Job, state: State, schedule: Schedule) -> float:
+def _prepare(job: Job, training: Training, state: State, schedule: Schedule) -> float:
     """Prepare the model, and recompute activations where they do not fit; return the FLOPs of a step, 0.0 on a CPU."""
-    model, terms = job.model, len(job.objective) + (schedule.mix > 0)
+    model, terms = training.model, len(job.objective) + (schedule.mix > 0)
     teachers = {bits for width in job.objective for bits in width.teachers}
     trained = sum(tensor.numel() for _, tensor in state.named())
-    needed_bytes = step_bytes(model, schedule, trained=trained, teachers=len(teachers))
-    reason = "" if schedule.checkpoint_activations else why_recompute(needed_bytes, model.device)
+    own = dataclasses.replace(schedule, batch_size=-(-schedule.batch_size // ranks.count()))
+    needed_bytes = step_bytes(model, own, trained=trained, teachers=len(teachers))
+    reason = "" if schedule.checkpoint_activations else max(exchange(why_recompute(needed_bytes, job.device)))
     if reason:  # not in the fingerprint: it changes no result, and free memory is that of the moment
         job.report({"notice": reason})
         schedule = dataclasses.replace(schedule, checkpoint_activations=True)
-    prepare(model, job.views, schedule)
-    taught = schedule.hidden > 0 or FLOAT in teachers
-    return step_flops(model, schedule, terms=terms, taught=taught) if model.device.type == "cuda" else 0.0
-
-
-def _count(schedule: Schedule) -> int:
-    """Return the tokens of text in a step."""
-    return schedule.accumulate * schedule.batch_size * schedule.seq_len
+    prepare(model, training.views, schedule)
+    taught = training.teacher is not None
+    return step_flops(model, schedule, terms=terms, taught=taught) if job.device.type == "cuda" else 0.0
 
 
 def _explain(
     error: NotFiniteError,
-    model: Model,
-    views: Mapping[str, View],
+    training: Training,
     grid: Grid,
     state: State,
     objective: tuple[Width, ...],
@@ -149,13 +148,13 @@ def _explain(
     remedy = "use a smaller --lr and --overwrite"
     if not error.term:
         return InputError(f"the gradient is not finite at step {error.step}; {remedy}")
-    index = (error.step - 1) * schedule.accumulate + error.part
-    terms = _terms(tuple(views), objective, schedule, index=index)
+    model, index = training.model, (error.step - 1) * schedule.accumulate + error.part
+    terms = make_terms(tuple(training.counts), objective, schedule, index=index)
     plan = next(plan for name, _, plan in terms if name == error.term)
     nested = _nest(state, grid, objective)
-    write_weights(model, views, ((path, fused.read(tensor, plan[path])) for path, tensor in nested.items()))
+    _write(training, nested, plan)
     with passes(model, schedule):
-        layer = first_not_finite(model, _tokens(windows, schedule, index=index, device=model.device)[:, :-1])
+        layer = first_not_finite(model, own_tokens(windows, schedule, index=index, device=model.device)[:, :-1])
     return InputError(f"the loss at {error.term} bits is not finite at step {error.step}, first in {layer}; {remedy}")
 
 
@@ -180,18 +179,16 @@ def _check_mix(schedule: Schedule, trained: Sequence[int], paths: Sequence[str])
 
 
 def train_step(
-    model: Model,
-    views: Mapping[str, View],
+    training: Training,
     grid: Grid,
     state: State,
     optimizer: torch.optim.Optimizer,
     objective: tuple[Width, ...],
     windows: np.ndarray,
     schedule: Schedule,
-    teacher: Model | None,
 ) -> Reading:
     """Run one optimiser step over all widths; return its numbers, unread, and advance ``state.step``."""
-    began_s = time.perf_counter()
+    began_s, model = time.perf_counter(), training.model
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(state.step, schedule) * group["factor"]
     optimizer.zero_grad()
@@ -202,14 +199,14 @@ def train_step(
     losses: dict[str, list[torch.Tensor]] = {}
     for part in range(schedule.accumulate):
         index = state.step * schedule.accumulate + part
-        tokens = _tokens(windows, schedule, index=index, device=model.device)
-        terms = _terms(tuple(nested), objective, schedule, index=index)
-        found = _backward_batch(model, views, state, nested, terms, tokens, schedule, teacher, teachers)
+        tokens = own_tokens(windows, schedule, index=index, device=model.device)
+        terms = make_terms(tuple(training.counts), objective, schedule, index=index)
+        found = _backward_batch(training, state, nested, terms, tokens, schedule, teachers)
         for name, loss in found.items():
             losses.setdefault(name, []).append(loss)
-    _finish_gradients(model, views, state, nested, schedule.pull)
+    _finish_gradients(training, state, nested, schedule.pull)
     _drop_frozen(state, schedule.freeze)
-    norm = torch.nn.utils.clip_grad_norm_([t for _, t in state.named() if t.grad is not None], schedule.clip_norm)
+    norm = clip_gradients([t for _, t in state.named() if t.grad is not None], schedule.clip_norm)
     stop_unless_finite(optimizer, [norm, *itertools.chain.from_iterable(losses.values())])
     optimizer.step()
     for path, tensor in nested.items():
@@ -219,36 +216,10 @@ def train_step(
     return Reading(step=state.step, began_s=began_s, lr=lr, losses=losses, gradient_norm=norm)
 
 
-def draw_mix(paths: Sequence[str], widths: Sequence[int], *, index: int, seed: int) -> dict[str, int]:
-    """Return the plan of a mixed loss: two neighbouring ``widths`` (descending), the wider one from a random layer on.
-
-    The plan depends only on the seed and the index of the batch. paths: at least two, in the order of the model.
-    """
-    draw = np.random.default_rng([seed, index, 1])  # independent of the batches' random stream
-    wider = int(draw.integers(len(widths) - 1))
-    narrow = set(paths[: int(draw.integers(1, len(paths)))])
-    return {path: widths[wider + (path in narrow)] for path in paths}
-
-
 def finish(state: State, grid: Grid) -> Iterator[tuple[str, NestedTensor]]:
     """Yield the nested tensors of the trained masters, one at a time."""
     for path, weight in state.masters.items():
         yield path, nest(weight.detach(), grid, learned=state.learned[path], coarse=state.coarse[path], name=path)
-
-
-def _tokens(windows: np.ndarray, schedule: Schedule, *, index: int, device: torch.device) -> torch.Tensor:
-    """Return batch ``index``, int64 [B, T + 1], on ``device``, without waiting for it."""
-    rows = torch.from_numpy(batch(windows, index, size=schedule.batch_size, seed=schedule.seed))
-    return (rows.pin_memory() if device.type == "cuda" else rows).to(device, non_blocking=True)
-
-
-def _terms(paths: Sequence[str], objective: Sequence[Width], schedule: Schedule, *, index: int) -> list[Term]:
-    """Return the losses of a batch: their names, definitions and plans {path: bits}."""
-    terms = [(str(width.bits), width, dict.fromkeys(paths, width.bits)) for width in objective]
-    if schedule.mix:
-        plan = draw_mix(paths, [width.bits for width in objective], index=index, seed=schedule.seed)
-        terms.append(("mixed", dataclasses.replace(objective[-1], weight=schedule.mix), plan))
-    return terms
 
 
 def _nest(state: State, grid: Grid, objective: tuple[Width, ...]) -> dict[str, NestedTensor]:
@@ -263,21 +234,20 @@ def _nest(state: State, grid: Grid, objective: tuple[Width, ...]) -> dict[str, N
 
 
 def _backward_batch(
-    model: Model,
-    views: Mapping[str, View],
+    training: Training,
     state: State,
     nested: Mapping[str, NestedTensor],
     terms: Sequence[Term],
     tokens: torch.Tensor,
     schedule: Schedule,
-    teacher: Model | None,
     teachers: Collection[int],
 ) -> dict[str, torch.Tensor]:
     """Add the gradients of one batch for every term, in order; return the losses by the terms' names, on the device.
 
-    tokens: int64 [B, T + 1]. teachers: widths whose logits are kept, without a graph, as targets of later terms.
+    tokens: int64 [B, T + 1], this process's sequences of the batch. teachers: widths whose logits are kept, without a
+    graph, as targets of later terms.
     """
-    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    model, teacher, inputs, targets = training.model, training.teacher, tokens[:, :-1], tokens[:, 1:]
     logits: dict[int, torch.Tensor] = {}
     aims: list[torch.Tensor] = []
     losses: dict[str, torch.Tensor] = {}
@@ -287,10 +257,11 @@ def _backward_batch(
             with torch.no_grad(), layer_outputs(teacher, kept=schedule.hidden > 0) as aims:
                 logits[FLOAT] = teacher(input_ids=inputs, use_cache=False).logits
         for name, width, plan in terms:
-            write_weights(model, views, ((path, fused.read(tensor, plan[path])) for path, tensor in nested.items()))
+            _write(training, nested, plan)
             with layer_outputs(model, kept=schedule.hidden > 0) as hidden:
                 output = model(input_ids=inputs, use_cache=False).logits
             loss = width_loss(output, targets, [logits[bits] for bits in width.teachers], truth=width.truth)
+            loss = loss * (len(tokens) / schedule.batch_size)  # this process's part of the batch
             if schedule.hidden:
                 loss = loss + schedule.hidden * hidden_loss(hidden, aims)
             torch.autograd.backward(loss * width.weight / schedule.accumulate)
@@ -298,26 +269,29 @@ def _backward_batch(
             if width.bits in teachers:
                 logits[width.bits] = output.detach()
             if chained:
-                _chain_gradients(model, views, state, nested, plan)
+                _chain_gradients(training, state, nested, plan)
     return losses
 
 
+def _write(training: Training, nested: Mapping[str, NestedTensor], plan: Mapping[str, int]) -> None:
+    """Write the weights at one plan into the model's parameters."""
+    split_again(training.model)
+    weights = ((path, fused.read(tensor, plan[path])) for path, tensor in nested.items())
+    write_weights(training.model, training.views, weights)
+
+
 def _chain_gradients(
-    model: Model,
-    views: Mapping[str, View],
-    state: State,
-    nested: Mapping[str, NestedTensor],
-    plan: Mapping[str, int],
+    training: Training, state: State, nested: Mapping[str, NestedTensor], plan: Mapping[str, int]
 ) -> None:
     """Chain the gradients at one plan into masters, clips, scales and zero-points, weight by weight."""
-    parameters = dict(model.named_parameters())
+    views, parameters = training.views, dict(training.model.named_parameters())
     with torch.no_grad():
         for path, view in views.items():
             parameter, bits = parameters[view.parameter], plan[path]
             weight = state.coarse[path].get(bits, state.masters[path])
             chain(
-                view.of(parameter.grad).float(),
-                view.of(parameter),
+                view.of(local(parameter.grad)).float(),
+                view.of(local(parameter)),
                 nested[path],
                 bits,
                 master=weight,
@@ -327,22 +301,23 @@ def _chain_gradients(
         parameters[name].grad = None
 
 
-def _finish_gradients(
-    model: Model, views: Mapping[str, View], state: State, nested: Mapping[str, NestedTensor], pull: float
-) -> None:
+def _finish_gradients(training: Training, state: State, nested: Mapping[str, NestedTensor], pull: float) -> None:
     """Finish the masters' gradients: chained width by width, or, straight through, autograd's sum over all widths."""
-    parameters = dict(model.named_parameters())
+    parameters = dict(training.model.named_parameters())
     with torch.no_grad():
-        for path, view in views.items():
+        for path, view in training.views.items():
             weight = state.masters[path]
             if weight.grad is None:
-                weight.grad = view.of(parameters[view.parameter].grad).contiguous().float()
+                weight.grad = view.of(local(parameters[view.parameter].grad)).contiguous().float()
                 continue
             if state.coarse[path]:
                 release_blocked({MASTER_BITS: weight, **state.coarse[path]}, nested[path], pull=pull)
             for master in (weight, *state.coarse[path].values()):
                 assert master.grad is not None
                 master.grad = finish_backward(master.grad, master, nested[path], state.learned[path])
+        for name, tensor in state.rest.items():
+            gradient = parameters[name].grad
+            tensor.grad = None if gradient is None else local(gradient)
 
 
 def _drop_frozen(state: State, freeze: int) -> None:

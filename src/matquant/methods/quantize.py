@@ -4,6 +4,7 @@
 this module imports torch and transformers.
 """
 
+import contextlib
 import dataclasses
 import functools
 import importlib
@@ -20,6 +21,9 @@ from matquant.core.grid import check_finite
 from matquant.core.nest import MASTER_BITS, UNIFORM
 from matquant.core.spec import Spec
 from matquant.core.tensor import NestedTensor
+from matquant.distributed.collect import check_same, on_first, together, wait
+from matquant.distributed.group import joined
+from matquant.distributed.nested import cut_rows
 from matquant.format.read import manifest_sha256, open_checkpoint
 from matquant.format.shards import SHARD_BYTES
 from matquant.format.write import check_writable, write_checkpoint
@@ -29,6 +33,7 @@ from matquant.hf_torch import Model
 from matquant.hf_torch.arrays import nested_to_numpy, nested_to_torch
 from matquant.hf_torch.device import bf16_is_fast
 from matquant.hf_torch.layers import unquantised_linears
+from matquant.hf_torch.sharded import split_rows
 from matquant.hf_torch.shards import Shards
 from matquant.hf_torch.tokenizer import read_texts
 from matquant.hf_torch.views import View, plain_items
@@ -36,11 +41,12 @@ from matquant.methods import distill
 from matquant.methods.parts.blocks import read_tensor
 from matquant.methods.parts.ends import nest_ends
 from matquant.methods.parts.fake import Grid
-from matquant.methods.parts.job import LOG, Job, Report, source_files
+from matquant.methods.parts.job import LOG, Job, Report, fingerprint, source_files
 from matquant.methods.parts.symmetry import choose_symmetry
 from matquant.methods.prepare import Prepared, prepare
 from matquant.methods.preview import describe, preview
 from matquant.options.request import Request, check_request
+from matquant.system import ranks
 from matquant.system.arguments import check_types
 from matquant.system.errors import InputError
 from matquant.system.files import check_space
@@ -75,8 +81,9 @@ def quantize(
     Raises InputError before any work if possible, and never leaves a half-written checkpoint.
     """
     check_types(model=model, out=out)
-    with hold(out):
-        return run(model, check_request(model, out, recipe=recipe, method=method, **options), report=report)
+    with joined(options.get("device")), hold(out):
+        request = together(lambda: check_request(model, out, recipe=recipe, method=method, **options))
+        return run(model, request, report=report)
 
 
 def run(
@@ -90,17 +97,32 @@ def run(
 
     announce: called with the settings of the run, in lines for people, once its input is checked.
     """
-    with hold(request.target, again=True):
-        common = request.common
-        check_writable(request.target, overwrite=common.overwrite)
-        check_work(request.target, method=request.choice.method, resume=common.resume, overwrite=common.overwrite)
+    common = request.common
+    with joined(common.device), hold(request.target, again=True):
+        on_first(lambda: _check_output(request))
         if common.threads is not None:
             torch.set_num_threads(common.threads)
         notice = quantised_notice(model)
         if notice:
             report({"notice": notice})
-        with as_directory(model, beside=request.target, report=functools.partial(_converted, report)) as directory:
+        with _float_directory(model, request.target, report) as directory:
             return _run(directory, request, report, announce)
+
+
+@contextlib.contextmanager
+def _float_directory(model: Path | str, target: Path, report: Report) -> Iterator[Path | str]:
+    """Yield the model's directory or hub id; a GGUF file is converted by the first process, for all of them."""
+    with contextlib.ExitStack() as made:
+        conversion = as_directory(model, beside=target, report=functools.partial(_converted, report))
+        yield on_first(lambda: made.enter_context(conversion))
+        wait()
+
+
+def _check_output(request: Request) -> None:
+    """Raise InputError unless the run may write its output, and start or continue its work."""
+    common = request.common
+    check_writable(request.target, overwrite=common.overwrite)
+    check_work(request.target, method=request.choice.method, resume=common.resume, overwrite=common.overwrite)
 
 
 def _run(model: Path | str, request: Request, report: Report, announce: Callable[[list[str]], None] | None) -> Path:
@@ -109,12 +131,15 @@ def _run(model: Path | str, request: Request, report: Report, announce: Callable
         if announce is not None:
             announce(preview(model, request))
         return distill.run(quantize, model, request, report=report)
+    if request.method.settings is None:
+        ranks.check_single(f"method {request.choice.method!r}")
     prepared = prepare(model, request)
     job, files = _make_job(prepared, report)
+    check_same(fingerprint(job, {}), "the model, the text or the settings")
     if announce is not None:
         announce(describe(prepared))
     _write(prepared, job, _method(request)(job), files)
-    shutil.rmtree(request.work, ignore_errors=True)
+    on_first(lambda: shutil.rmtree(request.work, ignore_errors=True))
     return request.target
 
 
@@ -136,9 +161,9 @@ def _make_job(prepared: Prepared, report: Report) -> tuple[Job, dict[str, bytes]
     """Return the method's job, and the small files of the checkpoint."""
     request, shards, views = prepared.request, prepared.shards, prepared.views
     common, chosen, settings = request.common, request.method, prepared.settings
-    if not chosen.streamed:
+    if not chosen.streamed and ranks.count() == 1:
         _check_finite(shards.model, views)
-    check_space(request.target, _stored_bytes(shards))
+    on_first(lambda: check_space(request.target, _stored_bytes(shards)))
     vocab_size = shards.model.config.get_text_config().vocab_size
     texts = read_texts(prepared.source, needed=bool(request.documents), vocab_size=vocab_size)
     if getattr(settings, "autocast", False) and prepared.device.type == "cpu" and not bf16_is_fast():
@@ -152,11 +177,12 @@ def _make_job(prepared: Prepared, report: Report) -> tuple[Job, dict[str, bytes]
         prepared = _fit_samples(prepared, len(stream), report)
     grid = _make_grid(prepared, report)
     kept = {} if getattr(settings, "train_rest", False) else prepared.ends
-    before, first = _first(request, grid, views, prepared.device, kept=kept)
+    before, first = _first(prepared, grid, kept=kept)
     job = Job(
         source=prepared.source,
         model=shards.model,
         read=shards.read,
+        read_rows=shards.read_rows,
         dtypes=shards.dtypes,
         device=prepared.device,
         views=views,
@@ -238,19 +264,12 @@ def _make_spec(prepared: Prepared, grid: Grid, before: list[str], stream: np.nda
     )
 
 
-def _first(
-    request: Request,
-    grid: Grid,
-    views: Mapping[str, View],
-    device: torch.device,
-    *,
-    kept: Mapping[str, View],
-) -> tuple[list[str], dict[str, NestedTensor]]:
-    """Return ``--start``'s method and nested tensors on ``device``; InputError unless qat can continue from it.
+def _first(prepared: Prepared, grid: Grid, *, kept: Mapping[str, View]) -> tuple[list[str], dict[str, NestedTensor]]:
+    """Return ``--start``'s method and nested tensors on the device; InputError unless qat can continue from it.
 
-    kept: embedding and head, taken as they are if the checkpoint has them.
+    Of several processes each gets its rows. kept: embedding and head, taken as they are if the checkpoint has them.
     """
-    start = request.common.start
+    start, views = prepared.request.common.start, prepared.views
     if start is None:
         return [], {}
     checkpoint = open_checkpoint(start)
@@ -273,7 +292,14 @@ def _first(
         other = sorted(set(there.items()) ^ set(shapes.items()))[0][0]
         raise InputError(f"--start {start} and this run quantise different weights: {other}; use the same --scope")
     same = [path for path in checkpoint.ends if path in kept and checkpoint.shapes[path] == kept[path].shape]
-    first = {path: nested_to_torch(checkpoint.nested(path), device=device) for path in (*shapes, *same)}
+    counts = split_rows(views, prepared.shards.model)
+    device, first = prepared.device, {}
+    for path in shapes:
+        before = sum(counts[path][: ranks.rank()])
+        own = slice(before, before + counts[path][ranks.rank()])
+        first[path] = nested_to_torch(cut_rows(checkpoint.nested(path), own), device=device)
+    for path in same if ranks.leads() else ():
+        first[path] = nested_to_torch(checkpoint.nested(path), device=device)
     return [checkpoint.spec.method], first
 
 
@@ -300,18 +326,22 @@ def _with_notice(report: Report, notice: str) -> Report:
 
 
 def _write(prepared: Prepared, job: Job, nested: Nested, files: dict[str, bytes]) -> None:
-    """Write the checkpoint from tensors as they are made, with the training log."""
+    """Write the checkpoint from tensors as they are made, with the training log; of several processes the first."""
+    request, streamed = prepared.request, prepared.request.method.streamed
+    read = functools.partial(_read, prepared, job) if streamed or ranks.count() > 1 else None
 
     def items() -> Iterator[Any]:
         done = set()
         for path, tensor in nested:
             done.add(path)
             yield path, nested_to_numpy(tensor)
-        read = functools.partial(read_tensor, job) if streamed else None
         yield from ((path, nested_to_numpy(tensor)) for path, tensor in nest_ends(job, read, done=done))
         yield from plain_items(job.model, quantised, job.dtypes, read=read)
 
-    request, streamed = prepared.request, prepared.request.method.streamed
+    if not ranks.leads():
+        for _ in () if streamed else nested:  # to take part in gathering them
+            pass
+        return
     quantised = {**job.views, **job.ends}
     folders = [Path(folder) for folder in (request.common.start, request.work) if folder is not None]
     history = b"".join((folder / LOG).read_bytes() for folder in folders if (folder / LOG).is_file())
@@ -329,6 +359,14 @@ def _write(prepared: Prepared, job: Job, nested: Nested, files: dict[str, bytes]
         overwrite=request.common.overwrite,
         shard_bytes=STREAMED_SHARD_BYTES if streamed else SHARD_BYTES,
     )
+
+
+def _read(prepared: Prepared, job: Job, name: str) -> torch.Tensor:
+    """Return a tensor that is not quantised: trained, changed by a solved block, or as the source has it."""
+    if prepared.request.method.streamed:
+        return read_tensor(job, name)
+    trained = dict(job.model.named_parameters()).get(name)
+    return job.read(name) if trained is None or trained.is_meta else trained.detach()
 
 
 def _check_finite(model: Model, views: Mapping[str, View]) -> None:

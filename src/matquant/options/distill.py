@@ -19,12 +19,13 @@ OWN = (
     "freeze",
     "gptq_weights",
     "lr",
+    "deterministic",
     "samples",
     "steps",
     "sweeps",
     "tune",
 )  # apply to the whole method; the others go to every stage
-TUNING = ("autocast", "batch_size", "seed", "seq_len")  # options shared with gptq
+TUNING = ("autocast", "batch_size", "deterministic", "seed", "seq_len")  # options shared with gptq
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +50,7 @@ class Settings:
         parse=lambda text: read_numbers(text, float, "--gptq-weights"),
         shown="gptq's",
     )
+    deterministic: bool = shared.deterministic()
     accumulate: int = shared.accumulate()
     autocast: bool = shared.autocast()
     checkpoint_activations: bool = shared.checkpoint_activations()

@@ -23,6 +23,7 @@ class Settings:
     pull: float = shared.pull(0.35)
     autocast: bool = shared.autocast()
     seed: int = shared.seed()
+    deterministic: bool = shared.deterministic()
 
 
 def check_options(options: Mapping[str, Any]) -> None:

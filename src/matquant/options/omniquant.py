@@ -44,3 +44,4 @@ class Settings:
     weight_decay: float = shared.weight_decay()
     autocast: bool = shared.autocast()
     seed: int = shared.seed()
+    deterministic: bool = shared.deterministic()

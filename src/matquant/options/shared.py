@@ -29,6 +29,15 @@ def seed() -> Any:
     return option(0, "Random seed: which sequences are used, and in which order.", panel=CALIBRATION, least=0)
 
 
+def deterministic() -> Any:
+    return option(
+        False,
+        "Add in a fixed order, so that any number of processes gives the same codes; slower.",
+        panel=CALIBRATION,
+        flags="--deterministic",
+    )
+
+
 def steps(default: int, **more: Any) -> Any:
     return option(
         default, "Training steps; for omniquant, steps per decoder layer.", panel=TRAINING, positive=True, **more

@@ -26,6 +26,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
+from matquant.system import ranks
 from matquant.system.arguments import check_types
 from matquant.system.errors import InputError
 
@@ -50,10 +51,11 @@ def hold(out: Path | str, *, again: bool = False) -> Iterator[Path]:
     """Keep every other run from writing ``out``; yields the path to write, with links resolved.
 
     Missing parent directories are made, and removed again if they are empty at the end. again: the caller may hold
-    ``out`` already, as part of a run. Raises InputError at once if another run holds it, or it cannot be written.
+    ``out`` already, as part of a run. Of a run's processes only the first one locks. Raises InputError at once if
+    another run holds it, or it cannot be written.
     """
     target = check_place(out)
-    if again and target in _held.get():
+    if not ranks.leads() or (again and target in _held.get()):
         yield target
         return
     made = _make_parents(target)

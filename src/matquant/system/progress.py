@@ -25,6 +25,8 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from matquant.system import ranks
+
 EVERY_S = 60.0  # between two lines of one stage
 QUIET_S = 2.0  # shorter stages get no line
 SETTLED_S = 1.0  # progress in this time, such as a resumed run's finished work, does not count as speed
@@ -134,7 +136,10 @@ def _bar(console: Console, *columns: Any, transient: bool = False) -> Progress:
 
 @contextlib.contextmanager
 def counted(verb: str) -> Iterator[Count]:
-    """Yield report(stage, done, total) for sequences, layers or plans."""
+    """Yield report(stage, done, total) for sequences, layers or plans; of several processes only the first prints."""
+    if not ranks.leads():
+        yield lambda stage, done, total: None
+        return
     console = Console(stderr=True)
     if not console.is_terminal:
         with Log(verb) as log:
@@ -207,7 +212,13 @@ class Settings:
 
 @contextlib.contextmanager
 def quantising() -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """Yield report(record): the settings of a run, its loss per width, speed and time left, notices once."""
+    """Yield report(record): the settings of a run, its loss per width, speed and time left, notices once.
+
+    Of several processes only the first one prints.
+    """
+    if not ranks.leads():
+        yield lambda record: None
+        return
     console = Console(stderr=True)
     told: list[str] = []
 

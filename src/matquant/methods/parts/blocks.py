@@ -13,6 +13,7 @@ is bit-identical to that of an uninterrupted run.
 
 import contextlib
 import ctypes
+import functools
 import json
 import math
 import time
@@ -28,13 +29,17 @@ from safetensors import safe_open
 from matquant.core.grid import check_finite
 from matquant.core.nest import UNIFORM
 from matquant.core.tensor import NestedTensor
+from matquant.distributed.collect import gather_rows, on_first, own_rows, row_counts, sent_bytes, together
+from matquant.distributed.sums import Sums
 from matquant.hf.text import cut_windows
 from matquant.hf_torch.layers import decoder_layers
 from matquant.hf_torch.layerwise import Call, embed, head_inputs
 from matquant.hf_torch.views import View, write_weights
 from matquant.methods.parts.job import LOG, Job, fingerprint
 from matquant.methods.parts.sealed import open_sealed, save_sealed
+from matquant.methods.parts.share import Share, deal, pieces_of
 from matquant.options.objective import FLOAT
+from matquant.system import ranks
 from matquant.system.errors import InputError
 from matquant.system.files import json_text, write_atomically
 from matquant.system.interrupted import check_same_run, claim
@@ -55,7 +60,8 @@ class Block:
     name: str  # module name of the layer
     module: torch.nn.Module  # the layer with its float32 weights, not to be changed
     views: Mapping[str, View]  # path -> linear layer to quantise
-    inputs: Mapping[int, Sequence[torch.Tensor]]  # stream -> batches [B, T, H]
+    inputs: Mapping[int, Sequence[torch.Tensor]]  # stream -> this process's pieces [B, T, H]
+    share: Share  # which sequences these are
     call: Call  # runs the module on hidden states [B, T, H]
     config: Any  # transformers' configuration of the model
 
@@ -81,25 +87,30 @@ def run_blocks(
     tokens: torch.Tensor,
     batch_size: int,
     settings: Mapping[str, Any],
+    steps: bool,
     ends: SolveEnds | None = None,
 ) -> Iterator[tuple[str, NestedTensor]]:
     """Solve every block in order, then return the nested tensors, one at a time, from ``work/blocks``.
 
     tokens: calibration text, int64 [samples, T]. settings: values that a resumed run must share, besides the job's.
-    ends: solves the head after the last block, with its inputs on the widest stream; None: the head is not solved.
+    steps: the method trains, so that processes share each batch. ends: solves the head after the last block, with its
+    inputs on the widest stream; None: the head is not solved. Of several processes all solve, and the first one writes.
     """
+    ordered = bool(settings["deterministic"])
+    settings = {name: value for name, value in settings.items() if name != "deterministic" or value}
+    share = deal(len(tokens), batch_size, steps=steps, ordered=ordered)
     mark, layers, folder = fingerprint(job, settings), decoder_layers(job.model), job.work / BLOCKS
-    flowing, calls = _start(job, mark, tokens, batch_size, streams)
+    flowing, calls = _start(job, mark, list(pieces_of(tokens, share)), streams)
     records: list[Mapping[str, Any]] = []
     files = [folder / f"{index:05d}.safetensors" for index in range(len(layers))]
     last = folder / f"{ENDS}.safetensors"
     count = len(layers) + (ends is not None)
-    after_last = (max(streams),) if ends is not None and not last.is_file() else ()
+    after_last = (max(streams),) if ends is not None and not on_first(last.is_file) else ()
     for index, ((name, module), file) in enumerate(zip(layers, files, strict=True)):
         views = {path: view for path, view in job.views.items() if view.parameter.startswith(f"{name}.")}
-        began = time.perf_counter()
+        began, sent = time.perf_counter(), sent_bytes()
         _materialise(job, name, module)
-        if not file.is_file():
+        if not on_first(file.is_file):
             block = Block(
                 index=index,
                 count=count,
@@ -107,45 +118,56 @@ def run_blocks(
                 module=module,
                 views=views,
                 inputs=flowing,
+                share=share,
                 call=calls[index],
                 config=job.model.config,
             )
-            _save_solved(job, solve(job, block), file, mark, name=name, at=(index + 1, count), began=began)
+            at = (index + 1, count)
+            _save_solved(job, solve(job, block), file, mark, name=name, at=at, began=began, sent=sent)
         solved = _load(file, mark, device=job.device)
         records.append(solved.record)
         job.report(dict(solved.record))
         for stream in streams if index + 1 < len(layers) else after_last:
             _advance(job, solved, module, calls[index], views, flowing[stream], stream)
-            _check_states(flowing[stream], name, stream)
+            together(functools.partial(_check_states, flowing[stream], name, stream))
         _release(module)
         del solved
         _give_memory_back()
     if ends is not None:
         files.append(last)
-        if not last.is_file():
-            began = time.perf_counter()
-            hessian = _head_hessian(job, torch.split(tokens, batch_size), flowing.pop(max(streams)))
-            _save_solved(job, ends(job, hessian), last, mark, name="the head", at=(count, count), began=began)
+        if not on_first(last.is_file):
+            began, sent = time.perf_counter(), sent_bytes()
+            hessian = _head_hessian(job, list(pieces_of(tokens, share)), flowing.pop(max(streams)), share)
+            at = (count, count)
+            _save_solved(job, ends(job, hessian), last, mark, name="the head", at=at, began=began, sent=sent)
         records.append(_load(last, mark, device=CPU).record)
         job.report(dict(records[-1]))
-    write_atomically(job.work / LOG, "".join(json_text(record, sort_keys=False) + "\n" for record in records).encode())
+    log = "".join(json_text(record, sort_keys=False) + "\n" for record in records).encode()
+    on_first(lambda: write_atomically(job.work / LOG, log))
     return (item for file in files for item in _load(file, mark, device=CPU).nested.items())
 
 
 def _start(
-    job: Job, mark: Mapping[str, Any], tokens: torch.Tensor, batch_size: int, streams: Sequence[int]
+    job: Job, mark: Mapping[str, Any], pieces: Sequence[torch.Tensor], streams: Sequence[int]
 ) -> tuple[dict[int, list[torch.Tensor]], list[Call]]:
     """Check the work of a resumed run, or claim the folder; return each stream's first input, and the layers' calls."""
     folder = job.work / BLOCKS
-    if job.resume:
+
+    def resume() -> None:
         claim(job.work, mark, resume=True)
         for file in folder.glob("*.safetensors"):
             _load(file, mark, device=CPU)  # reject another run's blocks, or damaged ones, before any work
-    hidden, calls = _embed(job, tokens, batch_size)
-    _check_states(hidden, "the embedding", FLOAT)
-    if not job.resume:
-        claim(job.work, mark, resume=False)
-    folder.mkdir(parents=True, exist_ok=True)
+
+    def begin() -> None:
+        if not job.resume:
+            claim(job.work, mark, resume=False)
+        folder.mkdir(parents=True, exist_ok=True)
+
+    if job.resume:
+        on_first(resume)
+    hidden, calls = _embed(job, pieces)
+    together(lambda: _check_states(hidden, "the embedding", FLOAT))
+    on_first(begin)
     return {stream: list(hidden) for stream in streams}, calls
 
 
@@ -176,26 +198,45 @@ def calibration(job: Job, *, samples: int, seq_len: int, seed: int) -> torch.Ten
 
 
 def _save_solved(
-    job: Job, solved: Solved, file: Path, mark: Mapping[str, Any], *, name: str, at: tuple[int, int], began: float
+    job: Job,
+    solved: Solved,
+    file: Path,
+    mark: Mapping[str, Any],
+    *,
+    name: str,
+    at: tuple[int, int],
+    began: float,
+    sent: float,
 ) -> None:
-    """Write a solved block to ``file``. at: its number and how many there are; began: when its work began."""
+    """Write a solved block to ``file``, in the first process.
+
+    at: its number and how many there are; began, sent: the time, and the bytes sent to other processes, before it.
+    """
     check_losses({int(bits): loss for bits, loss in solved.record.get("loss", {}).items()}, name)
     record = {**solved.record, "step": at[0], "steps": at[1], "block": name}
-    _save(file, solved, record | {"seconds": round(time.perf_counter() - began, 2)}, mark, job)
+    record["seconds"] = round(time.perf_counter() - began, 2)
+    if ranks.count() > 1:
+        record["sent_mb"] = round((sent_bytes() - sent) / 1e6, 3)  # by each process
+    on_first(lambda: _save(file, solved, record, mark, job))
 
 
-def _embed(job: Job, tokens: torch.Tensor, batch_size: int) -> tuple[list[torch.Tensor], list[Call]]:
+def _embed(job: Job, pieces: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], list[Call]]:
     with _outside_layers(job):
-        return embed(job.model, (part.to(job.device) for part in torch.split(tokens, batch_size)))
+        return embed(job.model, (piece.to(job.device) for piece in pieces))
 
 
-def _head_hessian(job: Job, batches: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return X^T X [H, H], float32, of the head's inputs. outputs: the last layer's, [B, T, H], for ``batches``."""
-    total = torch.zeros(())
+def _head_hessian(
+    job: Job, pieces: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor], share: Share
+) -> torch.Tensor:
+    """Return X^T X [H, H], float32, of the head's inputs. outputs: the last layer's, [B, T, H], for token ids
+    ``pieces``."""
+    sums = Sums(share.ranges)
     with _outside_layers(job):
-        for tokens, states in zip(batches, outputs, strict=True):
+        for tokens, states in zip(pieces, outputs, strict=True):
             rows = head_inputs(job.model, tokens.to(job.device), states).flatten(0, 1)
-            total = rows.T @ rows + total.to(rows.device)
+            sums.add([rows.T @ rows])
+    size = outputs[0].shape[-1]
+    (total,) = sums.total([torch.empty((size, size), device=job.device)])
     if not bool(torch.isfinite(total).all()):
         raise InputError(
             "the inputs of the head are not finite; check the float model with matquant eval --reference, "
@@ -262,8 +303,13 @@ def _check_states(hidden: Iterable[torch.Tensor], name: str, stream: int) -> Non
 
 
 def _materialise(job: Job, name: str, module: torch.nn.Module) -> None:
-    for local, _ in list(module.named_parameters()):
-        _set_parameter(module, local, _read(job, f"{name}.{local}").float().to(job.device))
+    """Read a layer's weights in float32; each of several processes reads some rows, and gets the others."""
+    names = [local for local, _ in module.named_parameters()]
+    rows = {local: module.get_parameter(local).shape[0] for local in names}
+    found = together(lambda: [_read(job, f"{name}.{local}", rows=own_rows(rows[local])) for local in names])
+    for local, own in zip(names, found, strict=True):
+        whole = gather_rows(own.to(job.device), row_counts(rows[local]))
+        _set_parameter(module, local, whole.float())
 
 
 def _release(module: torch.nn.Module) -> None:
@@ -286,8 +332,8 @@ def _set(module: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
     setattr(module.get_submodule(owner), leaf, tensor)
 
 
-def _read(job: Job, name: str) -> torch.Tensor:
-    tensor = job.read(name)
+def _read(job: Job, name: str, *, rows: slice | None = None) -> torch.Tensor:
+    tensor = job.read(name) if rows is None or ranks.count() == 1 else job.read_rows(name, rows)
     check_finite(tensor, name=name.removesuffix(".weight"))
     return tensor
 

@@ -12,12 +12,12 @@ at int6 or wider, so its wide widths weigh more than those of the layers: HEAD_R
 int2 (3,000 rows of SmolLM2, companded grid, groups of 64).
 """
 
-import dataclasses
 from collections.abc import Callable, Collection, Iterator, Mapping
 
 import torch
 
 from matquant.core.tensor import NestedTensor
+from matquant.distributed.nested import join_rows
 from matquant.hf_torch import Model
 from matquant.hf_torch.ties import head_name, tied_weights
 from matquant.hf_torch.views import View
@@ -64,20 +64,4 @@ def with_plain_error(hessian_KK: torch.Tensor) -> torch.Tensor:
 
 def nest_in_parts(weight_NK: torch.Tensor, grid: Grid, *, name: str) -> NestedTensor:
     """Return ``nest`` of a weight without making float32 copies of more than ROWS rows."""
-    return in_parts(weight_NK, lambda rows_NK: nest(rows_NK, grid, name=name), rows=ROWS)
-
-
-def in_parts(weight_NK: torch.Tensor, encode: Callable[[torch.Tensor], NestedTensor], *, rows: int) -> NestedTensor:
-    """Encode float32 copies of ``rows`` rows at a time, which do not interact, into one nested tensor."""
-    parts = [encode(part.float()) for part in torch.split(weight_NK, rows)]
-    first = parts[0]
-    return dataclasses.replace(
-        first,
-        codes=torch.cat([part.codes for part in parts]),
-        scale=torch.cat([part.scale for part in parts]),
-        zero=torch.cat([part.zero for part in parts]),
-        slices={
-            bits: (torch.cat([part.slices[bits][0] for part in parts]), torch.cat([p.slices[bits][1] for p in parts]))
-            for bits in first.slices
-        },
-    )
+    return join_rows([nest(part.float(), grid, name=name) for part in torch.split(weight_NK, ROWS)])

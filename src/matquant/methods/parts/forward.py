@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from matquant.distributed.collect import exchange
 from matquant.hf_torch import Model
 from matquant.hf_torch.layers import decoder_layers
 from matquant.hf_torch.layerwise import layer_output
@@ -59,5 +60,6 @@ def first_not_finite(model: Model, inputs: torch.Tensor) -> str:
     with layer_outputs(model) as outputs:
         model(input_ids=inputs, use_cache=False)
     names = [name for name, _ in decoder_layers(model)]
-    broken = (name for name, output in zip(names, outputs, strict=True) if not bool(torch.isfinite(output).all()))
-    return next(broken, "the head")
+    broken = (index for index, output in enumerate(outputs) if not bool(torch.isfinite(output).all()))
+    first = min(exchange(next(broken, len(names))))
+    return names[first] if first < len(names) else "the head"

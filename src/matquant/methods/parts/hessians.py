@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from matquant.distributed.collect import total
+from matquant.distributed.sums import Sums
 from matquant.methods.parts.blocks import Block
 from matquant.system.errors import InputError
 
@@ -60,8 +62,8 @@ def inverse_factor(hessian_KK: torch.Tensor, *, damp: float, name: str = "weight
 def collect_hessians(block: Block) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Return X^T X [K, K] of every linear layer's inputs by leader, float32, on the block's device, and path -> leader.
 
-    Linear layers with the same input share the Hessian of one path, their leader. Fused experts see the tokens routed
-    to them.
+    They are sums over the sequences of all processes. Linear layers with the same input share the Hessian of one path,
+    their leader. Fused experts see the tokens routed to them.
     """
     (states,) = block.inputs.values()
     sums = _Sums(block)
@@ -69,8 +71,9 @@ def collect_hessians(block: Block) -> tuple[dict[str, torch.Tensor], dict[str, s
     try:
         with torch.no_grad():
             for batch in states:
-                sums.given.clear()
+                sums.begin()
                 block.call(block.module, batch)
+            sums.finish()
     finally:
         for handle in handles:
             handle.remove()
@@ -90,7 +93,8 @@ class _Sums:
     """The Hessians of a block while its forward passes run, and the hooks that add to them."""
 
     block: Block
-    hessians: dict[str, torch.Tensor] = field(default_factory=dict)  # leader's path -> X^T X so far
+    hessians: dict[str, torch.Tensor] = field(default_factory=dict)  # leader's path -> X^T X so far, of this process
+    ordered: dict[str, Sums] = field(default_factory=dict)  # the same, if the order of the sum is fixed
     leaders: dict[str, str] = field(default_factory=dict)  # path -> the path whose Hessian it shares
     # Inputs of this forward pass, by id; kept alive so that ids are not reused.
     given: dict[int, tuple[str, torch.Tensor]] = field(default_factory=dict)
@@ -112,8 +116,22 @@ class _Sums:
                 handles.append(module.register_forward_pre_hook(hook))
         return handles
 
+    def begin(self) -> None:
+        """Begin a forward pass."""
+        self.given.clear()
+
+    def finish(self) -> None:
+        """Add what the other processes have."""
+        for path, own in self.hessians.items():
+            self.hessians[path] = self.ordered[path].total([own])[0] if self.ordered else total(own)
+
     def _add(self, path: str, inputs: torch.Tensor) -> None:
         flat = inputs.reshape(-1, inputs.shape[-1])
+        if self.block.share.ordered:
+            found = flat.T @ flat
+            self.hessians.setdefault(path, found.new_empty(()).expand(found.shape))
+            self.ordered.setdefault(path, Sums(self.block.share.ranges)).add([found])
+            return
         if path not in self.hessians:
             self.hessians[path] = flat.new_zeros(flat.shape[1], flat.shape[1])
         self.hessians[path].addmm_(flat.T, flat)

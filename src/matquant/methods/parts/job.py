@@ -26,17 +26,18 @@ LOG = "training.jsonl"
 class Job:
     """A float model and how to quantise it.
 
-    source: the model's origin. model: with weights, or without them for methods that work block by block; read: reads
-    its tensors by name; dtypes: their stored dtypes. views: the linear layers to quantise, by path. ends: embedding and
-    head, which no method sees. stream: token ids, for methods with data. options: the method's settings. work: a folder
-    that outlives an interruption; resume: continue from its contents. report: called with each log record. first:
-    tensors to start from; start_sha256: their checkpoint. files: descriptions that change with the source's files, by
-    name.
+    source: the model's origin. model: with weights, or without them for methods that work block by block and for
+    several processes; read: reads its tensors by name; read_rows: reads some rows of one; dtypes: their stored dtypes.
+    views: the linear layers to quantise, by path. ends: embedding and head, which no method sees. stream: token ids,
+    for methods with data. options: the method's settings. work: a folder that outlives an interruption; resume:
+    continue from its contents. report: called with each log record. first: tensors to start from, of several processes
+    each one's rows; start_sha256: their checkpoint. files: descriptions that change with the source's files, by name.
     """
 
     source: str
     model: Model
     read: Callable[[str], torch.Tensor]
+    read_rows: Callable[[str, slice], torch.Tensor]
     dtypes: Mapping[str, torch.dtype]
     device: torch.device
     views: Mapping[str, View]

@@ -18,6 +18,7 @@ from matquant.core.tensor import NestedTensor
 from matquant.hf.text import batch
 from matquant.hf_torch.views import View
 from matquant.methods.parts.blocks import Block
+from matquant.methods.parts.share import mean_over_batches
 from matquant.options.objective import FLOAT
 from matquant.system.errors import InputError
 
@@ -45,16 +46,17 @@ class Layer(torch.nn.Module):
         return output.float()
 
     def inputs(self, bits: int, index: int) -> torch.Tensor:
-        """Return batch ``index`` of the stream of one width."""
+        """Return piece ``index`` of the stream of one width."""
         return self.block.inputs[bits][index].to(self.device).float()
 
     def targets(self, *, autocast: bool) -> list[torch.Tensor]:
-        """Return the float outputs of all batches, each on the device of its inputs; sets ``power``."""
+        """Return the float outputs of this process's pieces, each on the device of its inputs; sets ``power``."""
         found = self.block.inputs[FLOAT]
         with torch.no_grad():
             outputs = [self.run(self.inputs(FLOAT, index), {}, autocast=autocast) for index in range(len(found))]
+        share = self.block.share
         squares = torch.stack([output.square().mean() for output in outputs])
-        self.power = sum(squares.tolist()) / len(outputs) or 1.0
+        self.power = mean_over_batches(share, range(len(share.batches)), squares.tolist()) or 1.0
         return [output.to(states.device) for output, states in zip(outputs, found, strict=True)]
 
     def distances(
@@ -70,28 +72,25 @@ class Layer(torch.nn.Module):
         """Return ||F_r - F||^2 / ||F||^2 of each width, read from ``nested``, over every ``every``-th batch of its
         stream.
 
-        targets: of all batches. changed: further parameters that differ from the float layer's.
+        targets: of this process's pieces. changed: further parameters that differ from the float layer's.
         """
-        indices = range(0, len(targets), every)
+        share = self.block.share
+        batches = range(0, len(share.batches), every)
+        pieces = [piece for number in batches for piece, _ in share.batches[number]]
         found = {}
         with torch.no_grad():
             for bits in widths:
                 read = self.assemble({path: tensor.read(bits) for path, tensor in nested.items()})
-                squares = [
-                    (
-                        self.run(self.inputs(bits, i), {**(changed or {}), **read}, autocast=autocast)
-                        - targets[i].to(self.device)
-                    )
-                    .square()
-                    .mean()
-                    for i in indices
-                ]
-                found[bits] = sum(torch.stack(squares).tolist()) / len(indices) / self.power
+                losses = torch.zeros(len(targets), device=self.device)
+                for piece in pieces:
+                    output = self.run(self.inputs(bits, piece), {**(changed or {}), **read}, autocast=autocast)
+                    losses[piece] = (output - targets[piece].to(self.device)).square().mean()
+                found[bits] = mean_over_batches(share, batches, losses.tolist()) / self.power
         return found
 
     def order(self, step: int, seed: int) -> int:
         """Return the batch of a step, which depends only on the seed and the step."""
-        return int(batch(np.arange(len(self.block.inputs[FLOAT])), step, size=1, seed=seed)[0])
+        return int(batch(np.arange(len(self.block.share.batches)), step, size=1, seed=seed)[0])
 
     def weights(self, changed: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield the weights [N, K] to quantise, by path."""

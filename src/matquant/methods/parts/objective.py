@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional
 
+from matquant.distributed.collect import total
 from matquant.options.objective import FLOAT, Width, parse_objective
 
 __all__ = ["FLOAT", "Width", "hidden_loss", "parse_objective", "width_loss"]
@@ -30,10 +31,12 @@ def hidden_loss(outputs: Sequence[torch.Tensor], aims: Sequence[torch.Tensor]) -
     """Return the mean over layers of ||h - h_float||^2 / ||h_float||^2, norms over all tokens (hidden-state
     distillation).
 
-    outputs, aims: the decoder layers' outputs, [batch, tokens, hidden], of the student and of the float model.
+    outputs, aims: the decoder layers' outputs, [batch, tokens, hidden], of the student and of the float model. Of
+    several processes each returns its part of the sum.
     """
+    targets = [aim.detach().float() for aim in aims]
+    powers = total(torch.stack([target.square().sum() for target in targets]))
     losses = []
-    for output, aim in zip(outputs, aims, strict=True):
-        target = aim.detach().float()
-        losses.append((output.float() - target).square().sum() / target.square().sum())
+    for output, target, power in zip(outputs, targets, powers, strict=True):
+        losses.append((output.float() - target).square().sum() / power)
     return torch.stack(losses).mean()

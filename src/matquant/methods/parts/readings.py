@@ -2,8 +2,9 @@
 
 Reading a number waits until the device has done everything before it. A step that reads its losses therefore leaves a
 GPU idle while Python prepares the next step. Steps only add their numbers to a list; ``read`` copies all of them at
-once. Until then a step that is not finite must do no harm: ``stop_unless_finite`` sets torch's ``found_inf`` flag of
-the optimiser, on the device and for good, with which the fused optimiser changes nothing.
+once, and adds what processes have of a loss. Until then a step that is not finite must do no harm:
+``stop_unless_finite`` sets torch's ``found_inf`` flag of the optimiser, on the device, for good and in every process,
+with which the fused optimiser changes nothing.
 """
 
 import dataclasses
@@ -15,6 +16,8 @@ from typing import Any
 
 import torch
 
+from matquant.distributed.collect import all_true, total
+
 EVERY = 10  # steps between two readings; on a CPU, which waits for every step anyway, 1
 
 
@@ -25,8 +28,8 @@ class Reading:
     step: int  # optimiser steps done, this one included
     began_s: float  # time.perf_counter() before the step
     lr: float
-    losses: Mapping[str, Sequence[torch.Tensor]]  # term -> its loss in every forward pass, 0-dimensional
-    gradient_norm: torch.Tensor  # 0-dimensional
+    losses: Mapping[str, Sequence[torch.Tensor]]  # term -> its loss in every forward pass, of this process, 0-dim.
+    gradient_norm: torch.Tensor  # of all processes, 0-dimensional
 
 
 class NotFiniteError(Exception):
@@ -43,31 +46,30 @@ def steps_at_once(device: torch.device) -> int:
 
 
 def stop_unless_finite(optimizer: torch.optim.Optimizer, numbers: Sequence[torch.Tensor]) -> None:
-    """Make this and all later steps of a fused optimiser change nothing if one of the ``numbers`` is not finite."""
-    broken = ~torch.isfinite(torch.stack([number.detach().float() for number in numbers])).all()
+    """Make this and all later steps of a fused optimiser change nothing if one of the ``numbers`` is not finite, in
+    any process."""
+    finite = all_true(torch.isfinite(torch.stack([number.detach().float() for number in numbers])).all())
     found = getattr(optimizer, "found_inf", None)
-    flag = broken.float()
+    flag = (~finite).float()
     vars(optimizer)["found_inf"] = flag if found is None else torch.maximum(found, flag)
 
 
 def read(
     readings: Sequence[Reading], *, steps: int, tokens: int, flops: float = 0.0, peak: float = 0.0
 ) -> Iterator[dict[str, Any]]:
-    """Yield the log records of steps in order, with one copy from the device.
+    """Yield the log records of steps in order, with one copy from the device; losses are those of all processes.
 
-    steps: of the run; tokens, flops: of a step. peak: the device's FLOP/s; records then have "mfu", the model FLOPs'
-    share of it. Raises NotFiniteError at the first step that is not finite.
+    steps: of the run; tokens, flops: of a step. peak: the FLOP/s of all devices; records then have "mfu", the model
+    FLOPs' share of it. Raises NotFiniteError at the first step that is not finite, in every process.
     """
-    numbers = [
-        number
-        for reading in readings
-        for number in (*itertools.chain.from_iterable(reading.losses.values()), reading.gradient_norm)
-    ]
-    values = iter(torch.stack([number.detach().float() for number in numbers]).tolist())
+    every = (itertools.chain.from_iterable(reading.losses.values()) for reading in readings)
+    own = torch.stack([loss.float() for loss in itertools.chain.from_iterable(every)])
+    norms = torch.stack([reading.gradient_norm.float() for reading in readings])
+    values = torch.cat([total(own), norms]).tolist()
     speed = len(readings) / (time.perf_counter() - readings[0].began_s)
-    for reading in readings:
-        found = {name: [next(values) for _ in losses] for name, losses in reading.losses.items()}
-        norm = next(values)
+    losses_left = iter(values)
+    for reading, norm in zip(readings, values[-len(readings) :], strict=True):
+        found = {name: [next(losses_left) for _ in losses] for name, losses in reading.losses.items()}
         for part in range(max(map(len, found.values()))):
             for name, losses in found.items():
                 if not math.isfinite(losses[part]):
@@ -87,8 +89,8 @@ def read(
 
 
 def read_losses(steps: Sequence[Mapping[int, torch.Tensor]]) -> list[dict[int, float]]:
-    """Return the losses of steps by width, with one copy from the device."""
-    values = iter(torch.stack([loss for losses in steps for loss in losses.values()]).tolist())
+    """Return the losses of steps by width, added over all processes, with one copy from the device."""
+    values = iter(total(torch.stack([loss for losses in steps for loss in losses.values()])).tolist())
     return [{bits: next(values) for bits in losses} for losses in steps]
 
 

@@ -18,6 +18,7 @@ import torch
 from matquant.hf_torch import Model
 from matquant.hf_torch.layers import decoder_layers
 from matquant.options.qat import Schedule
+from matquant.system import ranks
 
 # Part of a card's name -> dense bf16 FLOP/s, from NVIDIA's data sheets. The first part that occurs counts.
 PEAK_FLOP_S = {
@@ -35,6 +36,7 @@ PEAK_FLOP_S = {
     "RTX 4090": 165e12,
 }
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # names of the number of experts in configurations
+GATHERED = 2  # decoder layers that several processes hold whole at a time: the one that runs, and the next
 MARGIN = 1.2  # of an estimate of memory, for what allocators and kernels need
 
 
@@ -63,12 +65,19 @@ def step_flops(model: Model, schedule: Schedule, *, terms: int, taught: bool) ->
         if parameter is not ends[0] or parameter is ends[1]
     )
     attention = 12 * config.num_hidden_layers * _queries(config) * schedule.seq_len
-    tokens = schedule.accumulate * schedule.batch_size * schedule.seq_len
-    return float((terms + taught / 3) * (6 * multiplied + attention) * tokens)
+    return float((terms + taught / 3) * (6 * multiplied + attention) * step_tokens(schedule))
+
+
+def step_tokens(schedule: Schedule) -> int:
+    """Return the tokens of text in an optimiser step."""
+    return schedule.accumulate * schedule.batch_size * schedule.seq_len
 
 
 def activation_bytes(model: Model, schedule: Schedule) -> float:
-    """Return the bytes that autograd keeps for the backward pass of one batch at one width, the logits aside."""
+    """Return the bytes that autograd keeps for the backward pass of one batch at one width, the logits aside.
+
+    schedule: with this process's part of the batch.
+    """
     config = model.config.get_text_config()
     hidden, queries, inner = config.hidden_size, _queries(config), _intermediate(config)
     values = queries // config.num_attention_heads * getattr(config, "num_key_value_heads", config.num_attention_heads)
@@ -76,17 +85,19 @@ def activation_bytes(model: Model, schedule: Schedule) -> float:
     copies = 0
     if schedule.autocast:
         per_token = 8 * hidden + 2 * (6 * hidden + queries + 2 * values + 4 * inner)
-        copies = 2 * sum(p.numel() for _, layer in decoder_layers(model) for p in layer.parameters())
+        layers = [2 * sum(p.numel() for p in layer.parameters()) for _, layer in decoder_layers(model)]
+        copies = sum(layers) if ranks.count() == 1 else GATHERED * max(layers)
     return float(schedule.batch_size * schedule.seq_len * config.num_hidden_layers * per_token + copies)
 
 
 def step_bytes(model: Model, schedule: Schedule, *, trained: int, teachers: int) -> float:
     """Return the memory that a step takes beside weights, masters and teacher.
 
-    trained: elements of trained tensors, which get two moments and a gradient. teachers: sets of logits kept.
+    trained: elements of trained tensors, which get two moments and a gradient. teachers: sets of logits kept. Of
+    several processes this is one's: ``schedule`` has its part of the batch, and ``trained`` counts its rows.
     """
     config = model.config.get_text_config()
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    parameters = sum(parameter.numel() for parameter in model.parameters()) / ranks.count()
     logits = 4.0 * schedule.batch_size * schedule.seq_len * config.vocab_size * (4 + 2 * teachers)
     return MARGIN * float(12.0 * trained + 5.0 * parameters + logits + activation_bytes(model, schedule))
 

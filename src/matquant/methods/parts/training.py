@@ -10,20 +10,23 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
 from matquant.core.nest import MASTER_BITS
 from matquant.core.tensor import NestedTensor
 from matquant.hf_torch import Model
-from matquant.hf_torch.views import View
+from matquant.hf_torch.views import View, local
 from matquant.methods.parts.fake import Grid, Learned, start_learning
+from matquant.methods.parts.job import LOG
 from matquant.methods.parts.sealed import open_sealed, save_sealed
 from matquant.options.qat import Schedule
+from matquant.system import ranks
 from matquant.system.errors import InputError
 from matquant.system.files import json_text, write_atomically
 from matquant.system.interrupted import check_same_run
@@ -33,7 +36,7 @@ STATE = "state.safetensors"
 
 @dataclass(kw_only=True)
 class State:
-    """The tensors being trained, and the number of steps done."""
+    """The tensors being trained, and the number of steps done. Of several processes each holds its rows of them."""
 
     masters: dict[str, torch.Tensor]  # path -> float weight [N, K] for all widths, or for the widest
     coarse: dict[str, dict[int, torch.Tensor]]  # path -> width -> float weight of a narrower width
@@ -73,7 +76,9 @@ def start(
     parameters = dict(model.named_parameters())
     taken = {view.parameter for view in views.values()}
     first = first or {}
-    masters = {path: view.of(parameters[view.parameter].detach()).float().clone() for path, view in views.items()}
+    masters = {
+        path: view.of(local(parameters[view.parameter]).detach()).float().clone() for path, view in views.items()
+    }
     masters |= {path: nested.read(grid.bits) for path, nested in first.items()}
     several = schedule.masters == "each" and MASTER_BITS in trained
     own = [bits for bits in trained if bits < MASTER_BITS] if several else []
@@ -89,7 +94,7 @@ def start(
         masters=masters,
         coarse={path: {bits: weight.clone() for bits in own} for path, weight in masters.items()},
         learned=learned,
-        rest={name: p for name, p in parameters.items() if name not in taken} if schedule.train_rest else {},
+        rest={name: local(p) for name, p in parameters.items() if name not in taken} if schedule.train_rest else {},
     )
 
 
@@ -147,6 +152,14 @@ def restore(state: State, optimizer: torch.optim.Optimizer, work: Path, mark: Ma
             optimizer.state[tensor] = {
                 key.rpartition("//")[2]: file.get_tensor(key).to(tensor.device) for key in moments
             }
+
+
+def open_log(work: Path) -> TextIO:
+    """Open the log of the training to append to it; of several processes the first one's is kept."""
+    if not ranks.leads():
+        return Path(os.devnull).open("a")
+    work.mkdir(parents=True, exist_ok=True)
+    return (work / LOG).open("a")
 
 
 def trim_log(log: Path, step: int) -> None:

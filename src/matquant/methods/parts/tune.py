@@ -44,6 +44,7 @@ from matquant.methods.parts.job import Job
 from matquant.methods.parts.layer import Layer, check_losses
 from matquant.methods.parts.masters import chain, encode_masters, release_blocked
 from matquant.methods.parts.readings import read_losses, steps_at_once
+from matquant.methods.parts.share import sum_gradients
 
 BETAS, EPSILON = (0.9, 0.95), 1e-12
 AFFINE_RATE = 0.2  # learning rate of scales and zero-points, relative to the masters'
@@ -94,7 +95,7 @@ def tune_block(
     layer = Layer(block, job.dtypes)
     targets = layer.targets(autocast=autocast)
     widths = [width.bits for width in job.objective]
-    every = max(1, len(targets) // JUDGED)
+    every = max(1, len(block.share.batches) // JUDGED)
 
     distances = functools.partial(layer.distances, targets=targets, widths=widths, autocast=autocast, every=every)
     before = distances(nested)
@@ -148,20 +149,26 @@ def _gradients(
     *,
     autocast: bool,
 ) -> dict[int, torch.Tensor]:
-    """Add the gradients of one batch at every width to .grad; return the losses, on the device."""
+    """Add the gradients of one batch, over all processes, at every width to .grad; return this process's part of the
+    losses, on the device."""
     nested = {path: weight.nested() for path, weight in weights.items()}
-    target = targets[index].to(layer.device)
-    losses = {}
-    for bits, weight_of_loss in lambdas.items():
-        reads = {path: tensor.read(bits).requires_grad_() for path, tensor in nested.items()}
-        output = layer.run(layer.inputs(bits, index), layer.assemble(reads), autocast=autocast)
-        loss = (output - target).square().mean() / layer.power
-        torch.autograd.backward(loss * weight_of_loss)
-        losses[bits] = loss.detach()
-        for path, weight in weights.items():
-            read = reads[path]
-            assert read.grad is not None
-            chain(read.grad, read.detach(), nested[path], bits, master=weight.masters[bits], learned=weight.learned)
+    losses = {bits: torch.zeros((), device=layer.device) for bits in lambdas}
+
+    def backward(piece: int, part: float) -> None:
+        target = targets[piece].to(layer.device)
+        for bits, weight_of_loss in lambdas.items():
+            reads = {path: tensor.read(bits).requires_grad_() for path, tensor in nested.items()}
+            output = layer.run(layer.inputs(bits, piece), layer.assemble(reads), autocast=autocast)
+            loss = (output - target).square().mean() * part / layer.power
+            torch.autograd.backward(loss * weight_of_loss)
+            losses[bits] += loss.detach()
+            for path, weight in weights.items():
+                read = reads[path]
+                assert read.grad is not None
+                chain(read.grad, read.detach(), nested[path], bits, master=weight.masters[bits], learned=weight.learned)
+
+    tensors = [tensor for weight in weights.values() for tensor, _ in weight.moved()]
+    sum_gradients(layer.block.share, index, tensors, backward)
     return losses
 
 
