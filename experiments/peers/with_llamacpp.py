@@ -10,6 +10,7 @@ Llama's query and key rows are interleaved as llama.cpp wants them.
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -43,22 +44,35 @@ def main(folder: Path) -> None:
     config = json.loads((Path(job["model"]) / "config.json").read_text())
     source, importance, target = (folder / name for name in ("f32.gguf", "imatrix.gguf", "quantised.gguf"))
     _write_gguf(source, load_file(job["weights"]), config)
-    ids_SL = np.load(job["calibration"])
-    (folder / "text.txt").write_text("".join(f"<|{token}|>" for token in ids_SL.ravel()))
     tools, threads = Path(job["tools"]), str(job["threads"])
+    measured = _importance(importance, source, np.load(job["calibration"]), Path(job["calibration"]), tools, threads)
     began = time.perf_counter()
-    context = ["-c", str(ids_SL.shape[1]), "-b", str(ids_SL.shape[1]), "-t", threads]
-    files = ["-m", str(source), "-f", str(folder / "text.txt"), "-o", str(importance)]
-    subprocess.run([tools / "llama-imatrix", *files, *context, "--parse-special"], check=True)
     # The embedding and a tied or separate head stay float: only the decoder's layers are compared.
     float_types = ["--token-embedding-type", "f32", "--output-tensor-type", "f32"]
     pure = ["--pure"] if job["options"].get("pure") else []
     arguments = [*pure, "--imatrix", importance, *float_types, source, target, job["options"]["type"], threads]
     subprocess.run([tools / "llama-quantize", *map(str, arguments)], check=True)
-    seconds = time.perf_counter() - began
+    seconds = measured + time.perf_counter() - began
     weights, result = _read_back(target, list(job["shapes"]), config)
     save_file(weights, folder / "weights.safetensors")
     (folder / "result.json").write_text(json.dumps({**result, "seconds": seconds}))
+
+
+def _importance(file: Path, source: Path, ids_SL: np.ndarray, calibration: Path, tools: Path, threads: str) -> float:
+    """Put the importance matrix of the model ``source`` at ``file``; return the seconds that measuring it took.
+
+    It is the same for all settings, so it is measured once and kept beside the calibration sequences.
+    """
+    kept, took = (calibration.with_suffix(suffix) for suffix in (".imatrix.gguf", ".imatrix.json"))
+    if not took.is_file():
+        (file.parent / "text.txt").write_text("".join(f"<|{token}|>" for token in ids_SL.ravel()))
+        began = time.perf_counter()
+        context = ["-c", str(ids_SL.shape[1]), "-b", str(ids_SL.shape[1]), "-t", threads]
+        files = ["-m", str(source), "-f", str(file.parent / "text.txt"), "-o", str(kept)]
+        subprocess.run([tools / "llama-imatrix", *files, *context, "--parse-special"], check=True)
+        took.write_text(json.dumps(time.perf_counter() - began))
+    shutil.copyfile(kept, file)
+    return float(json.loads(took.read_text()))
 
 
 def _gguf_name(path: str) -> str:
