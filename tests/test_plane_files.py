@@ -277,6 +277,22 @@ def test_a_changed_small_file_can_be_sealed_beside_planes(source: Callable[[str]
     assert verify_checkpoint(directory).max_bits == 2
 
 
+def test_planes_in_the_cache_of_the_hub_are_read_through_its_links(
+    source: Callable[[str], Path], tmp_path: Path
+) -> None:
+    directory = planes_of(source("prefix"), tmp_path / "planes", 2)
+    snapshot, blobs = tmp_path / "models--a--b/snapshots/1f", tmp_path / "models--a--b/blobs"
+    blobs.mkdir(parents=True)
+    for name, data in content(directory).items():
+        (blobs / sha256(data).hexdigest()).write_bytes(data)
+        (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
+        (snapshot / name).symlink_to(blobs / sha256(data).hexdigest())
+    assert assert_reads_like(snapshot, source("prefix")).max_bits == 2
+    (snapshot / "planes/p0-00001.planes").unlink()
+    (snapshot / "planes/p0-00001.planes").symlink_to(directory / "planes/p0-00001.planes")
+    assert "outside the directory" in message(open_checkpoint, snapshot, partial=True)
+
+
 # -------------------------------------------------------------------------------------------------------------- errors
 
 
