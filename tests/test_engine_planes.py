@@ -250,6 +250,7 @@ ones = np.ones((1024, 1), np.float32)
 tensor = NestedTensor(codes=codes, scale=ones, zero=ones, rule="prefix")
 count = 64  # each plane of a weight is smaller than a page, as in most models
 weights = [load_weight(tensor) for _ in range(count)]
+stays = load_weight(tensor)  # like an embedding, which shares pages with the last layers
 before, total = resident(), count * codes.size
 for bits in (6, 4, 3, 2):
     weights = [hold(weight, max_bits=bits) for weight in weights]

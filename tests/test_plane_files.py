@@ -27,6 +27,8 @@ from matquant.format.sizes import bits_per_weight
 from matquant.format.verify import verify_checkpoint
 from matquant.format.write import write_checkpoint
 from matquant.system.errors import InputError
+from test_checkpoint import document_json, document_tables, example_tensor, make_spec
+from test_checkpoint import write as write_example
 
 LAYER = "model.layers.0.mlp."
 EMBEDDING = "model.embed_tokens"
@@ -166,6 +168,33 @@ def test_widths_need_the_planes_of_their_rule(rule: str) -> None:
     assert [widest(planes, rule) for planes in range(1, 6)] == served.get(rule, served["round"])
 
 
+PAGE = "Planes"
+
+
+def test_the_example_of_the_page_is_what_is_written(tmp_path: Path) -> None:
+    """docs/format.md: the bytes of every plane follow from its codes, and are those of the files."""
+    codes = {number: [int(code) for code in row["codes"].split()] for number, row in enumerate(rows_of_the_page())}
+    stock = write_example(tmp_path / "stock", [("linear", example_tensor("prefix", own=True))], make_spec(slices=(2,)))
+    directory = planes_of(stock, tmp_path / "planes") / "planes"
+    shown = [row for table in document_tables(PAGE) for row in table if "bytes of row 0" in row]
+    assert [row["tensor"] for row in shown] == [f"linear.plane{plane}" for plane in range(5)]
+    for plane, row in enumerate(shown):
+        said = [bytes.fromhex(row[f"bytes of row {number}"].strip("`")) for number in (0, 1)]
+        assert said == [plane_bits(codes[number], plane) for number in (0, 1)]
+        with safe_open(directory / row["file"], "np") as handle:
+            assert [line.tobytes() for line in handle.get_tensor(row["tensor"])] == said
+    assert json.loads((directory / "manifest.json").read_text()) == document_json(PAGE)
+    with safe_open(directory / "rest-00001.planes", "np") as rest:
+        assert set(rest.keys()) == {"linear.weight_shape", "linear.weight_scale", "model.safetensors/header"}
+        header = rest.get_tensor("model.safetensors/header").tobytes()
+    assert len(header) == 264
+    assert (stock / "model.safetensors").read_bytes().startswith(header)
+
+
+def rows_of_the_page() -> list[dict[str, str]]:
+    return [row for table in document_tables("Worked example") for row in table if "codes" in row]
+
+
 # ------------------------------------------------------------------------------------------------------- the directory
 
 
@@ -246,6 +275,22 @@ def test_a_changed_small_file_can_be_sealed_beside_planes(source: Callable[[str]
     _, changes = seal_checkpoint(directory)
     assert [str(change) for change in changes] == ["changed: tokenizer_config.json (3 -> 9 bytes)"]
     assert verify_checkpoint(directory).max_bits == 2
+
+
+def test_planes_in_the_cache_of_the_hub_are_read_through_its_links(
+    source: Callable[[str], Path], tmp_path: Path
+) -> None:
+    directory = planes_of(source("prefix"), tmp_path / "planes", 2)
+    snapshot, blobs = tmp_path / "models--a--b/snapshots/1f", tmp_path / "models--a--b/blobs"
+    blobs.mkdir(parents=True)
+    for name, data in content(directory).items():
+        (blobs / sha256(data).hexdigest()).write_bytes(data)
+        (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
+        (snapshot / name).symlink_to(blobs / sha256(data).hexdigest())
+    assert assert_reads_like(snapshot, source("prefix")).max_bits == 2
+    (snapshot / "planes/p0-00001.planes").unlink()
+    (snapshot / "planes/p0-00001.planes").symlink_to(directory / "planes/p0-00001.planes")
+    assert "outside the directory" in message(open_checkpoint, snapshot, partial=True)
 
 
 # -------------------------------------------------------------------------------------------------------------- errors

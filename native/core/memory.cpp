@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <mutex>
 #include <new>
+#include <vector>
 
 #include "core/layout.hpp"
 
@@ -40,12 +41,21 @@ std::uint8_t* map_huge(std::size_t bytes) {
 
 // Huge pages that several memories lie in, one after the other: most matrices are smaller than a page.
 struct Memory::Region {
-  explicit Region(std::size_t bytes) : data(map_huge(bytes)), left(bytes) {}
+  explicit Region(std::size_t bytes) : data(map_huge(bytes)), left(bytes), memories(bytes / HUGE_PAGE) {}
   ~Region() { munmap(data, used + left); }
   Region(const Region&) = delete;
   Region& operator=(const Region&) = delete;
   std::uint8_t* const data;
   std::size_t used = 0, left;
+  std::mutex mutex;
+  std::vector<int> memories;  // that live in each page
+
+  // Counts a memory in the pages it touches. A page that no memory is left in is given back.
+  void count(const std::uint8_t* start, std::size_t bytes, int change) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    for (std::size_t page = (start - data) / HUGE_PAGE; page * HUGE_PAGE < start - data + bytes; ++page)
+      if ((memories[page] += change) == 0) madvise(data + page * HUGE_PAGE, HUGE_PAGE, MADV_DONTNEED);
+  }
 };
 
 namespace {
@@ -81,17 +91,14 @@ Memory::Memory(std::size_t bytes, Pages pages, int pool) {
   data_ = region_->data + region_->used;
   region_->used += bytes_;
   region_->left -= bytes_;
+  region_->count(data_, bytes_, 1);
 }
 
-// Gives back the huge pages that no other memory shares; the others go with their region.
 Memory::~Memory() {
-  if (region_ == nullptr) {
-    if (data_ != nullptr) munmap(data_, bytes_);
-    return;
-  }
-  const auto start = reinterpret_cast<std::uintptr_t>(data_);
-  const std::uintptr_t first = rounded_up(start, HUGE_PAGE), stop = (start + bytes_) / HUGE_PAGE * HUGE_PAGE;
-  if (first < stop) madvise(reinterpret_cast<void*>(first), stop - first, MADV_DONTNEED);
+  if (region_ != nullptr)
+    region_->count(data_, bytes_, -1);
+  else if (data_ != nullptr)
+    munmap(data_, bytes_);
 }
 
 }  // namespace matquant

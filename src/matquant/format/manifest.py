@@ -204,6 +204,7 @@ def _remedy(where: Path, name: str) -> str:
 
 def unlisted(directory: Path) -> list[str]:
     """Return the names in a checkpoint's directory that are not part of it, without our own caches."""
-    known = {MANIFEST, FOLDER, *read_manifest(directory)["files"]}
+    planes = [FOLDER] if (directory / FOLDER).is_dir() else []
+    known = {MANIFEST, *planes, *read_manifest(directory)["files"]}
     others = (entry for entry in directory.iterdir() if entry.name not in known)
     return sorted(entry.name + "/" * entry.is_dir() for entry in others if PLAN_CACHE not in entry.name)

@@ -14,6 +14,7 @@ which that needs lie in ``rest``. docs/format.md specifies the files byte by byt
 Shapes: N out features, K in features.
 """
 
+import functools
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from matquant.core.nest import MASTER_BITS
-from matquant.core.packing import CACHED, pack, unpack
+from matquant.core.packing import CACHED, pack
 from matquant.core.planes import RESIDENT_BITS, bits_read
 from matquant.core.spec import Spec
 from matquant.format.layout import is_end
@@ -85,6 +86,15 @@ def pack_plane(codes_NK: np.ndarray, plane: int) -> np.ndarray:
     return np.ascontiguousarray(pack(field, bits).view(np.uint8)[:, : -(-columns * bits // 8)])
 
 
+@functools.cache
+def _fields(plane: int) -> np.ndarray:
+    """Return the codes that each byte of a plane holds [256], all in one item: their other bits are 0."""
+    bits = PLANE_BITS[plane]
+    fields = np.arange(256)[:, None] >> np.arange(0, 8, bits) & 2**bits - 1
+    codes = (fields << (MASTER_BITS - RESIDENT_BITS[plane])).astype(np.uint8)
+    return codes.view(f"<u{8 // bits}").reshape(256)
+
+
 def unpack_planes(planes: Iterable[np.ndarray], columns: int) -> np.ndarray:
     """Return the codes, uint8 [N, K], of their first planes; bits of planes that are not given are 0."""
     held = list(planes)
@@ -94,10 +104,7 @@ def unpack_planes(planes: Iterable[np.ndarray], columns: int) -> np.ndarray:
     for start in range(0, rows, step):
         block = np.zeros((min(step, rows - start), columns), np.uint8)
         for plane, packed in enumerate(held):
-            part = packed[start : start + step]
-            words = np.zeros((len(part), -(-part.shape[1] // 4) * 4), np.uint8)
-            words[:, : part.shape[1]] = part
-            block |= unpack(words.view("<u4"), PLANE_BITS[plane], columns) << (MASTER_BITS - RESIDENT_BITS[plane])
+            block |= _fields(plane)[packed[start : start + step]].view(np.uint8)[:, :columns]
         codes_NK[start : start + step] = block
     return codes_NK
 
@@ -121,7 +128,8 @@ class PlaneFiles:
     def check(self, *, first: int = 0, sizes: bool = True, hashes: bool) -> None:
         """Raise InputError naming a damaged part of the planes held, from plane ``first`` on (0: with ``rest``)."""
         names = [name for name in self.parts() if first == 0 or (name[0] == "p" and int(name[1]) >= first)]
-        check_files(self.directory / FOLDER, {name: self.entries[name] for name in names}, sizes=sizes, hashes=hashes)
+        entries = {f"{FOLDER}/{name}": self.entries[name] for name in names}
+        check_files(self.directory, entries, sizes=sizes, hashes=hashes)
 
 
 def parts_of(entries: Iterable[str], planes: int) -> list[str]:
@@ -136,14 +144,16 @@ def find_planes(where: Path, manifest: Mapping[str, Any]) -> PlaneFiles | None:
     InputError if they belong to another checkpoint, or what every width reads is not there.
     """
     listed = manifest["files"]
-    if regular_file(where, RECORD) is None or all((where / name).exists() for name in listed):
+    if not (where / FOLDER).is_dir() or all((where / name).exists() for name in listed):
+        return None
+    if regular_file(where, RECORD) is None:
         return None
     record = read_record(where / RECORD)
     entries, shards = record["files"], record["shards"]
     for name, entry in shards.items():
         if listed.get(name) != entry:
             raise InputError(f"{where / FOLDER} holds planes of another {name} than the manifest lists; {AGAIN}")
-    present = {name for name in entries if regular_file(where / FOLDER, name) is not None}
+    present = {name for name in entries if regular_file(where, f"{FOLDER}/{name}") is not None}
     missing = [name for name in parts_of(entries, 1) if name not in present]
     if missing:
         raise InputError(
