@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from matquant.backends import gpu
 from matquant.backends.gpu_layout import padded
 from matquant.core.nest import COMPANDED, UNIFORM
 from matquant.core.tensor import NestedTensor
@@ -140,6 +139,9 @@ def test_a_compiled_layer_switches_without_being_compiled_again() -> None:
     assert calls == ["matquant.linear"]
 
 
+GPU = {"device": "cuda", "dtype": torch.bfloat16}
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
@@ -151,15 +153,21 @@ def test_a_compiled_layer_switches_without_being_compiled_again() -> None:
             {"rule": "round"},
             "rule 'round' rounds, which needs a bit more than a width has; GPU planes are read by 'prefix'",
         ),
+        ({"kernels": "auto"}, "a product with planes needs a GPU"),
+        ({**GPU, "kernels": "auto"}, "kernels need compute capability 8.0, cuda has 7.5"),
     ],
 )
-def test_what_planes_cannot_hold_has_a_reason(changes: dict[str, Any], reason: str | None) -> None:
-    asked: dict[str, Any] = {"rule": "prefix", "group": None, "columns": 256, **changes}
-    assert why_dense(**asked, device="cpu", dtype=torch.float32, kernels="planes") == reason
+def test_what_planes_cannot_hold_has_a_reason(
+    changes: dict[str, Any], reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    asked: dict[str, Any] = {"rule": "prefix", "group": None, "columns": 256, "kernels": "planes"}
+    assert why_dense(**{**asked, "device": "cpu", "dtype": torch.float32, **changes}) == reason
 
 
-def test_auto_takes_planes_where_the_kernels_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "why_not", lambda device, dtype: f"{device}, {dtype}", raising=False)
-    asked: dict[str, Any] = {"rule": "prefix", "group": None, "columns": 256, "dtype": torch.float32}
-    assert why_dense(**asked, device="cpu") == "cpu, torch.float32"
-    assert why_dense(**asked, device="cuda", kernels="planes") == "cuda, torch.float32"
+def test_a_machine_without_a_gpu_is_told() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    found = why_dense(rule="prefix", group=None, columns=256, **GPU)
+    assert found == "no CUDA device is available for cuda"

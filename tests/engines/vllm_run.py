@@ -1,8 +1,8 @@
 """Runs inside the environment of vllm.txt: reads jobs as JSON from standard input, prints one JSON object per job.
 
 A job is {"model": directory, "quantization_config": overrides or null, "dtype": name, "prompts": [[token ids]],
-"tokens": number, "switch": [{"bits": ..., "plan": ...}], "compiled": bool}; the answer has, for every prompt, the greedy
-token ids and their log-probabilities, and under "switched" the same again after each switch of width, or its error.
+"tokens": number, "switch": [{"bits": ..., "plan": ...}], "compiled": bool}; the answer has, for every prompt, the
+greedy token ids and their log-probabilities, and under "switched" the same after each switch of width, or its error.
 """
 
 import json

@@ -66,10 +66,10 @@ def why_dense(
     """
     if group is not None and columns % group:
         return f"tensor parallelism leaves a rank {columns} inputs, which cuts a group of {group}"
-    asked = kernels == "planes" and device == "cpu"
-    return why_not(rule=rule, group=group or columns, columns=columns) or (
-        None if asked else gpu.why_not(device, dtype)
-    )
+    if device == "cpu" and kernels != "planes":
+        return "a product with planes needs a GPU"
+    obstacle = why_not(rule=rule, group=group or columns, columns=columns)
+    return obstacle if obstacle is not None or device == "cpu" else gpu.why_not(device, dtype, "float")
 
 
 def own_widths(nested: NestedTensor, *, max_bits: int) -> list[int]:
