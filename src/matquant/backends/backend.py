@@ -18,16 +18,17 @@ class Pack(Protocol):
 class Matmul(Protocol):
     """Return x [..., K] times the transposed weight [N, K] read at ``bits`` bits: [..., N].
 
-    activations: "float" keeps x as it is, "int8" rounds it per token and group of inputs.
+    bits: None for the width that ``Backend.select`` has set. activations: "float" keeps x as it is, "int8" rounds it
+    per token and group of inputs.
     """
 
-    def __call__(self, weight: Any, x: torch.Tensor, /, *, bits: int, activations: str) -> torch.Tensor: ...
+    def __call__(self, weight: Any, x: torch.Tensor, /, *, bits: Any, activations: str) -> torch.Tensor: ...
 
 
 class Rows(Protocol):
     """Return the rows of the weight [N, K] with these ids, integers [...], read at ``bits`` bits: [..., K], float32."""
 
-    def __call__(self, weight: Any, ids: torch.Tensor, /, *, bits: int) -> torch.Tensor: ...
+    def __call__(self, weight: Any, ids: torch.Tensor, /, *, bits: Any) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,11 +41,20 @@ class Backend:
     matmul: Matmul
     # the rows of a packed weight, for an embedding; ids are within the vocabulary
     rows: Rows
-    # why inputs of this dtype on this device are not supported, as half a sentence; None if they are
-    why_not: Callable[[torch.device | str, torch.dtype], str | None]
+    # why inputs of this dtype on this device are not supported with these activations, as half a sentence; None if they
+    # are
+    why_not: Callable[[torch.device | str, torch.dtype, str], str | None]
     # (number of layers, activations) -> description of the kernels in use, shown once
     describe: Callable[[int, str], str]
     # the kinds of activations that ``matmul`` supports
     activations: tuple[str, ...]
+    # types of devices on which the backend is chosen unless another is named; empty: all
+    devices: tuple[str, ...] = ()
+    # why this weight is not supported, as half a sentence; None if it is
+    why_not_weight: Callable[[NestedTensor], str | None] = lambda tensor: None
+    # sets the width that a packed weight keeps in the device's memory, where captured graphs read it; None: none does
+    select: Callable[[Any, int], None] | None = None
+    # a packed weight at the selected width as a float weight [N, K] of a dtype; None: made from the nested weight
+    dense: Callable[[Any, torch.dtype], torch.Tensor] | None = None
     # whether a model keeps ordinary parameters, which can be trained and which a switch of width rewrites
     trains: bool = False

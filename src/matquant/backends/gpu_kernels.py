@@ -1,228 +1,30 @@
-"""Triton kernels that multiply by planes (gpu_layout.py): exactly the bytes of one width are read.
+"""Triton kernels of ``matquant::linear``: products with planes that read the bytes of one width and no others.
 
-The weight is the first operand of a tensor core's product, x transposed the second, so a few tokens fill the smallest
-tile. Bytes of a plane are masked where they lie, in packed registers, and become signed integers without arithmetic:
-bits 7:6 of w ^ 0x80 are (code - 2) * 64 in int8. Sums of the places of a byte are weighted by powers of two afterwards.
+The weight is the first operand of a tensor core's product and x transposed the second, so a few tokens fill the
+smallest tile. With int8 activations the sums over a block of 128 inputs are integers below 2^24, exactly those of
+core/nest.py; scales are applied to them in float32, in one order. For few tokens the inputs are split between programs,
+whose sums are added one after another: no result depends on timing.
 
-    width   operand of 32 inputs                           its sum times     less
-    1, 2    a pair of bits of plane 0, where it lies       1/64 1/16 1/4 1   2 x (no shift at the first)
-    3, 4    a nibble of planes 0, 1 and 2, where it lies   1/16 or 1         8 x (at the lower nibbles)
-    5 to 8  the byte of all planes                         1                 none
-
-With int8 activations these sums are integers below 2^24, so everything is exact up to the scales; sums over blocks of
-128 inputs are float32, in one order, without fused multiply-add. For few tokens the inputs are split between programs
-whose sums are added in a fixed order: no result depends on timing, or on the other tokens.
+A width is a number in the device's memory. A program reads it and runs the loop for the planes it needs, one of five.
 
 Shapes: N out features, K in features, M tokens, G groups; N', K', M' with padding.
 """
 
-import functools
-from dataclasses import dataclass
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
 
-from matquant.backends.gpu_layout import BLOCK, INPUTS, PLACE_INPUTS, ROWS, padded, round_activations
-from matquant.core.nest import COMPANDED, UNIFORM, integer_positions
+from matquant.backends.gpu_operands import (
+    bent,
+    bent_middle,
+    byte_of,
+    dot,
+    drop,
+    lowered,
+    nibbles_of,
+    operands_of,
+)
 
-INTERPRETED: bool = triton.knobs.runtime.interpret  # inline assembly has no meaning there
-MOST_TOKENS = 256  # above, the weight is made dense once and the library multiplies
-PROCESSORS = 132  # of an H100 or H200, where none is asked
-SUMS = 8  # rows of sums of a block of 128 inputs (_prepare_kernel)
-FINISHED = 256  # rows that a program of _finish_kernel adds
-
-
-def look_up(bits: int) -> str:
-    """Return PTX that looks up the companded integers of high ($0) and low ($1) nibbles, 3 or 4 bits at their top, of $2.
-
-    prmt takes four selectors of four bits and picks of eight bytes; a selector from 8 on repeats the sign of its byte,
-    which is 0. So the entries from 8 on are looked up with the top bits flipped, and both results add up.
-    """
-    entries = integer_positions(bits, COMPANDED)[0].repeat(2 ** (4 - bits))
-    first, second, third, fourth = (f"0x{word:08X}" for word in entries.view("<u4"))
-    return f"""{{
-        .reg .b32 flipped, rest, flipped_rest, a, b, c, d;
-        xor.b32 flipped, $2, 0x88888888;
-        shr.b32 rest, $2, 16;
-        shr.b32 flipped_rest, flipped, 16;
-        prmt.b32 a, {first}, {second}, $2;
-        prmt.b32 b, {third}, {fourth}, flipped;
-        prmt.b32 c, {first}, {second}, rest;
-        prmt.b32 d, {third}, {fourth}, flipped_rest;
-        or.b32 a, a, b;
-        or.b32 c, c, d;
-        prmt.b32 $0, a, c, 0x7531;
-        prmt.b32 $1, a, c, 0x6420;
-    }}"""
-
-
-LOOK_UP_3, LOOK_UP_4 = tl.constexpr(look_up(3)), tl.constexpr(look_up(4))
-
-
-@triton.jit
-def _shifted(word, by: tl.constexpr, PACKED: tl.constexpr):
-    """Shift bytes left (right if ``by`` is negative). Bits that cross a byte differ with PACKED; callers mask them."""
-    if by == 0:
-        return word
-    elif PACKED:
-        if by > 0:
-            return tl.inline_asm_elementwise(
-                f"shl.b32 $0, $1, {by};", "=r,r", [word], dtype=tl.uint8, is_pure=True, pack=4
-            )
-        else:
-            return tl.inline_asm_elementwise(
-                f"shr.b32 $0, $1, {-by};", "=r,r", [word], dtype=tl.uint8, is_pure=True, pack=4
-            )
-    elif by > 0:
-        return word << by
-    else:
-        return word >> -by
-
-
-@triton.jit
-def _nibbles(w0, w1, w2, HALF: tl.constexpr, ODD: tl.constexpr, TIER: tl.constexpr, PACKED: tl.constexpr):
-    """Put together the nibbles of two places, ODD in the high one and 2 + ODD in the low one."""
-    word = _shifted(w0, 2 * ODD, PACKED) & 0xCC
-    word = word | (_shifted(w1, ODD - 2 * HALF, PACKED) & 0x22)
-    if TIER > 3:
-        word = word | (_shifted(w2, -ODD - 2 * HALF, PACKED) & 0x11)
-    return word
-
-
-@triton.jit
-def _byte(nibbles, w3, w4, PLACE: tl.constexpr, TIER: tl.constexpr, PACKED: tl.constexpr):
-    """Put together the bytes of a place; nibbles: those of the place and of one more."""
-    word = _shifted(nibbles, 4 * (PLACE // 2), PACKED) & 0xF0
-    word = word | (_shifted(w3, 2 * PLACE - 4, PACKED) & 0x0C)
-    if TIER > 6:
-        word = word | (_shifted(w4, 2 * PLACE - 6, PACKED) & 0x03)
-    return word
-
-
-@triton.jit
-def _signed(word):
-    """Return bytes less 128: int8."""
-    return (word ^ 0x80).to(tl.int8, bitcast=True)
-
-
-@triton.jit
-def _bent_nibbles(word, TIER: tl.constexpr, PACKED: tl.constexpr):
-    """Return the companded integers of high and low nibbles, 0 to 27 or 59: int8."""
-    if PACKED:
-        return tl.inline_asm_elementwise(
-            LOOK_UP_3 if TIER == 3 else LOOK_UP_4,
-            "=r,=r,r", [word], dtype=(tl.int8, tl.int8), is_pure=True, pack=4,
-        )  # fmt: skip
-    else:
-        high = _bent((word >> 4).to(tl.int16) >> (4 - TIER), tl.full((), TIER, tl.int32))
-        low = _bent((word & 0x0F).to(tl.int16) >> (4 - TIER), tl.full((), TIER, tl.int32))
-        return high.to(tl.int8), low.to(tl.int8)
-
-
-@triton.jit
-def _bent(code, bits):
-    """Return the companded integers of codes, int16: slope 3 about the middle and 5 outside, in quarters of a code.
-
-    Those of 7 and 8 bits are rounded to halves and to codes.
-    """
-    inner = tl.where(bits > 6, tl.where(bits == 8, 129, 64), (1 << (bits - 1)) - 1).to(tl.int16)
-    outer = tl.where(bits > 6, tl.where(bits == 8, 254, 127), 1 << bits).to(tl.int16)
-    rounded = tl.where(bits > 6, bits - 6, 0).to(tl.int16)
-    return tl.maximum(tl.minimum(3 * code + inner, 5 * code + rounded), 5 * code - outer) >> rounded
-
-
-@triton.jit
-def _bent_byte(word, bits):
-    """Return the companded integers of codes of 5 to 8 bits at the top of bytes, less their middle: int8."""
-    code = word.to(tl.int16) >> (8 - bits).to(tl.int16)
-    return (_bent(code, bits) - _bent_middle(bits)).to(tl.int8)
-
-
-@triton.jit
-def _bent_middle(bits):
-    """Return the middle of the companded integers of 5 to 8 bits, int16."""
-    return tl.where(bits > 6, tl.where(bits == 8, 128, 127), (2 << bits) - 2).to(tl.int16)
-
-
-@triton.jit
-def _operands(
-    w0, w1, w2, w3, w4, bits, keep,
-    HALF: tl.constexpr, TIER: tl.constexpr, COMPANDED: tl.constexpr, PACKED: tl.constexpr,
-):  # fmt: skip
-    """Return the integers of four places of 32 inputs, int8 [64, 32] each, where they lie in their bytes.
-
-    keep: the bits of a byte that the width reads. TIER: the bits that are loaded: 2, 3, 4, 6 or 8.
-    """
-    if TIER == 2:
-        w0 = w0 & keep
-        if COMPANDED:  # 7 times the upper bit and 4 times the lower one; _products takes them apart
-            return w0, _shifted(w0, -1, PACKED), w0, w0
-        else:
-            return (
-                _signed(w0) & -64,
-                (w0 & 0x30).to(tl.int8, bitcast=True),
-                (w0 & 0x0C).to(tl.int8, bitcast=True),
-                (w0 & 0x03).to(tl.int8, bitcast=True),
-            )
-    else:
-        even = _nibbles(w0, w1, w2, HALF, 0, TIER, PACKED)
-        odd = _nibbles(w0, w1, w2, HALF, 1, TIER, PACKED)
-        if TIER > 4:
-            b0 = _byte(even, w3, w4, 0, TIER, PACKED) & keep
-            b1 = _byte(odd, w3, w4, 1, TIER, PACKED) & keep
-            b2 = _byte(even, w3, w4, 2, TIER, PACKED) & keep
-            b3 = _byte(odd, w3, w4, 3, TIER, PACKED) & keep
-            if COMPANDED:
-                return _bent_byte(b0, bits), _bent_byte(b1, bits), _bent_byte(b2, bits), _bent_byte(b3, bits)
-            else:
-                return _signed(b0), _signed(b1), _signed(b2), _signed(b3)
-        elif COMPANDED:
-            n0, n2 = _bent_nibbles(even, TIER, PACKED)
-            n1, n3 = _bent_nibbles(odd, TIER, PACKED)
-            return n0, n1, n2, n3
-        else:
-            return (
-                _signed(even) & -16,
-                _signed(odd) & -16,
-                (even & 0x0F).to(tl.int8, bitcast=True),
-                (odd & 0x0F).to(tl.int8, bitcast=True),
-            )
-
-
-@triton.constexpr_function
-def _shift(place: int, tier: int, companded: bool) -> int:
-    """Return the bit of its byte at which the integer of a place ends."""
-    if tier == 2:
-        return 6 - 2 * place
-    return 4 if tier < 6 and place < 2 and not companded else 0
-
-
-@triton.constexpr_function
-def _drop(place: int, stop: int, tier: int, companded: bool) -> int:
-    """Return by how many bits sums move down after a place: to where the next one ends, or to bit 0 after the last."""
-    return _shift(place, tier, companded) - (_shift(place + 1, tier, companded) if place + 1 < stop else 0)
-
-
-@triton.jit
-def _lowered(total, BY: tl.constexpr):
-    """Return total / 2^BY; integers are multiples of it."""
-    if BY == 0:
-        return total
-    elif total.dtype == tl.int32:
-        return total >> BY
-    else:
-        return total * (1.0 / (1 << BY))
-
-
-@triton.jit
-def _dot(word, x, total, PACKED: tl.constexpr):
-    """Add the product with 32 inputs. int8 is exact in every dtype of x."""
-    if PACKED:
-        return tl.dot(word.to(x.dtype), x, total, out_dtype=total.dtype)
-    else:  # the interpreter converts integers to bfloat16 wrongly
-        return tl.dot(word.to(tl.float32).to(x.dtype), x, total, out_dtype=total.dtype)
+INTERPRETED: bool = triton.knobs.runtime.interpret  # PTX has no meaning there
 
 
 @triton.jit
@@ -241,13 +43,13 @@ def _products(
             inputs = tl.load(x + place * 32)
             low = (operands[0] & (0x40 >> 2 * place)).to(tl.int8, bitcast=True)
             high = (operands[1] & (0x40 >> 2 * place)).to(tl.int8, bitcast=True)
-            total = _lowered(_dot(low, inputs, total, PACKED), _drop(place, STOP, TIER, COMPANDED))
-            upper = _lowered(_dot(high, inputs, upper, PACKED), _drop(place, STOP, TIER, COMPANDED))
+            total = lowered(dot(low, inputs, total, PACKED), drop(place, STOP, TIER, COMPANDED))
+            upper = lowered(dot(high, inputs, upper, PACKED), drop(place, STOP, TIER, COMPANDED))
         return upper.to(tl.float32) * tl.where(bits == 2, 7.0, 3.0) + total.to(tl.float32) * 4.0
     else:
         for place in tl.static_range(FIRST, STOP):
-            total = _dot(operands[place], tl.load(x + place * 32), total, PACKED)
-            total = _lowered(total, _drop(place, STOP, TIER, COMPANDED))
+            total = dot(operands[place], tl.load(x + place * 32), total, PACKED)
+            total = lowered(total, drop(place, STOP, TIER, COMPANDED))
         return total.to(tl.float32)
 
 
@@ -313,8 +115,8 @@ def _inputs_times_rows(
 ):  # fmt: skip
     """Return the products of rows with the blocks first .. stop - 1 of 256 inputs: float32 [rows, M].
 
-    x: pointers [32, M]; scales, sums: pointers [M]; all to the first input. group_places: places of 32 inputs that share
-    a scale. PLACES: those that are added before scales are applied; with CHANNEL scales are applied at the end.
+    x: pointers [32, M]; scales, sums: pointers [M]; all to the first input. group_places: places of 32 inputs that
+    share a scale. PLACES: those that are added before scales are applied; with CHANNEL scales are applied at the end.
     """
     total = nothing.to(tl.float32)
     x_total = tl.zeros_like(tl.load(sums))
@@ -331,11 +133,9 @@ def _inputs_times_rows(
             w0 = tl.load(planes + at * 2048 + pair)
             w3 = _tile(planes + 4 * eighth + at * 2048, pair, TIER > 4)
             w4 = _tile(planes + 6 * eighth + at * 2048, pair, TIER > 6)
-            operands = _operands(w0, w1, w2, w3, w4, bits, keep, half, TIER, COMPANDED, PACKED)
+            operands = operands_of(w0, w1, w2, w3, w4, bits, keep, half, TIER, COMPANDED, PACKED)
             for turn in tl.static_range(0, 4, PLACES):
-                found = _products(
-                    x + at * 128, operands, nothing, bits, turn, turn + PLACES, TIER, COMPANDED, PACKED
-                )
+                found = _products(x + at * 128, operands, nothing, bits, turn, turn + PLACES, TIER, COMPANDED, PACKED)
                 x_sum, beyond = _input_sums(
                     sums + at * 8 * padded_tokens, padded_tokens, turn, turn + PLACES, TIER, COMPANDED
                 )
@@ -366,7 +166,7 @@ def _how(widths, bits):
 
 
 @triton.jit
-def _linear_kernel(
+def linear_kernel(
     x, scales, sums, planes, affine, widths, bits, y,
     tokens, rows, padded_tokens, padded_columns, padded_rows, groups, group_places, blocks,
     ROWS: tl.constexpr, TOKENS: tl.constexpr, PLACES: tl.constexpr, SCALED: tl.constexpr, CHANNEL: tl.constexpr,
@@ -404,7 +204,7 @@ def _linear_kernel(
 
 
 @triton.jit
-def _finish_kernel(partial, y, rows, padded_tokens, padded_rows, splits, AT_ONCE: tl.constexpr):
+def finish_kernel(partial, y, rows, padded_tokens, padded_rows, splits, AT_ONCE: tl.constexpr):
     """Add partial sums, one split after another: programs [tokens, rows / AT_ONCE]."""
     token = tl.program_id(0).to(tl.int64)
     row = tl.program_id(1) * AT_ONCE + tl.arange(0, AT_ONCE)
@@ -415,7 +215,7 @@ def _finish_kernel(partial, y, rows, padded_tokens, padded_rows, splits, AT_ONCE
 
 
 @triton.jit
-def _prepare_kernel(
+def prepare_kernel(
     x, out, scales, sums, tokens, columns, padded_tokens, padded_columns, SCALED: tl.constexpr
 ):  # fmt: skip
     """Copy a token's block of 128 inputs, with zeros for padding, and sum it: programs [M', K' / 128].
@@ -450,7 +250,7 @@ def _prepare_kernel(
 
 
 @triton.jit
-def _dense_kernel(
+def dense_kernel(
     planes, affine, widths, bits, out, rows, columns, padded_columns, padded_rows, groups, group_places,
     CHANNEL: tl.constexpr, COMPANDED: tl.constexpr, RESIDENT: tl.constexpr, BY_ROWS: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
@@ -471,10 +271,10 @@ def _dense_kernel(
         w3 = tl.load(planes + 4 * eighth + pair, mask=inside < tl.where(width > 4, 2048, 0), other=0)
         w4 = tl.load(planes + 6 * eighth + pair, mask=inside < tl.where(width > 6, 2048, 0), other=0)
         for place in tl.static_range(4):
-            nibbles = _nibbles(w0, w1, w2, half, place % 2, 4, PACKED)
-            code = (_byte(nibbles, w3, w4, place, 8, PACKED) & keep).to(tl.int16)
+            nibbles = nibbles_of(w0, w1, w2, half, place % 2, 4, PACKED)
+            code = (byte_of(nibbles, w3, w4, place, 8, PACKED) & keep).to(tl.int16)
             if COMPANDED:
-                integer = _bent(code >> (8 - width).to(tl.int16), width) - tl.where(width > 4, _bent_middle(width), 0)
+                integer = bent(code >> (8 - width).to(tl.int16), width) - tl.where(width > 4, bent_middle(width), 0)
             else:
                 empty = tl.where(width > 4, 0, tl.where(width > 2, 4, 6)).to(tl.int16)  # bits below a nibble or a pair
                 integer = (code >> empty) - (tl.full((), 128, tl.int16) >> empty)
@@ -484,151 +284,3 @@ def _dense_kernel(
             known = (row[:, None] < rows) & (column[None, :] < columns)
             weight = scale[:, None] * (integer.to(tl.float32) - zero[:, None])
             tl.store(out + row[:, None] * columns + column[None, :], weight.to(out.dtype.element_ty), mask=known)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Schedule:
-    """How a product is cut into programs."""
-
-    rows: int  # of a tile: 64, or 128 where that leaves enough programs
-    tokens: int  # of a tile: the second size of the tensor core's product
-    splits: int  # parts of the inputs, each with a program
-    blocks: int  # blocks of 256 inputs of a part
-    warps: int
-    stages: int  # tiles loaded ahead
-
-
-def schedule(
-    rows: int, columns: int, tokens: int, *, scaled: bool, by_rows: bool, processors: int = PROCESSORS
-) -> Schedule:
-    """Choose a schedule for a weight [rows, columns], padded, and some tokens on a card of so many processors.
-
-    Without splits a small weight would use a few processors only: with them there are about two programs for each.
-    """
-    tile = next(size for size in ((16, 32, 64) if scaled else (8, 16, 32, 64)) if size >= min(tokens, 64))
-    tall = 2 * ROWS if rows % (2 * ROWS) == 0 and not by_rows and tile < 64 else ROWS
-    inputs = columns // INPUTS
-    splits = max(1, min(2 * processors // (rows // tall * -(-tokens // tile)), inputs // 2, 16))
-    blocks = -(-inputs // splits)
-    return Schedule(
-        rows=tall, tokens=tile, splits=-(-inputs // blocks), blocks=blocks, warps=4, stages=3 if tile > 16 else 4
-    )
-
-
-def linear(
-    x: torch.Tensor,
-    planes: torch.Tensor,
-    affine: torch.Tensor,
-    widths: torch.Tensor,
-    bits: torch.Tensor,
-    rows: int,
-    group: int,
-    grid: str,
-    activations: str,
-) -> torch.Tensor:
-    """Run ``matquant::linear`` (gpu.py) with the kernels."""
-    columns = x.shape[-1]
-    x_MK = x.reshape(-1, columns).contiguous()
-    tokens = len(x_MK)
-    y = torch.empty(tokens, rows, dtype=x.dtype, device=x.device)
-    if tokens > MOST_TOKENS:
-        weight = dense(planes, affine, widths, bits, rows, columns, group, grid, x.dtype)
-        torch.mm(_rounded(x_MK) if activations == "int8" else x_MK, weight.T, out=y)
-    elif tokens:
-        _multiply(x_MK, planes, affine, widths, bits, y, group=group, grid=grid, scaled=activations == "int8")
-    return y.view(*x.shape[:-1], rows)
-
-
-def dense(
-    planes: torch.Tensor,
-    affine: torch.Tensor,
-    widths: torch.Tensor,
-    bits: torch.Tensor,
-    rows: int,
-    columns: int,
-    group: int,
-    grid: str,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """Return the weight [N, K] at the width ``bits``, reading the planes of that width."""
-    out = torch.empty(rows, columns, dtype=dtype, device=planes.device)
-    all_rows, all_columns = padded(rows, columns)
-    options = _options(planes, bits, rows, columns, group=group, grid=grid)
-    _dense_kernel[all_rows // ROWS, all_columns // INPUTS](
-        planes, affine, widths, bits, out,
-        rows, columns, all_columns, all_rows, columns // group, group // PLACE_INPUTS, **options,
-    )  # fmt: skip
-    return out
-
-
-def _multiply(
-    x_MK: torch.Tensor,
-    planes: torch.Tensor,
-    affine: torch.Tensor,
-    widths: torch.Tensor,
-    bits: torch.Tensor,
-    y: torch.Tensor,
-    *,
-    group: int,
-    grid: str,
-    scaled: bool,
-) -> None:
-    """Write the product into y [M, N]."""
-    (tokens, columns), rows, device = x_MK.shape, y.shape[1], x_MK.device
-    all_rows, all_columns = padded(rows, columns)
-    plan = schedule(
-        all_rows, all_columns, tokens, scaled=scaled, by_rows=bits.numel() > 1, processors=_processors(device)
-    )
-    tiles = -(-tokens // plan.tokens)
-    all_tokens = tiles * plan.tokens
-    inputs = torch.empty(all_tokens, all_columns, dtype=torch.int8 if scaled else x_MK.dtype, device=device)
-    sums = torch.empty(all_columns // BLOCK, SUMS, all_tokens, dtype=torch.float32, device=device)
-    scales = torch.empty(all_columns // BLOCK, all_tokens, dtype=torch.float32, device=device) if scaled else sums
-    _prepare_kernel[all_tokens, all_columns // BLOCK](
-        x_MK, inputs, scales, sums, tokens, columns, all_tokens, all_columns, SCALED=scaled, num_warps=1,
-        enable_fp_fusion=False,
-    )  # fmt: skip
-    split = plan.splits > 1
-    out = torch.empty(plan.splits, all_tokens, all_rows, dtype=torch.float32, device=device) if split else y
-    _linear_kernel[all_rows // plan.rows, plan.splits, tiles](
-        inputs, scales, sums, planes, affine, widths, bits, out,
-        tokens, rows, all_tokens, all_columns, all_rows, columns // group, group // PLACE_INPUTS, plan.blocks,
-        ROWS=plan.rows, TOKENS=plan.tokens, PLACES=_places(group, columns), SCALED=scaled, SPLIT=split,
-        num_warps=plan.warps, num_stages=plan.stages, **_options(planes, bits, rows, columns, group=group, grid=grid),
-    )  # fmt: skip
-    if split:
-        _finish_kernel[tokens, -(-rows // FINISHED)](
-            out, y, rows, all_tokens, all_rows, plan.splits, AT_ONCE=FINISHED, num_warps=4
-        )
-
-
-def _options(
-    planes: torch.Tensor, bits: torch.Tensor, rows: int, columns: int, *, group: int, grid: str
-) -> dict[str, Any]:
-    """Return what kernels are compiled for, of a weight."""
-    all_rows, all_columns = padded(rows, columns)
-    return {
-        "CHANNEL": group == columns,
-        "COMPANDED": grid != UNIFORM,
-        "RESIDENT": planes.numel() * 8 // (all_rows * all_columns),
-        "BY_ROWS": bits.numel() > 1,
-        "PACKED": not INTERPRETED,
-        "enable_fp_fusion": True,
-    }
-
-
-def _places(group: int, columns: int) -> int:
-    """Return how many places of 32 inputs are added before a scale is applied: 4, 2 or 1."""
-    return 4 if group == columns else next(places for places in (4, 2, 1) if group % (places * PLACE_INPUTS) == 0)
-
-
-@functools.cache
-def _processors(device: torch.device) -> int:
-    """Return the number of multiprocessors."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else PROCESSORS
-
-
-def _rounded(x_MK: torch.Tensor) -> torch.Tensor:
-    """Return x as int8 activations give it, in its dtype."""
-    codes, scale = round_activations(x_MK)
-    return (codes.unflatten(1, (-1, BLOCK)) * scale[..., None]).flatten(1)[:, : x_MK.shape[1]].to(x_MK.dtype)

@@ -176,9 +176,9 @@ def pack_affines(affines: list[Affine], *, device: torch.device | str = "cpu") -
 def width_rows(own: Sequence[int], *, grid: str) -> torch.Tensor:
     """Return how each width uses stored scales and zero-points, float32 [9, 6], on the CPU.
 
-    own: the widths of tables 1, 2, ...; other widths use TABLE 0, of the 8-bit grid. scale_r = scale * STEP and zero_r =
-    (zero - CENTRE) / STEP. Kernels multiply by integers about 0 in int8, of which scale * FACTOR is the scale and
-    (zero - CENTRE) * INVERSE - MIDDLE the zero-point. FACTOR is a power of two and INVERSE its reciprocal.
+    own: the widths of tables 1, 2, ...; other widths use TABLE 0, of the 8-bit grid. scale_r = scale * STEP and zero_r
+    = (zero - CENTRE) / STEP. Kernels multiply by integers in int8, of which scale * FACTOR is the scale and (zero -
+    CENTRE) * INVERSE - MIDDLE the zero-point. FACTOR is a power of two and INVERSE its reciprocal.
     """
     rows = [[0.0, 1.0, 0.0, 1.0, 1.0, 0.0]]  # width 0 does not exist
     for bits in range(1, MASTER_BITS + 1):

@@ -51,7 +51,7 @@ def rows(weight: Any, ids: torch.Tensor, /, *, bits: int) -> torch.Tensor:
     return out
 
 
-def why_not(device: torch.device | str, dtype: torch.dtype) -> str | None:
+def why_not(device: torch.device | str, dtype: torch.dtype, activations: str) -> str | None:
     """See ``Backend.why_not``."""
     if MISSING:
         return MISSING
@@ -72,5 +72,11 @@ def _names(dtypes: Iterable[torch.dtype]) -> str:
 
 
 BACKEND = Backend(
-    pack=pack, matmul=matmul, rows=rows, why_not=why_not, describe=describe, activations=("float", "int8")
+    pack=pack,
+    matmul=matmul,
+    rows=rows,
+    why_not=why_not,
+    describe=describe,
+    activations=("float", "int8"),
+    devices=("cpu",),
 )

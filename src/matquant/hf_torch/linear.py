@@ -1,9 +1,9 @@
 """torch modules whose weight stays packed: a linear layer and an embedding, at a width that may change.
 
-The width is an argument of the product or lookup, so switching costs nothing. Two kinds of calls of a linear layer make
-the dense weight and use torch's product: calls that need gradients, and calls with many bfloat16 tokens and float
-activations, for which torch uses hardware that the native kernels do not. N out features or tokens of the vocabulary, K
-in features or hidden size.
+The width is an argument of the product or lookup, or a number in the device's memory, so switching costs nothing. Two
+kinds of calls of a linear layer make the dense weight and use torch's product: calls that need gradients, and calls of
+the native kernels with many bfloat16 tokens and float activations, for which torch uses hardware that they do not. N
+out features or tokens of the vocabulary, K in features or hidden size.
 """
 
 from typing import Any
@@ -28,13 +28,31 @@ class NestedWeight(torch.nn.Module):
 
     def __init__(self, tensor: NestedTensor, packed: Any, like: Any, *, backend: Backend) -> None:
         super().__init__()
-        self.bits = MASTER_BITS
         self.dtype, self.device = like.weight.dtype, like.weight.device
         self._tensor, self._packed, self._backend = tensor, packed, backend
+        self.bits = MASTER_BITS
+
+    @property
+    def bits(self) -> int:
+        """Return the width."""
+        return self._bits
+
+    @bits.setter
+    def bits(self, bits: int) -> None:
+        self._bits = bits
+        if self._backend.select is not None:
+            self._backend.select(self._packed, bits)
+
+    @property
+    def _given(self) -> int | None:
+        """Return the width as an argument; None if the packed weight knows it, so that nothing traced depends on it."""
+        return self._bits if self._backend.select is None else None
 
     @property
     def weight(self) -> torch.Tensor:
         """Return the dense weight [N, K] at ``bits`` bits; a new tensor every time."""
+        if self._backend.dense is not None:
+            return self._backend.dense(self._packed, self.dtype)
         return torch.from_numpy(self._tensor.read(self.bits)).to(device=self.device, dtype=self.dtype)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -59,13 +77,19 @@ class NestedLinear(NestedWeight):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return x [..., K] -> [..., N] in the dtype of x. InputError for unsupported devices and dtypes."""
-        self._check(x)
+        if not torch.compiler.is_compiling():
+            self._check(x)
         tokens = x.numel() // self.in_features
-        many = self.activations == "float" and x.dtype == torch.bfloat16 and tokens >= DENSE_TOKENS
+        many = (
+            self.activations == "float"
+            and self._backend.select is None
+            and x.dtype == torch.bfloat16
+            and tokens >= DENSE_TOKENS
+        )
         if many or (x.requires_grad and torch.is_grad_enabled()):
             bias = None if self.bias is None else self.bias.to(x.dtype)
             return torch.nn.functional.linear(x, self.weight.to(x.dtype), bias)
-        y = self._backend.matmul(self._packed, x, bits=self.bits, activations=self.activations)
+        y = self._backend.matmul(self._packed, x, bits=self._given, activations=self.activations)
         if self.bias is not None:
             y += self.bias
         return y.to(x.dtype)
@@ -78,7 +102,7 @@ class NestedLinear(NestedWeight):
 
     def _check(self, x: torch.Tensor) -> None:
         """Raise InputError unless the backend supports x: the backend checks nothing."""
-        obstacle = self._backend.why_not(x.device, x.dtype)
+        obstacle = self._backend.why_not(x.device, x.dtype, self.activations)
         if obstacle is not None:
             raise InputError(f"the kernels of this layer do not support its input: {obstacle}; {WITHOUT}")
         if x.shape[-1] != self.in_features:
@@ -95,9 +119,11 @@ class NestedEmbedding(NestedWeight):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Return ids, integers [...] -> [..., K] in the model's dtype. InputError for ids outside the vocabulary."""
-        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.num_embeddings:
+        # A GPU checks ids itself, and to look at them here would make the processor wait for it.
+        readable = ids.device.type == "cpu" and not torch.compiler.is_compiling()
+        if readable and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.num_embeddings:
             raise InputError(f"token ids must be from 0 to {self.num_embeddings - 1}")
-        rows = self._backend.rows(self._packed, ids, bits=self.bits).to(self.dtype)
+        rows = self._backend.rows(self._packed, ids, bits=self._given).to(self.dtype)
         return rows if self.scale is None else rows * torch.as_tensor(self.scale, dtype=self.dtype)
 
     def extra_repr(self) -> str:

@@ -38,8 +38,8 @@ from matquant.system.threads import check_threads
 
 Serve = Callable[[Mapping[str, int]], None]  # sets the widths of the weights at these paths
 
-KERNELS = {"auto": "float", "float": "float", "int8": "int8"}  # value of ``kernels`` -> activations
-NONE = "none"
+KERNELS = {"auto": "float", "float": "float", "int8": "int8", "planes": "float"}  # value of ``kernels`` -> activations
+NONE, PLANES = "none", "planes"
 
 
 def load(
@@ -68,13 +68,14 @@ def load(
     served = dtype or config_dtype(checkpoint.config)
     name, obstacle, activations = DENSE, "kernels='none' was given", KERNELS.get(kernels, "float")
     if kernels != NONE:
-        name, obstacle = choose(device, served, activations=activations)
+        name, obstacle = _choose(kernels, device, served, activations)
     if not BACKENDS[name].trains:
         tensors = {path: checkpoint.nested(path, mapped=True) for path in checkpoint.shapes}
         nothing = torch.zeros((), dtype=served)
         model, views = _build(checkpoint, lambda name: nothing.expand(checkpoint.shapes[name]), served, device)
-        fused = [path for path, view in views.items() if not is_whole(model, view)]
-        name, obstacle = (DENSE, f"{fused[0]} is part of a fused tensor") if fused else (name, obstacle)
+        reasons = (_why_not_path(model, path, views[path], tensors[path], BACKENDS[name]) for path in tensors)
+        reason = next((reason for reason in reasons if reason is not None), None)
+        name, obstacle = (name, obstacle) if reason is None else (DENSE, reason)
     if not BACKENDS[name].trains:
         serve = _use_kernels(model, views, tensors, BACKENDS[name], activations)
         model.kernels = BACKENDS[name].describe(len(views), activations)
@@ -91,6 +92,22 @@ def load(
     model.save_pretrained = functools.partial(_save, model, views, tensors, checkpoint)
     model.set_bits(bits, plan=plan)
     return model
+
+
+def _choose(kernels: str, device: str | torch.device, dtype: torch.dtype, activations: str) -> tuple[str, str]:
+    """Return the backend of these kernels and "", or the dense one and the reason."""
+    if kernels != PLANES:
+        return choose(device, dtype, activations=activations)
+    reason = BACKENDS["gpu"].why_not(device, dtype, activations)
+    return ("gpu", "") if reason is None else (DENSE, reason)
+
+
+def _why_not_path(model: Model, path: str, view: View, tensor: NestedTensor, backend: Backend) -> str | None:
+    """Return why a backend cannot serve this layer; None if it can."""
+    if not is_whole(model, view):
+        return f"{path} is part of a fused tensor"
+    reason = backend.why_not_weight(tensor)
+    return None if reason is None else f"{path}: {reason}"
 
 
 def _check_arguments(path: Any, dtype: Any, device: Any, kernels: Any, check_hashes: Any) -> None:
