@@ -12,7 +12,7 @@ import conftest
 from matquant.core.spec import Plan
 from matquant.export import export
 from matquant.format.read import open_checkpoint
-from matquant.integrations.words import check_stacked, read_overrides, read_words, stacked_paths
+from matquant.integrations.words import check_widest, read_kernels, read_overrides, read_words, stacked_paths
 from matquant.system.errors import InputError
 
 QKV = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
@@ -98,14 +98,24 @@ def test_other_overrides_are_refused(overrides: dict[str, Any], message: str) ->
     assert str(caught.value) == message
 
 
-def test_a_plan_that_splits_stacked_weights_is_refused() -> None:
-    prefix, packed = "model.layers.0.self_attn.qkv_proj", {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
-    paths = stacked_paths(prefix, packed)
-    check_stacked(prefix, paths, dict.fromkeys(paths, 4))
-    check_stacked(prefix, paths, {})
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"kernels": "fast"}, "quantization_config has kernels='fast'; use one of auto, planes, dense"),
+        ({"max_bits": 9}, "quantization_config has max_bits=9; use a width, 1 to 8"),
+        ({"max_bits": True}, "quantization_config has max_bits=True; use a width, 1 to 8"),
+    ],
+)
+def test_kernels_that_do_not_exist_are_refused(config: dict[str, Any], message: str) -> None:
+    assert read_kernels({}) == ("auto", 8)
+    assert read_kernels({"kernels": "planes", "max_bits": 4, "bits": 2}) == ("planes", 4)
     with pytest.raises(InputError) as caught:
-        check_stacked(prefix, paths, {paths[0]: 8, paths[1]: 4, paths[2]: 4, "model.other": 2})
-    assert str(caught.value) == (
-        f"the plan has q_proj at 8, k_proj at 4, v_proj at 4 bits in {prefix}, which is one weight in vLLM; "
-        "give them one width, such as 8, as matquant plan does without --no-fused"
-    )
+        read_kernels(config)
+    assert str(caught.value) == message
+
+
+def test_a_width_that_is_not_in_memory_is_refused() -> None:
+    check_widest({"a": 4, "b": 2}, max_bits=4)
+    with pytest.raises(InputError) as caught:
+        check_widest({"a": 4, "b": 6}, max_bits=4)
+    assert str(caught.value) == "b is to have 6 bits, and max_bits=4 are in memory; use a larger max_bits"

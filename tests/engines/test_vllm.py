@@ -8,20 +8,24 @@ import json
 import os
 import subprocess
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.numpy import load_file
 
 import matquant
 from conftest import SMALL, make_tokenizer
 from engines.conftest import CACHE, HERE, REFERENCE
 from engines.heads import widen_heads
 from environments import make_environment
+from matquant.core.spec import Plan
 from matquant.export import export
+from matquant.format.read import Checkpoint, open_checkpoint
 from matquant.hf_torch.loading import load_tokenizer
 from origin import ROOT
 
@@ -39,6 +43,12 @@ PLAN = {
     **{f"model.layers.0.mlp.{name}_proj": 8 for name in ("gate", "up")},
     "model.layers.1.mlp.down_proj": 2,
 }
+SPLIT = {  # different widths in what vLLM stacks
+    "model.layers.0.self_attn.q_proj": 8,
+    "model.layers.0.self_attn.v_proj": 2,
+    "model.layers.0.mlp.gate_proj": 3,
+    "model.layers.1.mlp.up_proj": 6,
+}
 OTHERS: dict[str, Callable[[], Any]] = {
     "qwen2": lambda: transformers.Qwen2Config(**WIDE),  # biases
     "phi3": lambda: transformers.Phi3Config(**WIDE),  # fused on disk
@@ -52,9 +62,18 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     *((name, {"bits": bits}) for name in ("stories", "reference") for bits in (8, 6, 4, 3, 2)),
     *((name, {"bits": 4, "plan": PLAN}) for name in ("stories", "reference", "round", "extra")),
     *((name, {"bits": bits}) for name in ("round", "extra") for bits in (8, 2)),
+    *((name, {"bits": 4, "plan": SPLIT}) for name in ("stories", "round")),
     ("top", {"bits": 3}),
     *((family, {"bits": 3}) for family in OTHERS if "moe" not in family),
     ("experts", {"bits": 3}),
+]
+EVERY: list[dict[str, Any]] = [*({"bits": bits} for bits in (8, 6, 3, 2)), {"bits": 4, "plan": SPLIT}]
+# Checkpoints served from planes, by the operator's reference on a CPU: the first widths, and those switched to.
+PLANES: list[tuple[str, dict[str, Any], list[dict[str, Any]]]] = [
+    ("stories", {"bits": 4}, EVERY),
+    ("companded", {"bits": 4, "plan": SPLIT}, [{"bits": 3}, {"bits": 2}]),
+    ("top", {"bits": 3, "max_bits": 3}, [{"bits": 2}]),
+    ("phi3", {"bits": 3}, [{"bits": 8}]),
 ]
 MISTAKES: list[tuple[str, dict[str, Any], str]] = [
     ("stories", {"bits": 9}, "bits=9 is not a width; use one of 1 to 8"),
@@ -65,10 +84,13 @@ MISTAKES: list[tuple[str, dict[str, Any], str]] = [
         "the plan names 'model.layers.0.mlp.up', which the model does not quantise; nearest: "
         "'model.layers.0.mlp.up_proj'",
     ),
+    ("stories", {"kernels": "fast"}, "quantization_config has kernels='fast'; use one of auto, planes, dense"),
+    ("stories", {"bits": 6, "max_bits": 4}, "is to have 6 bits, and max_bits=4 are in memory; use a larger max_bits"),
     (
-        "stories",
-        {"bits": 4, "plan": {"model.layers.0.mlp.up_proj": 8}},
-        "the plan has gate_proj at 4, up_proj at 8 bits in model.layers.0.mlp.gate_up_proj, which is one weight in",
+        "round",
+        {"bits": 4, "kernels": "planes"},
+        "kernels='planes' cannot hold model.layers.0.self_attn.qkv_proj: rule 'round' rounds, which needs a bit more "
+        "than a width has; GPU planes are read by 'prefix'; use kernels 'auto' or 'dense'",
     ),
     ("float", {"bits": 4}, "has no matquant_manifest.json; give a checkpoint made by matquant quantize"),
     ("moe", {"bits": 4}, "the plugin supports only linear layers: quantise with --exclude experts, or export"),
@@ -89,6 +111,7 @@ def models(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
     quantise("round", root / "float", rule="round", group_size=4)
     quantise("extra", root / "float", rule="extra", symmetric=False)
     quantise("reference", REFERENCE / "model")
+    quantise("companded", REFERENCE / "model", grid="companded", zero_point="midrange", group_size=64)
     export(found["stories"], root / "top", to="matquant", bits=3)
     found["top"] = root / "top"
     for family, config in OTHERS.items():
@@ -126,16 +149,17 @@ def write_entry_points(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def answers(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def answers(models: dict[str, Path], plugins: Path) -> dict[str, Any]:
     """What vLLM says to every case and mistake, by its JSON; experts in a process of their own, as vLLM wants it."""
-    cases = [*CASES, *((name, asked) for name, asked, _ in MISTAKES)]
-    plugins = tmp_path_factory.mktemp("plugins")
-    write_entry_points(plugins)
-    environment = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{plugins}"}
-    command = [make_vllm(), HERE / "vllm_run.py"]
+    asked_of = [(name, asked, list[Any](), False) for name, asked in (*CASES, *((n, a) for n, a, _ in MISTAKES))]
+    asked_of += [(name, {**asked, "kernels": "planes"}, later, False) for name, asked, later in PLANES]
+    asked_of += [
+        ("stories", {"bits": 4, "kernels": "planes"}, [{"bits": 2}], True),
+        ("stories", {}, [{"bits": 2}], False),
+    ]
     found = {}
     for experts in (False, True):
-        chosen = [case for case in cases if (case[0] in EXPERTS) == experts]
+        chosen = [case for case in asked_of if (case[0] in EXPERTS) == experts]
         jobs = [
             {
                 "model": str(models[name]),
@@ -143,15 +167,37 @@ def answers(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
                 "dtype": "float32",
                 "prompts": prompts(models[name]),
                 "tokens": TOKENS,
+                "switch": later,
+                "compiled": compiled,
             }
-            for name, asked in chosen
+            for name, asked, later, compiled in chosen
         ]
         lines = "".join(json.dumps(job) + "\n" for job in jobs)
-        done = subprocess.run(command, input=lines, capture_output=True, text=True, env=environment)
+        done = subprocess.run(
+            [make_vllm(), HERE / "vllm_run.py"], input=lines, capture_output=True, text=True, env=environment(plugins)
+        )
         assert done.returncode == 0, done.stderr[-3000:]
         answers = map(json.loads, done.stdout.splitlines())
-        found |= {json.dumps(case): answer for case, answer in zip(chosen, answers, strict=True)}
+        found |= {key(*case): answer for case, answer in zip(chosen, answers, strict=True)}
     return found
+
+
+def key(name: str, asked: dict[str, Any], later: Sequence[Any] = (), compiled: bool = False) -> str:
+    """The name of an answer."""
+    return json.dumps([name, asked, list(later), compiled])
+
+
+def environment(plugins: Path) -> dict[str, str]:
+    """Variables with which vLLM finds the plugin; what it compiles goes beside."""
+    found = {"PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{plugins}", "VLLM_CACHE_ROOT": str(plugins / "cache")}
+    return os.environ | found
+
+
+@pytest.fixture(scope="module")
+def plugins(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("plugins")
+    write_entry_points(folder)
+    return folder
 
 
 def prompts(directory: Path) -> list[list[int]]:
@@ -176,7 +222,7 @@ def assert_same_text(answer: dict[str, Any], model: Any, directory: Path) -> Non
 def test_vllm_serves_our_slice(
     name: str, asked: dict[str, Any], models: dict[str, Path], answers: dict[str, Any]
 ) -> None:
-    answer = answers[json.dumps([name, asked])]
+    answer = answers[key(name, asked)]
     assert "error" not in answer, answer["error"]
     model = matquant.load(models[name], kernels="none", dtype=torch.float32, **asked)
     assert_same_text(answer, model, models[name])
@@ -187,4 +233,115 @@ def test_vllm_serves_our_slice(
 
 @pytest.mark.parametrize(("name", "asked", "message"), MISTAKES)
 def test_mistakes_are_refused(name: str, asked: dict[str, Any], message: str, answers: dict[str, Any]) -> None:
-    assert message in answers[json.dumps([name, asked])]["error"]
+    assert message in answers[key(name, asked)]["error"]
+
+
+@pytest.mark.parametrize(("name", "asked", "later"), PLANES, ids=[name for name, *_ in PLANES])
+def test_planes_are_switched_in_place(
+    name: str, asked: dict[str, Any], later: list[dict[str, Any]], models: dict[str, Path], answers: dict[str, Any]
+) -> None:
+    answer = answers[key(name, {**asked, "kernels": "planes"}, later)]
+    assert "error" not in answer, answer["error"]
+    model = matquant.load(models[name], kernels="none", dtype=torch.float32)
+    for widths, found in zip([asked, *later], [answer, *answer["switched"]], strict=True):
+        model.set_bits(widths["bits"], plan=widths.get("plan"))
+        assert_same_text(found, model, models[name])
+        model.set_bits(widths["bits"] - 1)
+        with pytest.raises(AssertionError, match="log-probabilities differ"):
+            assert_same_text(found, model, models[name])
+
+
+def test_a_compiled_model_switches_too(models: dict[str, Path], answers: dict[str, Any]) -> None:
+    answer = answers[key("stories", {"bits": 4, "kernels": "planes"}, [{"bits": 2}], compiled=True)]
+    assert "error" not in answer, answer["error"]
+    model = matquant.load(models["stories"], kernels="none", dtype=torch.float32)
+    for bits, found in ((4, answer), (2, answer["switched"][0])):
+        model.set_bits(bits)
+        assert_same_text(found, model, models["stories"])
+
+
+def test_dense_weights_are_not_switched(answers: dict[str, Any]) -> None:
+    (found,) = answers[key("stories", {}, [{"bits": 2}])]["switched"]
+    assert found["error"] == (
+        "the weights of model.layers.0.self_attn.qkv_proj are dense, so that their width is fixed; "
+        "start vLLM again with these bits or this plan"
+    )
+
+
+PARTS = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+SHAPE = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+RANKS: dict[str, tuple[str, dict[str, Any]]] = {
+    "planes": ("companded", {"bits": 4, "kernels": "planes"}),
+    "planes, plan": ("companded", {"bits": 4, "plan": SPLIT, "kernels": "planes"}),
+    "planes, per channel": ("stories", {"bits": 3, "kernels": "planes"}),
+    "planes of int4": ("companded", {"bits": 2, "kernels": "planes", "max_bits": 4}),
+    "dense": ("companded", {"bits": 4, "plan": SPLIT}),
+    "cut": ("wide", {"bits": 4, "kernels": "planes"}),
+    "cut, dense": ("wide", {"bits": 4}),
+}
+
+
+@pytest.fixture(scope="module")
+def ranks(models: dict[str, Path], plugins: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """What two ranks compute together, of every case in RANKS."""
+    folder = tmp_path_factory.mktemp("ranks")
+    matquant.quantize(REFERENCE / "model", folder / "wide", method="rtn", scope="linears", group_size=256)
+    found = {**models, "wide": folder / "wide"}
+    configs = {name: open_checkpoint(found[model]).config for name, (model, _) in RANKS.items()}
+    job = {
+        "cases": {
+            name: {"model": str(found[model]), "asked": {"quant_method": "matquant", **asked}}
+            for name, (model, asked) in RANKS.items()
+        },
+        "shapes": {name: {part: config[part] for part in SHAPE} for name, config in configs.items()},
+        "packed": PARTS,
+    }
+    (folder / "job.json").write_text(json.dumps(job))
+    command = [make_vllm(), HERE / "vllm_ranks.py", folder]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(plugins))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder, json.loads((folder / "result.json").read_text())
+
+
+@pytest.mark.parametrize("name", [name for name in RANKS if name != "cut"])
+def test_two_ranks_are_the_whole_layer(name: str, models: dict[str, Path], ranks: tuple[Path, Any]) -> None:
+    folder, result = ranks
+    model, asked = RANKS[name]
+    checkpoint = open_checkpoint(folder / "wide" if model == "wide" else models[model])
+    bits = checkpoint.widths(Plan.over(asked["bits"], asked.get("plan")))
+    tensors = load_file(folder / f"{name}.safetensors")
+    for module, bytes_ in result[name].items():
+        x, y = (torch.from_numpy(tensors[f"{module}.{part}"]).double() for part in "xy")
+        parent, _, last = module.rpartition(".")
+        paths = [f"model.layers.0.{parent}.{part}" for part in PARTS.get(last, [last])]
+        dense = torch.from_numpy(np.concatenate([checkpoint.nested(path).read(bits[path]) for path in paths])).double()
+        limit = x.abs() @ dense.abs().T * 16 * 2.0**-24
+        assert bool(((y - x @ dense.T).abs() <= limit).all()), module
+        other = torch.from_numpy(np.concatenate([checkpoint.nested(path).read(bits[path] - 1) for path in paths]))
+        assert bool(((y - x @ other.double().T).abs() > limit).any(-1).all()), module
+        if asked.get("kernels") == "planes":
+            ways = 2 if last in PARTS else 1
+            sizes = [checkpoint.shapes[path][0] // ways for path in paths]
+            columns = x.shape[1] * ways // 2
+            assert bytes_ == [memory(checkpoint, sizes, columns, max_bits=asked.get("max_bits", 8))] * 2
+
+
+def memory(checkpoint: Checkpoint, sizes: Sequence[int], columns: int, *, max_bits: int) -> int:
+    """Bytes of planes, scales and zero-points of a rank, and of what says how to read each width, and at which."""
+    tables = 1 + sum(bits <= max_bits for bits in checkpoint.spec.slices)
+    groups, all_columns = columns // (checkpoint.spec.group_size or columns), -(-columns // 256) * 256
+    stacked = [[size] for size in sizes] if any(size % 64 for size in sizes[:-1]) else [sizes]
+    total = 0
+    for product in stacked:
+        rows = -(-sum(product) // 64) * 64
+        total += rows * all_columns * max_bits // 8 + 4 * tables * rows * groups
+        total += 4 * 9 * 6 + 4 * (rows // 64 if len(product) > 1 else 1)
+    return total
+
+
+def test_a_cut_group_is_refused_or_dense(ranks: tuple[Path, Any]) -> None:
+    _, result = ranks
+    assert result["cut"]["error"] == (
+        "kernels='planes' cannot hold model.layers.0.self_attn.o_proj: tensor parallelism leaves a rank 128 inputs, "
+        "which cuts a group of 256; use kernels 'auto' or 'dense'"
+    )

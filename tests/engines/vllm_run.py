@@ -1,7 +1,8 @@
 """Runs inside the environment of vllm.txt: reads jobs as JSON from standard input, prints one JSON object per job.
 
 A job is {"model": directory, "quantization_config": overrides or null, "dtype": name, "prompts": [[token ids]],
-"tokens": number}; the answer has, for every prompt, the greedy token ids and their log-probabilities.
+"tokens": number, "switch": [{"bits": ..., "plan": ...}], "compiled": bool}; the answer has, for every prompt, the
+greedy token ids and their log-probabilities, and under "switched" the same after each switch of width, or its error.
 """
 
 import json
@@ -14,15 +15,33 @@ os.environ |= {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
 
 from vllm import LLM, SamplingParams
 
+WIDTHS = "matquant.integrations.vllm.Widths"
+
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
     """The greedy continuations of one model, or the error that it ends with."""
     config = job["quantization_config"]
     overrides = {} if config is None else {"quantization_config": config}
+    options: dict[str, Any] = {"enforce_eager": not job.get("compiled"), "max_model_len": 128}
     try:
-        model = LLM(job["model"], dtype=job["dtype"], hf_overrides=overrides, enforce_eager=True, max_model_len=128)
+        model = LLM(job["model"], dtype=job["dtype"], hf_overrides=overrides, worker_extension_cls=WIDTHS, **options)
     except ValueError as error:
         return {"error": str(error)}
+    switched: list[dict[str, Any]] = []
+    answer = {**generate(model, job), "switched": switched}
+    for asked in job.get("switch", []):
+        try:
+            layers = model.collective_rpc("set_matquant_bits", kwargs=asked)
+        except ValueError as error:
+            switched.append({"error": str(error)})
+            continue
+        model.reset_prefix_cache()
+        switched.append({**generate(model, job), "layers": layers})
+    return answer
+
+
+def generate(model: LLM, job: dict[str, Any]) -> dict[str, Any]:
+    """The greedy continuations of all prompts."""
     sampling = SamplingParams(temperature=0, max_tokens=job["tokens"], logprobs=0, ignore_eos=True)
     outputs = model.generate([{"prompt_token_ids": ids} for ids in job["prompts"]], sampling, use_tqdm=False)
     found = [output.outputs[0] for output in outputs]

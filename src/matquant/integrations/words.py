@@ -13,12 +13,14 @@ import torch
 from matquant.core.grid import decode
 from matquant.core.nest import MASTER_BITS, labels_of, slice_positions
 from matquant.core.spec import Plan
+from matquant.core.tensor import NestedTensor
 from matquant.format.read import Checkpoint
 from matquant.system.errors import InputError
 
 # Weights sliced at once. In float32 they fit the second-level cache: 5 times as fast (4096 x 4096, one core).
 AT_ONCE = 2**18
-OVERRIDES = ("quant_method", "bits", "plan")  # the keys of our quantization_config
+OVERRIDES = ("quant_method", "bits", "plan", "kernels", "max_bits")  # the keys of our quantization_config
+KERNELS = ("auto", "planes", "dense")
 
 
 def read_words(
@@ -28,13 +30,8 @@ def read_words(
 
     Equals ``checkpoint.nested(path).read(bits)`` rounded to ``dtype``, bit for bit.
     """
-    nested = checkpoint.nested(path, mapped=True)  # its codes are a view of the file that is never read
-    rows, columns = nested.codes.shape
-    assert len(words) == rows, f"{path} has {rows} rows, given {len(words)}"
-    if checkpoint.spec.stored(path) == MASTER_BITS:
-        codes = labels_of(words.view(torch.uint8)[:, :columns], grid=nested.grid)
-    else:  # words of a smaller checkpoint hold fewer bits
-        codes = torch.from_numpy(nested.codes).to(words.device)
+    nested, codes = read_codes(checkpoint, path, words)
+    rows, columns = codes.shape
     scale, zero = (torch.from_numpy(part).to(words.device) for part in nested.affine(bits))
     weight = torch.empty(rows, columns, dtype=dtype, device=words.device)
     step = max(1, AT_ONCE // columns)
@@ -43,6 +40,16 @@ def read_words(
         position = slice_positions(codes[part], bits, rule=nested.rule, grid=nested.grid)
         weight[part] = decode(position, scale[part], zero[part])
     return weight
+
+
+def read_codes(checkpoint: Checkpoint, path: str, words: torch.Tensor) -> tuple[NestedTensor, torch.Tensor]:
+    """Return the nested weight at ``path`` (numpy), and its codes, uint8 [N, K], from its stored ``words``."""
+    nested = checkpoint.nested(path, mapped=True)  # its codes are a view of the file that is never read
+    rows, columns = nested.codes.shape
+    assert len(words) == rows, f"{path} has {rows} rows, given {len(words)}"
+    if checkpoint.spec.stored(path) == MASTER_BITS:
+        return nested, labels_of(words.view(torch.uint8)[:, :columns], grid=nested.grid)
+    return nested, torch.from_numpy(nested.codes).to(words.device)  # words of a smaller checkpoint hold fewer bits
 
 
 def read_overrides(config: Mapping[str, Any]) -> Plan:
@@ -59,14 +66,22 @@ def read_overrides(config: Mapping[str, Any]) -> Plan:
     return Plan.over(config.get("bits", MASTER_BITS), plan)
 
 
-def check_stacked(prefix: str, paths: Sequence[str], bits: Mapping[str, int]) -> None:
-    """Raise InputError if the weights stacked in the module ``prefix`` have different widths."""
-    widths = {path: bits[path] for path in paths if path in bits}
-    if len(set(widths.values())) > 1:
-        asked = ", ".join(f"{path.rpartition('.')[2]} at {width}" for path, width in widths.items())
+def read_kernels(config: Mapping[str, Any]) -> tuple[str, int]:
+    """Return the "kernels" of our quantization_config, one of KERNELS, and "max_bits", the widest width in memory."""
+    kernels, max_bits = config.get("kernels", KERNELS[0]), config.get("max_bits", MASTER_BITS)
+    if kernels not in KERNELS:
+        raise InputError(f"quantization_config has kernels={kernels!r}; use one of {', '.join(KERNELS)}")
+    if type(max_bits) is not int or not 1 <= max_bits <= MASTER_BITS:
+        raise InputError(f"quantization_config has max_bits={max_bits!r}; use a width, 1 to 8")
+    return kernels, max_bits
+
+
+def check_widest(bits: Mapping[str, int], *, max_bits: int) -> None:
+    """Raise InputError for a width above ``max_bits``, of which memory has no more bits."""
+    path = next((path for path, width in bits.items() if width > max_bits), None)
+    if path is not None:
         raise InputError(
-            f"the plan has {asked} bits in {prefix}, which is one weight in vLLM; give them one width, such as "
-            f"{max(widths.values())}, as matquant plan does without --no-fused"
+            f"{path} is to have {bits[path]} bits, and max_bits={max_bits} are in memory; use a larger max_bits"
         )
 
 
