@@ -1,15 +1,21 @@
 """Several processes give what one gives: training, one-shot methods and evaluation, saved states, and errors."""
 
 import functools
+import itertools
 import math
 import os
+import resource
 import signal
+import subprocess
+import sys
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -19,7 +25,10 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_parts
 import conftest
 import matquant
 import processes
+from matquant.distributed import sums
+from matquant.distributed.sums import Sums
 from matquant.format.read import open_checkpoint
+from matquant.methods import gptq, qat
 from matquant.system import ranks
 
 TRAINED: dict[str, Any] = {
@@ -172,3 +181,177 @@ def test_two_processes_start_from_a_checkpoint(llama: Path, text_file: Path, tmp
         work = functools.partial(train, llama, text_file, tmp_path / name, stop=None, **options)
         work() if count == 1 else processes.run(work, count)
     assert_similar_checkpoint(tmp_path / "two", tmp_path / "one", share=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------- one-shot methods
+
+ONE_SHOT: dict[str, Any] = {"scope": "all", "group_size": 16, "samples": 7, "seq_len": 32, "batch_size": 4}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "gptq": {"method": "gptq"},
+    "tuned": {"method": "gptq", "tune": 4},
+    "omniquant": {"method": "omniquant", "steps": 4, "codes": "gptq"},
+}
+
+
+def quantise(model: Path, text: Path, out: Path, name: str, **options: Any) -> None:
+    conftest.quantize(model, out, **{"text": [text], **ONE_SHOT, **SETTINGS[name], **options})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_three_processes_choose_the_codes_of_one(
+    name: str, family: str, family_model: Callable[[str], Path], text_file: Path, tmp_path: Path
+) -> None:
+    model = family_model(family)
+    for ordered, share in ((True, 0.0), (False, 1e-3)):
+        outs = [tmp_path / f"{count}-{ordered}" for count in (1, 3)]
+        for out, count in zip(outs, (1, 3), strict=True):
+            work = functools.partial(quantise, model, text_file, out, name, deterministic=ordered)
+            work() if count == 1 else processes.run(work, count)
+        if ordered:
+            assert_same_checkpoint(outs[1], outs[0])
+        else:
+            assert_similar_codes(outs[1], outs[0], share=share)
+
+
+def assert_similar_codes(found: Path, wanted: Path, *, share: float) -> None:
+    one, two = open_checkpoint(wanted), open_checkpoint(found)
+    differing = sum(int((one.nested(path).codes != two.nested(path).codes).sum()) for path in one.shapes)
+    assert differing <= share * sum(math.prod(shape) for shape in one.shapes.values())
+
+
+@pytest.mark.slow
+def test_a_killed_process_of_gptq_resumes(llama: Path, text_file: Path, tmp_path: Path) -> None:
+    def killed() -> None:
+        def report(record: Mapping[str, Any]) -> None:
+            if record.get("block") == "model.layers.0" and ranks.rank() == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        quantise(llama, text_file, tmp_path / "out", "tuned", report=report)
+
+    processes.run(functools.partial(quantise, llama, text_file, tmp_path / "whole", "tuned"), 2)
+    found = processes.run_all(killed, 2)
+    assert found[0][1][0] == "LostProcessError", found[0]
+    work = tmp_path / ".out.work"
+    assert [file.name for file in (work / "blocks").iterdir()] == ["00000.safetensors"]
+    processes.run(functools.partial(quantise, llama, text_file, tmp_path / "out", "tuned", resume=True), 2)
+    assert_same_checkpoint(tmp_path / "out", tmp_path / "whole")
+    assert not work.exists()
+
+
+def test_sums_in_a_fixed_order_do_not_depend_on_who_holds_the_pieces() -> None:
+    for count in range(1, 20):
+        leaves = [torch.randn(50) * 10.0**place for place in range(count)]
+        whole = Sums([range(count)])
+        for leaf in leaves:
+            whole.add([leaf.clone()])
+        (wanted,) = whole.total([leaves[0]])
+        for cuts in ((count // 2,), (count // 3, count // 2), (0, 1)):
+            bounds = [0, *cuts, count]
+            parts = [range(start, stop) for start, stop in itertools.pairwise(bounds)]
+            nodes: list[Any] = []
+            for part in parts:
+                held: list[Any] = []
+                for place in part:
+                    sums._push(held, (place, 1, [leaves[place].clone()]))
+                assert [(first, size) for first, size, _ in held] == sums.branches(part)
+                for node in held:
+                    sums._push(nodes, node)
+            assert torch.equal(sums.fold(nodes)[0], wanted)
+
+
+# ------------------------------------------------------------------------------------------------------------ errors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("method", ["qat", "gptq"])
+def test_a_full_disk_of_one_process_is_an_error_of_all(
+    method: str, rank: int, llama: Path, text_file: Path, tmp_path: Path
+) -> None:
+    module, name = (qat, "train_step") if method == "qat" else (gptq, "_solve")
+
+    def full(*arguments: Any, **options: Any) -> Any:
+        if ranks.rank() == rank:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
+        return function(*arguments, **options)
+
+    def work() -> None:
+        setattr(module, name, full)  # in the child alone
+        if method == "qat":
+            train(llama, text_file, tmp_path / "out", stop=None)
+        else:
+            quantise(llama, text_file, tmp_path / "out", method)
+
+    function = getattr(module, name)
+
+    answers = processes.run_all(work, 2)
+    if (method, rank) == ("gptq", 1):  # only the first process writes
+        assert [good for good, _ in answers] == [True, True]
+        return
+    assert [good for good, _ in answers] == [False, False]
+    for _, (kind, message, _) in answers:
+        assert kind == "InputError", answers
+        assert "no space left on the device" in message
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / ".out.work" / "state").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({**TRAINED, "batch_size": 1}, "--batch-size 1 leaves some of 2 processes without a sequence; use at least 2"),
+        ({**ONE_SHOT, "method": "gptq", "samples": 1, "seq_len": 48}, "--samples 1 leaves some of 2 processes"),
+        ({"method": "rtn"}, "method 'rtn' runs in one process, found WORLD_SIZE=2; start it without torchrun"),
+    ],
+)
+def test_too_many_processes_are_one_clear_error(
+    options: dict[str, Any], message: str, llama: Path, text_file: Path, tmp_path: Path
+) -> None:
+    if options["method"] != "rtn":
+        options = {**options, "text": [text_file]}
+    answers = processes.run_all(functools.partial(conftest.quantize, llama, tmp_path / "out", **options), 2)
+    for good, (kind, found, _) in answers:
+        assert not good
+        assert kind == "InputError"
+        assert message in found
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_processes_with_different_models_are_an_error(
+    llama: Path, family_model: Callable[[str], Path], text_file: Path, tmp_path: Path
+) -> None:
+    def work() -> None:
+        quantise(llama if ranks.leads() else family_model("mistral"), text_file, tmp_path / "out", "gptq")
+
+    family_model("mistral")
+    for good, (kind, message, _) in processes.run_all(work, 2):
+        assert not good
+        assert kind == "InputError"
+        assert message.startswith("process 1 of 2 and process 0 differ in the model, the text or the settings")
+
+
+@pytest.mark.slow
+def test_torchrun_prints_one_error_when_a_process_is_killed(llama: Path, text_file: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--master-port", str(processes.free_port()), "-m", "matquant", "quantize", str(llama)]
+    command += ["--method", "qat", "--text", str(text_file), "--steps", "100000", "--batch-size", "2", "--seq-len"]
+    command += ["16", "--group-size", "channel", "--save-every", "2", "-o", str(tmp_path / "out")]
+    state = tmp_path / ".out.work" / "state" / "seal.json"
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    ) as run:
+        deadline = time.monotonic() + 200
+        while not state.is_file() and time.monotonic() < deadline:
+            time.sleep(0.2)
+        children = psutil.Process(run.pid).children()
+        assert len(children) == 2
+        children[1].kill()
+        _, errors = run.communicate(timeout=100)
+    lines = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert len(lines) <= 1, errors  # torchrun may end the other process before it can say anything
+    assert all("another process of this run has ended" in line for line in lines)
+    assert "exitcode  : -9" in errors
+    assert not (tmp_path / "out").exists()

@@ -50,10 +50,7 @@ class Sums:
                 _push(nodes, (first, count, [from_rank(tensor, rank) for tensor in own]))
         if not nodes:
             return [torch.zeros_like(tensor) for tensor in like]
-        while len(nodes) > 1:  # what is left of a number of pieces that is no power of two
-            (first, count, left), (_, more, right) = nodes[-2:]
-            nodes[-2:] = [(first, count + more, _added(left, right))]
-        return nodes[0][2]
+        return fold(nodes)
 
 
 def branches(pieces: range) -> list[tuple[int, int]]:
@@ -66,6 +63,14 @@ def branches(pieces: range) -> list[tuple[int, int]]:
         found.append((first, count))
         first += count
     return found
+
+
+def fold(nodes: list[Node]) -> list[torch.Tensor]:
+    """Return the sum of the branches that are left, of which no two are halves of one, from the last on."""
+    while len(nodes) > 1:
+        (first, count, left), (_, more, right) = nodes[-2:]
+        nodes[-2:] = [(first, count + more, _added(left, right))]
+    return nodes[0][2]
 
 
 def _push(nodes: list[Node], node: Node) -> None:

@@ -28,6 +28,7 @@ from matquant.format.read import manifest_sha256, open_checkpoint
 from matquant.format.shards import SHARD_BYTES
 from matquant.format.write import check_writable, write_checkpoint
 from matquant.hf.gguf import ORIGIN, as_directory, quantised_notice
+from matquant.hf.gguf_file import is_gguf
 from matquant.hf.text import count_windows, data_sha256, token_stream
 from matquant.hf_torch import Model
 from matquant.hf_torch.arrays import nested_to_numpy, nested_to_torch
@@ -114,7 +115,8 @@ def _float_directory(model: Path | str, target: Path, report: Report) -> Iterato
     """Yield the model's directory or hub id; a GGUF file is converted by the first process, for all of them."""
     with contextlib.ExitStack() as made:
         conversion = as_directory(model, beside=target, report=functools.partial(_converted, report))
-        yield on_first(lambda: made.enter_context(conversion))
+        directory = on_first(lambda: made.enter_context(conversion))
+        yield directory if is_gguf(model) else model
         wait()
 
 
