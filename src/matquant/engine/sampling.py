@@ -103,12 +103,14 @@ def draw(weights: np.ndarray, number: float) -> int:
     Sums of blocks come first, because adding one by one through a large vocabulary takes longer than exp.
     """
     cumulative = np.cumsum(np.add.reduceat(weights, np.arange(0, len(weights), BLOCK), dtype=np.float64))
-    wanted = number * cumulative[-1]
-    block = min(int(np.searchsorted(cumulative, wanted, side="right")), len(cumulative) - 1)
+    wanted = min(number * cumulative[-1], np.nextafter(cumulative[-1], 0))
+    block = int(np.searchsorted(cumulative, wanted, side="right"))
     inside = weights[block * BLOCK : (block + 1) * BLOCK]
     before = cumulative[block - 1] if block else 0.0
     place = int(np.searchsorted(before + np.cumsum(inside, dtype=np.float64), wanted, side="right"))
-    return block * BLOCK + min(place, len(inside) - 1)
+    if place == len(inside):  # the two sums of a block may differ in their last bits
+        place = int(np.flatnonzero(inside)[-1])
+    return block * BLOCK + place
 
 
 def confidence(logits: np.ndarray, sampling: Sampling) -> float:
