@@ -19,8 +19,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from matquant.backends import gpu_kernels
-from matquant.backends.gpu_layout import PLACE_INPUTS, RESIDENT_BITS
 from matquant.backends.gpu_launch import places_of, schedule
+from matquant.backends.gpu_layout import PLACE_INPUTS, RESIDENT_BITS
 
 ROWS, COLUMNS = 8192, 8192
 THREADS = 32  # of a warp
@@ -54,7 +54,7 @@ def compile_case(case: dict[str, Any]) -> dict[str, Any]:
 
 
 def facts(found: Any, plan: Any, *, item_bytes: int) -> dict[str, Any]:
-    """Shared memory, spills, the kinds of tensor core instructions and loads, and instructions per weight of each loop."""
+    """Shared memory, spills, kinds of products and loads, and the instructions per weight of each loop."""
     lines = disassemble(found.asm["cubin"]).splitlines()
     every = collections.Counter(match[1] for line in lines if (match := INSTRUCTION.search(line)))
     per_weight, x_bytes = {}, plan.tokens * 256 * item_bytes
