@@ -309,7 +309,7 @@ def test_planes_equal_the_dense_model_and_switch_in_place(checkpoint: Callable[.
             dense.set_bits(bits)
             model.set_bits(bits)
             assert gap(logits(model), logits(dense)) < 1e-5
-            assert {int(width) for width in kept} == set(model.bits_by_path.values()), "a captured graph reads the width from this tensor"
+            assert {int(width) for width in kept} == set(model.bits_by_path.values()), "captured graphs read these"
         dense.set_bits(3)
         assert gap(logits(model), logits(dense)) > 1e-3, "the neighbouring width must not pass"
 

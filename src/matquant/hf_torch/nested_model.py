@@ -59,7 +59,8 @@ def load(
     checkpoint. dtype None: the checkpoint's. kernels: ``auto``: the device's kernels, equal to dense weights to
     rounding, or dense weights where they are not available (float64, fused experts, ...); ``float`` or ``int8``:
     kernels with these activations, or an error; ``planes``: the GPU's planes on any device (on a CPU a slow reference);
-    ``none``: dense weights, which can be trained. With kernels no parameter requires gradients. InputError for damage, and if the requested kernels are not available.
+    ``none``: dense weights, which can be trained. With kernels no parameter requires gradients. InputError for
+    damage, and if the requested kernels are not available.
     """
     _check_arguments(path, dtype, device, kernels, check_hashes)
     check_threads(torch.get_num_threads(), name="torch.get_num_threads()")
