@@ -295,7 +295,7 @@ def test_many_bfloat16_tokens_are_multiplied_by_the_dense_weight(checkpoint: Cal
     assert not is_dense(torch.float32, "auto", many)
 
 
-# Planes in the order of GPU kernels: on a CPU the operator is its dense reference --------------------------------------
+# Planes in the order of GPU kernels: on a CPU the operator is its dense reference -------------------------------------
 
 
 def test_planes_equal_the_dense_model_and_switch_in_place(checkpoint: Callable[..., Path]) -> None:

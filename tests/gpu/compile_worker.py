@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from matquant.backends import gpu_kernels
-from matquant.backends.gpu_launch import places_of, schedule
+from matquant.backends.gpu_launch import FINISHED, places_of, schedule
 from matquant.backends.gpu_layout import PLACE_INPUTS, RESIDENT_BITS
 
 ROWS, COLUMNS = 8192, 8192
@@ -29,28 +30,47 @@ LABEL, BACK = re.compile(r"^\s*(\.L_\w+):"), re.compile(r"\bBRA\S*.*`\((\.L_\w+)
 
 
 def compile_case(case: dict[str, Any]) -> dict[str, Any]:
-    """Compile linear_kernel for a weight of 8192 x 8192 at any width up to 8."""
+    """Compile linear_kernel for a weight of 8192 x 8192 at any width up to 8, and the small kernels around it."""
     scaled, channel = case["activations"] == "int8", case["group"] == COLUMNS
     plan = schedule(ROWS, COLUMNS, case["tokens"], scaled=scaled, by_rows=False)
+    kind = {"CHANNEL": channel, "COMPANDED": case["grid"] == "companded", "RESIDENT": 8, "PACKED": True}
+    split, item = plan.splits > 1, "*i8" if scaled else "*bf16"
+    weight = {"planes": "*u8", "affine": "*i32", "widths": "*fp32", "bits": "*i32"}
+    sums = {"scales": "*fp32", "sums": "*fp32"}
+    build(gpu_kernels.prepare_kernel, {"x": "*bf16", "out": item, **sums}, {"SCALED": scaled}, case["card"], warps=1)
+    build(gpu_kernels.finish_kernel, {"partial": "*fp32", "y": "*bf16"}, {"AT_ONCE": FINISHED}, case["card"])
+    for by_rows in (False, True):
+        build(gpu_kernels.dense_kernel, {**weight, "out": "*bf16"}, {**kind, "BY_ROWS": by_rows}, case["card"])
     constants = {
         "ROWS": plan.rows, "TOKENS": plan.tokens, "PLACES": places_of(case["group"], COLUMNS), "SCALED": scaled,
-        "CHANNEL": channel, "COMPANDED": case["grid"] == "companded", "RESIDENT": 8, "BY_ROWS": False,
-        "SPLIT": plan.splits > 1, "PACKED": True,
+        "BY_ROWS": False, "SPLIT": split, **kind,
     }  # fmt: skip
-    pointers = {
-        "x": "*i8" if scaled else "*bf16", "scales": "*fp32", "sums": "*fp32", "planes": "*u8", "affine": "*i32",
-        "widths": "*fp32", "bits": "*i32", "y": "*fp32" if plan.splits > 1 else "*bf16",
-    }  # fmt: skip
-    kernel = gpu_kernels.linear_kernel
+    pointers = {"x": item, **sums, **weight, "y": "*fp32" if split else "*bf16"}
+    aligned = ["padded_tokens"] if plan.tokens > 8 else []
+    found = build(
+        gpu_kernels.linear_kernel, pointers, constants, case["card"], warps=plan.warps, stages=plan.stages,
+        aligned=["rows", "padded_columns", "padded_rows", *aligned],
+    )  # fmt: skip
+    return case | facts(found, plan, item_bytes=1 if scaled else 2)
+
+
+def build(
+    kernel: Any,
+    pointers: dict[str, str],
+    constants: dict[str, Any],
+    card: int,
+    *,
+    warps: int = 4,
+    stages: int = 3,
+    aligned: Sequence[str] = (),
+) -> Any:
+    """Compile a kernel; arguments that are neither pointers nor constants are 32-bit integers."""
     names = list(inspect.signature(kernel.fn).parameters)
     signature = {name: pointers.get(name, "constexpr" if name in constants else "i32") for name in names}
-    aligned = [*pointers, "rows", "padded_columns", "padded_rows", *(["padded_tokens"] if plan.tokens > 8 else [])]
-    source = ASTSource(
-        kernel, signature, constants, {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
-    )
-    options = {"num_warps": plan.warps, "num_stages": plan.stages, "enable_fp_fusion": True}
-    found = triton.compile(source, target=GPUTarget("cuda", case["card"], THREADS), options=options)
-    return case | facts(found, plan, item_bytes=1 if scaled else 2)
+    divisible = {(names.index(name),): [["tt.divisibility", 16]] for name in (*pointers, *aligned)}
+    source = ASTSource(kernel, signature, {name: constants[name] for name in names if name in constants}, divisible)
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+    return triton.compile(source, target=GPUTarget("cuda", card, THREADS), options=options)
 
 
 def facts(found: Any, plan: Any, *, item_bytes: int) -> dict[str, Any]:
