@@ -139,8 +139,10 @@ def why_not(device: torch.device | str, dtype: torch.dtype, activations: str) ->
     device = torch.device(device)
     if device.type == "cpu":
         return None
-    if device.type != "cuda" or not torch.cuda.is_available():
-        return f"no CUDA device is available for {device}" if device.type == "cuda" else f"no kernels run on {device}"
+    if device.type != "cuda":
+        return f"kernels run on cuda, found {device}"
+    if not torch.cuda.is_available():
+        return "no CUDA device is available"
     reason = _why_not_card(device)
     if reason is not None:
         return reason

@@ -124,7 +124,7 @@ def _multiply(
     gpu_kernels.linear_kernel[all_rows // plan.rows, plan.splits, tiles](
         inputs, scales, sums, planes, affine, widths, bits, out,
         tokens, rows, all_tokens, all_columns, all_rows, columns // group, group // PLACE_INPUTS, plan.blocks,
-        ROWS=plan.rows, TOKENS=plan.tokens, PLACES=_places(group, columns), SCALED=scaled, SPLIT=split,
+        ROWS=plan.rows, TOKENS=plan.tokens, PLACES=places_of(group, columns), SCALED=scaled, SPLIT=split,
         num_warps=plan.warps, num_stages=plan.stages, **_options(planes, bits, rows, columns, group=group, grid=grid),
     )  # fmt: skip
     if split:
@@ -148,7 +148,7 @@ def _options(
     }
 
 
-def _places(group: int, columns: int) -> int:
+def places_of(group: int, columns: int) -> int:
     """Return how many places of 32 inputs are added before a scale is applied: 4, 2 or 1."""
     return 4 if group == columns else next(places for places in (4, 2, 1) if group % (places * PLACE_INPUTS) == 0)
 

@@ -77,9 +77,7 @@ def load_resident(tensor: NestedTensor, *, device: torch.device | str = "cpu", m
     obstacle = why_not(rule=tensor.rule, group=columns // groups, columns=columns)
     if obstacle is not None:
         raise InputError(f"{obstacle}; use dense weights")
-    codes = torch.as_tensor(
-        np.ascontiguousarray(tensor.codes) if isinstance(tensor.codes, np.ndarray) else tensor.codes
-    )
+    codes = tensor.codes if isinstance(tensor.codes, torch.Tensor) else torch.from_numpy(np.array(tensor.codes))
     own = {bits: affine for bits, affine in sorted(tensor.slices.items()) if bits <= max_bits}
     return Resident(
         planes=pack(codes.to(device), max_bits=max_bits),
