@@ -92,7 +92,8 @@ def _fields(plane: int) -> np.ndarray:
     bits = PLANE_BITS[plane]
     fields = np.arange(256)[:, None] >> np.arange(0, 8, bits) & 2**bits - 1
     codes = (fields << (MASTER_BITS - RESIDENT_BITS[plane])).astype(np.uint8)
-    return codes.view(f"<u{8 // bits}").reshape(256)
+    items: np.ndarray = codes.view(f"<u{8 // bits}").reshape(256)
+    return items
 
 
 def unpack_planes(planes: Iterable[np.ndarray], columns: int) -> np.ndarray:
