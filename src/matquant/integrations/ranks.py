@@ -6,7 +6,7 @@ it, so that any cut between groups will do. The widths are numbers in the device
 ``select`` changes them in place, and neither a compiled model nor a captured CUDA graph is made again.
 
 Shapes: N out features, K in features of the rank, G groups, A pairs of scales and zero-points: of the 8-bit grid, and
-of every width with its own.
+of every width that has a pair.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -73,7 +73,7 @@ def why_dense(
 
 
 def own_widths(nested: NestedTensor, *, max_bits: int) -> list[int]:
-    """Return the widths up to ``max_bits`` with a scale and zero-point of their own, in the order of ``affines``."""
+    """Return the widths up to ``max_bits`` with a per-width scale and zero-point, in the order of ``affines``."""
     return sorted(bits for bits in nested.slices if bits <= max_bits)
 
 
