@@ -28,6 +28,7 @@ import processes
 from matquant.distributed import sums
 from matquant.distributed.sums import Sums
 from matquant.format.read import open_checkpoint
+from matquant.measure.run import evaluate_checkpoint
 from matquant.methods import gptq, qat
 from matquant.system import ranks
 
@@ -185,7 +186,7 @@ def test_two_processes_start_from_a_checkpoint(llama: Path, text_file: Path, tmp
 
 # ------------------------------------------------------------------------------------------------- one-shot methods
 
-ONE_SHOT: dict[str, Any] = {"scope": "all", "group_size": 16, "samples": 7, "seq_len": 32, "batch_size": 4}
+ONE_SHOT: dict[str, Any] = {"scope": "all", "group_size": None, "samples": 7, "seq_len": 32, "batch_size": 4}
 SETTINGS: dict[str, dict[str, Any]] = {
     "gptq": {"method": "gptq"},
     "tuned": {"method": "gptq", "tune": 4},
@@ -198,21 +199,26 @@ def quantise(model: Path, text: Path, out: Path, name: str, **options: Any) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize(
+    ("name", "family", "ordered"),
+    [
+        ("gptq", "llama", False),
+        ("gptq", "qwen3_moe", True),
+        ("tuned", "llama", True),
+        ("omniquant", "llama", True),
+    ],
+)
 def test_three_processes_choose_the_codes_of_one(
-    name: str, family: str, family_model: Callable[[str], Path], text_file: Path, tmp_path: Path
+    name: str, family: str, ordered: bool, family_model: Callable[[str], Path], text_file: Path, tmp_path: Path
 ) -> None:
-    model = family_model(family)
-    for ordered, share in ((True, 0.0), (False, 1e-3)):
-        outs = [tmp_path / f"{count}-{ordered}" for count in (1, 3)]
-        for out, count in zip(outs, (1, 3), strict=True):
-            work = functools.partial(quantise, model, text_file, out, name, deterministic=ordered)
-            work() if count == 1 else processes.run(work, count)
-        if ordered:
-            assert_same_checkpoint(outs[1], outs[0])
-        else:
-            assert_similar_codes(outs[1], outs[0], share=share)
+    for count, out in ((1, tmp_path / "one"), (3, tmp_path / "three")):
+        options = {"deterministic": ordered}
+        work = functools.partial(quantise, family_model(family), text_file, out, name, **options)
+        work() if count == 1 else processes.run(work, count)
+    if ordered:
+        assert_same_checkpoint(tmp_path / "three", tmp_path / "one")
+    else:
+        assert_similar_codes(tmp_path / "three", tmp_path / "one", share=1e-3)
 
 
 def assert_similar_codes(found: Path, wanted: Path, *, share: float) -> None:
@@ -324,7 +330,7 @@ def test_processes_with_different_models_are_an_error(
     llama: Path, family_model: Callable[[str], Path], text_file: Path, tmp_path: Path
 ) -> None:
     def work() -> None:
-        quantise(llama if ranks.leads() else family_model("mistral"), text_file, tmp_path / "out", "gptq")
+        quantise(llama if os.environ["RANK"] == "0" else family_model("mistral"), text_file, tmp_path / "out", "gptq")
 
     family_model("mistral")
     for good, (kind, message, _) in processes.run_all(work, 2):
@@ -355,3 +361,22 @@ def test_torchrun_prints_one_error_when_a_process_is_killed(llama: Path, text_fi
     assert all("another process of this run has ended" in line for line in lines)
     assert "exitcode  : -9" in errors
     assert not (tmp_path / "out").exists()
+
+
+# -------------------------------------------------------------------------------------------------------- evaluation
+
+
+@pytest.mark.slow
+def test_three_processes_measure_exactly_what_one_does(llama: Path, text_file: Path, tmp_path: Path) -> None:
+    out = matquant.quantize(llama, tmp_path / "out", method="rtn", scope="linears", group_size=16)
+
+    def measured(**options: Any) -> dict[str, Any]:
+        with ranks.shared():
+            return evaluate_checkpoint(
+                out, bits=(8, 4, 2), device="cpu", text=[text_file], seq_len=64, stride=48, reference=llama, **options
+            )
+
+    for options in ({}, {"metrics": ("ppl", "kld", "top1")}):
+        wanted = measured(**options)
+        assert processes.run(functools.partial(measured, **options), 3) == [wanted] * 3
+    assert wanted["tokens"] > 3 * 1024  # every process has batches
