@@ -23,11 +23,12 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load as load_parts
 
 import conftest
+import forked
 import matquant
-import processes
 from matquant.distributed import sums
 from matquant.distributed.sums import Sums
 from matquant.format.read import open_checkpoint
+from matquant.measure.run import evaluate_checkpoint
 from matquant.methods import gptq, qat
 from matquant.system import ranks
 
@@ -85,7 +86,7 @@ def assert_close(found: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.T
 
 def test_two_processes_train_as_one(llama: Path, text_file: Path, tmp_path: Path) -> None:
     interrupted(functools.partial(train, llama, text_file, tmp_path / "one"))
-    processes.run(functools.partial(train, llama, text_file, tmp_path / "two"), 2)
+    forked.run(functools.partial(train, llama, text_file, tmp_path / "two"), 2)
     one, two = saved(tmp_path / "one"), saved(tmp_path / "two")
     assert any(name.endswith("/2/weight") for name in one)
     assert_close(two, one, tolerance=1e-6)
@@ -103,7 +104,7 @@ def test_any_number_of_processes_continues_a_saved_state(
 ) -> None:
     def start(out: Path, count: int, **options: Any) -> None:
         work = functools.partial(train, llama, text_file, out, **{**RESUMED, **options})
-        interrupted(work) if count == 1 else processes.run(work, count)
+        interrupted(work) if count == 1 else forked.run(work, count)
 
     start(tmp_path / "whole", then, stop=7)
     start(tmp_path / "out", first, stop=5)  # the state of step 4 is there
@@ -125,11 +126,11 @@ def test_a_killed_process_ends_the_run_and_all_continue_bit_identically(
 
         conftest.quantize(llama, tmp_path / "out", text=[text_file], report=report, **{**TRAINED, **RESUMED})
 
-    processes.run(functools.partial(train, llama, text_file, tmp_path / "whole", **options), 2)
-    found = processes.run_all(killed, 2)
+    forked.run(functools.partial(train, llama, text_file, tmp_path / "whole", **options), 2)
+    found = forked.run_all(killed, 2)
     assert found[0][1][0] == "LostProcessError", found[0]
     assert not (tmp_path / "out").exists()
-    processes.run(functools.partial(train, llama, text_file, tmp_path / "out", resume=True, **options), 2)
+    forked.run(functools.partial(train, llama, text_file, tmp_path / "out", resume=True, **options), 2)
     assert_same_checkpoint(tmp_path / "out", tmp_path / "whole")
 
 
@@ -168,7 +169,7 @@ def test_two_processes_write_the_checkpoint_of_one(
     model = family_model(family)
     for count, name in ((1, "one"), (2, "two")):
         work = functools.partial(train, model, text_file, tmp_path / name, stop=None, **options)
-        work() if count == 1 else processes.run(work, count)
+        work() if count == 1 else forked.run(work, count)
     assert_similar_checkpoint(tmp_path / "two", tmp_path / "one", share=1e-3)
 
 
@@ -179,13 +180,13 @@ def test_two_processes_start_from_a_checkpoint(llama: Path, text_file: Path, tmp
     options = {**common, "start": tmp_path / "start", "objective": "8,4,2,fp->8;4;2", "freeze": 2}
     for count, name in ((1, "one"), (2, "two")):
         work = functools.partial(train, llama, text_file, tmp_path / name, stop=None, **options)
-        work() if count == 1 else processes.run(work, count)
+        work() if count == 1 else forked.run(work, count)
     assert_similar_checkpoint(tmp_path / "two", tmp_path / "one", share=1e-3)
 
 
 # ------------------------------------------------------------------------------------------------- one-shot methods
 
-ONE_SHOT: dict[str, Any] = {"scope": "all", "group_size": 16, "samples": 7, "seq_len": 32, "batch_size": 4}
+ONE_SHOT: dict[str, Any] = {"scope": "all", "group_size": None, "samples": 7, "seq_len": 32, "batch_size": 4}
 SETTINGS: dict[str, dict[str, Any]] = {
     "gptq": {"method": "gptq"},
     "tuned": {"method": "gptq", "tune": 4},
@@ -198,21 +199,26 @@ def quantise(model: Path, text: Path, out: Path, name: str, **options: Any) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize(
+    ("name", "family", "ordered"),
+    [
+        ("gptq", "llama", False),
+        ("gptq", "qwen3_moe", True),
+        ("tuned", "llama", True),
+        ("omniquant", "llama", True),
+    ],
+)
 def test_three_processes_choose_the_codes_of_one(
-    name: str, family: str, family_model: Callable[[str], Path], text_file: Path, tmp_path: Path
+    name: str, family: str, ordered: bool, family_model: Callable[[str], Path], text_file: Path, tmp_path: Path
 ) -> None:
-    model = family_model(family)
-    for ordered, share in ((True, 0.0), (False, 1e-3)):
-        outs = [tmp_path / f"{count}-{ordered}" for count in (1, 3)]
-        for out, count in zip(outs, (1, 3), strict=True):
-            work = functools.partial(quantise, model, text_file, out, name, deterministic=ordered)
-            work() if count == 1 else processes.run(work, count)
-        if ordered:
-            assert_same_checkpoint(outs[1], outs[0])
-        else:
-            assert_similar_codes(outs[1], outs[0], share=share)
+    for count, out in ((1, tmp_path / "one"), (3, tmp_path / "three")):
+        options = {"deterministic": ordered}
+        work = functools.partial(quantise, family_model(family), text_file, out, name, **options)
+        work() if count == 1 else forked.run(work, count)
+    if ordered:
+        assert_same_checkpoint(tmp_path / "three", tmp_path / "one")
+    else:
+        assert_similar_codes(tmp_path / "three", tmp_path / "one", share=1e-3)
 
 
 def assert_similar_codes(found: Path, wanted: Path, *, share: float) -> None:
@@ -230,12 +236,12 @@ def test_a_killed_process_of_gptq_resumes(llama: Path, text_file: Path, tmp_path
 
         quantise(llama, text_file, tmp_path / "out", "tuned", report=report)
 
-    processes.run(functools.partial(quantise, llama, text_file, tmp_path / "whole", "tuned"), 2)
-    found = processes.run_all(killed, 2)
+    forked.run(functools.partial(quantise, llama, text_file, tmp_path / "whole", "tuned"), 2)
+    found = forked.run_all(killed, 2)
     assert found[0][1][0] == "LostProcessError", found[0]
     work = tmp_path / ".out.work"
     assert [file.name for file in (work / "blocks").iterdir()] == ["00000.safetensors"]
-    processes.run(functools.partial(quantise, llama, text_file, tmp_path / "out", "tuned", resume=True), 2)
+    forked.run(functools.partial(quantise, llama, text_file, tmp_path / "out", "tuned", resume=True), 2)
     assert_same_checkpoint(tmp_path / "out", tmp_path / "whole")
     assert not work.exists()
 
@@ -286,7 +292,7 @@ def test_a_full_disk_of_one_process_is_an_error_of_all(
 
     function = getattr(module, name)
 
-    answers = processes.run_all(work, 2)
+    answers = forked.run_all(work, 2)
     if (method, rank) == ("gptq", 1):  # only the first process writes
         assert [good for good, _ in answers] == [True, True]
         return
@@ -311,7 +317,7 @@ def test_too_many_processes_are_one_clear_error(
 ) -> None:
     if options["method"] != "rtn":
         options = {**options, "text": [text_file]}
-    answers = processes.run_all(functools.partial(conftest.quantize, llama, tmp_path / "out", **options), 2)
+    answers = forked.run_all(functools.partial(conftest.quantize, llama, tmp_path / "out", **options), 2)
     for good, (kind, found, _) in answers:
         assert not good
         assert kind == "InputError"
@@ -324,10 +330,10 @@ def test_processes_with_different_models_are_an_error(
     llama: Path, family_model: Callable[[str], Path], text_file: Path, tmp_path: Path
 ) -> None:
     def work() -> None:
-        quantise(llama if ranks.leads() else family_model("mistral"), text_file, tmp_path / "out", "gptq")
+        quantise(llama if os.environ["RANK"] == "0" else family_model("mistral"), text_file, tmp_path / "out", "gptq")
 
     family_model("mistral")
-    for good, (kind, message, _) in processes.run_all(work, 2):
+    for good, (kind, message, _) in forked.run_all(work, 2):
         assert not good
         assert kind == "InputError"
         assert message.startswith("process 1 of 2 and process 0 differ in the model, the text or the settings")
@@ -336,7 +342,7 @@ def test_processes_with_different_models_are_an_error(
 @pytest.mark.slow
 def test_torchrun_prints_one_error_when_a_process_is_killed(llama: Path, text_file: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["--master-port", str(processes.free_port()), "-m", "matquant", "quantize", str(llama)]
+    command += ["--master-port", str(forked.free_port()), "-m", "matquant", "quantize", str(llama)]
     command += ["--method", "qat", "--text", str(text_file), "--steps", "100000", "--batch-size", "2", "--seq-len"]
     command += ["16", "--group-size", "channel", "--save-every", "2", "-o", str(tmp_path / "out")]
     state = tmp_path / ".out.work" / "state" / "seal.json"
@@ -355,3 +361,22 @@ def test_torchrun_prints_one_error_when_a_process_is_killed(llama: Path, text_fi
     assert all("another process of this run has ended" in line for line in lines)
     assert "exitcode  : -9" in errors
     assert not (tmp_path / "out").exists()
+
+
+# -------------------------------------------------------------------------------------------------------- evaluation
+
+
+@pytest.mark.slow
+def test_three_processes_measure_exactly_what_one_does(llama: Path, text_file: Path, tmp_path: Path) -> None:
+    out = matquant.quantize(llama, tmp_path / "out", method="rtn", scope="linears", group_size=16)
+
+    def measured(**options: Any) -> dict[str, Any]:
+        with ranks.shared():
+            return evaluate_checkpoint(
+                out, bits=(8, 4, 2), device="cpu", text=[text_file], seq_len=64, stride=48, reference=llama, **options
+            )
+
+    for options in ({}, {"metrics": ("ppl", "kld", "top1")}):
+        wanted = measured(**options)
+        assert forked.run(functools.partial(measured, **options), 3) == [wanted] * 3
+    assert wanted["tokens"] > 3 * 1024  # every process has batches

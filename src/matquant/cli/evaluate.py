@@ -7,7 +7,7 @@ from rich.console import Console
 
 from matquant.cli.arguments import Device, Directory, Option, Text, widths
 from matquant.measure.request import check_evaluation
-from matquant.system import progress
+from matquant.system import progress, ranks
 from matquant.system.files import json_text
 from matquant.system.lazy import lazy
 
@@ -68,7 +68,8 @@ def evaluate(
         record = run.evaluate_checkpoint(
             directory, bits=measured, device=device, plot_file=plot, **options, show=Console().print, report=count
         )
-    print(json_text(record))
+    if ranks.leads():
+        print(json_text(record))
 
 
 def _names(text: str) -> list[str]:

@@ -44,7 +44,9 @@ class Verbs(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name, command, rest = super().resolve_command(ctx, args)
-        if name not in SHARED:
+        if name in SHARED:
+            ranks.share()
+        else:
             ranks.check_single(f"matquant {name}")
         return name, command and load(str(name)), rest
 

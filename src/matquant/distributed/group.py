@@ -35,9 +35,16 @@ def joined(device: str | None = None) -> Iterator[None]:
     device: as in ``choose_device``; on GPUs each process gets the one of its local rank. Raises LostProcessError if
     another process ends early.
     """
-    if ranks.count() == 1 or dist.is_initialized():
-        yield
-        return
+    with ranks.shared():
+        if ranks.count() == 1 or dist.is_initialized():
+            yield
+        else:
+            with _connected(device):
+                yield
+
+
+@contextlib.contextmanager
+def _connected(device: str | None) -> Iterator[None]:
     cuda = torch.cuda.is_available() and device != "cpu"
     if cuda:
         if ranks.local_rank() >= torch.cuda.device_count():

@@ -9,6 +9,7 @@ Logits are computed in pieces (``pieces.py``): memory is the model, a batch's ac
 V vocabulary, n tokens of a piece.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 
 from matquant.core.spec import Plan
+from matquant.distributed.collect import exchange, own_part, together
 from matquant.hf_torch.config import context_length
 from matquant.hf_torch.finite import check_result
 from matquant.measure.kept import LARGEST, STEP, Kept, Writer
@@ -47,33 +49,54 @@ def log_perplexity(
 
 
 def measure(model: Any, windows: Windows, *, kept: Kept | None = None, report: Report) -> dict[str, float]:
-    """Return the mean of each metric of ``METRICS`` over the predicted tokens; kld and top1 are 0 without ``kept``."""
+    """Return the mean of each metric of ``METRICS`` over the predicted tokens; kld and top1 are 0 without ``kept``.
+
+    Several processes share the batches. The sums of all pieces are then added in their order in the text, so that the
+    result is that of one process, bit for bit.
+    """
+    starts = _batches(model, windows)
+
+    def pieces() -> list[dict[str, Any]]:
+        found, totals = [], Totals()
+        own = starts[own_part(len(starts))]
+        for place, logits, targets in _predictions(model, windows, own, lambda: totals.loss, report):
+            sums = _normalise(logits)
+            compared = {} if kept is None else _compare(logits, sums, kept.read(place, len(targets)))
+            found.append({"tokens": len(targets), "loss": float(_losses(logits, sums, targets).sum()), **compared})
+            totals.add(**found[-1])
+        return found
+
     totals = Totals()
-    for place, logits, targets in _predictions(model, windows, lambda: totals.loss, report):
-        sums = _normalise(logits)
-        compared = {} if kept is None else _compare(logits, sums, kept.read(place, len(targets)))
-        totals.add(tokens=len(targets), loss=float(_losses(logits, sums, targets).sum()), **compared)
+    for piece in itertools.chain.from_iterable(exchange(together(pieces))):
+        totals.add(**piece)
     return totals.mean()
 
 
 def keep(model: Any, windows: Windows, writer: Writer, *, report: Report) -> float:
     """Write the log-probabilities of a reference model's predictions; return its log-perplexity."""
     totals = Totals()
-    for _, logits, targets in _predictions(model, windows, lambda: totals.loss, report):
+    for _, logits, targets in _predictions(model, windows, _batches(model, windows), lambda: totals.loss, report):
         losses = _losses(logits, _normalise(logits), targets)
         totals.add(tokens=len(targets), loss=float(losses.sum()))
         writer.add(_encode(logits), logits.argmax(dim=1).cpu().numpy(), losses.cpu().numpy())
     return totals.mean()["ppl"]
 
 
-def _predictions(model: Any, windows: Windows, so_far: Callable[[], float], report: Report) -> Iterator[Piece]:
-    """Yield every prediction that counts, in order. so_far: the sum of losses, checked after each batch."""
+def _batches(model: Any, windows: Windows) -> list[range]:
+    """Return the sequences of each batch."""
     size = max(1, batch_tokens(model) // windows.context)
+    return [range(first, min(first + size, windows.count)) for first in range(0, windows.count, size)]
+
+
+def _predictions(
+    model: Any, windows: Windows, batches: Sequence[range], so_far: Callable[[], float], report: Report
+) -> Iterator[Piece]:
+    """Yield every prediction of ``batches`` that counts, in order. so_far: the sum of losses, checked after each."""
     with torch.inference_mode():
         split = None
-        for first in range(0, windows.count, size):
-            report(first, windows.count)
-            sequences = range(first, min(first + size, windows.count))
+        for number, sequences in enumerate(batches):
+            first = sequences.start
+            report(number * windows.count // len(batches), windows.count)
             rows = torch.from_numpy(np.stack([windows.row(one) for one in sequences])).to(model.device)
             ids = rows[:, :-1]
             split = can_split(model, ids) if split is None else split

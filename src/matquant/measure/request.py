@@ -15,6 +15,7 @@ from matquant.hf.source import check_source
 from matquant.hf.text import read_documents
 from matquant.measure.metrics import check_metrics
 from matquant.measure.tasks import check_tasks
+from matquant.system import ranks
 from matquant.system.errors import InputError, check_positive
 
 ENGINES = ("torch", "native")
@@ -54,6 +55,10 @@ def check_evaluation(
     """
     request = Request(**options)
     text, tasks, limit = request.text, request.tasks, request.limit
+    if tasks is not None:
+        ranks.check_single("eval --tasks")
+    if request.engine == "native":
+        ranks.check_single("eval --engine native")
     counts = {name: getattr(request, name) for name in ("seq_len", "stride", "max_tokens", "limit", "batch_size")}
     check_positive(**{name: value for name, value in counts.items() if value is not None})
     if not text and tasks is None:

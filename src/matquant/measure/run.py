@@ -26,15 +26,18 @@ from matquant.measure.tasks import (
 )
 from matquant.measure.windows import Windows, cut
 from matquant.report.tables import task_table, width_table, write_json
+from matquant.system import ranks
 from matquant.system.errors import InputError
 from matquant.system.lazy import lazy
 from matquant.system.locks import holding
 from matquant.system.progress import Count
 
 if TYPE_CHECKING:
+    from matquant.distributed import collect, group
     from matquant.measure import with_engine, with_torch
     from matquant.report import plots
 else:
+    collect, group = lazy("matquant.distributed.collect"), lazy("matquant.distributed.group")
     plots = lazy("matquant.report.plots")
     with_engine, with_torch = lazy("matquant.measure.with_engine"), lazy("matquant.measure.with_torch")
 
@@ -67,6 +70,32 @@ def evaluate_checkpoint(
     run continues. progress: called with every task in words. report: called with the current width or task, the amount
     done and the total. InputError naming the width and the layer where NaN or infinity begins.
     """
+    with group.joined(device) if ranks.count() > 1 else contextlib.nullcontext():
+        return _evaluate(
+            directory,
+            bits=bits,
+            device=device,
+            json_file=json_file,
+            plot_file=plot_file,
+            show=show if ranks.leads() else lambda table: None,
+            progress=progress,
+            report=report,
+            **options,
+        )
+
+
+def _evaluate(
+    directory: Path,
+    *,
+    bits: Sequence[int],
+    device: str | None,
+    json_file: Path | None,
+    plot_file: Path | None,
+    show: Show,
+    progress: Callable[[str], None],
+    report: Count,
+    **options: Any,
+) -> dict[str, Any]:
     request = Request(**options)
     documents = check_evaluation(directory, json_file=json_file, needs_picture=plot_file is not None, **options)
     if plot_file is not None:
@@ -94,9 +123,9 @@ def evaluate_checkpoint(
         )
         _collect_tasks(record, scores, json_file)
         show(task_table(f"{directory}, zero-shot, percent", record["tasks"], record["task_average"]))
-    if plot_file is not None:
+    if plot_file is not None and ranks.leads():
         _plot(plot_file, record, directory.name)
-    if json_file is not None:
+    if json_file is not None and ranks.leads():
         write_json(json_file, record)
     return record
 
@@ -146,15 +175,26 @@ def _reference(
     if not request.compares:
         yield (None if source is None else read()), None
         return
-    with tempfile.TemporaryDirectory() as scratch:
+    with contextlib.ExitStack() as made:
+        scratch = _on_first(lambda: made.enter_context(tempfile.TemporaryDirectory()))
         file = request.reference_logits or Path(scratch) / "reference.safetensors"
         facts = kept.describe(windows, reference=None if source is None else kept.identity(source))
         size = {"tokens": windows.predicted, "vocab": backend.vocabulary_rows(checkpoint)}
-        if not file.exists():
-            with kept.writing(file, facts, **size) as writer:
-                read(writer=writer)
+
+        def keep() -> None:
+            if not file.exists():
+                with kept.writing(file, facts, **size) as writer:
+                    read(writer=writer)
+
+        _on_first(keep)  # one process writes the file, for all
         found = kept.open_kept(file, facts, **size)
         yield found.log_perplexity, found
+        _on_first(lambda: None)  # it is still being read
+
+
+def _on_first(function: Callable[[], Any]) -> Any:
+    """Return what ``function`` returns; of several processes only the first one calls it, for all."""
+    return function() if ranks.count() == 1 else collect.on_first(function)
 
 
 def _measure_text(

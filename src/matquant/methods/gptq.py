@@ -145,7 +145,7 @@ def _solve_head(job: Job, hessian_KK: torch.Tensor, *, path: str, settings: Sett
 
     weight_NK = view.of(read_tensor(job, view.parameter)).to(job.device)
     most = part_rows(len(weight_NK), ordered=settings.deterministic)
-    nested = solve_rows(weight_NK, encode, rows=min(most, max(1, HEAD_WEIGHTS // weight_NK.shape[1])), name=path)
+    nested = solve_rows(weight_NK, encode, rows=min(most, max(1, HEAD_WEIGHTS // weight_NK.shape[1])))
     return Solved(nested={path: nested}, record={"loss": _losses(squares, lambdas)})
 
 
@@ -171,7 +171,7 @@ def nest_block(
             nested_gptq, hessian_KK=hessian, grid=job.grid, weights=lambdas, factor=factors[leader], sweeps=sweeps,
             name=path,
         )  # fmt: skip
-        nested[path] = solve_rows(weight, encode, rows=part_rows(len(weight), ordered=block.share.ordered), name=path)
+        nested[path] = solve_rows(weight, encode, rows=part_rows(len(weight), ordered=block.share.ordered))
         own = own_rows(len(weight))
         squares.append(_squares(weight[own], cut_rows(nested[path], own), hessian, lambdas))
     record: dict[str, Any] = {"loss": _losses(squares, lambdas)}

@@ -37,7 +37,7 @@ from matquant.hf_torch.layerwise import Call, embed, head_inputs
 from matquant.hf_torch.views import View, write_weights
 from matquant.methods.parts.job import LOG, Job, fingerprint
 from matquant.methods.parts.sealed import open_sealed, save_sealed
-from matquant.methods.parts.share import Share, deal, pieces_of
+from matquant.methods.parts.share import Share, check_parts, deal, pieces_of
 from matquant.options.objective import FLOAT
 from matquant.system import ranks
 from matquant.system.errors import InputError
@@ -99,6 +99,7 @@ def run_blocks(
     ordered = bool(settings["deterministic"])
     settings = {name: value for name, value in settings.items() if name != "deterministic" or value}
     share = deal(len(tokens), batch_size, steps=steps, ordered=ordered)
+    check_parts({path: view.shape[0] for path, view in job.views.items()}, ordered=ordered)
     mark, layers, folder = fingerprint(job, settings), decoder_layers(job.model), job.work / BLOCKS
     flowing, calls = _start(job, mark, list(pieces_of(tokens, share)), streams)
     records: list[Mapping[str, Any]] = []

@@ -6,7 +6,7 @@ number of processes: the shapes of all products, and the order of all sums, are 
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +19,7 @@ from matquant.system import ranks
 from matquant.system.errors import InputError
 
 ROW_PARTS = 32  # parts of a weight that are solved apart with --deterministic: as many processes can share them
-LEAST_ROWS = 8  # of such a part
+LEAST_ROWS = 4  # of such a part
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,21 +125,25 @@ def mean_over_batches(share: Share, batches: Sequence[int], values: Sequence[flo
     return sum(sums) / len(batches)
 
 
-def solve_rows(
-    weight_NK: torch.Tensor, encode: Callable[[torch.Tensor], NestedTensor], *, rows: int, name: str
-) -> NestedTensor:
+def solve_rows(weight_NK: torch.Tensor, encode: Callable[[torch.Tensor], NestedTensor], *, rows: int) -> NestedTensor:
     """Encode float32 copies of ``rows`` rows at a time, which do not interact, and return all of them as one tensor.
 
-    Each process encodes some of these parts. InputError if one of several processes would have none.
+    Each process encodes some of these parts; see ``check_parts``.
     """
     parts = torch.split(weight_NK, rows)
-    if len(parts) < ranks.count():
-        raise InputError(
-            f"{ranks.count()} processes leave one of them without any of the {len(weight_NK)} rows of {name}; "
-            f"start at most {len(parts)} processes"
-        )
     counts = [sum(len(part) for part in parts[own]) for own in own_parts(len(parts))]
     return gather_nested(join_rows([encode(part.float()) for part in parts[own_part(len(parts))]]), counts)
+
+
+def check_parts(rows: Mapping[str, int], *, ordered: bool) -> None:
+    """Raise InputError if a process would solve no part of a weight. rows: path -> rows of the weight."""
+    for path, count in rows.items():
+        parts = -(-count // part_rows(count, ordered=ordered))
+        if parts < ranks.count():
+            raise InputError(
+                f"{ranks.count()} processes leave one of them without any of the {count} rows of {path}; "
+                f"start at most {parts} processes"
+            )
 
 
 def part_rows(rows: int, *, ordered: bool) -> int:
