@@ -345,6 +345,13 @@ def test_weights_that_planes_cannot_hold_are_rejected(
         matquant.load(checkpoint("llama", **options), kernels="planes")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("kernels", ["auto", "int8", "planes", "none"])
+def test_without_a_gpu_there_is_one_line(kernels: str, checkpoint: Callable[..., Path]) -> None:
+    with pytest.raises(matquant.InputError, match=r"^device='cuda' is not available \(.*\); use one of cpu$"):
+        matquant.load(checkpoint("llama"), device="cuda", kernels=kernels)
+
+
 @pytest.mark.slow
 def test_a_compiled_model_switches_width_without_compiling_again(checkpoint: Callable[..., Path]) -> None:
     graphs = []

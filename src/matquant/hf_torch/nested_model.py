@@ -27,6 +27,7 @@ from matquant.format.write import write_checkpoint
 from matquant.hf_torch import Model
 from matquant.hf_torch.arrays import nested_to_numpy, to_torch
 from matquant.hf_torch.config import config_dtype
+from matquant.hf_torch.device import choose_device
 from matquant.hf_torch.layers import end_views, linear_views
 from matquant.hf_torch.linear import NestedEmbedding, NestedLinear, NestedWeight
 from matquant.hf_torch.loading import build_model
@@ -60,9 +61,10 @@ def load(
     rounding, or dense weights where they are not available (float64, fused experts, ...); ``float`` or ``int8``:
     kernels with these activations, or an error; ``planes``: the GPU's planes on any device (on a CPU a slow reference);
     ``none``: dense weights, which can be trained. With kernels no parameter requires gradients. InputError for
-    damage, and if the requested kernels are not available.
+    damage, and if the device or the requested kernels are not available.
     """
     _check_arguments(path, dtype, device, kernels, check_hashes)
+    choose_device(str(device))
     check_threads(torch.get_num_threads(), name="torch.get_num_threads()")
     checkpoint = open_checkpoint(path, check_hashes=check_hashes)
     check_bits(bits)
