@@ -130,8 +130,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             part = data if self.cut is None else data[: self.cut]
+            self.request_log.sent = len(part)  # before the client has it, who may look at once
             self.wfile.write(part)
-            self.request_log.sent = len(part)
             if len(part) < len(data):
                 self.close_connection = True
 

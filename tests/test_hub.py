@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import numpy as np
@@ -19,6 +20,8 @@ from huggingface_hub import constants
 import conftest
 import matquant
 from fake_hub import FakeHub, Request, serve
+from matquant.cli import main
+from matquant.export import export
 from matquant.format.manifest import MANIFEST
 from matquant.format.read import open_checkpoint
 from matquant.hub.pull import pull
@@ -52,17 +55,25 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeHub]:
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 100)  # what an interrupted download may lose
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 120)
         monkeypatch.setenv("HF_TOKEN", "good")
         monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)
         hub.token = "good"
         yield hub
 
 
+@pytest.fixture(scope="module")
+def uploaded(stock: Path) -> dict[str, bytes]:
+    """The files of a repository after push --planes, without a hub; test_push_replaces... compares them with a push."""
+    parts = stock.with_name("planes")
+    export(stock, parts, to="planes")
+    return {**content(stock), **content(parts), "README.md": b"card"}
+
+
 @pytest.fixture
-def pushed(hub: FakeHub, stock: Path) -> FakeHub:
+def pushed(hub: FakeHub, uploaded: dict[str, bytes]) -> FakeHub:
     """The hub with the checkpoint and its planes."""
-    push(stock, REPO, planes=True)
-    hub.log.clear()
+    hub.commit(REPO, dict(uploaded))
     return hub
 
 
@@ -94,19 +105,22 @@ def test_push_uploads_what_the_manifest_lists_in_one_commit(hub: FakeHub, stock:
     assert made["deleted"] == []
 
 
-def test_push_replaces_the_checkpoint_before_and_sends_nothing_twice(pushed: FakeHub, stock: Path) -> None:
-    assert sorted(name for name in pushed.files(REPO) if name.startswith("planes/")) == [
-        "planes/manifest.json", *(f"planes/p{plane}-00001.planes" for plane in range(5)), "planes/rest-00001.planes",
-    ]  # fmt: skip
-    assert f"matquant pull {REPO} --bits 2 -o DIR" in pushed.files(REPO)["README.md"].decode()
-    remote(pushed, lambda files: files.update({"model-00001-of-00002.safetensors": b"x", "notes.md": b"kept"}))
+def test_push_replaces_the_checkpoint_before_and_sends_nothing_twice(
+    hub: FakeHub, stock: Path, uploaded: dict[str, bytes]
+) -> None:
+    push(stock, REPO, planes=True)
+    files = hub.files(REPO)
+    assert f"matquant pull {REPO} --bits 2 -o DIR" in files["README.md"].decode()
+    assert {**files, "README.md": b"card"} == {**uploaded, ".gitattributes": files[".gitattributes"]}
+    hub.log.clear()
+    remote(hub, lambda files: files.update({"model-00001-of-00002.safetensors": b"x", "notes.md": b"kept"}))
     made = push(stock, REPO)
-    before = list(pushed.commits[REPO].values())[-2]
-    planes = [name for name in before if name.startswith("planes/")]
+    planes = [name for name in files if name.startswith("planes/")]
+    assert len(planes) == 7
     assert made["deleted"] == sorted(["model-00001-of-00002.safetensors", *planes])
-    assert pushed.files(REPO)["notes.md"] == b"kept"
-    assert not any(name.startswith("planes/") for name in pushed.files(REPO))
-    assert not [request for request in pushed.log if request.method == "PUT"]
+    assert hub.files(REPO)["notes.md"] == b"kept"
+    assert not any(name.startswith("planes/") for name in hub.files(REPO))
+    assert not [request for request in hub.log if request.method == "PUT"]
 
 
 def test_a_card_shows_what_was_measured(hub: FakeHub, stock: Path, tmp_path: Path) -> None:
@@ -335,8 +349,21 @@ ERRORS = {
 }
 
 
-@pytest.mark.parametrize("case", ERRORS)
-@pytest.mark.parametrize("route", ["/api/models/", "/resolve/"])
+PULLS = [(case, route) for route in ("/api/models/", "/resolve/") for case in ERRORS]
+PUSHES = [
+    (c, r)
+    for r in ("/create", "/commit/", "/preupload", "/objects/batch", "/put/")
+    for c in ("busy", "login", "forbidden")
+]
+QUICK = [*PULLS[:7], ("busy", "/resolve/"), ("busy", "/create"), ("forbidden", "/commit/")]
+
+
+def some_slow(cases: list[tuple[str, str]]) -> list[Any]:
+    """The cases, those that are not QUICK marked slow."""
+    return [pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow) for case in cases]
+
+
+@pytest.mark.parametrize(("case", "route"), some_slow(PULLS))
 def test_an_error_of_the_hub_is_one_sentence_and_leaves_the_directory(
     case: str, route: str, pushed: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -353,8 +380,7 @@ def test_an_error_of_the_hub_is_one_sentence_and_leaves_the_directory(
     assert not (fresh / MANIFEST).exists()
 
 
-@pytest.mark.parametrize("case", ["login", "forbidden", "busy"])
-@pytest.mark.parametrize("route", ["/create", "/preupload", "/objects/batch", "/put/", "/commit/"])
+@pytest.mark.parametrize(("case", "route"), some_slow(PUSHES))
 def test_an_error_while_pushing_is_one_sentence_and_changes_nothing(
     case: str, route: str, hub: FakeHub, stock: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -363,6 +389,22 @@ def test_an_error_while_pushing_is_one_sentence_and_changes_nothing(
     hub.faults = lambda request: answer if route in request.path else None
     assert message(push, stock, REPO) == said
     assert set(hub.files(REPO) if REPO in hub.commits else {}) <= {".gitattributes"}
+
+
+def test_the_command_line_pulls_and_explains(
+    pushed: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "out")
+    monkeypatch.setattr("sys.argv", ["matquant", "pull", REPO, "--bits", "2", "-o", out])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.startswith(f"{out} serves int2 and narrower; received ")
+    monkeypatch.setattr("sys.argv", ["matquant", "pull", "acme/none", "-o", out + "2"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == f"error: {UNKNOWN.format(404).replace('tiny', 'none')}\n"
 
 
 def test_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch, hub: FakeHub, tmp_path: Path) -> None:
@@ -381,6 +423,7 @@ def matquant_command(hub: FakeHub, *arguments: str) -> subprocess.CompletedProce
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_page(hub: FakeHub, stock: Path, tmp_path: Path) -> None:
     out = str(tmp_path / "out")
     done = matquant_command(hub, "push", str(stock), REPO, "--planes")

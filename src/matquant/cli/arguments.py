@@ -23,6 +23,8 @@ Device = Annotated[str | None, Option(help="Device: cpu or cuda.", show_default=
 PlanFile = Annotated[
     Path | None, Option("--plan", metavar="FILE", help="A mixed-precision plan: bits per module path.")
 ]
+BaseModel = Annotated[str | None, Option(metavar="ID", help="Hub id of the float model, for the model card.")]
+Measured = Annotated[Path | None, Option(metavar="FILE", help="A record of matquant eval --json, for the model card.")]
 Threads = Annotated[int | None, Option(help="Number of CPU threads.", show_default="OMP_NUM_THREADS, else all")]
 Activations = Annotated[str, Option(help="Arithmetic of activations: int8, or float (exact and slow).")]
 Speculate = Annotated[

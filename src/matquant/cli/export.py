@@ -6,7 +6,7 @@ from typing import Annotated
 from rich.console import Console
 
 from matquant import export as exporting
-from matquant.cli.arguments import Directory, Option, PlanFile, notice
+from matquant.cli.arguments import BaseModel, Directory, Measured, Option, PlanFile, notice
 from matquant.core.spec import Plan
 from matquant.export import explain as explaining
 from matquant.format.read import open_checkpoint
@@ -32,12 +32,8 @@ def export(
             show_default="the model's",
         ),
     ] = None,
-    base_model: Annotated[
-        str | None, Option(metavar="ID", help="Hub id of the float model, for the model card.")
-    ] = None,
-    measured: Annotated[
-        Path | None, Option(metavar="FILE", help="A record of matquant eval --json, for the model card.")
-    ] = None,
+    base_model: BaseModel = None,
+    measured: Measured = None,
     requantise: Annotated[
         bool, Option("--requantise", help="Fit companded slices to the format, at a loss that is printed.")
     ] = False,

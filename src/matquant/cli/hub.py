@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from matquant.cli.arguments import Directory, Option, notice
+from matquant.cli.arguments import BaseModel, Directory, Measured, Option, notice
 from matquant.format.plane_write import assemble as assemble_planes
 from matquant.system import progress
 from matquant.system.lazy import lazy
@@ -27,12 +27,8 @@ def push(
     ] = False,
     private: Annotated[bool, Option("--private", help="Make a new repository private.")] = False,
     revision: Annotated[str | None, Option(metavar="BRANCH", help="Branch to commit to.", show_default="main")] = None,
-    base_model: Annotated[
-        str | None, Option(metavar="ID", help="Hub id of the float model, for the model card.")
-    ] = None,
-    measured: Annotated[
-        Path | None, Option(metavar="FILE", help="A record of matquant eval --json, for the model card.")
-    ] = None,
+    base_model: BaseModel = None,
+    measured: Measured = None,
 ) -> None:
     """Upload a checkpoint to the Hugging Face hub, in one commit."""
     made = pushing.push(
