@@ -92,12 +92,11 @@ def step_on_meta(directory: Path, grid: Grid, schedule: Schedule) -> tuple[readi
 
 
 LEARNED = (Grid(rule="prefix", affine="learned", sliced=(2, 4)), {**EVERYTHING, "learn_clip": True})
-COMPANDED_GRID = Grid(rule="prefix", kind=COMPANDED, zeros=CENTRE, sliced=(2, 4), group_size=16)
-STEPS: dict[str, tuple[str, Grid, dict[str, Any]]] = {
-    "llama, learned": ("llama", *LEARNED),
-    "llama, companded": ("llama", COMPANDED_GRID, {}),
-}
+COMPANDED_GRID = Grid(rule="prefix", affine="learned", kind=COMPANDED, zeros=CENTRE, sliced=(2, 4), group_size=16)
+STEPS: dict[str, tuple[str, Grid, dict[str, Any]]] = {"llama, distilled": ("llama", COMPANDED_GRID, EVERYTHING)}
 MORE: dict[str, tuple[str, Grid, dict[str, Any]]] = {
+    "llama, learned": ("llama", *LEARNED),
+    "llama, refitted": ("llama", dataclasses.replace(COMPANDED_GRID, affine="refit"), {}),
     "llama, round": ("llama", Grid(rule="round", affine="none"), {"checkpoint_activations": True}),
     "llama, extra": ("llama", Grid(rule="extra", sliced=(2, 4), symmetric=False), {}),
     "gemma2, companded": ("gemma2", COMPANDED_GRID, EVERYTHING),

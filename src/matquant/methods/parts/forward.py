@@ -22,7 +22,8 @@ def prepare(model: Model, views: Mapping[str, View], schedule: Schedule) -> None
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in taken or schedule.train_rest)
     if schedule.checkpoint_activations:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        # Nothing is random in evaluation mode, so no layer needs the random state that it had.
+        model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
         for _, layer in decoder_layers(model):
             layer.training = True  # only this module: transformers checkpoints a layer only in training mode
             rates = [name for name, value in vars(layer).items() if "dropout" in name and isinstance(value, float)]
