@@ -14,6 +14,8 @@ import torch
 
 from matquant.system import ranks
 
+PATIENCE_S = 900
+
 
 def free_port() -> int:
     with socket.socket() as server:
@@ -49,7 +51,7 @@ def run_all(function: Callable[[], Any], count: int) -> list[tuple[bool, Any]]:
     answers = []
     for process, receiver in started:
         try:
-            answers.append(receiver.recv() if receiver.poll(120) else (False, ("Timeout", "no answer", "")))
+            answers.append(receiver.recv() if receiver.poll(PATIENCE_S) else (False, ("Timeout", "no answer", "")))
         except EOFError:
             answers.append((False, ("Killed", "no answer", "")))
         process.join(20)
@@ -60,7 +62,7 @@ def run_all(function: Callable[[], Any], count: int) -> list[tuple[bool, Any]]:
 def run(function: Callable[[], Any], count: int) -> list[Any]:
     """Return the results of ``function`` in ``count`` processes; an error of any is raised here."""
     answers = run_all(function, count)
-    for good, value in answers:
-        if not good:
-            raise AssertionError(f"{value[0]}: {value[1]}\n{value[2]}")
+    errors = [value for good, value in answers if not good]
+    for kind, message, trace in sorted(errors, key=lambda error: error[0] == "LostProcessError"):
+        raise AssertionError(f"{kind}: {message}\n{trace}")  # the cause first
     return [value for _, value in answers]

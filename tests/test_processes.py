@@ -4,6 +4,7 @@ import functools
 import itertools
 import math
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -25,12 +26,15 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_parts
 import conftest
 import forked
 import matquant
-from matquant.distributed import sums
+from matquant.distributed import collect, sums
 from matquant.distributed.sums import Sums
 from matquant.format.read import open_checkpoint
+from matquant.hf_torch.layers import select_linears
+from matquant.hf_torch.shards import open_shards
 from matquant.measure.run import evaluate_checkpoint
 from matquant.methods import gptq, qat
 from matquant.system import ranks
+from matquant.system.errors import InputError
 
 TRAINED: dict[str, Any] = {
     "method": "qat",
@@ -380,3 +384,39 @@ def test_three_processes_measure_exactly_what_one_does(llama: Path, text_file: P
         wanted = measured(**options)
         assert forked.run(functools.partial(measured, **options), 3) == [wanted] * 3
     assert wanted["tokens"] > 3 * 1024  # every process has batches
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_rows_are_read_as_parts_of_whole_tensors(family: str, family_model: Callable[[str], Path]) -> None:
+    shards = open_shards(family_model(family))
+    views = select_linears(shards.model, "linears")
+    for name, parameter in shards.model.named_parameters():
+        whole, count = shards.read(name), parameter.shape[0]
+        for rows in (slice(0, count), slice(0, count // 2), slice(count // 2, count), slice(count, count)):
+            assert torch.equal(shards.read_rows(name, rows), whole[rows]), (name, rows)
+            for path, view in views.items():
+                if view.parameter == name and (part := view.within(rows, parameter[0].numel())) is not None:
+                    inside = part.of(whole[rows].clone()) if part.shape[0] else torch.empty(part.shape)
+                    expected = view.of(whole)
+                    if part.shape[0] != view.shape[0]:
+                        expected = expected[rows] if view.shape[0] == count else expected[:0]
+                    assert torch.equal(inside, expected), (path, rows)
+
+
+def test_other_commands_run_in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in zip(ranks.VARIABLES, ("0", "2", "0", "127.0.0.1", "1"), strict=True):
+        monkeypatch.setenv(name, value)
+    message = "matquant serve runs in one process, found WORLD_SIZE=2; start it without torchrun (quantize and eval can"
+    with pytest.raises(InputError, match=re.escape(message)):
+        ranks.check_single("matquant serve")
+    assert (ranks.count(), ranks.rank(), ranks.leads()) == (1, 0, True)  # nothing is shared unless a command asks
+    with ranks.shared():
+        assert ranks.count() == 2
+        assert collect.own_rows(5) == slice(0, 3)
+        assert collect.own_rows(5, rank=1) == slice(3, 5)
+        assert collect.own_parts(5) == [slice(0, 2), slice(2, 5)]
+        with pytest.raises(InputError, match="2 processes leave one of them without any of the 1 rows of x; start at"):
+            collect.check_rows(1, "x")
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    with pytest.raises(InputError, match="the environment has WORLD_SIZE='two', not a number; unset it"):
+        ranks.check_single("matquant serve")

@@ -135,9 +135,10 @@ def gather_rows(own: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
     """Return the rows of all processes in their order, in every process. counts: how many rows each one has."""
     if ranks.count() == 1:
         return own
-    most, each = max(counts), own.shape[1:].numel() * own.element_size()
+    most, values = max(counts), own.shape[1:].numel()
+    each = values * own.element_size()
     padded = torch.zeros((most, each), dtype=torch.uint8, device=own.device)  # bytes: gloo lacks some dtypes
-    padded[: len(own)] = own.contiguous().reshape(len(own), -1).view(torch.uint8)
+    padded[: len(own)] = own.contiguous().reshape(len(own), values).view(torch.uint8)
     found = torch.empty((ranks.count() * most, each), dtype=torch.uint8, device=own.device)
     dist.all_gather_single(found, padded)
     _count(padded, ranks.count() - 1)
