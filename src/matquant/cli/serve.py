@@ -127,15 +127,12 @@ def serve(
 ) -> None:
     """Serve a checkpoint at every width through OpenAI's API. Needs no torch."""
     listed = None if widths is None else tuple(int(bits) for bits in read_numbers(widths, int, "--widths"))
-    for bits in (min_bits, max_bits, *(listed or ()), *([] if prefill_bits is None else [prefill_bits])):
-        check_bits(bits)
-    if prefill_bits is not None and prefill_bits > max_bits:
-        raise InputError(f"--prefill-bits {prefill_bits} exceeds --max-bits {max_bits}; use {max_bits} or less")
+    _check_widths(min_bits, prefill_bits, *(listed or ()), most=max_bits)
     _check(max_num_seqs=max_num_seqs, max_queued=max_queued, latency_ms=latency_ms, drain_seconds=drain_seconds)
     _check(answer_tokens=answer_tokens, max_body_mb=max_body_mb)
     batching = {"max_num_seqs": max_num_seqs, "max_queued_requests": max_queued, "widths": listed, "min_bits": min_bits}
-    batching |= {"prefill_bits": prefill_bits}
     batching |= {"kv_bytes": None if kv_bytes is None else read_size(kv_bytes, "--kv-bytes")}
+    batching |= {"prefill_bits": prefill_bits}
     engine = {"max_bits": max_bits, "threads": threads, "activations": activations}
     settings = run.Settings(
         directory=directory,
@@ -159,6 +156,14 @@ def serve(
         run.serve(settings)
     except KeyboardInterrupt:  # while it loads; later a signal drains
         raise typer.Exit(INTERRUPTED) from None
+
+
+def _check_widths(least: int, prefill: int | None, *listed: int, most: int) -> None:
+    """Raise InputError for a number that is no width, and for a --prefill-bits above --max-bits."""
+    for bits in (least, most, *listed, *([] if prefill is None else [prefill])):
+        check_bits(bits)
+    if prefill is not None and prefill > most:
+        raise InputError(f"--prefill-bits {prefill} exceeds --max-bits {most}; use {most} or less")
 
 
 def _check(**numbers: float) -> None:
