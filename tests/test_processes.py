@@ -163,7 +163,7 @@ def assert_similar_checkpoint(found: Path, wanted: Path, *, share: float) -> Non
     [
         ("llama", {"train_rest": True, "scope": "ffn"}),
         ("llama", {"masters": "one", "affine": "refit", "learn_clip": False, "accumulate": 2, "mix": 0.5}),
-        ("qwen3_moe", {"masters": "one"}),
+        ("qwen3_moe", {"masters": "one", "mix": 0.5}),
         ("qwen3_moe", {"scope": "ffn"}),
     ],
 )
@@ -306,6 +306,42 @@ def test_a_full_disk_of_one_process_is_an_error_of_all(
         assert "no space left on the device" in message
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / ".out.work" / "state").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("broken", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_in_one_process_changes_nothing_in_any(
+    broken: str, llama: Path, text_file: Path, tmp_path: Path
+) -> None:
+    seen: list[torch.Tensor] = []
+    step, loss, finish = qat.train_step, qat.width_loss, qat._finish_gradients
+
+    def late(name: str) -> bool:
+        return broken == name and ranks.rank() == 1 and len(seen) == 3
+
+    def train_step(training: Any, grid: Any, state: Any, *rest: Any) -> Any:
+        seen.append(next(iter(state.masters.values())).detach().clone())
+        return step(training, grid, state, *rest)
+
+    def width_loss(*arguments: Any, **options: Any) -> torch.Tensor:
+        return loss(*arguments, **options) * (torch.inf if late("loss") else 1.0)
+
+    def finish_gradients(training: Any, state: Any, *rest: Any) -> None:
+        finish(training, state, *rest)
+        if late("gradient"):
+            next(iter(state.masters.values())).grad[0, 0] = torch.nan
+
+    def work() -> tuple[str, list[bool]]:
+        changes = {"train_step": train_step, "width_loss": width_loss, "_finish_gradients": finish_gradients}
+        vars(qat).update(changes, steps_at_once=lambda device: 10)  # in the child alone
+        with pytest.raises(InputError) as error:
+            train(llama, text_file, tmp_path / "out", stop=None)
+        return str(error.value), [torch.equal(masters, seen[2]) for masters in seen]
+
+    what = {"loss": "loss at 8 bits is not finite at step 3, first in the head", "gradient": "gradient is not finite"}
+    for message, same in forked.run(work, 2):
+        assert message.startswith(f"the {what[broken]}")
+        assert same == [False, False, True, True]  # the state is due after step 4
 
 
 @pytest.mark.parametrize(
