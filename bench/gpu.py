@@ -39,6 +39,7 @@ from decode import write_random
 from matquant.backends.gpu import linear
 from matquant.backends.gpu_layout import INPUTS, Resident, load_resident, read
 from matquant.core.tensor import NestedTensor
+from matquant.measure.run import evaluate_checkpoint
 from origin import ROOT, append_record, origin
 
 RECORDS = ROOT / "bench" / "gpu.jsonl"
@@ -169,7 +170,7 @@ def timed(run: Run, replay: Product) -> float:
     replay()
     after.record()
     after.synchronize()
-    return before.elapsed_time(after) / 1e3
+    return float(before.elapsed_time(after)) / 1e3
 
 
 # Kernels --------------------------------------------------------------------------------------------------------------
@@ -379,8 +380,8 @@ def real_model(run: Run, model: Path | None, text: Path | None) -> None:
             return
         run.row("recipe", recipe="best", seconds=time.perf_counter() - began)
         if text is not None:
-            found = matquant.evaluate(matquant.load(f"{folder}/best", device=run.device), text, bits=WIDTHS)
-            run.row("recipe", recipe="best", log_perplexity=found)
+            found = evaluate_checkpoint(Path(folder) / "best", bits=WIDTHS, device=run.device.type, text=[text])
+            run.row("recipe", recipe="best", log_perplexity=found["log_perplexity"])
 
 
 def started(run: Run, what: str, command: Sequence[str], *, least_s: float) -> str | None:

@@ -9,6 +9,7 @@ GPU is used: these are estimates of what bounds a run, not measurements of one. 
 line is JSON.
 """
 
+import functools
 import gc
 import json
 from dataclasses import dataclass
@@ -22,11 +23,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from matquant.hf_torch.layers import select_linears
+from matquant.hf_torch.sharded import split_rows
 from matquant.methods import qat
 from matquant.methods.gptq import nested_gptq
 from matquant.methods.parts import forward, training
 from matquant.methods.parts.ends import HEAD_WEIGHTS
 from matquant.methods.parts.fake import Grid
+from matquant.methods.parts.split_state import Training
 from matquant.options.gptq import default_lambda
 from matquant.options.objective import parse_objective
 from matquant.options.qat import Schedule
@@ -88,7 +91,7 @@ class Counting(TorchDispatchMode):
     """Count operations, and the bytes that those without a matrix product read and write."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.operations, self.bytes = 0, 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -120,10 +123,11 @@ def count_training(objective: str, options: dict[str, Any], affine: str) -> dict
     teacher = LlamaForCausalLM(config).eval() if any(0 in width.teachers for width in widths) else None
     forward.prepare(model, views, schedule)
     windows = np.zeros((2, 9), dtype=np.int64)
-    step = (model, views, grid, state, optimizer, widths, windows, schedule, teacher)
-    qat.train_step(*step)
+    models = Training(model=model, teacher=teacher, views=views, counts=split_rows(views, model))
+    step = functools.partial(qat.train_step, models, grid, state, optimizer, widths, windows, schedule)
+    step()
     with Counting() as counting:
-        qat.train_step(*step)
+        step()
     gc.collect()
     kept = {id(t.untyped_storage()): t.untyped_storage().nbytes() for t in _tensors(state, optimizer, model, teacher)}
     return {"kept": sum(kept.values()) / weights, "elementwise": counting.bytes / weights}

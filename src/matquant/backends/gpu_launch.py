@@ -162,4 +162,5 @@ def _processors(device: torch.device) -> int:
 def _rounded(x_MK: torch.Tensor) -> torch.Tensor:
     """Return x as int8 activations give it, in its dtype."""
     codes, scale = round_activations(x_MK)
-    return (codes.unflatten(1, (-1, BLOCK)) * scale[..., None]).flatten(1)[:, : x_MK.shape[1]].to(x_MK.dtype)
+    whole: torch.Tensor = (codes.unflatten(1, (-1, BLOCK)) * scale[..., None]).flatten(1)
+    return whole[:, : x_MK.shape[1]].to(x_MK.dtype)

@@ -220,7 +220,8 @@ def read(weight: Resident, ids: torch.Tensor | None = None) -> torch.Tensor:
         scale, zero = values.unbind(-1)
     codes = unpack_rows(weight.planes, ids, rows=weight.rows, columns=weight.columns)
     position = _positions(weight.grid, codes.device)[bits[:, None] * 2**MASTER_BITS + codes]
-    return decode(position, scale * step[:, None], (zero - centre[:, None]) / step[:, None])
+    weights: torch.Tensor = decode(position, scale * step[:, None], (zero - centre[:, None]) / step[:, None])
+    return weights
 
 
 def round_activations(x_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
