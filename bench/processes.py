@@ -90,11 +90,12 @@ def measure(count: int, model: Path, out: Path, method: str) -> dict[str, float]
     return {key: max(facts[key] for facts in found) for key in found[0]}
 
 
-def same_codes(one: Path, other: Path) -> float:
-    """Return the share of equal codes of two checkpoints."""
+def same_codes(one: Path, other: Path, *, bits: int) -> float:
+    """Return the share of codes whose ``bits`` highest bits are equal in two checkpoints."""
     left, right = open_checkpoint(one), open_checkpoint(other)
     pairs = [(left.nested(path).codes, right.nested(path).codes) for path in left.shapes]
-    return float(sum(int((a == b).sum()) for a, b in pairs) / sum(a.size for a, _ in pairs))
+    drop = 8 - bits
+    return float(sum(int((a >> drop == b >> drop).sum()) for a, b in pairs) / sum(a.size for a, _ in pairs))
 
 
 def main(
@@ -102,17 +103,21 @@ def main(
     layers: Annotated[int, typer.Option()] = 3,
     rounds: Annotated[int, typer.Option()] = 3,
     only: Annotated[str, typer.Option()] = "gptq,qat",
+    deterministic: Annotated[bool, typer.Option("--deterministic")] = False,
 ) -> None:
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         make_model(folder / "model", hidden=hidden, layers=layers)
+        if deterministic:
+            METHODS["gptq"]["deterministic"] = True
         for method in only.split(","):
             found: dict[int, list[dict[str, float]]] = {1: [], 2: []}
             for _ in range(rounds):
                 for count, runs in found.items():
                     runs.append(measure(count, folder / "model", folder / f"{method}{count}", method))
-            row: dict[str, Any] = {"same_codes": same_codes(folder / f"{method}1", folder / f"{method}2")}
+            outs = folder / f"{method}1", folder / f"{method}2"
+            row: dict[str, Any] = {f"same_int{bits}": round(same_codes(*outs, bits=bits), 4) for bits in (8, 4, 2)}
             for key in ("cpu_s", "wall_s"):
                 row[f"{key}_ratio"] = statistics.median(
                     one[key] / two[key] for one, two in zip(found[1], found[2], strict=True)

@@ -219,6 +219,12 @@ def quantising() -> Iterator[Callable[[Mapping[str, Any]], None]]:
     if not ranks.leads():
         yield lambda record: None
         return
+    with _quantising() as report:
+        yield report
+
+
+@contextlib.contextmanager
+def _quantising() -> Iterator[Callable[[Mapping[str, Any]], None]]:
     console = Console(stderr=True)
     told: list[str] = []
 

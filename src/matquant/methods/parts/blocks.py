@@ -113,16 +113,9 @@ def run_blocks(
         _materialise(job, name, module)
         if not on_first(file.is_file):
             block = Block(
-                index=index,
-                count=count,
-                name=name,
-                module=module,
-                views=views,
-                inputs=flowing,
-                share=share,
-                call=calls[index],
-                config=job.model.config,
-            )
+                index=index, count=count, name=name, module=module, views=views, inputs=flowing, share=share,
+                call=calls[index], config=job.model.config,
+            )  # fmt: skip
             at = (index + 1, count)
             _save_solved(job, solve(job, block), file, mark, name=name, at=at, began=began, sent=sent)
         solved = _load(file, mark, device=job.device)
@@ -137,10 +130,7 @@ def run_blocks(
     if ends is not None:
         files.append(last)
         if not on_first(last.is_file):
-            began, sent = time.perf_counter(), sent_bytes()
-            hessian = _head_hessian(job, list(pieces_of(tokens, share)), flowing.pop(max(streams)), share)
-            at = (count, count)
-            _save_solved(job, ends(job, hessian), last, mark, name="the head", at=at, began=began, sent=sent)
+            _solve_ends(job, ends, last, mark, tokens, flowing.pop(max(streams)), share, count)
         records.append(_load(last, mark, device=CPU).record)
         job.report(dict(records[-1]))
     log = "".join(json_text(record, sort_keys=False) + "\n" for record in records).encode()
@@ -219,6 +209,22 @@ def _save_solved(
     if ranks.count() > 1:
         record["sent_mb"] = round((sent_bytes() - sent) / 1e6, 3)  # by each process
     on_first(lambda: _save(file, solved, record, mark, job))
+
+
+def _solve_ends(
+    job: Job,
+    ends: SolveEnds,
+    file: Path,
+    mark: Mapping[str, Any],
+    tokens: torch.Tensor,
+    outputs: Sequence[torch.Tensor],
+    share: Share,
+    count: int,
+) -> None:
+    """Solve the head with the last layer's ``outputs``, and write it to ``file``. count: blocks of the run."""
+    began, sent = time.perf_counter(), sent_bytes()
+    hessian = _head_hessian(job, list(pieces_of(tokens, share)), outputs, share)
+    _save_solved(job, ends(job, hessian), file, mark, name="the head", at=(count, count), began=began, sent=sent)
 
 
 def _embed(job: Job, pieces: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], list[Call]]:
