@@ -39,6 +39,7 @@ from decode import write_random
 from matquant.backends.gpu import linear
 from matquant.backends.gpu_layout import INPUTS, Resident, load_resident, read
 from matquant.core.tensor import NestedTensor
+from matquant.measure.run import evaluate_checkpoint
 from origin import ROOT, append_record, origin
 
 RECORDS = ROOT / "bench" / "gpu.jsonl"
@@ -146,7 +147,8 @@ def captured(run: Run, product: Product) -> Product:
     """Return the replay of a CUDA graph of ``product``, which has run before, or itself on a CPU."""
     if run.smoke:
         return product
-    stream = torch.cuda.Stream()
+    cuda: Any = torch.cuda  # without types
+    stream = cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         product()  # compiles
@@ -164,12 +166,13 @@ def timed(run: Run, replay: Product) -> float:
         began = time.perf_counter()
         replay()
         return time.perf_counter() - began
-    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    cuda: Any = torch.cuda
+    before, after = (cuda.Event(enable_timing=True) for _ in range(2))
     before.record()
     replay()
     after.record()
     after.synchronize()
-    return before.elapsed_time(after) / 1e3
+    return float(before.elapsed_time(after)) / 1e3
 
 
 # Kernels --------------------------------------------------------------------------------------------------------------
@@ -379,8 +382,8 @@ def real_model(run: Run, model: Path | None, text: Path | None) -> None:
             return
         run.row("recipe", recipe="best", seconds=time.perf_counter() - began)
         if text is not None:
-            found = matquant.evaluate(matquant.load(f"{folder}/best", device=run.device), text, bits=WIDTHS)
-            run.row("recipe", recipe="best", log_perplexity=found)
+            found = evaluate_checkpoint(Path(folder) / "best", bits=WIDTHS, text=[text], device=run.device.type)
+            run.row("recipe", recipe="best", log_perplexity=found["log_perplexity"])
 
 
 def started(run: Run, what: str, command: Sequence[str], *, least_s: float) -> str | None:
