@@ -147,7 +147,8 @@ def captured(run: Run, product: Product) -> Product:
     """Return the replay of a CUDA graph of ``product``, which has run before, or itself on a CPU."""
     if run.smoke:
         return product
-    stream = torch.cuda.Stream()
+    cuda: Any = torch.cuda  # without types
+    stream = cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         product()  # compiles
@@ -165,7 +166,8 @@ def timed(run: Run, replay: Product) -> float:
         began = time.perf_counter()
         replay()
         return time.perf_counter() - began
-    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    cuda: Any = torch.cuda
+    before, after = (cuda.Event(enable_timing=True) for _ in range(2))
     before.record()
     replay()
     after.record()
@@ -380,7 +382,7 @@ def real_model(run: Run, model: Path | None, text: Path | None) -> None:
             return
         run.row("recipe", recipe="best", seconds=time.perf_counter() - began)
         if text is not None:
-            found = evaluate_checkpoint(Path(folder) / "best", bits=WIDTHS, device=run.device.type, text=[text])
+            found = evaluate_checkpoint(Path(folder) / "best", bits=WIDTHS, text=[text], device=run.device.type)
             run.row("recipe", recipe="best", log_perplexity=found["log_perplexity"])
 
 

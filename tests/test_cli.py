@@ -708,7 +708,7 @@ def test_a_disk_that_fills_up_in_training_keeps_the_state_there_was(
     run: Run, start: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = 0
-    save = qat.save
+    save = qat.save_state
 
     def save_once(*arguments: Any) -> None:
         nonlocal calls
@@ -717,7 +717,7 @@ def test_a_disk_that_fills_up_in_training_keeps_the_state_there_was(
             monkeypatch.setattr("matquant.methods.parts.sealed.write_safetensors", disk_is_full)
         save(*arguments)
 
-    monkeypatch.setattr(qat, "save", save_once)
+    monkeypatch.setattr(qat, "save_state", save_once)
     with monkeypatch.context():
         result = run(*start())
     assert result.code == 2
@@ -1332,7 +1332,7 @@ FLAGS: dict[str, list[str]] = {
         *("--method", "--objective", "--weights", "--baseline-bits", "--start"),
         *("--rule", "--grid", "--portable", "--symmetric", "--affine", "--zero-point", "--scale-dtype", "--head-bits"),
         "--exclude",
-        *("--samples", "--seq-len", "--batch-size", "--seed"),
+        *("--samples", "--seq-len", "--batch-size", "--seed", "--deterministic"),
         *("--lr", "--bf16", "--steps", "--learn-clip", "--weight-decay", "--warmup", "--clip-norm", "--accumulate"),
         *("--checkpoint-activations", "--save-every", "--gptq-weights"),
         *("--damp", "--sweeps", "--tune"),

@@ -229,9 +229,15 @@ def round_activations(x_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
     scale = max|x| / 127 and code = the nearest integer of x / scale, ties to even, as on the CPU (docs/kernels.md).
     """
-    x = torch.nn.functional.pad(x_TK.float(), (0, -x_TK.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
+    x = torch.nn.functional.pad(x_TK.float(), (0, -x_TK.shape[1] % BLOCK)).view(len(x_TK), -1, BLOCK)
     largest = x.abs().amax(-1)
     nothing = largest < 2.0**-119  # the reciprocal would overflow float32
     inverse = torch.where(nothing, 0.0, 127.0 / largest)
     codes = (x * inverse[..., None]).round().clamp(-127, 127).to(torch.int8)
     return codes.flatten(1), torch.where(nothing, 0.0, largest / 127.0)
+
+
+def rounded(x_TK: torch.Tensor) -> torch.Tensor:
+    """Return x as ``round_activations`` gives it, float32 [T, K]."""
+    codes, scale = round_activations(x_TK)
+    return (codes.view(len(codes), -1, BLOCK) * scale[..., None]).flatten(1)[:, : x_TK.shape[1]]
