@@ -73,7 +73,7 @@ PLANES: list[tuple[str, dict[str, Any], list[dict[str, Any]]]] = [
     ("stories", {"bits": 4}, EVERY),
     ("companded", {"bits": 4, "plan": SPLIT}, [{"bits": 3}, {"bits": 2}]),
     ("top", {"bits": 3, "max_bits": 3}, [{"bits": 2}]),
-    ("phi3", {"bits": 3}, [{"bits": 8}]),
+    ("fused", {"bits": 3}, [{"bits": 8}]),
 ]
 MISTAKES: list[tuple[str, dict[str, Any], str]] = [
     ("stories", {"bits": 9}, "bits=9 is not a width; use one of 1 to 8"),
@@ -120,6 +120,7 @@ def models(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
         make_tokenizer().save_pretrained(root / f"{family}-float")
         if "moe" not in family:
             quantise(family, root / f"{family}-float")
+    quantise("fused", root / "phi3-float", group_size=None)
     quantise("moe", root / "qwen3_moe-float")
     quantise("experts", root / "qwen3_moe-float", exclude=["experts"])
     return found
