@@ -87,7 +87,7 @@ SHAPES = {
 }
 
 
-class Counting(TorchDispatchMode):
+class Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Count operations, and the bytes that those without a matrix product read and write."""
 
     def __init__(self) -> None:

@@ -107,7 +107,7 @@ def _backwards(
             def add(gradient: torch.Tensor) -> None:
                 parts[path].append(_terms(args[0], gradient, changes[path]))
 
-            output.register_hook(add)
+            output.register_hook(add)  # type: ignore[no-untyped-call]
 
         return hook
 
