@@ -33,8 +33,8 @@ test-engines: $(READY)
 test-serve: $(READY)
 	$(BIN)/pytest -n 0 -m engine --timeout 3600 tests/clients
 
-# The GPU kernels compiled for cards that need not be there, by two versions of Triton under .engines/ (1 GB each, made
-# once): wide loads, tensor cores, no spills, few instructions per weight.
+# The GPU kernels compiled for cards that need not be there, by the Triton under .engines/ (1 GB, made once): wide loads,
+# tensor cores, no spills, few instructions per weight.
 test-gpu-compile: $(READY)
 	$(BIN)/pytest -n 0 -m engine --timeout 3600 tests/gpu
 

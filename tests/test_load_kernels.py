@@ -261,7 +261,7 @@ def test_calls_that_kernels_cannot_serve_are_refused(checkpoint: Callable[..., P
             module(bad)
 
 
-@pytest.mark.parametrize("kernels", ["auto", "int8"])
+@pytest.mark.parametrize("kernels", ["auto", "int8", "planes"])
 @pytest.mark.parametrize("family", ["llama", "qwen2"])  # without and with biases
 def test_gradients_are_those_of_the_dense_model(kernels: str, family: str, checkpoint: Callable[..., Path]) -> None:
     dense = matquant.load(checkpoint(family), 4, dtype=torch.float32, kernels="none")
@@ -314,17 +314,11 @@ def test_planes_equal_the_dense_model_and_switch_in_place(checkpoint: Callable[.
         assert gap(logits(model), logits(dense)) > 1e-3, "the neighbouring width must not pass"
 
 
-def test_planes_with_gradients_and_plans(checkpoint: Callable[..., Path]) -> None:
+def test_planes_at_a_plan(checkpoint: Callable[..., Path]) -> None:
     dense = matquant.load(checkpoint("llama"), 4, plan={DOWN: 2}, dtype=torch.float32, kernels="none")
     model = matquant.load(checkpoint("llama"), 4, plan={DOWN: 2}, dtype=torch.float32, kernels="planes")
     assert torch.equal(model.get_submodule(DOWN).weight, dense.get_submodule(DOWN).weight)
-    gradients = []
-    for each in (dense, model):
-        x = each.get_input_embeddings()(TOKENS).detach().requires_grad_()
-        each(inputs_embeds=x).logits.square().mean().backward()
-        assert x.grad is not None
-        gradients.append(x.grad)
-    torch.testing.assert_close(gradients[1], gradients[0])
+    assert gap(logits(model), logits(dense)) < 1e-5
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 CACHE = Path(os.environ.get("MATQUANT_ENGINES", ROOT / ".engines")).resolve()
 SHARED_BYTES = 99 * 1024  # of a program, on every card from compute capability 8.0 on
-TRITON = ("3.9.0", "3.6.0")
+TRITON = ("3.9.0",)
 CASES: dict[str, dict[str, Any]] = {
     "H100, one token, int8": {"card": 90, "tokens": 1, "activations": "int8", "grid": "uniform", "group": 128},
     "H100, one token, bf16": {"card": 90, "tokens": 1, "activations": "float", "grid": "uniform", "group": 128},

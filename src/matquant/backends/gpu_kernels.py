@@ -91,7 +91,7 @@ def _tile(plane, at, WANTED: tl.constexpr):
 
 @triton.jit
 def _affine(affine, first, row, padded_rows, width):
-    """Return scale and zero-point of rows for the integers of ``_operands``. first: offset of the rows' group.
+    """Return scale and zero-point of rows for the integers of ``operands_of``. first: offset of the rows' group.
 
     width: CENTRE, FACTOR, INVERSE and MIDDLE.
     """

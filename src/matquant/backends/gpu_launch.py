@@ -23,7 +23,7 @@ FINISHED = 256  # rows that a program of finish_kernel adds
 class Schedule:
     """How a product is cut into programs."""
 
-    rows: int  # of a tile: 64, or 128 where that leaves enough programs
+    rows: int  # of a tile: 128 for up to 32 tokens, else 64
     tokens: int  # of a tile: the second size of the tensor core's product
     splits: int  # parts of the inputs, each with a program
     blocks: int  # blocks of 256 inputs of a part
