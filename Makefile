@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo smollm2 test test-all test-tasks test-engines test-serve test-sanitize test-neon lint bench clean
+.PHONY: demo smollm2 test test-all test-tasks test-engines test-serve test-gpu-compile test-sanitize test-neon lint bench clean
 
 demo: $(READY)
 	$(BIN)/matquant demo
@@ -32,6 +32,11 @@ test-engines: $(READY)
 # in Chromium, and the server tests of llama.cpp and vLLM, in environments under .engines/ (1.5 GB, made once).
 test-serve: $(READY)
 	$(BIN)/pytest -n 0 -m engine --timeout 3600 tests/clients
+
+# The GPU kernels compiled for cards that need not be there, by two versions of Triton under .engines/ (1 GB each, made
+# once): wide loads, tensor cores, no spills, few instructions per weight.
+test-gpu-compile: $(READY)
+	$(BIN)/pytest -n 0 -m engine --timeout 3600 tests/gpu
 
 # The native tests under AddressSanitizer and UndefinedBehaviorSanitizer (minutes of compiling; needs cmake).
 test-sanitize:

@@ -74,7 +74,7 @@ def inputs() -> np.ndarray:
 @pytest.fixture(params=BACKENDS)
 def name(request: pytest.FixtureRequest) -> str:
     found: str = request.param
-    reason = BACKENDS[found].why_not("cpu", torch.float32)
+    reason = BACKENDS[found].why_not("cpu", torch.float32, "float")
     if reason is not None:
         pytest.skip(f"{found}: {reason}")
     return found
@@ -83,6 +83,9 @@ def name(request: pytest.FixtureRequest) -> str:
 @pytest.mark.parametrize(("rule", "options"), CASES, ids=str)
 def test_the_product_is_that_of_the_slice_and_of_no_neighbour(name: str, rule: str, options: dict[str, Any]) -> None:
     tensor, x = make_weight(rule, **options), inputs()
+    if BACKENDS[name].why_not_weight(tensor) is not None:
+        assert (name, rule == "prefix") == ("gpu", False)
+        return
     packed = BACKENDS[name].pack(tensor, device="cpu")
     for bits in range(1, 9):
         found = BACKENDS[name].matmul(packed, torch.from_numpy(x), bits=bits, activations="float")
@@ -124,7 +127,7 @@ def test_a_row_says_of_every_device_and_dtype_whether_it_serves() -> None:
     for backend, device, dtype in itertools.product(
         BACKENDS.values(), ("cpu", "meta", torch.device("cuda:0")), (torch.float32, torch.bfloat16, torch.float64)
     ):
-        reason = backend.why_not(device, dtype)
+        reason = backend.why_not(device, dtype, "float")
         assert reason is None or (reason and reason == reason.strip()), reason
         assert backend.activations[0] == "float"
         assert backend.describe(3, "float")
@@ -132,11 +135,14 @@ def test_a_row_says_of_every_device_and_dtype_whether_it_serves() -> None:
 
 def test_the_first_row_that_serves_is_chosen_and_the_reason_of_the_one_before_is_kept() -> None:
     assert choose("cpu", torch.bfloat16, activations="int8") == ("native", "")
-    assert choose("meta", torch.float32, activations="float") == (DENSE, "kernels run on cpu, found meta")
+    assert choose("meta", torch.float32, activations="float") == (DENSE, "kernels run on cpu and cuda, found meta")
     assert choose("cpu", torch.float64, activations="int8") == (
         DENSE,
         "kernels take float32, bfloat16, float16, found float64",
     )
+    if not torch.cuda.is_available():
+        reason = "no CUDA device is available"
+        assert choose("cuda", torch.bfloat16, activations="float") == (DENSE, reason)
     assert list(BACKENDS)[-1] == DENSE, "what serves everything comes last"
 
 

@@ -11,6 +11,10 @@ import torch
 import conftest
 import matquant
 from conftest import FAMILIES, Interrupt
+from gpu_cases import EIGHT, Case
+from matquant.backends import gpu
+from matquant.backends.gpu_layout import load_resident
+from matquant.core.nest import COMPANDED
 from matquant.format.read import open_checkpoint
 from matquant.hf.text import read_documents, token_stream
 from matquant.hf_torch.loading import load_tokenizer
@@ -146,3 +150,56 @@ def test_a_checkpoint_is_evaluated_as_on_the_cpu(llama: Path, text_file: Path, t
     }
     for name in ("log_perplexity", "reference"):
         torch.testing.assert_close(found["cuda"][name], found["cpu"][name], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("grid", ["uniform", COMPANDED])
+@pytest.mark.parametrize("groups", [1, 4, 16])
+@pytest.mark.parametrize("tokens", [1, 5, 16, 33, 200, 300])
+def test_kernels_give_the_integers_of_the_definition(grid: str, groups: int, tokens: int) -> None:
+    exact = groups == 1
+    case = Case(columns=512, groups=groups, tokens=tokens, grid=grid, activations="int8", exact=exact)
+    here, there = (load_resident(case.weight(), device=device) for device in ("cpu", "cuda"))
+    x = torch.from_numpy(case.inputs())
+    for bits in EIGHT:
+        for weight in (here, there):
+            gpu.select(weight, bits)
+        expected, found = gpu.linear(x, here, activations="int8"), gpu.linear(x.cuda(), there, activations="int8").cpu()
+        if exact and tokens <= 256:
+            assert torch.equal(found, expected), bits
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+        half = gpu.linear(x.cuda().bfloat16(), there).float().cpu()
+        close = gpu.linear(x.bfloat16().float(), here)
+        torch.testing.assert_close(half, close, rtol=2e-2, atol=1e-2 * float(close.abs().max()))
+
+
+def test_a_captured_graph_reads_the_width_that_is_selected_later() -> None:
+    case = Case(columns=512, groups=4, tokens=2)
+    weight, x = load_resident(case.weight(), device="cuda"), torch.from_numpy(case.inputs()).cuda().bfloat16()
+    gpu.linear(x, weight)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = gpu.linear(x, weight)
+    found = {}
+    for bits in (8, 4, 2):
+        gpu.select(weight, bits)
+        graph.replay()
+        found[bits] = y.clone()
+        assert torch.equal(found[bits], gpu.linear(x, weight))
+    assert not torch.allclose(found[8], found[2], rtol=1e-2)
+
+
+@pytest.mark.parametrize("kernels", ["auto", "int8"])
+def test_a_model_with_planes_answers_as_on_the_cpu(kernels: str, llama: Path, tmp_path: Path) -> None:
+    made = conftest.quantize(llama, tmp_path / "made", method="rtn", group_size=None)
+    tokens = torch.arange(5, 37)[None]
+    here = matquant.load(made, dtype=torch.float32, kernels="none")
+    there = matquant.load(made, dtype=torch.bfloat16, device="cuda", kernels=kernels)
+    assert there.kernels.startswith("planes on the device")
+    for bits in (8, 6, 4, 3, 2):
+        for model in (here, there):
+            model.set_bits(bits)
+        with torch.no_grad():
+            expected, found = here(input_ids=tokens).logits, there(input_ids=tokens.cuda()).logits.float().cpu()
+        assert float((found - expected).norm() / expected.norm()) < 0.05, bits
+    assert there.generate(tokens.cuda(), max_new_tokens=4, do_sample=False).shape == (1, 36)

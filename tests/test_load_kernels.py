@@ -46,7 +46,7 @@ def checkpoint(family_model: Callable[[str], Path], tmp_path_factory: pytest.Tem
         out = root / "-".join([family, *map(str, options.values())])
         if out.is_dir():
             return out
-        return conftest.quantize(family_model(family), out, method="rtn", scope="linears", **options)
+        return conftest.quantize(family_model(family), out, method="rtn", **{"scope": "linears", **options})
 
     return get
 
@@ -196,7 +196,7 @@ def test_dense_weights_are_those_of_torch_and_train(checkpoint: Callable[..., Pa
 
 
 OBSTACLES = [
-    ("llama", {"device": "meta"}, "kernels run on cpu, found meta"),
+    ("llama", {"device": "meta"}, "kernels run on cpu and cuda, found meta"),
     ("llama", {"dtype": torch.float64}, "kernels take float32, bfloat16, float16, found float64"),
     ("qwen3_moe", {}, r"model.layers.0.mlp.experts.0.\w+ is part of a fused tensor"),
 ]
@@ -227,7 +227,7 @@ def test_where_kernels_asked_for_cannot_be_had_the_reason_is_said(
 @pytest.mark.parametrize("kernels", ["fast", None])
 def test_unknown_kernels_are_refused(kernels: Any, checkpoint: Callable[..., Path]) -> None:
     with pytest.raises(
-        matquant.InputError, match=rf"^kernels={kernels!r} is not known; use auto, float, int8 or none$"
+        matquant.InputError, match=rf"^kernels={kernels!r} is not known; use auto, float, int8, planes or none$"
     ):
         matquant.load(checkpoint("llama"), kernels=kernels)
 
@@ -293,3 +293,79 @@ def test_many_bfloat16_tokens_are_multiplied_by_the_dense_weight(checkpoint: Cal
     assert not is_dense(torch.bfloat16, "auto", many - 2)
     assert not is_dense(torch.bfloat16, "int8", many)
     assert not is_dense(torch.float32, "auto", many)
+
+
+# Planes in the order of GPU kernels: on a CPU the operator is its dense reference -------------------------------------
+
+
+def test_planes_equal_the_dense_model_and_switch_in_place(checkpoint: Callable[..., Path]) -> None:
+    for family, options in (("llama", {"scope": "all"}), ("qwen2", {"grid": "companded"})):
+        out = checkpoint(family, **options)
+        dense = matquant.load(out, dtype=torch.float32, kernels="none")
+        model = matquant.load(out, dtype=torch.float32, kernels="planes")
+        assert model.kernels == f"planes on the device for {len(model.bits_by_path)} layers, float activations"
+        kept = [module._packed.bits for module in model.modules() if isinstance(module, NestedLinear)]
+        for bits in (8, 6, 4, 3, 2):
+            dense.set_bits(bits)
+            model.set_bits(bits)
+            assert gap(logits(model), logits(dense)) < 1e-5
+            assert {int(width) for width in kept} == set(model.bits_by_path.values()), "captured graphs read these"
+        dense.set_bits(3)
+        assert gap(logits(model), logits(dense)) > 1e-3, "the neighbouring width must not pass"
+
+
+def test_planes_with_gradients_and_plans(checkpoint: Callable[..., Path]) -> None:
+    dense = matquant.load(checkpoint("llama"), 4, plan={DOWN: 2}, dtype=torch.float32, kernels="none")
+    model = matquant.load(checkpoint("llama"), 4, plan={DOWN: 2}, dtype=torch.float32, kernels="planes")
+    assert torch.equal(model.get_submodule(DOWN).weight, dense.get_submodule(DOWN).weight)
+    gradients = []
+    for each in (dense, model):
+        x = each.get_input_embeddings()(TOKENS).detach().requires_grad_()
+        each(inputs_embeds=x).logits.square().mean().backward()
+        assert x.grad is not None
+        gradients.append(x.grad)
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (
+            {"rule": "round"},
+            "rule 'round' rounds, which needs a bit more than a width has; .* by 'prefix'",
+        ),
+        ({"group_size": 16}, "GPU planes take groups of a multiple of 32 inputs, found 16"),
+    ],
+)
+def test_weights_that_planes_cannot_hold_are_rejected(
+    options: dict[str, Any], reason: str, checkpoint: Callable[..., Path]
+) -> None:
+    message = rf"^kernels='planes' does not support .*: model.layers.0.\S+: {reason}; use kernels='auto' or 'none'$"
+    with pytest.raises(matquant.InputError, match=message):
+        matquant.load(checkpoint("llama", **options), kernels="planes")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("kernels", ["auto", "int8", "planes", "none"])
+def test_without_a_gpu_there_is_one_line(kernels: str, checkpoint: Callable[..., Path]) -> None:
+    with pytest.raises(matquant.InputError, match=r"^device='cuda' is not available \(.*\); use one of cpu$"):
+        matquant.load(checkpoint("llama"), device="cuda", kernels=kernels)
+
+
+@pytest.mark.slow
+def test_a_compiled_model_switches_width_without_compiling_again(checkpoint: Callable[..., Path]) -> None:
+    graphs = []
+
+    def keep(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    dense = matquant.load(checkpoint("llama"), dtype=torch.float32, kernels="none")
+    model = matquant.load(checkpoint("llama"), dtype=torch.float32, kernels="planes")
+    compiled = torch.compile(model, backend=keep, fullgraph=True)
+    for bits in (8, 4, 2):
+        model.set_bits(bits)
+        dense.set_bits(bits)
+        with torch.no_grad():
+            assert gap(compiled(TOKENS).logits, logits(dense)) < 1e-5
+    assert len(graphs) == 1

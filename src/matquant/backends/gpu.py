@@ -17,12 +17,13 @@ import torch
 
 from matquant.backends import gpu_layout
 from matquant.backends.backend import Backend
-from matquant.backends.gpu_layout import BLOCK, Resident, load_resident, read, round_activations
+from matquant.backends.gpu_layout import Resident, load_resident, read, rounded
 from matquant.core.tensor import NestedTensor
 
 DTYPES = (torch.bfloat16, torch.float16)
 OLDEST = (8, 0)  # compute capability of the first cards with tensor cores for int8 and bfloat16
-LIBRARY = torch.library.Library("matquant", "FRAGMENT")  # keeps the operator registered while it lives
+TORCH: Any = torch.library  # without types
+LIBRARY = TORCH.Library("matquant", "FRAGMENT")  # keeps the operators registered while it lives
 LIBRARY.define(
     "linear(Tensor x, Tensor planes, Tensor affine, Tensor widths, Tensor bits, int rows, int group, str grid, "
     "str activations) -> Tensor"
@@ -61,8 +62,7 @@ def _linear_dense(
     )
     values = x.reshape(-1, columns).float()
     if activations == "int8":
-        codes, scale = round_activations(values)
-        values = (codes.unflatten(1, (-1, BLOCK)) * scale[..., None]).flatten(1)[:, :columns]
+        values = rounded(values)
     return torch.nn.functional.linear(values, read(weight)).to(x.dtype).view(*x.shape[:-1], rows)
 
 
@@ -96,10 +96,10 @@ def _rows_fake(ids: torch.Tensor, *rest: Any) -> torch.Tensor:
 
 
 LIBRARY.impl("rows", _rows, "CompositeExplicitAutograd")
-torch.library.register_fake("matquant::rows", _rows_fake, lib=LIBRARY)
+TORCH.register_fake("matquant::rows", _rows_fake, lib=LIBRARY)
 LIBRARY.impl("linear", _linear_dense, "CPU")
 LIBRARY.impl("linear", _linear_cuda, "CUDA")
-torch.library.register_fake("matquant::linear", _linear_fake, lib=LIBRARY)
+TORCH.register_fake("matquant::linear", _linear_fake, lib=LIBRARY)
 
 
 def pack(tensor: NestedTensor, /, *, device: torch.device | str) -> Resident:
@@ -139,8 +139,10 @@ def why_not(device: torch.device | str, dtype: torch.dtype, activations: str) ->
     device = torch.device(device)
     if device.type == "cpu":
         return None
-    if device.type != "cuda" or not torch.cuda.is_available():
-        return f"no CUDA device is available for {device}" if device.type == "cuda" else f"no kernels run on {device}"
+    if device.type != "cuda":
+        return f"kernels run on cuda, found {device}"
+    if not torch.cuda.is_available():
+        return "no CUDA device is available"
     reason = _why_not_card(device)
     if reason is not None:
         return reason

@@ -165,7 +165,7 @@ def _how(widths, bits):
     return tl.load(at).to(tl.int32), (tl.load(at + 2), tl.load(at + 3), tl.load(at + 4), tl.load(at + 5)), keep
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "groups", "group_places", "blocks"])
 def linear_kernel(
     x, scales, sums, planes, affine, widths, bits, y,
     tokens, rows, padded_tokens, padded_columns, padded_rows, groups, group_places, blocks,
@@ -203,7 +203,7 @@ def linear_kernel(
         tl.store(y + at, tl.trans(total).to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def finish_kernel(partial, y, rows, padded_tokens, padded_rows, splits, AT_ONCE: tl.constexpr):
     """Add partial sums, one split after another: programs [tokens, rows / AT_ONCE]."""
     token = tl.program_id(0).to(tl.int64)
@@ -214,7 +214,7 @@ def finish_kernel(partial, y, rows, padded_tokens, padded_rows, splits, AT_ONCE:
     tl.store(y + token * rows + row, total.to(y.dtype.element_ty), mask=row < rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def prepare_kernel(
     x, out, scales, sums, tokens, columns, padded_tokens, padded_columns, SCALED: tl.constexpr
 ):  # fmt: skip

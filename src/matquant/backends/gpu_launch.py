@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from matquant.backends import gpu_kernels
-from matquant.backends.gpu_layout import BLOCK, INPUTS, PLACE_INPUTS, ROWS, padded, round_activations
+from matquant.backends.gpu_layout import BLOCK, INPUTS, PLACE_INPUTS, ROWS, padded, rounded
 from matquant.core.nest import UNIFORM
 
 MOST_TOKENS = 256  # above, the weight is made dense once and the library multiplies
@@ -64,7 +64,7 @@ def linear(
     y = torch.empty(tokens, rows, dtype=x.dtype, device=x.device)
     if tokens > MOST_TOKENS:
         weight = dense(planes, affine, widths, bits, rows, columns, group, grid, x.dtype)
-        torch.mm(_rounded(x_MK) if activations == "int8" else x_MK, weight.T, out=y)
+        torch.mm(rounded(x_MK).to(x.dtype) if activations == "int8" else x_MK, weight.T, out=y)
     elif tokens:
         _multiply(x_MK, planes, affine, widths, bits, y, group=group, grid=grid, scaled=activations == "int8")
     return y.view(*x.shape[:-1], rows)
@@ -124,7 +124,7 @@ def _multiply(
     gpu_kernels.linear_kernel[all_rows // plan.rows, plan.splits, tiles](
         inputs, scales, sums, planes, affine, widths, bits, out,
         tokens, rows, all_tokens, all_columns, all_rows, columns // group, group // PLACE_INPUTS, plan.blocks,
-        ROWS=plan.rows, TOKENS=plan.tokens, PLACES=_places(group, columns), SCALED=scaled, SPLIT=split,
+        ROWS=plan.rows, TOKENS=plan.tokens, PLACES=places_of(group, columns), SCALED=scaled, SPLIT=split,
         num_warps=plan.warps, num_stages=plan.stages, **_options(planes, bits, rows, columns, group=group, grid=grid),
     )  # fmt: skip
     if split:
@@ -148,7 +148,7 @@ def _options(
     }
 
 
-def _places(group: int, columns: int) -> int:
+def places_of(group: int, columns: int) -> int:
     """Return how many places of 32 inputs are added before a scale is applied: 4, 2 or 1."""
     return 4 if group == columns else next(places for places in (4, 2, 1) if group % (places * PLACE_INPUTS) == 0)
 
@@ -157,9 +157,3 @@ def _places(group: int, columns: int) -> int:
 def _processors(device: torch.device) -> int:
     """Return the number of multiprocessors."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else PROCESSORS
-
-
-def _rounded(x_MK: torch.Tensor) -> torch.Tensor:
-    """Return x as int8 activations give it, in its dtype."""
-    codes, scale = round_activations(x_MK)
-    return (codes.unflatten(1, (-1, BLOCK)) * scale[..., None]).flatten(1)[:, : x_MK.shape[1]].to(x_MK.dtype)

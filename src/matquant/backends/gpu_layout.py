@@ -77,9 +77,7 @@ def load_resident(tensor: NestedTensor, *, device: torch.device | str = "cpu", m
     obstacle = why_not(rule=tensor.rule, group=columns // groups, columns=columns)
     if obstacle is not None:
         raise InputError(f"{obstacle}; use dense weights")
-    codes = torch.as_tensor(
-        np.ascontiguousarray(tensor.codes) if isinstance(tensor.codes, np.ndarray) else tensor.codes
-    )
+    codes = tensor.codes if isinstance(tensor.codes, torch.Tensor) else torch.from_numpy(np.array(tensor.codes))
     own = {bits: affine for bits, affine in sorted(tensor.slices.items()) if bits <= max_bits}
     return Resident(
         planes=pack(codes.to(device), max_bits=max_bits),
@@ -222,7 +220,8 @@ def read(weight: Resident, ids: torch.Tensor | None = None) -> torch.Tensor:
         scale, zero = values.unbind(-1)
     codes = unpack_rows(weight.planes, ids, rows=weight.rows, columns=weight.columns)
     position = _positions(weight.grid, codes.device)[bits[:, None] * 2**MASTER_BITS + codes]
-    return decode(position, scale * step[:, None], (zero - centre[:, None]) / step[:, None])
+    weights: torch.Tensor = decode(position, scale * step[:, None], (zero - centre[:, None]) / step[:, None])
+    return weights
 
 
 def round_activations(x_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -230,9 +229,15 @@ def round_activations(x_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
     scale = max|x| / 127 and code = the nearest integer of x / scale, ties to even, as on the CPU (docs/kernels.md).
     """
-    x = torch.nn.functional.pad(x_TK.float(), (0, -x_TK.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
+    x = torch.nn.functional.pad(x_TK.float(), (0, -x_TK.shape[1] % BLOCK)).view(len(x_TK), -1, BLOCK)
     largest = x.abs().amax(-1)
     nothing = largest < 2.0**-119  # the reciprocal would overflow float32
     inverse = torch.where(nothing, 0.0, 127.0 / largest)
     codes = (x * inverse[..., None]).round().clamp(-127, 127).to(torch.int8)
     return codes.flatten(1), torch.where(nothing, 0.0, largest / 127.0)
+
+
+def rounded(x_TK: torch.Tensor) -> torch.Tensor:
+    """Return x as ``round_activations`` gives it, float32 [T, K]."""
+    codes, scale = round_activations(x_TK)
+    return (codes.view(len(codes), -1, BLOCK) * scale[..., None]).flatten(1)[:, : x_TK.shape[1]]

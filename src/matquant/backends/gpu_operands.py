@@ -190,7 +190,8 @@ def _shift(place: int, tier: int, companded: bool) -> int:
 @triton.constexpr_function
 def drop(place: int, stop: int, tier: int, companded: bool) -> int:
     """Return by how many bits sums move down after a place: to where the next one ends, or to bit 0 after the last."""
-    return _shift(place, tier, companded) - (_shift(place + 1, tier, companded) if place + 1 < stop else 0)
+    following: int = _shift(place + 1, tier, companded) if place + 1 < stop else 0
+    return int(_shift(place, tier, companded)) - following
 
 
 @triton.jit

@@ -1,8 +1,8 @@
 """A nested checkpoint as an ordinary transformers model whose width can be changed in place.
 
-On a CPU every quantised linear layer uses the native kernels (backends/): codes are kept in bit planes without dense
-copies, switching costs nothing, and decoding reads ``bits`` bits per weight. Results equal dense weights to float32
-rounding; ``kernels="int8"`` rounds activations too and is faster still (docs/runtime.md).
+On a CPU every quantised linear layer uses the native kernels, on a GPU those of backends/gpu.py: codes are kept in bit
+planes without dense copies, switching costs nothing, and decoding reads ``bits`` bits per weight. Results equal dense
+weights to rounding; ``kernels="int8"`` rounds activations too and is faster still (docs/runtime.md).
 
 Where no kernels are available, and with ``kernels="none"``, the codes stay in memory beside dense parameters;
 ``set_bits`` slices them again and writes the parameters, so that training and every other use of transformers work bit
@@ -27,6 +27,7 @@ from matquant.format.write import write_checkpoint
 from matquant.hf_torch import Model
 from matquant.hf_torch.arrays import nested_to_numpy, to_torch
 from matquant.hf_torch.config import config_dtype
+from matquant.hf_torch.device import choose_device
 from matquant.hf_torch.layers import end_views, linear_views
 from matquant.hf_torch.linear import NestedEmbedding, NestedLinear, NestedWeight
 from matquant.hf_torch.loading import build_model
@@ -56,12 +57,14 @@ def load(
 
     Returns a model of the checkpoint's class with three additions: ``set_bits(bits, plan=None)``, ``bits_by_path`` and
     ``kernels`` (a line of text: the kernels in use and why). Its ``save_pretrained(directory)`` writes the nested
-    checkpoint. dtype None: the checkpoint's. kernels: ``auto``: the native kernels, equal to dense weights to float32
-    rounding, or dense weights where they are not available (other devices, float64, fused experts); ``float`` or
-    ``int8``: kernels with these activations, or an error; ``none``: dense weights, which can be trained. With kernels
-    no parameter requires gradients. InputError for damage, and if the requested kernels are not available.
+    checkpoint. dtype None: the checkpoint's. kernels: ``auto``: the device's kernels, equal to dense weights to
+    rounding, or dense weights where they are not available (float64, fused experts, ...); ``float`` or ``int8``:
+    kernels with these activations, or an error; ``planes``: the GPU's planes on any device (on a CPU a slow reference);
+    ``none``: dense weights, which can be trained. With kernels no parameter requires gradients. InputError for
+    damage, and if the device or the requested kernels are not available.
     """
     _check_arguments(path, dtype, device, kernels, check_hashes)
+    choose_device(str(device))
     check_threads(torch.get_num_threads(), name="torch.get_num_threads()")
     checkpoint = open_checkpoint(path, check_hashes=check_hashes)
     check_bits(bits)
