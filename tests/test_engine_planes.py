@@ -91,6 +91,7 @@ def test_an_engine_serves_what_is_there_and_more_as_planes_arrive(
     assert np.array_equal(session.extend(IDS, engine.widths(2)), first)
 
 
+@pytest.mark.slow
 def test_planes_are_brought_back_after_the_directory_was_assembled(
     whole: Path, partial: Path, reference: dict[int, np.ndarray]
 ) -> None:
@@ -108,7 +109,7 @@ def test_max_bits_limits_what_is_loaded(whole: Path, reference: dict[int, np.nda
     assert_serves(engine, reference)
 
 
-@pytest.mark.parametrize("directory", ["stock", "whole"])
+@pytest.mark.parametrize("directory", ["stock", pytest.param("whole", marks=pytest.mark.slow)])
 def test_evicted_planes_come_back(
     directory: str, reference: dict[int, np.ndarray], request: pytest.FixtureRequest
 ) -> None:
@@ -150,7 +151,7 @@ def test_steps_of_other_threads_go_on_while_planes_come_and_go(stock: Path, refe
     threads = [threading.Thread(target=score) for _ in range(2)]
     for thread in threads:
         thread.start()
-    for _ in range(10):
+    for _ in range(3):
         engine.evict(2)
         assert engine.add_planes() == 8
         assert np.array_equal(engine.score(IDS, bits=8), reference[8])
@@ -195,6 +196,7 @@ def test_an_error_while_planes_are_made_leaves_none_of_them(
     assert_serves(engine, reference)
 
 
+@pytest.mark.slow
 def test_another_checkpoint_in_the_directory_is_rejected(stock: Path, llama: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(stock, copy)

@@ -53,7 +53,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeHub]:
         )
         monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.url)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 100)  # what an interrupted download may lose
+        monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 2000)  # what an interrupted download may lose
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 120)
         monkeypatch.setenv("HF_TOKEN", "good")
@@ -123,6 +123,7 @@ def test_push_replaces_the_checkpoint_before_and_sends_nothing_twice(
     assert not [request for request in hub.log if request.method == "PUT"]
 
 
+@pytest.mark.slow
 def test_a_card_shows_what_was_measured(hub: FakeHub, stock: Path, tmp_path: Path) -> None:
     record = tmp_path / "eval.json"
     record.write_text(json.dumps({"bits_per_weight": {"8": 8.1, "2": 2.1}, "log_perplexity": {"8": 1.0, "2": 2.0}}))
@@ -163,6 +164,7 @@ def test_int2_first_and_only_what_is_missing_later(pushed: FakeHub, stock: Path,
     assert pushed.fetched() == [MANIFEST]
 
 
+@pytest.mark.slow
 def test_a_pull_of_less_than_is_there_fetches_nothing(pushed: FakeHub, tmp_path: Path) -> None:
     pull(REPO, tmp_path / "out", bits=4)
     pushed.log.clear()
@@ -203,7 +205,10 @@ def test_a_repository_without_planes_gives_all_bits_only(hub: FakeHub, stock: Pa
     assert content(out) == content(stock)
 
 
-@pytest.mark.parametrize("part", ["planes/rest-00001.planes", "planes/p0-00001.planes", "tokenizer.json"])
+SLOW_PARTS = [pytest.param(part, marks=pytest.mark.slow) for part in ("planes/rest-00001.planes", "tokenizer.json")]
+
+
+@pytest.mark.parametrize("part", ["planes/p0-00001.planes", *SLOW_PARTS])
 def test_an_interrupted_pull_goes_on_in_the_middle_of_a_file(
     part: str, pushed: FakeHub, stock: Path, tmp_path: Path
 ) -> None:
@@ -240,7 +245,7 @@ def _addresses(hub: FakeHub, part: str) -> set[str]:
 
 
 def test_a_lost_connection_is_tried_again(pushed: FakeHub, stock: Path, tmp_path: Path) -> None:
-    wanted, cut = _addresses(pushed, "planes/p0-00001.planes"), iter([100, 100])
+    wanted, cut = _addresses(pushed, "planes/p0-00001.planes"), iter([2000, 2000])
 
     def fault(request: Request) -> int | None:
         return next(cut, None) if request.path in wanted and request.path.startswith(LFS_ROUTE) else None
@@ -248,7 +253,7 @@ def test_a_lost_connection_is_tried_again(pushed: FakeHub, stock: Path, tmp_path
     pushed.faults = fault
     pull(REPO, tmp_path / "out", bits=2)
     assert_reads_like(tmp_path / "out", stock)
-    assert [r.offset for r in pushed.log if r.path in wanted and r.path.startswith(LFS_ROUTE)] == [0, 100, 200]
+    assert [r.offset for r in pushed.log if r.path in wanted and r.path.startswith(LFS_ROUTE)] == [0, 2000, 4000]
 
 
 def test_a_tampered_part_is_rejected_by_name_and_keeps_out(pushed: FakeHub, stock: Path, tmp_path: Path) -> None:
@@ -305,6 +310,7 @@ def test_other_directories_are_left_alone(pushed: FakeHub, stock: Path, tmp_path
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_what_has_arrived(pushed: FakeHub, stock: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with conftest.largest_file(20_000):
@@ -355,7 +361,7 @@ PUSHES = [
     for r in ("/create", "/commit/", "/preupload", "/objects/batch", "/put/")
     for c in ("busy", "login", "forbidden")
 ]
-QUICK = [*PULLS[:7], ("busy", "/resolve/"), ("busy", "/create"), ("forbidden", "/commit/")]
+QUICK = [("private", "/api/models/"), ("absent", "/api/models/"), ("busy", "/resolve/"), ("forbidden", "/commit/")]
 
 
 def some_slow(cases: list[tuple[str, str]]) -> list[Any]:

@@ -227,6 +227,7 @@ def test_assembling_gives_the_directory_byte_for_byte(case: str, source: Callabl
     assert sorted(p.name for p in tmp_path.iterdir()) == ["planes"]
 
 
+@pytest.mark.slow
 def test_fewer_stored_bits_have_fewer_planes(source: Callable[[str], Path], tmp_path: Path) -> None:
     mixed = Plan(default=2, bits={f"{LAYER}down_proj": 4})
     for name, options in (("int2", {"bits": 2}), ("int5", {"bits": 5}), ("mixed", {"plan": mixed})):
@@ -408,7 +409,7 @@ def list_again(directory: Path) -> None:
 
 
 def test_an_interrupted_assembly_goes_on_and_a_full_disk_leaves_the_planes(
-    source: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: Callable[[str], Path], tmp_path: Path
 ) -> None:
     stock = source("shards")
     directory = planes_of(stock, tmp_path / "planes")

@@ -116,6 +116,7 @@ def test_a_server_offers_more_widths_as_planes_arrive(
         assert service.models.max_bits == 8
 
 
+@pytest.mark.slow
 def test_a_damaged_plane_is_reported_and_the_server_goes_on(
     partial: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -135,6 +136,7 @@ def test_a_damaged_plane_is_reported_and_the_server_goes_on(
         wait_for(client, "tiny:int3")
 
 
+@pytest.mark.slow
 def test_max_bits_and_widths_limit_what_is_offered(partial: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError) as caught:
         run._load(settings(partial, engine={"max_bits": 4}, widths=(8,)), "tiny", run._start, lambda text: None)
