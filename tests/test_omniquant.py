@@ -23,6 +23,7 @@ from matquant.methods.parts import clip, fake
 from matquant.methods.parts.blocks import Block, Solved
 from matquant.methods.parts.fake import Grid
 from matquant.methods.parts.layer import Layer
+from matquant.methods.parts.share import deal
 from matquant.options.declare import check_values
 from matquant.options.objective import FLOAT, parse_objective
 from matquant.system.errors import InputError
@@ -217,6 +218,7 @@ def setting(
         module=module,
         views={path: view for path, view in views.items() if view.parameter.startswith(f"{name}.")},
         inputs={stream: list(hidden) for stream in omniquant.streams(job)},
+        share=deal(8, 2, steps=True, ordered=False),
         call=calls[0],
         config=model.config,
     )
