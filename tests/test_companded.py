@@ -69,7 +69,7 @@ def test_the_integers_of_int2_and_int3_are_these() -> None:
     assert integer_positions(3, COMPANDED)[0].tolist() == [0, 5, 9, 12, 15, 18, 22, 27]
 
 
-@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6, pytest.param(7, marks=pytest.mark.slow), 8])
 def test_nearest_codes_are_those_of_the_oracle_everywhere(bits: int) -> None:
     positions = [Fraction(n, 16) for n in range(-20, 16 * 2**bits + 20, 1 if bits < 6 else 7)]
     expected = [oracle.companded_nearest(position, bits) for position in positions]
@@ -103,7 +103,7 @@ def test_tails_cost_the_narrow_widths_less_than_on_the_uniform_grid() -> None:
     [
         ("rtn", {}),
         ("gptq", {"samples": 8, "seq_len": 32}),
-        ("gptq", {"samples": 8, "seq_len": 32, "tune": 2}),
+        pytest.param("gptq", {"samples": 8, "seq_len": 32, "tune": 2}, marks=pytest.mark.slow),
         ("omniquant", {"samples": 8, "seq_len": 32, "steps": 2}),
         ("qat", {"steps": 2, "seq_len": 32}),
         ("qat", {"steps": 2, "seq_len": 32, "masters": "each", "objective": "8,4,2,fp->8;4;2"}),

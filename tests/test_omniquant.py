@@ -161,7 +161,7 @@ def freeze(grid: Grid, bits: int, leaves: dict[str, torch.Tensor], nested: Any) 
     }
 
 
-@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("bits", [8, pytest.param(4, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("grid", GRIDS, ids=name_of)
 def test_gradients_are_finite_differences_of_the_surrogate(grid: Grid, bits: int) -> None:
     torch.manual_seed(0)
