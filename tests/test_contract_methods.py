@@ -33,7 +33,11 @@ def smallest(method: str) -> dict[str, Any]:
     return {name: value for name, value in SMALLEST.items() if name in known and (method, name) not in OPTIONAL}
 
 
-@pytest.fixture(params=METHODS)
+# Methods of several stages are runs of other rows, each of which is here; they take seconds in every test.
+ROWS = [pytest.param(name, marks=pytest.mark.slow if METHODS[name].stages else []) for name in METHODS]
+
+
+@pytest.fixture(params=ROWS)
 def method(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

@@ -173,7 +173,7 @@ def weight_of(source: Path, path: str) -> torch.Tensor:
     return model.get_parameter(f"{path}.weight").detach()
 
 
-@pytest.mark.parametrize("method", SHORT)
+@pytest.mark.parametrize("method", [pytest.param(m, marks=pytest.mark.slow if m == "distill" else []) for m in SHORT])
 def test_what_is_not_calibrated_is_rounded_alike_by_every_method(
     method: str, source: Callable[..., Path], quantised: Callable[..., Checkpoint]
 ) -> None:
