@@ -427,7 +427,7 @@ def main(
     torch.manual_seed(0)
     run.row("origin", **origin("torch", "transformers"), inputs=INPUTS)
     check(run)
-    last = functools.partial(real_model, model=model, text=text)
+    last: Callable[[Run], None] = functools.partial(real_model, model=model, text=text)
     parts: dict[str, Callable[[Run], None]] = {"kernels": kernels, "decoding": decoding, "training": training}
     for name, part in {**parts, "recipe": last}.items():
         try:
