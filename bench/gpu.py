@@ -3,8 +3,8 @@
     python bench/gpu.py [--seconds 470] [--model SMOLLM2 --text heldout.txt]
     python bench/gpu.py --smoke          tiny shapes on the CPU: shows that everything runs, and nothing else
 
-Prints a JSON line for every row, with the card's name, and appends them to bench/gpu.jsonl. Parts run in the order of
-PARTS; what no time is left for is reported as skipped. Nothing is timed if a product is wrong.
+Prints a JSON line for every row, with the card's name, and appends them to bench/gpu.jsonl. Parts that fail,
+and what no time is left for, are rows too. Nothing is timed if a product is wrong.
 
 Kernels: a weight [rows, columns] is held often enough to be larger than the cache, and every product is one replay of a
 CUDA graph over all copies. Candidates take turns in every round and medians count. Our graphs are captured once and
@@ -188,7 +188,7 @@ def kernels(run: Run) -> None:
         weights = [load_resident(nested, device=run.device) for _ in range(copies)]
         # bf16 weights are eight times as large as int2: fewer of them are more than the cache.
         dense = [read(weights[0]).to(torch.bfloat16).clone() for _ in range(max(2, copies // 8))]
-        others = [] if run.smoke else [*gemlite_products(nested, run), *humming_products(nested, run)]
+        others = [] if run.smoke else other_products(nested, run)
         for tokens in (1, 2) if run.smoke else TOKENS:
             if run.left_s < 60:
                 run.row("skipped", what=f"kernels {rows} x {columns}, {tokens} tokens", reason="no time is left")
@@ -245,6 +245,17 @@ def bytes_read(weight: Resident, name: str) -> float | None:
         return None
     bits = int(name.split("int")[1][0])
     return values * bits / 8 + weight.affine[0].numel() * weight.affine.element_size()
+
+
+def other_products(nested: NestedTensor, run: Run) -> list[tuple[str, int, Callable[[torch.Tensor], Any]]]:
+    """Return the products of other libraries that work here; a row says why one does not."""
+    found = []
+    for name, products in {"gemlite": gemlite_products, "humming": humming_products}.items():
+        try:
+            found += list(products(nested, run))
+        except Exception as error:  # any type: other people's kernels on a card of any kind
+            run.row("skipped", what=name, reason=f"{type(error).__name__}: {error}")
+    return found
 
 
 def gemlite_products(nested: NestedTensor, run: Run) -> Iterator[tuple[str, int, Callable[[torch.Tensor], Any]]]:
@@ -416,10 +427,15 @@ def main(
     torch.manual_seed(0)
     run.row("origin", **origin("torch", "transformers"), inputs=INPUTS)
     check(run)
-    kernels(run)
-    decoding(run)
-    training(run)
-    real_model(run, model, text)
+    last: Callable[[Run], None] = functools.partial(real_model, model=model, text=text)
+    parts: dict[str, Callable[[Run], None]] = {"kernels": kernels, "decoding": decoding, "training": training}
+    for name, part in {**parts, "recipe": last}.items():
+        try:
+            part(run)
+        except Exception as error:  # any type: the parts after it are still worth their time
+            if run.smoke:
+                raise
+            run.row("failed", what=name, reason=f"{type(error).__name__}: {error}")
 
 
 if __name__ == "__main__":
