@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -496,6 +497,9 @@ def test_five_hundred_short_requests_leave_memory_flat(serve: Callable[..., Batc
             generation([*ids[number % 7 :], turn, number], bits=8 - number % 7, max_tokens=2) for number in range(50)
         ]
         run(batcher, *requests)
+        end = time.monotonic() + PATIENT_S
+        while batcher.stats()["running"]:  # its last event comes before a sequence is put away
+            assert time.monotonic() < end, "a sequence goes on after its end"
         stats = batcher.stats()
         caches.append(stats["caches"])
         assert stats["kv_bytes"] <= 2**20
