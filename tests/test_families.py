@@ -109,7 +109,13 @@ def test_stock_transformers_reads_the_int8_model(
         assert_same_logits(stock_logits[name], logits(model))
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, SEEING])
+LIKE_LLAMA = ("mistral", "qwen2", "qwen3", "gemma2", "phi3", "gpt_neox")  # in how their weights are stored
+
+
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(f, marks=pytest.mark.slow if f in LIKE_LLAMA else []) for f in (*FAMILIES, SEEING)],
+)
 def test_every_width_is_the_slice_of_the_file(family: str, checkpoints: dict[str, Path]) -> None:
     model = matquant.load(checkpoints[family], bits=2, kernels="none")
     parameters, views = dict(model.named_parameters()), linear_views(model)

@@ -202,7 +202,9 @@ def test_what_no_block_holds_stays_dense_in_float32(llama: Path, tmp_path: Path)
     assert file_types(out)["blk.0.ffn_down.weight"] == "F32"
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize(
+    "family", [pytest.param(f, marks=pytest.mark.slow if f in ("mistral", "qwen3") else []) for f in CONFIGS]
+)
 def test_transformers_reads_the_same_model(family: str, families: dict[str, Path], tmp_path: Path) -> None:
     """Its GGUF reader undoes names, the order of rows and Gemma's norms; the shape is told, it reads less of it."""
     kept = {"llama": "llama", "mistral": "llama"}.get(family)

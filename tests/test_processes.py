@@ -442,6 +442,7 @@ def test_rows_are_read_as_parts_of_whole_tensors(family: str, family_model: Call
 def test_other_commands_run_in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in zip(ranks.VARIABLES, ("0", "2", "0", "127.0.0.1", "1"), strict=True):
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(ranks, "_sharing", [False])  # a command of another test may have asked, in this process
     message = "matquant serve runs in one process, found WORLD_SIZE=2; start it without torchrun (quantize and eval can"
     with pytest.raises(InputError, match=re.escape(message)):
         ranks.check_single("matquant serve")
