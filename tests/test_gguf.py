@@ -142,7 +142,9 @@ def families(large: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
     return {name: conftest.quantize(large[name], root / name, method="rtn", scope="linears") for name in CONFIGS}
 
 
-@pytest.mark.parametrize("name", MASTERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n in ("exact scales", "prefix plain") else []) for n in MASTERS]
+)
 @pytest.mark.parametrize("zero_point", ["exact", pytest.param("midrange", marks=pytest.mark.slow)])
 def test_a_file_holds_the_slices_exactly_or_is_refused(
     name: str, zero_point: str, masters: dict[str, Path], tmp_path: Path
