@@ -14,7 +14,7 @@ import matquant
 import oracle_gptq as oracle
 from matquant.calibration import calibration_text
 from matquant.core.grid import fit_grid
-from matquant.core.nest import CENTRE, COMPANDED, UNIFORM, slice_affine
+from matquant.core.nest import CENTRE, slice_affine
 from matquant.format.read import open_checkpoint
 from matquant.format.verify import verify_checkpoint
 from matquant.hf.text import data_sha256, read_documents, token_stream
@@ -22,8 +22,7 @@ from matquant.hf_torch.layers import decoder_layers
 from matquant.hf_torch.loading import load_float, load_tokenizer
 from matquant.measure.likelihood import log_perplexity
 from matquant.methods.gptq import nested_gptq
-from matquant.methods.parts import affines
-from matquant.methods.parts.affines import clip_groups, refit_affine
+from matquant.methods.parts.affines import refit_affine
 from matquant.methods.parts.compensation import nested_codes, sweep
 from matquant.methods.parts.fake import Grid
 from matquant.methods.parts.hessians import inverse_factor
@@ -275,34 +274,3 @@ def test_a_sweep_never_raises_the_summed_error(rule: str, columns: int) -> None:
         costs.append(cost(codes))
     assert costs[1] < 0.5 * costs[0]
     assert all(after <= before * (1 + 1e-12) for before, after in pairwise(costs))
-
-
-@pytest.mark.parametrize("kind", [UNIFORM, COMPANDED])
-def test_the_weight_of_an_overwhelming_input_lies_on_the_grid(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    weight = torch.randn(256, 32, generator=torch.Generator().manual_seed(0))
-    importance, grid = torch.ones(32), Grid(rule="prefix", group_size=16, kind=kind)
-    importance[3] = 1e6
-    found = clip_groups(weight, importance, grid, {8: 1.0}, "w")
-    monkeypatch.setattr(affines, "FINE", (1.5,))  # never better
-    coarse = clip_groups(weight, importance, grid, {8: 1.0}, "w")
-    error, before = ((tensor.read(8) - weight)[:, 3].square().mean() for tensor in (found, coarse))
-    assert error < before / 2
-    error, before = ((tensor.read(8) - weight)[:, 16:].square().sum(1) for tensor in (found, coarse))  # equal inputs
-    changed = found.scale[:, 1] != coarse.scale[:, 1]
-    assert 0 < changed.sum() < 100
-    assert torch.equal(changed, error != before)
-    assert (error[changed] < before[changed] / 2).all()
-
-
-@pytest.mark.parametrize(
-    ("kind", "sliced", "same"), [(COMPANDED, (2,), True), (COMPANDED, (), False), (UNIFORM, (2,), False)]
-)
-def test_widths_with_their_own_scale_do_not_clip_a_companded_grid(
-    kind: str, sliced: tuple[int, ...], same: bool
-) -> None:
-    weight = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
-    grid = Grid(rule="prefix", group_size=16, kind=kind, sliced=sliced, zeros=CENTRE)
-    wide, both = (
-        clip_groups(weight, torch.ones(32), grid, weights, "w").scale for weights in ({8: 1.0}, {8: 1.0, 2: 9.0})
-    )
-    assert torch.equal(wide, both) == same

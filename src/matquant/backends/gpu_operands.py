@@ -12,7 +12,8 @@ Widths of 1, 3, 5 and 7 bits are codes with an empty last bit. On a companded gr
 ``nest.integer_positions``: of pairs 7 and 4 times the upper and the lower bit, of nibbles looked up, of bytes computed.
 
 Triton handles bytes one by one where it shifts them, so shifts and look-ups are PTX on four bytes at a time. Its
-interpreter has no PTX; there (PACKED false) they are written out, and a test compares both on all bytes.
+interpreter has no PTX; there (PACKED false) they are written out. A test evaluates the PTX of the look-ups on all
+bytes; that of a shift is one instruction.
 """
 
 import triton

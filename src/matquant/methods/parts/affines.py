@@ -1,16 +1,7 @@
 """Per-width scales and zero-points of GPTQ: clipping before the pass, the refit after it.
 
-Before the pass, each row (or group) gets the clipping ratio from CLIPS with the least summed error over widths. On the
-companded grid only widths that read the 8-bit scale count, which takes a fifth of the error from int8, 8 % from int6,
-and adds 1 to 2 % at int3 and int2 (experiments/layerwise.py). On the uniform grid the narrow widths need the clipping.
-
-Ratios from FINE, above 1, are taken where they halve that error: where one input is far larger than all others of its
-group, its weight should lie on the grid. One such input, of a down_proj in the middle of SmolLM2, is 89 % of its
-Hessian's diagonal; without FINE that one matrix caused half of the log-perplexity that int8 and int6 of the whole model
-lost.
-
-After the pass, the scale and zero-point of each width are refitted in the norm of H, which is least squares in the
-outputs.
+Before the pass, each row (or group) gets the clipping ratio from CLIPS with the least summed error over widths. After
+it, the scale and zero-point of each width are refitted in the norm of H, which is least squares in the outputs.
 Shapes: N out features, K in features, G groups.
 """
 
@@ -20,12 +11,11 @@ from collections.abc import Mapping
 import torch
 
 from matquant.core.grid import SMALLEST_SCALE, storable_scale
-from matquant.core.nest import CENTRE, COMPANDED, OWN, middle
+from matquant.core.nest import CENTRE, OWN, middle
 from matquant.core.tensor import Affine, NestedTensor
 from matquant.methods.parts.fake import Grid, Learned, nest
 
 CLIPS = tuple(1 - step / 10 for step in range(7))  # clipping ratios of max|w|: 1, 0.9, ..., 0.4
-FINE = tuple(1 + step / 128 for step in range(1, 13))  # neighbouring bf16 scales
 SEEN = 256  # weights of a group that the search for its clipping ratio uses
 
 
@@ -34,12 +24,8 @@ def clip_groups(
 ) -> NestedTensor:
     """Round to nearest with each group's best clipping ratio from CLIPS: the least summed error over widths.
 
-    Ratios from FINE count if they halve that error. importance_K: the Hessian's diagonal, which weights the columns.
-    weights: width -> lambda.
+    importance_K: the Hessian's diagonal, which weights the columns. weights: width -> lambda.
     """
-    own = () if grid.affine == "none" else grid.sliced
-    shared = {bits: weight for bits, weight in weights.items() if bits not in own}
-    weights = shared if shared and grid.kind == COMPANDED else weights
     groups = 1 if grid.group_size is None else weight_NK.shape[1] // grid.group_size
     size = weight_NK.shape[1] // groups
     largest_NG = weight_NK.reshape(len(weight_NK), groups, -1).abs().amax(-1).clamp(min=torch.finfo(torch.float32).tiny)
@@ -53,9 +39,7 @@ def clip_groups(
     )
     best_NG = torch.full_like(largest_NG, torch.inf)
     clip_NG = largest_NG.clone()
-    for clip in (*CLIPS, *FINE):
-        if clip == FINE[0]:
-            best_NG = best_NG / 2
+    for clip in CLIPS:
         tensor = nest(part_NK, part_grid, learned=Learned(clip=clip * largest_NG), name=name)
         cost_NG = torch.zeros_like(best_NG)
         for bits, weight in weights.items():
