@@ -22,8 +22,8 @@ from rich.console import Console
 from rich.table import Table
 
 from matquant import _native
-from matquant.core.nest import GRIDS, UNIFORM
-from matquant.core.planes import Weight, bits_read, isa, load_weight, matmul
+from matquant.core.nest import GRIDS, UNIFORM, bits_read
+from matquant.core.planes import Weight, isa, load_weight, matmul
 from matquant.core.tensor import NestedTensor
 from matquant.engine.bench import STREAM_BYTES, Sample, median, timed
 from origin import ROOT, append_record, origin

@@ -110,6 +110,14 @@ def test_the_base_package_never_imports_torch() -> None:
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
 
 
+def test_a_checkpoint_is_read_without_the_native_module() -> None:
+    """vLLM and transformers read it in environments where the kernels may not load."""
+    code = (
+        "import sys; sys.modules['matquant._native'] = None; import matquant.format.read, matquant.integrations.words"
+    )
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+
+
 # Half-bin arithmetic --------------------------------------------------------------------------------------------------
 
 # Names that stand for how many 8-bit codes share a slice, or how many codes a width has.

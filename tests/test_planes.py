@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from matquant.core.nest import COMPANDED, labels_of, slice_codes, stored_codes
-from matquant.core.planes import RESIDENT_BITS, bits_read, load_weight, matmul, pack, unpack
+from matquant.core.nest import COMPANDED, RESIDENT_BITS, bits_read, labels_of, slice_codes, stored_codes
+from matquant.core.planes import load_weight, matmul, pack, unpack
 from matquant.core.spec import Spec
 from matquant.core.tensor import NestedTensor
 from matquant.format.read import open_checkpoint

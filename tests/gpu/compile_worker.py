@@ -21,7 +21,8 @@ from triton.compiler import ASTSource
 
 from matquant.backends import gpu_kernels
 from matquant.backends.gpu_launch import FINISHED, places_of, schedule
-from matquant.backends.gpu_layout import PLACE_INPUTS, RESIDENT_BITS
+from matquant.backends.gpu_layout import PLACE_INPUTS
+from matquant.core.nest import RESIDENT_BITS
 
 ROWS, COLUMNS = 8192, 8192
 THREADS = 32  # of a warp

@@ -24,12 +24,19 @@ import numpy as np
 import torch
 
 from matquant.core.grid import decode
-from matquant.core.nest import MASTER_BITS, UNIFORM, bin_centre, check_bits, integer_positions, slice_positions
+from matquant.core.nest import (
+    MASTER_BITS,
+    RESIDENT_BITS,
+    UNIFORM,
+    bin_centre,
+    check_bits,
+    integer_positions,
+    slice_positions,
+)
 from matquant.core.tensor import Affine, NestedTensor
 from matquant.system.errors import InputError
 
 ROWS, BLOCK, INPUTS, PLACE_INPUTS = 64, 128, 256, 32
-RESIDENT_BITS = (2, 3, 4, 6, 8)  # bits in the first one, two, ... planes
 # Plane -> bit of the code, and the bits of a byte for both blocks of 128 inputs, by place of 32 inputs.
 PLACES: Mapping[int, tuple[int, tuple[tuple[int, ...], tuple[int, ...]]]] = {
     1: (5, ((5, 4, 1, 0), (7, 6, 3, 2))),

@@ -49,6 +49,7 @@ RULES = ("prefix", "round", "extra")
 UNIFORM, COMPANDED = "uniform", "companded"
 GRIDS = (UNIFORM, COMPANDED)
 MASTER_BITS = 8
+RESIDENT_BITS = (2, 3, 4, 6, 8)  # bits of a code in its first one, two, ... bit planes
 RESOLUTION = 8  # thresholds between neighbouring positions of a grid are multiples of 1/8 of a code
 OWN, CENTRE = "own", "centre"
 ZEROS = (OWN, CENTRE)  # zero-points of slices with a per-width scale: stored, or mid-range
@@ -65,6 +66,14 @@ def check_rule(rule: str) -> None:
     """Raise ValueError unless ``rule`` is one of RULES."""
     if rule not in RULES:
         raise InputError(f"rule={rule!r} is not a slicing rule; use one of {', '.join(RULES)}")
+
+
+def bits_read(bits: int, *, rule: str) -> int:
+    """Return how many bits of the code planes must hold, and a kernel reads, for ``bits`` bits under ``rule``."""
+    check_bits(bits)
+    check_rule(rule)
+    needed = bits if rule == "prefix" or bits == MASTER_BITS else bits + 1
+    return next(resident for resident in RESIDENT_BITS if resident >= needed)
 
 
 def middle(bits: int) -> float:

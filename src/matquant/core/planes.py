@@ -21,13 +21,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from matquant import _native
-from matquant.core.nest import GRIDS, MASTER_BITS, RULES, UNIFORM, bin_centre, check_bits, check_rule, integer_positions
+from matquant.core.nest import GRIDS, MASTER_BITS, RULES, UNIFORM, bin_centre, bits_read, check_bits, integer_positions
 from matquant.core.tensor import NestedTensor
 from matquant.system.errors import InputError
 from matquant.system.threads import check_threads
 
 ACTIVATIONS = ("int8", "float")
-RESIDENT_BITS = (2, 3, 4, 6, 8)  # bits in the first one, two, ... planes
 
 Codes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
@@ -80,14 +79,6 @@ def unpack(planes: Planes, *, bits: int = MASTER_BITS) -> Codes:
     """
     _check_resident(planes, bits, "prefix")
     return planes.native.codes(bits, RULES.index("prefix"))
-
-
-def bits_read(bits: int, *, rule: str) -> int:
-    """Return how many bits of the code planes must hold, and a kernel reads, for ``bits`` bits under ``rule``."""
-    check_bits(bits)
-    check_rule(rule)
-    needed = bits if rule == "prefix" or bits == MASTER_BITS else bits + 1
-    return next(resident for resident in RESIDENT_BITS if resident >= needed)
 
 
 def load_weight(tensor: NestedTensor, *, max_bits: int = MASTER_BITS) -> Weight:

@@ -13,7 +13,8 @@ import ml_dtypes
 import numpy as np
 
 from matquant import _native
-from matquant.core.planes import Weight, add_planes, bits_read, hold, load_weight
+from matquant.core.nest import bits_read
+from matquant.core.planes import Weight, add_planes, hold, load_weight
 from matquant.format.read import Checkpoint
 from matquant.hf.architecture import EMBEDDING, PROJECTIONS, Architecture, check_sizes, read_architecture
 from matquant.system.errors import InputError

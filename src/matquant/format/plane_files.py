@@ -24,9 +24,8 @@ from typing import Any
 
 import numpy as np
 
-from matquant.core.nest import MASTER_BITS
+from matquant.core.nest import MASTER_BITS, RESIDENT_BITS, bits_read
 from matquant.core.packing import CACHED, pack
-from matquant.core.planes import RESIDENT_BITS, bits_read
 from matquant.core.spec import Spec
 from matquant.format.layout import is_end
 from matquant.format.manifest import (
