@@ -3,7 +3,7 @@
     python bench/processes.py [--hidden N] [--layers N] [--rounds N] [--only gptq,qat]
 
 A random Llama-like model of hidden size N and intermediate size 3.5 N, linear layers only, groups of 64. Runs are
-interleaved (1 process, 2 processes, 1, ...); each process has one thread and a core of its own. Counted are the blocks
+interleaved (1 process, 2 processes, 1, ...); each process has one thread and its own core. Counted are the blocks
 or steps after the first one. The processor time of the busiest process is the time passed on a quiet machine with a
 core for each, apart from waiting; the time passed is reported too. Memory is the peak of the largest process, over what
 it has after the imports. The codes of both are compared. The last line is JSON.
@@ -63,7 +63,7 @@ def make_model(directory: Path, *, hidden: int, layers: int) -> None:
 
 
 def work(model: Path, out: Path, options: Mapping[str, Any]) -> dict[str, float]:
-    """Quantise in this process, on a core of its own, and return what it took."""
+    """Quantise in this process, pinned to one core, and return what it took."""
     with contextlib.suppress(OSError):
         os.sched_setaffinity(0, {int(os.environ["LOCAL_RANK"])})
     before_mb = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6

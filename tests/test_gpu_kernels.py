@@ -1,6 +1,6 @@
 """The Triton kernels in Triton's interpreter, held to core/nest.py: all 256 codes at every width, and no neighbour's.
 
-The interpreter must be chosen before Triton is imported, so cases run in a process of their own (gpu_cases.py).
+The interpreter must be chosen before Triton is imported, so cases run in a separate process (gpu_cases.py).
 """
 
 import importlib.util

@@ -19,7 +19,7 @@ RANKS = 2
 
 
 def weight(rows: int, *, group: int | None, grid: str = UNIFORM, seed: int = 0) -> NestedTensor:
-    """Every code, with a scale and zero-point of its own at int2 and int4."""
+    """Every code, with separate scales and zero-points at int2 and int4."""
     draw = np.random.default_rng(seed)
     shape = (rows, COLUMNS // (group or COLUMNS))
 

@@ -1,6 +1,6 @@
 """The interface of a backend. N out features, K in features."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -58,3 +58,8 @@ class Backend:
     dense: Callable[[Any, torch.dtype], torch.Tensor] | None = None
     # whether a model keeps ordinary parameters, which can be trained and which a switch of width rewrites
     trains: bool = False
+
+
+def names(dtypes: Iterable[torch.dtype]) -> str:
+    """Return the names of dtypes without "torch.", for a message."""
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from matquant.backends import gpu_layout
-from matquant.backends.backend import Backend
+from matquant.backends.backend import Backend, names
 from matquant.backends.gpu_layout import Resident, load_resident, read, rounded
 from matquant.core.tensor import NestedTensor
 
@@ -44,26 +44,15 @@ def linear(x: torch.Tensor, weight: Resident, *, activations: str = "float") -> 
     return y
 
 
-def _linear_dense(
-    x: torch.Tensor,
-    planes: torch.Tensor,
-    affine: torch.Tensor,
-    widths: torch.Tensor,
-    bits: torch.Tensor,
-    rows: int,
-    group: int,
-    grid: str,
-    activations: str,
-) -> torch.Tensor:
+def _linear_dense(x: torch.Tensor, *rest: Any) -> torch.Tensor:
     """Multiply by the dense weight in float32, on any device."""
-    columns = x.shape[-1]
-    weight = Resident(
-        planes=planes, affine=affine, widths=widths, bits=bits, rows=rows, columns=columns, group=group, grid=grid
-    )
-    values = x.reshape(-1, columns).float()
+    *parts, activations = rest
+    fields = ("planes", "affine", "widths", "bits", "rows", "group", "grid")
+    weight = Resident(columns=x.shape[-1], **dict(zip(fields, parts, strict=True)))
+    values = x.reshape(-1, weight.columns).float()
     if activations == "int8":
         values = rounded(values)
-    return torch.nn.functional.linear(values, read(weight)).to(x.dtype).view(*x.shape[:-1], rows)
+    return torch.nn.functional.linear(values, read(weight)).to(x.dtype).view(*x.shape[:-1], weight.rows)
 
 
 def _linear_cuda(x: torch.Tensor, *rest: Any) -> torch.Tensor:
@@ -86,8 +75,8 @@ def _linear_fake(x: torch.Tensor, *rest: Any) -> torch.Tensor:
 
 def _rows(ids: torch.Tensor, *rest: Any) -> torch.Tensor:
     """Read rows of a weight; ids: integers, flat."""
-    names = ("planes", "affine", "widths", "bits", "rows", "columns", "group", "grid")
-    return read(Resident(**dict(zip(names, rest, strict=True))), ids)
+    fields = ("planes", "affine", "widths", "bits", "rows", "columns", "group", "grid")
+    return read(Resident(**dict(zip(fields, rest, strict=True))), ids)
 
 
 def _rows_fake(ids: torch.Tensor, *rest: Any) -> torch.Tensor:
@@ -147,7 +136,7 @@ def why_not(device: torch.device | str, dtype: torch.dtype, activations: str) ->
     if reason is not None:
         return reason
     if dtype not in DTYPES and not (activations == "int8" and dtype == torch.float32):
-        return f"kernels take bfloat16 and float16, and float32 with int8 activations; found {_name(dtype)}"
+        return f"kernels take bfloat16 and float16, and float32 with int8 activations; found {names([dtype])}"
     return None
 
 
@@ -181,10 +170,6 @@ def _at(weight: Resident, bits: int | None) -> Resident:
 @functools.cache
 def _width(bits: int, device: torch.device) -> torch.Tensor:
     return torch.tensor([bits], dtype=torch.int32, device=device)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 BACKEND = Backend(

@@ -29,7 +29,7 @@ from matquant.core.nest import (
     RESIDENT_BITS,
     UNIFORM,
     bin_centre,
-    check_bits,
+    bits_read,
     integer_positions,
     slice_positions,
 )
@@ -86,22 +86,29 @@ def load_resident(tensor: NestedTensor, *, device: torch.device | str = "cpu", m
         raise InputError(f"{obstacle}; use dense weights")
     codes = tensor.codes if isinstance(tensor.codes, torch.Tensor) else torch.from_numpy(np.array(tensor.codes))
     own = {bits: affine for bits, affine in sorted(tensor.slices.items()) if bits <= max_bits}
+    pairs = [(tensor.scale, tensor.zero), *own.values()]
+    return make_resident(codes.to(device), pairs, own=list(own), grid=tensor.grid, max_bits=max_bits)
+
+
+def make_resident(
+    codes_NK: torch.Tensor, pairs: list[Affine], *, own: Sequence[int], grid: str, max_bits: int, widths: int = 1
+) -> Resident:
+    """Put codes, uint8 [N, K], on their device as planes that are read at ``max_bits`` bits.
+
+    pairs: scales and zero-points, each [N, G]: of the 8-bit grid, then of the widths ``own``. widths: how many widths
+    there are, one for all rows or one for each 64. The caller has asked ``why_not``.
+    """
+    (rows, columns), device = codes_NK.shape, codes_NK.device
     return Resident(
-        planes=pack(codes.to(device), max_bits=max_bits),
-        affine=pack_affines([(tensor.scale, tensor.zero), *own.values()], device=device),
-        widths=width_rows(list(own), grid=tensor.grid).to(device),
-        bits=torch.tensor([max_bits], dtype=torch.int32, device=device),
-        rows=len(codes),
+        planes=pack(codes_NK, max_bits=max_bits),
+        affine=pack_affines(pairs, device=device),
+        widths=width_rows(own, grid=grid).to(device),
+        bits=torch.full((widths,), max_bits, dtype=torch.int32, device=device),
+        rows=rows,
         columns=columns,
-        group=columns // groups,
-        grid=tensor.grid,
+        group=columns // pairs[0][0].shape[-1],
+        grid=grid,
     )
-
-
-def resident_bits(max_bits: int) -> int:
-    """Return how many bits planes hold for widths up to ``max_bits``."""
-    check_bits(max_bits)
-    return next(resident for resident in RESIDENT_BITS if resident >= max_bits)
 
 
 def padded(rows: int, columns: int) -> tuple[int, int]:
@@ -121,7 +128,7 @@ def pack(codes_NK: torch.Tensor, *, max_bits: int = MASTER_BITS) -> torch.Tensor
     codes = torch.nn.functional.pad(codes_NK, (0, all_columns - columns, 0, all_rows - rows))
     codes = codes.view(all_rows // ROWS, ROWS, all_columns // INPUTS, 2, 4, PLACE_INPUTS)
     planes = []
-    for plane in range(1 + RESIDENT_BITS.index(resident_bits(max_bits))):
+    for plane in range(1 + RESIDENT_BITS.index(bits_read(max_bits, rule="prefix"))):
         if plane in PAIRS:
             parts = [(codes[..., place, :] >> PAIRS[plane] & 3) << (6 - 2 * place) for place in range(4)]
             bytes_ = functools.reduce(torch.bitwise_or, parts)  # [N / 64, 64, K / 256, 2, 32]

@@ -4,12 +4,11 @@ torch and the kernels share memory by address, so a call copies nothing that is 
 docs/kernels.md describes the layout and the cost of each width.
 """
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 
-from matquant.backends.backend import Backend
+from matquant.backends.backend import Backend, names
 from matquant.core.tensor import NestedTensor
 
 try:
@@ -58,17 +57,13 @@ def why_not(device: torch.device | str, dtype: torch.dtype, activations: str) ->
     if torch.device(device).type != "cpu":
         return f"kernels run on cpu, found {device}"
     if dtype not in DTYPES:
-        return f"kernels take {_names(DTYPES)}, found {_names([dtype])}"
+        return f"kernels take {names(DTYPES)}, found {names([dtype])}"
     return None
 
 
 def describe(count: int, activations: str) -> str:
     """See ``Backend.describe``."""
     return f"{planes.isa()} kernels for {count} layers, {activations} activations"
-
-
-def _names(dtypes: Iterable[torch.dtype]) -> str:
-    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
 BACKEND = Backend(

@@ -28,8 +28,6 @@ VERBS = {  # verb -> its module, its function there, its line in --help
     "demo": ("demo", "demo", "Quantise the embedded model and compare it with its baselines."),
 }
 SHARED = ("quantize", "eval")  # verbs that several processes can share
-
-
 NOT_LISTED = {"assemble"}  # matquant pull does it; for directories that were copied
 
 

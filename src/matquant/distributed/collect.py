@@ -120,6 +120,12 @@ def own_rows(rows: int, *, rank: int | None = None) -> slice:
     return slice(first, min(rows, first + size))
 
 
+def held_rows(counts: Sequence[int]) -> slice:
+    """Return which rows belong to this process. counts: how many each process holds, in their order."""
+    first = sum(counts[: ranks.rank()])
+    return slice(first, first + counts[ranks.rank()])
+
+
 def own_part(count: int) -> slice:
     """Return which of ``count`` sequences or parts belong to this process."""
     return own_parts(count)[ranks.rank()]

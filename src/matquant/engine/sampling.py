@@ -51,6 +51,11 @@ class Sampling:
             if not is_right:
                 raise InputError(f"{name}={getattr(self, name)}; give a number {words}")
 
+    @property
+    def keeps_all(self) -> bool:
+        """Return whether no token is excluded: only the temperature counts."""
+        return self.top_k == 0 and self.top_p == 1 and self.min_p == 0
+
     @classmethod
     def of_model(cls, generation: Mapping[str, Any], **given: float | None) -> Self:
         """Return the options of generation_config.json (greedy without do_sample), overridden by those ``given``."""
@@ -88,7 +93,7 @@ def pick(logits: np.ndarray, sampling: Sampling, number: Callable[[], float]) ->
         )
     if sampling.temperature < SMALLEST_TEMPERATURE:
         return int(logits.argmax())
-    if sampling.top_k == 0 and sampling.top_p == 1 and sampling.min_p == 0:
+    if sampling.keeps_all:
         return draw(np.exp(_shifted(logits, sampling)), number())
     ids, probabilities = distribution(logits, sampling)
     cumulative = np.cumsum(probabilities)
@@ -123,7 +128,7 @@ def confidence(logits: np.ndarray, sampling: Sampling) -> float:
 def distribution(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.ndarray]:
     """Return the candidate ids and their probabilities, float64, summing to 1."""
     shifted = _shifted(logits, sampling)
-    if sampling.top_k == 0 and sampling.top_p == 1 and sampling.min_p == 0:
+    if sampling.keeps_all:
         weights = np.exp(shifted)
         return np.arange(len(weights)), weights / weights.sum(dtype=np.float64)
     total = np.exp(shifted).sum(dtype=np.float64) if sampling.top_p < 1 and not sampling.top_k else 0.0

@@ -40,7 +40,7 @@ from matquant.format.manifest import (
 from matquant.system.errors import InputError
 
 RECORD = f"{FOLDER}/manifest.json"
-FORMAT = 1  # of the record; the checkpoint's is that of its own manifest
+FORMAT = 1  # of planes/manifest.json; the checkpoint's format is in its manifest
 PLANE_BITS = tuple(last - first for first, last in pairwise((0, *RESIDENT_BITS)))
 PART = re.compile(r"(rest|p[0-4])-(\d{5})\.planes")
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from matquant.backends import gpu
-from matquant.backends.gpu_layout import ROWS, Resident, pack, pack_affines, padded, why_not, width_rows
+from matquant.backends.gpu_layout import ROWS, Resident, make_resident, padded, why_not
 from matquant.core.tensor import NestedTensor
 
 
@@ -103,17 +103,9 @@ def make_planes(
     for stacked in _together(sizes):
         rows = slice(start, start + sum(stacked))
         count = padded(sum(stacked), columns)[0] // ROWS if len(stacked) > 1 else 1
-        pairs = affines_NGA[rows].reshape(sum(stacked), groups, -1, 2).unbind(2)
-        weight = Resident(
-            planes=pack(codes_NK[rows], max_bits=max_bits),
-            affine=pack_affines([(pair[..., 0], pair[..., 1]) for pair in pairs], device=codes_NK.device),
-            widths=width_rows(list(own), grid=grid).to(codes_NK.device),
-            bits=torch.full((count,), max_bits, dtype=torch.int32, device=codes_NK.device),
-            rows=sum(stacked),
-            columns=columns,
-            group=columns // groups,
-            grid=grid,
-        )
+        stored = affines_NGA[rows].reshape(sum(stacked), groups, -1, 2).unbind(2)
+        pairs = [(pair[..., 0], pair[..., 1]) for pair in stored]
+        weight = make_resident(codes_NK[rows], pairs, own=own, grid=grid, max_bits=max_bits, widths=count)
         found.append(Planes(weight, stacked))
         start = rows.stop
     return found

@@ -243,7 +243,7 @@ class PlanesLinearMethod(LinearMethodBase):  # type: ignore[misc]
             weight_loader=loader,
         )
         values = torch.empty(rows, groups, 2 + 2 * len(self.own), dtype=torch.float32)
-        if spec.group_size is None:  # every rank has the scales of whole rows
+        if spec.group_size is None:  # a scale is for a whole row, so no rank needs others
             scales = ChannelQuantScaleParameter(data=values, output_dim=0, weight_loader=loader)
         else:
             scales = GroupQuantScaleParameter(data=values, input_dim=1, output_dim=0, weight_loader=loader)

@@ -21,7 +21,7 @@ from matquant.core.grid import check_finite
 from matquant.core.nest import MASTER_BITS, UNIFORM
 from matquant.core.spec import Spec
 from matquant.core.tensor import NestedTensor
-from matquant.distributed.collect import check_same, on_first, together, wait
+from matquant.distributed.collect import check_same, held_rows, on_first, together, wait
 from matquant.distributed.group import joined
 from matquant.distributed.nested import cut_rows
 from matquant.format.read import manifest_sha256, open_checkpoint
@@ -297,8 +297,7 @@ def _first(prepared: Prepared, grid: Grid, *, kept: Mapping[str, View]) -> tuple
     counts = split_rows(views, prepared.shards.model)
     device, first = prepared.device, {}
     for path in shapes:
-        before = sum(counts[path][: ranks.rank()])
-        own = slice(before, before + counts[path][ranks.rank()])
+        own = held_rows(counts[path])
         first[path] = nested_to_torch(cut_rows(checkpoint.nested(path), own), device=device)
     for path in same if ranks.leads() else ():
         first[path] = nested_to_torch(checkpoint.nested(path), device=device)

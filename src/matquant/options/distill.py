@@ -16,10 +16,10 @@ LR = 5e-4  # upper limit: best on the embedded model, no worse than others on st
 # freeze -> factor by which the last phase's learning rate is below the distillation's
 SLOWER = {4: 10.0, 3: 2.5, 2: 2.5}
 OWN = (
+    "deterministic",
     "freeze",
     "gptq_weights",
     "lr",
-    "deterministic",
     "samples",
     "steps",
     "sweeps",

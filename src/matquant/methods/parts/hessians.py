@@ -71,7 +71,7 @@ def collect_hessians(block: Block) -> tuple[dict[str, torch.Tensor], dict[str, s
     try:
         with torch.no_grad():
             for batch in states:
-                sums.begin()
+                sums.given.clear()
                 block.call(block.module, batch)
             sums.finish()
     finally:
@@ -115,10 +115,6 @@ class _Sums:
             if hook is not None:
                 handles.append(module.register_forward_pre_hook(hook))
         return handles
-
-    def begin(self) -> None:
-        """Begin a forward pass."""
-        self.given.clear()
 
     def finish(self) -> None:
         """Add what the other processes have."""

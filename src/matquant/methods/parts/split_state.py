@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_parts
 from torch.distributed.tensor import DTensor, Shard
 
 from matquant.core.tensor import NestedTensor
-from matquant.distributed.collect import exchange, gather_rows, on_first, own_rows, row_counts, together
+from matquant.distributed.collect import exchange, gather_rows, held_rows, on_first, own_rows, row_counts, together
 from matquant.distributed.nested import cut_rows, gather_nested
 from matquant.hf_torch import Model
 from matquant.hf_torch.sharded import own_views, split, split_rows
@@ -55,11 +55,6 @@ class Training:
     teacher: Model | None  # the float model, if it teaches
     views: Mapping[str, View]  # path -> weight in this process's rows of the parameters
     counts: Mapping[str, tuple[int, ...]]  # path -> rows of the weight that each process holds
-
-    def own_rows(self, path: str) -> slice:
-        """Return which rows of a weight this process holds."""
-        before = sum(self.counts[path][: ranks.rank()])
-        return slice(before, before + self.counts[path][ranks.rank()])
 
 
 def open_training(job: Job, schedule: Schedule, *, taught: bool) -> Training:
@@ -237,7 +232,7 @@ def _rows(training: Training, name: str) -> slice:
     path, _, kind = name.partition("/")
     if kind == "rest":
         return own_rows(training.model.get_parameter(path).shape[0])
-    return training.own_rows(path)
+    return held_rows(training.counts[path])
 
 
 def _tensors(training: Training, state: State, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

@@ -104,10 +104,10 @@ def tune_block(
     floats = dict(layer.weights({}))
     weights = {path: _start(floats[path], tensor, job.grid, widths) for path, tensor in nested.items()}
     adam = Adam([item for weight in weights.values() for item in weight.moved()])
-    every, pending = steps_at_once(layer.device), list[dict[int, torch.Tensor]]()
+    at_once, pending = steps_at_once(layer.device), list[dict[int, torch.Tensor]]()
     for step in range(steps):
         pending.append(_gradients(layer, weights, lambdas, layer.order(step, seed), targets, autocast=autocast))
-        if len(pending) == every or step == steps - 1:
+        if len(pending) == at_once or step == steps - 1:
             for number, losses in enumerate(read_losses(pending), step + 2 - len(pending)):
                 check_losses(losses, block.name, f"step {number} of {steps}")
             pending.clear()
