@@ -76,6 +76,8 @@ def take(answer: Answer, data: bytes) -> None:
         answer.done = True
         return
     now, event = time.perf_counter(), json.loads(data)
+    if "error" in event:
+        raise RuntimeError(f"the server broke a stream off: {event['error']}")
     for choice in event.get("choices", ()):
         if choice.get("text"):
             answer.times_s.append(now)
