@@ -21,6 +21,10 @@ TICKS = os.sysconf("SC_CLK_TCK")
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
+class BrokenOffError(Exception):
+    """A stream ended with an error."""
+
+
 @dataclass(kw_only=True)
 class Answer:
     """What came back. times_s: of each piece of text. report: the "matquant" object of the last chunk."""
@@ -77,7 +81,7 @@ def take(answer: Answer, data: bytes) -> None:
         return
     now, event = time.perf_counter(), json.loads(data)
     if "error" in event:
-        raise RuntimeError(f"the server broke a stream off: {event['error']}")
+        raise BrokenOffError(f"the server broke a stream off: {event['error']}")
     for choice in event.get("choices", ()):
         if choice.get("text"):
             answer.times_s.append(now)

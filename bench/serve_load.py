@@ -36,13 +36,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from load_client import Answer, ask, body, cpu_s, read, resident_bytes, together
+from load_client import Answer, BrokenOffError, ask, body, cpu_s, read, resident_bytes, together
 from matquant.engine.engine import Engine
 from origin import ROOT, append_record, origin
 
 RECORDS = ROOT / "bench" / "serve_load.jsonl"
 START_S = 300.0
 BACK_S = 5.0  # after an overload, int8 serves again
+TRIES = 4  # of a measurement whose stream is broken off
 WAITING = 8  # requests that may wait, in an overload
 
 
@@ -129,6 +130,18 @@ def measure(target: Target, prompts: Sequence[Sequence[int]], tokens: int) -> di
     }
 
 
+def measure_text(target: Target, prompts: Prompts, drawn: list[list[int]], tokens: int) -> dict[str, Any]:
+    """``measure``, with other prompts if a stream is broken off: llama-server does so if bytes are not text, as a model
+    of random weights writes them now and then."""
+    for _ in range(TRIES - 1):
+        try:
+            return measure(target, drawn, tokens)
+        except BrokenOffError as broken:
+            print(f"{target.label}: {broken}; once more with other prompts", file=sys.stderr, flush=True)
+            drawn = prompts.take(len(drawn))
+    return measure(target, drawn, tokens)
+
+
 def check(answers: Sequence[Answer], tokens: int, label: str) -> None:
     """Every answer came, whole."""
     for answer in answers:
@@ -148,13 +161,13 @@ def load(options: argparse.Namespace) -> dict[str, Any]:
             port, process = servers.enter_context(llama(options, file, options.port + number, most))
             targets.append(Target(f"llama-server {name}", port, process, {}))
         for target in targets:  # the first request pays for what is made once
-            measure(target, prompts.take(1), options.tokens)
+            measure_text(target, prompts, prompts.take(1), options.tokens)
         samples: dict[tuple[str, int], list[dict[str, Any]]] = {}
         for _ in range(options.rounds):
             for requests in options.requests:
                 drawn = prompts.take(requests)
                 for target in targets:
-                    found = measure(target, drawn, options.tokens)
+                    found = measure_text(target, prompts, drawn, options.tokens)
                     samples.setdefault((target.label, requests), []).append(found)
                     print(
                         f"{requests} requests, {target.label}: {found['tok_s']:.1f} tokens/s",
