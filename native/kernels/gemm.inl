@@ -9,22 +9,24 @@ MATQUANT_INLINE void multiply_panel(const std::uint8_t* codes, unsigned tiles, i
                                     float* dots) {
   Sum sums[BLOCKS * TOKENS];
   unroll<BLOCKS * TOKENS>([&](auto sum) MATQUANT_LAMBDA { sums[sum].clear(); });
-  const std::int8_t* x_codes = x.codes + TOKEN * 4;
-  for (unsigned tile = 0; tile < tiles; ++tile) {
-    unroll<TILE_QUADS>([&](auto quad) MATQUANT_LAMBDA {
-      unroll<BLOCKS>([&](auto block) MATQUANT_LAMBDA {
-        unroll<PIECES>([&](auto piece) MATQUANT_LAMBDA {
-          const Piece bytes = load_piece<piece.value>(codes + block * SEGMENT_BYTES + quad * VECTOR_BYTES);
+  // Piece by piece: AVX2 has registers for the sums of one.
+  unroll<PIECES>([&](auto piece) MATQUANT_LAMBDA {
+    const std::uint8_t* tile_codes = codes;
+    const std::int8_t* x_codes = x.codes + TOKEN * 4;
+    for (unsigned tile = 0; tile < tiles; ++tile) {
+      unroll<TILE_QUADS>([&](auto quad) MATQUANT_LAMBDA {
+        unroll<BLOCKS>([&](auto block) MATQUANT_LAMBDA {
+          const Piece bytes = load_piece<piece.value>(tile_codes + block * SEGMENT_BYTES + quad * VECTOR_BYTES);
           unroll<TOKENS>([&](auto token) MATQUANT_LAMBDA {
             sums[block * TOKENS + token].template add<RANGE, quad.value, piece.value>(bytes,
                                                                                       x_codes + (quad * M + token) * 4);
           });
         });
       });
-    });
-    codes += TILE_QUADS * VECTOR_BYTES;
-    x_codes += TILE_INPUTS * M;
-  }
+      tile_codes += TILE_QUADS * VECTOR_BYTES;
+      x_codes += TILE_INPUTS * M;
+    }
+  });
   unroll<BLOCKS * TOKENS>([&](auto sum) MATQUANT_LAMBDA {
     constexpr int BLOCK = sum.value / TOKENS, AT = TOKEN + sum.value % TOKENS;
     float* dot = dots + (BLOCK * M + AT) * BLOCK_ROWS;
