@@ -572,8 +572,9 @@ def test_prompts_are_read_at_prefill_bits_but_for_their_last_token(
         logits = session.extend(wanted[-1:], narrow)
     one = generation(ids, plan=plan)
     others = [generation(ids[1:], plan=plan), generation(ids, bits=8), generation(ids)]
-    got, *_ = run(batcher, one, *others)
+    got, second, *at_one_width = run(batcher, one, *others)
     assert got.tokens == wanted != alone(engine, one)
+    assert [receiver.events[0].prompt_bits for receiver in (got, second, *at_one_width)] == [8, 8, None, None]
     again = run(batcher, one)[0]  # its keys and values are kept with the width that computed them
     assert (again.tokens, again.cached) == (wanted, len(ids) - 1)
     scored = run(batcher, generation(ids, plan=plan, prompt_logprobs=True, logprobs=1))[0]

@@ -23,6 +23,7 @@ from matquant.serve.metrics import Metrics
 from matquant.serve.run import drain
 from matquant.serve.service import Service
 from one_by_one import OneByOne
+from serving import starting
 
 ANSWERED = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "So"}]
 
@@ -324,10 +325,16 @@ def test_kept_prefixes_are_no_usage_of_the_cache(engine: matquant.Engine) -> Non
 
 
 def test_answers_name_the_width_of_their_prompt_if_it_is_another(engine: matquant.Engine) -> None:
-    with TestClient(make_app(make_service(engine, prefill_bits=4), Limits())) as client:
-        found = [complete(client, **fields).json()["matquant"] for fields in ({"bits": 2}, {"bits": 4}, {})]
-        scored = complete(client, bits=2, echo=True, logprobs=1).json()["matquant"]
-    assert [report.get("prompt_bits") for report in (*found, scored)] == [4, None, None, None]
+    asked = [{"bits": 2}, {"bits": 4}, {"plan": "mixed"}, {}, {"bits": 2, "prompt": [5]}]
+    asked += [{"bits": 2, "echo": True, "logprobs": 1}]
+    with starting(engine) as get:
+        for prefill_bits, expected in ((4, [4, None, 4, None, None, None]), (2, [None] * 6)):
+            service = make_service(engine, batcher=get(prefill_bits=prefill_bits))
+            with TestClient(make_app(service, Limits())) as client:
+                reports = [complete(client, **fields).json()["matquant"] for fields in asked]
+                stream = complete(client, bits=2, stream=True, stream_options={"include_usage": True})
+            reports.append(events(stream)[-1]["matquant"])
+            assert [report.get("prompt_bits") for report in reports] == [*expected, expected[0]]
 
 
 def test_metrics_count_tokens_by_width(client: TestClient) -> None:

@@ -136,7 +136,6 @@ def _load(settings: Settings, name: str, start: Start, report: Callable[[str], N
         answer_tokens=settings.answer_tokens,
         fingerprint=fingerprint(engine),
         tool_form=settings.tool_form or probe(template),
-        prefill_bits=settings.batching.get("prefill_bits"),
     )
 
     def widen(costs: Costs) -> None:
