@@ -69,6 +69,7 @@ class Batching:
     ) -> None:
         self.engine = engine
         self.limits = limits
+        self.capacity = limits.max_num_seqs + limits.max_queued_requests
         self.failure: str | None = None
         self.kv_bytes = resolve_kv_bytes(engine, limits, available=available_bytes())
         self._context_bytes = cache_bytes(engine, engine.context)

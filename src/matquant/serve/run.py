@@ -7,6 +7,7 @@ within ``drain_s`` seconds, and the process ends with exit code 0; a second sign
 
 import asyncio
 import contextlib
+import errno
 import hashlib
 import importlib
 import os
@@ -43,6 +44,7 @@ from matquant.system.errors import InputError
 from matquant.system.progress import Log
 from matquant.system.startup import INTERRUPTED
 
+MOST_PORT = 2**16 - 1
 WRITE_OUT_S = 2.0  # for the last bytes of answers after the engine has stopped
 BATCHING = "matquant.serve.batching"  # its ``start(engine, **limits)`` returns the Batcher
 Start = Callable[..., Batcher]
@@ -89,11 +91,13 @@ def serve(settings: Settings, *, start: Start | None = None) -> None:
 
 def bind(host: str, port: int) -> socket.socket:
     """Return a socket bound to an address, not listening yet. InputError if it is taken or not of this machine."""
+    if not 0 <= port <= MOST_PORT:
+        raise InputError(f"--port {port} is no port; use 0 (any free one) to {MOST_PORT}")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
-    except (OSError, OverflowError) as error:
-        raise InputError(f"--host {host} --port {port} is no address ({error}); use another") from None
+    except (OSError, UnicodeError) as error:
+        raise InputError(f"--host {host} is no address ({error}); use another") from None
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind(address)
@@ -101,7 +105,8 @@ def bind(host: str, port: int) -> socket.socket:
         listener.listen(0)
     except OSError as error:
         listener.close()
-        raise InputError(f"cannot listen on {host} port {port} ({error.strerror}); use another --port") from None
+        other = "--host" if error.errno == errno.EADDRNOTAVAIL else "--port"
+        raise InputError(f"cannot listen on {host} port {port} ({error.strerror}); use another {other}") from None
     return listener
 
 
@@ -231,7 +236,7 @@ async def _run(service: Service, app: ASGIApp, listener: socket.socket, settings
 async def drain(service: Service, drain_s: float) -> None:
     """Admit nothing more; return when the running answers have been written, or were ended after ``drain_s``."""
     service.is_draining = True
-    _say(f"stopping; {service.active} answers may finish within {drain_s:g} s")
+    _say(f"stopping within {drain_s:g} s; requests being answered: {service.active}")
     await asyncio.to_thread(service.batcher.stop, drain_s)
     end = asyncio.get_running_loop().time() + WRITE_OUT_S
     while service.active and asyncio.get_running_loop().time() < end:

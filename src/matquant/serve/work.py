@@ -115,6 +115,10 @@ class Handle(Protocol):
 class Batcher(Protocol):
     """The engine side. All methods may be called from any thread."""
 
+    @property
+    def capacity(self) -> int:
+        """Return the most generations that are admitted at once, running or waiting."""
+
     def submit(self, generation: Generation, deliver: Deliver) -> Handle:
         """Admit a generation; its events go to ``deliver``. Refused if a limit is reached."""
 
