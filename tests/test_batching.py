@@ -647,6 +647,17 @@ def test_the_policy_lowers_requests_that_leave_it_the_width(serve: Callable[...,
     assert sum(by_width.values()) == stats["generation_tokens"] == 160
 
 
+@pytest.mark.parametrize(("least", "served"), [(8, "8"), (6, "6"), (3, "4")])
+def test_a_request_is_not_served_below_its_least_bits_whatever_the_policy_may_choose(
+    serve: Callable[..., Batching], engine: matquant.Engine, ids: list[int], least: int, served: str
+) -> None:
+    batcher = serve(policy=True, widths=(4, 2), min_bits=2, latency_s=1e-9)
+    one, beside = run(batcher, generation(ids, least_bits=least), generation(ids[1:], max_tokens=40))
+    assert set(one.bits) == {served}
+    assert one.tokens == alone(engine, generation(ids, bits=int(served)))
+    assert beside.bits[0] == "4"
+
+
 def test_a_text_read_at_changing_widths_is_not_reused(serve: Callable[..., Batching], ids: list[int]) -> None:
     batcher = serve(force=lambda _, number: 8 if number < 5 else 4)
     first = run(batcher, generation(ids, max_tokens=20))[0]

@@ -159,7 +159,7 @@ def test_the_least_bits_of_a_request_hold() -> None:
     one = policy(widths=(8, 6, 4, 2))
     one.bits = 2
     assert [one.bits_for(least) for least in (1, 2, 3, 4, 5, 6, 7, 8)] == [2, 2, 4, 4, 6, 6, 8, 8]
-    assert policy(widths=(4, 2)).bits_for(8) == 4  # the engine holds no more
+    assert policy(widths=(4, 2)).bits_for(8) == 8  # no candidate, so the width itself
 
 
 # ----------------------------------------------------------------------------------------------------------------- up

@@ -310,7 +310,7 @@ class Batching:
             oldest = max((now - slot.arrived_s for slot in self._waiting), default=0.0)
         return Load(
             now_s=now,
-            auto=[slot.generation.least_bits for slot in decoding if slot.fixed is None],
+            auto=[slot.least_bits for slot in decoding if slot.fixed is None],
             fixed=Counter(slot.fixed.bits for slot in decoding if slot.fixed is not None),
             oldest_wait_s=oldest,
         )
@@ -337,7 +337,7 @@ class Batching:
         last = len(slot.prompt) - 1
         if slot.prefill is not None and slot.read < last:
             return slot.prefill, last
-        return slot.fixed or self._uniform(self.policy.widths[0]), len(slot.prompt)
+        return slot.fixed or self._uniform(max(self.policy.widths[0], slot.least_bits)), len(slot.prompt)
 
     def _width(self, slot: Slot) -> Width:
         """Return the width at which a decoding slot's next token is chosen."""
@@ -345,7 +345,7 @@ class Batching:
             return slot.fixed
         if self._force is not None:
             return self._uniform(self._force(slot.generation, slot.new))
-        return self._uniform(self.policy.bits_for(slot.generation.least_bits))
+        return self._uniform(self.policy.bits_for(slot.least_bits))
 
     def _uniform(self, bits: int) -> Width:
         if bits not in self._widths:

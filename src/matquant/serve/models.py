@@ -75,7 +75,7 @@ def choose(models: Models, values: Mapping[str, Any]) -> Choice:
         )
     tier, priority = TIERS[values["service_tier"] or AUTO]
     if tier == "priority":
-        least = models.max_bits
+        least = max(least, *models.widths)
     return Choice(
         label=label, plan=plan, least_bits=least, priority=priority, tier=tier if values["service_tier"] else None
     )

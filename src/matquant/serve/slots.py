@@ -72,6 +72,7 @@ class Slot:
         self.number = number
         self.arrived_s = self.admitted_s = clock()
         self.fixed = None if generation.plan is None else make_width(engine, generation.plan)
+        self.least_bits = min(generation.least_bits, engine.max_bits)
         self.prefill: Width | None = None
         self.prompt = np.asarray(generation.ids, dtype=np.int32)
         self.ids = [int(token) for token in generation.ids]
