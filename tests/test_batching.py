@@ -312,6 +312,16 @@ def test_queued_tokens_are_limited(serve: Callable[..., Batching], ids: list[int
     gate.open.set()
 
 
+def test_requests_that_start_at_once_are_not_counted_as_waiting(serve: Callable[..., Batching], ids: list[int]) -> None:
+    batcher, receivers = serve(max_num_seqs=4, max_queued_tokens=len(ids)), [Receiver() for _ in range(5)]
+    with batcher._changed:  # the engine thread sees all of them at once
+        for receiver in receivers:
+            batcher.submit(generation(ids, bits=8, max_tokens=2), receiver)
+        with pytest.raises(Refused, match="max_queued_tokens"):
+            batcher.submit(generation(ids[:1], bits=8), Receiver())
+    assert [receiver.wait().finish for receiver in receivers] == ["length"] * 5
+
+
 def test_requests_wait_for_the_memory_of_keys_and_values(
     serve: Callable[..., Batching], engine: matquant.Engine, ids: list[int], steps: list[list[tuple[int, int]]]
 ) -> None:

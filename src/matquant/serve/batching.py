@@ -121,10 +121,10 @@ class Batching:
             raise Refused("the server is stopping", retry_after_s=self._retry_s())
         places = max(0, self.limits.max_num_seqs - len(self._running))
         queued = [waiting for waiting in self._waiting if not waiting.cancelled]
-        tokens = sum(len(waiting.prompt) for waiting in queued)
+        tokens = sum(len(waiting.prompt) for waiting in queued[places:])  # the others are about to start
         for name, is_full in {
             "max_queued_requests": len(queued) >= self.limits.max_queued_requests + places,
-            "max_queued_tokens": bool(queued) and tokens + len(slot.prompt) > self.limits.max_queued_tokens,
+            "max_queued_tokens": len(queued) > places and tokens + len(slot.prompt) > self.limits.max_queued_tokens,
         }.items():
             if is_full:
                 self._counts[f"rejections/{name}"] += 1

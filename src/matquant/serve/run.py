@@ -29,7 +29,7 @@ from matquant.engine.speculation import OFF, check_speculate
 from matquant.format.manifest import MANIFEST
 from matquant.hf.renderer import warm
 from matquant.hf.templates import WITH_TOOLS
-from matquant.serve.admission import ROWS
+from matquant.serve.admission import ROWS, available_bytes
 from matquant.serve.app import make_app
 from matquant.serve.cost import Costs, drafting, measure
 from matquant.serve.limits import LOOPBACK, Limits
@@ -180,21 +180,12 @@ def _limits(settings: Settings) -> Limits:
 
 def _check_memory(kv_bytes: int | None) -> None:
     """Raise InputError if the key/value memory is more than the machine has left."""
-    left = _memory_left()
+    left = available_bytes()
     if kv_bytes is not None and left is not None and kv_bytes > left:
         raise InputError(
             f"--kv-bytes {kv_bytes:,} exceeds the {left:,} bytes of memory that are free; "
             "use less, or close other programs"
         )
-
-
-def _memory_left() -> int | None:
-    """Return the bytes of memory that programs can still take; None if the system does not say."""
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return None
 
 
 # ------------------------------------------------------------------------------------------------------------- running
