@@ -240,9 +240,10 @@ def overload(options: argparse.Namespace) -> dict[str, Any]:
     limits = ("--max-num-seqs", places, "--max-queued", str(WAITING), "--latency-ms", str(options.latency_ms))
     with matquant(options, *limits) as (port, _):
         probe = Target("matquant int8", port, 0, {"model": "model:int8"})
-        began = time.perf_counter()
-        answers = asyncio.run(together(port, [body(i, tokens, **probe.fields) for i in prompts.take(int(places))]))
-        check(answers, tokens, probe.label)
+        for _ in range(2):  # the first requests pay for what is made once
+            began = time.perf_counter()
+            answers = asyncio.run(together(port, [body(i, tokens, **probe.fields) for i in prompts.take(int(places))]))
+            check(answers, tokens, probe.label)
         rate = 2 * len(answers) / (time.perf_counter() - began)
         known = prompts.take(4)
         fixed = [body(ids, tokens, model="model:int4") for ids in known]

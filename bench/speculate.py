@@ -1,28 +1,33 @@
 """Self-speculation: acceptance of each draft width, and speed with drafts over speed without.
 
     python bench/speculate.py CHECKPOINT [--bits 8 --modes off,auto,1,3 --temperatures 0,0.8 --tokens 192 --rounds 5
-        --keep]
+        --after 1 --keep]
     python bench/speculate.py CHECKPOINT --server 1,4 [...]
+    python bench/speculate.py CHECKPOINT --modes off,lies --after 64 [...]
 
 Correctness comes first: every mode must give the ids of "off". Modes take turns in every round, so that a change of
 load meets all of them. Each round starts knowing nothing about costs and acceptance; when sampling, it has another
-seed. Ratios are medians over rounds of speed over that of "off", from the second token on; "cpu" counts the CPU time of
-the thread that decodes, which other programs disturb less. Acceptance is the share of tokens for which one draft step
-at that width, reading the cache of the requested width, chooses what that width chooses with the same random number.
+seed. Ratios are medians over rounds of speed over that of "off", after the first --after tokens; "cpu" counts the CPU
+time of the thread that decodes, which other programs disturb less. The mode "lies" is "auto" with drafts that are wrong
+always. Acceptance is the share of tokens for which one draft step at that width, reading the cache of the requested
+width, chooses what that width chooses with the same random number.
 
 With --server the server's batching generates, for 1 and for 4 requests at once: continuations of one text from which
 the first 0, 1, 2 and 3 tokens are left out, or ("mixed") of the four texts. A sample is tokens/s from the moment when
-all requests have their first token, and "cpu" counts the CPU time of the process. What steps cost is measured in CPU
+all requests have --after tokens, and "cpu" counts the CPU time of the process. What steps cost is measured in CPU
 time of the engine thread, so that drafts are chosen as on a machine without other work; threads must be 1.
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import statistics
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 from rich.console import Console
@@ -31,8 +36,9 @@ from rich.table import Table
 from matquant import _native
 from matquant.core.spec import Plan
 from matquant.engine.engine import Engine
+from matquant.engine.lookup import Lookup
 from matquant.engine.sampling import Sampling, choose
-from matquant.engine.speculation import DRAFT_WIDTHS
+from matquant.engine.speculation import AUTO, DRAFT_WIDTHS
 from matquant.serve.admission import Limits
 from matquant.serve.batching import Batching
 from matquant.serve.cost import drafting
@@ -43,6 +49,7 @@ from serve_batch import MOST_ROWS, Receiver
 
 RECORDS = ROOT / "bench" / "speculate.jsonl"
 TOP_P = 0.95
+LIES, WRONG = "lies", 1  # a mode, and the token that it drafts, which these texts do not have
 PROMPTS = {
     "prose": "The history of the city begins with a small fishing village on the river. In the early years, the people",
     "story": "Once upon a time, in a house at the edge of the forest, there lived an old woman who",
@@ -52,15 +59,34 @@ PROMPTS = {
 }
 
 
+def speculation(mode: str) -> str | int:
+    """Return the value of ``speculate`` for a mode."""
+    return int(mode) if mode.isdecimal() else AUTO if mode == LIES else mode
+
+
+@contextlib.contextmanager
+def drafting_as(mode: str) -> Iterator[None]:
+    """Let all drafts be wrong in the mode "lies"."""
+    if mode != LIES:
+        yield
+        return
+    with (
+        mock.patch.object(Lookup, "find", return_value="lookup8"),
+        mock.patch.object(Lookup, "propose", side_effect=lambda count: [WRONG] * count),
+        mock.patch("matquant.engine.speculation.pick", return_value=WRONG),
+    ):
+        yield
+
+
 def measure(
-    engine: Engine, prompt: str, mode: str, *, bits: int, tokens: int, sampling: dict[str, Any]
+    engine: Engine, prompt: str, mode: str, *, bits: int, tokens: int, after: int, sampling: dict[str, Any]
 ) -> dict[str, Any]:
     """Generate once; return the ids, tokens/s of the wall clock and of CPU time, and the counts."""
     engine._paces.clear()
-    speculate = int(mode) if mode.isdecimal() else mode
-    reply = engine.stream(prompt, bits=bits, max_tokens=tokens, speculate=speculate, **sampling)
+    reply = engine.stream(prompt, bits=bits, max_tokens=tokens, speculate=speculation(mode), **sampling)
     pieces = iter(reply)
-    next(pieces)
+    while reply.tokens < after:
+        next(pieces)
     first, wall, cpu = reply.tokens, time.perf_counter(), time.thread_time()
     for _ in pieces:
         pass
@@ -91,15 +117,15 @@ def acceptance(engine: Engine, prompt: str, *, bits: int, tokens: int, sampling:
 
 def run(engine: Engine, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure every prompt at every temperature; return a row for each."""
-    rows = []
+    rows, asked = [], {"bits": options.bits, "tokens": options.tokens, "after": options.after}
     for temperature, (name, prompt) in itertools.product(options.temperatures, PROMPTS.items()):
         found: dict[str, list[dict[str, Any]]] = {mode: [] for mode in options.modes}
         for seed in range(options.rounds):
             sampling = {"temperature": temperature, "top_p": TOP_P, "seed": seed}
             for mode in options.modes:
-                found[mode].append(
-                    measure(engine, prompt, mode, bits=options.bits, tokens=options.tokens, sampling=sampling)
-                )
+                with drafting_as(mode):
+                    sample = measure(engine, prompt, mode, **asked, sampling=sampling)
+                found[mode].append(sample)
             assert all(samples[-1]["ids"] == found["off"][-1]["ids"] for samples in found.values()), "ids differ"
         chosen = Sampling(temperature=temperature, top_p=TOP_P)
         same = acceptance(engine, prompt, bits=options.bits, tokens=options.tokens, sampling=chosen)
@@ -127,22 +153,22 @@ def summary(samples: list[dict[str, Any]], plain: list[dict[str, Any]]) -> dict[
 
 
 def serve_once(
-    batcher: Batching, prompts: list[list[int]], *, bits: int, tokens: int, sampling: Sampling
+    batcher: Batching, prompts: list[list[int]], *, bits: int, tokens: int, after: int, sampling: Sampling
 ) -> dict[str, Any]:
     """Generate for all prompts at once; return the ids, tokens/s of the wall clock and of CPU time, and the counts."""
     before, receivers = batcher.stats(), [Receiver() for _ in prompts]
     for ids, receiver in zip(prompts, receivers, strict=True):
         batcher.submit(Generation(ids=ids, plan=Plan(default=bits), max_tokens=tokens, sampling=sampling), receiver)
-    while not all(receiver.tokens for receiver in receivers):
+    while not all(len(receiver.tokens) >= after or receiver.done.is_set() for receiver in receivers):
         time.sleep(0.0005)
     first = sum(len(receiver.tokens) for receiver in receivers)
     wall, cpu = time.perf_counter(), time.process_time()
     for receiver in receivers:
         receiver.done.wait()
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    after, made = batcher.stats(), sum(len(receiver.tokens) for receiver in receivers)
+    now, made = batcher.stats(), sum(len(receiver.tokens) for receiver in receivers)
     names = {"tokens": "generation_tokens", "drafted": "draft_tokens", "accepted": "accepted_tokens", "steps": "steps"}
-    counts = {name: int(after.get(key, 0) - before.get(key, 0)) for name, key in names.items()}
+    counts = {name: int(now.get(key, 0) - before.get(key, 0)) for name, key in names.items()}
     return {
         "ids": [receiver.tokens for receiver in receivers],
         "wall": (made - first) / wall,
@@ -157,18 +183,18 @@ def run_server(engine: Engine, options: argparse.Namespace) -> list[dict[str, An
     cases = [(count, name, [ids[k:] for k in range(count)]) for count in options.server for name, ids in texts.items()]
     cases += [(count, "mixed", list(texts.values())) for count in options.server if count == len(texts)]
     costs = measure_costs(engine, drafting((options.bits,), engine), most_rows=MOST_ROWS, clock=time.thread_time)
-    modes = {mode: int(mode) if mode.isdecimal() else mode for mode in options.modes}
     batchers = {
-        mode: Batching(engine, Limits(policy=False, speculate=value), costs=costs, clock=time.thread_time)
-        for mode, value in modes.items()
+        mode: Batching(engine, Limits(policy=False, speculate=speculation(mode)), costs=costs, clock=time.thread_time)
+        for mode in options.modes
     }
-    rows = []
+    rows, asked = [], {"bits": options.bits, "tokens": options.tokens, "after": options.after}
     for temperature, (count, name, prompts) in itertools.product(options.temperatures, cases):
-        found: dict[str, list[dict[str, Any]]] = {mode: [] for mode in modes}
+        found: dict[str, list[dict[str, Any]]] = {mode: [] for mode in options.modes}
         for seed in range(options.rounds):
             sampling = Sampling(temperature=temperature, top_p=TOP_P, seed=seed)
             for mode, batcher in batchers.items():
-                sample = serve_once(batcher, prompts, bits=options.bits, tokens=options.tokens, sampling=sampling)
+                with drafting_as(mode):
+                    sample = serve_once(batcher, prompts, **asked, sampling=sampling)
                 found[mode].append(sample)
             assert all(samples[-1]["ids"] == found["off"][-1]["ids"] for samples in found.values()), "ids differ"
         summaries = {mode: summary(samples, found["off"]) for mode, samples in found.items()}
@@ -200,6 +226,7 @@ def main() -> None:
     parser.add_argument("--modes", type=lambda text: text.split(","), default=["off", "auto", "1", "3"])
     parser.add_argument("--temperatures", type=lambda text: [float(part) for part in text.split(",")], default=[0, 0.8])
     parser.add_argument("--tokens", type=int, default=192)
+    parser.add_argument("--after", type=int, default=1, help="tokens before the measurement begins")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--server", type=lambda text: [int(part) for part in text.split(",")], default=[])
@@ -210,11 +237,11 @@ def main() -> None:
     Console(width=140).print(table(rows, options.modes))
     about = {
         "checkpoint": options.checkpoint.name,
-        "bits": options.bits,
         "threads": engine.threads,
         "isa": _native.isa(),
+        **{name: getattr(options, name) for name in ("bits", "tokens", "after", "rounds")},
     }
-    line = json.dumps({**origin(), **about, "tokens": options.tokens, "rounds": options.rounds, "texts": rows})
+    line = json.dumps({**origin(), **about, "texts": rows})
     print(line)
     if options.keep:
         append_record(RECORDS, line)

@@ -28,7 +28,7 @@ class OneByOne:
         self.engine, self.most, self.automatic = engine, most, automatic or [engine.max_bits]
         self.seen: list[Generation] = []
         self.handles: list[Handle] = []
-        self.delay_s = 0.0
+        self.delay_s, self.capacity = 0.0, 512
         self.failure = ""
         self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._stopped, self._abort = False, threading.Event()

@@ -312,6 +312,16 @@ def test_queued_tokens_are_limited(serve: Callable[..., Batching], ids: list[int
     gate.open.set()
 
 
+def test_requests_that_start_at_once_are_not_counted_as_waiting(serve: Callable[..., Batching], ids: list[int]) -> None:
+    batcher, receivers = serve(max_num_seqs=4, max_queued_tokens=len(ids)), [Receiver() for _ in range(5)]
+    with batcher._changed:  # the engine thread sees all of them at once
+        for receiver in receivers:
+            batcher.submit(generation(ids, bits=8, max_tokens=2), receiver)
+        with pytest.raises(Refused, match="max_queued_tokens"):
+            batcher.submit(generation(ids[:1], bits=8), Receiver())
+    assert [receiver.wait().finish for receiver in receivers] == ["length"] * 5
+
+
 def test_requests_wait_for_the_memory_of_keys_and_values(
     serve: Callable[..., Batching], engine: matquant.Engine, ids: list[int], steps: list[list[tuple[int, int]]]
 ) -> None:
@@ -572,8 +582,9 @@ def test_prompts_are_read_at_prefill_bits_but_for_their_last_token(
         logits = session.extend(wanted[-1:], narrow)
     one = generation(ids, plan=plan)
     others = [generation(ids[1:], plan=plan), generation(ids, bits=8), generation(ids)]
-    got, *_ = run(batcher, one, *others)
+    got, second, *at_one_width = run(batcher, one, *others)
     assert got.tokens == wanted != alone(engine, one)
+    assert [receiver.events[0].prompt_bits for receiver in (got, second, *at_one_width)] == [8, 8, None, None]
     again = run(batcher, one)[0]  # its keys and values are kept with the width that computed them
     assert (again.tokens, again.cached) == (wanted, len(ids) - 1)
     scored = run(batcher, generation(ids, plan=plan, prompt_logprobs=True, logprobs=1))[0]
@@ -644,6 +655,17 @@ def test_the_policy_lowers_requests_that_leave_it_the_width(serve: Callable[...,
     assert stats["width_changes/down/latency"] >= 1
     by_width = {name: value for name, value in stats.items() if name.startswith("generation_tokens/")}
     assert sum(by_width.values()) == stats["generation_tokens"] == 160
+
+
+@pytest.mark.parametrize(("least", "served"), [(8, "8"), (6, "6"), (3, "4")])
+def test_a_request_is_not_served_below_its_least_bits_whatever_the_policy_may_choose(
+    serve: Callable[..., Batching], engine: matquant.Engine, ids: list[int], least: int, served: str
+) -> None:
+    batcher = serve(policy=True, widths=(4, 2), min_bits=2, latency_s=1e-9)
+    one, beside = run(batcher, generation(ids, least_bits=least), generation(ids[1:], max_tokens=40))
+    assert set(one.bits) == {served}
+    assert one.tokens == alone(engine, generation(ids, bits=int(served)))
+    assert beside.bits[0] == "4"
 
 
 def test_a_text_read_at_changing_widths_is_not_reused(serve: Callable[..., Batching], ids: list[int]) -> None:

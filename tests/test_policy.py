@@ -82,7 +82,7 @@ def test_the_speeds_listed_are_those_of_the_table(engine: matquant.Engine) -> No
     costs = Costs(seconds={8: ((1, 0.5),), 4: ((1, 0.25),)}, plans={"mixed": 0.2})
     models = offer(engine, name="tiny", widths=[4], plans=plans, context=9, costs=costs)
     assert models.tokens_per_s == {"8": 2.0, "4": 4.0, "mixed": 5.0}
-    assert list(models.bits_per_weight) == ["8", "4", "mixed"]
+    assert list(models.bits_per_weight) == [*"12345678", "mixed"]  # any of 1 to 8 can be asked for
 
 
 def test_a_server_that_speculates_measures_the_widths_that_draft(engine: matquant.Engine) -> None:
@@ -159,7 +159,7 @@ def test_the_least_bits_of_a_request_hold() -> None:
     one = policy(widths=(8, 6, 4, 2))
     one.bits = 2
     assert [one.bits_for(least) for least in (1, 2, 3, 4, 5, 6, 7, 8)] == [2, 2, 4, 4, 6, 6, 8, 8]
-    assert policy(widths=(4, 2)).bits_for(8) == 4  # the engine holds no more
+    assert policy(widths=(4, 2)).bits_for(8) == 8  # no candidate, so the width itself
 
 
 # ----------------------------------------------------------------------------------------------------------------- up

@@ -23,6 +23,7 @@ from matquant.serve.metrics import Metrics
 from matquant.serve.run import drain
 from matquant.serve.service import Service
 from one_by_one import OneByOne
+from serving import starting
 
 ANSWERED = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "So"}]
 
@@ -106,6 +107,7 @@ def test_the_answer_says_which_widths_served_it(engine: matquant.Engine) -> None
         ({"plan": "none"}, 400, "plan"),
         ({"bits": 0}, 400, "bits"),
         ({"bits": 2, "min_bits": 3}, 400, "min_bits"),
+        ({"model": "tiny:mixed", "min_bits": 3}, 400, "min_bits"),
         ({"service_tier": "scale"}, 400, "service_tier"),
     ],
 )
@@ -324,10 +326,16 @@ def test_kept_prefixes_are_no_usage_of_the_cache(engine: matquant.Engine) -> Non
 
 
 def test_answers_name_the_width_of_their_prompt_if_it_is_another(engine: matquant.Engine) -> None:
-    with TestClient(make_app(make_service(engine, prefill_bits=4), Limits())) as client:
-        found = [complete(client, **fields).json()["matquant"] for fields in ({"bits": 2}, {"bits": 4}, {})]
-        scored = complete(client, bits=2, echo=True, logprobs=1).json()["matquant"]
-    assert [report.get("prompt_bits") for report in (*found, scored)] == [4, None, None, None]
+    asked = [{"bits": 2}, {"bits": 4}, {"plan": "mixed"}, {}, {"bits": 2, "prompt": [5]}]
+    asked += [{"bits": 2, "echo": True, "logprobs": 1}]
+    with starting(engine) as get:
+        for prefill_bits, expected in ((4, [4, None, 4, None, None, None]), (2, [None] * 6)):
+            service = make_service(engine, batcher=get(prefill_bits=prefill_bits))
+            with TestClient(make_app(service, Limits())) as client:
+                reports = [complete(client, **fields).json()["matquant"] for fields in asked]
+                stream = complete(client, bits=2, stream=True, stream_options={"include_usage": True})
+            reports.append(events(stream)[-1]["matquant"])
+            assert [report.get("prompt_bits") for report in reports] == [*expected, expected[0]]
 
 
 def test_metrics_count_tokens_by_width(client: TestClient) -> None:
@@ -357,6 +365,7 @@ def test_metrics_count_tokens_by_width(client: TestClient) -> None:
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role"),
         ({"messages": [{"role": "user"}]}, "messages[0].content"),
+        ({"messages": [{**ANSWERED[1], "function_call": {"name": "f"}}]}, "messages[0].function_call"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content"),
         ({"temperature": "hot"}, "temperature"),
         ({"temperature": True}, "temperature"),
@@ -407,6 +416,35 @@ def test_unknown_fields_are_named_in_a_header(client: TestClient) -> None:
     assert response.status_code == 200
     assert response.headers["x-ignored-fields"] == "apple, zebra"
     assert "x-ignored-fields" not in chat(client).headers
+    for path, fields in (("/tokenize", {"prompt": "a"}), ("/detokenize", {"tokens": [1]})):
+        response = client.post(path, json={**fields, "zebra": 1, "model": "tiny:int4"})
+        assert (response.status_code, response.headers["x-ignored-fields"]) == (200, "zebra")
+        assert_error(client.post(path, json={**fields, "model": "other"}), 404, "model")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"structured_outputs": {"choice": ["\ud800", "b"]}},
+        {"tools": [{"type": "function", "function": {"name": "f", "description": "\udfff"}}]},
+        {"messages": [{"role": "user", "content": "a\ud83d"}]},
+        {"stop": ["\udc00"]},
+        {"chat_template_kwargs": {"\ud800": 1}},
+    ],
+)
+def test_half_a_surrogate_pair_is_no_text(client: TestClient, fields: dict[str, Any]) -> None:
+    body = {"messages": [{"role": "user", "content": "\U0001f431"}], "max_tokens": 2, **fields}
+    response = client.post("/v1/chat/completions", content=json.dumps(body))  # with escapes
+    assert_error(response, 400, next(iter(fields)), "half a surrogate pair")
+    body |= {**dict.fromkeys(fields), "messages": ANSWERED[:1]}
+    assert client.post("/v1/chat/completions", content=json.dumps(body)).status_code == 200
+
+
+def test_a_request_that_no_queue_holds_is_no_matter_of_waiting(client: TestClient, service: Service) -> None:
+    service.batcher.capacity = 3
+    assert complete(client, n=3).status_code == 200
+    assert_error(complete(client, n=4), 400, "n", "more than 3 answers")
+    assert_error(complete(client, prompt=["a"] * 4), 400, "prompt", "more than 3 answers")
 
 
 def test_what_is_not_json_or_not_here(client: TestClient) -> None:

@@ -22,6 +22,8 @@ from matquant.serve.limits import Limits
 from matquant.serve.service import Service
 from matquant.system.errors import InputError
 from server_process import running
+from serving import generation, starting
+from serving import run as run_all
 
 PROMPT = "Once upon"
 PATIENT_S = 60.0
@@ -114,6 +116,20 @@ def test_a_server_offers_more_widths_as_planes_arrive(
         assert facts["tiny:int8"]["bits_per_weight"] > facts["tiny:int2"]["bits_per_weight"] > 2
         assert all(entry["tokens_per_s"] > 0 for entry in facts.values())
         assert service.models.max_bits == 8
+
+
+def test_prompts_are_read_at_the_widths_that_have_arrived(partial: Path) -> None:
+    engine = matquant.Engine(partial, threads=1)
+    with starting(engine) as get:
+        batcher = get(prefill_bits=8)
+        for planes, widths in (((), [(2, None)]), ((1, 2), [(2, 4), (4, None)]), ((3, 4), [(2, 8), (4, 8), (8, None)])):
+            arrive(partial, *planes)
+            if 3 in planes:
+                assemble(partial)
+            engine.add_planes()
+            for bits, expected in widths:
+                one = run_all(batcher, generation([5, 6, 7, bits], bits=bits, max_tokens=2))[0]
+                assert one.events[0].prompt_bits == expected
 
 
 @pytest.mark.slow

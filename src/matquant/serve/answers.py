@@ -74,6 +74,7 @@ def width_report(service: Service, job: Job, counts: Sequence[Counts]) -> dict[s
     """Return the "matquant" object of an answer."""
     served = served_tokens(counts)
     bits = mean_bits(service, served)
+    prompt = next((count.prompt_bits for count in counts if count.prompt_bits is not None), None)
     return {
         "requested": AUTO if job.choice.label == AUTO else width_name(job.choice.label),
         "served": [
@@ -81,18 +82,10 @@ def width_report(service: Service, job: Job, counts: Sequence[Counts]) -> dict[s
             for label, tokens in served.items()
         ],
         "bits_per_weight": None if bits is None else round(bits, 3),
-        **prompt_width(service, job),
+        **({} if prompt is None else {"prompt_bits": prompt}),
         "reason": next((count.reason for count in reversed(counts) if count.reason), "")
         or ("auto" if job.choice.label == AUTO else "requested"),
     }
-
-
-def prompt_width(service: Service, job: Job) -> dict[str, int]:
-    """Return {"prompt_bits": ...} if the prompt was read at another width than the request's."""
-    bits, label = service.prefill_bits, job.choice.label
-    if bits is None or label == AUTO or job.generations[0].prompt_logprobs or (label.isdigit() and int(label) >= bits):
-        return {}
-    return {"prompt_bits": bits}
 
 
 def width_header(served: Mapping[str, int]) -> str:

@@ -17,10 +17,11 @@ from starlette.routing import Route
 
 from matquant.serve import chat, completions, texts
 from matquant.serve.errors import ApiError
+from matquant.serve.fields import is_unicode
 from matquant.serve.jobs import Job
 from matquant.serve.limits import Guard, Limits
 from matquant.serve.models import listing
-from matquant.serve.running import GONE, error_response, json_response, respond
+from matquant.serve.running import GONE, error_response, ignored_header, json_response, respond
 from matquant.serve.service import Service
 from matquant.system.errors import InputError
 
@@ -80,9 +81,15 @@ async def _json(request: Request) -> Any:
     """Return the body of a request. ApiError unless it is JSON."""
     body = await request.body()
     try:
-        return json.loads(body)
+        text = body.decode("utf-8-sig")
+        value = json.loads(text)
+        escapes = value.items() if isinstance(value, dict) and "\\ud" in text.lower() else ()
+        broken = next((name for name, part in escapes if not is_unicode([name, part])), None)
     except (ValueError, RecursionError) as error:
         raise ApiError(f"the body is not JSON ({error}); send a JSON object", code="invalid_json") from None
+    if broken is not None:
+        raise ApiError(f"{broken!a} has half a surrogate pair; give Unicode text", param=broken)
+    return value
 
 
 def _answering(service: Service, prepare: Callable[[Service, Any], Job]) -> Endpoint:
@@ -123,9 +130,10 @@ class _Counted(Response):
             self._service.active -= 1
 
 
-def _texts(service: Service, work: Callable[[Service, Any], dict[str, Any]]) -> Endpoint:
+def _texts(service: Service, work: Callable[[Service, Any], texts.Found]) -> Endpoint:
     async def answer(request: Request) -> Response:
-        return json_response(await asyncio.to_thread(work, service, await _json(request)))
+        found, ignored = await asyncio.to_thread(work, service, await _json(request))
+        return json_response(found, headers=ignored_header(ignored))
 
     return answer
 

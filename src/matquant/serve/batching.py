@@ -69,6 +69,7 @@ class Batching:
     ) -> None:
         self.engine = engine
         self.limits = limits
+        self.capacity = limits.max_num_seqs + limits.max_queued_requests
         self.failure: str | None = None
         self.kv_bytes = resolve_kv_bytes(engine, limits, available=available_bytes())
         self._context_bytes = cache_bytes(engine, engine.context)
@@ -120,10 +121,10 @@ class Batching:
             raise Refused("the server is stopping", retry_after_s=self._retry_s())
         places = max(0, self.limits.max_num_seqs - len(self._running))
         queued = [waiting for waiting in self._waiting if not waiting.cancelled]
-        tokens = sum(len(waiting.prompt) for waiting in queued)
+        tokens = sum(len(waiting.prompt) for waiting in queued[places:])  # the others are about to start
         for name, is_full in {
             "max_queued_requests": len(queued) >= self.limits.max_queued_requests + places,
-            "max_queued_tokens": bool(queued) and tokens + len(slot.prompt) > self.limits.max_queued_tokens,
+            "max_queued_tokens": len(queued) > places and tokens + len(slot.prompt) > self.limits.max_queued_tokens,
         }.items():
             if is_full:
                 self._counts[f"rejections/{name}"] += 1
@@ -309,7 +310,7 @@ class Batching:
             oldest = max((now - slot.arrived_s for slot in self._waiting), default=0.0)
         return Load(
             now_s=now,
-            auto=[slot.generation.least_bits for slot in decoding if slot.fixed is None],
+            auto=[slot.least_bits for slot in decoding if slot.fixed is None],
             fixed=Counter(slot.fixed.bits for slot in decoding if slot.fixed is not None),
             oldest_wait_s=oldest,
         )
@@ -336,7 +337,7 @@ class Batching:
         last = len(slot.prompt) - 1
         if slot.prefill is not None and slot.read < last:
             return slot.prefill, last
-        return slot.fixed or self._uniform(self.policy.widths[0]), len(slot.prompt)
+        return slot.fixed or self._uniform(max(self.policy.widths[0], slot.least_bits)), len(slot.prompt)
 
     def _width(self, slot: Slot) -> Width:
         """Return the width at which a decoding slot's next token is chosen."""
@@ -344,7 +345,7 @@ class Batching:
             return slot.fixed
         if self._force is not None:
             return self._uniform(self._force(slot.generation, slot.new))
-        return self._uniform(self.policy.bits_for(slot.generation.least_bits))
+        return self._uniform(self.policy.bits_for(slot.least_bits))
 
     def _uniform(self, bits: int) -> Width:
         if bits not in self._widths:

@@ -16,6 +16,7 @@ from matquant.system.errors import InputError
 
 ROLES = ("system", "user", "assistant", "tool", "developer")
 RESERVED = ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "chat_template")
+LEGACY = {"function_call": "use tool_calls", "audio": "give its text"}  # parts of a message that are not read
 TEXTS = ("text", "input_text", "output_text")  # types of a part that are text
 
 
@@ -98,6 +99,9 @@ def _message(message: Mapping[str, Any], index: int) -> dict[str, Any]:
         found["tool_calls"] = _calls(calls, f"{where}.tool_calls")
     if found["content"] is None and not calls:
         raise ApiError(f"{where} has no content; give a string or a list of text parts", param=f"{where}.content")
+    for name in LEGACY:
+        if message.get(name) is not None:
+            raise ApiError(f"{where}.{name} is not supported; {LEGACY[name]}", param=f"{where}.{name}")
     if not all(isinstance(value, str) for value in (found.get("name") or "", found.get("tool_call_id") or "")):
         raise ApiError(f"{where} has a name or tool_call_id that is not a string; give a string", param=where)
     return found
@@ -107,7 +111,7 @@ def _content(message: Mapping[str, Any], index: int) -> str | None:
     """Return the text of a message; of a list of parts, their texts on lines."""
     content, where = message.get("content"), f"messages[{index}].content"
     if content is None or isinstance(content, str):
-        return _unicode(content, where)
+        return content
     if not isinstance(content, list):
         raise ApiError(f"{where} is not text; give a string or a list of text parts", param=where)
     texts = []
@@ -120,15 +124,7 @@ def _content(message: Mapping[str, Any], index: int) -> str | None:
         if kind not in TEXTS or not isinstance(text, str):
             raise ApiError(f"{where} has a part of type {kind!r}; this model reads text only", param=where)
         texts.append(text)
-    return _unicode("\n".join(texts), where)
-
-
-def _unicode(text: str | None, where: str) -> str | None:
-    try:
-        (text or "").encode()
-    except UnicodeEncodeError:
-        raise ApiError(f"{where} has half a surrogate pair; give Unicode text", param=where) from None
-    return text
+    return "\n".join(texts)
 
 
 def _calls(calls: Any, where: str) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ A field that is null counts as not given. A field that no table lists is ignored
 ``X-Ignored-Fields``. A field in UNSUPPORTED is rejected unless its value asks for nothing.
 """
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -44,15 +45,17 @@ def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) < math.inf  # also false for nan
 
 
-def _is_text(value: Any) -> bool:
-    """Return whether a value is text; JSON can write halves of surrogate pairs, which no tokenizer takes."""
-    if not isinstance(value, str):
-        return False
+def is_unicode(value: Any) -> bool:
+    """Return whether all text in a JSON value can be encoded: JSON can write half a surrogate pair, which cannot."""
     try:
-        value.encode()
+        json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         return False
     return True
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
 
 
 def _is_object(value: Any) -> bool:
@@ -80,10 +83,8 @@ def _is_bias(value: Any) -> bool:
 
 
 def _is_prompt(value: Any) -> bool:
-    if isinstance(value, str):
-        return _is_text(value)
     if not isinstance(value, list) or not value:
-        return False
+        return _is_text(value)
     return _is_ids(value) or all(_is_text(entry) or (_is_ids(entry) and entry) for entry in value)
 
 

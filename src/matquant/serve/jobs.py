@@ -3,7 +3,7 @@
 import dataclasses
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,9 +62,11 @@ def make_job(
 ) -> Job:
     """Return the job of a request. max_tokens: None for the server's default. called: the constraint of tools."""
     choice, n = choose(service.models, values), values["n"]
-    if len(prompts) * n > MOST_GENERATIONS:
+    most = min(MOST_GENERATIONS, service.batcher.capacity)
+    if len(prompts) * n > most:
         raise ApiError(
-            f"{len(prompts)} prompts with n={n} are more than {MOST_GENERATIONS} answers; ask for fewer", param="n"
+            f"{len(prompts)} prompts with n={n} are more than {most} answers; ask for fewer",
+            param="n" if n > 1 else "prompt",
         )
     constraint = called or _constraint(service, values)
     if constraint is not None and values["min_tokens"]:
@@ -127,12 +129,10 @@ def _constraint(service: Service, values: Mapping[str, Any]) -> Grammar | None:
 
 def _common(service: Service, values: Mapping[str, Any], choice: Choice) -> dict[str, Any]:
     """Return the fields of a Generation that all answers share."""
-    vocab = service.engine.model.architecture.vocab
     stops = values["stop_token_ids"] or []
     bias = {int(token): float(value) for token, value in (values["logit_bias"] or {}).items()}
-    for name, tokens in (("stop_token_ids", stops), ("logit_bias", list(bias))):
-        if outside := [token for token in tokens if token >= vocab]:
-            raise ApiError(f"{name} has token {outside[0]}, outside the vocabulary of {vocab}", param=name)
+    _check_tokens(service, stops, param="stop_token_ids")
+    _check_tokens(service, bias, param="logit_bias")
     return {
         "plan": choice.plan,
         "least_bits": choice.least_bits,
@@ -144,6 +144,14 @@ def _common(service: Service, values: Mapping[str, Any], choice: Choice) -> dict
         "logit_bias": bias,
         "ends": frozenset(stops) | (frozenset() if values["ignore_eos"] else service.engine.ends),
     }
+
+
+def _check_tokens(service: Service, tokens: Iterable[int], *, param: str) -> None:
+    vocab = service.engine.model.architecture.vocab
+    if (outside := next((token for token in tokens if token >= vocab), None)) is not None:
+        raise ApiError(
+            f"{param} has token {outside}, outside the vocabulary of {vocab}; use 0 to {vocab - 1}", param=param
+        )
 
 
 def _sampling(service: Service, values: Mapping[str, Any]) -> Sampling:
@@ -186,6 +194,8 @@ def _room(service: Service, ids: Sequence[int], max_tokens: int | None, *, kind:
 def checked_ids(service: Service, prompt: str | Sequence[int], *, param: str, special: bool) -> list[int]:
     """Return the ids of a prompt; ApiError if it is empty or has ids outside the vocabulary."""
     ids: Sequence[int] | str = prompt
+    if not isinstance(prompt, str):
+        _check_tokens(service, prompt, param=param)
     try:
         if isinstance(prompt, str) and prompt:
             ids = service.vocabulary.prompt(prompt) if special else service.vocabulary.plain(prompt)

@@ -51,7 +51,7 @@ class Choice:
 
 def choose(models: Models, values: Mapping[str, Any]) -> Choice:
     """Return what the fields model, bits, plan, min_bits and service_tier ask for. ApiError if they do not agree."""
-    named = _of_name(models, values["model"])
+    named = label_of(models, values["model"])
     labels = {"model": named} if named != AUTO else {}
     if values["bits"] is not None:
         labels["bits"] = str(values["bits"])
@@ -67,18 +67,22 @@ def choose(models: Models, values: Mapping[str, Any]) -> Choice:
         raise ApiError(
             f"min_bits={least} exceeds --max-bits {models.max_bits} of this server; use less", param="min_bits"
         )
-    if plan is not None and label.isdigit() and int(label) < least:
-        raise ApiError(f"min_bits={least} is above the width int{label} of this request; use one", param="min_bits")
+    asked = [] if plan is None else [bits for bits in (plan.default, *plan.bits.values()) if bits is not None]
+    if asked and min(asked) < least:
+        raise ApiError(
+            f"this request asks for int{min(asked)}, which is below min_bits={least}; leave one of them out",
+            param="min_bits",
+        )
     tier, priority = TIERS[values["service_tier"] or AUTO]
     if tier == "priority":
-        least = models.max_bits
+        least = max(least, *models.widths)
     return Choice(
         label=label, plan=plan, least_bits=least, priority=priority, tier=tier if values["service_tier"] else None
     )
 
 
-def _of_name(models: Models, name: str | None) -> str:
-    """Return the label of a model's name: "auto", "8" or a plan's name."""
+def label_of(models: Models, name: str | None) -> str:
+    """Return the label of a model's name: "auto", "8" or a plan's name. ApiError if it is not served."""
     if name in (None, models.name, f"{models.name}:{AUTO}"):
         return AUTO
     own, _, rest = str(name).rpartition(":")

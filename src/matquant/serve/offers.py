@@ -59,14 +59,14 @@ def offer(
     engine: Engine, *, name: str, widths: Sequence[int], plans: Mapping[str, Plan], context: int, costs: Costs
 ) -> Models:
     """Return what the server offers. widths: those listed. costs: of all widths that they and the engine have."""
-    uniform = sorted({*widths, engine.max_bits}, reverse=True)
-    seconds = {str(bits): costs.step_s(bits, 1) for bits in uniform} | dict(costs.plans)
+    known = {str(bits): Plan(default=bits) for bits in range(1, engine.max_bits + 1)} | dict(plans)
+    seconds = {str(bits): costs.step_s(bits, 1) for bits in (*widths, engine.max_bits)} | dict(costs.plans)
     return Models(
         name=name,
         max_bits=engine.max_bits,
         widths=widths,
         plans=plans,
-        bits_per_weight=sizes(engine, {str(bits): Plan(default=bits) for bits in uniform} | dict(plans)),
+        bits_per_weight=sizes(engine, known),
         tokens_per_s={label: 1 / max(step_s, 1e-9) for label, step_s in seconds.items()},
         context=context,
         created=int(time.time()),

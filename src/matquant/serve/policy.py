@@ -8,11 +8,11 @@ width whose prediction has stayed under MARGIN of the target for ``hold_s`` seco
 down again soon after going up doubles the time for the next rise, so that a load near a limit does not make the width
 change all the time.
 
-A request with ``least_bits`` gets the narrowest candidate that is not below it. Explicit widths are never changed, but
-their rows count in predictions. Predictions are corrected by what recent steps took, compared with the table, and by
-the time that choosing tokens takes besides. Where sequences draft, they are multiplied by the time and divided by the
-tokens of recent steps at that width: accepted drafts that meet the target keep the width. A width at which nothing was
-drafted yet is predicted without drafts.
+A request with ``least_bits`` gets the narrowest candidate that is not below it, or this width if there is none.
+Explicit widths are never changed, but their rows count in predictions. Predictions are corrected by what recent steps
+took, compared with the table, and by the time that choosing tokens takes besides. Where sequences draft, they are
+multiplied by the time and divided by the tokens of recent steps at that width: accepted drafts that meet the target
+keep the width. A width at which nothing was drafted yet is predicted without drafts.
 """
 
 from collections import Counter
@@ -89,9 +89,9 @@ class Policy:
         self._rose_at: float | None = None
 
     def bits_for(self, least: int, level: int | None = None) -> int:
-        """Return the width of a request with ``least_bits``: the policy's, or the narrowest not below ``least``."""
+        """Return the width of a request with ``least_bits``: the policy's, the narrowest not below it, or itself."""
         level = self.bits if level is None else level
-        return next((bits for bits in reversed(self.widths) if bits >= max(level, least)), self.widths[0])
+        return next((bits for bits in reversed(self.widths) if bits >= max(level, least)), least)
 
     def predict_s(self, load: Load, level: int) -> float:
         """Return the predicted seconds between tokens with the policy at ``level``; 0 if nothing decodes."""

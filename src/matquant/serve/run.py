@@ -7,6 +7,7 @@ within ``drain_s`` seconds, and the process ends with exit code 0; a second sign
 
 import asyncio
 import contextlib
+import errno
 import hashlib
 import importlib
 import os
@@ -28,7 +29,7 @@ from matquant.engine.speculation import OFF, check_speculate
 from matquant.format.manifest import MANIFEST
 from matquant.hf.renderer import warm
 from matquant.hf.templates import WITH_TOOLS
-from matquant.serve.admission import ROWS
+from matquant.serve.admission import ROWS, available_bytes
 from matquant.serve.app import make_app
 from matquant.serve.cost import Costs, drafting, measure
 from matquant.serve.limits import LOOPBACK, Limits
@@ -43,6 +44,7 @@ from matquant.system.errors import InputError
 from matquant.system.progress import Log
 from matquant.system.startup import INTERRUPTED
 
+MOST_PORT = 2**16 - 1
 WRITE_OUT_S = 2.0  # for the last bytes of answers after the engine has stopped
 BATCHING = "matquant.serve.batching"  # its ``start(engine, **limits)`` returns the Batcher
 Start = Callable[..., Batcher]
@@ -89,11 +91,13 @@ def serve(settings: Settings, *, start: Start | None = None) -> None:
 
 def bind(host: str, port: int) -> socket.socket:
     """Return a socket bound to an address, not listening yet. InputError if it is taken or not of this machine."""
+    if not 0 <= port <= MOST_PORT:
+        raise InputError(f"--port {port} is no port; use 0 (any free one) to {MOST_PORT}")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
-    except (OSError, OverflowError) as error:
-        raise InputError(f"--host {host} --port {port} is no address ({error}); use another") from None
+    except (OSError, UnicodeError) as error:
+        raise InputError(f"--host {host} is no address ({error}); use another") from None
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind(address)
@@ -101,7 +105,8 @@ def bind(host: str, port: int) -> socket.socket:
         listener.listen(0)
     except OSError as error:
         listener.close()
-        raise InputError(f"cannot listen on {host} port {port} ({error.strerror}); use another --port") from None
+        other = "--host" if error.errno == errno.EADDRNOTAVAIL else "--port"
+        raise InputError(f"cannot listen on {host} port {port} ({error.strerror}); use another {other}") from None
     return listener
 
 
@@ -136,7 +141,6 @@ def _load(settings: Settings, name: str, start: Start, report: Callable[[str], N
         answer_tokens=settings.answer_tokens,
         fingerprint=fingerprint(engine),
         tool_form=settings.tool_form or probe(template),
-        prefill_bits=settings.batching.get("prefill_bits"),
     )
 
     def widen(costs: Costs) -> None:
@@ -176,21 +180,12 @@ def _limits(settings: Settings) -> Limits:
 
 def _check_memory(kv_bytes: int | None) -> None:
     """Raise InputError if the key/value memory is more than the machine has left."""
-    left = _memory_left()
+    left = available_bytes()
     if kv_bytes is not None and left is not None and kv_bytes > left:
         raise InputError(
             f"--kv-bytes {kv_bytes:,} exceeds the {left:,} bytes of memory that are free; "
             "use less, or close other programs"
         )
-
-
-def _memory_left() -> int | None:
-    """Return the bytes of memory that programs can still take; None if the system does not say."""
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return None
 
 
 # ------------------------------------------------------------------------------------------------------------- running
@@ -232,7 +227,7 @@ async def _run(service: Service, app: ASGIApp, listener: socket.socket, settings
 async def drain(service: Service, drain_s: float) -> None:
     """Admit nothing more; return when the running answers have been written, or were ended after ``drain_s``."""
     service.is_draining = True
-    _say(f"stopping; {service.active} answers may finish within {drain_s:g} s")
+    _say(f"stopping within {drain_s:g} s; requests being answered: {service.active}")
     await asyncio.to_thread(service.batcher.stop, drain_s)
     end = asyncio.get_running_loop().time() + WRITE_OUT_S
     while service.active and asyncio.get_running_loop().time() < end:

@@ -179,12 +179,13 @@ class Running:
 
 def headers(job: Job) -> dict[str, str]:
     """Return the headers of every answer."""
-    return {"x-request-id": job.id, **({"x-ignored-fields": _ascii(", ".join(job.ignored))} if job.ignored else {})}
+    return {"x-request-id": job.id, **ignored_header(job.ignored)}
 
 
-def _ascii(text: str) -> str:
-    """Return text that a header can hold."""
-    return "".join(letter if " " <= letter <= "~" else "?" for letter in text)[:1000]
+def ignored_header(names: Sequence[str]) -> dict[str, str]:
+    """Return the header that names ignored fields, as far as a header can hold them."""
+    shown = "".join(letter if " " <= letter <= "~" else "?" for letter in ", ".join(names))[:1000]
+    return {"x-ignored-fields": shown} if names else {}
 
 
 async def respond(service: Service, job: Job, receive: Receive) -> Response:

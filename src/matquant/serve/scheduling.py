@@ -125,12 +125,12 @@ def find_running(slot: Slot, table: bytes, running: Iterable[Slot]) -> tuple[_na
     best, longest, expected = None, 0, 0
     wanted = slot.prompt[:-1]
     for other in running:
-        if other is slot or other.cache is None:
+        if other is slot or other.cache is None or other.reads is None:
             continue
         same = common(wanted, other.prompt)
         held = min(same, uniform(other.marks, table))
         if held > longest and held >= SHORTEST:
             best, longest = other.cache, held
-        if other.is_reading and other.reads == table:
+        if other.is_reading and other.reads.key == table:
             expected = max(expected, same)
     return best, longest, max(longest, expected)

@@ -17,7 +17,7 @@ from matquant.serve.work import Batcher
 @dataclass(kw_only=True)
 class Service:
     """A running server. context: most tokens of a prompt and its answer. answer_tokens: most tokens of an answer to a
-    request that does not say. tool_form: a key of tools.FORMS, or None. prefill_bits: as in admission.Limits.
+    request that does not say. tool_form: a key of tools.FORMS, or None.
     """
 
     engine: Engine
@@ -28,7 +28,6 @@ class Service:
     answer_tokens: int = 2048
     fingerprint: str
     tool_form: str | None = None
-    prefill_bits: int | None = None
     is_draining: bool = False  # the server stops: nothing new is admitted
     active: int = field(default=0)  # answers being written
 

@@ -72,6 +72,7 @@ class Slot:
         self.number = number
         self.arrived_s = self.admitted_s = clock()
         self.fixed = None if generation.plan is None else make_width(engine, generation.plan)
+        self.least_bits = min(generation.least_bits, engine.max_bits)
         self.prefill: Width | None = None
         self.prompt = np.asarray(generation.ids, dtype=np.int32)
         self.ids = [int(token) for token in generation.ids]
@@ -82,7 +83,7 @@ class Slot:
         self.cache: _native.Cache | None = None
         self.read = 0  # tokens whose keys and values are in the cache
         self.reached = 0  # tokens that the cache has held, rejected drafts included
-        self.reads = b""  # the width table of its prompt
+        self.reads: Width | None = None  # that of its prompt; None: it has not been begun
         self.marks: list[Mark] = []
         self.cached_tokens: int | None = None  # None: the prompt has not been begun
         self.cancelled = False
@@ -120,12 +121,12 @@ class Slot:
 
     # ------------------------------------------------------------------------------------------------- the engine's
 
-    def begin(self, cache: _native.Cache, source: _native.Cache | None, length: int, table: bytes) -> None:
+    def begin(self, cache: _native.Cache, source: _native.Cache | None, length: int, width: Width) -> None:
         """Begin to read the prompt in an empty cache, with ``length`` tokens copied from another."""
-        self.cache, self.reads, self.read, self.cached_tokens = cache, table, length, length
+        self.cache, self.reads, self.read, self.cached_tokens = cache, width, length, length
         if source is not None and length:
             cache.copy_prefix(source, length)
-            add_mark(self.marks, length, table)
+            add_mark(self.marks, length, width.key)
 
     def advance(self, stop: int, table: bytes) -> None:
         """Note that the tokens before ``stop`` have been read."""
@@ -184,8 +185,10 @@ class Slot:
         if self._told:
             return {}
         self._told = True
+        assert self.reads is not None, "begin first"
+        prompt_bits = None if self._label in ("", self.reads.label) else int(self.reads.label)
         times = {"queue_s": self.admitted_s - self.arrived_s, "prompt_s": self._clock() - self.admitted_s}
-        return {"cached_tokens": self.cached_tokens, **times}
+        return {"cached_tokens": self.cached_tokens, "prompt_bits": prompt_bits, **times}
 
     def finish(self, finish: str, reason: str = "") -> None:
         """End, unless it has ended."""

@@ -45,7 +45,7 @@ class Stepper:
         except MemoryError:
             slot.finish("error", f"not enough memory for a sequence of {slot.capacity} tokens")
             return False
-        slot.begin(cache, source, length, width.key)
+        slot.begin(cache, source, length, width)
         self.counts["prompt_tokens"] += len(slot.prompt)
         self.counts["cached_tokens"] += length
         return True

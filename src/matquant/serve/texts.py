@@ -1,18 +1,23 @@
 """Tokens and text: /tokenize, /detokenize and /tokenizer_info, in vLLM's shapes, and the defaults of sampling."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from matquant.engine.sampling import Sampling
 from matquant.serve.chat import conversation_text
 from matquant.serve.fields import DETOKENIZE, TOKENIZE, missing, read_fields
 from matquant.serve.jobs import checked_ids
+from matquant.serve.models import label_of
 from matquant.serve.service import Service
 
+Found = tuple[dict[str, Any], Sequence[str]]
 
-def tokenize(service: Service, body: Any) -> dict[str, Any]:
-    """Return the ids of a prompt or of a conversation."""
-    values, _ = read_fields(body, TOKENIZE)
+
+def tokenize(service: Service, body: Any) -> Found:
+    """Return the ids of a prompt or of a conversation, and the names of unknown fields."""
+    values, ignored = read_fields(body, TOKENIZE)
+    label_of(service.models, values["model"])
     adds = values["add_special_tokens"]
     if values["messages"] is not None and values["prompt"] is None:
         text, special = conversation_text(service, values, tools=values["tools"]), adds is True
@@ -24,16 +29,17 @@ def tokenize(service: Service, body: Any) -> dict[str, Any]:
     answer = {"count": len(ids), "max_model_len": service.context, "tokens": ids, "token_strs": None}
     if values["return_token_strs"]:
         answer["token_strs"] = [service.vocabulary.tokenizer.id_to_token(token) for token in ids]
-    return answer
+    return answer, ignored
 
 
-def detokenize(service: Service, body: Any) -> dict[str, Any]:
-    """Return the text of ids, special tokens included."""
-    values, _ = read_fields(body, DETOKENIZE)
+def detokenize(service: Service, body: Any) -> Found:
+    """Return the text of ids, special tokens included, and the names of unknown fields."""
+    values, ignored = read_fields(body, DETOKENIZE)
+    label_of(service.models, values["model"])
     if values["tokens"] is None:
         raise missing("tokens", DETOKENIZE["tokens"].words)
     ids = checked_ids(service, values["tokens"], param="tokens", special=False) if values["tokens"] else []
-    return {"prompt": service.vocabulary.decode(ids, special=True)}
+    return {"prompt": service.vocabulary.decode(ids, special=True)}, ignored
 
 
 def tokenizer_info(service: Service) -> dict[str, Any]:

@@ -80,6 +80,7 @@ class Event:
     bits: str = ""  # the width that chose it: "8", or the label of a plan
     prompt: tuple[Scored, ...] = ()  # with ``prompt_logprobs``
     cached_tokens: int | None = None  # with the first event: prompt tokens that were in the cache already
+    prompt_bits: int | None = None  # with the first event: width that read the prompt, if not that of ``token``
     queue_s: float | None = None  # with the first event: seconds until it was given a place
     prompt_s: float | None = None  # with the first event: seconds from then on
     finish: str | None = None  # the last event: "stop" (an end), "length", "abort", or "error"
@@ -113,6 +114,10 @@ class Handle(Protocol):
 
 class Batcher(Protocol):
     """The engine side. All methods may be called from any thread."""
+
+    @property
+    def capacity(self) -> int:
+        """Return the most generations that are admitted at once, running or waiting."""
 
     def submit(self, generation: Generation, deliver: Deliver) -> Handle:
         """Admit a generation; its events go to ``deliver``. Refused if a limit is reached."""

@@ -25,6 +25,7 @@ class Counts:
 
     tokens: int = 0
     cached_tokens: int = 0
+    prompt_bits: int | None = None  # as in Event
     accepted: int = 0  # drafted tokens
     rejected: int = 0
     served: list[tuple[str, int]] = field(default_factory=list)
@@ -66,7 +67,7 @@ class Writer:
         if self.finish is not None:
             return Piece()
         if event.cached_tokens is not None:
-            self.counts.cached_tokens = event.cached_tokens
+            self.counts.cached_tokens, self.counts.prompt_bits = event.cached_tokens, event.prompt_bits
         if event.reason:
             self.counts.reason = event.reason
         self.counts.accepted += event.accepted
