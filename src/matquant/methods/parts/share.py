@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from matquant.core.tensor import NestedTensor
-from matquant.distributed.collect import exchange, own_part, own_parts
+from matquant.distributed.collect import exchange, own_part, own_parts, total
 from matquant.distributed.nested import gather_nested, join_rows
 from matquant.distributed.sums import Sums
 from matquant.system import ranks
@@ -52,7 +52,7 @@ def deal(samples: int, batch_size: int, *, steps: bool, ordered: bool) -> Share:
             f"{flag} {size} leaves some of {ranks.count()} processes without a sequence; use at least {ranks.count()}"
         )
     if not steps:
-        return _deal_all(samples, batch_size, ordered=ordered)
+        return _deal_all(samples, ordered=ordered)
     batches = [range(start, min(start + batch_size, samples)) for start in range(0, samples, batch_size)]
     # positions in a batch, so that a short last batch is dealt as the others are
     positions = [range(*part.indices(batch_size)) for part in own_parts(batch_size)]
@@ -68,10 +68,10 @@ def deal(samples: int, batch_size: int, *, steps: bool, ordered: bool) -> Share:
     return _deal_ordered(batches, positions)
 
 
-def _deal_all(samples: int, batch_size: int, *, ordered: bool) -> Share:
+def _deal_all(samples: int, *, ordered: bool) -> Share:
+    """Deal single sequences: the shapes of all products are then the same for any number of processes."""
     parts = [range(samples)[part] for part in own_parts(samples)]
-    own, size = parts[ranks.rank()], 1 if ordered else batch_size
-    pieces = tuple(tuple(own[start : start + size]) for start in range(0, len(own), size))
+    pieces = tuple((sequence,) for sequence in parts[ranks.rank()])
     return Share(pieces=pieces, batches=(), ranges=tuple(parts) if ordered else None)
 
 
@@ -103,11 +103,14 @@ def sum_gradients(
 ) -> None:
     """Call ``backward`` (piece, share of the batch) for this process's pieces of a batch, which adds to .grad of
     ``tensors``; afterwards .grad holds the sum over all processes."""
-    if ranks.count() == 1 and not share.ordered:
+    if not share.ordered:
         for piece, part in share.batches[batch]:
             backward(piece, part)
+        if ranks.count() > 1:
+            for tensor in tensors:
+                tensor.grad = total(_take_gradient(tensor))
         return
-    sums = Sums(share.batch_ranges[batch] if share.ordered else None)
+    sums = Sums(share.batch_ranges[batch])
     for piece, part in share.batches[batch]:
         backward(piece, part)
         sums.add([_take_gradient(tensor) for tensor in tensors])
