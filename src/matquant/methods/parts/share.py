@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from matquant.core.tensor import NestedTensor
-from matquant.distributed.collect import exchange, own_part, own_parts, total
+from matquant.distributed.collect import exchange, own_parts, total
 from matquant.distributed.nested import gather_nested, join_rows
 from matquant.distributed.sums import Sums
 from matquant.system import ranks
@@ -128,20 +128,22 @@ def mean_over_batches(share: Share, batches: Sequence[int], values: Sequence[flo
     return sum(sums) / len(batches)
 
 
-def solve_rows(weight_NK: torch.Tensor, encode: Callable[[torch.Tensor], NestedTensor], *, rows: int) -> NestedTensor:
-    """Encode float32 copies of ``rows`` rows at a time, which do not interact, and return all of them as one tensor.
+def solve_rows(
+    count: int, read: Callable[[slice], torch.Tensor], encode: Callable[[torch.Tensor], NestedTensor], *, rows: int
+) -> NestedTensor:
+    """Encode the ``count`` rows of a weight, which do not interact, ``rows`` at a time, and return them as one tensor.
 
-    Each process encodes some of these parts; see ``check_parts``.
+    Each process reads and encodes some of these parts; see ``check_parts``. read: returns some rows [n, K].
     """
-    parts = torch.split(weight_NK, rows)
-    counts = [sum(len(part) for part in parts[own]) for own in own_parts(len(parts))]
-    return gather_nested(join_rows([encode(part.float()) for part in parts[own_part(len(parts))]]), counts)
+    held = [slice(rows * parts.start, min(rows * parts.stop, count)) for parts in own_parts(-(-count // rows))]
+    solved = [encode(part.float()) for part in torch.split(read(held[ranks.rank()]), rows)]
+    return gather_nested(join_rows(solved), [part.stop - part.start for part in held])
 
 
 def check_parts(rows: Mapping[str, int], *, ordered: bool) -> None:
     """Raise InputError if a process would solve no part of a weight. rows: path -> rows of the weight."""
     for path, count in rows.items():
-        parts = -(-count // part_rows(count, ordered=ordered))
+        parts = -(-count // part_rows(count, ordered=ordered, most=count))
         if parts < ranks.count():
             raise InputError(
                 f"{ranks.count()} processes leave one of them without any of the {count} rows of {path}; "
@@ -149,9 +151,10 @@ def check_parts(rows: Mapping[str, int], *, ordered: bool) -> None:
             )
 
 
-def part_rows(rows: int, *, ordered: bool) -> int:
-    """Return how many of a weight's N rows to solve at once."""
-    return max(LEAST_ROWS, -(-rows // ROW_PARTS)) if ordered else -(-rows // ranks.count())
+def part_rows(rows: int, *, ordered: bool, most: int) -> int:
+    """Return how many of a weight's N rows to solve at once: equal parts of at most ``most``."""
+    each = max(LEAST_ROWS, -(-rows // ROW_PARTS)) if ordered else -(-rows // ranks.count())
+    return -(-each // -(-each // most))
 
 
 def pieces_of(tokens: torch.Tensor, share: Share) -> Iterator[torch.Tensor]:
