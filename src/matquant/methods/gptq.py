@@ -28,17 +28,15 @@ from matquant.distributed.nested import cut_rows
 from matquant.methods.parts.affines import clip_groups, refit_affine
 from matquant.methods.parts.blocks import Block, Solved, calibration, read_rows, run_blocks
 from matquant.methods.parts.compensation import nested_codes, sweep
-from matquant.methods.parts.ends import HEAD_RATIO, HEAD_WEIGHTS, head_path, with_plain_error
+from matquant.methods.parts.ends import HEAD_RATIO, head_path, with_plain_error
 from matquant.methods.parts.fake import Grid
 from matquant.methods.parts.hessians import Factor, collect_hessians, inverse_factor
 from matquant.methods.parts.job import Job
-from matquant.methods.parts.share import part_rows, solve_rows
+from matquant.methods.parts.share import most_weights, part_rows, solve_rows
 from matquant.methods.parts.tune import tune_block
 from matquant.options.gptq import Settings
 from matquant.options.objective import FLOAT
 from matquant.system.errors import InputError
-
-SOLVED_WEIGHTS = 2**26  # weights of a layer solved at once: bounds memory to 4 GB at five widths
 
 
 def run(job: Job) -> Iterator[tuple[str, NestedTensor]]:
@@ -149,7 +147,7 @@ def _solve_head(job: Job, hessian_KK: torch.Tensor, *, path: str, settings: Sett
         return together(lambda: read_rows(job, view.parameter, rows)).to(job.device)
 
     count, columns = view.shape
-    rows = part_rows(count, ordered=settings.deterministic, most=max(1, HEAD_WEIGHTS // columns))
+    rows = part_rows(count, ordered=settings.deterministic, most=max(1, most_weights(job.device, head=True) // columns))
     nested = solve_rows(count, read, encode, rows=rows)
     return Solved(nested={path: nested}, record={"loss": _losses(squares, lambdas)})
 
@@ -177,7 +175,7 @@ def nest_block(
         encode = functools.partial(
             nested_gptq, hessian_KK=hessian, grid=job.grid, weights=lambdas, factor=factor, sweeps=sweeps, name=leader
         )
-        most = max(1, SOLVED_WEIGHTS // stacked.shape[1])
+        most = max(1, most_weights(job.device) // stacked.shape[1])
         rows = part_rows(len(stacked), ordered=block.share.ordered, most=most)
         solved = solve_rows(len(stacked), stacked.__getitem__, encode, rows=rows)
         own = own_rows(len(stacked))
