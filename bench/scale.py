@@ -206,7 +206,7 @@ def count_rounding() -> float:
     """Return the bytes that rounding to nearest reads and writes per weight."""
     with Counting() as counting:
         nest(torch.randn(256, 256), Grid(rule="prefix", affine="refit", sliced=(2, 3, 4), group_size=64))
-    return counting.bytes / 256**2
+    return float(counting.bytes / 256**2)
 
 
 def files_s(shape: Shape, stages: int = 1) -> float:
@@ -228,8 +228,8 @@ def training_row(shape: Shape, counts: dict[str, float], trained: Trained) -> di
     tokens, weights, everything = 8 * 256, shape.weights, shape.weights + shape.ends
     learning = shape.layers * shape.ffn if trained.scope == "ffn" else weights
     # layers are gathered in bf16 for each pass, embedding and head in float32; gradients are float32
-    moved = terms * (4 * weights + 8 * shape.ends + 4 * learning) + teacher * (2 * weights + 4 * shape.ends)
-    moved *= (GPUS - 1) / GPUS
+    passed = terms * (4 * weights + 8 * shape.ends + 4 * learning) + teacher * (2 * weights + 4 * shape.ends)
+    moved = passed * (GPUS - 1) / GPUS
     # forward 2, backward 4, recomputed activations 2 FLOP per weight and token
     flop = everything * tokens * (8 * terms + 2 * teacher)
     logits = tokens / GPUS * shape.vocabulary * 4 * 6

@@ -411,6 +411,10 @@ def test_a_step_that_is_not_finite_in_one_process_changes_nothing_in_any(
     [
         ({**TRAINED, "batch_size": 1}, "--batch-size 1 leaves some of 2 processes without a sequence; use at least 2"),
         ({**ONE_SHOT, "method": "gptq", "samples": 1, "seq_len": 48}, "--samples 1 leaves some of 2 processes"),
+        (
+            {"method": "distill", "batch_size": 1, "accumulate": 8},
+            "--batch-size 1 leaves some of 2 processes without a sequence; use at least 2; a step has --accumulate 8",
+        ),
         ({"method": "rtn"}, "method 'rtn' runs in one process, found WORLD_SIZE=2; start it without torchrun"),
     ],
 )

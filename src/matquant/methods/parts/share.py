@@ -161,7 +161,7 @@ def part_rows(rows: int, *, ordered: bool, most: int) -> int:
 def most_weights(device: torch.device, *, head: bool = False) -> int:
     """Return how many weights to solve at once, which bounds memory to 0.8 GB on CPUs, and to 13 GB on GPUs, where each
     part costs a launch per column and operation; a quarter of that for the head, which is held whole."""
-    return 2 ** ((26 if device.type == "cuda" else 22) - 2 * head)
+    return (2**26 if device.type == "cuda" else 2**22) // (4 if head else 1)
 
 
 def pieces_of(tokens: torch.Tensor, share: Share) -> Iterator[torch.Tensor]:
