@@ -1,17 +1,20 @@
-"""What quantising a large model takes: memory, traffic and time on 8 GPUs of 80 GB, from counted operations.
+"""What each recipe takes for a large model: memory, traffic and time on 8 GPUs of 80 GB, from counted operations.
 
     python bench/scale.py
 
-One training step and one GPTQ solve of a tiny model are run on the CPU and counted: bytes of tensors kept per weight,
-bytes that elementwise operations read and write per weight, and operations per column. The tables scale these counts by
-the shapes of Llama models, and divide by the speeds in SPEEDS, which are the maker's figures times a stated share. No
-GPU is used: these are estimates of what bounds a run, not measurements of one. docs/scale.md holds the tables. The last
-line is JSON.
+One training step, one GPTQ solve and one rounding of a tiny model are run on the CPU and counted: bytes of tensors kept
+per weight, bytes that elementwise operations read and write per weight, and operations to launch. The tables scale
+these counts by the shapes of Llama models, and divide by the speeds in SPEEDS, which are the maker's figures times a
+stated share. Two constants of memory are measured (docs/scale.md). No GPU is used: these are estimates of what bounds a
+run, not measurements of one. docs/scale.md holds the tables. The last line is JSON.
 """
 
+import dataclasses
 import functools
 import gc
 import json
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,17 +25,18 @@ from rich.table import Table
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from matquant.core.nest import CENTRE, COMPANDED
 from matquant.hf_torch.layers import select_linears
 from matquant.hf_torch.sharded import split_rows
 from matquant.methods import qat
 from matquant.methods.gptq import nested_gptq
 from matquant.methods.parts import forward, training
-from matquant.methods.parts.ends import HEAD_WEIGHTS
-from matquant.methods.parts.fake import Grid
+from matquant.methods.parts.fake import Grid, nest
+from matquant.methods.parts.share import SOLVING_BYTES, most_weights
 from matquant.methods.parts.split_state import Training
-from matquant.options.gptq import default_lambda
 from matquant.options.objective import parse_objective
 from matquant.options.qat import Schedule
+from matquant.options.recipes import WIDE
 from origin import origin
 
 GPUS, GPU_GB = 8, 80
@@ -42,13 +46,42 @@ SPEEDS = {  # H100 SXM, NVIDIA's data sheet; the share that is reached is our as
     "memory_byte_s": 3.35e12 * 0.7,
     "link_byte_s": 450e9 * 0.7,  # NVLink, one direction
     "launch_s": 5e-6,  # between two small kernels
+    "disk_byte_s": 2e9,  # one process reads the model or writes the checkpoint
 }
 WIDTHS = (8, 6, 4, 3, 2)
-TRAINED: dict[str, tuple[str, dict[str, Any], str]] = {  # recipe -> objective, options, affine
-    "qat, one master (8,4,2)": ("fp->8;4;2", {"masters": "one"}, "learned"),
-    "best: distillation, a master per width": ("fp->8;4;3;2", {"masters": "each", "hidden": 1.0}, "learned"),
-    "paper (8,4,2)": ("8,4,2", {"masters": "one"}, "refit"),
+FACTOR_MATRICES = 5  # of the Hessian's size, at the peak of inverse_factor: measured (its docstring)
+GPU = torch.device("cuda")
+FREE = {
+    "alias", "as_strided", "detach", "expand", "permute", "select", "slice", "squeeze", "t", "transpose", "unbind",
+    "unsafe_view", "_unsafe_view", "unsqueeze", "view",
+}  # fmt: skip
+SUMS = {"gpu_gb", "traffic_gb", "step_s", "minutes"}  # of a row; the rest are seconds
+PRODUCTS = {"addmm", "baddbmm", "bmm", "mm"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """What a recipe or method trains, in how many steps of 8 sequences of 256 tokens."""
+
+    objective: str
+    options: Mapping[str, Any]
+    steps: int
+    rule: str = "prefix"
+    group_size: int | None = 64
+    scope: str = "linears"
+    after: str | None = None  # what runs before
+
+
+TRAINED = {
+    "paper": Trained(
+        objective="8,4,2", options={"masters": "one"}, steps=150, rule="round", group_size=None, scope="ffn"
+    ),
+    "qat": Trained(objective="fp->8;4;2", options={"masters": "one"}, steps=300),
+    "best": Trained(
+        objective="fp->8;4;3;2", options={"masters": "each", "hidden": 1.0}, steps=20, after="best, first stage"
+    ),
 }
+CALIBRATED = {"balanced": 64 * 1024, "best, first stage": 128 * 512}  # tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +105,20 @@ class Shape:
         return sum(rows * columns for rows, columns in self.linears)
 
     @property
+    def ffn(self) -> int:
+        return 3 * self.hidden * self.inner
+
+    @property
     def weights(self) -> int:
         return self.layers * self.layer
+
+    @property
+    def solved(self) -> list[tuple[int, int]]:
+        """Return rows and columns of what GPTQ solves together: linear layers with the same input."""
+        return [
+            (self.hidden + 2 * self.kv, self.hidden), (self.hidden, self.hidden), (2 * self.inner, self.hidden),
+            (self.hidden, self.inner),
+        ]  # fmt: skip
 
     @property
     def ends(self) -> int:
@@ -96,8 +141,7 @@ class Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
-        name = str(function)
-        if not any(word in name for word in ("view", "detach", "mm", "expand", "permute", "slice", "select", "unbind")):
+        if function.overloadpacket.__name__ not in FREE | PRODUCTS:
             self.operations += 1
             for value in (*torch.utils._pytree.tree_leaves(args), *torch.utils._pytree.tree_leaves(result)):
                 if isinstance(value, torch.Tensor):
@@ -105,19 +149,21 @@ class Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
 
-def count_training(objective: str, options: dict[str, Any], affine: str) -> dict[str, float]:
-    """Return the bytes per quantised weight that a training step keeps, and that it reads and writes elementwise."""
+def count_training(trained: Trained) -> dict[str, float]:
+    """Return what a training step keeps, and reads and writes elementwise, in bytes per trained weight, and how many
+    operations it has per linear layer."""
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=256, intermediate_size=896, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=4,
         vocab_size=64, max_position_embeddings=16,
     )  # fmt: skip
     model = LlamaForCausalLM(config).eval()
-    views = select_linears(model, "linears")
+    views = select_linears(model, trained.scope)
     weights = sum(rows * columns for rows, columns in (view.shape for view in views.values()))
-    widths = parse_objective(objective)
-    schedule = Schedule(steps=2, batch_size=1, seq_len=8, lr=1e-4, warmup=1, learn_clip=affine == "learned", **options)
-    grid = Grid(rule="prefix", affine=affine, sliced=(2, 3, 4), group_size=64)
+    rest = sum(parameter.numel() for parameter in model.parameters()) - weights
+    widths = parse_objective(trained.objective)
+    schedule = Schedule(steps=2, batch_size=1, seq_len=8, lr=1e-4, warmup=1, learn_clip=True, **trained.options)
+    grid = Grid(rule=trained.rule, affine="learned", sliced=(2, 3, 4), group_size=trained.group_size)
     state = training.start(model, views, grid, schedule, trained=[width.bits for width in widths])
     optimizer = training.make_optimizer(state, schedule)
     teacher = LlamaForCausalLM(config).eval() if any(0 in width.teachers for width in widths) else None
@@ -130,7 +176,11 @@ def count_training(objective: str, options: dict[str, Any], affine: str) -> dict
         step()
     gc.collect()
     kept = {id(t.untyped_storage()): t.untyped_storage().nbytes() for t in _tensors(state, optimizer, model, teacher)}
-    return {"kept": sum(kept.values()) / weights, "elementwise": counting.bytes / weights}
+    return {
+        "kept": (sum(kept.values()) - 4 * rest * (1 + (teacher is not None))) / weights,
+        "elementwise": counting.bytes / weights,
+        "operations": counting.operations / len(views),
+    }
 
 
 def _tensors(state: Any, optimizer: Any, *models: Any) -> list[torch.Tensor]:
@@ -145,81 +195,137 @@ def count_gptq() -> dict[str, float]:
     """Return the operations per column of a solve at five widths, and the bytes they read and write per weight."""
     torch.manual_seed(0)
     weight, inputs = torch.randn(256, 256), torch.randn(512, 256)
-    lambdas = {bits: default_lambda(bits) for bits in WIDTHS}
+    lambdas, grid = dict(zip(WIDTHS, WIDE, strict=True)), Grid(rule="prefix", sliced=(2, 3, 4), group_size=64)
+    grid = dataclasses.replace(grid, kind=COMPANDED, zeros=CENTRE)
     with Counting() as counting:
-        nested_gptq(weight, inputs.T @ inputs, Grid(rule="prefix", sliced=(2, 3, 4), group_size=64), lambdas)
+        nested_gptq(weight, inputs.T @ inputs, grid, lambdas, sweeps=2)
     return {"operations": counting.operations / 256, "bytes": counting.bytes / weight.numel()}
 
 
-def training_row(shape: Shape, counts: dict[str, float], terms: int, teacher: bool, *, tokens: int) -> dict[str, float]:
-    """Return memory per GPU, traffic and seconds of a step. terms: losses, each a forward and a backward pass."""
-    weights, everything = shape.weights, shape.weights + shape.ends
-    moved = everything * (terms * (2 + 2 + 4) + 2 * teacher) * (GPUS - 1) / GPUS
+def count_rounding() -> float:
+    """Return the bytes that rounding to nearest reads and writes per weight."""
+    with Counting() as counting:
+        nest(torch.randn(256, 256), Grid(rule="prefix", affine="refit", sliced=(2, 3, 4), group_size=64))
+    return float(counting.bytes / 256**2)
+
+
+def files_s(shape: Shape, stages: int = 1) -> float:
+    """Return the seconds to read a model in bf16 and to write its checkpoint, 8.5 bits per weight, for each stage."""
+    return stages * (shape.weights + shape.ends) * (2 + 8.5 / 8) / SPEEDS["disk_byte_s"]
+
+
+def fast_row(shape: Shape, bytes_per_weight: float) -> dict[str, float]:
+    """Return memory and minutes of rounding to nearest, in one process, the model in float32 in memory."""
+    everything = shape.weights + shape.ends
+    times = {"elementwise": everything * bytes_per_weight / SPEEDS["memory_byte_s"], "files": files_s(shape)}
+    return {"gpu_gb": 4 * everything / 1e9, "traffic_gb": 0.0, "minutes": sum(times.values()) / 60, **times}
+
+
+def training_row(shape: Shape, counts: dict[str, float], trained: Trained) -> dict[str, float]:
+    """Return memory per GPU, traffic and seconds of a step, and minutes of all steps."""
+    widths = parse_objective(trained.objective)
+    terms, teacher = len(widths), any(0 in width.teachers for width in widths)
+    tokens, weights, everything = 8 * 256, shape.weights, shape.weights + shape.ends
+    learning = shape.layers * shape.ffn if trained.scope == "ffn" else weights
+    # layers are gathered in bf16 for each pass, embedding and head in float32; gradients are float32
+    passed = terms * (4 * weights + 8 * shape.ends + 4 * learning) + teacher * (2 * weights + 4 * shape.ends)
+    moved = passed * (GPUS - 1) / GPUS
     # forward 2, backward 4, recomputed activations 2 FLOP per weight and token
     flop = everything * tokens * (8 * terms + 2 * teacher)
     logits = tokens / GPUS * shape.vocabulary * 4 * 6
     during = 4 + 1  # of a step: the gradient in the model, and the code
-    memory = (
-        (weights * (counts["kept"] + during) + shape.ends * 4 * (1 + teacher)) / GPUS + 3 * shape.layer * 2 + logits
-    )
+    memory = (learning * (counts["kept"] + during) + (everything - learning) * 4 * (1 + teacher)) / GPUS
     times = {
         "compute": flop / GPUS / SPEEDS["bf16_flop_s"],
-        "elementwise": weights / GPUS * counts["elementwise"] / SPEEDS["memory_byte_s"],
+        "elementwise": learning / GPUS * counts["elementwise"] / SPEEDS["memory_byte_s"],
+        "launches": shape.layers * (3 if trained.scope == "ffn" else 7) * counts["operations"] * SPEEDS["launch_s"],
         "traffic": moved / SPEEDS["link_byte_s"],
     }
-    return {"gpu_gb": memory / 1e9, "traffic_gb": moved / 1e9, "step_s": sum(times.values()), **times}
+    step_s = sum(times.values())
+    return {
+        "gpu_gb": (memory + 3 * shape.layer * 2 + logits) / 1e9,
+        "traffic_gb": moved / 1e9,
+        "step_s": step_s,
+        "minutes": (trained.steps * step_s + files_s(shape)) / 60,
+        **times,
+    }
+
+
+def gptq_memory(shape: Shape, *, tokens: int) -> dict[str, float]:
+    """Return the bytes of a process in each phase of the widest layers; the largest is the peak.
+
+    Weights are in float32, and so are Hessians, which are summed in float64.
+    """
+    squares = sum(columns**2 for _, columns in shape.solved)
+    widest = max(columns for _, columns in shape.solved) ** 2
+    solving = [SOLVING_BYTES * min(most_weights(GPU), rows * columns / GPUS) for rows, columns in shape.solved]
+    base = 4 * shape.layer + 2 * tokens / GPUS * shape.hidden * 4
+    up = shape.inner * shape.hidden
+    return {
+        "calibration": base + 8 * squares + 4 * widest,
+        "factor": base + 4 * widest * FACTOR_MATRICES,
+        "gate and up": base + 4 * (widest + 3 * shape.hidden**2) + 8 * up + solving[2],
+        "down": base + 4 * 3 * widest + 4 * up + solving[3],
+    }
 
 
 def gptq_row(shape: Shape, counts: dict[str, float], *, tokens: int) -> dict[str, float]:
     """Return memory per GPU, traffic per layer and minutes of nested GPTQ without tuning."""
-    widest = max(columns for _, columns in shape.linears)
-    leaders = [shape.hidden, shape.hidden, shape.hidden, widest]  # inputs: q k v, o, gate up, down
-    squares = sum(columns**2 for columns in leaders)
-    moved = (2 * 4 * squares + 2 * shape.layer) * (GPUS - 1) / GPUS + shape.layer * (GPUS - 1) / GPUS
-    columns = sum(columns for _, columns in shape.linears)
+    squares = sum(columns**2 for _, columns in shape.solved)
+    share = (GPUS - 1) / GPUS
+    moved = (2 * 8 * squares + 2 * shape.layer + shape.layer) * share
+    columns = sum(size * math.ceil(rows * size / GPUS / most_weights(GPU)) for rows, size in shape.solved)
     times = {
         "forward": 2 * 2 * shape.layer * tokens / GPUS / SPEEDS["fp32_flop_s"],
         "hessians": 2 * squares * tokens / GPUS / SPEEDS["fp32_flop_s"],
-        "factors": sum(4 / 3 * size**3 for size in leaders) / SPEEDS["fp32_flop_s"],
+        "factors": sum(4 / 3 * size**3 for _, size in shape.solved) / SPEEDS["fp32_flop_s"],
         "launches": columns * counts["operations"] * SPEEDS["launch_s"],
         "solve": shape.layer / GPUS * counts["bytes"] / SPEEDS["memory_byte_s"],
         "traffic": moved / SPEEDS["link_byte_s"],
     }
-    stream = tokens / GPUS * shape.hidden * 4
-    largest = max(rows * columns for rows, columns in shape.linears)
-    # weights, all Hessians, three matrices of their size to factor one, and at five widths three copies of a GPU's rows
-    memory = 4 * shape.layer + 4 * (squares + 3 * widest**2) + 5 * 3 * 4 * largest / GPUS + 2 * stream
-    parts = -(-shape.vocabulary // (HEAD_WEIGHTS // shape.hidden))
-    head = parts / GPUS * shape.hidden * counts["operations"] * SPEEDS["launch_s"]
-    minutes = (shape.layers * sum(times.values()) + head) / 60
-    return {"gpu_gb": memory / 1e9, "traffic_gb": moved / 1e9, "minutes": minutes, "head": head, **times}
+    parts = math.ceil(shape.vocabulary * shape.hidden / GPUS / most_weights(GPU, head=True))
+    times = {name: shape.layers * seconds for name, seconds in times.items()}
+    times["head"] = parts * shape.hidden * counts["operations"] * SPEEDS["launch_s"]
+    times["files"] = files_s(shape)
+    phases = gptq_memory(shape, tokens=tokens)
+    return {
+        "gpu_gb": max(phases.values()) / 1e9,
+        "traffic_gb": moved / 1e9,
+        "minutes": sum(times.values()) / 60,
+        **times,
+    }
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    solving = count_gptq()
-    console, record = Console(width=120), {"gptq": solving}
-    table = Table("GPTQ, 128 x 2048 tokens", "GB per GPU", "GB sent per layer", "minutes", "largest part")
+    solving, rounding = count_gptq(), count_rounding()
+    record: dict[str, dict[str, float]] = {"gptq": solving, "rounding": {"bytes": rounding}}
+    table = Table(
+        "recipe", "model", "bytes per weight", "GB per GPU", "GB sent", "s per step", "minutes", "largest part"
+    )
     for name, shape in SHAPES.items():
-        row = gptq_row(shape, solving, tokens=128 * 2048)
-        parts = {key: row[key] for key in ("forward", "hessians", "factors", "launches", "solve", "traffic")}
-        most = max(parts, key=lambda key: parts[key])
-        share = f"{most} {100 * parts[most] / sum(parts.values()):.0f} %"
-        table.add_row(name, f"{row['gpu_gb']:,.0f}", f"{row['traffic_gb']:,.1f}", f"{row['minutes']:,.0f}", share)
-        record[f"gptq {name}"] = row
-    console.print(table)
-    table = Table("training, 8 x 256 tokens a step", "model", "bytes per weight", "GB per GPU", "GB sent", "s per step")
-    for recipe, (objective, options, affine) in TRAINED.items():
-        counts, terms = count_training(objective, options, affine), len(parse_objective(objective))
-        record[recipe] = counts
+        record[f"fast {name}"] = fast_row(shape, rounding)
+        for recipe, tokens in CALIBRATED.items():
+            record[f"{recipe} {name}"] = gptq_row(shape, solving, tokens=tokens)
+    for recipe, trained in TRAINED.items():
+        record[recipe] = count_training(trained)
         for name, shape in SHAPES.items():
-            row = training_row(shape, counts, terms, objective.startswith("fp"), tokens=8 * 256)
+            record[f"{recipe} {name}"] = row = training_row(shape, record[recipe], trained)
+            if trained.after:
+                row["minutes"] += record[f"{trained.after} {name}"]["minutes"]
+    for recipe in ("fast", *CALIBRATED, *TRAINED):
+        for name in SHAPES:
+            row = record[f"{recipe} {name}"]
+            kept = (
+                f"{record[recipe]['kept'] + 5:.0f}" if recipe in TRAINED else "4" if recipe == "fast" else "of a layer"
+            )
+            parts = {key: value for key, value in row.items() if key not in SUMS}
+            most = max(parts, key=lambda key: parts[key])
             table.add_row(
-                recipe, name, f"{counts['kept'] + 5:.0f}", f"{row['gpu_gb']:,.0f}", f"{row['traffic_gb']:,.0f}",
-                f"{row['step_s']:.1f}",
+                recipe, name, kept, f"{row['gpu_gb']:,.0f}", f"{row['traffic_gb']:,.1f}", f"{row.get('step_s', 0):.1f}",
+                f"{row['minutes']:,.1f}", f"{most} {100 * parts[most] / sum(parts.values()):.0f} %",
             )  # fmt: skip
-            record[f"{recipe}, {name}"] = row
-    console.print(table)
+    Console(width=130).print(table)
     rounded = {key: {part: float(f"{value:.3g}") for part, value in row.items()} for key, row in record.items()}
     print(json.dumps({**origin("torch"), "speeds": SPEEDS, **rounded}))
 

@@ -1,10 +1,10 @@
-"""Sum lists of tensors over pieces of the data, of all processes; in a fixed order if the result must not depend on
-how many processes there are.
+"""Sum lists of tensors over pieces of the data, of all processes.
 
-Floating-point sums depend on their order. The fixed order is a binary tree over all pieces: neighbours are added first,
-and the tree depends only on the number of pieces. Each process has consecutive pieces, adds the branches of the tree
-that it holds whole, and sends them to the others, which add them further up. A process holds up to log2(pieces) + 1
-partial sums, and sends twice as many bytes as in the ring of an ordinary sum, or more where its pieces cross branches.
+Floating-point sums depend on their order, and so on how many processes there are. Sums in any order are made in
+float64: rounded to float32, about one number in 10^8 depends on the order. If none may, the order is fixed. It is a
+binary tree over all pieces: neighbours are added first, and the tree depends only on the number of pieces. Each process
+has consecutive pieces, adds the branches of the tree that it holds whole, and sends them to the others, which add them
+further up. A process holds up to log2(pieces) + 1 partial sums in float32.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ Node = tuple[int, int, list[torch.Tensor]]  # first piece, number of pieces (a p
 class Sums:
     """The sum of a list of tensors over the pieces of all processes.
 
-    ranges: the consecutive pieces of each process, in their order, for the fixed order; None: any order.
+    ranges: the consecutive pieces of each process, in their order, for the fixed order; None: any order, in float64.
     """
 
     def __init__(self, ranges: Sequence[range] | None) -> None:
@@ -31,17 +31,21 @@ class Sums:
     def add(self, tensors: list[torch.Tensor]) -> None:
         """Add one more piece of this process. The tensors are kept and may be overwritten."""
         if self._ranges is None and self._nodes:
-            for mine, more in zip(self._nodes[0][2], tensors, strict=True):
-                mine += more
+            _added(self._nodes[0][2], tensors)
             return
+        if self._ranges is None:
+            tensors = [tensor.double() for tensor in tensors]
         _push(self._nodes, (self._next, 1, tensors))
         self._next += 1
 
     def total(self, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Return the sum over all processes, in every process. like: tensors of these shapes; 0 without any piece."""
+        """Return the sum over all processes, in every process; 0 without any piece.
+
+        like: tensors of the sums' shapes and dtypes.
+        """
         if self._ranges is None:
-            own = self._nodes[0][2] if self._nodes else [torch.zeros_like(tensor) for tensor in like]
-            return [total(tensor) for tensor in own]
+            own = self._nodes[0][2] if self._nodes else [torch.zeros_like(t, dtype=torch.float64) for t in like]
+            return [total(tensor).to(of.dtype) for tensor, of in zip(own, like, strict=True)]
         held = {first: tensors for first, _, tensors in self._nodes}
         nodes: list[Node] = []
         for rank, pieces in enumerate(self._ranges):

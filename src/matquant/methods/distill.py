@@ -27,10 +27,11 @@ from matquant.format.write import check_writable
 from matquant.hf_torch.device import choose_device
 from matquant.hf_torch.loading import hidden_size
 from matquant.methods.parts.job import Report, source_files
+from matquant.methods.parts.split_state import check_batch
 from matquant.methods.prepare import trains_in_bf16
 from matquant.options import distill
 from matquant.options.distill import Options
-from matquant.options.qat import default_lr
+from matquant.options.qat import Schedule, default_lr
 from matquant.options.request import Request
 from matquant.system.errors import InputError
 from matquant.system.files import move_into_place
@@ -60,6 +61,8 @@ def run(quantize: Callable[..., Path], model: Path | str, request: Request, *, r
     if trains_in_bf16(request, choose_device(common.device)):
         options["autocast"] = True
     asked = stages(model, options)
+    step = Schedule.batch_size, Schedule.accumulate
+    check_batch(asked[1].get("batch_size", step[0]), accumulate=asked[1].get("accumulate", step[1]))
     done, start = folder, None
     with _recorded(folder, {**mark, "files": source_files(model)}, resume=common.resume):
         for number, stage in enumerate(asked, 1):

@@ -23,16 +23,16 @@ import torch
 
 from matquant.core.nest import MASTER_BITS, centred_codes, labels_of, positions, slice_codes, stored_codes
 from matquant.core.tensor import Affine, NestedTensor
-from matquant.distributed.collect import own_rows, total_values
+from matquant.distributed.collect import own_rows, together, total_values
 from matquant.distributed.nested import cut_rows
 from matquant.methods.parts.affines import clip_groups, refit_affine
-from matquant.methods.parts.blocks import Block, Solved, calibration, read_tensor, run_blocks
+from matquant.methods.parts.blocks import Block, Solved, calibration, read_rows, run_blocks
 from matquant.methods.parts.compensation import nested_codes, sweep
-from matquant.methods.parts.ends import HEAD_RATIO, HEAD_WEIGHTS, head_path, with_plain_error
+from matquant.methods.parts.ends import HEAD_RATIO, head_path, with_plain_error
 from matquant.methods.parts.fake import Grid
 from matquant.methods.parts.hessians import Factor, collect_hessians, inverse_factor
 from matquant.methods.parts.job import Job
-from matquant.methods.parts.share import part_rows, solve_rows
+from matquant.methods.parts.share import most_weights, part_rows, solve_rows
 from matquant.methods.parts.tune import tune_block
 from matquant.options.gptq import Settings
 from matquant.options.objective import FLOAT
@@ -143,9 +143,12 @@ def _solve_head(job: Job, hessian_KK: torch.Tensor, *, path: str, settings: Sett
         squares.append(_squares(rows_NK, nested, hessian_KK, lambdas))
         return nested
 
-    weight_NK = view.of(read_tensor(job, view.parameter)).to(job.device)
-    most = part_rows(len(weight_NK), ordered=settings.deterministic)
-    nested = solve_rows(weight_NK, encode, rows=min(most, max(1, HEAD_WEIGHTS // weight_NK.shape[1])))
+    def read(rows: slice) -> torch.Tensor:
+        return together(lambda: read_rows(job, view.parameter, rows)).to(job.device)
+
+    count, columns = view.shape
+    rows = part_rows(count, ordered=settings.deterministic, most=max(1, most_weights(job.device, head=True) // columns))
+    nested = solve_rows(count, read, encode, rows=rows)
     return Solved(nested={path: nested}, record={"loss": _losses(squares, lambdas)})
 
 
@@ -160,22 +163,28 @@ def nest_block(
     lambdas = {width.bits: width.weight for width in job.objective}
     widest = max(block.inputs)
     hessians, leaders = collect_hessians(dataclasses.replace(block, inputs={widest: block.inputs[widest]}))
-    factors: dict[str, Factor] = {}
     nested: dict[str, NestedTensor] = {}
     squares: list[torch.Tensor] = []
-    for path, weight in weights.items():
-        hessian, leader = hessians[leaders[path]], leaders[path]
-        if leader not in factors:
-            factors[leader] = inverse_factor(hessian, damp=damp, name=path)
+    damped = damp
+    for leader in list(hessians):
+        hessian = hessians.pop(leader)
+        paths = [path for path in weights if leaders[path] == leader]
+        stacked = torch.cat([weights[path] for path in paths])
+        factor = inverse_factor(hessian, damp=damp, name=leader)
+        damped = max(damped, factor.damp)
         encode = functools.partial(
-            nested_gptq, hessian_KK=hessian, grid=job.grid, weights=lambdas, factor=factors[leader], sweeps=sweeps,
-            name=path,
-        )  # fmt: skip
-        nested[path] = solve_rows(weight, encode, rows=part_rows(len(weight), ordered=block.share.ordered))
-        own = own_rows(len(weight))
-        squares.append(_squares(weight[own], cut_rows(nested[path], own), hessian, lambdas))
+            nested_gptq, hessian_KK=hessian, grid=job.grid, weights=lambdas, factor=factor, sweeps=sweeps, name=leader
+        )
+        most = max(1, most_weights(job.device) // stacked.shape[1])
+        rows = part_rows(len(stacked), ordered=block.share.ordered, most=most)
+        solved = solve_rows(len(stacked), stacked.__getitem__, encode, rows=rows)
+        own = own_rows(len(stacked))
+        squares.append(_squares(stacked[own], cut_rows(solved, own), hessian, lambdas))
+        bounds = [0, *itertools.accumulate(len(weights[path]) for path in paths)]
+        for path, (start, stop) in zip(paths, itertools.pairwise(bounds), strict=True):
+            nested[path] = cut_rows(solved, slice(start, stop))
+    nested = {path: nested[path] for path in weights}
     record: dict[str, Any] = {"loss": _losses(squares, lambdas)}
-    damped = max(factor.damp for factor in factors.values())
     if damped > damp:
         record["notice"] = (
             f"{block.name}: the Hessian was not positive definite; used damping of {damped:g} times its mean"

@@ -15,7 +15,8 @@ import torch
 from matquant.hf.gguf import as_directory, quantised_notice
 from matquant.hf_torch.layers import decoder_layers
 from matquant.hf_torch.views import View
-from matquant.methods.parts.ends import HEAD_WEIGHTS, head_path
+from matquant.methods.parts.ends import head_path
+from matquant.methods.parts.share import SOLVING_BYTES, most_weights
 from matquant.methods.prepare import Prepared, prepare
 from matquant.options import METHODS
 from matquant.options.declare import options_of
@@ -27,7 +28,6 @@ ENCODE_S = 2e-7  # seconds to round one weight
 SEARCH_S = 3.4e-6  # seconds to choose one nested code by GPTQ, including one sweep
 PASSES = 6  # multiply-adds of a GPTQ pass per weight and token: two forward passes and the Hessian, each 2 FLOP
 STEP = 6  # FLOP of a training step per weight and token, forward and backward
-SOLVING_BYTES = 200  # memory per weight while GPTQ solves some rows of the head at five widths
 PYTHON_BYTES = 400e6  # memory of the process with torch, before any model
 
 
@@ -136,7 +136,8 @@ def memory_bytes(prepared: Prepared) -> float:
         streams = 1 if not settings.tune else 2 + len(prepared.request.widths)
         head = _head(prepared)
         solving = 4 * layer * (12 if settings.tune else 6)
-        return PYTHON_BYTES + max(solving, 6 * head + SOLVING_BYTES * min(head, HEAD_WEIGHTS)) + streams * stream
+        at_once = min(head, most_weights(prepared.device, head=True))
+        return PYTHON_BYTES + max(solving, 6 * head + SOLVING_BYTES * at_once) + streams * stream
     if prepared.request.choice.method == "omniquant":
         return PYTHON_BYTES + 4 * layer * 6 + (2 + len(prepared.request.widths)) * stream
     masters = 5 if getattr(settings, "masters", "each") == "each" else 1

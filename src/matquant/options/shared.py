@@ -18,7 +18,7 @@ def seq_len(default: int, **more: Any) -> Any:
 def batch_size(default: int, **more: Any) -> Any:
     return option(
         default,
-        "Sequences per forward pass; reduce this first if you run out of memory.",
+        "Sequences per forward pass (1 in GPTQ without --tune); reduce this first if you run out of memory.",
         panel=CALIBRATION,
         positive=True,
         **more,

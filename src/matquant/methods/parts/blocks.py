@@ -110,7 +110,7 @@ def run_blocks(
     for index, ((name, module), file) in enumerate(zip(layers, files, strict=True)):
         views = {path: view for path, view in job.views.items() if view.parameter.startswith(f"{name}.")}
         began, sent = time.perf_counter(), sent_bytes()
-        _materialise(job, name, module)
+        _fill(job, module, f"{name}.", [local for local, _ in module.named_parameters()])
         if not on_first(file.is_file):
             block = Block(
                 index=index, count=count, name=name, module=module, views=views, inputs=flowing, share=share,
@@ -170,7 +170,9 @@ def read_tensor(job: Job, name: str) -> torch.Tensor:
             if f"plain/{name}" in file.keys():  # noqa: SIM118 (a safetensors file is not a mapping)
                 tensor: torch.Tensor = file.get_tensor(f"plain/{name}").clone()
                 return tensor
-    return _read(job, name)
+    tensor = job.read(name)
+    check_finite(tensor, name=name.removesuffix(".weight"))
+    return tensor
 
 
 def calibration(job: Job, *, samples: int, seq_len: int, seed: int) -> torch.Tensor:
@@ -259,8 +261,7 @@ def _outside_layers(job: Job) -> Iterator[None]:
     decoder = job.model.get_decoder()
     prefix = next(f"{name}." if name else "" for name, module in job.model.named_modules() if module is decoder)
     outside = [name for name, _ in decoder.named_parameters() if not f"{prefix}{name}".startswith(inside)]
-    for name in outside:
-        _set_parameter(decoder, name, _read(job, f"{prefix}{name}").float().to(job.device))
+    _fill(job, decoder, prefix, outside)
     for name, buffer in decoder.named_buffers():
         _set(decoder, name, buffer.to(job.device))
     yield
@@ -309,11 +310,10 @@ def _check_states(hidden: Iterable[torch.Tensor], name: str, stream: int) -> Non
         )
 
 
-def _materialise(job: Job, name: str, module: torch.nn.Module) -> None:
-    """Read a layer's weights in float32; each of several processes reads some rows, and gets the others."""
-    names = [local for local, _ in module.named_parameters()]
+def _fill(job: Job, module: torch.nn.Module, prefix: str, names: Sequence[str]) -> None:
+    """Read parameters of a module in float32; each of several processes reads some rows, and gets the others."""
     rows = {local: module.get_parameter(local).shape[0] for local in names}
-    found = together(lambda: [_read(job, f"{name}.{local}", rows=own_rows(rows[local])) for local in names])
+    found = together(lambda: [read_rows(job, f"{prefix}{local}", own_rows(rows[local])) for local in names])
     for local, own in zip(names, found, strict=True):
         whole = gather_rows(own.to(job.device), row_counts(rows[local]))
         _set_parameter(module, local, whole.float())
@@ -339,8 +339,9 @@ def _set(module: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
     setattr(module.get_submodule(owner), leaf, tensor)
 
 
-def _read(job: Job, name: str, *, rows: slice | None = None) -> torch.Tensor:
-    tensor = job.read(name) if rows is None or ranks.count() == 1 else job.read_rows(name, rows)
+def read_rows(job: Job, name: str, rows: slice) -> torch.Tensor:
+    """Read this process's rows of a tensor as the source has it, all of them for a single process."""
+    tensor = job.read(name) if ranks.count() == 1 else job.read_rows(name, rows)
     check_finite(tensor, name=name.removesuffix(".weight"))
     return tensor
 

@@ -7,7 +7,9 @@ Each width r has a target t_r, and one code serves all widths:
 Each term falls until its best slice and rises after it, so the best q lies between the choices of the single widths.
 Inside a *cell* (a run of codes whose slices are all equal) only the 8-bit term changes. So the candidates are the 8-bit
 choice clamped into each cell in between: usually one code, rarely more than ten.
-Shapes: N out features, R widths, C cells, J candidate codes, Q the 256 codes.
+Where a target falls decides its nearest code, and that code's first and last cell, so all three are tables: few
+operations per column matter, since on a GPU, and for few rows on a CPU, they take longer to start than to run.
+Shapes: N out features, R widths, C cells, J candidate codes, Q the 256 codes, I places of targets at all widths.
 """
 
 import functools
@@ -18,6 +20,7 @@ import torch
 
 from matquant.core.nest import (
     MASTER_BITS,
+    RESOLUTION,
     UNIFORM,
     nearest_codes,
     positions,
@@ -31,7 +34,7 @@ def chooser(
     rule: str, grid: str, widths: Sequence[int], device: torch.device
 ) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
     """Return the function that chooses a column of codes for ``widths``, descending: (targets [R, N], scales, zeros,
-    lambdas [R]) -> (codes int64 [N], values read at each width [R, N]). A single width takes the nearest of its
+    lambdas [R]) -> (codes [N], values read at each width [R, N]). A single width takes the nearest of its
     codes."""
     if len(widths) > 1:
         return _cells(rule, grid, tuple(widths), device).choose
@@ -46,33 +49,33 @@ class Cells:
     grid: str  # one of nest.GRIDS
     low_C: torch.Tensor  # first code of each cell
     high_C: torch.Tensor  # last code of each cell
-    of_Q: torch.Tensor  # the cell of each code
-    first: tuple[torch.Tensor, ...]  # per width below 8: the first cell of each slice code [2^r (+ 1)]
-    last: tuple[torch.Tensor, ...]  # per width below 8: the last cell of each slice code [2^r (+ 1)]
+    step_C1: torch.Tensor  # 0, 1, 2, ...
+    start_R1: torch.Tensor  # where each width's places start among those of all
+    limit_R1: torch.Tensor  # last place of each width, from 0, as a float
+    code_I: torch.Tensor  # nearest code of the width to a place
+    first_I: torch.Tensor  # first cell of that code
+    last_I: torch.Tensor  # last cell of that code
     positions_RQ: torch.Tensor  # position of every width's slice of every code
 
     def choose(
         self, target_RN: torch.Tensor, scale_RN: torch.Tensor, zero_RN: torch.Tensor, lambdas_R: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the best code of each row, int64 [N], and the values read from it at each width [R, N]."""
+        """Return the best code of each row, int32 [N], and the values read from it at each width [R, N]."""
         position_RN = target_RN / scale_RN + zero_RN
-        if self.grid == UNIFORM:
-            nearest_RN = round_half_up(position_RN).long().unbind()
-        else:
-            nearest_RN = tuple(
-                nearest_codes(row, bits, grid=self.grid).long()
-                for row, bits in zip(position_RN, self.widths, strict=True)
-            )
-        master_N = nearest_RN[0].clamp_(0, 2**MASTER_BITS - 1)
-        below_N = above_N = self.of_Q[master_N]
-        for width in range(1, len(self.widths)):
-            own_N = nearest_RN[width].clamp_(0, len(self.first[width - 1]) - 1)
-            below_N = torch.minimum(below_N, self.last[width - 1][own_N])
-            above_N = torch.maximum(above_N, self.first[width - 1][own_N])
+        place_RN = round_half_up(position_RN) if self.grid == UNIFORM else torch.floor(position_RN.float() * RESOLUTION)
+        place_RN = torch.minimum(place_RN.clamp_(min=0), self.limit_R1).long() + self.start_R1
+        master_N = self.code_I.index_select(0, place_RN[0])
+        place_RN = place_RN.view(-1)  # index_select is four times as fast as an index of two dimensions
+        below_N = self.last_I.index_select(0, place_RN).view(position_RN.shape).amin(0)
+        above_N = self.first_I.index_select(0, place_RN).view(position_RN.shape).amax(0)
         span = int((above_N - below_N).max())
-        cell_JN = torch.minimum(below_N + torch.arange(span + 1, device=below_N.device)[:, None], above_N)
-        code_JN = torch.minimum(torch.maximum(master_N, self.low_C[cell_JN]), self.high_C[cell_JN])
-        read_RJN = scale_RN[:, None] * (self.positions_RQ[:, code_JN] - zero_RN[:, None])
+        cell_JN = torch.minimum(below_N + self.step_C1[: span + 1], above_N)
+        low_JN, high_JN = (
+            codes_C.index_select(0, cell_JN.view(-1)).view(cell_JN.shape) for codes_C in (self.low_C, self.high_C)
+        )
+        code_JN = torch.minimum(torch.maximum(master_N, low_JN), high_JN)
+        position_RJN = self.positions_RQ.index_select(1, code_JN.view(-1)).view(-1, *code_JN.shape)
+        read_RJN = scale_RN[:, None] * (position_RJN - zero_RN[:, None])
         if span == 0:
             return code_JN[0], read_RJN[:, 0]
         cost_JN = torch.tensordot(lambdas_R, (target_RN[:, None] - read_RJN).square_(), dims=1)
@@ -90,20 +93,27 @@ def _cells(rule: str, grid: str, widths: tuple[int, ...], device: torch.device) 
     count = int(cell[-1]) + 1
     low = torch.tensor([int((cell == index).nonzero()[0]) for index in range(count)])
     high = torch.tensor([int((cell == index).nonzero()[-1]) for index in range(count)])
-    first, last = [], []
-    for row in slices[1:]:
+    codes, first, last = [], [], []
+    for bits, row in zip(widths, slices, strict=True):
         members = [(row == code).nonzero().flatten() for code in range(int(row.max()) + 1)]
-        first.append(cell[torch.stack([codes[0] for codes in members])])
-        last.append(cell[torch.stack([codes[-1] for codes in members])])
+        codes.append(torch.arange(len(members)))
+        if grid != UNIFORM:
+            codes[-1] = nearest_codes(torch.arange(RESOLUTION * len(members)) / RESOLUTION, bits, grid=grid).long()
+        first.append(cell[torch.stack([codes_of[0] for codes_of in members])][codes[-1]])
+        last.append(cell[torch.stack([codes_of[-1] for codes_of in members])][codes[-1]])
+    counts = torch.tensor([len(places) for places in codes])
     reads = [slice_positions(every, bits, rule=rule, grid=grid) for bits in widths]
     return Cells(
         widths=widths,
         grid=grid,
-        low_C=low.to(device),
-        high_C=high.to(device),
-        of_Q=cell.to(device),
-        first=tuple(codes.to(device) for codes in first),
-        last=tuple(codes.to(device) for codes in last),
+        low_C=low.int().to(device),
+        high_C=high.int().to(device),
+        step_C1=torch.arange(count, dtype=torch.int32)[:, None].to(device),
+        start_R1=(counts.cumsum(0) - counts)[:, None].to(device),
+        limit_R1=(counts - 1.0)[:, None].to(device),
+        code_I=torch.cat(codes).int().to(device),
+        first_I=torch.cat(first).int().to(device),
+        last_I=torch.cat(last).int().to(device),
         positions_RQ=torch.stack(reads).to(device),
     )
 

@@ -26,7 +26,6 @@ from matquant.methods.parts.job import Job
 
 HEAD_RATIO = 3.0  # loss weight of a width of the head, over that of a width one bit narrower
 PLAIN = 1.0  # weight of the plain squared error of a head, in units of the mean diagonal of its Hessian
-HEAD_WEIGHTS = 2**20  # weights of the head solved at once: bounds memory for any vocabulary
 ROWS = 8192  # rows encoded at once: bounds memory for any vocabulary
 
 

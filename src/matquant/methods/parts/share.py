@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from matquant.core.tensor import NestedTensor
-from matquant.distributed.collect import exchange, own_part, own_parts
+from matquant.distributed.collect import exchange, own_parts, total
 from matquant.distributed.nested import gather_nested, join_rows
 from matquant.distributed.sums import Sums
 from matquant.system import ranks
@@ -20,6 +20,7 @@ from matquant.system.errors import InputError
 
 ROW_PARTS = 32  # parts of a weight that are solved apart with --deterministic: as many processes can share them
 LEAST_ROWS = 4  # of such a part
+SOLVING_BYTES = 300  # memory per weight that GPTQ solves at once, at five widths: measured (docs/scale.md)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +53,7 @@ def deal(samples: int, batch_size: int, *, steps: bool, ordered: bool) -> Share:
             f"{flag} {size} leaves some of {ranks.count()} processes without a sequence; use at least {ranks.count()}"
         )
     if not steps:
-        return _deal_all(samples, batch_size, ordered=ordered)
+        return _deal_all(samples, ordered=ordered)
     batches = [range(start, min(start + batch_size, samples)) for start in range(0, samples, batch_size)]
     # positions in a batch, so that a short last batch is dealt as the others are
     positions = [range(*part.indices(batch_size)) for part in own_parts(batch_size)]
@@ -68,10 +69,10 @@ def deal(samples: int, batch_size: int, *, steps: bool, ordered: bool) -> Share:
     return _deal_ordered(batches, positions)
 
 
-def _deal_all(samples: int, batch_size: int, *, ordered: bool) -> Share:
+def _deal_all(samples: int, *, ordered: bool) -> Share:
+    """Deal single sequences: the shapes of all products are then the same for any number of processes."""
     parts = [range(samples)[part] for part in own_parts(samples)]
-    own, size = parts[ranks.rank()], 1 if ordered else batch_size
-    pieces = tuple(tuple(own[start : start + size]) for start in range(0, len(own), size))
+    pieces = tuple((sequence,) for sequence in parts[ranks.rank()])
     return Share(pieces=pieces, batches=(), ranges=tuple(parts) if ordered else None)
 
 
@@ -103,11 +104,14 @@ def sum_gradients(
 ) -> None:
     """Call ``backward`` (piece, share of the batch) for this process's pieces of a batch, which adds to .grad of
     ``tensors``; afterwards .grad holds the sum over all processes."""
-    if ranks.count() == 1 and not share.ordered:
+    if not share.ordered:
         for piece, part in share.batches[batch]:
             backward(piece, part)
+        if ranks.count() > 1:
+            for tensor in tensors:
+                tensor.grad = total(_take_gradient(tensor))
         return
-    sums = Sums(share.batch_ranges[batch] if share.ordered else None)
+    sums = Sums(share.batch_ranges[batch])
     for piece, part in share.batches[batch]:
         backward(piece, part)
         sums.add([_take_gradient(tensor) for tensor in tensors])
@@ -125,20 +129,22 @@ def mean_over_batches(share: Share, batches: Sequence[int], values: Sequence[flo
     return sum(sums) / len(batches)
 
 
-def solve_rows(weight_NK: torch.Tensor, encode: Callable[[torch.Tensor], NestedTensor], *, rows: int) -> NestedTensor:
-    """Encode float32 copies of ``rows`` rows at a time, which do not interact, and return all of them as one tensor.
+def solve_rows(
+    count: int, read: Callable[[slice], torch.Tensor], encode: Callable[[torch.Tensor], NestedTensor], *, rows: int
+) -> NestedTensor:
+    """Encode the ``count`` rows of a weight, which do not interact, ``rows`` at a time, and return them as one tensor.
 
-    Each process encodes some of these parts; see ``check_parts``.
+    Each process reads and encodes some of these parts; see ``check_parts``. read: returns some rows [n, K].
     """
-    parts = torch.split(weight_NK, rows)
-    counts = [sum(len(part) for part in parts[own]) for own in own_parts(len(parts))]
-    return gather_nested(join_rows([encode(part.float()) for part in parts[own_part(len(parts))]]), counts)
+    held = [slice(rows * parts.start, min(rows * parts.stop, count)) for parts in own_parts(-(-count // rows))]
+    solved = [encode(part.float()) for part in torch.split(read(held[ranks.rank()]), rows)]
+    return gather_nested(join_rows(solved), [part.stop - part.start for part in held])
 
 
 def check_parts(rows: Mapping[str, int], *, ordered: bool) -> None:
     """Raise InputError if a process would solve no part of a weight. rows: path -> rows of the weight."""
     for path, count in rows.items():
-        parts = -(-count // part_rows(count, ordered=ordered))
+        parts = -(-count // part_rows(count, ordered=ordered, most=count))
         if parts < ranks.count():
             raise InputError(
                 f"{ranks.count()} processes leave one of them without any of the {count} rows of {path}; "
@@ -146,9 +152,16 @@ def check_parts(rows: Mapping[str, int], *, ordered: bool) -> None:
             )
 
 
-def part_rows(rows: int, *, ordered: bool) -> int:
-    """Return how many of a weight's N rows to solve at once."""
-    return max(LEAST_ROWS, -(-rows // ROW_PARTS)) if ordered else -(-rows // ranks.count())
+def part_rows(rows: int, *, ordered: bool, most: int) -> int:
+    """Return how many of a weight's N rows to solve at once: equal parts of at most ``most``."""
+    each = max(LEAST_ROWS, -(-rows // ROW_PARTS)) if ordered else -(-rows // ranks.count())
+    return -(-each // -(-each // most))
+
+
+def most_weights(device: torch.device, *, head: bool = False) -> int:
+    """Return how many weights to solve at once, which bounds memory to 1.3 GB on CPUs, and to 10 GB on GPUs, where each
+    part costs a launch per column and operation; a quarter of that for the head, which is held whole."""
+    return (2**25 if device.type == "cuda" else 2**22) // (4 if head else 1)
 
 
 def pieces_of(tokens: torch.Tensor, share: Share) -> Iterator[torch.Tensor]:

@@ -63,11 +63,7 @@ def open_training(job: Job, schedule: Schedule, *, taught: bool) -> Training:
     if ranks.count() == 1:
         teacher = copy.deepcopy(job.model) if taught else None
         return Training(model=job.model, teacher=teacher, views=job.views, counts=counts)
-    if schedule.batch_size < ranks.count():
-        raise InputError(
-            f"--batch-size {schedule.batch_size} leaves some of {ranks.count()} processes without a sequence; use at "
-            f"least {ranks.count()}"
-        )
+    check_batch(schedule.batch_size, accumulate=schedule.accumulate)
     parts = [split(job.model, job.read_rows, device=job.device, autocast=schedule.autocast) for _ in range(1 + taught)]
     return Training(
         model=parts[0],
@@ -75,6 +71,16 @@ def open_training(job: Job, schedule: Schedule, *, taught: bool) -> Training:
         views=own_views(job.views, job.model),
         counts=counts,
     )
+
+
+def check_batch(batch_size: int, *, accumulate: int) -> None:
+    """Raise InputError if a process would have none of a batch's sequences."""
+    if batch_size < ranks.count():
+        same = "" if accumulate == 1 else f"; a step has --accumulate {accumulate} times as many sequences"
+        raise InputError(
+            f"--batch-size {batch_size} leaves some of {ranks.count()} processes without a sequence; use at least "
+            f"{ranks.count()}{same}"
+        )
 
 
 def keep_rest(job: Job, training: Training, state: State) -> None:
