@@ -210,12 +210,15 @@ void check(Fixture& of, int bits, const char* isa) {
 
 // ------------------------------------------------------------------------------------------------------ decode steps
 
-// Two layers with every width: 4 query heads that share 2 key/value heads, and a nested head.
+// Two layers with every width: 4 query heads that share 2 key/value heads, a gated block in the first layer, experts
+// and a shared one in the second, and a nested head.
 struct Decoder {
   static constexpr int HIDDEN = 64, FFN = 160, HEADS = 4, KV = 2, DIM = 32, VOCAB = 96, CAPACITY = 64;
+  static constexpr int EXPERTS = 6, ACTIVE = 2, EXPERT = 48;
   std::vector<std::unique_ptr<Fixture>> held;
   std::vector<float> ones = std::vector<float>(FFN, 1.0f), frequencies = std::vector<float>(DIM / 2, 0.1f);
-  Model model{HIDDEN, FFN, HEADS, KV, DIM, VOCAB};
+  std::vector<float> router = std::vector<float>(EXPERTS * HIDDEN);
+  Model model{HIDDEN, HEADS, KV, DIM, VOCAB};
 
   // Returns the id of a new matrix.
   int nested(int rows, int cols) {
@@ -232,6 +235,21 @@ struct Decoder {
     return model.add(matrix);
   }
 
+  Gated gated(int width) { return {nested(width, HIDDEN), nested(width, HIDDEN), nested(HIDDEN, width)}; }
+
+  Experts experts() {
+    for (float& value : router) value = draw_float();
+    Matrix matrix;
+    matrix.dense = {router.data(), DType::f32, EXPERTS, HIDDEN};
+    Experts made;
+    made.router = model.add(matrix);
+    made.active = ACTIVE;
+    for (int i = 0; i < EXPERTS; ++i) made.each.push_back(gated(EXPERT));
+    made.shared = gated(FFN);
+    made.shared_gate = nested(1, HIDDEN);
+    return made;
+  }
+
   Decoder() {
     model.norm_eps = 1e-5f, model.attention_scale = 0.2f, model.embedding_scale = 1.0f;
     model.ropes.push_back({frequencies.data(), 1.0f});
@@ -243,9 +261,10 @@ struct Decoder {
       attention.value = nested(KV * DIM, HIDDEN);
       attention.output = nested(HIDDEN, HEADS * DIM);
       FeedForward& ffn = layer.feed_forward;
-      ffn.gate = nested(FFN, HIDDEN);
-      ffn.up = nested(FFN, HIDDEN);
-      ffn.down = nested(HIDDEN, FFN);
+      if (i == 0)
+        ffn.gated = gated(FFN);
+      else
+        ffn.experts = experts();
       attention.norm = ffn.norm = ones.data();
       model.layers.push_back(layer);
     }
@@ -271,11 +290,11 @@ void expect_rejected(const char* what, Make make) {
 
 void check_sizes() {
   constexpr std::int64_t huge = std::int64_t{1} << 32;
-  expect_rejected("heads x head_dim of 2^32 + 128", [] { Model(64, 160, 2, 1, (huge + 128) / 2, 96); });
-  expect_rejected("2^31 heads", [] { Model(64, 160, huge / 2, 1, 32, 96); });
-  expect_rejected("a vocabulary of 2^31", [] { Model(64, 160, 4, 2, 32, huge / 2); });
-  expect_rejected("a negative size", [] { Model(-64, 160, 4, 2, 32, 96); });
-  Model wide(64, 160, 1, 1, MOST_HEAD_DIM, 96);
+  expect_rejected("heads x head_dim of 2^32 + 128", [] { Model(64, 2, 1, (huge + 128) / 2, 96); });
+  expect_rejected("2^31 heads", [] { Model(64, huge / 2, 1, 32, 96); });
+  expect_rejected("a vocabulary of 2^31", [] { Model(64, 4, 2, 32, huge / 2); });
+  expect_rejected("a negative size", [] { Model(-64, 4, 2, 32, 96); });
+  Model wide(64, 1, 1, MOST_HEAD_DIM, 96);
   expect_rejected("a cache of a model without layers", [&] { Cache(wide, 16, DType::f32); });
   wide.layers.resize(1 << 12);
   expect_rejected("a cache of 2^70 bytes", [&] { Cache(wide, MOST_CAPACITY, DType::f32); });
@@ -317,10 +336,41 @@ int check_steps() {
   return steps;
 }
 
+// A prompt at once, with rows grouped by expert, gives the logits of one token at a time bit for bit; and several
+// experts are used.
+void check_grouping() {
+  const Decoder decoder;
+  const std::vector<std::uint8_t> bits(decoder.model.matrices.size(), 4);
+  constexpr int TOKENS = 16;
+  for (const Activations activations : {Activations::int8, Activations::exact})
+    for (const int threads : {1, 2, 3}) {
+      std::vector<float> logits[2];
+      bool used[Decoder::EXPERTS] = {};
+      for (const int at_once : {1, TOKENS}) {
+        const Cache cache(decoder.model, TOKENS, activations == Activations::exact ? DType::f32 : DType::f16);
+        Workspace workspace(decoder.model, TOKENS, TOKENS, threads);
+        std::vector<float>& found = logits[at_once > 1];
+        found.resize(TOKENS * Decoder::VOCAB);
+        for (int first = 0; first < TOKENS; first += at_once) {
+          std::vector<Row> rows;
+          for (int t = 0; t < at_once; ++t) rows.push_back({(first + t) * 5 % Decoder::VOCAB, first + t, &cache});
+          step(decoder.model, bits.data(), activations, rows.data(), at_once, 0,
+               found.data() + first * Decoder::VOCAB, workspace);
+          for (int i = 0; i < at_once * Decoder::ACTIVE; ++i) used[workspace.chosen[i]] = true;
+        }
+      }
+      const bool same = std::memcmp(logits[0].data(), logits[1].data(), logits[0].size() * sizeof(float)) == 0;
+      if (same && std::count(used, used + Decoder::EXPERTS, true) > 2) continue;
+      ++failures;
+      std::printf("FAILED: rows grouped by expert, %d threads\n", threads);
+    }
+}
+
 }  // namespace
 
 int main() {
   check_sizes();
+  check_grouping();
   if (counting) {
     const long before = allocations;
     delete new std::atomic<int>(0);

@@ -78,6 +78,12 @@ Input Worker::input_of(const float* x, int rows_in, int cols) const {
   return make_input(memory, rows_in, cols, activations_);
 }
 
+Input Worker::input_at(char*& memory, int rows_in, int cols) const {
+  const Input input = make_input(memory, rows_in, cols, activations_);
+  memory += input_bytes(rows_in, cols, activations_);
+  return input;
+}
+
 Input Worker::quantise(std::initializer_list<int> matrices, const float* x, int rows_in) {
   const Input input = input_of(x, rows_in, model.matrices[*matrices.begin()].cols());
   if (std::none_of(matrices.begin(), matrices.end(), [&](int id) { return is_nested(id); })) return input;
@@ -106,6 +112,12 @@ void Worker::multiply(std::initializer_list<int> matrices, const float* x, const
     for (int t = 0; matrix.bias && t < input.tokens; ++t)
       fn.add(y + static_cast<std::size_t>(t) * n + mine.start, matrix.bias + mine.start, mine.stop - mine.start);
   }
+}
+
+void Worker::activate(float* gate, const float* up, std::int64_t count) const {
+  const auto gate_times = model.gelu ? fn.gelu_times : fn.silu_times;
+  const Share mine = share_of(count, thread, threads, ACTIVATION_GROUP);
+  if (mine.start < mine.stop) gate_times(gate + mine.start, up + mine.start, static_cast<int>(mine.stop - mine.start));
 }
 
 void Worker::fetch_for_norm(const float* norm, const float* x, int cols) const {

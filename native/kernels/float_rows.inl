@@ -32,6 +32,10 @@ void add(float* x, const float* y, int n) {
   map(x, y, n, x, [](V a, V b) { return a + b; });
 }
 
+void add_scaled(float* x, const float* y, float factor, int n) {
+  map(x, y, n, x, [factor](V a, V b) { return a + factor * b; });
+}
+
 void silu_times(float* gate, const float* up, int n) {
   map(gate, up, n, gate, [](V g, V u) { return g / (1.0f + exponential(-g)) * u; });
 }

@@ -41,6 +41,7 @@ struct FloatKernels {
   // out = x / sqrt(mean(x^2) + eps) * weight; out may be x
   void (*rms_norm)(const float* x, const float* weight, float eps, int n, float* out);
   void (*add)(float* x, const float* y, int n);
+  void (*add_scaled)(float* x, const float* y, float factor, int n);  // x += factor * y
   void (*silu_times)(float* gate, const float* up, int n);  // gate = silu(gate) * up
   void (*gelu_times)(float* gate, const float* up, int n);  // the tanh form of GELU
   void (*soft_cap)(float* x, float cap, int n);             // x = cap * tanh(x / cap)

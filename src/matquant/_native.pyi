@@ -41,7 +41,6 @@ class Model:
         self,
         *,
         hidden: int,
-        intermediate: int,
         heads: int,
         kv_heads: int,
         head_dim: int,
@@ -55,7 +54,15 @@ class Model:
     ) -> None: ...
     def add_rope(self, frequencies: _Vector, scale: float) -> None: ...
     def add_layer(
-        self, matrices: Sequence[Matrix], norms: Sequence[_Vector | None], window: int, rope: int
+        self,
+        matrices: Sequence[Matrix],
+        norms: Sequence[_Vector | None],
+        window: int,
+        rope: int,
+        experts: int = 0,
+        active: int = 0,
+        renormalise: bool = False,
+        shared: bool = False,
     ) -> None: ...
     def set_ends(self, head: Matrix, embedding: Matrix | None, norm: _Vector) -> None: ...
     def change_weights(self, change: Callable[[], None]) -> None: ...

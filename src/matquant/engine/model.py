@@ -16,7 +16,8 @@ from matquant import _native
 from matquant.core.nest import bits_read
 from matquant.core.planes import Weight, add_planes, hold, load_weight
 from matquant.format.read import Checkpoint
-from matquant.hf.architecture import EMBEDDING, PROJECTIONS, Architecture, check_sizes, read_architecture
+from matquant.hf.architecture import EMBEDDING, Architecture, check_sizes, read_architecture
+from matquant.hf.experts import router_path
 from matquant.system.errors import InputError
 
 NORMS = ("input", "attention_out", "ffn", "ffn_out", "query", "key")
@@ -31,7 +32,8 @@ class Model:
 
     least: path -> its least width unless a plan names it, for embedding and head. group_bytes: bytes of a group's scale
     and zero-point. plain_bytes: of the other matrices that each token reads. looked_up: the path of which a token reads
-    one row only, an embedding that is not the head.
+    one row only, an embedding that is not the head. shares: path -> the share of tokens that read it if a router uses
+    all experts alike, for the matrices of experts.
     """
 
     native: _native.Model
@@ -43,16 +45,21 @@ class Model:
     groups: Mapping[str, int]
     group_bytes: int
     plain_bytes: int
+    shares: Mapping[str, float]
 
     def bytes_per_token(self, widths: np.ndarray) -> int:
-        """Return the bytes of weights that decoding one token reads at ``widths`` (one per path)."""
-        total = self.plain_bytes
+        """Return the bytes of weights that decoding one token reads at ``widths`` (one per path).
+
+        Of experts it is the mean over all of them, times those that a token uses.
+        """
+        total: float = self.plain_bytes
         for path, bits in zip(self.paths, widths.tolist(), strict=True):
             if path in self.weights and path != self.looked_up:
                 weight = self.weights[path]
                 codes = weight.planes.rows * weight.planes.columns
-                total += codes * bits_read(bits, rule=weight.rule) // 8 + self.groups[path] * self.group_bytes
-        return total
+                read = codes * bits_read(bits, rule=weight.rule) // 8 + self.groups[path] * self.group_bytes
+                total += read * self.shares.get(path, 1)
+        return round(total)
 
 
 def load_model(checkpoint: Checkpoint, *, max_bits: int) -> Model:
@@ -63,7 +70,6 @@ def load_model(checkpoint: Checkpoint, *, max_bits: int) -> Model:
     tensors = _plain_tensors(checkpoint)
     native = _native.Model(
         hidden=architecture.hidden,
-        intermediate=architecture.intermediate,
         heads=architecture.heads,
         kv_heads=architecture.kv_heads,
         head_dim=architecture.head_dim,
@@ -77,7 +83,11 @@ def load_model(checkpoint: Checkpoint, *, max_bits: int) -> Model:
     )
     for frequencies, scale in zip(architecture.frequencies, architecture.rope_scales, strict=True):
         native.add_rope(frequencies, scale)
-    paths = [f"model.layers.{layer}.{name}" for layer in range(architecture.layers) for name in PROJECTIONS]
+    paths = [
+        f"model.layers.{layer}.{name}"
+        for layer in range(architecture.layers)
+        for name, _ in architecture.matrices(layer)
+    ]
     paths += [EMBEDDING] if architecture.tied else [HEAD, EMBEDDING]
     looked_up = None if architecture.tied else EMBEDDING
     least = checkpoint.least
@@ -94,7 +104,9 @@ def load_model(checkpoint: Checkpoint, *, max_bits: int) -> Model:
     except (TypeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"{where} does not fit its config.json ({reason}); write the checkpoint again") from None
-    plain = sum(tensors[f"{path}.weight"].nbytes for path in paths if path not in weights and path != looked_up)
+    plain = [path for path in paths if path not in weights and path != looked_up]
+    experts = architecture.experts
+    shares = {path: experts.active / experts.count for path in paths if ".experts." in path} if experts else {}
     return Model(
         native=native,
         architecture=architecture,
@@ -104,7 +116,8 @@ def load_model(checkpoint: Checkpoint, *, max_bits: int) -> Model:
         looked_up=looked_up,
         groups={path: checkpoint.array(f"{path}.weight_scale").size for path in weights},
         group_bytes=4 if checkpoint.spec.scale_dtype == "bfloat16" else 8,
-        plain_bytes=plain,
+        plain_bytes=round(sum(tensors[f"{path}.weight"].nbytes * shares.get(path, 1) for path in plain)),
+        shares=shares,
     )
 
 
@@ -167,11 +180,16 @@ def _fill(
     for layer in range(architecture.layers):
         prefix = f"model.layers.{layer}."
         names = [architecture.family.norms.get(place) for place in NORMS]
+        experts = architecture.experts_at(layer)
         native.add_layer(
-            [matrix(prefix + name) for name in PROJECTIONS],
+            [matrix(prefix + name) for name, _ in architecture.matrices(layer)],
             [None if name is None else norm(prefix + name) for name in names],
             architecture.windows[layer],
             architecture.ropes[layer],
+            experts=experts.count if experts else 0,
+            active=experts.active if experts else 0,
+            renormalise=experts is not None and experts.renormalise,
+            shared=experts is not None and experts.shared > 0,
         )
     embedding = None if architecture.tied else matrix(EMBEDDING, resident=False)
     native.set_ends(matrix(EMBEDDING if architecture.tied else HEAD), embedding, norm(NORM))
@@ -186,10 +204,16 @@ def _tensor(name: str, tensors: Mapping[str, np.ndarray], where: Path) -> np.nda
 def _check_names(
     checkpoint: Checkpoint, tensors: Mapping[str, np.ndarray], architecture: Architecture, paths: Sequence[str]
 ) -> None:
-    """Raise InputError for an unused tensor: then the checkpoint is not of the family that it claims."""
+    """Raise InputError for a quantised router, and for an unused tensor: the checkpoint is of another family then."""
     prefixes = [f"model.layers.{layer}." for layer in range(architecture.layers)]
     norms = [f"{prefix}{name}" for prefix in prefixes for name in architecture.family.norms.values()]
     known = {f"{path}.weight" for path in (*paths, *norms, EMBEDDING, HEAD, NORM)} | {f"{path}.bias" for path in paths}
+    for layer in range(architecture.layers):
+        experts = architecture.experts_at(layer)
+        if experts is not None and (path := router_path(experts, layer)) in checkpoint.shapes:
+            raise InputError(
+                f"{checkpoint.directory} has a quantised router, {path}; routers stay float: quantise the model again"
+            )
     unused = sorted(set(tensors) - known) + sorted(set(checkpoint.shapes) - set(paths))
     if unused:
         kind = checkpoint.config["model_type"]
