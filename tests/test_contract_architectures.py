@@ -11,7 +11,7 @@ import transformers
 
 import conftest
 import matquant
-from conftest import FAMILIES, HEADS, OTHERS, SMALL, make_model
+from conftest import FAMILIES, HEADS, MOE, OTHERS, SMALL, make_model
 from matquant.export import FORMATS, export
 from matquant.format.read import open_checkpoint
 from matquant.hf.families import ARCHITECTURES, supported
@@ -26,6 +26,7 @@ MORE: dict[str, Callable[[], Any]] = {
     "gemma2": lambda: transformers.Gemma2Config(**SMALL, **HEADS, query_pre_attn_scalar=8),
     "smollm3": lambda: transformers.SmolLM3Config(**SMALL, no_rope_layers=[1, 0]),
     "mixtral": lambda: transformers.MixtralConfig(**SMALL, num_local_experts=2),
+    "qwen2_moe": lambda: transformers.Qwen2MoeConfig(**SMALL, **MOE, shared_expert_intermediate_size=48),
     "xglm": lambda: transformers.XGLMConfig(
         **{"d_model": 32, "ffn_dim": 48, "num_layers": 2, "attention_heads": 4, "vocab_size": 300},
         **{"max_position_embeddings": 64, "bos_token_id": 256, "eos_token_id": 256, "pad_token_id": 1},
