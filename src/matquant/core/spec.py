@@ -201,8 +201,8 @@ class Plan:
         A plan without a default need not list these paths.
         """
         least = least or {}
-        known = list(paths)
-        unknown = [path for path in self.bits if path not in set(known)]
+        known = dict.fromkeys(paths)
+        unknown = [path for path in self.bits if path not in known]
         if unknown:
             nearest = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0.0)
             raise InputError(
