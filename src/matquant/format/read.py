@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from matquant.core.experts import Joined
 from matquant.core.nest import MASTER_BITS, labels_of, middle
 from matquant.core.packing import unpack
 from matquant.core.spec import DAMAGED, Plan, Spec
@@ -153,6 +154,17 @@ class Checkpoint:
         """Return tensor name -> shape of all weights; quantised ones are named ``path.weight``, [N, K]."""
         quantised = {f"{path}.weight": shape for path, shape in self.shapes.items()}
         return quantised | {name: self.stored_shape(name) for name in self.plain_names()}
+
+    def model_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return tensor name -> shape of the quantised weights as the model's own files hold them."""
+        joined = self.joined()
+        inside = {path for tensor in joined.values() for path in tensor.places}
+        single = {f"{path}.weight": shape for path, shape in self.shapes.items() if path not in inside}
+        return single | {name: tensor.shape for name, tensor in joined.items()}
+
+    def joined(self) -> dict[str, Joined]:
+        """Return the tensors that hold all experts in the model's own files, by name."""
+        return {} if self.spec.experts is None else self.spec.experts.join(self.shapes)
 
     def plain_names(self) -> list[str]:
         """Return the names of the tensors that are not part of a quantised weight."""

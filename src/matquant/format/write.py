@@ -23,6 +23,9 @@ from matquant.system.files import check_replaceable, json_bytes, replace_directo
 from matquant.system.locks import check_place
 
 Item = tuple[str, "np.ndarray | NestedTensor"]
+# transformers rejects a quantization_config with this status and shows up to 50 characters of it; vLLM the format
+NOT_STOCK = "load with matquant.MatQuantConfig"
+NOT_STOCK_FORMAT = "matquant"
 
 
 def write_checkpoint(
@@ -74,6 +77,9 @@ def quantization_config(spec: Spec, ignore: Iterable[str]) -> dict[str, Any]:
         # Unless it dequantises while loading, transformers 5.23 gives packed zero-points wrong shapes, does not
         # decompress embeddings and does not tie a compressed head.
         config["dequantize"] = True
+    if spec.experts is not None and not spec.experts.stock:
+        # Stock transformers would leave these experts with random numbers and only log a warning.
+        config |= {"format": NOT_STOCK_FORMAT, "quantization_status": NOT_STOCK}
     return config | {"matquant": spec.to_json()}
 
 

@@ -33,6 +33,7 @@ from matquant.hf.text import count_windows, data_sha256, token_stream
 from matquant.hf_torch import Model
 from matquant.hf_torch.arrays import nested_to_numpy, nested_to_torch
 from matquant.hf_torch.device import bf16_is_fast
+from matquant.hf_torch.experts import experts_record
 from matquant.hf_torch.layers import unquantised_linears
 from matquant.hf_torch.sharded import split_rows
 from matquant.hf_torch.shards import Shards
@@ -254,6 +255,7 @@ def _make_spec(prepared: Prepared, grid: Grid, before: list[str], stream: np.nda
         zeros=grid.zeros,
         grid=grid.kind,
         head_bits=common.head_bits if prepared.ends else None,
+        experts=experts_record(prepared.shards.model, (view.parameter for view in prepared.views.values())),
         scale_dtype=common.scale_dtype,
         scope=common.scope,
         method=", ".join([*before, request.choice.method]),
