@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Self
 
 from matquant.system.errors import InputError
 
+EXPERTS = "experts"  # transformers' name of the modules of fused experts
 GATE_UP = "gate_up_proj"
 TENSORS: Mapping[str, tuple[str, ...]] = {  # parameter of transformers' experts -> the projections that it holds
     GATE_UP: ("gate_proj", "up_proj"),
@@ -21,7 +22,7 @@ TENSORS: Mapping[str, tuple[str, ...]] = {  # parameter of transformers' experts
     "up_proj": ("up_proj",),
     "down_proj": ("down_proj",),
 }
-_PATH = re.compile(r"(.+)\.experts\.(\d+)\.(\w+)")
+_PATH = re.compile(rf"(.+)\.{EXPERTS}\.(\d+)\.(\w+)")
 
 
 class Place(NamedTuple):
@@ -44,12 +45,11 @@ class Experts:
     @classmethod
     def from_json(cls, values: Any, *, where: str) -> Self:
         """Parse the record; InputError names what is wrong in ``where``."""
-        names = values.get("names") if isinstance(values, dict) else None
         flags = ("transposed", "interleaved", "stock")
-        right = isinstance(names, dict) and all(name in TENSORS for name in names)
-        right = right and all(isinstance(name, str) for name in names.values())
-        right = right and values.keys() == {"names", *flags} and all(isinstance(values[flag], bool) for flag in flags)
-        if not right:
+        given = values if isinstance(values, dict) else {}
+        names = given.get("names")
+        named = isinstance(names, dict) and all(k in TENSORS and isinstance(name, str) for k, name in names.items())
+        if not named or given.keys() != {"names", *flags} or not all(isinstance(given[flag], bool) for flag in flags):
             raise InputError(
                 f'{where} has experts={values!r}, which must be an object with "names" and true or false for '
                 f"{', '.join(flags)}; the checkpoint is damaged: write it again"
@@ -77,7 +77,11 @@ class Experts:
         """Return (tensor in the model's files, its kind, NUMBER.PROJECTION) of a path; None if it is no expert's."""
         found = _PATH.fullmatch(path)
         kind = None if found is None else next((k for k in self.names if found[3] in TENSORS[k]), None)
-        return None if found is None or kind is None else (f"{found[1]}.{self.names[kind]}", kind, f"{found[2]}.{found[3]}")
+        return (
+            None
+            if found is None or kind is None
+            else (f"{found[1]}.{self.names[kind]}", kind, f"{found[2]}.{found[3]}")
+        )
 
     def join(self, shapes: Mapping[str, tuple[int, int]]) -> "dict[str, Joined]":
         """Return the tensors of the model's files that hold these weights: tensor name -> Joined.

@@ -12,11 +12,10 @@ import torch
 from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
 from transformers.utils.quantization_config import QuantizationMethod
 
-from matquant.core.experts import GATE_UP, TENSORS, Experts
+from matquant.core.experts import EXPERTS, GATE_UP, TENSORS, Experts
 from matquant.hf_torch import Model
 from matquant.hf_torch.views import View, stored_parts
 
-NAME = "experts"  # of transformers' modules of fused experts
 PATCHED = tuple(
     name
     for name, patch in MODULES_TO_PATCH_FOR_QUANTIZATION.items()
@@ -26,7 +25,7 @@ PATCHED = tuple(
 
 def is_experts(name: str) -> bool:
     """Return whether a module of this name holds fused experts."""
-    return name.rpartition(".")[2] == NAME
+    return name.rpartition(".")[2] == EXPERTS
 
 
 def expert_tensors(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
@@ -57,7 +56,7 @@ def joined_views(model: Model, name: str, parameter: torch.Tensor) -> dict[str, 
     block, _ = _split(model, name, parameter)
     layout = _layout(model.get_submodule(name.rpartition(".")[0]), {})
     return {
-        f"{block}.{NAME}.{key}": View(parameter=name, shape=place.shape, stride=place.stride, offset=place.offset)
+        f"{block}.{EXPERTS}.{key}": View(parameter=name, shape=place.shape, stride=place.stride, offset=place.offset)
         for key, place in layout.places(kind, tuple(parameter.shape)).items()
     }
 
@@ -90,5 +89,5 @@ def _split(model: Model, name: str, parameter: torch.Tensor) -> tuple[str, str]:
     """Return the checkpoint's name of a tensor of all experts in two parts: the block that has them, and the rest."""
     (stored,), _ = stored_parts(model, name, parameter)
     parts = stored.split(".")
-    rest = 2 if NAME in parts[-2:] or parts[-1] == "weight" else 1
+    rest = 2 if EXPERTS in parts[-2:] or parts[-1] == "weight" else 1
     return ".".join(parts[:-rest]), ".".join(parts[-rest:])

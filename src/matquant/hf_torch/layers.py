@@ -36,11 +36,8 @@ def linear_views(model: Model) -> dict[str, View]:
     """
     views: dict[str, View] = {}
     for name, parameter in _weights(model):
-        parts, whole = stored_parts(model, name, parameter)
-        if parameter.ndim == 3 and whole:
-            views.update(joined_views(model, name, parameter))
-        else:
-            views.update(checkpoint_views(model, name, parameter))
+        joined = parameter.ndim == 3 and stored_parts(model, name, parameter)[1]
+        views.update((joined_views if joined else checkpoint_views)(model, name, parameter))
     return views
 
 
