@@ -33,6 +33,11 @@ def expert_tensors(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     return {name: tensor for name, tensor in module.named_parameters(recurse=False) if tensor.ndim == 3}
 
 
+def expert_count(module: torch.nn.Module) -> int:
+    """Return the number of experts in a module of fused experts."""
+    return len(next(iter(expert_tensors(module).values())))
+
+
 def is_transposed(module: torch.nn.Module) -> bool:
     """Return whether the weights of fused experts are [E, in, out]."""
     declared = getattr(module, "is_transposed", None)
