@@ -8,7 +8,7 @@ Shapes: E experts, N out features, K in features.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
@@ -22,7 +22,29 @@ TENSORS: Mapping[str, tuple[str, ...]] = {  # parameter of transformers' experts
     "up_proj": ("up_proj",),
     "down_proj": ("down_proj",),
 }
+ROUTERS = ("gate", "router")  # names of the modules that choose experts: linear layers in them stay float
+SHARED = "shared_expert_gate"  # the linear layer that weighs a shared expert, with one out feature; stays float too
 _PATH = re.compile(rf"(.+)\.{EXPERTS}\.(\d+)\.(\w+)")
+
+
+def is_router(path: str) -> bool:
+    """Return whether a linear layer chooses or weighs experts: such layers are never quantised."""
+    parts = path.split(".")
+    return parts[-1] == SHARED or any(part in ROUTERS for part in parts)
+
+
+def why_unknown(path: str, known: Iterable[str]) -> str | None:
+    """Return why a path that the model does not quantise cannot be: it is a router, or an expert that is not there."""
+    if is_router(path):
+        return "a router, which stays float; leave it out"
+    found = _PATH.fullmatch(path)
+    if found is None:
+        return None
+    others = (_PATH.fullmatch(other) for other in known)
+    numbers = {int(other[2]) for other in others if other is not None and (other[1], other[3]) == (found[1], found[3])}
+    if not numbers or int(found[2]) in numbers:
+        return None
+    return f"which is not there: {found[1]} has the experts {min(numbers)} to {max(numbers)}"
 
 
 class Place(NamedTuple):

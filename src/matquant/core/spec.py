@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from matquant.core.experts import Experts
+from matquant.core.experts import Experts, why_unknown
 from matquant.core.nest import GRIDS, MASTER_BITS, OWN, UNIFORM, ZEROS, check_bits, check_grid, check_rule
 from matquant.system.arguments import check_given, check_types
 from matquant.system.errors import InputError, InputTypeError
@@ -210,6 +210,9 @@ class Plan:
         known = list(paths)
         unknown = [path for path in self.bits if path not in set(known)]
         if unknown:
+            reason = why_unknown(unknown[0], known)
+            if reason is not None:
+                raise InputError(f"the plan names {unknown[0]!r}, {reason}")
             nearest = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0.0)
             raise InputError(
                 f"the plan names {unknown[0]!r}, which the model does not quantise; nearest: {nearest[0]!r}"

@@ -22,7 +22,7 @@ from matquant.core.nest import MASTER_BITS, labels_of, middle
 from matquant.core.packing import unpack
 from matquant.core.spec import DAMAGED, Plan, Spec
 from matquant.core.tensor import NestedTensor
-from matquant.format.facts import CONFIG, check_depth
+from matquant.format.facts import CONFIG, check_counts
 from matquant.format.layout import SLICES, is_end, slice_tensors
 from matquant.format.manifest import (
     AGAIN,
@@ -258,7 +258,7 @@ def open_listed(
         sources = _tensor_files(where, listed, planes)
         handles = {file: stack.enter_context(_open_tensors(where / file)) for file in sources}
         files = _tensor_names(where, handles)
-        check_depth(config, len(files), where=where / "config.json")
+        check_counts(config, len(files), where=where / "config.json")
         shapes = check_structure(where, files, handles, spec, planes=None if planes is None else planes.held)
     _untie_stored_head(config, files)
     ignore = quantised.get("ignore")

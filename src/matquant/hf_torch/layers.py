@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
+from matquant.core.experts import is_router
 from matquant.hf_torch import Model
 from matquant.hf_torch.experts import expert_tensors, is_experts, joined_views
 from matquant.hf_torch.ties import embedding_name, head_name, tied_weights
@@ -16,8 +17,6 @@ from matquant.hf_torch.views import View, checkpoint_views, stored_parts
 from matquant.system.errors import InputError
 
 ALL, LINEARS = "all", "linears"  # scopes with and without embedding and head
-ROUTERS = ("gate", "router")  # names of the modules that choose experts: linear layers in them stay float
-SHARED = "shared_expert_gate"  # the linear layer that weighs a shared expert, with one out feature; stays float too
 
 
 def decoder_layers(model: Model) -> list[tuple[str, torch.nn.Module]]:
@@ -39,12 +38,6 @@ def linear_views(model: Model) -> dict[str, View]:
         joined = parameter.ndim == 3 and stored_parts(model, name, parameter)[1]
         views.update((joined_views if joined else checkpoint_views)(model, name, parameter))
     return views
-
-
-def is_router(path: str) -> bool:
-    """Return whether a linear layer chooses or weighs experts: such layers are never quantised."""
-    parts = path.split(".")
-    return parts[-1] == SHARED or any(part in ROUTERS for part in parts)
 
 
 def end_views(model: Model) -> dict[str, View]:

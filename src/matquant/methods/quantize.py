@@ -26,6 +26,7 @@ from matquant.distributed.group import joined
 from matquant.distributed.nested import cut_rows
 from matquant.format.read import manifest_sha256, open_checkpoint
 from matquant.format.shards import SHARD_BYTES
+from matquant.format.side_files import LOG
 from matquant.format.write import check_writable, write_checkpoint
 from matquant.hf.gguf import ORIGIN, as_directory, quantised_notice
 from matquant.hf.gguf_file import is_gguf
@@ -43,7 +44,7 @@ from matquant.methods import distill
 from matquant.methods.parts.blocks import read_tensor
 from matquant.methods.parts.ends import nest_ends
 from matquant.methods.parts.fake import Grid
-from matquant.methods.parts.job import LOG, Job, Report, fingerprint, source_files
+from matquant.methods.parts.job import Job, Report, fingerprint, source_files
 from matquant.methods.parts.symmetry import choose_symmetry
 from matquant.methods.prepare import Prepared, prepare
 from matquant.methods.preview import describe, preview
