@@ -201,7 +201,12 @@ def test_more_experts_for_a_token_than_there_are(checkpoint_of: Callable[..., Pa
     out = rewritten(checkpoint_of(PLAIN), tmp_path / "out", {"num_experts_per_tok": 7})
     with pytest.raises(matquant.InputError) as caught:
         matquant.Engine(out)
-    assert str(caught.value) == f"{out} has num_experts_per_tok=7 for 6 experts; repair config.json"
+    assert str(caught.value) == (
+        f"{out / 'config.json'} has num_experts_per_tok=7, but a layer has 6 experts to choose from; repair config.json"
+    )
+    with pytest.raises(matquant.InputError) as caught:
+        read_architecture({"model_type": "qwen3_moe", **SIZES, "num_experts": 6}, where="here")
+    assert str(caught.value) == "here has num_experts_per_tok=8, but a layer has 6 experts; repair config.json"
 
 
 @pytest.mark.parametrize(
@@ -246,8 +251,8 @@ def test_a_plan_for_an_expert_that_is_not_there(checkpoint_of: Callable[..., Pat
     with pytest.raises(matquant.InputError) as caught:
         engine.widths(4, {"model.layers.1.mlp.experts.6.up_proj": 8})
     assert str(caught.value) == (
-        "the plan names 'model.layers.1.mlp.experts.6.up_proj', which the model does not quantise; "
-        "nearest: 'model.layers.1.mlp.experts.5.up_proj'"
+        "the plan names 'model.layers.1.mlp.experts.6.up_proj', which is not there: "
+        "model.layers.1.mlp has the experts 0 to 5"
     )
 
 

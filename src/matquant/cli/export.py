@@ -37,6 +37,13 @@ def export(
     requantise: Annotated[
         bool, Option("--requantise", help="Fit companded slices to the format, at a loss that is printed.")
     ] = False,
+    split_experts: Annotated[
+        bool,
+        Option(
+            "--split-experts",
+            help="With --to dense, write a tensor for each expert where the model's own files keep all in one.",
+        ),
+    ] = False,
     explain: Annotated[
         bool, Option("--explain", help="Print how each format would store int8, 6, 4, 3 and 2, and write nothing.")
     ] = False,
@@ -61,6 +68,7 @@ def export(
             base_model=base_model,
             measured=measured,
             requantise=requantise,
+            split_experts=split_experts,
             overwrite=overwrite,
             report=report,
             notice=notice,

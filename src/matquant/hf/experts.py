@@ -10,10 +10,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from matquant.format.facts import CHOSEN, EXPERTS
 from matquant.hf.families import Routing
 from matquant.system.errors import InputError
 
-COUNTS = ("num_local_experts", "num_experts")  # names of the number of experts; the first that is given
 DENSE = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")  # of a layer without experts
 
 Sized = tuple[str, tuple[int, int]]  # name under the decoder layer, [N, K]
@@ -41,14 +41,14 @@ def read_experts(routing: Routing | None, values: Mapping[str, Any], *, where: o
     """Return the experts of a config.json, None for a family without; InputError for impossible numbers."""
     if routing is None:
         return None
-    count_key = next((key for key in COUNTS if values.get(key) is not None), COUNTS[-1])
-    keys = [count_key, "num_experts_per_tok", routing.size_key, *filter(None, [routing.shared_key])]
+    count_key = next((key for key in EXPERTS if values.get(key) is not None), EXPERTS[0])
+    keys = [count_key, CHOSEN, routing.size_key, *filter(None, [routing.shared_key])]
     for key in keys:
         if type(values.get(key)) is not int or values[key] < 1:
             raise InputError(f"{where} has {key}={values.get(key)!r} in config.json; it must be an integer above 0")
-    count, active = values[count_key], values["num_experts_per_tok"]
-    if active > count:
-        raise InputError(f"{where} has num_experts_per_tok={active} for {count} experts; repair config.json")
+    count, active = values[count_key], values[CHOSEN]
+    if active > count:  # by a default: facts.check_counts looks at the file alone
+        raise InputError(f"{where} has {CHOSEN}={active}, but a layer has {count} experts; repair config.json")
     return Experts(
         routing=routing,
         count=count,

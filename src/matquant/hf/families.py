@@ -238,7 +238,7 @@ ARCHITECTURES: dict[str, Family] = {
             window_period=2,
             defaults={
                 **{"num_key_value_heads": 16, "sliding_window": 4096, "max_window_layers": 28},
-                **{"num_experts": 60, "num_experts_per_tok": 4, "moe_intermediate_size": 1408},
+                **{"num_local_experts": 60, "num_experts_per_tok": 4, "moe_intermediate_size": 1408},
                 "shared_expert_intermediate_size": 5632,
             },
         ),
@@ -252,7 +252,7 @@ ARCHITECTURES: dict[str, Family] = {
             window_period=1,
             defaults={
                 **{"num_key_value_heads": 4, "sliding_window": 4096},
-                **{"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768},
+                **{"num_local_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768},
             },
         ),
         equivalences=_LLAMA,

@@ -29,6 +29,7 @@ from matquant.methods.parts.affines import clip_groups, refit_affine
 from matquant.methods.parts.blocks import Block, Solved, calibration, read_tensor, run_blocks
 from matquant.methods.parts.compensation import nested_codes, sweep
 from matquant.methods.parts.ends import HEAD_RATIO, HEAD_WEIGHTS, head_path, with_plain_error
+from matquant.methods.parts.experts import few_notice
 from matquant.methods.parts.fake import Grid
 from matquant.methods.parts.hessians import Factor, collect_hessians, inverse_factor
 from matquant.methods.parts.job import Job
@@ -159,12 +160,13 @@ def nest_block(
     """
     lambdas = {width.bits: width.weight for width in job.objective}
     widest = max(block.inputs)
-    hessians, leaders = collect_hessians(dataclasses.replace(block, inputs={widest: block.inputs[widest]}))
+    hessians = collect_hessians(dataclasses.replace(block, inputs={widest: block.inputs[widest]}))
     factors: dict[str, Factor] = {}
     nested: dict[str, NestedTensor] = {}
     squares: list[torch.Tensor] = []
     for path, weight in weights.items():
-        hessian, leader = hessians[leaders[path]], leaders[path]
+        leader = hessians.leaders[path]
+        hessian = hessians.of[leader]
         if leader not in factors:
             factors[leader] = inverse_factor(hessian, damp=damp, name=path)
         encode = functools.partial(
@@ -175,11 +177,17 @@ def nest_block(
         own = own_rows(len(weight))
         squares.append(_squares(weight[own], cut_rows(nested[path], own), hessian, lambdas))
     record: dict[str, Any] = {"loss": _losses(squares, lambdas)}
+    notices = []
+    if hessians.few:
+        record["few_tokens"] = dict(hessians.few)
+        notices.append(few_notice(block.name, hessians.few, hessians.experts))
     damped = max(factor.damp for factor in factors.values())
     if damped > damp:
-        record["notice"] = (
+        notices.append(
             f"{block.name}: the Hessian was not positive definite; used damping of {damped:g} times its mean"
         )
+    if notices:
+        record["notice"] = "; ".join(notices)
     return nested, record
 
 
