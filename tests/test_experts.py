@@ -152,7 +152,7 @@ def test_a_token_reads_its_share_of_the_experts(checkpoint_of: Callable[..., Pat
     assert len(experts) == 2 * 6 * 3
     read = {bits: model.bytes_per_token(np.full(len(model.paths), bits, np.uint8)) for bits in (2, 4)}
     hidden, heads, vocab = 32, 32 * (32 + 16 + 16 + 32), 300 * 32
-    codes = 2 * (heads + 2 * 3 * hidden * 24 + 3 * hidden * 40 + hidden) + vocab  # two of six experts
+    codes = 2 * (heads + 2 * 3 * hidden * 24 + 3 * hidden * 40) + vocab  # two of six experts
     assert read[4] - read[2] == codes * 2 // 8
 
 
@@ -215,7 +215,7 @@ def test_more_experts_for_a_token_than_there_are(checkpoint_of: Callable[..., Pa
         ({}, "model.layers.1.mlp.experts.3.up_proj", "lacks the tensor model.layers.1.mlp.experts.3.up_proj.weight"),
         ({}, "model.layers.0.mlp.gate.weight", "lacks the tensor model.layers.0.mlp.gate.weight"),
         ({"num_experts": 5}, "", "does not fit its config.json (model.layers.0.mlp.gate.weight is 6 x 32, "),
-        ({"num_experts": None}, "", "has num_experts=None in config.json; it must be an integer above 0"),
+        ({"num_experts_per_tok": 0}, "", "has num_experts_per_tok=0 in config.json; it must be an integer above 0"),
     ],
     ids=str,
 )
