@@ -377,7 +377,7 @@ CLASSES = {
     "qwen3_moe": transformers.Qwen3MoeConfig,
 }
 FEW = {"num_experts_per_tok": 1, "moe_intermediate_size": 8}
-FEW_EXPERTS: dict[str, dict[str, Any]] = {  # the default ones take gigabytes; tests/test_experts.py reads them
+FEW_EXPERTS: dict[str, dict[str, Any]] = {  # the default ones take gigabytes; tests/test_routing.py reads them
     "mixtral": {"num_local_experts": 2},
     "qwen2_moe": {**FEW, "num_experts": 2, "shared_expert_intermediate_size": 8},
     "qwen3_moe": {**FEW, "num_local_experts": 2},
