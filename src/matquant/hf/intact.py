@@ -35,7 +35,7 @@ def check_readable(directory: Path) -> None:
 
 
 def check_sensible(directory: Path, *, tensors: int) -> None:
-    """Raise InputError for the first JSON value of a wrong kind, and for counts that do not fit (``facts.check_counts``).
+    """Raise InputError for the first JSON value of a wrong kind, and counts that do not fit (facts.check_counts).
 
     tensors: number of stored tensors, 0 if not known.
     """

@@ -117,6 +117,8 @@ class MatQuantQuantizer(HfQuantizer):  # type: ignore[misc]
                     "load it with the class that it was made from"
                 )
             self.paths.setdefault((name, pattern or "weight"), []).append(path)
+        for name in self.checkpoint.joined():  # marks the model's own renaming as used, so that it is saved with it
+            rename_source_key(name, renamings, converters, model.base_model_prefix, known)
         return list(super().update_weight_conversions(weight_conversions, model))
 
     def _process_model_after_weight_loading(self, model: Model, **_: Any) -> Model:
