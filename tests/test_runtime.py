@@ -60,6 +60,9 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "qwen2_moe, window on a layer": lambda: transformers.Qwen2MoeConfig(
         **SMALL, **EXPERTS, num_experts=5, shared_expert_intermediate_size=40, use_sliding_window=True, sliding_window=7
     ),
+    "gpt_oss, window on a layer": lambda: transformers.GptOssConfig(
+        **SMALL, **HEADS, num_local_experts=5, num_experts_per_tok=2, sliding_window=7, swiglu_limit=1.5
+    ),
     "qwen3_moe, a layer without experts": lambda: transformers.Qwen3MoeConfig(
         **SMALL, **HEADS, **EXPERTS, num_experts=5, norm_topk_prob=True, mlp_only_layers=[0]
     ),
@@ -373,12 +376,14 @@ CLASSES = {
     "gemma3_text": transformers.Gemma3TextConfig,
     "smollm3": transformers.SmolLM3Config,
     "mixtral": transformers.MixtralConfig,
+    "gpt_oss": transformers.GptOssConfig,
     "qwen2_moe": transformers.Qwen2MoeConfig,
     "qwen3_moe": transformers.Qwen3MoeConfig,
 }
 FEW = {"num_experts_per_tok": 1, "moe_intermediate_size": 8}
 FEW_EXPERTS: dict[str, dict[str, Any]] = {  # the default ones take gigabytes; tests/test_routing.py reads them
     "mixtral": {"num_local_experts": 2},
+    "gpt_oss": {"num_local_experts": 2, "num_experts_per_tok": 1},
     "qwen2_moe": {**FEW, "num_experts": 2, "shared_expert_intermediate_size": 8},
     "qwen3_moe": {**FEW, "num_local_experts": 2},
 }

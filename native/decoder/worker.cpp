@@ -115,9 +115,12 @@ void Worker::multiply(std::initializer_list<int> matrices, const float* x, const
 }
 
 void Worker::activate(float* gate, const float* up, std::int64_t count) const {
-  const auto gate_times = model.gelu ? fn.gelu_times : fn.silu_times;
   const Share mine = share_of(count, thread, threads, ACTIVATION_GROUP);
-  if (mine.start < mine.stop) gate_times(gate + mine.start, up + mine.start, static_cast<int>(mine.stop - mine.start));
+  const auto values = static_cast<int>(mine.stop - mine.start);
+  if (values == 0) return;
+  gate += mine.start, up += mine.start;
+  if (model.gate_limit > 0) return fn.clamped_times(gate, up, model.gate_alpha, model.gate_limit, values);
+  (model.gelu ? fn.gelu_times : fn.silu_times)(gate, up, values);
 }
 
 void Worker::fetch_for_norm(const float* norm, const float* x, int cols) const {

@@ -47,6 +47,14 @@ void gelu_times(float* gate, const float* up, int n) {
   });
 }
 
+void clamped_times(float* gate, const float* up, float alpha, float limit, int n) {
+  map(gate, up, n, gate, [alpha, limit](V g, V u) {
+    g = select(g > limit, splat(limit), g);
+    u = select(u > limit, splat(limit), select(u < -limit, splat(-limit), u));
+    return g / (1.0f + exponential(-alpha * g)) * (u + 1.0f);
+  });
+}
+
 void soft_cap(float* x, float cap, int n) {
   map(x, x, n, x, [cap](V a, V) { return cap * hyperbolic_tangent(a / cap); });
 }

@@ -164,7 +164,7 @@ Experts add_experts(HeldModel& held, Adder& adder, const Routing& routing) {
 
 // Its matrices get the next ids, in their order.
 void add_layer(HeldModel& held, const std::vector<HeldMatrix*>& matrices, const std::vector<Vector>& norms, int window,
-               int rope, int experts, int active, bool renormalise, bool shared) {
+               int rope, const Vector& sinks, int experts, int active, bool renormalise, bool shared) {
   Model& m = held.model;
   const Routing routing{experts, active, renormalise, shared};
   check_layer(matrices, norms, routing);
@@ -175,6 +175,7 @@ void add_layer(HeldModel& held, const std::vector<HeldMatrix*>& matrices, const 
   attention.out_norm = keep(held, norms[ATTENTION_OUT_NORM], m.hidden);
   attention.query_norm = keep(held, norms[QUERY_NORM], m.head_dim);
   attention.key_norm = keep(held, norms[KEY_NORM], m.head_dim);
+  attention.sinks = keep(held, sinks, m.heads);
   attention.window = window;
   attention.rope = rope;
   FeedForward& ffn = layer.feed_forward;
@@ -224,11 +225,12 @@ void change_weights(HeldModel& held, const nb::callable& change) {
 
 void make_model(HeldModel* self, std::int64_t hidden, std::int64_t heads, std::int64_t kv_heads, std::int64_t head_dim,
                 std::int64_t vocab, float norm_eps, float attention_scale, float embedding_scale, float attention_cap,
-                float logit_cap, bool gelu) {
+                float logit_cap, bool gelu, float gate_alpha, float gate_limit) {
   new (self) HeldModel(Model(hidden, heads, kv_heads, head_dim, vocab));
   Model& m = self->model;
   m.norm_eps = norm_eps, m.attention_scale = attention_scale, m.embedding_scale = embedding_scale;
   m.attention_cap = attention_cap, m.logit_cap = logit_cap, m.gelu = gelu;
+  m.gate_alpha = gate_alpha, m.gate_limit = gate_limit;
 }
 
 void add_rope(HeldModel& held, const Floats1& frequencies, float scale) {
@@ -246,10 +248,11 @@ void bind_model(nb::module_& module) {
   nb::class_<HeldModel>(module, "Model")
       .def("__init__", &make_model, nb::kw_only(), nb::arg("hidden"), nb::arg("heads"), nb::arg("kv_heads"),
            nb::arg("head_dim"), nb::arg("vocab"), nb::arg("norm_eps"), nb::arg("attention_scale"),
-           nb::arg("embedding_scale"), nb::arg("attention_cap"), nb::arg("logit_cap"), nb::arg("gelu"))
+           nb::arg("embedding_scale"), nb::arg("attention_cap"), nb::arg("logit_cap"), nb::arg("gelu"),
+           nb::arg("gate_alpha") = 0.0f, nb::arg("gate_limit") = 0.0f)
       .def("add_rope", &add_rope, nb::arg("frequencies"), nb::arg("scale"))
       .def("add_layer", &add_layer, nb::arg("matrices"), nb::arg("norms"), nb::arg("window"), nb::arg("rope"),
-           nb::arg("experts") = 0, nb::arg("active") = 0, nb::arg("renormalise") = false, nb::arg("shared") = false)
+           nb::arg("sinks").none() = nb::none(), nb::arg("experts") = 0, nb::arg("active") = 0, nb::arg("renormalise") = false, nb::arg("shared") = false)
       .def("change_weights", &change_weights, nb::arg("change"))
       .def("set_ends", &set_ends, nb::arg("head"), nb::arg("embedding").none(), nb::arg("norm"));
 }

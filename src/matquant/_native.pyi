@@ -51,6 +51,8 @@ class Model:
         attention_cap: float,
         logit_cap: float,
         gelu: bool,
+        gate_alpha: float = 0.0,
+        gate_limit: float = 0.0,
     ) -> None: ...
     def add_rope(self, frequencies: _Vector, scale: float) -> None: ...
     def add_layer(
@@ -59,6 +61,7 @@ class Model:
         norms: Sequence[_Vector | None],
         window: int,
         rope: int,
+        sinks: _Vector | None = None,
         experts: int = 0,
         active: int = 0,
         renormalise: bool = False,

@@ -17,7 +17,7 @@ from matquant.core.nest import bits_read
 from matquant.core.planes import Weight, add_planes, hold, load_weight
 from matquant.format.read import Checkpoint
 from matquant.hf.architecture import EMBEDDING, Architecture, check_sizes, read_architecture
-from matquant.hf.experts import router_path
+from matquant.hf.experts import router_path, split_biases
 from matquant.system.errors import InputError
 
 NORMS = ("input", "attention_out", "ffn", "ffn_out", "query", "key")
@@ -68,30 +68,14 @@ def load_model(checkpoint: Checkpoint, *, max_bits: int) -> Model:
     check_sizes(checkpoint.config, checkpoint.weight_shapes(), where=where)
     architecture = read_architecture(checkpoint.config, where=where)
     tensors = _plain_tensors(checkpoint)
-    native = _native.Model(
-        hidden=architecture.hidden,
-        heads=architecture.heads,
-        kv_heads=architecture.kv_heads,
-        head_dim=architecture.head_dim,
-        vocab=architecture.vocab,
-        norm_eps=architecture.norm_eps,
-        attention_scale=architecture.attention_scale,
-        embedding_scale=architecture.embedding_scale,
-        attention_cap=architecture.attention_cap,
-        logit_cap=architecture.logit_cap,
-        gelu=architecture.gelu,
-    )
-    for frequencies, scale in zip(architecture.frequencies, architecture.rope_scales, strict=True):
-        native.add_rope(frequencies, scale)
-    paths = [
-        f"model.layers.{layer}.{name}"
-        for layer in range(architecture.layers)
-        for name, _ in architecture.matrices(layer)
-    ]
-    paths += [EMBEDDING] if architecture.tied else [HEAD, EMBEDDING]
+    for layer in range(architecture.layers):
+        if (routed := architecture.experts_at(layer)) is not None:
+            split_biases(routed, layer, tensors)
+    paths = _matrix_paths(architecture)
     looked_up = None if architecture.tied else EMBEDDING
     least = checkpoint.least
     _check_names(checkpoint, tensors, architecture, paths)
+    native = _empty_model(architecture)
     weights = {
         path: load_weight(checkpoint.nested(path, mapped=True), max_bits=max(max_bits, least.get(path, 1)))
         for path in paths
@@ -110,7 +94,7 @@ def load_model(checkpoint: Checkpoint, *, max_bits: int) -> Model:
     return Model(
         native=native,
         architecture=architecture,
-        paths=tuple(paths),
+        paths=paths,
         weights=weights,
         least=least,
         looked_up=looked_up,
@@ -119,6 +103,35 @@ def load_model(checkpoint: Checkpoint, *, max_bits: int) -> Model:
         plain_bytes=round(sum(tensors[f"{path}.weight"].nbytes * shares.get(path, 1) for path in plain)),
         shares=shares,
     )
+
+
+def _matrix_paths(architecture: Architecture) -> tuple[str, ...]:
+    """Return the module path of each matrix, by native id."""
+    ends = [EMBEDDING] if architecture.tied else [HEAD, EMBEDDING]
+    layers = range(architecture.layers)
+    return *(f"model.layers.{layer}.{name}" for layer in layers for name, _ in architecture.matrices(layer)), *ends
+
+
+def _empty_model(architecture: Architecture) -> _native.Model:
+    """Return a native model without layers."""
+    native = _native.Model(
+        hidden=architecture.hidden,
+        heads=architecture.heads,
+        kv_heads=architecture.kv_heads,
+        head_dim=architecture.head_dim,
+        vocab=architecture.vocab,
+        norm_eps=architecture.norm_eps,
+        attention_scale=architecture.attention_scale,
+        embedding_scale=architecture.embedding_scale,
+        attention_cap=architecture.attention_cap,
+        logit_cap=architecture.logit_cap,
+        gelu=architecture.gelu,
+        gate_alpha=architecture.gate_alpha,
+        gate_limit=architecture.gate_limit,
+    )
+    for frequencies, scale in zip(architecture.frequencies, architecture.rope_scales, strict=True):
+        native.add_rope(frequencies, scale)
+    return native
 
 
 def widen(model: Model, checkpoint: Checkpoint, *, held_bits: int, max_bits: int) -> Model:
@@ -186,6 +199,7 @@ def _fill(
             [None if name is None else norm(prefix + name) for name in names],
             architecture.windows[layer],
             architecture.ropes[layer],
+            sinks=vector(prefix + architecture.family.sinks) if architecture.family.sinks else None,
             experts=experts.count if experts else 0,
             active=experts.active if experts else 0,
             renormalise=experts is not None and experts.renormalise,
@@ -208,6 +222,7 @@ def _check_names(
     prefixes = [f"model.layers.{layer}." for layer in range(architecture.layers)]
     norms = [f"{prefix}{name}" for prefix in prefixes for name in architecture.family.norms.values()]
     known = {f"{path}.weight" for path in (*paths, *norms, EMBEDDING, HEAD, NORM)} | {f"{path}.bias" for path in paths}
+    known |= {f"{prefix}{architecture.family.sinks}" for prefix in prefixes if architecture.family.sinks}
     for layer in range(architecture.layers):
         experts = architecture.experts_at(layer)
         if experts is not None and (path := router_path(experts, layer)) in checkpoint.shapes:

@@ -120,6 +120,7 @@ _TEXT_CONFIG: Table = {
     **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "moe_intermediate_size"), COUNT.or_list().or_null()),
     **dict.fromkeys((*EXPERTS, CHOSEN), COUNT.or_null()),
     **dict.fromkeys(("shared_expert_intermediate_size", "decoder_sparse_step"), SIZE.or_null()),
+    **dict.fromkeys(("swiglu_alpha", "swiglu_limit"), POSITIVE.or_null()),
     "norm_topk_prob": FLAG.or_null(),
     "mlp_only_layers": list_of(COUNT).or_null(),
     **dict.fromkeys(("hidden_act", "hidden_activation", "activation_function"), TEXT.or_null()),

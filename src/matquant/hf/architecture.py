@@ -69,6 +69,8 @@ class Architecture(Sizes):
     attention_cap: float  # soft cap on attention scores; 0: none
     logit_cap: float  # soft cap on logits; 0: none
     gelu: bool  # tanh GELU rather than SiLU
+    gate_alpha: float  # of clamped gates
+    gate_limit: float  # of clamped gates; 0: not clamped
     tied: bool  # whether the head is the embedding
     windows: tuple[int, ...]  # per layer, number of positions that a token sees; 0: all
     ropes: tuple[int, ...]  # per layer, the index into frequencies; -1: no rotary positions
@@ -91,6 +93,8 @@ def read_architecture(config: Mapping[str, Any], *, where: object) -> Architectu
         attention_cap=float(values.get("attn_logit_softcapping") or 0.0),
         logit_cap=float(values.get("final_logit_softcapping") or 0.0),
         gelu=_is_gelu(_given(values, family.activation_key, "silu"), where),
+        gate_alpha=float(values["swiglu_alpha"]) if family.clamped else 0.0,
+        gate_limit=float(values["swiglu_limit"]) if family.clamped else 0.0,
         tied=bool(values.get("tie_word_embeddings", False)),
         windows=_windows(values, family),
         ropes=ropes,

@@ -3,12 +3,14 @@
 A router chooses a few experts for each token (native/decoder/experts.hpp has the formula). The row of a family
 (families.py) says how its checkpoints name them; sizes and the layers that have experts come from config.json.
 
-Sources: transformers 5.23, configuration and modeling files of mixtral, qwen2_moe and qwen3_moe.
+Sources: transformers 5.23, configuration and modeling files of mixtral, qwen2_moe, qwen3_moe and gpt_oss.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from matquant.format.facts import CHOSEN, EXPERTS
 from matquant.hf.families import Routing
@@ -63,13 +65,13 @@ def read_experts(routing: Routing | None, values: Mapping[str, Any], *, where: o
 
 def router_path(experts: Experts, layer: int) -> str:
     """Return the module path of a layer's router."""
-    return f"model.layers.{layer}.{experts.routing.block}.gate"
+    return f"model.layers.{layer}.{experts.routing.block}.{experts.routing.router}"
 
 
 def expert_matrices(experts: Experts, hidden: int) -> Iterator[Sized]:
     """Yield the matrices of a layer with experts, in the order of native/python/bind_model.cpp."""
     block = experts.routing.block
-    yield f"{block}.gate", (experts.count, hidden)
+    yield f"{block}.{experts.routing.router}", (experts.count, hidden)
     for expert in range(experts.count):
         names = [f"{block}.experts.{expert}.{name}" for name in experts.routing.gated]
         yield from gated_matrices(names, hidden, experts.intermediate)
@@ -77,6 +79,18 @@ def expert_matrices(experts: Experts, hidden: int) -> Iterator[Sized]:
         names = [f"{block}.shared_expert.{name}" for name in experts.routing.gated]
         yield from gated_matrices(names, hidden, experts.shared)
         yield f"{block}.shared_expert_gate", (1, hidden)
+
+
+def split_biases(experts: Experts, layer: int, tensors: dict[str, np.ndarray]) -> None:
+    """Replace the biases of all experts of a layer, [E, 2I] and [E, H], by views of those of each one."""
+    block = f"model.layers.{layer}.{experts.routing.block}.experts"
+    names = [f"{block}.{name}_proj_bias" for name in ("gate_up", "down")]
+    if not experts.routing.joined_biases or any(name not in tensors or tensors[name].ndim != 2 for name in names):
+        return
+    both, down = (tensors.pop(name) for name in names)
+    parts = dict(zip(experts.routing.gated, (both[:, ::2], both[:, 1::2], down), strict=True))
+    for name, part in parts.items():
+        tensors |= {f"{block}.{expert}.{name}.bias": bias for expert, bias in enumerate(part)}
 
 
 def gated_matrices(names: Iterable[str], hidden: int, intermediate: int) -> Iterator[Sized]:

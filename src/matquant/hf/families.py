@@ -17,10 +17,11 @@ from typing import Any
 class Routing:
     """How a family names its experts, in the module ``block`` under the layer, and chooses among them.
 
-    The router is ``gate``, experts are ``experts.0`` and so on; a shared one is ``shared_expert`` with its own gate.
+    Experts are ``experts.0`` and so on; a shared one is ``shared_expert`` with its own gate.
     """
 
     block: str = "mlp"
+    router: str = "gate"
     # gate, up and down of an expert
     gated: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     # the key of config.json with the size inside an expert
@@ -29,6 +30,8 @@ class Routing:
     renormalise_key: str = "norm_topk_prob"
     # the key of config.json with the size inside the shared expert; "": there is none
     shared_key: str = ""
+    # whether biases are tensors of all experts, those of gate and up in turn
+    joined_biases: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +53,10 @@ class Decode:
     window_switch: str = ""
     # without layer_types in config.json, all layers but every n-th have a window; 1: all layers, 0: none
     window_period: int = 0
+    # the tensor of a score per head that takes part in the softmax and has no value; "": none
+    sinks: str = ""
+    # whether gates are clamped (native/kernels/floats.hpp, clamped_times), with swiglu_alpha and swiglu_limit
+    clamped: bool = False
     # for families with experts
     routing: Routing | None = None
     # whether layers may lack rotary positions
@@ -159,6 +166,11 @@ GEMMA_DEFAULTS = {
     "hidden_activation": "gelu_pytorch_tanh",
 }
 
+_GPT_OSS_ROPE = {
+    **{"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False},
+    "original_max_position_embeddings": 4096,
+}
+
 QKV, GATED = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
 _QKV = tuple(f"self_attn.{name}" for name in QKV)
 _GATED = tuple(f"mlp.{name}" for name in GATED)
@@ -256,6 +268,21 @@ ARCHITECTURES: dict[str, Family] = {
             },
         ),
         equivalences=_LLAMA,
+        fused=(QKV, GATED),
+    ),
+    "gpt_oss": Family(
+        decode=Decode(
+            norms=LLAMA_NORMS,
+            sinks="self_attn.sinks",
+            clamped=True,
+            routing=Routing(router="router", size_key="intermediate_size", renormalise_key="", joined_biases=True),
+            window_period=2,
+            defaults={
+                **{"head_dim": 64, "num_key_value_heads": 8, "num_local_experts": 128, "num_experts_per_tok": 4},
+                **{"rms_norm_eps": 1e-5, "sliding_window": 128, "swiglu_alpha": 1.702, "swiglu_limit": 7.0},
+                **{"rope_theta": 150000.0, "rope_scaling": _GPT_OSS_ROPE},
+            },
+        ),
         fused=(QKV, GATED),
     ),
     "gemma2": Family(
