@@ -13,8 +13,8 @@ namespace {
 struct Group {
   const Gated& weights;
   int first, count, width;
-  const float* x;  // [count][hidden]
-  float* y;        // [count][hidden]
+  const float* x;    // [count][hidden]
+  float* y;          // [count][hidden]
   float *gate, *up;  // [count][width]
 };
 

@@ -218,7 +218,7 @@ def _tensor(name: str, tensors: Mapping[str, np.ndarray], where: Path) -> np.nda
 def _check_names(
     checkpoint: Checkpoint, tensors: Mapping[str, np.ndarray], architecture: Architecture, paths: Sequence[str]
 ) -> None:
-    """Raise InputError for a quantised router, and for an unused tensor: the checkpoint is of another family then."""
+    """Raise InputError for a quantised router, or an unused tensor: the checkpoint is not of the family it claims."""
     prefixes = [f"model.layers.{layer}." for layer in range(architecture.layers)]
     norms = [f"{prefix}{name}" for prefix in prefixes for name in architecture.family.norms.values()]
     known = {f"{path}.weight" for path in (*paths, *norms, EMBEDDING, HEAD, NORM)} | {f"{path}.bias" for path in paths}
