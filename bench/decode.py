@@ -283,10 +283,9 @@ def measure(directory: Path, peer: LlamaCpp | None, *, threads: int, rounds: int
         "switch": [few, many],
         "mix": [mixed(engine)] * STRETCH,
     }
-    streams = {
-        name: _native.Stream(min(STREAM_BYTES, engine.model.bytes_per_token(schedule[0])))
-        for name, schedule in schedules.items()
-    }
+    sizes = {name: min(STREAM_BYTES, engine.model.bytes_per_token(steps[0])) for name, steps in schedules.items()}
+    of_size = {size: _native.Stream(size) for size in set(sizes.values())}
+    streams = {name: of_size[size] for name, size in sizes.items()}
     samples: Samples = {}
 
     def note(name: str, burst: list[Sample]) -> None:
