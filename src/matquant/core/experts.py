@@ -33,6 +33,12 @@ def is_router(path: str) -> bool:
     return parts[-1] == SHARED or any(part in ROUTERS for part in parts)
 
 
+def expert_name(path: str) -> str | None:
+    """Return the name of the expert that a path belongs to, ``BLOCK.experts.NUMBER``; None if it is no expert's."""
+    found = _PATH.fullmatch(path)
+    return None if found is None else path.removesuffix(f".{found[3]}")
+
+
 def why_unknown(path: str, known: Iterable[str]) -> str | None:
     """Return why a path that the model does not quantise cannot be: it is a router, or an expert that is not there."""
     if is_router(path):
