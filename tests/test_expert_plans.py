@@ -11,12 +11,14 @@ from safetensors.torch import load_file, save_file
 
 import conftest
 import matquant
+from matquant.cli.plan import plan as command
 from matquant.core.experts import expert_name
+from matquant.core.spec import Plan
 from matquant.format.read import open_checkpoint
-from matquant.planning.budget import bits_budget, by_width
+from matquant.planning.budget import by_width
 from matquant.planning.experts import routing
 from matquant.planning.gradients import estimate
-from matquant.planning.run import check_experts, make_plan, read_budget
+from matquant.planning.run import check_experts, read_budget, run
 from matquant.planning.sensitivity import Losses
 from matquant.system.errors import InputError
 
@@ -41,7 +43,7 @@ def checkpoints(family_model: Callable[[str], Path], tmp_path_factory: pytest.Te
     return made
 
 
-@pytest.mark.parametrize("family", ["gpt_oss", "llama4"])
+@pytest.mark.parametrize("family", ["gpt_oss", pytest.param("llama4", marks=pytest.mark.slow)])
 def test_an_experts_estimate_is_the_mean_square_of_each_tokens_score(family: str, checkpoints: dict[str, Path]) -> None:
     """The oracle takes the gradient by a factor of the change of the layer's experts, which they compute themselves."""
     checkpoint, widths = open_checkpoint(checkpoints[family]), (2, 4, 8)
@@ -100,13 +102,26 @@ def test_routing_is_the_share_of_tokens_that_chooses_an_expert(checkpoints: dict
             assert shares["model.layers.0.mlp.experts.2"] == pytest.approx(float((best == 2).any(-1).float().mean()))
 
 
-def test_each_expert_gets_a_width_and_one_that_is_never_chosen_the_least(checkpoints: dict[str, Path]) -> None:
+def test_each_expert_gets_a_width_and_one_that_is_never_chosen_the_least(
+    checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
     checkpoint = open_checkpoint(checkpoints["gpt_oss"])
     widths = (2, 4, 8)
+    shown: list[Any] = []
     with Losses(checkpoint, TOKENS) as losses:
-        budget = bits_budget(checkpoint, 6.5, widths=widths)
-        plan, facts = make_plan(checkpoint, budget, widths=widths, losses=losses, experts=True, evaluations=3)
-    assert budget.cost(plan) <= budget.limit
+        facts = run(
+            checkpoint.directory,
+            tmp_path / "plan.json",
+            losses=losses,
+            widths=widths,
+            experts=True,
+            evaluations=3,
+            show=shown.append,
+            bits_per_weight=6.5,
+        )
+    plan = Plan.read(tmp_path / "plan.json").bits
+    assert facts["bits_per_weight"] <= 6.5
+    assert " experts at int2, chosen " in shown[-1]
     by_expert: dict[str, set[int]] = {}
     for path, bits in plan.items():
         if (name := expert_name(path)) is not None:
@@ -132,6 +147,8 @@ def test_a_plan_of_experts_that_cannot_be_made_says_why(
     with pytest.raises(InputError) as caught:
         check_experts(open_checkpoint(out), "search")
     assert str(caught.value) == f"--experts needs quantised experts, and {out} has none; leave it out"
+    with pytest.raises(InputError, match="--experts is for one plan by measured losses; give --text FILE"):
+        command(checkpoint.directory, tmp_path / "plan.json", experts=True, size="1MB")
     with pytest.raises(InputError, match=r"1 bits per weight is below the smallest plan of the widths 2,4, which has"):
         read_budget(checkpoint, widths=(2, 4), bits_per_weight=1.0).table(
             by_width(checkpoint.shapes, fused=True, experts=True), (2, 4)

@@ -106,7 +106,7 @@ def test_every_expert_and_projection_is_a_weight_of_its_own(
     assert checkpoint.spec.format == 6
 
 
-@pytest.mark.parametrize("family", WHOLE)
+@pytest.mark.parametrize("family", ["gpt_oss", pytest.param("llama4", marks=pytest.mark.slow), "granitemoe"])
 def test_each_reader_gives_the_slice_in_the_models_own_form(
     family: str, checkpoints: dict[str, Path], family_model: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -340,6 +340,7 @@ def test_hessians_are_of_the_tokens_routed_or_with_too_few_of_all(
     assert (found.few, found.experts) == (few, NUMBER)
 
 
+@pytest.mark.slow
 def test_experts_with_few_tokens_are_named_in_the_log_and_counted_in_the_report(
     family_model: Callable[[str], Path], text_file: Path, tmp_path: Path
 ) -> None:

@@ -24,7 +24,7 @@ from matquant.hf_torch.arrays import nested_to_torch
 from matquant.hf_torch.experts import expert_count, is_experts, is_transposed
 from matquant.hf_torch.layers import decoder_layers, linear_views
 from matquant.hf_torch.views import View
-from matquant.methods.parts.experts import product, routed
+from matquant.methods.parts.experts import paths_by_expert, product, routed
 
 Seen = tuple[tuple[torch.Tensor, ...], torch.Tensor]  # inputs of a module of fused experts, gradient of its output
 
@@ -43,18 +43,15 @@ class Watched:
         output.register_hook(lambda gradient: self.seen.append((kept, gradient)))  # type: ignore[no-untyped-call]
 
 
-def watched(model: Any, layer: str) -> list[Watched]:
-    """Return the modules of fused experts in a decoder layer, with the weights of each expert."""
-    views = {path: view for path, view in linear_views(model).items() if view.parameter.startswith(f"{layer}.")}
+def watched(model: Any, layer: str, views: Mapping[str, View]) -> list[Watched]:
+    """Return the modules of fused experts in a decoder layer. views: of all linear layers of the model."""
     found = []
-    for name, module in model.named_modules():
-        if name.startswith(f"{layer}.") and is_experts(name):
-            experts: dict[str, tuple[int, dict[str, View]]] = {}
-            for path, view in views.items():
-                block, _, leaf = view.parameter.rpartition(".")
-                if block == name and (expert := expert_name(path)) is not None:
-                    number = view.offset // module.get_parameter(leaf)[0].numel()
-                    experts.setdefault(expert, (number, {}))[1][path] = view
+    for name, module in model.get_submodule(layer).named_modules(prefix=layer):
+        if is_experts(name):
+            experts = {}
+            for number, paths in paths_by_expert(module, name, views).items():
+                weights = {path: views[path] for path in (*paths.first, *paths.last)}
+                experts[expert_name(next(iter(weights))) or f"{name}.{number}"] = (number, weights)
             found.append(Watched(module, experts))
     return found
 
@@ -96,7 +93,8 @@ def expert_losses(
 def routing(model: Any, batches: Iterable[torch.Tensor]) -> dict[str, float]:
     """Return the share of tokens that chooses each expert, by its name; empty for a dense model."""
     counts: dict[str, int] = {}
-    modules = [part for name, _ in decoder_layers(model) for part in watched(model, name)]
+    views = linear_views(model)
+    modules = [part for name, _ in decoder_layers(model) for part in watched(model, name, views)]
 
     def count(watch: Watched, module: Any, args: tuple[torch.Tensor, ...]) -> None:
         for expert, (number, _) in watch.experts.items():

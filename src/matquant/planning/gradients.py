@@ -18,7 +18,7 @@ import torch
 from matquant.core.nest import MASTER_BITS
 from matquant.format.read import Checkpoint
 from matquant.hf_torch.arrays import nested_to_torch
-from matquant.hf_torch.layers import decoder_layers
+from matquant.hf_torch.layers import decoder_layers, linear_views
 from matquant.hf_torch.layerwise import Call, embed, finish
 from matquant.planning.experts import Watched, expert_losses, watched
 
@@ -65,9 +65,10 @@ def estimate(
     gradients = [_score(model, part, last, generator) for part, last in zip(batches, inputs.pop(), strict=True)]
     sums: Sums = {}
     alone: dict[tuple[str, ...], np.ndarray] = {}
+    views = linear_views(model) if experts else {}
     for call, (name, layer) in zip(reversed(calls), reversed(layers), strict=True):
         changes = {path: _changes(checkpoint, path, widths, model) for path in paths if path.startswith(f"{name}.")}
-        watches = watched(model, name) if experts else []
+        watches = watched(model, name, views) if experts else []
         gradients = _backwards(call, layer, name, inputs.pop(), gradients, changes, sums, watches)
         for watch in watches:
             alone |= expert_losses(checkpoint, watch, widths, tokens=ids.numel())
