@@ -33,6 +33,12 @@ def is_router(path: str) -> bool:
     return parts[-1] == SHARED or any(part in ROUTERS for part in parts)
 
 
+def expert_name(path: str) -> str | None:
+    """Return the name of the expert that a path belongs to, ``BLOCK.experts.NUMBER``; None if it is no expert's."""
+    found = _PATH.fullmatch(path)
+    return None if found is None else path.removesuffix(f".{found[3]}")
+
+
 def why_unknown(path: str, known: Iterable[str]) -> str | None:
     """Return why a path that the model does not quantise cannot be: it is a router, or an expert that is not there."""
     if is_router(path):
@@ -98,12 +104,10 @@ class Experts:
     def tensor_of(self, path: str) -> tuple[str, str, str] | None:
         """Return (tensor in the model's files, its kind, NUMBER.PROJECTION) of a path; None if it is no expert's."""
         found = _PATH.fullmatch(path)
-        kind = None if found is None else next((k for k in self.names if found[3] in TENSORS[k]), None)
-        return (
-            None
-            if found is None or kind is None
-            else (f"{found[1]}.{self.names[kind]}", kind, f"{found[2]}.{found[3]}")
-        )
+        kind = next((kind for kind in self.names if found is not None and found[3] in TENSORS[kind]), None)
+        if found is None or kind is None:
+            return None
+        return f"{found[1]}.{self.names[kind]}", kind, f"{found[2]}.{found[3]}"
 
     def join(self, shapes: Mapping[str, tuple[int, int]]) -> "dict[str, Joined]":
         """Return the tensors of the model's files that hold these weights: tensor name -> Joined.

@@ -65,7 +65,6 @@ def export(
     """Write the ``bits``-bit slice (or ``plan``) of a nested checkpoint in the format ``to``, a name of FORMATS.
 
     ``to`` may also be "planes" (planes.py), the checkpoint itself in other files; options of slices are then errors.
-
     The engine computes with the weights of the slice, after one rounding of scales (and minima) to the format's type.
     Weights whose size does not fit the format's blocks stay dense, with a notice.
 
@@ -79,8 +78,7 @@ def export(
     """
     if to == planes.NAME:
         options: dict[str, Any] = {"--plan": plan, "--dtype": dtype, "--base-model": base_model, "--measured": measured}
-        options |= {"--zero-point": zero_point != EXACT, "--requantise": requantise}
-        options["--split-experts"] = split_experts
+        options |= {"--zero-point": zero_point != EXACT, "--requantise": requantise, "--split-experts": split_experts}
         if given := [flag for flag, value in options.items() if value]:
             raise InputError(f"{given[0]} is for slices, and --to planes writes the whole checkpoint; leave it out")
         return planes.export_planes(directory, out, bits=bits or MASTER_BITS, overwrite=overwrite, report=report)
@@ -98,9 +96,7 @@ def export(
         about["loss"] = float(f"{checkpoint.loss():.6g}")  # sums differ in the last digits with the number of threads
         notice(f"requantised: relative squared error {about['loss']:.2e} against the slices of the checkpoint")
     job = make_job(checkpoint, to, wanted, zero_point=zero_point, dtype=dtype, about=about)
-    if split_experts:
-        job = _split(job)
-    _tell_wide(job, notice)
+    job = _split(job) if split_experts else job
     total = _write(job, target, overwrite=overwrite, report=report, notice=notice)
     return {
         "out": str(target),
@@ -148,6 +144,7 @@ def _tell_wide(job: Job, notice: Callable[[str], None]) -> None:
 
 def _write(job: Job, target: Path, *, overwrite: bool, report: Progress, notice: Callable[[str], None]) -> int:
     """Write the export beside ``target``, move it into place when complete, and return its tensors' bytes."""
+    _tell_wide(job, notice)
     exporter, checkpoint, done, total = job.exporter, job.checkpoint, 0, 0
     check = functools.partial(_check_target, target, exporter, overwrite=overwrite)
     check()  # before locking, which makes missing parent directories

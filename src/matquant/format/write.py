@@ -23,8 +23,8 @@ from matquant.system.files import check_replaceable, json_bytes, replace_directo
 from matquant.system.locks import check_place
 
 Item = tuple[str, "np.ndarray | NestedTensor"]
-# A quantization_config that transformers rejects, with up to 50 characters of the status, and vLLM with the format.
-# Otherwise they would leave experts that they do not find with random numbers, and only log a warning.
+# A quantization_config that stock transformers rejects, with up to 50 characters of the status. Otherwise it would
+# leave experts that it does not find with random numbers, and only log a warning.
 NOT_STOCK = {
     "quant_method": "compressed-tensors",
     "format": "matquant",

@@ -69,20 +69,20 @@ def joined_views(model: Model, name: str, parameter: torch.Tensor) -> dict[str, 
 def experts_record(model: Model, quantised: Iterable[str]) -> Experts | None:
     """Return how the model's files hold the experts of which ``quantised`` names the parameters.
 
-    None if they hold none in one tensor, or a stock tool reads them because they stay float.
+    None if they hold none in one tensor, or these stay float and stock tools read them as they are.
     """
-    taken, names, rest, found = set(quantised), {}, [], None
+    taken, names, whole, found = set(quantised), {}, set(), None
     for path, module in model.named_modules():
         for leaf, parameter in expert_tensors(module).items() if is_experts(path) else ():
             name = f"{path}.{leaf}"
-            if stored_parts(model, name, parameter)[1] and leaf in TENSORS:
+            if leaf in TENSORS and stored_parts(model, name, parameter)[1]:
                 found = module
                 names[leaf] = _split(model, name, parameter)[1]
-                rest += [name] if name not in taken else []
+                whole.add(name)
     patched = type(found).__name__ in PATCHED
-    if found is None or (not patched and not any(name.rpartition(".")[2] in names for name in taken)):
+    if found is None or not (patched or whole & taken):
         return None
-    return _layout(found, names, stock=patched and not rest)
+    return _layout(found, names, stock=patched and whole <= taken)
 
 
 def _layout(module: torch.nn.Module, names: dict[str, str], *, stock: bool = False) -> Experts:

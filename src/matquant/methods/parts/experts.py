@@ -3,8 +3,8 @@
 An expert sees only the tokens that the router sends to it. With fewer of them than in features its Hessian X^T X does
 not have full rank, and compensation would fit those few tokens at the cost of all others. Such weights use the Hessian
 of all tokens of the layer instead: of what the router reads, and for the last projection of what the expert makes of
-it. (llm-compressor sends all tokens through all experts, which hides how experts differ; GPTQModel rounds to nearest
-below a share of the tokens, which uses no statistics.)
+it. (llm-compressor sends all tokens through all experts, which hides how experts differ; GPTQModel 5.7 falls back to
+naive quantisation, which uses no statistics.)
 Shapes: T tokens, H hidden features, I intermediate features.
 """
 
