@@ -6,15 +6,16 @@
     python bench/decode.py plot       docs/roofline.png
 
 Models have the shapes of released ones, vocabulary included, and random weights. All matrices are nested, the tied
-head is read at HEAD_BITS or wider, and every figure is of a whole token. All shapes run as a Llama: norms of queries
-and keys are left out. llama.cpp gets random blocks of the type of the same nominal width for every matrix, the head
-included; its K types need rows of a multiple of 256 inputs, so SmolLM2 and Gemma 3 run with --no-peer only. --shape
+head is read at HEAD_BITS or wider, and every figure is of a whole token. Shapes without experts run as a Llama: norms
+of queries and keys are left out. qwen3-30b-a3b-2 is two layers of that model. llama.cpp gets random blocks of the type
+of the same nominal width for every matrix, the head included; its K types need rows of a multiple of 256 inputs, so
+SmolLM2 and Gemma 3 run with --no-peer only, and so does the shape with experts. --shape
 tiny only shows that everything runs.
 
 The limit is the speed of reading as many bytes as a token reads, 256 MiB at most, again and again: a small model may
 stay in part in the last-level cache, and so does what it is compared with.
 
-Correctness first: all products of a layer and of the head against the definition, a prompt at once against token by
+Correctness first: products of the last layer and of the head against the definition, a prompt at once against token by
 token. Then, in every round, everything takes turns in bursts: the stream of memory and our decoding at each width,
 two widths in turn, a plan, llama.cpp's decoding, prefills of both. A burst is as many stretches of 2 tokens after 16,
 or prompts of 128, as fill its time. One counts as undisturbed if its process had its cores for at least 97 % of it;
@@ -56,7 +57,8 @@ from matquant.engine.engine import Engine, Session
 from matquant.engine.model import HEAD, NORM
 from matquant.format.read import open_checkpoint
 from matquant.format.write import Item, write_checkpoint
-from matquant.hf.architecture import EMBEDDING, PROJECTIONS
+from matquant.hf.architecture import EMBEDDING, read_architecture
+from matquant.hf.experts import router_path
 from origin import ROOT, append_record, origin
 
 RECORDS = ROOT / "bench" / "decode.jsonl"
@@ -80,9 +82,17 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-0.6b": LLAMA | dict(zip(SIZES, (1024, 3072, 28, 16, 8, 128, 151936), strict=True)),
     "gemma-3-1b": LLAMA | dict(zip(SIZES, (1152, 6912, 26, 4, 1, 256, 262144), strict=True)),
     "smollm2-135m": LLAMA | dict(zip(SIZES, (576, 1536, 30, 9, 3, 64, 49152), strict=True)),
+    "qwen3-30b-a3b-2": {
+        **{"model_type": "qwen3_moe", "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 2},
+        **{"num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "vocab_size": 151936},
+        **{"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": True},
+        **{"max_position_embeddings": 40960, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "tie_word_embeddings": False},
+        "dtype": "bfloat16",
+    },
     "tiny": LLAMA | dict(zip(SIZES, (256, 512, 2, 4, 2, 64, 512), strict=True)),
 }
 HEAD_BITS = 6  # the least of the head, as the recipes have it
+CHECKED = 8  # matrices, the last ones: those of the last layer of a Llama, and the head
 
 PEERS = {8: "Q8_0", 6: "Q6_K", 4: "Q4_K", 3: "Q3_K", 2: "Q2_K"}
 BLOCK_INPUTS = 256  # of a block of the K types
@@ -91,7 +101,7 @@ MIX, MIX_MEAN = (2, 6), 4  # layers in turn
 LOADS = 3
 
 # What whole tokens are to reach: a fraction of the streaming limit, factors over our int8 and over llama.cpp.
-LIMIT_TARGETS = dict.fromkeys(SHAPES, 0.85) | {"smollm2-135m": 0.8}
+LIMIT_TARGETS = dict.fromkeys(SHAPES, 0.85) | {"smollm2-135m": 0.8, "qwen3-30b-a3b-2": 0.8}
 STEP_TARGETS = {2: 2.7}
 DECODE_TARGETS = {8: 1.3, 6: 1.5, 4: 1.5, 3: 2.0, 2: 2.0}
 PREFILL_TARGET = 1.5
@@ -136,6 +146,8 @@ def run(
     """Measure and print."""
     if shape not in SHAPES:
         raise SystemExit(f"--shape {shape}: give one of {', '.join(SHAPES)}")
+    if peer and SHAPES[shape]["model_type"] != "llama":
+        raise SystemExit(f"llama.cpp's worker makes only Llamas; give --no-peer with {shape}")
     if peer and any(SHAPES[shape][key] % BLOCK_INPUTS for key in ("hidden_size", "intermediate_size")):
         raise SystemExit(f"llama.cpp's K types need rows of a multiple of {BLOCK_INPUTS}; give --no-peer with {shape}")
     folder = CACHE / "decode" / shape
@@ -173,10 +185,8 @@ def write_random(
     files: further files by name, such as a tokenizer.
     """
     generator = np.random.default_rng(0)
-    hidden, ffn = shape["hidden_size"], shape["intermediate_size"]
-    attended, shared = (shape[f"num_{kind}_heads"] * shape["head_dim"] for kind in ("attention", "key_value"))
-    sizes = [(attended, hidden), (shared, hidden), (shared, hidden), (hidden, attended)]
-    sizes += [(ffn, hidden), (ffn, hidden), (hidden, ffn)]
+    architecture = read_architecture(shape, where=directory)
+    hidden = architecture.hidden
 
     def nested(rows: int, columns: int) -> NestedTensor:
         codes = np.frombuffer(generator.bytes(rows * columns), np.uint8).reshape(rows, columns)
@@ -184,24 +194,31 @@ def write_random(
         scale = (deviation / 74).astype(ml_dtypes.bfloat16).astype(np.float32)  # 74: of uniform codes
         return NestedTensor(codes=codes, scale=scale, zero=np.full_like(scale, 128), rule="prefix", grid=grid)
 
-    tied = shape["tie_word_embeddings"]
+    def plain(rows: int, columns: int) -> np.ndarray:
+        return generator.standard_normal((rows, columns), np.float32).astype(ml_dtypes.bfloat16)
+
+    def ones(count: int) -> np.ndarray:
+        return np.ones(count, ml_dtypes.bfloat16)
 
     def items() -> Iterator[Item]:
-        if tied:
-            yield EMBEDDING, nested(shape["vocab_size"], hidden)
+        if architecture.tied:
+            yield EMBEDDING, nested(architecture.vocab, hidden)
         else:
-            embedding = generator.standard_normal((shape["vocab_size"], hidden), np.float32)
-            yield f"{EMBEDDING}.weight", embedding.astype(ml_dtypes.bfloat16)
-        ones = np.ones(hidden, ml_dtypes.bfloat16)
-        for layer in range(shape["num_hidden_layers"]):
-            for name, size in zip(PROJECTIONS, sizes, strict=True):
-                yield f"model.layers.{layer}.{name}", nested(*size)
-            for name in ("input_layernorm", "post_attention_layernorm"):
-                yield f"model.layers.{layer}.{name}.weight", ones
-        yield f"{NORM}.weight", ones
-        if not tied:
-            yield HEAD, nested(shape["vocab_size"], hidden)
+            yield f"{EMBEDDING}.weight", plain(architecture.vocab, hidden)
+        for layer in range(architecture.layers):
+            experts = architecture.experts_at(layer)
+            router = None if experts is None else router_path(experts, layer)
+            for name, size in architecture.matrices(layer):
+                path = f"model.layers.{layer}.{name}"
+                yield (f"{path}.weight", plain(*size)) if path == router else (path, nested(*size))
+            for place, name in architecture.family.norms.items():
+                count = architecture.head_dim if place in ("query", "key") else hidden
+                yield f"model.layers.{layer}.{name}.weight", ones(count)
+        yield f"{NORM}.weight", ones(hidden)
+        if not architecture.tied:
+            yield HEAD, nested(architecture.vocab, hidden)
 
+    tied = architecture.tied
     scope, head_bits = ("all", HEAD_BITS) if tied else ("linears", None)
     spec = Spec(rule="prefix", widths=WIDTHS, group_size=group_size, scope=scope, grid=grid, head_bits=head_bits)
     write_checkpoint(directory, items(), spec=spec, config=shape, ignore=(HEAD,) if tied else (), files=files or {})
@@ -266,10 +283,9 @@ def measure(directory: Path, peer: LlamaCpp | None, *, threads: int, rounds: int
         "switch": [few, many],
         "mix": [mixed(engine)] * STRETCH,
     }
-    streams = {
-        name: _native.Stream(min(STREAM_BYTES, engine.model.bytes_per_token(schedule[0])))
-        for name, schedule in schedules.items()
-    }
+    sizes = {name: min(STREAM_BYTES, engine.model.bytes_per_token(steps[0])) for name, steps in schedules.items()}
+    of_size = {size: _native.Stream(size) for size in set(sizes.values())}
+    streams = {name: of_size[size] for name, size in sizes.items()}
     samples: Samples = {}
 
     def note(name: str, burst: list[Sample]) -> None:
@@ -351,9 +367,9 @@ def summary(engine: Engine, peer: LlamaCpp | None, samples: Samples) -> Record:
 
 
 def check(engine: Engine, session: Session) -> None:
-    """SystemExit unless the last layer and the head multiply, and steps add up, as they should at every width."""
+    """SystemExit unless the last matrices multiply, and steps add up, as they should at every width."""
     checkpoint = open_checkpoint(engine.path, check_hashes=False)
-    for path in engine.model.paths[-len(PROJECTIONS) - 1 :]:
+    for path in list(engine.model.weights)[-CHECKED:]:
         check_products(checkpoint.nested(path, mapped=True), engine.model.weights[path], threads=engine.threads)
     prompt = list(range(1, 9))
     seen: list[np.ndarray] = []
@@ -372,9 +388,14 @@ def check(engine: Engine, session: Session) -> None:
 
 def mixed(engine: Engine) -> np.ndarray:
     """The widths of MIX by layers in turn; the head as at MIX_MEAN."""
-    layers = engine.model.architecture.layers
-    plan = {f"model.layers.{layer}.{name}": MIX[layer % len(MIX)] for layer in range(layers) for name in PROJECTIONS}
-    return engine.widths(plan={**plan, engine.model.paths[-1]: max(MIX_MEAN, HEAD_BITS)})
+    architecture, head = engine.model.architecture, list(engine.model.weights)[-1]
+    plan = {
+        path: MIX[layer % len(MIX)]
+        for layer in range(architecture.layers)
+        for path in (f"model.layers.{layer}.{name}" for name, _ in architecture.matrices(layer))
+        if path in engine.model.weights
+    }
+    return engine.widths(plan={**plan, head: max(MIX_MEAN, HEAD_BITS) if architecture.tied else MIX_MEAN})
 
 
 def burst(stretch: Callable[[], Sample], seconds: float) -> list[Sample]:

@@ -14,11 +14,10 @@
 #include <stdexcept>
 #include <vector>
 
-#include "core/memory.hpp"
-#include "core/planes.hpp"
 #include "core/team.hpp"
 #include "decoder/step.hpp"
 #include "kernels/kernels.hpp"
+#include "test_fixture.hpp"
 
 using namespace matquant;
 
@@ -54,86 +53,6 @@ static const int counting = 0;
 #endif
 
 namespace {
-
-std::uint32_t state = 1;
-std::uint32_t draw() { return state = state * 1664525u + 1013904223u, state >> 8; }
-float draw_float() { return static_cast<float>(draw() % 20001) / 10000.0f - 1.0f; }
-
-// nest.py
-int slice(int code, int bits, Rule rule) {
-  if (bits == 8) return code;
-  const int top = code >> (8 - bits);
-  if (rule == Rule::prefix) return top;
-  const int rounded = top + (code >> (7 - bits) & 1);
-  return rule == Rule::extra || rounded < 1 << bits ? rounded : (1 << bits) - 1;
-}
-
-// nest.position_table
-double position(int code, int bits, Grid grid) {
-  if (grid == Grid::uniform) return code;
-  if (bits == 7) return (position(2 * code, 8, grid) + position(2 * code + 1, 8, grid) - 1) / 4;
-  const double middle = ((1 << bits) - 1) / 2.0, distance = std::fabs(2 * (code - middle));
-  const double bent = (3 * distance + 2 * std::fmax(0.0, distance - (1 << (bits - 1)))) / 8;
-  const double exact = middle + (code < middle ? -bent : bent);
-  return bits == 8 ? std::floor(exact + 0.5) : exact;
-}
-
-struct Case {
-  int rows, cols, group, tokens;
-};
-
-struct Fixture {
-  Case shape;
-  Rule rule;
-  std::vector<std::uint8_t> codes;
-  std::vector<float> scale, zero, values, x;
-  std::unique_ptr<Memory> memory[PLANE_COUNT];
-  Linear linear{};
-
-  Fixture(Case of, Rule by, Grid on = Grid::uniform) : shape(of), rule(by) {
-    const int groups = shape.cols / shape.group, blocks = ceil_div(shape.rows, BLOCK_ROWS);
-    codes.resize(static_cast<std::size_t>(shape.rows) * shape.cols);
-    for (std::size_t i = 0; i < codes.size(); ++i) codes[i] = static_cast<std::uint8_t>(i < 256 ? i : draw());
-    scale.resize(static_cast<std::size_t>(shape.rows) * groups);
-    zero.resize(scale.size());
-    values.resize(static_cast<std::size_t>(blocks) * groups * 2 * BLOCK_ROWS);
-    for (int row = 0; row < shape.rows; ++row)
-      for (int group = 0; group < groups; ++group) {
-        const std::size_t at = static_cast<std::size_t>(row) * groups + group;
-        scale[at] = 1.5f + draw_float();
-        zero[at] = static_cast<float>(draw() % 256);
-        float* to = &values[(static_cast<std::size_t>(row / BLOCK_ROWS) * groups + group) * 2 * BLOCK_ROWS];
-        to[row % BLOCK_ROWS] = scale[at];
-        to[BLOCK_ROWS + row % BLOCK_ROWS] = zero[at];
-      }
-    x.resize(static_cast<std::size_t>(shape.tokens) * shape.cols);
-    for (float& value : x) value = draw_float();
-    linear.rows = shape.rows;
-    linear.cols = shape.cols;
-    linear.group = shape.group;
-    linear.rule = rule;
-    linear.grid = on;
-  }
-
-  void pack_for(int bits, int threads) {
-    linear.resident_bits = bits_read(bits, rule);
-    std::uint8_t* plane[PLANE_COUNT] = {};
-    for (int at = 0; at < PLANE_COUNT && BITS_UP_TO[at] <= linear.resident_bits; ++at) {
-      memory[at] = std::make_unique<Memory>(plane_bytes(shape.rows, shape.cols, at), Pages::huge, at + 1);
-      plane[at] = memory[at]->data();
-    }
-    for (int thread = 0; thread < threads; ++thread)
-      pack(codes.data(), shape.cols, shape.rows, shape.cols, plane, thread, threads);
-    std::copy(plane, plane + PLANE_COUNT, linear.plane);
-    const float step = static_cast<float>(1 << (8 - bits));
-    const float centre = rule == Rule::prefix ? (step - 1) / 2 : 0.0f;
-    // nest.integer_positions: position = unit * integer + offset
-    const bool codes = linear.grid == Grid::uniform || bits == 8;
-    const float unit = codes ? 1.0f : bits == 7 ? 0.5f : 0.25f, offset = codes || bits == 7 ? 0.0f : 0.125f;
-    for (Affine& affine : linear.affine) affine = {};
-    linear.affine[bits] = {values.data(), false, step * unit, centre + step * offset};
-  }
-};
 
 int failures = 0;
 void expect(bool holds, const char* what, const Fixture& of, int bits, const char* isa) {
@@ -210,19 +129,23 @@ void check(Fixture& of, int bits, const char* isa) {
 
 // ------------------------------------------------------------------------------------------------------ decode steps
 
-// Two layers with every width: 4 query heads that share 2 key/value heads, and a nested head.
+// Two layers with every width: 4 query heads that share 2 key/value heads, a gated block in the first layer, experts
+// and a shared one in the second, which has sinks too, clamped gates and a nested head.
 struct Decoder {
   static constexpr int HIDDEN = 64, FFN = 160, HEADS = 4, KV = 2, DIM = 32, VOCAB = 96, CAPACITY = 64;
+  static constexpr int EXPERTS = 6, ACTIVE = 2, EXPERT = 48;
   std::vector<std::unique_ptr<Fixture>> held;
   std::vector<float> ones = std::vector<float>(FFN, 1.0f), frequencies = std::vector<float>(DIM / 2, 0.1f);
-  Model model{HIDDEN, FFN, HEADS, KV, DIM, VOCAB};
+  std::vector<float> router = std::vector<float>(EXPERTS * HIDDEN);
+  Model model{HIDDEN, HEADS, KV, DIM, VOCAB};
 
   // Returns the id of a new matrix.
   int nested(int rows, int cols) {
     held.push_back(std::make_unique<Fixture>(Case{rows, cols, cols, 1}, Rule::prefix));
     Fixture& of = *held.back();
     of.pack_for(8, 1);
-    for (float& value : of.values) value /= 64.0f;
+    for (std::size_t i = 0; i < of.values.size(); ++i)  // zero-points in the middle: tokens differ in their hidden states
+      of.values[i] = i / BLOCK_ROWS % 2 == 0 ? of.values[i] / 64.0f : 128.0f;
     for (int bits = 1; bits <= 8; ++bits) {
       const float step = static_cast<float>(1 << (8 - bits));
       of.linear.affine[bits] = {of.values.data(), false, step, (step - 1) / 2};
@@ -232,8 +155,24 @@ struct Decoder {
     return model.add(matrix);
   }
 
+  Gated gated(int width) { return {nested(width, HIDDEN), nested(width, HIDDEN), nested(HIDDEN, width)}; }
+
+  Experts experts() {
+    for (float& value : router) value = draw_float();
+    Matrix matrix;
+    matrix.dense = {router.data(), DType::f32, EXPERTS, HIDDEN};
+    Experts made;
+    made.router = model.add(matrix);
+    made.active = ACTIVE;
+    for (int i = 0; i < EXPERTS; ++i) made.each.push_back(gated(EXPERT));
+    made.shared = gated(FFN);
+    made.shared_gate = nested(1, HIDDEN);
+    return made;
+  }
+
   Decoder() {
     model.norm_eps = 1e-5f, model.attention_scale = 0.2f, model.embedding_scale = 1.0f;
+    model.gate_alpha = 1.7f, model.gate_limit = 7.0f;
     model.ropes.push_back({frequencies.data(), 1.0f});
     for (int i = 0; i < 2; ++i) {
       Layer layer{};
@@ -243,9 +182,10 @@ struct Decoder {
       attention.value = nested(KV * DIM, HIDDEN);
       attention.output = nested(HIDDEN, HEADS * DIM);
       FeedForward& ffn = layer.feed_forward;
-      ffn.gate = nested(FFN, HIDDEN);
-      ffn.up = nested(FFN, HIDDEN);
-      ffn.down = nested(HIDDEN, FFN);
+      if (i == 0)
+        ffn.gated = gated(FFN);
+      else
+        ffn.experts = experts(), attention.sinks = ones.data();
       attention.norm = ffn.norm = ones.data();
       model.layers.push_back(layer);
     }
@@ -271,11 +211,11 @@ void expect_rejected(const char* what, Make make) {
 
 void check_sizes() {
   constexpr std::int64_t huge = std::int64_t{1} << 32;
-  expect_rejected("heads x head_dim of 2^32 + 128", [] { Model(64, 160, 2, 1, (huge + 128) / 2, 96); });
-  expect_rejected("2^31 heads", [] { Model(64, 160, huge / 2, 1, 32, 96); });
-  expect_rejected("a vocabulary of 2^31", [] { Model(64, 160, 4, 2, 32, huge / 2); });
-  expect_rejected("a negative size", [] { Model(-64, 160, 4, 2, 32, 96); });
-  Model wide(64, 160, 1, 1, MOST_HEAD_DIM, 96);
+  expect_rejected("heads x head_dim of 2^32 + 128", [] { Model(64, 2, 1, (huge + 128) / 2, 96); });
+  expect_rejected("2^31 heads", [] { Model(64, huge / 2, 1, 32, 96); });
+  expect_rejected("a vocabulary of 2^31", [] { Model(64, 4, 2, 32, huge / 2); });
+  expect_rejected("a negative size", [] { Model(-64, 4, 2, 32, 96); });
+  Model wide(64, 1, 1, MOST_HEAD_DIM, 96);
   expect_rejected("a cache of a model without layers", [&] { Cache(wide, 16, DType::f32); });
   wide.layers.resize(1 << 12);
   expect_rejected("a cache of 2^70 bytes", [&] { Cache(wide, MOST_CAPACITY, DType::f32); });
@@ -317,10 +257,64 @@ int check_steps() {
   return steps;
 }
 
+// A prompt at once, with rows grouped by expert, gives the logits of one token at a time bit for bit; and several
+// experts are used.
+void check_grouping() {
+  const Decoder decoder;
+  const std::vector<std::uint8_t> bits(decoder.model.matrices.size(), 4);
+  constexpr int TOKENS = 16;
+  for (const Activations activations : {Activations::int8, Activations::exact})
+    for (const int threads : {1, 2, 3}) {
+      std::vector<float> logits[2];
+      bool used[Decoder::EXPERTS] = {};
+      for (const int at_once : {1, TOKENS}) {
+        const Cache cache(decoder.model, TOKENS, activations == Activations::exact ? DType::f32 : DType::f16);
+        Workspace workspace(decoder.model, TOKENS, TOKENS, threads);
+        std::vector<float>& found = logits[at_once > 1];
+        found.resize(TOKENS * Decoder::VOCAB);
+        for (int first = 0; first < TOKENS; first += at_once) {
+          std::vector<Row> rows;
+          for (int t = 0; t < at_once; ++t) rows.push_back({(first + t) * 5 % Decoder::VOCAB, first + t, &cache});
+          step(decoder.model, bits.data(), activations, rows.data(), at_once, 0,
+               found.data() + first * Decoder::VOCAB, workspace);
+          for (int i = 0; i < at_once * Decoder::ACTIVE; ++i) used[workspace.chosen[i]] = true;
+        }
+      }
+      const bool same = std::memcmp(logits[0].data(), logits[1].data(), logits[0].size() * sizeof(float)) == 0;
+      if (same && std::count(used, used + Decoder::EXPERTS, true) > 2) continue;
+      ++failures;
+      std::printf("FAILED: rows grouped by expert, %d threads\n", threads);
+    }
+}
+
+// Experts that a token does not use are not read: with all of their scales NaN its logits are the same.
+void check_unused_experts() {
+  Decoder decoder;
+  const std::vector<std::uint8_t> bits(decoder.model.matrices.size(), 4);
+  const Cache cache(decoder.model, LANES, DType::f16);
+  Workspace workspace(decoder.model, 1, LANES, 1);
+  const Row row{5, 0, &cache};
+  std::vector<float> logits[2] = {std::vector<float>(Decoder::VOCAB), std::vector<float>(Decoder::VOCAB)};
+  step(decoder.model, bits.data(), Activations::int8, &row, 1, 0, logits[0].data(), workspace);
+  const Experts& experts = decoder.model.layers[1].feed_forward.experts;
+  for (int e = 0; e < Decoder::EXPERTS; ++e) {
+    if (std::count(workspace.chosen, workspace.chosen + Decoder::ACTIVE, e) > 0) continue;
+    for (const int id : {experts.each[e].gate, experts.each[e].up, experts.each[e].down})
+      for (const std::unique_ptr<Fixture>& held : decoder.held)
+        if (&held->linear == decoder.model.matrices[id].nested) std::fill(held->values.begin(), held->values.end(), NAN);
+  }
+  step(decoder.model, bits.data(), Activations::int8, &row, 1, 0, logits[1].data(), workspace);
+  if (std::isfinite(logits[1][0]) && logits[0] == logits[1]) return;
+  ++failures;
+  std::printf("FAILED: an expert that is not used changes the logits\n");
+}
+
 }  // namespace
 
 int main() {
   check_sizes();
+  check_grouping();
+  check_unused_experts();
   if (counting) {
     const long before = allocations;
     delete new std::atomic<int>(0);

@@ -51,6 +51,18 @@ OTHERS: dict[str, Callable[[], Any]] = {  # what is peculiar about them: the tes
     "gptj": lambda: transformers.GPTJConfig(**OLD, n_positions=64, rotary_dim=4),
     "bloom": lambda: transformers.BloomConfig(**OLD),
     "gpt_oss": lambda: transformers.GptOssConfig(**SMALL, **HEADS, num_local_experts=4, num_experts_per_tok=2),
+    "llama4": lambda: transformers.Llama4TextConfig(
+        **SMALL,
+        **HEADS,
+        num_local_experts=4,
+        num_experts_per_tok=1,
+        intermediate_size_mlp=40,
+        interleave_moe_layer_step=1,
+    ),
+    "granitemoe": lambda: transformers.GraniteMoeConfig(**SMALL, num_local_experts=4, num_experts_per_tok=2),
+    "qwen2_moe": lambda: transformers.Qwen2MoeConfig(
+        **SMALL, **MOE, shared_expert_intermediate_size=40, mlp_only_layers=[]
+    ),
     "granite_hybrid": lambda: transformers.GraniteMoeHybridConfig(
         **SMALL,
         num_local_experts=0,

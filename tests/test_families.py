@@ -17,6 +17,7 @@ import conftest
 import matquant
 from conftest import FAMILIES, make_tokenizer
 from matquant.format.read import open_checkpoint
+from matquant.hf_torch import experts
 from matquant.hf_torch.layers import linear_views, select_linears
 from matquant.hf_torch.loading import load_float
 
@@ -70,6 +71,7 @@ GRIDS: dict[str, dict[str, Any]] = {
 }
 STORIES = "stories260K"
 HYBRID = "granite_hybrid"  # infinity in its configuration
+PATCHED = "llama4"  # stock transformers replaces its experts, which its files store in one tensor, by linear layers
 SEEING = "gemma3_vision"  # a vision tower of as many layers as the decoder, and other names in the file
 
 
@@ -79,7 +81,9 @@ def checkpoints(
 ) -> dict[str, Path]:
     """Every family, a model of another's making, and llama on other grids."""
     root = tmp_path_factory.mktemp("checkpoints")
-    models = {name: family_model(name) for name in [*FAMILIES, SEEING, HYBRID]} | {STORIES: data / "models" / STORIES}
+    models = {name: family_model(name) for name in [*FAMILIES, SEEING, HYBRID, PATCHED]} | {
+        STORIES: data / "models" / STORIES
+    }
     asked = {name: (model, {}) for name, model in models.items()}
     asked |= {name: (models["llama"], options) for name, options in GRIDS.items()}
     return {
@@ -98,7 +102,7 @@ def stock_logits(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPath
     return {name: found[str(directory)] for name, directory in checkpoints.items()}
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, SEEING, HYBRID, STORIES, *GRIDS])
+@pytest.mark.parametrize("name", [*FAMILIES, SEEING, HYBRID, PATCHED, STORIES, *GRIDS])
 def test_stock_transformers_reads_the_int8_model(
     name: str, checkpoints: dict[str, Path], stock_logits: dict[str, torch.Tensor]
 ) -> None:
@@ -238,13 +242,16 @@ def test_asymmetric_fused_experts_are_refused(family_model: Callable[[str], Path
     assert not any("experts" in path for path in open_checkpoint(out).shapes)
 
 
-def test_experts_that_are_stored_whole_are_to_be_excluded(family_model: Callable[[str], Path], tmp_path: Path) -> None:
+def test_experts_in_a_form_that_is_not_known_are_to_be_excluded(
+    family_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     options = {"method": "rtn", "scope": "linears"}
+    monkeypatch.setattr(experts, "TENSORS", {})
     with pytest.raises(matquant.InputError) as caught:
         conftest.quantize(family_model("gpt_oss"), tmp_path / "out", **options)
     assert str(caught.value) == (
-        "model.layers.0.mlp.experts.gate_up_proj is one tensor for all experts, "
-        "whose codes no engine reads; use --exclude experts"
+        "model.layers.0.mlp.experts.gate_up_proj holds all experts in a form that is not supported; "
+        "use --exclude experts"
     )
     out = conftest.quantize(family_model("gpt_oss"), tmp_path / "out", exclude=["experts"], **options)
     assert len(open_checkpoint(out).shapes) == 8  # q, k, v and o of two layers

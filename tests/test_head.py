@@ -119,7 +119,7 @@ def test_the_example_of_the_format_page_is_what_is_written(tmp_path: Path) -> No
 def test_a_record_without_a_quantised_head_stays_in_its_old_format() -> None:
     assert Spec(rule="prefix", widths=()).format == 1
     assert "head_bits" not in Spec(rule="prefix", widths=(), grid=COMPANDED).to_json()
-    assert re.search(r"formats 1 to 5", DOCUMENT.read_text())
+    assert re.search(r"formats 1 to 6", DOCUMENT.read_text())
     with pytest.raises(InputError, match="'head_bits', which format 4 does not have"):
         Spec.from_json({"format": 4, "rule": "prefix", "widths": [], "head_bits": 6}, where="x")
     with pytest.raises(InputError, match=re.escape("head_bits=9, which must be null or an integer 1..8")):

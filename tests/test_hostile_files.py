@@ -330,7 +330,7 @@ def test_sizes_of_pytorch_weights_are_compared_too(sizes: dict[str, int], source
     assert "has mismatched keys: model." in assert_one_line(run, sizes)
 
 
-SMALL_MODEL: dict[str, Any] = {"hidden": 32, "intermediate": 48, "heads": 4, "kv_heads": 2, "head_dim": 8, "vocab": 300}
+SMALL_MODEL: dict[str, Any] = {"hidden": 32, "heads": 4, "kv_heads": 2, "head_dim": 8, "vocab": 300}
 FACTORS = {"norm_eps": 1e-5, "attention_scale": 1.0, "embedding_scale": 1.0, "attention_cap": 0.0, "logit_cap": 0.0}
 
 

@@ -29,7 +29,7 @@ def test_native_tests_pass(target: str, needs: tuple[str, ...]) -> None:
 
 
 def empty_model() -> _native.Model:
-    sizes = {"hidden": 32, "intermediate": 48, "heads": 4, "kv_heads": 2, "head_dim": 8, "vocab": 20}
+    sizes = {"hidden": 32, "heads": 4, "kv_heads": 2, "head_dim": 8, "vocab": 20}
     factors = {"norm_eps": 1e-5, "attention_scale": 1.0, "embedding_scale": 1.0, "attention_cap": 0.0, "logit_cap": 0.0}
     return _native.Model(**sizes, **factors, gelu=False)
 

@@ -36,6 +36,7 @@ LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
 # Two threads keep what they write, from q, k, v to the input of o and from gate, up to that of down; four the latter.
 WHOLE = {"num_attention_heads": 8, "head_dim": 32, "intermediate_size": 512, "hidden_size": 128}
 ODD = {"hidden_size": 36, "intermediate_size": 50, "num_attention_heads": 3, "num_key_value_heads": 1}
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
 # Windows are shorter than the 40 tokens of IDS.
 CONFIGS: dict[str, Callable[[], Any]] = {
     "llama": lambda: transformers.LlamaConfig(**SMALL),
@@ -55,6 +56,16 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "gemma2, window": lambda: transformers.Gemma2Config(**SMALL, **HEADS, sliding_window=7),
     "gemma3, window": lambda: transformers.Gemma3TextConfig(**SMALL, **HEADS, **MIXED, final_logit_softcapping=4.0),
     "smollm3, a layer without positions": lambda: transformers.SmolLM3Config(**SMALL, no_rope_layers=[1, 0]),
+    "mixtral, window": lambda: transformers.MixtralConfig(**SMALL, num_local_experts=4, sliding_window=7),
+    "qwen2_moe, window on a layer": lambda: transformers.Qwen2MoeConfig(
+        **SMALL, **EXPERTS, num_experts=5, shared_expert_intermediate_size=40, use_sliding_window=True, sliding_window=7
+    ),
+    "gpt_oss, window on a layer": lambda: transformers.GptOssConfig(
+        **SMALL, **HEADS, num_local_experts=5, num_experts_per_tok=2, sliding_window=7, swiglu_limit=1.5
+    ),
+    "qwen3_moe, a layer without experts": lambda: transformers.Qwen3MoeConfig(
+        **SMALL, **HEADS, **EXPERTS, num_experts=5, norm_topk_prob=True, mlp_only_layers=[0]
+    ),
 }
 IDS = np.random.default_rng(0).integers(0, 256, 40).tolist()
 
@@ -364,9 +375,21 @@ CLASSES = {
     "gemma2": transformers.Gemma2Config,
     "gemma3_text": transformers.Gemma3TextConfig,
     "smollm3": transformers.SmolLM3Config,
+    "mixtral": transformers.MixtralConfig,
+    "gpt_oss": transformers.GptOssConfig,
+    "qwen2_moe": transformers.Qwen2MoeConfig,
+    "qwen3_moe": transformers.Qwen3MoeConfig,
+}
+FEW = {"num_experts_per_tok": 1, "moe_intermediate_size": 8}
+FEW_EXPERTS: dict[str, dict[str, Any]] = {  # the default ones take gigabytes; tests/test_routing.py reads them
+    "mixtral": {"num_local_experts": 2},
+    "gpt_oss": {"num_local_experts": 2, "num_experts_per_tok": 1},
+    "qwen2_moe": {**FEW, "num_experts": 2, "shared_expert_intermediate_size": 8},
+    "qwen3_moe": {**FEW, "num_local_experts": 2},
 }
 OLD_STYLE: list[tuple[str, dict[str, Any]]] = [
-    *((family, {}) for family in supported("decode")),
+    *((family, FEW_EXPERTS.get(family, {})) for family in supported("decode")),
+    ("qwen2_moe", {**FEW_EXPERTS["qwen2_moe"], "use_sliding_window": True, "max_window_layers": 3}),
     ("llama", {"rope_theta": 5e5, "rope_scaling": {key: v for key, v in LLAMA3.items() if key != "rope_theta"}}),
     ("llama", {"rope_scaling": {"type": "linear", "factor": 3.0}}),
     ("qwen2", {"use_sliding_window": True, "max_window_layers": 3, "rope_theta": 1e6}),
@@ -389,8 +412,10 @@ def test_what_an_old_config_leaves_out_means_what_transformers_says(family: str,
     assert found.tied == config.tie_word_embeddings
     assert found.attention_scale == pytest.approx(model.model.layers[0].self_attn.scaling)
     attention = [layer.self_attn for layer in model.model.layers]
-    whole = (getattr(config, "sliding_window", None) or 0,) * 8  # mistral's layers do not say
-    windows = whole if family == "mistral" else tuple(getattr(a, "sliding_window", None) or 0 for a in attention)
+    whole = (getattr(config, "sliding_window", None) or 0,) * 8  # their layers do not say
+    windows = (
+        whole if family in ("mistral", "mixtral") else tuple(getattr(a, "sliding_window", None) or 0 for a in attention)
+    )
     assert found.windows == windows
     assert [index >= 0 for index in found.ropes] == [bool(getattr(a, "use_rope", True)) for a in attention]
     for layer, index in enumerate(found.ropes):

@@ -1,6 +1,7 @@
 #include "decoder/attention.hpp"
 
 #include <algorithm>
+#include <cmath>
 
 #include "decoder/worker.hpp"
 
@@ -116,6 +117,7 @@ void mix_values(const Worker& worker, const Attention& weights, int index) {
       a.query[a.queries] = space.query + own;
       a.out[a.queries] = space.attended + own;
       a.stop[a.queries] = row.position + 1;
+      a.sink[a.queries] = weights.sinks ? weights.sinks[shared * group + at.member] : -INFINITY;
       a.start[a.queries] = weights.window ? std::max(0, row.position + 1 - weights.window) : 0;
     }
     worker.fn.attend(a);

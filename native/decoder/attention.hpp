@@ -12,6 +12,7 @@ struct Attention {
   const float* out_norm;          // [hidden], on the output before it is added to the residual
   const float* query_norm;        // [head_dim], per head
   const float* key_norm;          // [head_dim], per head
+  const float* sinks;             // [heads], a score of each head that no position has; null: none
   int window;                     // positions that a token sees, itself included; 0: all up to itself
   int rope;                       // index into Model::ropes; -1: none
 };

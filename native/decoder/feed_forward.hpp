@@ -1,12 +1,14 @@
-// The feed-forward part of a layer: down(act(gate(x)) * up(x)). Matrices are ids: indices into Model::matrices.
+// The feed-forward part of a layer: one gated block for all tokens, or experts. Matrices are ids: indices into
+// Model::matrices.
 #pragma once
+
+#include "decoder/experts.hpp"
 
 namespace matquant {
 
-class Worker;
-
 struct FeedForward {
-  int gate, up, down;     // matrices
+  Gated gated;            // of a layer without experts
+  Experts experts;
   const float* norm;      // [hidden], before the projections
   const float* out_norm;  // [hidden], on the output before it is added to the residual; null: none
 };

@@ -6,10 +6,9 @@
 
 namespace matquant {
 
-Model::Model(std::int64_t hidden_, std::int64_t intermediate_, std::int64_t heads_, std::int64_t kv_heads_,
-             std::int64_t head_dim_, std::int64_t vocab_)
+Model::Model(std::int64_t hidden_, std::int64_t heads_, std::int64_t kv_heads_, std::int64_t head_dim_,
+             std::int64_t vocab_)
     : hidden(in_range(hidden_, MOST_VALUES, "hidden is out of range")),
-      intermediate(in_range(intermediate_, MOST_VALUES, "intermediate is out of range")),
       heads(in_range(heads_, MOST_HEADS, "heads are out of range")),
       kv_heads(in_range(kv_heads_, MOST_HEADS, "kv_heads are out of range")),
       head_dim(in_range(head_dim_, MOST_HEAD_DIM, "head_dim is out of range")),

@@ -15,9 +15,10 @@
 namespace matquant {
 
 // Larger sizes are rejected, so that every index below fits in 32 bits and every product of sizes in 64.
-constexpr std::int64_t MOST_VALUES = std::int64_t{1} << 28;  // in a row: hidden, intermediate, heads x head_dim, vocab
+constexpr std::int64_t MOST_VALUES = std::int64_t{1} << 28;  // in a row: hidden, heads x head_dim, vocab and others
 constexpr std::int64_t MOST_HEAD_DIM = std::int64_t{1} << 24;
 constexpr std::int64_t MOST_HEADS = std::int64_t{1} << 15;
+constexpr std::int64_t MOST_EXPERTS = std::int64_t{1} << 15;
 
 // A linear layer, nested or dense.
 struct Matrix {
@@ -40,16 +41,16 @@ struct Rope {
 
 struct Model {
   // Throws std::invalid_argument if a size is above its limit or the sizes contradict each other.
-  Model(std::int64_t hidden, std::int64_t intermediate, std::int64_t heads, std::int64_t kv_heads,
-        std::int64_t head_dim, std::int64_t vocab);
+  Model(std::int64_t hidden, std::int64_t heads, std::int64_t kv_heads, std::int64_t head_dim, std::int64_t vocab);
 
   // Appends a matrix and returns its id.
   int add(const Matrix& matrix);
 
-  int hidden, intermediate, heads, kv_heads, head_dim, vocab;
+  int hidden, heads, kv_heads, head_dim, vocab;
   float norm_eps = 0, attention_scale = 1, embedding_scale = 1;
   float attention_cap = 0, logit_cap = 0;  // 0: none
   bool gelu = false;                       // gates use the tanh form of GELU instead of SiLU
+  float gate_alpha = 0, gate_limit = 0;    // of the clamped gate (FloatKernels::clamped_times); limit 0: not clamped
   std::vector<Matrix> matrices;            // all that a step multiplies by, the head included; an id is an index
   std::vector<Layer> layers;
   std::vector<Rope> ropes;

@@ -38,7 +38,8 @@ void run_layers(Worker& worker) {
     else
       worker.add_and_norm(m.layers[index - 1].feed_forward.out_norm, attention.norm);
     attend(worker, static_cast<int>(index));
-    worker.fetch_for_norm(ffn.norm, space.gate, m.intermediate);
+    const int width = ffn.experts.each.empty() ? m.matrices[ffn.gated.gate].rows() : 0;  // which experts: not known yet
+    worker.fetch_for_norm(ffn.norm, space.gate, width);
     worker.await();
     worker.add_and_norm(attention.out_norm, ffn.norm);
     feed_forward(worker, ffn);

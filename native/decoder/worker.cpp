@@ -78,6 +78,12 @@ Input Worker::input_of(const float* x, int rows_in, int cols) const {
   return make_input(memory, rows_in, cols, activations_);
 }
 
+Input Worker::input_at(char*& memory, int rows_in, int cols) const {
+  const Input input = make_input(memory, rows_in, cols, activations_);
+  memory += input_bytes(rows_in, cols, activations_);
+  return input;
+}
+
 Input Worker::quantise(std::initializer_list<int> matrices, const float* x, int rows_in) {
   const Input input = input_of(x, rows_in, model.matrices[*matrices.begin()].cols());
   if (std::none_of(matrices.begin(), matrices.end(), [&](int id) { return is_nested(id); })) return input;
@@ -106,6 +112,15 @@ void Worker::multiply(std::initializer_list<int> matrices, const float* x, const
     for (int t = 0; matrix.bias && t < input.tokens; ++t)
       fn.add(y + static_cast<std::size_t>(t) * n + mine.start, matrix.bias + mine.start, mine.stop - mine.start);
   }
+}
+
+void Worker::activate(float* gate, const float* up, std::int64_t count) const {
+  const Share mine = share_of(count, thread, threads, ACTIVATION_GROUP);
+  const auto values = static_cast<int>(mine.stop - mine.start);
+  if (values == 0) return;
+  gate += mine.start, up += mine.start;
+  if (model.gate_limit > 0) return fn.clamped_times(gate, up, model.gate_alpha, model.gate_limit, values);
+  (model.gelu ? fn.gelu_times : fn.silu_times)(gate, up, values);
 }
 
 void Worker::fetch_for_norm(const float* norm, const float* x, int cols) const {

@@ -46,8 +46,10 @@ class Worker {
     const Share mine = share_of(tokens - first, thread, threads);
     return {first + mine.start, first + mine.stop};
   }
-  float* residual(std::int64_t t) const { return space.residual + (own_row_ + t) * model.hidden; }
-  float* normed(std::int64_t t) const { return space.normed + (own_row_ + t) * model.hidden; }
+  // Where the workspace has row t: of a single token each thread has a row for itself.
+  std::size_t own_row(std::int64_t t) const { return own_row_ + t; }
+  float* residual(std::int64_t t) const { return space.residual + own_row(t) * model.hidden; }
+  float* normed(std::int64_t t) const { return space.normed + own_row(t) * model.hidden; }
 
   // True if a thread that wrote its share of `count` values of a single token, cut as linear() cuts rows, has written
   // its whole share in multiples of `unit`: then it need not wait for the others.
@@ -83,12 +85,17 @@ class Worker {
   // The Input made of x [rows][cols], for int8 or exact products; quantise() fills it, once for all `matrices`.
   Input input_of(const float* x, int rows, int cols) const;
   Input quantise(std::initializer_list<int> matrices, const float* x, int rows);
+  // An Input at `memory`, which moves on behind it.
+  Input input_at(char*& memory, int rows, int cols) const;
   // This thread's rows of y = matrix x for each matrix; input: what quantise() made of x.
   void multiply(std::initializer_list<int> matrices, const float* x, const Input& input,
                 std::initializer_list<float*> results);
   void project(std::initializer_list<int> matrices, const float* x, int rows, std::initializer_list<float*> results) {
     multiply(matrices, x, quantise(matrices, x, rows), results);
   }
+
+  // gate = act(gate) * up, for this thread's share of `count` values.
+  void activate(float* gate, const float* up, std::int64_t count) const;
 
   // For a single token, between arrive() and await(): prefetches what the coming norm needs, the input made of it, and
   // this thread's part of the input after that, which is made of x [cols].

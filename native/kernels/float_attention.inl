@@ -78,9 +78,9 @@ inline void score(const HeadQueries& a, int query, Span span, V never, V* larges
   }
 }
 
-// Replaces `count` scores by weights e^(score - largest) and returns 1 / the sum of the weights.
-inline float weigh(float* scores, int count, V never, V largest) {
-  const float top = fold(largest, [](float a, float b) { return b > a ? b : a; });
+// Replaces `count` scores by weights e^(score - largest) and returns 1 / the sum of the weights and the sink's.
+inline float weigh(float* scores, int count, V never, V largest, float sink) {
+  const float top = fold(select(largest > sink, largest, splat(sink)), [](float a, float b) { return b > a ? b : a; });
   V total{};
   for (int i = 0; i < count; i += LANES) {
     const V score = load(scores + i);
@@ -88,7 +88,8 @@ inline float weigh(float* scores, int count, V never, V largest) {
     store(scores + i, weight);
     total += weight;
   }
-  return 1.0f / sum(total);
+  if (sink == never[0]) return 1.0f / sum(total);
+  return 1.0f / (sum(total) + exponential(splat(sink - top))[0]);
 }
 
 template <int Queries, class T>
@@ -106,7 +107,8 @@ void attend_some(const HeadQueries& a, int query) {
   float inverse[Queries];
 #pragma GCC unroll 4
   for (int q = 0; q < Queries; ++q)
-    inverse[q] = weigh(a.scores + (query + q) * a.scores_stride, span.stop - span.start, never, largest[q]);
+    inverse[q] = weigh(a.scores + (query + q) * a.scores_stride, span.stop - span.start, never, largest[q],
+                       a.sink[query + q]);
   const T* values = (const T*)a.values;
   constexpr int COLUMNS = Queries == 1 ? 4 : 2;  // vectors at a time, so that the sums stay in registers
   const int columns = round_to_lanes(a.dim);

@@ -32,6 +32,10 @@ void add(float* x, const float* y, int n) {
   map(x, y, n, x, [](V a, V b) { return a + b; });
 }
 
+void add_scaled(float* x, const float* y, float factor, int n) {
+  map(x, y, n, x, [factor](V a, V b) { return a + factor * b; });
+}
+
 void silu_times(float* gate, const float* up, int n) {
   map(gate, up, n, gate, [](V g, V u) { return g / (1.0f + exponential(-g)) * u; });
 }
@@ -40,6 +44,14 @@ void gelu_times(float* gate, const float* up, int n) {
   map(gate, up, n, gate, [](V g, V u) {
     const V inner = 0.7978845608028654f * (g + 0.044715f * g * g * g);
     return 0.5f * g * (1.0f + hyperbolic_tangent(inner)) * u;
+  });
+}
+
+void clamped_times(float* gate, const float* up, float alpha, float limit, int n) {
+  map(gate, up, n, gate, [alpha, limit](V g, V u) {
+    g = select(g > limit, splat(limit), g);
+    u = select(u > limit, splat(limit), select(u < -limit, splat(-limit), u));
+    return g / (1.0f + exponential(-alpha * g)) * (u + 1.0f);
   });
 }
 

@@ -38,7 +38,7 @@ uint64_t read(const void* data, size_t bytes) {
 }  // namespace
 
 extern const FloatKernels MATQUANT_FLOATS;
-const FloatKernels MATQUANT_FLOATS = {rms_norm, add,    silu_times, gelu_times, soft_cap,    widen,
-                                      rotate,   attend, dense,      store_key,  store_value, read};
+const FloatKernels MATQUANT_FLOATS = {rms_norm, add,    add_scaled, silu_times, gelu_times, clamped_times, soft_cap,
+                                      widen,    rotate, attend,     dense,      store_key,  store_value,   read};
 
 }  // namespace matquant

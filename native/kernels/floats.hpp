@@ -27,6 +27,7 @@ struct HeadQueries {
   int queries;                       // 1 .. MOST_QUERIES
   const float* query[MOST_QUERIES];  // [D], already scaled
   int start[MOST_QUERIES], stop[MOST_QUERIES];
+  float sink[MOST_QUERIES];  // a further score, of no value; -infinity: none
   float* out[MOST_QUERIES];  // [D]
   float* scores;             // scratch [MOST_QUERIES][scores_stride]
   size_t scores_stride;      // at least the largest stop, rounded up to whole tiles
@@ -41,8 +42,11 @@ struct FloatKernels {
   // out = x / sqrt(mean(x^2) + eps) * weight; out may be x
   void (*rms_norm)(const float* x, const float* weight, float eps, int n, float* out);
   void (*add)(float* x, const float* y, int n);
+  void (*add_scaled)(float* x, const float* y, float factor, int n);  // x += factor * y
   void (*silu_times)(float* gate, const float* up, int n);  // gate = silu(gate) * up
   void (*gelu_times)(float* gate, const float* up, int n);  // the tanh form of GELU
+  // gate = g * sigmoid(alpha * g) * (u + 1) with g = min(gate, limit) and u = up within +-limit
+  void (*clamped_times)(float* gate, const float* up, float alpha, float limit, int n);
   void (*soft_cap)(float* x, float cap, int n);             // x = cap * tanh(x / cap)
   void (*widen)(const void* row, DType dtype, float scale, int n, float* out);  // out = scale * row
   // Rotates pairs (x[i], x[i + half]) by the angles of the cosines and sines, then scales; cosines null: only scales.

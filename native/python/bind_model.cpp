@@ -100,24 +100,74 @@ const float* keep(HeldModel& held, const Vector& array, int length) {
   return array->data();
 }
 
-// The order in which Python gives the matrices and norms of a layer (families.py).
-enum { QUERY, KEY, VALUE, OUTPUT, GATE, UP, DOWN, MATRICES };
+// The order in which Python gives the matrices and norms of a layer (architecture.py): query, key, value and output of
+// the attention, then gate, up and down; with experts the router, gate, up and down of each expert and of the shared
+// one, and its gate.
+constexpr int ATTENTION_MATRICES = 4;
 enum { ATTENTION_NORM, ATTENTION_OUT_NORM, FFN_NORM, FFN_OUT_NORM, QUERY_NORM, KEY_NORM, NORMS };
 
-void check_layer(const Model& m, const std::vector<HeldMatrix*>& matrices, const std::vector<Vector>& norms) {
-  require(matrices.size() == MATRICES && norms.size() == NORMS, "a layer needs seven matrices and six norms");
+// Adds the matrices of a layer, each with the next id.
+class Adder {
+ public:
+  Adder(HeldModel& held, const std::vector<HeldMatrix*>& matrices) : held_(held), matrices_(matrices) {}
+  int add(int rows, int cols) {
+    check_shape(next(), rows, cols);
+    return add_matrix(held_, *matrices_[at_++]);
+  }
+  // width: of the block; 0: that of its first matrix.
+  Gated add_gated(int width = 0) {
+    const int hidden = held_.model.hidden, inside = width > 0 ? width : next().rows();
+    Gated gated;
+    gated.gate = add(inside, hidden);
+    gated.up = add(inside, hidden);
+    gated.down = add(hidden, inside);
+    return gated;
+  }
+  const Matrix& next() const { return matrices_[at_]->matrix; }
+
+ private:
+  HeldModel& held_;
+  const std::vector<HeldMatrix*>& matrices_;
+  std::size_t at_ = 0;
+};
+
+// The numbers of experts and of those that a token uses; 0 experts: a layer without.
+struct Routing {
+  int experts, active;
+  bool renormalise, shared;
+};
+
+void check_layer(const std::vector<HeldMatrix*>& matrices, const std::vector<Vector>& norms, const Routing& routing) {
+  require(routing.experts >= 0 && routing.experts <= MOST_EXPERTS, "the number of experts is out of range");
+  require(routing.experts == 0 || (routing.active >= 1 && routing.active <= routing.experts),
+          "the experts of a token are out of range");
+  const int gated = routing.experts == 0 ? 1 : routing.experts + routing.shared, gates = routing.shared + 1;
+  const int wanted = ATTENTION_MATRICES + 3 * gated + (routing.experts == 0 ? 0 : gates);
+  require(matrices.size() == static_cast<std::size_t>(wanted), "a layer has the wrong number of matrices");
+  require(norms.size() == NORMS, "a layer needs six norms");
   require(norms[ATTENTION_NORM] && norms[FFN_NORM], "a layer needs the norms before attention and feed-forward");
-  const int queries = m.heads * m.head_dim, keys = m.kv_heads * m.head_dim;
-  const int rows[MATRICES] = {queries, keys, keys, m.hidden, m.intermediate, m.intermediate, m.hidden};
-  const int cols[MATRICES] = {m.hidden, m.hidden, m.hidden, queries, m.hidden, m.hidden, m.intermediate};
-  for (int i = 0; i < MATRICES; ++i) check_shape(matrices[i]->matrix, rows[i], cols[i]);
 }
 
-// Its matrices get the next seven ids, in their order.
+Experts add_experts(HeldModel& held, Adder& adder, const Routing& routing) {
+  Experts experts;
+  experts.active = routing.active;
+  experts.renormalise = routing.renormalise;
+  require(adder.next().nested == nullptr, "a router is nested");
+  experts.router = adder.add(routing.experts, held.model.hidden);
+  const int width = adder.next().rows();
+  for (int i = 0; i < routing.experts; ++i) experts.each.push_back(adder.add_gated(width));
+  if (!routing.shared) return experts;
+  experts.shared = adder.add_gated();
+  experts.shared_gate = adder.add(1, held.model.hidden);
+  return experts;
+}
+
+// Its matrices get the next ids, in their order.
 void add_layer(HeldModel& held, const std::vector<HeldMatrix*>& matrices, const std::vector<Vector>& norms, int window,
-               int rope) {
+               int rope, const Vector& sinks, int experts, int active, bool renormalise, bool shared) {
   Model& m = held.model;
-  check_layer(m, matrices, norms);
+  const Routing routing{experts, active, renormalise, shared};
+  check_layer(matrices, norms, routing);
   require(window >= 0 && rope >= -1 && rope < static_cast<int>(m.ropes.size()), "window or rope out of range");
   Layer layer{};
   Attention& attention = layer.attention;
@@ -125,18 +175,22 @@ void add_layer(HeldModel& held, const std::vector<HeldMatrix*>& matrices, const 
   attention.out_norm = keep(held, norms[ATTENTION_OUT_NORM], m.hidden);
   attention.query_norm = keep(held, norms[QUERY_NORM], m.head_dim);
   attention.key_norm = keep(held, norms[KEY_NORM], m.head_dim);
+  attention.sinks = keep(held, sinks, m.heads);
   attention.window = window;
   attention.rope = rope;
   FeedForward& ffn = layer.feed_forward;
   ffn.norm = keep(held, norms[FFN_NORM], m.hidden);
   ffn.out_norm = keep(held, norms[FFN_OUT_NORM], m.hidden);
-  attention.query = add_matrix(held, *matrices[QUERY]);
-  attention.key = add_matrix(held, *matrices[KEY]);
-  attention.value = add_matrix(held, *matrices[VALUE]);
-  attention.output = add_matrix(held, *matrices[OUTPUT]);
-  ffn.gate = add_matrix(held, *matrices[GATE]);
-  ffn.up = add_matrix(held, *matrices[UP]);
-  ffn.down = add_matrix(held, *matrices[DOWN]);
+  Adder adder(held, matrices);
+  const int queries = m.heads * m.head_dim, keys = m.kv_heads * m.head_dim;
+  attention.query = adder.add(queries, m.hidden);
+  attention.key = adder.add(keys, m.hidden);
+  attention.value = adder.add(keys, m.hidden);
+  attention.output = adder.add(m.hidden, queries);
+  if (experts == 0)
+    ffn.gated = adder.add_gated();
+  else
+    ffn.experts = add_experts(held, adder, routing);
   m.layers.push_back(layer);
 }
 
@@ -169,13 +223,14 @@ void change_weights(HeldModel& held, const nb::callable& change) {
   change();
 }
 
-void make_model(HeldModel* self, std::int64_t hidden, std::int64_t intermediate, std::int64_t heads,
-                std::int64_t kv_heads, std::int64_t head_dim, std::int64_t vocab, float norm_eps,
-                float attention_scale, float embedding_scale, float attention_cap, float logit_cap, bool gelu) {
-  new (self) HeldModel(Model(hidden, intermediate, heads, kv_heads, head_dim, vocab));
+void make_model(HeldModel* self, std::int64_t hidden, std::int64_t heads, std::int64_t kv_heads, std::int64_t head_dim,
+                std::int64_t vocab, float norm_eps, float attention_scale, float embedding_scale, float attention_cap,
+                float logit_cap, bool gelu, float gate_alpha, float gate_limit) {
+  new (self) HeldModel(Model(hidden, heads, kv_heads, head_dim, vocab));
   Model& m = self->model;
   m.norm_eps = norm_eps, m.attention_scale = attention_scale, m.embedding_scale = embedding_scale;
   m.attention_cap = attention_cap, m.logit_cap = logit_cap, m.gelu = gelu;
+  m.gate_alpha = gate_alpha, m.gate_limit = gate_limit;
 }
 
 void add_rope(HeldModel& held, const Floats1& frequencies, float scale) {
@@ -191,11 +246,13 @@ void bind_model(nb::module_& module) {
   module.def("nested_matrix", &nested_matrix, nb::arg("owner"), nb::arg("linear"), nb::arg("bias").none());
 
   nb::class_<HeldModel>(module, "Model")
-      .def("__init__", &make_model, nb::kw_only(), nb::arg("hidden"), nb::arg("intermediate"), nb::arg("heads"),
-           nb::arg("kv_heads"), nb::arg("head_dim"), nb::arg("vocab"), nb::arg("norm_eps"), nb::arg("attention_scale"),
-           nb::arg("embedding_scale"), nb::arg("attention_cap"), nb::arg("logit_cap"), nb::arg("gelu"))
+      .def("__init__", &make_model, nb::kw_only(), nb::arg("hidden"), nb::arg("heads"), nb::arg("kv_heads"),
+           nb::arg("head_dim"), nb::arg("vocab"), nb::arg("norm_eps"), nb::arg("attention_scale"),
+           nb::arg("embedding_scale"), nb::arg("attention_cap"), nb::arg("logit_cap"), nb::arg("gelu"),
+           nb::arg("gate_alpha") = 0.0f, nb::arg("gate_limit") = 0.0f)
       .def("add_rope", &add_rope, nb::arg("frequencies"), nb::arg("scale"))
-      .def("add_layer", &add_layer, nb::arg("matrices"), nb::arg("norms"), nb::arg("window"), nb::arg("rope"))
+      .def("add_layer", &add_layer, nb::arg("matrices"), nb::arg("norms"), nb::arg("window"), nb::arg("rope"),
+           nb::arg("sinks").none() = nb::none(), nb::arg("experts") = 0, nb::arg("active") = 0, nb::arg("renormalise") = false, nb::arg("shared") = false)
       .def("change_weights", &change_weights, nb::arg("change"))
       .def("set_ends", &set_ends, nb::arg("head"), nb::arg("embedding").none(), nb::arg("norm"));
 }

@@ -41,7 +41,6 @@ class Model:
         self,
         *,
         hidden: int,
-        intermediate: int,
         heads: int,
         kv_heads: int,
         head_dim: int,
@@ -52,10 +51,21 @@ class Model:
         attention_cap: float,
         logit_cap: float,
         gelu: bool,
+        gate_alpha: float = 0.0,
+        gate_limit: float = 0.0,
     ) -> None: ...
     def add_rope(self, frequencies: _Vector, scale: float) -> None: ...
     def add_layer(
-        self, matrices: Sequence[Matrix], norms: Sequence[_Vector | None], window: int, rope: int
+        self,
+        matrices: Sequence[Matrix],
+        norms: Sequence[_Vector | None],
+        window: int,
+        rope: int,
+        sinks: _Vector | None = None,
+        experts: int = 0,
+        active: int = 0,
+        renormalise: bool = False,
+        shared: bool = False,
     ) -> None: ...
     def set_ends(self, head: Matrix, embedding: Matrix | None, norm: _Vector) -> None: ...
     def change_weights(self, change: Callable[[], None]) -> None: ...

@@ -37,6 +37,9 @@ def export(
     requantise: Annotated[
         bool, Option("--requantise", help="Fit companded slices to the format, at a loss that is printed.")
     ] = False,
+    split_experts: Annotated[
+        bool, Option("--split-experts", help="With --to dense, write experts that share a tensor apart.")
+    ] = False,
     explain: Annotated[
         bool, Option("--explain", help="Print how each format would store int8, 6, 4, 3 and 2, and write nothing.")
     ] = False,
@@ -61,14 +64,14 @@ def export(
             base_model=base_model,
             measured=measured,
             requantise=requantise,
+            split_experts=split_experts,
             overwrite=overwrite,
             report=report,
             notice=notice,
         )
-    speed = made["bytes"] / made["seconds"] / 1e6
     print(
         f"wrote {out}: {', '.join(made['containers'])}, {made['bits_per_weight']:.3f} bits per weight, "
-        f"{made['bytes'] / 1e6:,.1f} MB at {speed:,.0f} MB/s"
+        f"{made['bytes'] / 1e6:,.1f} MB at {made['bytes'] / made['seconds'] / 1e6:,.0f} MB/s"
     )
 
 

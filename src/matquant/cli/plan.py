@@ -47,6 +47,9 @@ def plan(
     fused: Annotated[
         bool, Option("--fused/--no-fused", help="Give q, k and v the same width, and gate and up the same width.")
     ] = True,
+    experts: Annotated[
+        bool, Option("--experts", help="Choose a width for each expert, by what it loses and how often it is chosen.")
+    ] = False,
     samples: Annotated[int, Option(help="Number of calibration sequences.")] = 8,
     seq_len: Annotated[
         int | None, Option(help="Sequence length in tokens.", show_default="the model's context, 512 at most")
@@ -67,6 +70,8 @@ def plan(
         raise InputError("--pareto covers all strategies and budgets; drop --strategy and the budget")
     if not pareto and (baselines or plot):
         raise InputError("--baselines and --plot need --pareto")
+    if experts and (pareto or not text):
+        raise InputError("--experts is for one plan by measured losses; give --text FILE, and drop --pareto")
     if pareto and not text:
         raise InputError("--pareto measures losses, which needs text; give --text FILE")
     if not text:
@@ -75,12 +80,12 @@ def plan(
     chosen: dict[str, Any] = {"reference": reference, "samples": samples, "seq_len": seq_len, "seed": seed}
     check_losses(directory, text, **chosen)  # before torch is imported
     if not pareto:
-        run.check_plan(directory, out, **one, widths=options["widths"], evaluations=evaluations)
+        run.check_plan(directory, out, **one, experts=experts, widths=options["widths"], evaluations=evaluations)
     with _losses(directory, text, device, chosen) as losses:
         if pareto:
             record = curves.run(directory, out, losses=losses, baselines=baselines, plot=plot, **options)
         else:
-            record = run.run(directory, out, losses=losses, **one, **options)
+            record = run.run(directory, out, losses=losses, **one, experts=experts, **options)
     print(json_text(record))
 
 

@@ -10,17 +10,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from matquant.core.experts import Experts, why_unknown
 from matquant.core.nest import GRIDS, MASTER_BITS, OWN, UNIFORM, ZEROS, check_bits, check_grid, check_rule
 from matquant.system.arguments import check_given, check_types
 from matquant.system.errors import InputError, InputTypeError
 from matquant.system.files import read_json
 
-FORMAT_VERSION = 5  # the newest that we read
+FORMAT_VERSION = 6  # the newest that we read
 SINCE = {
     "stored_bits": 2,
     "zeros": 3,
     "grid": 4,
     "head_bits": 5,
+    "experts": 6,
 }  # the format that introduced a key; a record is written in the oldest format that holds it
 DAMAGED = "the checkpoint is damaged: write it again"
 SCALE_DTYPES = ("bfloat16", "float32")
@@ -95,7 +97,7 @@ class Spec:
     all paths or by path; the lower bits are 0. zeros: zero-points of the widths in ``slices``: "own" (stored), or
     "centre" for mid-range, (2^r - 1)/2, which is not stored. grid: the positions that codes stand for (nest.GRIDS).
     head_bits: the narrowest width at which embedding and head are read unless a plan names them; None: they are not
-    quantised.
+    quantised. experts: how the model's own files hold the experts, if they hold all of a layer in one tensor.
     """
 
     rule: str
@@ -116,6 +118,7 @@ class Spec:
     zeros: str = OWN
     grid: str = UNIFORM
     head_bits: int | None = None
+    experts: Experts | None = None
 
     def __post_init__(self) -> None:
         for key, (is_right, words) in _KINDS.items():
@@ -134,6 +137,7 @@ class Spec:
         """Return the version of the file format that this record needs."""
         given = {"stored_bits": self.stored_bits != MASTER_BITS, "zeros": self.zeros != OWN}
         given |= {"grid": self.grid != UNIFORM, "head_bits": self.head_bits is not None}
+        given |= {"experts": self.experts is not None}
         return max([1, *(SINCE[key] for key, is_given in given.items() if is_given)])
 
     def stored(self, path: str) -> int:
@@ -160,6 +164,8 @@ class Spec:
             if key in known and not is_right(known[key]):
                 raise InputError(f"{where} has {key}={known[key]!r}, which must be {words}; {DAMAGED}")
         values = {key: tuple(value) if isinstance(value, list) else value for key, value in known.items()}
+        if values.get("experts") is not None:
+            values["experts"] = Experts.from_json(values["experts"], where=where)
         try:
             return cls(**values)
         except InputError as error:
@@ -201,9 +207,12 @@ class Plan:
         A plan without a default need not list these paths.
         """
         least = least or {}
-        known = list(paths)
-        unknown = [path for path in self.bits if path not in set(known)]
+        known = dict.fromkeys(paths)
+        unknown = [path for path in self.bits if path not in known]
         if unknown:
+            reason = why_unknown(unknown[0], known)
+            if reason is not None:
+                raise InputError(f"the plan names {unknown[0]!r}, {reason}")
             nearest = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0.0)
             raise InputError(
                 f"the plan names {unknown[0]!r}, which the model does not quantise; nearest: {nearest[0]!r}"

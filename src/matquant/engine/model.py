@@ -16,7 +16,8 @@ from matquant import _native
 from matquant.core.nest import bits_read
 from matquant.core.planes import Weight, add_planes, hold, load_weight
 from matquant.format.read import Checkpoint
-from matquant.hf.architecture import EMBEDDING, PROJECTIONS, Architecture, check_sizes, read_architecture
+from matquant.hf.architecture import EMBEDDING, Architecture, check_sizes, read_architecture
+from matquant.hf.experts import router_path, split_biases
 from matquant.system.errors import InputError
 
 NORMS = ("input", "attention_out", "ffn", "ffn_out", "query", "key")
@@ -31,7 +32,8 @@ class Model:
 
     least: path -> its least width unless a plan names it, for embedding and head. group_bytes: bytes of a group's scale
     and zero-point. plain_bytes: of the other matrices that each token reads. looked_up: the path of which a token reads
-    one row only, an embedding that is not the head.
+    one row only, an embedding that is not the head. shares: path -> the share of tokens that read it if a router uses
+    all experts alike, for the matrices of experts.
     """
 
     native: _native.Model
@@ -43,16 +45,21 @@ class Model:
     groups: Mapping[str, int]
     group_bytes: int
     plain_bytes: int
+    shares: Mapping[str, float]
 
     def bytes_per_token(self, widths: np.ndarray) -> int:
-        """Return the bytes of weights that decoding one token reads at ``widths`` (one per path)."""
-        total = self.plain_bytes
+        """Return the bytes of weights that decoding one token reads at ``widths`` (one per path).
+
+        Of experts it is the mean over all of them, times those that a token uses.
+        """
+        total: float = self.plain_bytes
         for path, bits in zip(self.paths, widths.tolist(), strict=True):
             if path in self.weights and path != self.looked_up:
                 weight = self.weights[path]
                 codes = weight.planes.rows * weight.planes.columns
-                total += codes * bits_read(bits, rule=weight.rule) // 8 + self.groups[path] * self.group_bytes
-        return total
+                read = codes * bits_read(bits, rule=weight.rule) // 8 + self.groups[path] * self.group_bytes
+                total += read * self.shares.get(path, 1)
+        return round(total)
 
 
 def load_model(checkpoint: Checkpoint, *, max_bits: int) -> Model:
@@ -61,27 +68,14 @@ def load_model(checkpoint: Checkpoint, *, max_bits: int) -> Model:
     check_sizes(checkpoint.config, checkpoint.weight_shapes(), where=where)
     architecture = read_architecture(checkpoint.config, where=where)
     tensors = _plain_tensors(checkpoint)
-    native = _native.Model(
-        hidden=architecture.hidden,
-        intermediate=architecture.intermediate,
-        heads=architecture.heads,
-        kv_heads=architecture.kv_heads,
-        head_dim=architecture.head_dim,
-        vocab=architecture.vocab,
-        norm_eps=architecture.norm_eps,
-        attention_scale=architecture.attention_scale,
-        embedding_scale=architecture.embedding_scale,
-        attention_cap=architecture.attention_cap,
-        logit_cap=architecture.logit_cap,
-        gelu=architecture.gelu,
-    )
-    for frequencies, scale in zip(architecture.frequencies, architecture.rope_scales, strict=True):
-        native.add_rope(frequencies, scale)
-    paths = [f"model.layers.{layer}.{name}" for layer in range(architecture.layers) for name in PROJECTIONS]
-    paths += [EMBEDDING] if architecture.tied else [HEAD, EMBEDDING]
+    for layer in range(architecture.layers):
+        if (routed := architecture.experts_at(layer)) is not None:
+            split_biases(routed, layer, tensors)
+    paths = _matrix_paths(architecture)
     looked_up = None if architecture.tied else EMBEDDING
     least = checkpoint.least
     _check_names(checkpoint, tensors, architecture, paths)
+    native = _empty_model(architecture)
     weights = {
         path: load_weight(checkpoint.nested(path, mapped=True), max_bits=max(max_bits, least.get(path, 1)))
         for path in paths
@@ -94,18 +88,50 @@ def load_model(checkpoint: Checkpoint, *, max_bits: int) -> Model:
     except (TypeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"{where} does not fit its config.json ({reason}); write the checkpoint again") from None
-    plain = sum(tensors[f"{path}.weight"].nbytes for path in paths if path not in weights and path != looked_up)
+    plain = [path for path in paths if path not in weights and path != looked_up]
+    experts = architecture.experts
+    shares = {path: experts.active / experts.count for path in paths if ".experts." in path} if experts else {}
     return Model(
         native=native,
         architecture=architecture,
-        paths=tuple(paths),
+        paths=paths,
         weights=weights,
         least=least,
         looked_up=looked_up,
         groups={path: checkpoint.array(f"{path}.weight_scale").size for path in weights},
         group_bytes=4 if checkpoint.spec.scale_dtype == "bfloat16" else 8,
-        plain_bytes=plain,
+        plain_bytes=round(sum(tensors[f"{path}.weight"].nbytes * shares.get(path, 1) for path in plain)),
+        shares=shares,
     )
+
+
+def _matrix_paths(architecture: Architecture) -> tuple[str, ...]:
+    """Return the module path of each matrix, by native id."""
+    ends = [EMBEDDING] if architecture.tied else [HEAD, EMBEDDING]
+    layers = range(architecture.layers)
+    return *(f"model.layers.{layer}.{name}" for layer in layers for name, _ in architecture.matrices(layer)), *ends
+
+
+def _empty_model(architecture: Architecture) -> _native.Model:
+    """Return a native model without layers."""
+    native = _native.Model(
+        hidden=architecture.hidden,
+        heads=architecture.heads,
+        kv_heads=architecture.kv_heads,
+        head_dim=architecture.head_dim,
+        vocab=architecture.vocab,
+        norm_eps=architecture.norm_eps,
+        attention_scale=architecture.attention_scale,
+        embedding_scale=architecture.embedding_scale,
+        attention_cap=architecture.attention_cap,
+        logit_cap=architecture.logit_cap,
+        gelu=architecture.gelu,
+        gate_alpha=architecture.gate_alpha,
+        gate_limit=architecture.gate_limit,
+    )
+    for frequencies, scale in zip(architecture.frequencies, architecture.rope_scales, strict=True):
+        native.add_rope(frequencies, scale)
+    return native
 
 
 def widen(model: Model, checkpoint: Checkpoint, *, held_bits: int, max_bits: int) -> Model:
@@ -167,11 +193,17 @@ def _fill(
     for layer in range(architecture.layers):
         prefix = f"model.layers.{layer}."
         names = [architecture.family.norms.get(place) for place in NORMS]
+        experts = architecture.experts_at(layer)
         native.add_layer(
-            [matrix(prefix + name) for name in PROJECTIONS],
+            [matrix(prefix + name) for name, _ in architecture.matrices(layer)],
             [None if name is None else norm(prefix + name) for name in names],
             architecture.windows[layer],
             architecture.ropes[layer],
+            sinks=vector(prefix + architecture.family.sinks) if architecture.family.sinks else None,
+            experts=experts.count if experts else 0,
+            active=experts.active if experts else 0,
+            renormalise=experts is not None and experts.renormalise,
+            shared=experts is not None and experts.shared > 0,
         )
     embedding = None if architecture.tied else matrix(EMBEDDING, resident=False)
     native.set_ends(matrix(EMBEDDING if architecture.tied else HEAD), embedding, norm(NORM))
@@ -186,10 +218,17 @@ def _tensor(name: str, tensors: Mapping[str, np.ndarray], where: Path) -> np.nda
 def _check_names(
     checkpoint: Checkpoint, tensors: Mapping[str, np.ndarray], architecture: Architecture, paths: Sequence[str]
 ) -> None:
-    """Raise InputError for an unused tensor: then the checkpoint is not of the family that it claims."""
+    """Raise InputError for a quantised router, or an unused tensor: the checkpoint is not of the family it claims."""
     prefixes = [f"model.layers.{layer}." for layer in range(architecture.layers)]
     norms = [f"{prefix}{name}" for prefix in prefixes for name in architecture.family.norms.values()]
     known = {f"{path}.weight" for path in (*paths, *norms, EMBEDDING, HEAD, NORM)} | {f"{path}.bias" for path in paths}
+    known |= {f"{prefix}{architecture.family.sinks}" for prefix in prefixes if architecture.family.sinks}
+    for layer in range(architecture.layers):
+        experts = architecture.experts_at(layer)
+        if experts is not None and (path := router_path(experts, layer)) in checkpoint.shapes:
+            raise InputError(
+                f"{checkpoint.directory} has a quantised router, {path}; routers stay float: quantise the model again"
+            )
     unused = sorted(set(tensors) - known) + sorted(set(checkpoint.shapes) - set(paths))
     if unused:
         kind = checkpoint.config["model_type"]

@@ -57,6 +57,7 @@ def export(
     base_model: str | None = None,
     measured: Path | None = None,
     requantise: bool = False,
+    split_experts: bool = False,
     overwrite: bool = False,
     report: Progress = lambda done, total: None,
     notice: Callable[[str], None] = lambda text: None,
@@ -64,7 +65,6 @@ def export(
     """Write the ``bits``-bit slice (or ``plan``) of a nested checkpoint in the format ``to``, a name of FORMATS.
 
     ``to`` may also be "planes" (planes.py), the checkpoint itself in other files; options of slices are then errors.
-
     The engine computes with the weights of the slice, after one rounding of scales (and minima) to the format's type.
     Weights whose size does not fit the format's blocks stay dense, with a notice.
 
@@ -72,12 +72,13 @@ def export(
     weights, None: the model's; for mlx also of scales and biases, None: float32. measured: a record of ``matquant eval
     --json`` for the model card. requantise: fit companded slices again to evenly spaced codes, so that formats hold
     them in as many bits; this changes the weights, and the relative squared error is reported and put into the card.
+    split_experts: dense experts become a tensor each where the model's own files keep all in one.
     Returns {"out", "bytes", "seconds", "bits_per_weight", "containers": {name: weights}}.
     If a slice does not fit, InputError is raised and nothing is written.
     """
     if to == planes.NAME:
         options: dict[str, Any] = {"--plan": plan, "--dtype": dtype, "--base-model": base_model, "--measured": measured}
-        options |= {"--zero-point": zero_point != EXACT, "--requantise": requantise}
+        options |= {"--zero-point": zero_point != EXACT, "--requantise": requantise, "--split-experts": split_experts}
         if given := [flag for flag, value in options.items() if value]:
             raise InputError(f"{given[0]} is for slices, and --to planes writes the whole checkpoint; leave it out")
         return planes.export_planes(directory, out, bits=bits or MASTER_BITS, overwrite=overwrite, report=report)
@@ -95,7 +96,7 @@ def export(
         about["loss"] = float(f"{checkpoint.loss():.6g}")  # sums differ in the last digits with the number of threads
         notice(f"requantised: relative squared error {about['loss']:.2e} against the slices of the checkpoint")
     job = make_job(checkpoint, to, wanted, zero_point=zero_point, dtype=dtype, about=about)
-    _tell_wide(job, notice)
+    job = _split(job) if split_experts else job
     total = _write(job, target, overwrite=overwrite, report=report, notice=notice)
     return {
         "out": str(target),
@@ -121,6 +122,15 @@ def _fitted(checkpoint: Checkpoint, to: str, plan: Mapping[str, int]) -> Requant
     return view(checkpoint, plan, centred=False)
 
 
+def _split(job: Job) -> Job:
+    """Return the job with a tensor for each expert; InputError if that changes nothing."""
+    if job.exporter is not FORMATS["dense"] or not job.checkpoint.joined():
+        raise InputError(
+            "--split-experts is for --to dense, of quantised experts that the model keeps in one tensor; leave it out"
+        )
+    return dataclasses.replace(job, split_experts=True)
+
+
 def _tell_wide(job: Job, notice: Callable[[str], None]) -> None:
     """Say that companded slices take wider containers than their width, and what to do."""
     wide = [path for path, container in job.held().items() if container.bits > job.plan[path]]
@@ -134,6 +144,7 @@ def _tell_wide(job: Job, notice: Callable[[str], None]) -> None:
 
 def _write(job: Job, target: Path, *, overwrite: bool, report: Progress, notice: Callable[[str], None]) -> int:
     """Write the export beside ``target``, move it into place when complete, and return its tensors' bytes."""
+    _tell_wide(job, notice)
     exporter, checkpoint, done, total = job.exporter, job.checkpoint, 0, 0
     check = functools.partial(_check_target, target, exporter, overwrite=overwrite)
     check()  # before locking, which makes missing parent directories
@@ -247,7 +258,11 @@ def alternatives(checkpoint: Checkpoint, to: str, path: str, bits: int) -> str:
     exporter, sliced = FORMATS[to], [width for width in range(MASTER_BITS, 1, -1) if width != bits]
     nearest = sorted(sliced, key=lambda width: (abs(width - bits), -width))
     widths = [width for width in nearest if takes(exporter, width)]
-    formats = [name for name, found in FORMATS.items() if _reads(found, checkpoint) and holds(found)]
+    formats = [
+        name
+        for name, found in FORMATS.items()
+        if _reads(found, checkpoint) and _joins(found, checkpoint) and holds(found)
+    ]
     centre = checkpoint.spec.symmetric and takes(exporter, bits, MIDRANGE)
     return "use " + ", or ".join(
         [
@@ -263,10 +278,21 @@ def _exporter(to: str, checkpoint: Checkpoint) -> Exporter:
         raise InputError(f"--to {to!r} is not a format; give {', '.join([*FORMATS, planes.NAME])}")
     found, family = FORMATS[to], checkpoint.config.get("model_type")
     if not _reads(found, checkpoint):
-        every = [name for name, exporter in FORMATS.items() if exporter.families is None]
+        every = [name for name, row in FORMATS.items() if row.families is None and _joins(row, checkpoint)]
         works = ", ".join(found.families or ())
         raise InputError(f"--to {to} does not support {family} models, only {works}; use --to {' or '.join(every)}")
+    if not _joins(found, checkpoint):
+        works = " or ".join(name for name, exporter in FORMATS.items() if _joins(exporter, checkpoint))
+        raise InputError(
+            f"--to {to} does not hold the experts of {family} models, which keep them in one tensor; use --to {works}"
+        )
     return found
+
+
+def _joins(exporter: Exporter, checkpoint: Checkpoint) -> bool:
+    """Return whether a format holds the checkpoint's experts."""
+    experts = checkpoint.spec.experts
+    return experts is None or exporter.holds_experts(experts)
 
 
 def _reads(exporter: Exporter, checkpoint: Checkpoint) -> bool:

@@ -100,6 +100,7 @@ EXPORTER = Exporter(
     containers=containers,
     slots=slots,
     tensors=tensors,
+    holds_experts=lambda experts: experts.stock,
     check_plan=check,
     write=lambda job, folder, report: write_directory(job, folder, config(job), report),
 )

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.lib.stride_tricks import as_strided
 
 from matquant.core.dtypes import FLOATS
+from matquant.core.experts import Experts, Joined
 from matquant.core.grid import decode
 from matquant.core.tensor import NestedTensor
 from matquant.export.containers import Container, Encoded, Misfit, choose, encode, read_affine
@@ -57,6 +59,8 @@ class Exporter:
     dense: str | None = None
     # whether --dtype applies to scales too
     typed: bool = False
+    # whether it holds experts that the model's own files keep in one tensor
+    holds_experts: Callable[[Experts], bool] = lambda experts: False
     # raises InputError for containers that do not work together
     check_plan: "Callable[[Job], None]" = lambda job: None
     # raises InputError if the engine would compute another model than the checkpoint; returns notices
@@ -94,6 +98,8 @@ class Job:
     dtype: str
     # the dtype given by the user; None: the format decides
     asked: str | None = None
+    # dense weights of experts that the model's own files keep in one tensor become one tensor each
+    split_experts: bool = False
     # facts for the model card, including "format"
     about: Mapping[str, Any] = field(default_factory=dict)
 
@@ -107,7 +113,25 @@ class Job:
 
     def parts(self) -> list[Part]:
         """Return all tensors of the export: the quantised weights, then the others."""
-        return [*map(self.weight, self.plan), *(self.exporter.plain(self, n) for n in self.checkpoint.plain_names())]
+        joined = {} if self.split_experts or self.held() else self.checkpoint.joined()
+        inside = {path for tensor in joined.values() for path in tensor.places}
+        return [
+            *(self.weight(path) for path in self.plan if path not in inside),
+            *(self._joined(name, tensor) for name, tensor in joined.items()),
+            *(self.exporter.plain(self, name) for name in self.checkpoint.plain_names()),
+        ]
+
+    def _joined(self, name: str, tensor: Joined) -> Part:
+        """Return the dense weights of all experts as one tensor of the model's own files."""
+
+        def make() -> Sequence[np.ndarray]:
+            whole = np.empty(tensor.shape, FLOATS[self.dtype])
+            for path, (shape, stride, offset) in tensor.places.items():
+                bytes_apart = [step * whole.itemsize for step in stride]
+                as_strided(whole.reshape(-1)[offset:], shape, bytes_apart)[...] = _dense(self, path, None)
+            return [whole]
+
+        return Part((Slot(self.exporter.name(self.checkpoint, name), self.dtype, tensor.shape),), make)
 
     def weight(self, path: str) -> Part:
         """Return the tensors of one quantised weight."""

@@ -79,6 +79,7 @@ EXPORTER = Exporter(
     slots=compressed_tensors.slots,
     # transformers 5.23 unpacks all weights at one width if it dequantises while loading, as an embedding needs
     holds_ends=lambda checkpoint, plan: len(set(plan.values())) == 1,
+    holds_experts=lambda experts: True,
     tensors=compressed_tensors.tensors,
     write=write,
 )

@@ -104,6 +104,9 @@ _ROPE: Table = {
 }
 ROPE = object_of({**_ROPE, **dict.fromkeys(("full_attention", "sliding_attention"), object_of(_ROPE).or_null())})
 
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # the number of a layer's experts
+CHOSEN = "num_experts_per_tok"
+
 # Sizes that vary by layer in some family may be lists.
 _TEXT_CONFIG: Table = {
     "model_type": TEXT,
@@ -115,7 +118,11 @@ _TEXT_CONFIG: Table = {
     **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "head_dim"), SIZE.or_list().or_null()),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len"), SIZE.or_null()),
     **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "moe_intermediate_size"), COUNT.or_list().or_null()),
-    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "num_experts_per_tok"), COUNT.or_null()),
+    **dict.fromkeys((*EXPERTS, CHOSEN), COUNT.or_null()),
+    **dict.fromkeys(("shared_expert_intermediate_size", "decoder_sparse_step"), SIZE.or_null()),
+    **dict.fromkeys(("swiglu_alpha", "swiglu_limit"), POSITIVE.or_null()),
+    "norm_topk_prob": FLAG.or_null(),
+    "mlp_only_layers": list_of(COUNT).or_null(),
     **dict.fromkeys(("hidden_act", "hidden_activation", "activation_function"), TEXT.or_null()),
     **dict.fromkeys(("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon"), FROM_0.or_null()),
     **dict.fromkeys(("bos_token_id", "pad_token_id", "eos_token_id"), TOKEN.or_list().or_null()),
@@ -205,10 +212,19 @@ def check_facts(values: Mapping[str, Any], table: Table, *, where: object, remed
             check_facts(value, kind.inside, where=where, remedy=remedy, at=f"{at}{key}.")
 
 
-def check_depth(config: Mapping[str, Any], tensors: int, *, where: object) -> None:
-    """Raise InputError for more layers than stored tensors: building such a model would take all memory."""
+def check_counts(config: Mapping[str, Any], tensors: int, *, where: object) -> None:
+    """Raise InputError for more layers than stored tensors, and for a token that chooses more experts than there are.
+
+    Building a model of that many layers would take all memory.
+    """
     nested = config.get("text_config")
     for part in (config, nested if isinstance(nested, Mapping) else {}):
+        experts = next((part[key] for key in EXPERTS if part.get(key)), None)
+        chosen = part.get(CHOSEN)
+        if experts is not None and chosen is not None and chosen > experts:
+            raise InputError(
+                f"{where} has {CHOSEN}={chosen}, but a layer has {experts} experts to choose from; repair config.json"
+            )
         for key in DEPTHS:
             layers = part.get(key)
             if type(layers) is int and layers > tensors:

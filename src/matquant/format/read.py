@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from matquant.core.experts import Joined
 from matquant.core.nest import MASTER_BITS, labels_of, middle
 from matquant.core.packing import unpack
 from matquant.core.spec import DAMAGED, Plan, Spec
 from matquant.core.tensor import NestedTensor
-from matquant.format.facts import CONFIG, check_depth
+from matquant.format.facts import CONFIG, check_counts
 from matquant.format.layout import SLICES, is_end, slice_tensors
 from matquant.format.manifest import (
     AGAIN,
@@ -154,6 +155,17 @@ class Checkpoint:
         quantised = {f"{path}.weight": shape for path, shape in self.shapes.items()}
         return quantised | {name: self.stored_shape(name) for name in self.plain_names()}
 
+    def model_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return tensor name -> shape of the quantised weights as the model's own files hold them."""
+        joined = self.joined()
+        inside = {path for tensor in joined.values() for path in tensor.places}
+        single = {f"{path}.weight": shape for path, shape in self.shapes.items() if path not in inside}
+        return single | {name: tensor.shape for name, tensor in joined.items()}
+
+    def joined(self) -> dict[str, Joined]:
+        """Return the tensors that hold all experts in the model's own files, by name."""
+        return {} if self.spec.experts is None else self.spec.experts.join(self.shapes)
+
     def plain_names(self) -> list[str]:
         """Return the names of the tensors that are not part of a quantised weight."""
         ours = {f"{path}.weight_{part}" for path in self.shapes for part in ("packed", "scale", "shape", "zero_point")}
@@ -246,7 +258,7 @@ def open_listed(
         sources = _tensor_files(where, listed, planes)
         handles = {file: stack.enter_context(_open_tensors(where / file)) for file in sources}
         files = _tensor_names(where, handles)
-        check_depth(config, len(files), where=where / "config.json")
+        check_counts(config, len(files), where=where / "config.json")
         shapes = check_structure(where, files, handles, spec, planes=None if planes is None else planes.held)
     _untie_stored_head(config, files)
     ignore = quantised.get("ignore")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from matquant.format.manifest import regular_file, side_file
 
+LOG = "training.jsonl"  # of the run that made a checkpoint, a record per line
 TOKENS = "matquant_tokens.json"  # hf/probe.py
 SIDE_FILES = (
     *("added_tokens.json", "merges.txt", "special_tokens_map.json", "tokenizer.json", "tokenizer.model"),

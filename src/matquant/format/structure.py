@@ -65,6 +65,8 @@ def check_structure(
         shapes[path] = (rows, columns)
     if not shapes:
         raise InputError(f"{where} holds no quantised weight; {DAMAGED}")
+    if spec.experts is not None:
+        spec.experts.join(shapes)  # rejects experts that do not fit together
     return shapes
 
 

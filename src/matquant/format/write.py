@@ -23,6 +23,14 @@ from matquant.system.files import check_replaceable, json_bytes, replace_directo
 from matquant.system.locks import check_place
 
 Item = tuple[str, "np.ndarray | NestedTensor"]
+# A quantization_config that stock transformers rejects, with up to 50 characters of the status. Otherwise it would
+# leave experts that it does not find with random numbers, and only log a warning.
+NOT_STOCK = {
+    "quant_method": "compressed-tensors",
+    "format": "matquant",
+    "quantization_status": "load with matquant.MatQuantConfig",
+    "config_groups": {"group_0": {"targets": ["Linear"]}},
+}
 
 
 def write_checkpoint(
@@ -74,6 +82,8 @@ def quantization_config(spec: Spec, ignore: Iterable[str]) -> dict[str, Any]:
         # Unless it dequantises while loading, transformers 5.23 gives packed zero-points wrong shapes, does not
         # decompress embeddings and does not tie a compressed head.
         config["dequantize"] = True
+    if spec.experts is not None and not spec.experts.stock:
+        config = NOT_STOCK | {"ignore": config["ignore"]}
     return config | {"matquant": spec.to_json()}
 
 

@@ -1,25 +1,24 @@
 """Read config.json for the decode step: sizes, sliding windows, caps, scales and rotary frequencies.
 
-The decode step (native/model.hpp) knows no families. It knows optional norms, sliding windows, rotary frequencies, caps
-and scales; a row of ARCHITECTURES (families.py) maps a checkpoint's names to them, with the defaults of config.json.
+The decode step (native/decoder/model.hpp) knows no families. It knows optional norms, experts, sliding windows, rotary
+frequencies, caps and scales; a row of ARCHITECTURES (families.py) maps a checkpoint's names to them, with the defaults
+of config.json.
 """
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from matquant.hf.experts import DENSE, Experts, Sized, expert_matrices, gated_matrices, read_experts
 from matquant.hf.families import Decode, supported
 from matquant.hf.rope import Rope, frequencies
 from matquant.system.errors import InputError
 
-PROJECTIONS = (  # in the order of native/model.hpp
-    *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
-    *("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
-)
+ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 SILU, GELU = ("silu", "swish"), ("gelu_pytorch_tanh",)
 REQUIRED = (
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
@@ -31,17 +30,38 @@ LARGEST_WINDOW = 2**31 - 1  # tokens; the decode step counts in 32 bits
 
 
 @dataclass(frozen=True, kw_only=True)
-class Architecture:
-    """A model's architecture for the decode step."""
+class Sizes:
+    """What decides the names and shapes of a model's matrices."""
 
     family: Decode  # how to run its family
     hidden: int  # size of the hidden states
-    intermediate: int  # size inside the feed-forward block
+    intermediate: int  # size inside the feed-forward block, in layers without experts
     layers: int  # decoder layers
     heads: int  # query heads
     kv_heads: int  # key/value heads
     head_dim: int  # size of a head
     vocab: int  # rows of the embedding
+    experts: Experts | None  # in the layers that have them
+
+    def matrices(self, layer: int) -> Iterator[Sized]:
+        """Yield the name under the layer and the shape [N, K] of its matrices, in the decode step's order."""
+        queries, keys = (self.heads * self.head_dim, self.hidden), (self.kv_heads * self.head_dim, self.hidden)
+        yield from zip(ATTENTION, (queries, keys, keys, queries[::-1]), strict=True)
+        experts = self.experts_at(layer)
+        if experts is None:
+            yield from gated_matrices(DENSE, self.hidden, self.intermediate)
+        else:
+            yield from expert_matrices(experts, self.hidden)
+
+    def experts_at(self, layer: int) -> Experts | None:
+        """Return the experts of a layer, None if it has none."""
+        return self.experts if self.experts is not None and self.experts.at(layer) else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture(Sizes):
+    """A model's architecture for the decode step."""
+
     context: int  # tokens
     norm_eps: float  # added to the mean of squares
     attention_scale: float  # factor of attention scores
@@ -49,6 +69,8 @@ class Architecture:
     attention_cap: float  # soft cap on attention scores; 0: none
     logit_cap: float  # soft cap on logits; 0: none
     gelu: bool  # tanh GELU rather than SiLU
+    gate_alpha: float  # of clamped gates
+    gate_limit: float  # of clamped gates; 0: not clamped
     tied: bool  # whether the head is the embedding
     windows: tuple[int, ...]  # per layer, number of positions that a token sees; 0: all
     ropes: tuple[int, ...]  # per layer, the index into frequencies; -1: no rotary positions
@@ -58,26 +80,21 @@ class Architecture:
 
 def read_architecture(config: Mapping[str, Any], *, where: object) -> Architecture:
     """Return the Architecture of a config.json; InputError if the engine cannot run it exactly."""
-    family, values = _read_family(config, where)
-    heads, kv_heads, head_dim = _heads(values, where)
+    sizes, values = _read_sizes(config, where)
+    family = sizes.family
     _refuse(values, where)
-    ropes, tables = _ropes(values, family, head_dim, where)
+    ropes, tables = _ropes(values, family, sizes.head_dim, where)
     return Architecture(
-        family=family,
-        hidden=values["hidden_size"],
-        intermediate=values["intermediate_size"],
-        layers=values["num_hidden_layers"],
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        vocab=values["vocab_size"],
+        **vars(sizes),
         context=values["max_position_embeddings"],
         norm_eps=float(_given(values, "rms_norm_eps", 1e-6)),
-        attention_scale=float(values.get("query_pre_attn_scalar") or head_dim) ** -0.5,
+        attention_scale=float(values.get("query_pre_attn_scalar") or sizes.head_dim) ** -0.5,
         embedding_scale=math.sqrt(values["hidden_size"]) if family.scale_embedding else 1.0,
         attention_cap=float(values.get("attn_logit_softcapping") or 0.0),
         logit_cap=float(values.get("final_logit_softcapping") or 0.0),
         gelu=_is_gelu(_given(values, family.activation_key, "silu"), where),
+        gate_alpha=float(values["swiglu_alpha"]) if family.clamped else 0.0,
+        gate_limit=float(values["swiglu_limit"]) if family.clamped else 0.0,
         tied=bool(values.get("tie_word_embeddings", False)),
         windows=_windows(values, family),
         ropes=ropes,
@@ -91,22 +108,11 @@ def check_sizes(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
 
     shapes: tensor name -> shape, quantised weights as ``path.weight`` [N, K].
     """
-    _, values = _read_family(config, where)
-    heads, kv_heads, head_dim = _heads(values, where)
-    hidden, intermediate = values["hidden_size"], values["intermediate_size"]
-    queries, keys = (heads * head_dim, hidden), (kv_heads * head_dim, hidden)
-    wanted = {
-        **dict(zip(PROJECTIONS[:4], (queries, keys, keys, queries[::-1]), strict=True)),
-        **dict(
-            zip(PROJECTIONS[4:], ((intermediate, hidden), (intermediate, hidden), (hidden, intermediate)), strict=True)
-        ),
-    }
+    sizes, _ = _read_sizes(config, where)
     layers = (
-        (f"model.layers.{layer}.{name}", size)
-        for layer in range(values["num_hidden_layers"])
-        for name, size in wanted.items()
+        (f"model.layers.{layer}.{name}", size) for layer in range(sizes.layers) for name, size in sizes.matrices(layer)
     )
-    for path, size in itertools.chain([(EMBEDDING, (values["vocab_size"], hidden))], layers):
+    for path, size in itertools.chain([(EMBEDDING, (sizes.vocab, sizes.hidden))], layers):
         found = shapes.get(f"{path}.weight")
         if found is None:
             raise InputError(f"{where} lacks the tensor {path}.weight; write the checkpoint again")
@@ -117,8 +123,8 @@ def check_sizes(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
             )
 
 
-def _read_family(config: Mapping[str, Any], where: object) -> tuple[Decode, dict[str, Any]]:
-    """Return the family of a config.json, and its values merged over the family's defaults, with sizes checked."""
+def _read_sizes(config: Mapping[str, Any], where: object) -> tuple[Sizes, dict[str, Any]]:
+    """Return the sizes of a config.json, checked, and its values merged over its family's defaults."""
     kind = config.get("model_type")
     decoded = supported("decode")
     if kind not in decoded:
@@ -132,7 +138,19 @@ def _read_family(config: Mapping[str, Any], where: object) -> tuple[Decode, dict
         value = values.get(key)
         if (key in REQUIRED or value is not None) and (type(value) is not int or value < 1):
             raise InputError(f"{where} has {key}={value!r} in config.json; it must be an integer above 0")
-    return family, values
+    heads, kv_heads, head_dim = _heads(values, where)
+    sizes = Sizes(
+        family=family,
+        hidden=values["hidden_size"],
+        intermediate=values["intermediate_size"],
+        layers=values["num_hidden_layers"],
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        vocab=values["vocab_size"],
+        experts=read_experts(family.routing, values, where=where),
+    )
+    return sizes, values
 
 
 def _heads(values: Mapping[str, Any], where: object) -> tuple[int, int, int]:
@@ -193,7 +211,8 @@ def _default_kinds(values: Mapping[str, Any], family: Decode) -> list[str]:
         if family.no_rope:
             sliding = not _has_rope(values, index)
         elif family.window_period:
-            sliding = family.window_period == 1 or (index + 1) % period != 0
+            within = index < _given(values, "max_window_layers", index + 1)
+            sliding = family.window_period == 1 or ((index + 1) % period != 0 and within)
         else:
             sliding = index >= _given(values, "max_window_layers", 28)
         kinds.append("sliding_attention" if sliding else "full_attention")

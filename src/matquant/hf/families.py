@@ -14,8 +14,32 @@ from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
+class Routing:
+    """How a family names its experts, in the module ``block`` under the layer, and chooses among them.
+
+    Experts are ``experts.0`` and so on; a shared one is ``shared_expert`` with its own gate.
+    """
+
+    block: str = "mlp"
+    router: str = "gate"
+    # gate, up and down of an expert
+    gated: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    # the key of config.json with the size inside an expert
+    size_key: str = "moe_intermediate_size"
+    # the key of config.json that makes the weights of a token's experts add up to 1; "": they do
+    renormalise_key: str = "norm_topk_prob"
+    # the key of config.json with the size inside the shared expert; "": there is none
+    shared_key: str = ""
+    # whether biases are tensors of all experts, those of gate and up in turn
+    joined_biases: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class Decode:
-    """How the native decode step (native/model.hpp) runs a family. Biases are applied where the checkpoint has them."""
+    """How the native decode step (native/decoder/model.hpp) runs a family.
+
+    Biases are applied where the checkpoint has them.
+    """
 
     # the decode step's name of a norm -> the checkpoint's name under the layer
     norms: Mapping[str, str]
@@ -29,6 +53,12 @@ class Decode:
     window_switch: str = ""
     # without layer_types in config.json, all layers but every n-th have a window; 1: all layers, 0: none
     window_period: int = 0
+    # the tensor of a score per head that takes part in the softmax and has no value; "": none
+    sinks: str = ""
+    # whether gates are clamped (native/kernels/floats.hpp, clamped_times), with swiglu_alpha and swiglu_limit
+    clamped: bool = False
+    # for families with experts
+    routing: Routing | None = None
     # whether layers may lack rotary positions
     no_rope: bool = False
     # whether layers with a window have separate rotary frequencies
@@ -136,6 +166,11 @@ GEMMA_DEFAULTS = {
     "hidden_activation": "gelu_pytorch_tanh",
 }
 
+_GPT_OSS_ROPE = {
+    **{"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False},
+    "original_max_position_embeddings": 4096,
+}
+
 QKV, GATED = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
 _QKV = tuple(f"self_attn.{name}" for name in QKV)
 _GATED = tuple(f"mlp.{name}" for name in GATED)
@@ -190,11 +225,66 @@ ARCHITECTURES: dict[str, Family] = {
         gptq=True,
         fused=(QKV, GATED),
     ),
+    "mixtral": Family(
+        decode=Decode(
+            norms=LLAMA_NORMS,
+            routing=Routing(
+                block="block_sparse_moe",
+                gated=("w1", "w3", "w2"),
+                size_key="intermediate_size",
+                renormalise_key="",
+            ),
+            window_period=1,
+            defaults={
+                **{"num_key_value_heads": 8, "num_local_experts": 8, "num_experts_per_tok": 2},
+                **{"rms_norm_eps": 1e-5, "rope_theta": 1e6},
+            },
+        ),
+        fused=(QKV, ("w1", "w3")),
+    ),
+    "qwen2_moe": Family(
+        decode=Decode(
+            norms=LLAMA_NORMS,
+            routing=Routing(shared_key="shared_expert_intermediate_size"),
+            window_switch="use_sliding_window",
+            window_period=2,
+            defaults={
+                **{"num_key_value_heads": 16, "sliding_window": 4096, "max_window_layers": 28},
+                **{"num_local_experts": 60, "num_experts_per_tok": 4, "moe_intermediate_size": 1408},
+                "shared_expert_intermediate_size": 5632,
+            },
+        ),
+        fused=(QKV, GATED),
+    ),
     "qwen3_moe": Family(  # its experts have other names: the FFN equivalences match only dense layers
+        decode=Decode(
+            norms=LLAMA_NORMS | HEAD_NORMS,
+            routing=Routing(),
+            window_switch="use_sliding_window",
+            window_period=1,
+            defaults={
+                **{"num_key_value_heads": 4, "sliding_window": 4096},
+                **{"num_local_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768},
+            },
+        ),
         equivalences=_LLAMA,
         fused=(QKV, GATED),
     ),
-    "mixtral": Family(fused=(QKV, ("w1", "w3"))),
+    "gpt_oss": Family(
+        decode=Decode(
+            norms=LLAMA_NORMS,
+            sinks="self_attn.sinks",
+            clamped=True,
+            routing=Routing(router="router", size_key="intermediate_size", renormalise_key="", joined_biases=True),
+            window_period=2,
+            defaults={
+                **{"head_dim": 64, "num_key_value_heads": 8, "num_local_experts": 128, "num_experts_per_tok": 4},
+                **{"rms_norm_eps": 1e-5, "sliding_window": 128, "swiglu_alpha": 1.702, "swiglu_limit": 7.0},
+                **{"rope_theta": 150000.0, "rope_scaling": _GPT_OSS_ROPE},
+            },
+        ),
+        fused=(QKV, GATED),
+    ),
     "gemma2": Family(
         decode=Decode(
             norms=GEMMA_NORMS,

@@ -10,7 +10,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from matquant.format.facts import FILES, REPAIR, check_depth, check_facts, is_weight_map, read_json
+from matquant.format.facts import FILES, REPAIR, check_counts, check_facts, is_weight_map, read_json
 from matquant.hf.tensors import INDEX, SINGLE
 from matquant.system.errors import InputError
 
@@ -35,14 +35,14 @@ def check_readable(directory: Path) -> None:
 
 
 def check_sensible(directory: Path, *, tensors: int) -> None:
-    """Raise InputError for the first JSON value of a wrong kind, and for more layers than tensors.
+    """Raise InputError for the first JSON value of a wrong kind, and counts that do not fit (facts.check_counts).
 
     tensors: number of stored tensors, 0 if not known.
     """
     files = {name: read_json(directory / name) for name in FILES}
     for name, values in files.items():
         check_facts(values, FILES[name], where=directory / name)
-    check_depth(files["config.json"], tensors or DEEPEST, where=directory / "config.json")
+    check_counts(files["config.json"], tensors or DEEPEST, where=directory / "config.json")
 
 
 def read_shapes(directory: Path) -> Shapes:

@@ -9,13 +9,14 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
+from matquant.core.experts import is_router
 from matquant.hf_torch import Model
+from matquant.hf_torch.experts import expert_tensors, is_experts, joined_views
 from matquant.hf_torch.ties import embedding_name, head_name, tied_weights
 from matquant.hf_torch.views import View, checkpoint_views, stored_parts
 from matquant.system.errors import InputError
 
 ALL, LINEARS = "all", "linears"  # scopes with and without embedding and head
-ROUTERS = ("gate", "router")  # last names of the linear layers that choose experts; they stay float
 
 
 def decoder_layers(model: Model) -> list[tuple[str, torch.nn.Module]]:
@@ -30,13 +31,13 @@ def decoder_layers(model: Model) -> list[tuple[str, torch.nn.Module]]:
 def linear_views(model: Model) -> dict[str, View]:
     """Return every linear weight in the decoder layers, by its module path in the checkpoint.
 
-    Fused experts give one path per expert and projection. Routers, embeddings, the head and ``whole_experts`` are left
-    out.
+    Fused experts give one path per expert and projection. Embeddings, the head and ``unknown_experts`` are left out.
     """
     views: dict[str, View] = {}
     for name, parameter in _weights(model):
-        views.update(checkpoint_views(model, name, parameter))
-    return {path: view for path, view in views.items() if path.rsplit(".", 1)[-1] not in ROUTERS}
+        joined = parameter.ndim == 3 and stored_parts(model, name, parameter)[1]
+        views.update((joined_views if joined else checkpoint_views)(model, name, parameter))
+    return views
 
 
 def end_views(model: Model) -> dict[str, View]:
@@ -48,10 +49,10 @@ def end_views(model: Model) -> dict[str, View]:
     return views
 
 
-def whole_experts(model: Model) -> list[str]:
-    """Return fused experts that checkpoints store in one tensor (gpt-oss, Llama 4): no engine reads their codes."""
-    stored = {name: stored_parts(model, name, weight)[0] for name, weight in _weights(model) if weight.ndim == 3}
-    return [name for name, parts in stored.items() if any(part.ndim != 2 for part in parts.values())]
+def unknown_experts(model: Model, views: Mapping[str, View]) -> list[str]:
+    """Return the tensors of fused experts that are stored in a form that we do not know how to divide."""
+    taken = {view.parameter for view in views.values()}
+    return [name for name, weight in _weights(model) if weight.ndim == 3 and name not in taken]
 
 
 def _weights(model: Model) -> Iterator[tuple[str, torch.Tensor]]:
@@ -62,8 +63,8 @@ def _weights(model: Model) -> Iterator[tuple[str, torch.Tensor]]:
             continue
         if isinstance(module, torch.nn.Linear):
             yield f"{name}.weight", module.weight
-        elif name.rsplit(".", 1)[-1] == "experts":
-            yield from ((f"{name}.{n}", p) for n, p in module.named_parameters(recurse=False) if p.ndim == 3)
+        elif is_experts(name):
+            yield from ((f"{name}.{leaf}", tensor) for leaf, tensor in expert_tensors(module).items())
 
 
 def unquantised_linears(model: Model, views: Mapping[str, View]) -> list[str]:
@@ -85,12 +86,13 @@ def select_ends(model: Model, scope: str, *, exclude: Sequence[str] = ()) -> Map
 def select_linears(model: Model, scope: str, *, exclude: Sequence[str] = ()) -> Mapping[str, View]:
     """Return path -> View of the linear layers in ``scope`` whose paths match no pattern of ``exclude``.
 
-    Embedding and head are not among them: see ``select_ends``.
+    Embedding, head (see ``select_ends``) and the routers of experts are not among them.
 
     InputError if there are none, a pattern is not a regular expression or would split a fused parameter, or experts
     that cannot be quantised are not excluded.
     """
-    views = linear_views(model)
+    everything = linear_views(model)
+    views = {path: view for path, view in everything.items() if not is_router(path)}
     every = scope in (ALL, LINEARS)
     chosen = {path: view for path, view in views.items() if every or is_attention(path) == (scope == "attention")}
     for pattern in exclude:
@@ -98,9 +100,10 @@ def select_linears(model: Model, scope: str, *, exclude: Sequence[str] = ()) -> 
             chosen = {path: view for path, view in chosen.items() if not re.search(pattern, path)}
         except re.error as error:
             raise InputError(f"--exclude {pattern!r} is not a regular expression ({error}); escape it") from None
-    kept = [name for name in whole_experts(model) if not any(re.search(pattern, name) for pattern in exclude)]
+    unknown = unknown_experts(model, everything)
+    kept = [name for name in unknown if not any(re.search(pattern, name) for pattern in exclude)]
     if kept and scope != "attention":
-        raise InputError(f"{kept[0]} is one tensor for all experts, whose codes no engine reads; use --exclude experts")
+        raise InputError(f"{kept[0]} holds all experts in a form that is not supported; use --exclude experts")
     split = {views[path].parameter for path in views.keys() - chosen} & {view.parameter for view in chosen.values()}
     if split:
         path = next(path for path in views if path not in chosen and views[path].parameter in split)

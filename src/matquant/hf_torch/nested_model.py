@@ -75,7 +75,7 @@ def load(
     if not BACKENDS[name].trains:
         tensors = {path: checkpoint.nested(path, mapped=True) for path in checkpoint.shapes}
         nothing = torch.zeros((), dtype=served)
-        model, views = _build(checkpoint, lambda name: nothing.expand(checkpoint.shapes[name]), served, device)
+        model, views = _build(checkpoint, nothing.expand, served, device)
         reasons = (_why_not_path(model, path, views[path], tensors[path], BACKENDS[name]) for path in tensors)
         reason = next((reason for reason in reasons if reason is not None), None)
         name, obstacle = (name, obstacle) if reason is None else (DENSE, reason)
@@ -85,7 +85,7 @@ def load(
     elif kernels in ("auto", NONE):
         pack = BACKENDS[name].pack
         tensors = {path: pack(checkpoint.nested(path), device=device) for path in checkpoint.shapes}
-        model, views = _build(checkpoint, lambda name: torch.zeros(checkpoint.shapes[name]), dtype, device)
+        model, views = _build(checkpoint, torch.zeros, dtype, device)
         serve = functools.partial(_write_dense, model, views, tensors)
         model.kernels = f"no kernels: {obstacle}"
     else:
@@ -127,12 +127,12 @@ def _check_arguments(path: Any, dtype: Any, device: Any, kernels: Any, check_has
 
 def _build(
     checkpoint: Checkpoint,
-    weight: Callable[[str], torch.Tensor],
+    weight: Callable[[tuple[int, ...]], torch.Tensor],
     dtype: torch.dtype | None,
     device: str | torch.device,
 ) -> tuple[Model, dict[str, View]]:
-    """Build the model with ``weight(path)`` for every quantised layer, and return the positions of these weights."""
-    state = {f"{name}.weight": weight(name) for name in checkpoint.shapes}
+    """Build the model with ``weight(shape)`` for every quantised tensor, and return the positions of the weights."""
+    state = {name: weight(shape) for name, shape in checkpoint.model_shapes().items()}
     state |= {name: to_torch(checkpoint.array(name)) for name in checkpoint.plain_names()}
     model = build_model(checkpoint.config, state, directory=checkpoint.directory, dtype=dtype).to(device)
     views = {**linear_views(model), **end_views(model)}

@@ -32,6 +32,7 @@ from transformers.quantizers import HfQuantizer, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, AutoHfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from matquant.core.experts import EXPERTS, TENSORS
 from matquant.core.nest import MASTER_BITS
 from matquant.core.spec import Plan
 from matquant.format.read import Checkpoint, open_checkpoint
@@ -103,6 +104,7 @@ class MatQuantQuantizer(HfQuantizer):  # type: ignore[misc]
     def update_weight_conversions(self, weight_conversions: list[Any], model: Model) -> list[Any]:
         """Find the parameter of each weight by transformers' renaming, and add ``_Slice`` to its conversion."""
         self.conversions = weight_conversions
+        weight_conversions = [*_joins(self.checkpoint), *weight_conversions]
         self.paths = {}
         renamings = [entry for entry in weight_conversions if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in weight_conversions if isinstance(entry, WeightConverter)]
@@ -115,12 +117,63 @@ class MatQuantQuantizer(HfQuantizer):  # type: ignore[misc]
                     "load it with the class that it was made from"
                 )
             self.paths.setdefault((name, pattern or "weight"), []).append(path)
+        for name in self.checkpoint.joined():  # marks the model's own renaming as used, so that it is saved with it
+            rename_source_key(name, renamings, converters, model.base_model_prefix, known)
         return list(super().update_weight_conversions(weight_conversions, model))
 
     def _process_model_after_weight_loading(self, model: Model, **_: Any) -> Model:
         """Restore the conversions of an unquantised model: transformers saves with the conversions it loaded with."""
         model._weight_conversions = [entry for entry in self.conversions if entry.was_used()]
         return model
+
+
+def _joins(checkpoint: Checkpoint) -> list[WeightConverter]:
+    """Return conversions of experts' weights to the tensors that hold all experts in the model's own files."""
+    experts = checkpoint.spec.experts
+    found = []
+    for kind in {} if experts is None else experts.names:
+        parts = [rf"\.{EXPERTS}.*.{part}.weight" for part in TENSORS[kind]]
+        found.append(WeightConverter(parts, rf"\.{EXPERTS}.{kind}", operations=[_Join(checkpoint)]))
+    return found
+
+
+class _Join(ConversionOps):  # type: ignore[misc]
+    """Write the weights [N, K] of all experts into the tensor that holds them."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+
+    def __deepcopy__(self, memo: Any) -> Self:
+        return self
+
+    def convert(
+        self,
+        input_dict: Tensors,
+        source_patterns: list[str],
+        target_patterns: list[str],
+        *,
+        full_layer_name: str,
+        model: Model,
+        **_: Any,
+    ) -> dict[str, Any]:
+        """Convert lists of weights by pattern, in the order of the experts, to one tensor."""
+        parameter, experts = model.get_parameter(full_layer_name), self.checkpoint.spec.experts
+        assert experts is not None
+        kind = full_layer_name.rpartition(".")[2]
+        weights = {
+            f"{number}.{pattern.split('.')[-2]}": weight
+            for pattern, found in input_dict.items()
+            for number, weight in enumerate(found)
+        }
+        joined = torch.empty(parameter.shape, dtype=parameter.dtype, device=next(iter(weights.values())).device)
+        for key, place in experts.places(kind, tuple(parameter.shape)).items():
+            joined.as_strided(*place).copy_(weights[key])
+        return {full_layer_name: joined}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        """Never called, as that of ``_Slice``."""
+        raise NotImplementedError
 
 
 class _Slice(ConversionOps):  # type: ignore[misc]

@@ -29,6 +29,7 @@ from matquant.methods.parts.affines import clip_groups, refit_affine
 from matquant.methods.parts.blocks import Block, Solved, calibration, read_rows, run_blocks
 from matquant.methods.parts.compensation import nested_codes, sweep
 from matquant.methods.parts.ends import HEAD_RATIO, head_path, with_plain_error
+from matquant.methods.parts.experts import few_notice
 from matquant.methods.parts.fake import Grid
 from matquant.methods.parts.hessians import Factor, collect_hessians, inverse_factor
 from matquant.methods.parts.job import Job
@@ -162,13 +163,13 @@ def nest_block(
     """
     lambdas = {width.bits: width.weight for width in job.objective}
     widest = max(block.inputs)
-    hessians, leaders = collect_hessians(dataclasses.replace(block, inputs={widest: block.inputs[widest]}))
+    hessians = collect_hessians(dataclasses.replace(block, inputs={widest: block.inputs[widest]}))
     nested: dict[str, NestedTensor] = {}
     squares: list[torch.Tensor] = []
     damped = damp
-    for leader in list(hessians):
-        hessian = hessians.pop(leader)
-        paths = [path for path in weights if leaders[path] == leader]
+    for leader in list(hessians.of):
+        hessian = hessians.of.pop(leader)
+        paths = [path for path in weights if hessians.leaders[path] == leader]
         stacked = torch.cat([weights[path] for path in paths])
         factor = inverse_factor(hessian, damp=damp, name=leader)
         damped = max(damped, factor.damp)
@@ -185,10 +186,16 @@ def nest_block(
             nested[path] = cut_rows(solved, slice(start, stop))
     nested = {path: nested[path] for path in weights}
     record: dict[str, Any] = {"loss": _losses(squares, lambdas)}
+    notices = []
+    if hessians.few:
+        record["few_tokens"] = dict(hessians.few)
+        notices.append(few_notice(block.name, hessians.few, hessians.experts))
     if damped > damp:
-        record["notice"] = (
+        notices.append(
             f"{block.name}: the Hessian was not positive definite; used damping of {damped:g} times its mean"
         )
+    if notices:
+        record["notice"] = "; ".join(notices)
     return nested, record
 
 

@@ -31,6 +31,7 @@ import torch
 from matquant.core.nest import MASTER_BITS
 from matquant.core.tensor import NestedTensor
 from matquant.distributed.collect import clip_gradients, exchange, on_first
+from matquant.format.side_files import LOG
 from matquant.hf.text import cut_windows
 from matquant.hf_torch.config import check_context
 from matquant.hf_torch.sharded import split_again
@@ -38,7 +39,7 @@ from matquant.hf_torch.views import local, write_weights
 from matquant.methods.parts import fused
 from matquant.methods.parts.fake import Grid, finish_backward, keep_in_range, nest
 from matquant.methods.parts.forward import first_not_finite, layer_outputs, passes, prepare
-from matquant.methods.parts.job import LOG, Job, fingerprint
+from matquant.methods.parts.job import Job, fingerprint
 from matquant.methods.parts.masters import chain, release_blocked
 from matquant.methods.parts.objective import hidden_loss, width_loss
 from matquant.methods.parts.readings import NotFiniteError, Reading, read, steps_at_once, stop_unless_finite

@@ -26,6 +26,7 @@ from matquant.distributed.group import joined
 from matquant.distributed.nested import cut_rows
 from matquant.format.read import manifest_sha256, open_checkpoint
 from matquant.format.shards import SHARD_BYTES
+from matquant.format.side_files import LOG
 from matquant.format.write import check_writable, write_checkpoint
 from matquant.hf.gguf import ORIGIN, as_directory, quantised_notice
 from matquant.hf.gguf_file import is_gguf
@@ -33,6 +34,7 @@ from matquant.hf.text import count_windows, data_sha256, token_stream
 from matquant.hf_torch import Model
 from matquant.hf_torch.arrays import nested_to_numpy, nested_to_torch
 from matquant.hf_torch.device import bf16_is_fast
+from matquant.hf_torch.experts import experts_record
 from matquant.hf_torch.layers import unquantised_linears
 from matquant.hf_torch.sharded import split_rows
 from matquant.hf_torch.shards import Shards
@@ -42,7 +44,7 @@ from matquant.methods import distill
 from matquant.methods.parts.blocks import read_tensor
 from matquant.methods.parts.ends import nest_ends
 from matquant.methods.parts.fake import Grid
-from matquant.methods.parts.job import LOG, Job, Report, fingerprint, source_files
+from matquant.methods.parts.job import Job, Report, fingerprint, source_files
 from matquant.methods.parts.symmetry import choose_symmetry
 from matquant.methods.prepare import Prepared, prepare
 from matquant.methods.preview import describe, preview
@@ -254,6 +256,7 @@ def _make_spec(prepared: Prepared, grid: Grid, before: list[str], stream: np.nda
         zeros=grid.zeros,
         grid=grid.kind,
         head_bits=common.head_bits if prepared.ends else None,
+        experts=experts_record(prepared.shards.model, (view.parameter for view in prepared.views.values())),
         scale_dtype=common.scale_dtype,
         scope=common.scope,
         method=", ".join([*before, request.choice.method]),

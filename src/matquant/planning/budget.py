@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from matquant.core.experts import expert_name
 from matquant.core.nest import check_bits
 from matquant.format.read import Checkpoint
 from matquant.format.sizes import plain_bytes, size_bytes
@@ -108,11 +109,15 @@ def by_layer(paths: Iterable[str]) -> Groups:
     return tuple(tuple(layers[layer]) for layer in sorted(layers))
 
 
-def by_width(paths: Iterable[str], *, fused: bool) -> Groups:
-    """Return the paths that share a width, in order: with ``fused`` those of FUSED, and all experts of a layer."""
+def by_width(paths: Iterable[str], *, fused: bool, experts: bool = False) -> Groups:
+    """Return the paths that share a width, in order: with ``fused`` those of FUSED, and all experts of a layer.
+
+    experts: the projections of each expert share a width instead.
+    """
     groups: dict[str, list[str]] = {}
     for path in (path for layer in by_layer(paths) for path in layer):
-        groups.setdefault(group_name(path) if fused else path, []).append(path)
+        expert = expert_name(path) if experts else None
+        groups.setdefault(expert or (group_name(path) if fused else path), []).append(path)
     return tuple(map(tuple, groups.values()))
 
 

@@ -18,8 +18,9 @@ import torch
 from matquant.core.nest import MASTER_BITS
 from matquant.format.read import Checkpoint
 from matquant.hf_torch.arrays import nested_to_torch
-from matquant.hf_torch.layers import decoder_layers
+from matquant.hf_torch.layers import decoder_layers, linear_views
 from matquant.hf_torch.layerwise import Call, embed, finish
+from matquant.planning.experts import Watched, expert_losses, watched
 
 BATCH_TOKENS = 1024  # run through a layer at once, forwards and backwards
 
@@ -41,10 +42,11 @@ def estimate(
     widths: Sequence[int],
     *,
     paths: Sequence[str],
+    experts: bool = False,
     seed: int = 0,
-) -> Callable[[Sequence[str]], np.ndarray]:
+) -> Callable[[Sequence[str]], np.ndarray | None]:
     """Return a function of a group of ``paths``: its estimated KL at every width, all else at 8 bits, float64 [widths]
-    in nats per token.
+    in nats per token; None for groups without an estimate. experts: each expert's weights are such a group too.
 
     model: the checkpoint with dense weights (``matquant.load(kernels="none")``); it is left at 8 bits. tokens: int64
     [samples, T + 1]. paths: from ``estimable``. Memory: hidden states at every layer, 4 bytes x tokens x H x layers.
@@ -62,11 +64,20 @@ def estimate(
     generator = torch.Generator(device=model.device).manual_seed(seed)
     gradients = [_score(model, part, last, generator) for part, last in zip(batches, inputs.pop(), strict=True)]
     sums: Sums = {}
+    alone: dict[tuple[str, ...], np.ndarray] = {}
+    views = linear_views(model) if experts else {}
     for call, (name, layer) in zip(reversed(calls), reversed(layers), strict=True):
         changes = {path: _changes(checkpoint, path, widths, model) for path in paths if path.startswith(f"{name}.")}
-        gradients = _backwards(call, layer, name, inputs.pop(), gradients, changes, sums)
+        watches = watched(model, name, views) if experts else []
+        gradients = _backwards(call, layer, name, inputs.pop(), gradients, changes, sums, watches)
+        for watch in watches:
+            alone |= expert_losses(checkpoint, watch, widths, tokens=ids.numel())
 
-    def of(group: Sequence[str]) -> np.ndarray:
+    def of(group: Sequence[str]) -> np.ndarray | None:
+        if tuple(sorted(group)) in alone:
+            return alone[tuple(sorted(group))]
+        if not set(group) <= sums.keys():
+            return None
         total = sum((sums[path] for path in group), torch.zeros(()))
         mean: np.ndarray = total.double().square().mean(0).div(2).cpu().numpy()
         return mean
@@ -98,8 +109,9 @@ def _backwards(
     gradients: Sequence[torch.Tensor],
     changes: Mapping[str, Sequence[torch.Tensor | None]],
     sums: Sums,
+    watches: Sequence[Watched],
 ) -> list[torch.Tensor]:
-    """Run one layer backwards, batch by batch; fill ``sums`` and return the gradients of its inputs."""
+    """Run one layer backwards, batch by batch; fill ``sums`` and ``watches``, return the gradients of its inputs."""
     parts: dict[str, list[torch.Tensor]] = {path: [] for path in changes}
 
     def watch(path: str) -> Callable[..., None]:
@@ -112,6 +124,7 @@ def _backwards(
         return hook
 
     hooks = [layer.get_submodule(path[len(name) + 1 :]).register_forward_hook(watch(path)) for path in changes]
+    hooks += [watch.module.register_forward_hook(watch.hook) for watch in watches]
     found: list[torch.Tensor] = []
     try:
         for states, gradient in zip(inputs, gradients, strict=True):

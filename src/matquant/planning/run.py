@@ -10,6 +10,7 @@ import numpy as np
 from rich.console import RenderableType
 from rich.table import Table
 
+from matquant.core.experts import expert_name
 from matquant.core.spec import ABOUT, Plan
 from matquant.format.read import Checkpoint, open_checkpoint
 from matquant.format.sizes import bits_per_weight, plain_bytes, plan_bytes
@@ -35,6 +36,7 @@ def run(
     strategy: str = SEARCH,
     widths: Sequence[int] | None = None,
     fused: bool = True,
+    experts: bool = False,
     evaluations: int = EVALUATIONS,
     losses: "Losses | None" = None,
     show: Callable[[RenderableType], None] = lambda table: None,
@@ -51,6 +53,7 @@ def run(
         widths=mixed,
         losses=losses,
         fused=fused,
+        experts=experts,
         evaluations=evaluations,
     )
     kept = Plan(bits=plan, default=None, about={key: value for key, value in facts.items() if key in ABOUT})
@@ -60,6 +63,10 @@ def run(
     if losses is not None:
         words += [f"KL {facts['loss']:.4f}, log-perplexity {facts['log_perplexity']:.4f} on the calibration text"]
         words += [f"{facts['evaluations']} evaluations"]
+    words += [
+        f"{found['experts']} experts at {name}, chosen {100 * found['routed']:.1f} %"
+        for name, found in facts.get("experts", {}).items()
+    ]
     show(", ".join([*words, f"{facts['seconds']} s"]))
     return facts
 
@@ -69,6 +76,7 @@ def check_plan(
     out: Path,
     *,
     strategy: str,
+    experts: bool,
     widths: Sequence[int] | None,
     evaluations: int,
     tokens_per_second: float | None = None,
@@ -79,8 +87,19 @@ def check_plan(
     mixed = default_widths(strategy) if widths is None else tuple(widths)
     if evaluations < 0:
         raise InputError(f"--evaluations {evaluations} is not valid; use a number of at least 0")
+    checkpoint = open_checkpoint(directory, check_hashes=False)
+    if experts:
+        check_experts(checkpoint, strategy)
     if tokens_per_second is None:
-        read_budget(open_checkpoint(directory, check_hashes=False), widths=mixed, **budget)
+        read_budget(checkpoint, widths=mixed, **budget)
+
+
+def check_experts(checkpoint: Checkpoint, strategy: str) -> None:
+    """Raise InputError unless a search can choose a width for each expert."""
+    if strategy != SEARCH:
+        raise InputError(f"--experts measures losses, which --strategy {strategy} does not; use --strategy {SEARCH}")
+    if not any(map(expert_name, checkpoint.shapes)):
+        raise InputError(f"--experts needs quantised experts, and {checkpoint.directory} has none; leave it out")
 
 
 def default_widths(strategy: str) -> tuple[int, ...]:
@@ -125,6 +144,7 @@ def make_plan(
     widths: Sequence[int],
     losses: "Losses | None" = None,
     fused: bool = True,
+    experts: bool = False,
     evaluations: int = EVALUATIONS,
 ) -> tuple[dict[str, int], dict[str, Any]]:
     """Return a plan {path: bits} and its facts: bits per weight, bytes, and loss and log-perplexity if ``losses`` is
@@ -145,14 +165,15 @@ def make_plan(
     else:
         if evaluations < 0:
             raise InputError(f"--evaluations {evaluations} is not valid; use a number of at least 0")
-        groups = by_width((path for path in losses.paths if path not in budget.fixed), fused=fused)
+        groups = by_width((path for path in losses.paths if path not in budget.fixed), fused=fused, experts=experts)
         budget.table(groups, widths)  # before any estimate
         alone = int(np.isnan(losses.estimates(groups, widths)).any(1).sum())
         losses.expected = before + (alone + 1) * len(widths) + evaluations
-        plan = search(losses, budget, widths=tuple(widths), fused=fused, evaluations=evaluations)
+        plan = search(losses, budget, widths=tuple(widths), fused=fused, experts=experts, evaluations=evaluations)
     facts: dict[str, Any] = {"strategy": strategy, "budget": budget.asked, **describe(checkpoint, plan, losses)}
     if losses is not None:
         facts |= {"evaluations": losses.evaluations - before}
+        facts |= {"experts": expert_shares(plan, losses.routing())} if experts else {}
     return plan, {**facts, "seconds": round(time.perf_counter() - began, 2)}
 
 
@@ -164,6 +185,22 @@ def describe(checkpoint: Checkpoint, plan: Mapping[str, int], losses: "Losses | 
         loss, log_perplexity = losses.measure(plan)
         facts |= {"loss": loss, "log_perplexity": log_perplexity}
     return facts
+
+
+def expert_shares(plan: Mapping[str, int], routing: Mapping[str, float]) -> dict[str, dict[str, float]]:
+    """Return how many experts have each width, and their share of the experts that tokens chose: width -> facts.
+
+    routing: expert's name -> share of tokens that chooses it.
+    """
+    widths = {name: bits for path, bits in plan.items() if (name := expert_name(path)) in routing and name is not None}
+    total = sum(routing.values())
+    return {
+        f"int{bits}": {
+            "experts": sum(found == bits for found in widths.values()),
+            "routed": round(sum(routing[name] for name, found in widths.items() if found == bits) / total, 4),
+        }
+        for bits in sorted(set(widths.values()))
+    }
 
 
 def layer_table(plan: Mapping[str, int], title: str) -> Table:

@@ -25,6 +25,7 @@ from matquant.planning.strategies import STRATEGIES, widest_mix
 Choice = tuple[int, ...]  # for each group the index of its width
 EVALUATIONS = 100  # default number of plans a search measures, besides the sensitivities
 PAPER_WIDTHS = (2, 4, 8)  # the widths that the paper mixes
+MOST_MOVES = 1000  # of those that raise a group, and of those that lower one, for each swap
 PATIENCE = 40  # the search ends after this many measured swaps without a gain
 
 
@@ -46,14 +47,20 @@ class Measured(Protocol):
 
 
 def search(
-    losses: Measured, budget: Budget, *, widths: Sequence[int], fused: bool = True, evaluations: int = EVALUATIONS
+    losses: Measured,
+    budget: Budget,
+    *,
+    widths: Sequence[int],
+    fused: bool = True,
+    experts: bool = False,
+    evaluations: int = EVALUATIONS,
 ) -> dict[str, int]:
-    """Return the plan {path: bits} of least measured loss found within ``budget``.
+    """Return the plan {path: bits} of least measured loss found within ``budget``. fused, experts: see ``by_width``.
 
     Never worse than the four strategies, the uniform widths and every plan of a smaller budget measured before.
     evaluations: maximum number of swaps to measure. InputError if nothing fits.
     """
-    groups = by_width((path for path in losses.paths if path not in budget.fixed), fused=fused)
+    groups = by_width((path for path in losses.paths if path not in budget.fixed), fused=fused, experts=experts)
     cost_GW = np.array(budget.table(groups, widths), dtype=np.int64)
     loss_GW = sensitivities(losses, groups, widths, fixed=budget.fixed)
 
@@ -209,7 +216,7 @@ def _swaps(loss_GW: np.ndarray, cost_GW: np.ndarray, current: Choice, *, limit: 
     more_loss = (loss_GW - loss_GW[rows, current][:, None]).ravel()
     more_cost = (cost_GW - cost_GW[rows, current][:, None]).ravel()
     slack = limit - int(cost_GW[rows, current].sum())
-    up, down = np.flatnonzero(more_cost > 0), np.flatnonzero(more_cost < 0)
+    up, down = (_best(np.flatnonzero(moves), more_loss) for moves in (more_cost > 0, more_cost < 0))
     first = np.concatenate([up, np.repeat(up, len(down))])
     second = np.concatenate([np.full(len(up), -1), np.tile(down, len(up))])  # -1: nothing is lowered
     alone = second < 0
@@ -222,3 +229,8 @@ def _swaps(loss_GW: np.ndarray, cost_GW: np.ndarray, current: Choice, *, limit: 
             if move >= 0:
                 choice[move // widths] = int(move % widths)
         yield tuple(choice)
+
+
+def _best(moves: np.ndarray, loss: np.ndarray) -> np.ndarray:
+    """Return the MOST_MOVES moves of least loss, in their order: all pairs of them are tried."""
+    return moves if len(moves) <= MOST_MOVES else np.sort(moves[np.argsort(loss[moves], kind="stable")[:MOST_MOVES]])

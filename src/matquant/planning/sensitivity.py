@@ -25,6 +25,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 
+from matquant.core.experts import expert_name
 from matquant.core.nest import MASTER_BITS
 from matquant.format.manifest import PLAN_CACHE
 from matquant.format.read import Checkpoint, ends_of, manifest_sha256, open_checkpoint
@@ -39,6 +40,7 @@ from matquant.hf_torch.loading import load_float, load_tokenizer
 from matquant.hf_torch.nested_model import load
 from matquant.planning import gradients
 from matquant.planning.budget import Groups
+from matquant.planning.experts import routing
 from matquant.planning.request import check_losses
 from matquant.system.errors import InputError
 from matquant.system.files import json_text, sha256, write_atomically
@@ -135,12 +137,21 @@ class Losses:
         keys = [[f"{bits} {' '.join(group)}" for bits in widths] for group in groups]
         if any(key not in self._estimated for row in keys for key in row):
             known = gradients.estimable(self.model, self.paths)
-            of = gradients.estimate(self.checkpoint, self.model, self.tokens, widths, paths=known)
+            names = [{expert_name(path) for path in group} for group in groups]
+            experts = any(len(found) == 1 and None not in found for found in names)
+            of = gradients.estimate(self.checkpoint, self.model, self.tokens, widths, paths=known, experts=experts)
             for group, row in zip(groups, keys, strict=True):
-                found = of(group).tolist() if set(group) <= set(known) else [None] * len(widths)
+                estimated = of(group)
+                found = [None] * len(widths) if estimated is None else estimated.tolist()
                 self._estimated.update(zip(row, found, strict=True))
             self.save()
         return np.array([[self._estimated[key] for key in row] for row in keys], dtype=float)
+
+    def routing(self) -> dict[str, float]:
+        """Return the share of tokens that chooses each expert at 8 bits, by the expert's name."""
+        self.model.set_bits(MASTER_BITS)
+        ids = torch.from_numpy(self.tokens[:, :-1]).to(self.model.device)
+        return routing(self.model, torch.split(ids, max(1, BATCH_TOKENS // ids.shape[1])))
 
     def save(self) -> None:
         """Store the known losses beside the checkpoint if possible: only a later search needs them."""

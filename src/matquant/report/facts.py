@@ -1,5 +1,7 @@
 """The tables of the report: the model, how it was made, its sizes, and evaluations."""
 
+import contextlib
+import json
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -9,7 +11,9 @@ import numpy as np
 from matquant.core.nest import COMPANDED, UNIFORM
 from matquant.format.contents import file_bytes, slice_counts
 from matquant.format.describe import ends_words, float_bytes, float_dtype, parameters, scope_words, size
+from matquant.format.manifest import side_file
 from matquant.format.read import Checkpoint
+from matquant.format.side_files import LOG
 from matquant.format.sizes import bits_per_weight, plain_bytes, plan_bytes
 from matquant.report.values import fixed, is_number, numbers, percent, plan_name, width_order
 
@@ -67,7 +71,18 @@ def made_facts(checkpoint: Checkpoint) -> list[tuple[str, str]]:
         ("optimiser steps", f"{spec.steps:,}"),
         ("seed", f"{spec.seed}"),
         ("sha256 of the training tokens", spec.data_sha256 or "none: made without data"),
+        *_few_tokens(checkpoint),
     ]
+
+
+def _few_tokens(checkpoint: Checkpoint) -> list[tuple[str, str]]:
+    """Return how many experts saw too few tokens while calibrating, if the log of the run names any."""
+    log = side_file(checkpoint.directory, LOG)
+    found: dict[str, int] = {}
+    for line in [] if log is None else log.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError, AttributeError, TypeError):
+            found |= json.loads(line).get("few_tokens", {})
+    return [("experts calibrated on the whole layer's tokens, having seen too few", f"{len(found):,}")] if found else []
 
 
 def size_rows(

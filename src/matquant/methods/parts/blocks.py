@@ -31,11 +31,12 @@ from matquant.core.nest import UNIFORM
 from matquant.core.tensor import NestedTensor
 from matquant.distributed.collect import gather_rows, on_first, own_rows, row_counts, sent_bytes, together
 from matquant.distributed.sums import Sums
+from matquant.format.side_files import LOG
 from matquant.hf.text import cut_windows
 from matquant.hf_torch.layers import decoder_layers
 from matquant.hf_torch.layerwise import Call, embed, head_inputs
 from matquant.hf_torch.views import View, write_weights
-from matquant.methods.parts.job import LOG, Job, fingerprint
+from matquant.methods.parts.job import Job, fingerprint
 from matquant.methods.parts.sealed import open_sealed, save_sealed
 from matquant.methods.parts.share import Share, check_parts, deal, pieces_of
 from matquant.options.objective import FLOAT

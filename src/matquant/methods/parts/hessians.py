@@ -7,13 +7,17 @@ Shapes: K in features, T tokens.
 """
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from matquant.distributed.collect import total_values
 from matquant.distributed.sums import Sums
+from matquant.hf_torch.experts import expert_count, is_experts
 from matquant.methods.parts.blocks import Block
+from matquant.methods.parts.experts import Paths, paths_by_expert, product, routed
 from matquant.system.errors import InputError
 
 DAMP_LIMIT = 1.0  # with more damping than the mean diagonal the Hessian carries no information
@@ -59,94 +63,130 @@ def inverse_factor(hessian_KK: torch.Tensor, *, damp: float, name: str = "weight
     raise InputError(f"the Hessian of {name} is not positive definite even with damping {damp / 10:g}; give more text")
 
 
-def collect_hessians(block: Block) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Return X^T X [K, K] of every linear layer's inputs by leader, float32, on the block's device, and path -> leader.
+@dataclass(frozen=True, kw_only=True)
+class Hessians:
+    """The Hessians of a block's linear layers."""
 
-    They are sums over the sequences of all processes. Linear layers with the same input share the Hessian of one path,
-    their leader. Fused experts see the tokens routed to them.
+    of: dict[str, torch.Tensor]  # leader's path -> X^T X [K, K], float32, on the block's device
+    leaders: Mapping[str, str]  # path -> the path whose Hessian it shares
+    few: Mapping[str, int] = field(default_factory=dict)  # expert's name -> its tokens, fewer than in features
+    experts: int = 0  # number of fused experts of the block
+
+
+def collect_hessians(block: Block) -> Hessians:
+    """Return the Hessians of every linear layer's inputs, sums over the sequences of all processes.
+
+    Linear layers with the same input share one. Fused experts see the tokens routed to them, or if these are fewer than
+    their in features, all tokens of the layer (experts.py).
     """
-    (states,) = block.inputs.values()
     sums = _Sums(block)
-    handles = sums.watch()
-    try:
-        with torch.no_grad():
-            for batch in states:
-                sums.given.clear()
-                block.call(block.module, batch)
-        hessians = sums.totals()
-    finally:
-        for handle in handles:
-            handle.remove()
+    hessians = sums.run()
     missing = sorted(set(block.views) - set(sums.leaders))
     if missing:
         raise InputError(
             f"method 'gptq' cannot observe the inputs of {missing[0]}; use --exclude for it, or --method rtn"
         )
+    tokens = total_values(sums.tokens)
+    few = {path: expert for path, expert in sums.expert_of.items() if tokens[expert] < block.views[path].shape[1]}
+    if few:
+        wide = _Sums(block, wide=few)
+        hessians |= wide.run()
+        sums.leaders |= wide.leaders
     for hessian in hessians.values():
         if not hessian.diagonal().any():
-            hessian.fill_diagonal_(1.0)  # no token reached this expert: round to nearest
-    return hessians, sums.leaders
+            hessian.fill_diagonal_(1.0)  # only zeros reach this weight: round to nearest
+    return Hessians(
+        of={leader: hessians[leader] for leader in sums.leaders.values()},
+        leaders=sums.leaders,
+        few={expert: int(tokens[expert]) for expert in dict.fromkeys(few.values())},
+        experts=len(tokens),
+    )
 
 
 @dataclass
 class _Sums:
-    """The Hessians of a block while its forward passes run, and the hooks that add to them."""
+    """The Hessians of a block while its forward passes run, and the hooks that add to them.
+
+    wide: the only paths to observe, all of experts, with all tokens of the layer as their inputs.
+    """
 
     block: Block
+    wide: Mapping[str, str] | None = None
     sums: dict[str, tuple[Sums, torch.Tensor]] = field(default_factory=dict)  # leader's path -> X^T X, one like it
     leaders: dict[str, str] = field(default_factory=dict)  # path -> the path whose Hessian it shares
+    expert_of: dict[str, str] = field(default_factory=dict)  # path -> expert's name
+    tokens: dict[str, float] = field(default_factory=dict)  # expert's name -> tokens that reached it, of this process
     # Inputs of this forward pass, by id; kept alive so that ids are not reused.
     given: dict[int, tuple[str, torch.Tensor]] = field(default_factory=dict)
 
-    def watch(self) -> list[Any]:
-        """Hook every linear layer and every module of fused experts that the block quantises; return the handles."""
+    def run(self) -> dict[str, torch.Tensor]:
+        """Run the block on its one stream; return the Hessians, float32, with what the other processes have."""
+        (states,) = self.block.inputs.values()
+        handles = self._watch()
+        try:
+            with torch.no_grad():
+                for batch in states:
+                    self.given.clear()
+                    self.block.call(self.block.module, batch)
+            return self._totals()
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _watch(self) -> list[Any]:
+        """Hook every linear layer and every module of fused experts that is observed; return the handles."""
         views = self.block.views
         paths = {view.parameter.removesuffix(".weight"): path for path, view in views.items()}
         handles = []
         for local, module in self.block.module.named_modules():
             name, hook = f"{self.block.name}.{local}", None
-            if name in paths and isinstance(module, torch.nn.Linear):
+            if name in paths and isinstance(module, torch.nn.Linear) and self.wide is None:
                 hook = functools.partial(self._linear, path=paths[name])
-            elif name.rpartition(".")[2] == "experts" and any(
-                v.parameter.startswith(f"{name}.") for v in views.values()
-            ):
-                hook = functools.partial(self._experts, name=name)
+            elif is_experts(name) and (experts := paths_by_expert(module, name, views, only=self.wide)):
+                for expert, found in experts.items():
+                    self.expert_of |= dict.fromkeys([*found.first, *found.last], f"{name}.{expert}")
+                    self.tokens[f"{name}.{expert}"] = 0.0
+                hook = functools.partial(self._experts if self.wide is None else self._all_tokens, experts=experts)
             if hook is not None:
                 handles.append(module.register_forward_pre_hook(hook))
         return handles
 
-    def totals(self) -> dict[str, torch.Tensor]:
-        """Return the Hessians, float32, with what the other processes have."""
+    def _totals(self) -> dict[str, torch.Tensor]:
         totals = {}
         for path in list(self.sums):
             sums, like = self.sums.pop(path)
             (totals[path],) = sums.total([like])
         return totals
 
-    def _add(self, path: str, inputs: torch.Tensor) -> None:
-        """Add the product of each sequence of [B, T, K], or of tokens [T, K]."""
+    def _add(self, paths: list[str], inputs: torch.Tensor) -> None:
+        """Add the product of each sequence of [B, T, K], or of tokens [T, K], to the Hessian that ``paths`` share; the
+        first one leads."""
+        if not paths:
+            return
+        self.leaders |= dict.fromkeys(paths, paths[0])
         for inputs_TK in inputs if inputs.ndim > 2 else inputs[None]:
             product = inputs_TK.T @ inputs_TK
-            if path not in self.sums:
-                self.sums[path] = Sums(self.block.share.ranges), product.new_empty(()).expand(product.shape)
-            self.sums[path][0].add([product])
+            if paths[0] not in self.sums:
+                self.sums[paths[0]] = Sums(self.block.share.ranges), product.new_empty(()).expand(product.shape)
+            self.sums[paths[0]][0].add([product])
 
     def _linear(self, module: torch.nn.Module, args: tuple[torch.Tensor, ...], path: str) -> None:
         leader, _ = self.given.setdefault(id(args[0]), (path, args[0]))
         self.leaders[path] = leader
         if leader == path:
-            self._add(path, args[0])
+            self._add([path], args[0])
 
-    def _experts(self, module: Any, args: tuple[torch.Tensor, ...], name: str) -> None:
-        tokens, chosen = args[0], args[1]
-        for path, view in self.block.views.items():
-            if view.parameter.rpartition(".")[0] != name:
-                continue
-            parameter = dict(module.named_parameters())[view.parameter.rpartition(".")[2]]
-            expert = view.offset // (parameter.shape[1] * parameter.shape[2])
-            routed = tokens[(chosen == expert).any(-1)]
-            if parameter is module.down_proj:
-                gate, up = (routed @ module.gate_up_proj[expert].T).chunk(2, dim=-1)
-                routed = module.act_fn(gate) * up
-            self.leaders[path] = path
-            self._add(path, routed)
+    def _experts(self, module: Any, args: tuple[torch.Tensor, ...], experts: Mapping[int, Paths]) -> None:
+        for expert, paths in experts.items():
+            rows = routed(args, expert, experts=expert_count(module))
+            self.tokens[self.expert_of[[*paths.first, *paths.last][0]]] += len(rows)
+            self._add(paths.first, rows)
+            if paths.last:
+                self._add(paths.last, product(module, rows, expert))
+
+    def _all_tokens(self, module: Any, args: tuple[torch.Tensor, ...], experts: Mapping[int, Paths]) -> None:
+        rows = routed(args, None, experts=expert_count(module))
+        self._add([path for paths in experts.values() for path in paths.first], rows)
+        for expert, paths in experts.items():
+            if paths.last:
+                self._add(paths.last, product(module, rows, expert))

@@ -19,7 +19,6 @@ from matquant.options.objective import Width
 from matquant.system.interrupted import describe_files
 
 Report = Callable[[dict[str, Any]], None]  # takes log records, and {"notice": text} for people
-LOG = "training.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)

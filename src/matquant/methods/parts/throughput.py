@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from matquant.format.facts import EXPERTS
 from matquant.hf_torch import Model
 from matquant.hf_torch.layers import decoder_layers
 from matquant.options.qat import Schedule
@@ -35,7 +36,6 @@ PEAK_FLOP_S = {
     "A10": 125e12,
     "RTX 4090": 165e12,
 }
-EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # names of the number of experts in configurations
 GATHERED = 2  # decoder layers that several processes hold whole at a time: the one that runs, and the next
 MARGIN = 1.2  # of an estimate of memory, for what allocators and kernels need
 

@@ -20,10 +20,10 @@ import torch
 
 from matquant.core.nest import MASTER_BITS
 from matquant.core.tensor import NestedTensor
+from matquant.format.side_files import LOG
 from matquant.hf_torch import Model
 from matquant.hf_torch.views import View, local
 from matquant.methods.parts.fake import Grid, Learned, start_learning
-from matquant.methods.parts.job import LOG
 from matquant.methods.parts.sealed import open_sealed, save_sealed
 from matquant.options.qat import Schedule
 from matquant.system import ranks
