@@ -63,30 +63,36 @@ def plan(
 ) -> None:
     """Choose a width for each layer to fit a budget; the last line is JSON."""
     budget = {"bits_per_weight": bits_per_weight, "size": size, "tokens_per_second": tokens_per_second}
-    one: dict[str, Any] = {"strategy": strategy, **budget}
+    one: dict[str, Any] = {"strategy": strategy, "experts": experts, **budget}
     options: dict[str, Any] = {"fused": fused, "evaluations": evaluations, "show": Console().print}
     options |= {"widths": None if widths is None else read_numbers(widths, int, "--widths")}
-    if pareto and (strategy != "search" or any(value is not None for value in budget.values())):
-        raise InputError("--pareto covers all strategies and budgets; drop --strategy and the budget")
-    if not pareto and (baselines or plot):
-        raise InputError("--baselines and --plot need --pareto")
-    if experts and (pareto or not text):
-        raise InputError("--experts is for one plan by measured losses; give --text FILE, and drop --pareto")
-    if pareto and not text:
-        raise InputError("--pareto measures losses, which needs text; give --text FILE")
+    one_plan = strategy != "search" or any(value is not None for value in budget.values())
+    _check_together(pareto=pareto, one=one_plan, picture=bool(baselines or plot), text=bool(text), experts=experts)
     if not text:
         print(json_text(run.run(directory, out, **one, **options)))
         return
     chosen: dict[str, Any] = {"reference": reference, "samples": samples, "seq_len": seq_len, "seed": seed}
     check_losses(directory, text, **chosen)  # before torch is imported
     if not pareto:
-        run.check_plan(directory, out, **one, experts=experts, widths=options["widths"], evaluations=evaluations)
+        run.check_plan(directory, out, **one, widths=options["widths"], evaluations=evaluations)
     with _losses(directory, text, device, chosen) as losses:
         if pareto:
             record = curves.run(directory, out, losses=losses, baselines=baselines, plot=plot, **options)
         else:
-            record = run.run(directory, out, losses=losses, **one, experts=experts, **options)
+            record = run.run(directory, out, losses=losses, **one, **options)
     print(json_text(record))
+
+
+def _check_together(*, pareto: bool, one: bool, picture: bool, text: bool, experts: bool) -> None:
+    """Raise InputError for options that exclude or need each other. one: a strategy or a budget is given."""
+    if pareto and one:
+        raise InputError("--pareto covers all strategies and budgets; drop --strategy and the budget")
+    if not pareto and picture:
+        raise InputError("--baselines and --plot need --pareto")
+    if experts and (pareto or not text):
+        raise InputError("--experts is for one plan by measured losses; give --text FILE, and drop --pareto")
+    if pareto and not text:
+        raise InputError("--pareto measures losses, which needs text; give --text FILE")
 
 
 @contextmanager

@@ -6,6 +6,7 @@ covers every decoder family of transformers, including OPT's bare fc1 and fused 
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -19,9 +20,15 @@ from matquant.system.errors import InputError
 ALL, LINEARS = "all", "linears"  # scopes with and without embedding and head
 
 
+def decoder_of(model: Model) -> Any:
+    """Return the decoder with its embedding and final norm, without the head."""
+    found = model.get_decoder()
+    return getattr(found, "model", found) if hasattr(found, "lm_head") else found  # Llama 4's has its head
+
+
 def decoder_layers(model: Model) -> list[tuple[str, torch.nn.Module]]:
     """Return (module name, module) of each decoder layer, in order."""
-    decoder, depth = model.get_decoder(), model.config.get_text_config().num_hidden_layers
+    decoder, depth = decoder_of(model), model.config.get_text_config().num_hidden_layers
     found = (module for module in decoder.modules() if isinstance(module, torch.nn.ModuleList) and len(module) == depth)
     layers = next(found)
     (prefix,) = (name for name, module in model.named_modules() if module is layers)

@@ -12,7 +12,7 @@ import torch
 
 from matquant.hf.families import supported
 from matquant.hf_torch import Model
-from matquant.hf_torch.layers import decoder_layers
+from matquant.hf_torch.layers import decoder_layers, decoder_of
 from matquant.system.errors import InputError
 
 Call = Callable[[torch.nn.Module, torch.Tensor], torch.Tensor]  # runs a decoder layer on hidden states
@@ -43,7 +43,7 @@ def embed(model: Model, batches: Iterable[torch.Tensor]) -> tuple[list[torch.Ten
         arguments.append((rest, named))
         return hand_on(states)
 
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
     with torch.no_grad():
         with _replaced(layers, [later] * len(layers)):
             decoder(input_ids=batches[0][:1], use_cache=False)
@@ -68,7 +68,7 @@ _READS_TUPLES: dict[type, bool] = {}  # by class of decoder, tested once
 
 def _hand_on(model: Model, token: torch.Tensor) -> Callable[[torch.Tensor], Any]:
     """Return a function that wraps hidden states as the decoder expects them: unchanged, or in a tuple (Falcon)."""
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
     if type(decoder) not in _READS_TUPLES:
         layers = [layer for _, layer in decoder_layers(model)]
         with torch.no_grad(), _replaced(layers, [lambda states, *_, **__: (states, None)] * len(layers)):
@@ -93,7 +93,7 @@ def finish(model: Model, tokens: torch.Tensor, states: torch.Tensor) -> torch.Te
 def head_inputs(model: Model, tokens: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
     """Return the decoder's output after its final norm, [B, T, H], from the last layer's, for token ids [B, T]."""
     with torch.no_grad(), _handing_on(model, tokens, states):
-        result: torch.Tensor = model.get_decoder()(input_ids=tokens, use_cache=False)[0]
+        result: torch.Tensor = decoder_of(model)(input_ids=tokens, use_cache=False)[0]
     return result
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from matquant.hf_torch import Model
+from matquant.hf_torch.layers import decoder_of
 
 PIECE_VALUES = 2**22  # logits held at once, 16 MiB in float32
 BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}  # more are not faster on a CPU
@@ -38,7 +39,7 @@ def logits_in_pieces(
     ``torch.inference_mode``.
     """
     size = max(1, PIECE_VALUES // model.config.get_text_config().vocab_size)
-    output = _decoder(model)(input_ids=ids, use_cache=False) if split else None
+    output = decoder_of(model)(input_ids=ids, use_cache=False) if split else None
     for sequence, first in enumerate(firsts):
         whole = None if split else model(input_ids=ids[sequence : sequence + 1], use_cache=False).logits[0]
         for start in range(first, ids.shape[1], size):
@@ -56,7 +57,7 @@ def can_split(model: Model, ids: torch.Tensor) -> bool:
     whole = model(input_ids=some, use_cache=False).logits.float()
     middle = some.shape[1] // 2
     try:
-        output = _decoder(model)(input_ids=some, use_cache=False)
+        output = decoder_of(model)(input_ids=some, use_cache=False)
         halves = [_logits(model, output, slice(0, 1), part) for part in (slice(0, middle), slice(middle, None))]
         found = torch.cat([half.float() for half in halves], dim=1)
     except Exception:  # any type: a model of any family was called in another way than its own
@@ -68,16 +69,12 @@ def can_split(model: Model, ids: torch.Tensor) -> bool:
     return torch.allclose(found, whole, rtol=1e-2, atol=1e-2 * scale, equal_nan=True)
 
 
-def _decoder(model: Model) -> Any:
-    return model.get_decoder()
-
-
 def _logits(model: Model, output: Any, rows: slice, positions: slice) -> torch.Tensor:
     """Return the logits [B, n, vocabulary] of a part of the decoder's output."""
     part = copy.copy(output)
     part["last_hidden_state"] = output.last_hidden_state[rows, positions]
     ids = torch.zeros(part.last_hidden_state.shape[:2], dtype=torch.long, device=part.last_hidden_state.device)
-    with _returning(_decoder(model), part):
+    with _returning(decoder_of(model), part):
         logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
     return logits
 

@@ -33,7 +33,7 @@ from matquant.distributed.collect import gather_rows, on_first, own_rows, row_co
 from matquant.distributed.sums import Sums
 from matquant.format.side_files import LOG
 from matquant.hf.text import cut_windows
-from matquant.hf_torch.layers import decoder_layers
+from matquant.hf_torch.layers import decoder_layers, decoder_of
 from matquant.hf_torch.layerwise import Call, embed, head_inputs
 from matquant.hf_torch.views import View, write_weights
 from matquant.methods.parts.job import Job, fingerprint
@@ -259,7 +259,7 @@ def _head_hessian(
 def _outside_layers(job: Job) -> Iterator[None]:
     """Load the decoder's parameters outside its layers, such as the embedding and the final norm, in this context."""
     inside = tuple(f"{name}." for name, _ in decoder_layers(job.model))
-    decoder = job.model.get_decoder()
+    decoder = decoder_of(job.model)
     prefix = next(f"{name}." if name else "" for name, module in job.model.named_modules() if module is decoder)
     outside = [name for name, _ in decoder.named_parameters() if not f"{prefix}{name}".startswith(inside)]
     _fill(job, decoder, prefix, outside)
