@@ -301,7 +301,8 @@ void check_unused_experts() {
     if (std::count(workspace.chosen, workspace.chosen + Decoder::ACTIVE, e) > 0) continue;
     for (const int id : {experts.each[e].gate, experts.each[e].up, experts.each[e].down})
       for (const std::unique_ptr<Fixture>& held : decoder.held)
-        if (&held->linear == decoder.model.matrices[id].nested) std::fill(held->values.begin(), held->values.end(), NAN);
+        if (&held->linear == decoder.model.matrices[id].nested)
+          std::fill(held->values.begin(), held->values.end(), NAN);
   }
   step(decoder.model, bits.data(), Activations::int8, &row, 1, 0, logits[1].data(), workspace);
   if (std::isfinite(logits[1][0]) && logits[0] == logits[1]) return;
