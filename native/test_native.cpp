@@ -144,7 +144,7 @@ struct Decoder {
     held.push_back(std::make_unique<Fixture>(Case{rows, cols, cols, 1}, Rule::prefix));
     Fixture& of = *held.back();
     of.pack_for(8, 1);
-    for (std::size_t i = 0; i < of.values.size(); ++i)  // zero-points in the middle: tokens differ in their hidden states
+    for (std::size_t i = 0; i < of.values.size(); ++i)  // zero-points in the middle: tokens differ
       of.values[i] = i / BLOCK_ROWS % 2 == 0 ? of.values[i] / 64.0f : 128.0f;
     for (int bits = 1; bits <= 8; ++bits) {
       const float step = static_cast<float>(1 << (8 - bits));
