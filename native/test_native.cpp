@@ -144,7 +144,7 @@ struct Decoder {
     held.push_back(std::make_unique<Fixture>(Case{rows, cols, cols, 1}, Rule::prefix));
     Fixture& of = *held.back();
     of.pack_for(8, 1);
-    for (std::size_t i = 0; i < of.values.size(); ++i)  // zero-points in the middle: tokens differ in their hidden states
+    for (std::size_t i = 0; i < of.values.size(); ++i)  // zero-points in the middle: tokens differ
       of.values[i] = i / BLOCK_ROWS % 2 == 0 ? of.values[i] / 64.0f : 128.0f;
     for (int bits = 1; bits <= 8; ++bits) {
       const float step = static_cast<float>(1 << (8 - bits));
@@ -301,7 +301,8 @@ void check_unused_experts() {
     if (std::count(workspace.chosen, workspace.chosen + Decoder::ACTIVE, e) > 0) continue;
     for (const int id : {experts.each[e].gate, experts.each[e].up, experts.each[e].down})
       for (const std::unique_ptr<Fixture>& held : decoder.held)
-        if (&held->linear == decoder.model.matrices[id].nested) std::fill(held->values.begin(), held->values.end(), NAN);
+        if (&held->linear == decoder.model.matrices[id].nested)
+          std::fill(held->values.begin(), held->values.end(), NAN);
   }
   step(decoder.model, bits.data(), Activations::int8, &row, 1, 0, logits[1].data(), workspace);
   if (std::isfinite(logits[1][0]) && logits[0] == logits[1]) return;

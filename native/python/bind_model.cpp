@@ -252,7 +252,8 @@ void bind_model(nb::module_& module) {
            nb::arg("gate_alpha") = 0.0f, nb::arg("gate_limit") = 0.0f)
       .def("add_rope", &add_rope, nb::arg("frequencies"), nb::arg("scale"))
       .def("add_layer", &add_layer, nb::arg("matrices"), nb::arg("norms"), nb::arg("window"), nb::arg("rope"),
-           nb::arg("sinks").none() = nb::none(), nb::arg("experts") = 0, nb::arg("active") = 0, nb::arg("renormalise") = false, nb::arg("shared") = false)
+           nb::arg("sinks").none() = nb::none(), nb::arg("experts") = 0, nb::arg("active") = 0,
+           nb::arg("renormalise") = false, nb::arg("shared") = false)
       .def("change_weights", &change_weights, nb::arg("change"))
       .def("set_ends", &set_ends, nb::arg("head"), nb::arg("embedding").none(), nb::arg("norm"));
 }
