@@ -1,10 +1,10 @@
 """Sum lists of tensors over pieces of the data, of all processes.
 
 Floating-point sums depend on their order, and so on how many processes there are. Sums in any order are made in
-float64: rounded to float32, about one number in 10^8 depends on the order. If none may, the order is fixed. It is a
-binary tree over all pieces: neighbours are added first, and the tree depends only on the number of pieces. Each process
+float64: rounded to float32, about one number in 10^8 depends on the order. If none may, the order is fixed: a binary
+tree over all pieces, in which neighbours are added first, and which depends only on the number of pieces. Each process
 has consecutive pieces, adds the branches of the tree that it holds whole, and sends them to the others, which add them
-further up. A process holds up to log2(pieces) + 1 partial sums in float32.
+further up. A process holds up to log2(pieces) + 1 partial sums, in float32.
 """
 
 from collections.abc import Sequence

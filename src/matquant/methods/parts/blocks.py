@@ -243,8 +243,8 @@ def _head_hessian(
     sums = Sums(share.ranges)
     with _outside_layers(job):
         for tokens, states in zip(pieces, outputs, strict=True):
-            rows = head_inputs(job.model, tokens.to(job.device), states).flatten(0, 1)
-            sums.add([rows.T @ rows])
+            for inputs_TH in head_inputs(job.model, tokens.to(job.device), states):
+                sums.add([inputs_TH.T @ inputs_TH])
     size = outputs[0].shape[-1]
     (total,) = sums.total([torch.empty((size, size), device=job.device)])
     if not bool(torch.isfinite(total).all()):

@@ -63,7 +63,7 @@ class Cells:
         """Return the best code of each row, int32 [N], and the values read from it at each width [R, N]."""
         position_RN = target_RN / scale_RN + zero_RN
         place_RN = round_half_up(position_RN) if self.grid == UNIFORM else torch.floor(position_RN.float() * RESOLUTION)
-        place_RN = torch.minimum(place_RN.clamp_(min=0), self.limit_R1).long() + self.start_R1
+        place_RN = torch.fmin(place_RN.clamp_(min=0), self.limit_R1).int() + self.start_R1  # fmin: of NaN the limit
         master_N = self.code_I.index_select(0, place_RN[0])
         place_RN = place_RN.view(-1)  # index_select is four times as fast as an index of two dimensions
         below_N = self.last_I.index_select(0, place_RN).view(position_RN.shape).amin(0)
@@ -109,7 +109,7 @@ def _cells(rule: str, grid: str, widths: tuple[int, ...], device: torch.device) 
         low_C=low.int().to(device),
         high_C=high.int().to(device),
         step_C1=torch.arange(count, dtype=torch.int32)[:, None].to(device),
-        start_R1=(counts.cumsum(0) - counts)[:, None].to(device),
+        start_R1=(counts.cumsum(0) - counts)[:, None].int().to(device),
         limit_R1=(counts - 1.0)[:, None].to(device),
         code_I=torch.cat(codes).int().to(device),
         first_I=torch.cat(first).int().to(device),
