@@ -344,7 +344,10 @@ def _measure(
     norm = sum(float(w.square().sum()) for w in original.values())
     count = sum(weight.numel() for weight in original.values())
     stored = sum(parts.values())
-    found = measure(model, windows, kept=reference, report=_silent)
+    if moved == 0:  # the float model, whose predictions are kept already
+        found = {"ppl": reference.log_perplexity, "kld": 0.0, "top1": 1.0}
+    else:
+        found = measure(model, windows, kept=reference, report=_silent)
     return {
         "log_perplexity": found["ppl"],
         "kl_divergence": found["kld"],
