@@ -69,8 +69,7 @@ def _importance(file: Path, source: Path, ids_SL: np.ndarray, calibration: Path,
         began = time.perf_counter()
         context = ["-c", str(ids_SL.shape[1]), "-b", str(ids_SL.shape[1]), "-t", threads]
         files = ["-m", str(source), "-f", str(file.parent / "text.txt"), "-o", str(kept)]
-        # Without the perplexity, which is not recorded, the head is not computed; the matrix is the same.
-        subprocess.run([tools / "llama-imatrix", *files, *context, "--parse-special", "--no-ppl"], check=True)
+        subprocess.run([tools / "llama-imatrix", *files, *context, "--parse-special"], check=True)
         took.write_text(json.dumps(time.perf_counter() - began))
     shutil.copyfile(kept, file)
     return float(json.loads(took.read_text()))
