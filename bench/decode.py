@@ -8,9 +8,8 @@
 Models have the shapes of released ones, vocabulary included, and random weights. All matrices are nested, the tied
 head is read at HEAD_BITS or wider, and every figure is of a whole token. Shapes without experts run as a Llama: norms
 of queries and keys are left out. qwen3-30b-a3b-2 is two layers of that model. llama.cpp gets random blocks of the type
-of the same nominal width for every matrix, the head included; its K types need rows of a multiple of 256 inputs, so
-SmolLM2 and Gemma 3 run with --no-peer only, and so does the shape with experts. --shape
-tiny only shows that everything runs.
+of the same nominal width for every matrix, the head included; where its K types do not fit, because 256 does not divide
+the inputs, the type that llama-quantize falls back to (SmolLM2, Gemma 3). --shape tiny only shows that everything runs.
 
 The limit is the speed of reading as many bytes as a token reads, 256 MiB at most, again and again: a small model may
 stay in part in the last-level cache, and so does what it is compared with.
@@ -21,7 +20,8 @@ two widths in turn, a plan, llama.cpp's decoding, prefills of both. A burst is a
 or prompts of 128, as fill its time. One counts as undisturbed if its process had its cores for at least 97 % of it;
 medians are over those if there are three (matquant.engine.bench), and ratios are medians of those of each round. Both
 sides compute the logits of the last token and choose nothing. Ratios of samples that were mostly disturbed show little:
-look at "undisturbed" first.
+look at "undisturbed" first. On a busy machine --cpu-time compares by the processor time of one thread; then the shares
+of a step's parts and the time to the first token are left out.
 """
 
 import dataclasses
@@ -52,7 +52,7 @@ from matquant import _native
 from matquant.core.nest import GRIDS, UNIFORM
 from matquant.core.spec import Spec
 from matquant.core.tensor import NestedTensor
-from matquant.engine.bench import LINEARS, STREAM_BYTES, UNDISTURBED, Sample, median, timed
+from matquant.engine.bench import LINEARS, STREAM_BYTES, Sample, median, sample_of, timed
 from matquant.engine.engine import Engine, Session
 from matquant.engine.model import HEAD, NORM
 from matquant.format.read import open_checkpoint
@@ -95,10 +95,10 @@ HEAD_BITS = 6  # the least of the head, as the recipes have it
 CHECKED = 8  # matrices, the last ones: those of the last layer of a Llama, and the head
 
 PEERS = {8: "Q8_0", 6: "Q6_K", 4: "Q4_K", 3: "Q3_K", 2: "Q2_K"}
-BLOCK_INPUTS = 256  # of a block of the K types
 CONTEXT, STRETCH, PROMPT = 16, 2, 128  # tokens; a short stretch is more often undisturbed
 MIX, MIX_MEAN = (2, 6), 4  # layers in turn
 LOADS = 3
+PARTS = ("linears", "outside", "wait")  # of a step
 
 # What whole tokens are to reach: a fraction of the streaming limit, factors over our int8 and over llama.cpp.
 LIMIT_TARGETS = dict.fromkeys(SHAPES, 0.85) | {"smollm2-135m": 0.8, "qwen3-30b-a3b-2": 0.8}
@@ -142,14 +142,16 @@ def run(
     keep: Annotated[bool, typer.Option(help="Append to bench/decode.jsonl.")] = True,
     peer: Annotated[bool, typer.Option(help="Measure llama.cpp as well.")] = True,
     grid: Annotated[str, typer.Option(help=f"One of {', '.join(GRIDS)}.")] = UNIFORM,
+    prompt: Annotated[int, typer.Option(help="Tokens of a prompt; 0: no prompt is timed.")] = PROMPT,
+    cpu_time: Annotated[bool, typer.Option("--cpu-time", help="Compare by processor time.")] = False,
 ) -> None:
     """Measure and print."""
     if shape not in SHAPES:
         raise SystemExit(f"--shape {shape}: give one of {', '.join(SHAPES)}")
     if peer and SHAPES[shape]["model_type"] != "llama":
         raise SystemExit(f"llama.cpp's worker makes only Llamas; give --no-peer with {shape}")
-    if peer and any(SHAPES[shape][key] % BLOCK_INPUTS for key in ("hidden_size", "intermediate_size")):
-        raise SystemExit(f"llama.cpp's K types need rows of a multiple of {BLOCK_INPUTS}; give --no-peer with {shape}")
+    if cpu_time and threads != [1]:
+        raise SystemExit("--cpu-time is the processor time of one thread; add --threads 1")
     folder = CACHE / "decode" / shape
     folder.mkdir(parents=True, exist_ok=True)
     running: AbstractContextManager[LlamaCpp | None] = LlamaCpp(folder, SHAPES[shape]) if peer else nullcontext()
@@ -159,7 +161,9 @@ def run(
             if not directory.exists():
                 write_random(directory, SHAPES[shape], group_size or None, grid=grid)
             for count in threads or (1, 2):
-                record = measure(directory, other, threads=count, rounds=rounds, burst_s=burst_s)
+                record = measure(
+                    *(directory, other), threads=count, rounds=rounds, burst_s=burst_s, prompt=prompt, cpu_time=cpu_time
+                )
                 made = {**origin(), "matquant": version("matquant"), "versions": other.versions if other else {}}
                 record = {"shape": shape, "group": group_size, "grid": grid, **record, **made}
                 show(record)
@@ -255,9 +259,7 @@ class LlamaCpp:
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps({**request, "threads": threads, "seconds": seconds}) + "\n")
         self._process.stdin.flush()
-        return [
-            Sample(value=tokens / wall, undisturbed=cpu >= UNDISTURBED * wall * threads) for wall, cpu in self._answer()
-        ]
+        return [sample_of(tokens, wall, cpu, threads) for wall, cpu in self._answer()]
 
     def _answer(self) -> Any:
         assert self._process.stdout is not None
@@ -270,11 +272,21 @@ class LlamaCpp:
 # -------------------------------------------------------------------------------------------------------- measuring
 
 
-def measure(directory: Path, peer: LlamaCpp | None, *, threads: int, rounds: int, burst_s: float) -> Record:
+def measure(
+    directory: Path,
+    peer: LlamaCpp | None,
+    *,
+    threads: int,
+    rounds: int,
+    burst_s: float,
+    prompt: int = PROMPT,
+    cpu_time: bool = False,
+) -> Record:
     """The record of one engine, and of llama.cpp if it takes part, all with ``threads`` threads."""
-    load_s = {kind: first_token_s(directory, threads, kind) for kind in ("checked", "unchecked")}
+    loads = () if cpu_time else ("checked", "unchecked")
+    load_s = {kind: first_token_s(directory, threads, kind) for kind in loads}
     engine = Engine(directory, threads=threads, check_hashes=False)
-    session = engine.session(CONTEXT + PROMPT)
+    session = engine.session(CONTEXT + max(prompt, STRETCH))
     check(engine, session)
     widths = {str(bits): [engine.widths(bits)] * STRETCH for bits in WIDTHS}
     few, many = engine.widths(min(WIDTHS)), engine.widths(max(WIDTHS))
@@ -291,13 +303,14 @@ def measure(directory: Path, peer: LlamaCpp | None, *, threads: int, rounds: int
     def note(name: str, burst: list[Sample]) -> None:
         samples.setdefault(name, []).append(burst)
 
-    def one_round(seconds: float) -> None:
+    def prefills(tokens: int, seconds: float) -> None:
         for bits in WIDTHS:
-            widths = engine.widths(bits)
-            note(f"prefill {bits}", burst(partial(prefill, session, widths), seconds))
+            note(f"prefill {bits}", burst(partial(prefill, session, engine.widths(bits), tokens), seconds))
             if peer:
-                answer = peer.burst(bits, "prefill", tokens=PROMPT, threads=threads, seconds=seconds)
+                answer = peer.burst(bits, "prefill", tokens=tokens, threads=threads, seconds=seconds)
                 note(f"peer prefill {bits}", answer)
+
+    def decodes(seconds: float) -> None:
         for name, schedule in schedules.items():
             read = partial(streams[name].read, threads)
             note(f"stream {name}", burst(partial(timed, read, streams[name].bytes, threads), seconds / 5))
@@ -307,11 +320,27 @@ def measure(directory: Path, peer: LlamaCpp | None, *, threads: int, rounds: int
                 answer = peer.burst(int(name), "decode", tokens=STRETCH, threads=threads, seconds=seconds)
                 note(f"peer decode {name}", answer)
 
-    one_round(0.0)  # touches everything once
+    prefills(CONTEXT, 0.0)  # both touch everything once
+    decodes(0.0)
     samples.clear()
     for _ in range(rounds):
-        one_round(burst_s)
-    return {"threads": threads, "rounds": rounds, "burst_s": burst_s, "load_s": load_s} | summary(engine, peer, samples)
+        if prompt:
+            prefills(prompt, burst_s)
+        decodes(burst_s)
+    asked = {"threads": threads, "rounds": rounds, "burst_s": burst_s, "prompt": prompt, "cpu_time": cpu_time}
+    return {**asked, "load_s": load_s, **summary(engine, peer, by_processor_time(samples) if cpu_time else samples)}
+
+
+def by_processor_time(samples: Samples) -> Samples:
+    """The same per second of processor time, which nothing disturbs; without the parts, which the wall clock timed."""
+    return {
+        name: [
+            [dataclasses.replace(sample, value=sample.per_cpu_s, undisturbed=True) for sample in burst]
+            for burst in bursts
+        ]
+        for name, bursts in samples.items()
+        if name.split()[0] not in PARTS
+    }
 
 
 def summary(engine: Engine, peer: LlamaCpp | None, samples: Samples) -> Record:
@@ -332,18 +361,25 @@ def summary(engine: Engine, peer: LlamaCpp | None, samples: Samples) -> Record:
             "mb_per_token": read / 1e6,
             "tok_s": rate[f"decode {bits}"],
             "fraction": ratio(f"decode {bits}", f"stream {bits}") * read,
-            "linear_fraction": ratio(f"linears {bits}", f"stream {bits}") * read,
-            "outside": rate[f"outside {bits}"],
-            "wait": rate[f"wait {bits}"],
             "over_int8": ratio(f"decode {bits}", "decode 8"),
-            "prefill_tok_s": rate[f"prefill {bits}"],
         }
+        if f"linears {bits}" in rate:
+            rows[str(bits)] |= {
+                "linear_fraction": ratio(f"linears {bits}", f"stream {bits}") * read,
+                "outside": rate[f"outside {bits}"],
+                "wait": rate[f"wait {bits}"],
+            }
+        if f"prefill {bits}" in rate:
+            rows[str(bits)]["prefill_tok_s"] = rate[f"prefill {bits}"]
         if peer:
             rows[str(bits)] |= {
                 "peer": PEERS[bits],
                 "peer_mb_per_token": peer.mb_per_token[PEERS[bits]],
                 "peer_tok_s": rate[f"peer decode {bits}"],
                 "over_peer": ratio(f"decode {bits}", f"peer decode {bits}"),
+            }
+        if f"peer prefill {bits}" in rate:
+            rows[str(bits)] |= {
                 "peer_prefill_tok_s": rate[f"peer prefill {bits}"],
                 "prefill_over_peer": ratio(f"prefill {bits}", f"peer prefill {bits}"),
             }
@@ -413,7 +449,7 @@ def decode_burst(session: Session, schedule: Sequence[np.ndarray], seconds: floa
     decode, linears: tokens/s of steps, and of their linear layers alone, waits for other threads included. outside,
     wait: shares of a step's time, outside the linear layers, and waiting (counted with the layers).
     """
-    parts_of: dict[str, list[Sample]] = {"linears": [], "outside": [], "wait": []}
+    parts_of: dict[str, list[Sample]] = {name: [] for name in PARTS}
 
     def steps() -> None:
         session.rewind(CONTEXT)
@@ -433,10 +469,10 @@ def decode_burst(session: Session, schedule: Sequence[np.ndarray], seconds: floa
     return {"decode": burst(stretch, seconds), **parts_of}
 
 
-def prefill(session: Session, widths: np.ndarray) -> Sample:
-    """Tokens/s of a prompt of PROMPT tokens, which it leaves in the cache."""
+def prefill(session: Session, widths: np.ndarray, tokens: int) -> Sample:
+    """Tokens/s of a prompt of ``tokens`` tokens, which it leaves in the cache."""
     session.rewind(0)
-    return timed(lambda: session.extend([1] * PROMPT, widths), PROMPT, session.engine.threads)
+    return timed(lambda: session.extend([1] * tokens, widths), tokens, session.engine.threads)
 
 
 def first_token_s(directory: Path, threads: int, kind: str) -> float:
@@ -492,12 +528,13 @@ def show(record: Record) -> None:
         f"layers of int{one} and int{other} in turn: {_cell(record['mix_of_parts'], '.3f', SAME)} of the speed of both "
         f"alone, {_cell(record['mix'], '.3f', SAME)} of that of int{MIX_MEAN}"
     )
-    checked, unchecked = record["load_s"]["checked"], record["load_s"]["unchecked"]
-    colour = "green" if checked < LOAD_TARGET_S else "red"
-    console.print(
-        f"process start to first token: [{colour}]{checked:.2f}[/] s (under {LOAD_TARGET_S:g}), "
-        f"{unchecked:.2f} s without checking hashes"
-    )
+    if record["load_s"]:
+        checked, unchecked = record["load_s"]["checked"], record["load_s"]["unchecked"]
+        colour = "green" if checked < LOAD_TARGET_S else "red"
+        console.print(
+            f"process start to first token: [{colour}]{checked:.2f}[/] s (under {LOAD_TARGET_S:g}), "
+            f"{unchecked:.2f} s without checking hashes"
+        )
     stream = record["undisturbed_by_kind"]["stream"]
     console.print(f"streaming limit {record['stream_gb_s']:.1f} GB/s ({stream:.0%} of its samples undisturbed)")
     console.print(

@@ -13,7 +13,8 @@ smollm2 is what ``make smollm2`` converts.
     bits per weight = 8 * bytes stored for these layers (codes, scales, zeros, g_idx, block headers) / their weights
 
 g_idx, which GPTQModel stores though nothing needs it without reordering, is also listed apart. ``bits`` of a record is
-the nominal width. A finished job under MATQUANT_PEERS/jobs is not run again: remove its folder to do so.
+the nominal width. A finished job under MATQUANT_PEERS/jobs is not run again: remove its folder to do so. Another build
+of llama.cpp serves if its tools are in MATQUANT_PEERS/llamacpp/build/bin and llamacpp/ready says what it is.
 """
 
 import json
@@ -166,7 +167,7 @@ def setup(names: Annotated[list[str] | None, typer.Argument(help="Tools; all by 
         make_environment(folder, PACKAGES[name])
         if name == "llamacpp":
             _build_llamacpp(folder)
-        ready.touch()
+        ready.write_text(LLAMACPP if name == "llamacpp" else "")
 
 
 def _build_llamacpp(folder: Path) -> None:
@@ -343,7 +344,10 @@ def _measure(
     norm = sum(float(w.square().sum()) for w in original.values())
     count = sum(weight.numel() for weight in original.values())
     stored = sum(parts.values())
-    found = measure(model, windows, kept=reference, report=_silent)
+    if moved == 0:  # the float model, whose predictions are kept already
+        found = {"ppl": reference.log_perplexity, "kld": 0.0, "top1": 1.0}
+    else:
+        found = measure(model, windows, kept=reference, report=_silent)
     return {
         "log_perplexity": found["ppl"],
         "kl_divergence": found["kld"],
@@ -374,7 +378,7 @@ def _versions(peer: str) -> dict[str, str]:
     wanted = ("torch", "transformers", "numpy") if here else [re.split("==", item)[0] for item in PACKAGES[peer]]
     code = "import sys, json, importlib.metadata as m; print(json.dumps({n: m.version(n) for n in sys.argv[1:]}))"
     found = subprocess.run([python, "-c", code, *wanted], capture_output=True, text=True, check=True).stdout
-    extra = {"llama.cpp": LLAMACPP} if peer == "llamacpp" else {}
+    extra = {"llama.cpp": (CACHE / peer / "ready").read_text()} if peer == "llamacpp" else {}
     return {**json.loads(found), **extra}
 
 

@@ -1,7 +1,8 @@
 """Worker: llama.cpp in its own environment. ``python decode_llamacpp.py FOLDER`` reads FOLDER/shape.json.
 
-Writes a GGUF per block type into FOLDER if it is not there, "pure": every matrix in that type, random blocks with one
-small scale, so that all weights are finite. Then it loads them all and serves bursts: a request per line of stdin,
+Writes a GGUF per block type into FOLDER if it is not there, "pure": every matrix in that type, or in the one that
+llama-quantize falls back to where blocks of 256 do not fit, random blocks with one small scale, so that all weights are
+finite. Then it loads them all and serves bursts: a request per line of stdin,
 
     {"type": "Q4_K", "threads": 2, "work": "decode" or "prefill", "tokens": 2, "context": 16, "seconds": 1}
 
@@ -23,7 +24,9 @@ import numpy as np
 from llama_gguf import finish_gguf, start_gguf  # type: ignore[import-not-found]
 
 # block type -> where its blocks have float16 scales (bytes); everything else in a block may be any byte
-SCALES = {"Q8_0": (0,), "Q6_K": (208,), "Q4_K": (0, 2), "Q3_K": (108,), "Q2_K": (80, 82)}
+SCALES = {"Q8_0": (0,), "Q6_K": (208,), "Q4_K": (0, 2), "Q3_K": (108,), "Q2_K": (80, 82), "Q4_0": (0,), "Q5_0": (0,)}
+FALLBACKS = {"Q6_K": "Q8_0", "Q4_K": "Q5_0", "Q3_K": "Q4_0", "Q2_K": "Q4_0"}  # tensor_type_fallback of llama.cpp
+KINDS = ("Q8_0", *FALLBACKS)
 SCALE = 2.0**-14
 CONTEXT = 256
 TOKEN = 1
@@ -32,14 +35,14 @@ TOKEN = 1
 def main(folder: Path) -> None:
     """Write what is missing, load everything, answer until stdin ends."""
     shape = json.loads((folder / "shape.json").read_text())
-    for kind in SCALES:
+    for kind in KINDS:
         if not (folder / f"{kind}.gguf").is_file():
             partial = folder / f"{kind}.partial"
             _write_gguf(partial, kind, shape)
             partial.rename(folder / f"{kind}.gguf")
     llama_cpp.llama_backend_init()
-    models = {kind: _load(folder / f"{kind}.gguf") for kind in SCALES}
-    read = {kind: sum(_bytes(kind, *size) for size in _matrices(shape).values()) / 1e6 for kind in SCALES}
+    models = {kind: _load(folder / f"{kind}.gguf") for kind in KINDS}
+    read = {kind: sum(_bytes(kind, *size) for size in _matrices(shape).values()) / 1e6 for kind in KINDS}
     names = ("llama-cpp-python", "gguf")
     _answer({"versions": {name: version(name) for name in names}, "mb_per_token": read})
     for line in sys.stdin:
@@ -67,8 +70,14 @@ def _matrices(shape: dict[str, int]) -> dict[str, tuple[int, int]]:
     }
 
 
+def _fitting(kind: str, columns: int) -> str:
+    """The type of a matrix: ``kind`` if its blocks divide a row."""
+    weights, _ = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+    return kind if columns % weights == 0 else FALLBACKS[kind]
+
+
 def _bytes(kind: str, rows: int, columns: int) -> int:
-    weights, stored = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+    weights, stored = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[_fitting(kind, columns)]]
     return int(rows * columns // weights * stored)
 
 
@@ -78,8 +87,9 @@ def _write_gguf(file: Path, kind: str, shape: dict[str, Any]) -> None:
     generator = np.random.default_rng(0)
     quantised = {"token_embd": (shape["vocab_size"], shape["hidden_size"]), **_matrices(shape)}
     for name, size in quantised.items():
-        blocks = _random_blocks(generator, kind, *size)
-        writer.add_tensor(f"{name}.weight", blocks, raw_dtype=gguf.GGMLQuantizationType[kind])
+        fitting = _fitting(kind, size[1])
+        blocks = _random_blocks(generator, fitting, *size)
+        writer.add_tensor(f"{name}.weight", blocks, raw_dtype=gguf.GGMLQuantizationType[fitting])
     norms = [f"blk.{layer}.{name}" for layer in range(shape["num_hidden_layers"]) for name in ("attn_norm", "ffn_norm")]
     for name in (*norms, "output_norm"):
         writer.add_tensor(f"{name}.weight", np.ones(shape["hidden_size"], np.float32))

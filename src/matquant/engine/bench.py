@@ -30,6 +30,7 @@ class Sample:
     """One timed interval: value (tokens/s or bytes/s), and whether the process had its cores to itself."""
 
     value: float
+    per_cpu_s: float  # the same amount per second of processor time, all threads together
     undisturbed: bool
 
 
@@ -120,7 +121,12 @@ def timed(work: Callable[[], object], amount: float, threads: int) -> Sample:
     wall, cpu = time.perf_counter(), time.process_time()
     work()
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    return Sample(value=amount / wall, undisturbed=cpu >= UNDISTURBED * wall * threads)
+    return sample_of(amount, wall, cpu, threads)
+
+
+def sample_of(amount: float, wall_s: float, cpu_s: float, threads: int) -> Sample:
+    """Return the sample of work that took ``wall_s`` seconds and ``cpu_s`` of processor time."""
+    return Sample(value=amount / wall_s, per_cpu_s=amount / cpu_s, undisturbed=cpu_s >= UNDISTURBED * wall_s * threads)
 
 
 def median(samples: Sequence[Sample]) -> float:
