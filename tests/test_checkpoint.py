@@ -1125,9 +1125,9 @@ def assert_verify_finds_number(sample: Path, name: str, value: float) -> None:
     )
 
 
-@pytest.mark.parametrize("version", [6, 7, 1000, "1", "4", None, 1.5, True, 0, -1, [1]])
+@pytest.mark.parametrize("version", [7, 1000, "1", "4", None, 1.5, True, 0, -1, [1]])
 def test_a_format_that_is_not_known_is_refused(version: Any, sample: Path) -> None:
-    reads = "this matquant reads formats up to 5: upgrade matquant"
+    reads = "this matquant reads formats up to 6: upgrade matquant"
     edit_record(sample, lambda record: record.update(format=version))
     assert_rejected(sample, f"{sample / 'config.json'} is in format {version!r}; {reads}")
     edit_json(sample / MANIFEST, lambda manifest: manifest.update(format=version))
@@ -1141,7 +1141,7 @@ def test_a_manifest_and_a_record_of_different_formats_are_damage(sample: Path) -
 
 
 def test_a_record_without_format_is_refused(sample: Path) -> None:
-    reads = "this matquant reads formats up to 5: upgrade matquant"
+    reads = "this matquant reads formats up to 6: upgrade matquant"
     edit_record(sample, lambda record: record.pop("format"))
     assert_rejected(sample, f"{sample / 'config.json'} is in format None; {reads}")
 
