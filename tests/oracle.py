@@ -324,7 +324,7 @@ def nearest_code(position: Fraction, places: Sequence[Fraction]) -> int:
 # The float grid: OCP Microscaling formats v1.0, elements with two exponent bits ---------------------------------------
 
 SIXTEENTHS = 16  # int8 steps in the unit of these numbers
-CHOSEN = {1: [28], 2: [13, Fraction(91, 2)], 3: [HALF * 13, HALF * 39, 39, HALF * 143]}  # distances, int8 steps
+CHOSEN = {1: [32], 2: [16, 56], 3: [8, 24, 48, 88]}  # distances, int8 steps
 
 
 def ocp_float(code: int, mantissa_bits: int) -> Fraction:

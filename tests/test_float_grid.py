@@ -1,18 +1,24 @@
 """The float grid: every label and width against OCP's element formats, on disk, in stock readers, in rtn and gptq."""
 
+import json
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
 import transformers
+from rich.console import Console
 
 import conftest
 import matquant
 import oracle
+from gguf_files import file_types, file_weights, from_pairs, gguf_name, metadata
 from matquant.core.grid import BLOCK, fit_grid, power_of_two
 from matquant.core.nest import (
+    CENTRE,
     FLOAT,
     integer_positions,
     labels_of,
@@ -24,8 +30,15 @@ from matquant.core.nest import (
     slice_positions,
     stored_codes,
 )
+from matquant.core.spec import Plan
 from matquant.engine.engine import Engine
+from matquant.export import export
+from matquant.export.blocks import CONTAINERS
+from matquant.export.card import RECORD
+from matquant.export.containers import Container, choose, decode, encode
+from matquant.export.explain import explain, render
 from matquant.format.read import open_checkpoint
+from matquant.hf_torch.arrays import nested_to_numpy
 from matquant.methods.parts.fake import Grid, nest
 from matquant.system.errors import InputError
 
@@ -34,6 +47,8 @@ WIDTHS = range(1, 9)
 # OCP Microscaling Formats v1.0: 5.3.3 (FP4, E2M1) and the first and last values of each exponent of 5.3.2 (FP6, E2M3)
 E2M1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
 E2M3 = {0b00000: 0, 0b00001: 0.125, 0b00111: 0.875, 0b01000: 1, 0b01111: 1.875, 0b10000: 2, 0b11000: 4, 0b11111: 7.5}
+
+SCALES = np.array([1, 0.5, 2])  # that an export tries, relative to the scale of OCP 6.3
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
@@ -192,3 +207,122 @@ def test_methods_that_train_the_scales_are_rejected(llama: Path) -> None:
         "--grid float works with methods rtn and gptq, found method 'qat', which would train its power-of-two scales; "
         "use --method gptq, or --grid companded"
     )
+
+
+@pytest.fixture(scope="module")
+def blocks(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint in groups of 32."""
+    return quantized(llama, tmp_path_factory.mktemp("float") / "blocks", group_size=BLOCK)
+
+
+@pytest.fixture(scope="module")
+def channels(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with one scale for each row, which is not a power of two."""
+    return quantized(llama, tmp_path_factory.mktemp("float") / "channels", group_size=None)
+
+
+def quantized(llama: Path, out: Path, **options: Any) -> Path:
+    return conftest.quantize(
+        llama, out, method="rtn", scope="linears", exclude=["down_proj"], grid=FLOAT, zero_point="midrange", **options
+    )
+
+
+@pytest.mark.parametrize("plan", [{}, {"model.layers.0.self_attn.k_proj": 8, "model.layers.1.mlp.up_proj": 2}])
+def test_stock_transformers_reads_int4_as_mxfp4(plan: dict[str, int], blocks: Path, tmp_path: Path) -> None:
+    out, checkpoint = tmp_path / "out", open_checkpoint(blocks)
+    made = export(blocks, out, to="compressed-tensors", plan=Plan(default=4, bits=plan))
+    assert made["containers"]["MXFP4"] == len(checkpoint.shapes) - len(plan)
+    assert bool(plan) or made["bits_per_weight"] == 4.25
+    model = transformers.AutoModelForCausalLM.from_pretrained(out)
+    assert model(torch.arange(4)[None]).logits.dtype == torch.bfloat16
+    for path in checkpoint.shapes:
+        weight = model.get_submodule(path).weight.detach().float().numpy()
+        ours = torch.from_numpy(checkpoint.nested(path).read(plan.get(path, 4))).bfloat16()
+        assert np.array_equal(weight, ours.float().numpy()), path
+
+
+def test_gguf_holds_int4_as_mxfp4(blocks: Path, tmp_path: Path) -> None:
+    export(blocks, tmp_path / "out.gguf", to="gguf", bits=4)
+    checkpoint, weights, types = (
+        open_checkpoint(blocks),
+        file_weights(tmp_path / "out.gguf"),
+        file_types(tmp_path / "out.gguf"),
+    )
+    assert metadata(tmp_path / "out.gguf")["general.file_type"] == gguf.LlamaFileType.MOSTLY_MXFP4_MOE
+    for path in checkpoint.shapes:
+        name = gguf_name(path)
+        assert types[name] == "MXFP4"
+        heads = checkpoint.config[f"num_{'attention' if 'q_proj' in path else 'key_value'}_heads"]
+        found = from_pairs(weights[name], heads) if path.endswith(("q_proj", "k_proj")) else weights[name]
+        assert np.array_equal(found, checkpoint.nested(path).read(4)), path
+
+
+def test_scales_that_are_no_powers_of_two_take_a_wider_type_or_a_loss(channels: Path, tmp_path: Path) -> None:
+    told: list[str] = []
+    made = export(channels, tmp_path / "exact", to="compressed-tensors", bits=4, notice=told.append)
+    assert list(made["containers"]) == ["int5"]
+    assert told == [
+        "float slices take wider types to be exact, 4 bits int5; "
+        "--requantise fits them to 4-bit types at a loss, or quantise in groups of 32"
+    ]
+    made = export(channels, tmp_path / "fitted", to="compressed-tensors", bits=4, requantise=True)
+    assert list(made["containers"]) == ["MXFP4"]
+    checkpoint = open_checkpoint(channels)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "fitted")
+    model(torch.arange(4)[None])  # decompresses
+    distance = size = 0.0
+    for path in checkpoint.shapes:
+        ours = checkpoint.nested(path).read(4).astype(np.float64)
+        theirs = model.get_submodule(path).weight.detach().float().numpy()
+        assert np.array_equal(theirs, nearest_mxfp4(ours)), path
+        distance, size = distance + float(((theirs - ours) ** 2).sum()), size + float((ours**2).sum())
+    assert json.loads((tmp_path / "fitted" / RECORD).read_text())["requantised"] == pytest.approx(distance / size, rel=1e-5)
+    assert 0 < distance / size < 0.03
+
+
+def nearest_mxfp4(weight_NK: np.ndarray) -> np.ndarray:
+    """MXFP4 of weights, float64: of three scales of each block the one with the least squared error, halves away from
+    zero, except below 0, where they go up."""
+    values = np.array([*(-value for value in reversed(E2M1[1:])), *E2M1])
+    thresholds = (values[1:] + values[:-1]) / 2
+    found = np.zeros_like(weight_NK)
+    for row, start in np.ndindex(len(weight_NK), weight_NK.shape[1] // BLOCK):
+        part = slice(start * BLOCK, (start + 1) * BLOCK)
+        block = weight_NK[row, part]
+        usual = 2 ** (np.floor(np.log2(np.abs(block).max())) - 2)
+        tries = [scale * values[np.searchsorted(thresholds, block / scale, side="right")] for scale in usual * SCALES]
+        found[row, part] = min(tries, key=lambda numbers: float(((numbers - block) ** 2).sum()))
+    return found
+
+
+def test_what_is_mxfp4_already_is_requantised_without_a_loss(blocks: Path, tmp_path: Path) -> None:
+    export(blocks, tmp_path / "out.gguf", to="gguf", bits=4)
+    export(blocks, tmp_path / "fitted.gguf", to="gguf", bits=4, requantise=True)
+    plain, fitted = (file_weights(tmp_path / name) for name in ("out.gguf", "fitted.gguf"))
+    assert all(np.array_equal(plain[name], fitted[name]) for name in plain)
+
+
+@pytest.mark.parametrize(("bits", "exact"), [(2, "Q4_0"), (3, "Q5_0"), (4, "MXFP4"), (6, "Q8_0"), (8, "Q8_0")])
+def test_each_slice_is_held_exactly_by_a_type_of_gguf(bits: int, exact: str) -> None:
+    weight = torch.from_numpy(np.random.default_rng(1).standard_normal((32, 256)).astype(np.float32) * 0.02)
+    grid = Grid(rule="prefix", group_size=BLOCK, zeros=CENTRE, sliced=(2, 3), kind=FLOAT)
+    tensor = nested_to_numpy(nest(weight, grid))
+    container = choose(CONTAINERS, tensor, bits)
+    assert isinstance(container, Container)
+    assert container.name == exact
+    assert np.array_equal(decode(container, encode(tensor, bits, container)), tensor.read(bits))
+
+
+def test_explain_shows_mxfp4(blocks: Path) -> None:
+    checkpoint = open_checkpoint(blocks)
+    outcomes = explain(checkpoint)
+    assert {to for to, found in outcomes.items() if "MXFP4" in found["4"].get("containers", {})} == {
+        "gguf",
+        "compressed-tensors",
+    }
+    console = Console(width=80)
+    with console.capture() as capture:
+        console.print(render(outcomes, checkpoint))
+    shown = capture.get()
+    assert "Slices of the float grid take wider types" in shown
+    assert "In groups of 32, int4 is MXFP4 without a loss." in shown

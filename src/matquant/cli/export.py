@@ -35,7 +35,7 @@ def export(
     base_model: BaseModel = None,
     measured: Measured = None,
     requantise: Annotated[
-        bool, Option("--requantise", help="Fit companded slices to the format, at a loss that is printed.")
+        bool, Option("--requantise", help="Fit companded and float slices to the format, at a loss that is printed.")
     ] = False,
     explain: Annotated[
         bool, Option("--explain", help="Print how each format would store int8, 6, 4, 3 and 2, and write nothing.")

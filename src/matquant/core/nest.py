@@ -62,10 +62,11 @@ MASTER_BITS = 8
 RESIDENT_BITS = (2, 3, 4, 6, 8)  # bits of a code in its first one, two, ... bit planes
 RESOLUTION = 8  # thresholds between neighbouring positions of a grid are multiples of 1/8 of an 8-bit code
 FLOAT_REACH = 112  # end of the float grid, 7 units, in 8-bit codes from its middle; int4 rounds 5 to 7 to 6
-# Distances of positions from the middle on the float grid, in 8-bit codes. int4: E2M1. int2 and int3: near the means of
-# weights in their bins, in the smallest integers. Other widths: a line through BENDS at the middle of the bin.
-FLOAT_DISTANCES = {1: (28,), 2: (13, 45.5), 3: (6.5, 19.5, 39, 71.5), 4: (0, 8, 16, 24, 32, 48, 64, 96)}
-FLOAT_UNITS = {1: 28, 2: 6.5, 3: 6.5, 4: 8}  # of which these are multiples
+# Distances of positions from the middle on the float grid, in 8-bit codes. int4: E2M1. int2 and int3: in proportion to
+# the mean weights of their bins, in few small integers; the per-width scale does the rest. Other widths: a line through
+# BENDS at the middle of the bin.
+FLOAT_DISTANCES = {1: (32,), 2: (16, 56), 3: (8, 24, 48, 88), 4: (0, 8, 16, 24, 32, 48, 64, 96)}
+FLOAT_UNITS = {1: 32, 2: 8, 3: 8, 4: 8}  # of which these are multiples
 BENDS = ((0, 16, 72, 104, 128), (0, 4, 32, 64, FLOAT_REACH))  # magnitude labels, and E2M5 of 8 labels less
 OWN, CENTRE = "own", "centre"
 ZEROS = (OWN, CENTRE)  # zero-points of slices with a per-width scale: stored, or mid-range
