@@ -1,5 +1,6 @@
 """The float grid: every label and width against OCP's element formats, on disk, in stock readers, in rtn and gptq."""
 
+import dataclasses
 import json
 from fractions import Fraction
 from pathlib import Path
@@ -30,7 +31,8 @@ from matquant.core.nest import (
     slice_positions,
     stored_codes,
 )
-from matquant.core.spec import Plan
+from matquant.core.spec import Plan, Spec
+from matquant.core.tensor import NestedTensor
 from matquant.engine.engine import Engine
 from matquant.export import export
 from matquant.export.blocks import CONTAINERS
@@ -38,9 +40,11 @@ from matquant.export.card import RECORD
 from matquant.export.containers import Container, choose, decode, encode
 from matquant.export.explain import explain, render
 from matquant.format.read import open_checkpoint
+from matquant.format.write import write_checkpoint
 from matquant.hf_torch.arrays import nested_to_numpy
 from matquant.methods.parts.fake import Grid, nest
 from matquant.system.errors import InputError
+from test_checkpoint import document_tables
 
 LABELS = np.arange(256, dtype=np.uint8)
 WIDTHS = range(1, 9)
@@ -209,6 +213,36 @@ def test_methods_that_train_the_scales_are_rejected(llama: Path) -> None:
     )
 
 
+def test_the_example_of_the_format_page_is_what_is_written_and_read(tmp_path: Path) -> None:
+    example = document_tables("The float grid: format 6")[-1]
+    rows = {row[""]: [row["row 0"], row["row 1"]] for row in example}
+    labels = np.array([[int(label) for label in row.split()] for row in rows["labels"]], dtype=np.uint8)
+    wanted = [[int(code) for code in row.split()] for row in rows["stored codes"]]
+    assert stored_codes(labels, grid=FLOAT).tolist() == wanted
+    scale, zero = np.array([[0.5], [0.75]], dtype=np.float32), np.full((2, 1), 128.0, dtype=np.float32)
+    own = np.array([[30.0], [46.0]], dtype=np.float32), np.array([[1.75], [1.875]], dtype=np.float32)
+    tensor = NestedTensor(codes=labels, scale=scale, zero=zero, rule="prefix", slices={2: own}, grid=FLOAT)
+    spec = Spec(rule="prefix", widths=(8, 4, 2), slices=(2,), grid=FLOAT)
+    write_checkpoint(tmp_path / "out", [("linear", tensor)], spec=spec, config={}, ignore=[], files={})
+    checkpoint = open_checkpoint(tmp_path / "out")
+    packed = checkpoint.array("linear.weight_packed").view(np.uint8)
+    assert [bytes(row) for row in packed] == [bytes.fromhex(row) for row in rows["linear.weight_packed"]]
+    read = checkpoint.nested("linear")
+    plain = dataclasses.replace(read, slices={})
+    found = {f"{bits} bits": plain.read(bits) for bits in (8, 6, 4, 2)} | {"2 bits, own scale and zero": read.read(2)}
+    for name, weight in found.items():
+        assert weight.tolist() == [[float(value) for value in row.split()] for row in rows[name]], name
+
+
+def test_a_grid_of_a_newer_format_is_damage(blocks: Path) -> None:
+    record = {**open_checkpoint(blocks).spec.to_json(), "format": 5}
+    with pytest.raises(InputError) as error:
+        Spec.from_json(record, where="config.json")
+    assert str(error.value) == (
+        "config.json has grid 'float', which format 5 does not have; the checkpoint is damaged: write it again"
+    )
+
+
 @pytest.fixture(scope="module")
 def blocks(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint in groups of 32."""
@@ -276,7 +310,9 @@ def test_scales_that_are_no_powers_of_two_take_a_wider_type_or_a_loss(channels: 
         theirs = model.get_submodule(path).weight.detach().float().numpy()
         assert np.array_equal(theirs, nearest_mxfp4(ours)), path
         distance, size = distance + float(((theirs - ours) ** 2).sum()), size + float((ours**2).sum())
-    assert json.loads((tmp_path / "fitted" / RECORD).read_text())["requantised"] == pytest.approx(distance / size, rel=1e-5)
+    assert json.loads((tmp_path / "fitted" / RECORD).read_text())["requantised"] == pytest.approx(
+        distance / size, rel=1e-5
+    )
     assert 0 < distance / size < 0.03
 
 
