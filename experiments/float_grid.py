@@ -3,9 +3,10 @@
     python experiments/float_grid.py MODEL CALIBRATION VALID [--methods rtn,gptq] [--windows 20]
 
 Of every grid and group size, all linear layers: log-perplexity per width, and for round to nearest the relative squared
-error of the weights. Then, for round to nearest, int4 as MXFP4: the slice in groups of 32, which is MXFP4; slices of
-other group sizes after ``--requantise``; and MXFP4 of the float weights, with the scale of OCP's specification and with
-the best of that, its half and its double. The last line is JSON.
+error of the weights; that also for E2M5 cut to its first bits, the grid that the float grid is not (nest.py). Then, for
+round to nearest, int4 as MXFP4: the slice in groups of 32, which is MXFP4; slices of other group sizes after
+``--requantise``; and MXFP4 of the float weights, with the scale of OCP's specification and with the best of that, its
+half and its double. The last line is JSON.
 """
 
 import argparse
@@ -47,6 +48,18 @@ def mxfp4(weight_NK: np.ndarray, tries: tuple[int, ...]) -> np.ndarray:
     return best
 
 
+def cut(weight_NK: np.ndarray, bits: int, group: int | None) -> np.ndarray:
+    """Weights rounded to E2M5 and cut to E2Mx of ``bits`` bits, with a least-squares scale for each group."""
+    codes = np.arange(129)
+    values = np.where(codes < 32, codes / 32, 2.0 ** (codes // 32 - 1) * (1 + codes % 32 / 32))
+    weight = weight_NK.reshape(-1, group or weight_NK.shape[1])
+    scaled = np.abs(weight) / np.abs(weight).max(1, keepdims=True) * values[127]
+    nearest = np.searchsorted((values[1:128] + values[:127]) / 2, scaled)
+    number = np.sign(weight) * values[nearest >> (8 - bits) << (8 - bits)]
+    found: np.ndarray = number * (weight * number).sum(1, keepdims=True) / np.square(number).sum(1, keepdims=True)
+    return found.reshape(weight_NK.shape)
+
+
 def relative(pairs: list[tuple[np.ndarray, np.ndarray]]) -> float:
     """Squared distance of the first of each pair to the second, over the squared second."""
     distance = sum(float(np.square(found - wanted).sum()) for found, wanted in pairs)
@@ -76,6 +89,9 @@ def main() -> None:
     for tries in ((0,), (0, -1, 1)):
         direct = [(mxfp4(weight, tries), weight) for weight in weights.values()]
         show(f"MXFP4 of the float weights, {len(tries)} scales, error", [relative(direct)])
+    for size, group in SIZES.items():
+        cuts = {bits: [(cut(weight, bits, group), weight) for weight in weights.values()] for bits in WIDTHS}
+        show(f"E2M5 cut, {size}, error", [relative(cuts[bits]) for bits in WIDTHS])
     for method in args.methods.split(","):
         text = {} if method == "rtn" else {"text": [args.calibration], **CALIBRATION}
         for size, group in SIZES.items():
