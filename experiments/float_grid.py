@@ -72,6 +72,7 @@ def main() -> None:
     parser.add_argument("calibration", type=Path)
     parser.add_argument("valid", type=Path)
     parser.add_argument("--methods", default="rtn,gptq")
+    parser.add_argument("--sizes", default=",".join(SIZES))
     parser.add_argument("--windows", type=int, default=20)
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -94,8 +95,9 @@ def main() -> None:
         show(f"E2M5 cut, {size}, error", [relative(cuts[bits]) for bits in WIDTHS])
     for method in args.methods.split(","):
         text = {} if method == "rtn" else {"text": [args.calibration], **CALIBRATION}
-        for size, group in SIZES.items():
+        for size in args.sizes.split(","):
             for grid in GRIDS:
+                group = SIZES[size]
                 name = f"{method}, {size}, {grid}"
                 with tempfile.TemporaryDirectory() as folder:
                     options = {"group_size": group, "grid": grid, "zero_point": "midrange", "symmetric": True, **text}

@@ -32,9 +32,9 @@ The float grid is for exports to MXFP4. From label 16 on, magnitude label m = q 
 floating-point number E2M5 with the bits m - 8, in the bias-1 encoding of OCP Microscaling formats; the 16 labels before
 it fill the rest of the range down to 0. The 8 makes truncation to the top bits round E2M5 to the nearest E2M1, half up,
 instead of towards 0: int4 has exactly the values of MXFP4, 0 1/2 1 3/2 2 3 4 6 and their negatives, with two zeros.
-(Without it, cut E2M5 bits are E2M3 and E2M1 bits, but each slice is up to a whole step too small: int4 then has 15 %
-more squared error per channel, int2 60 %; docs/concepts.md.) The zero-point of widths below 8 bits is mid-range on this
-grid (``slice_affine``), so that values are symmetric.
+(Without it, cut E2M5 bits are E2M3 and E2M1 bits, but each slice is up to a whole step too small: int4 then has 12 %
+more squared error per channel, int2 65 %; docs/concepts.md.) The zero-point of int4 is mid-range (``slice_affine``), so
+that its values are symmetric.
 
 Every one-half in this arithmetic is a named function here and occurs nowhere else (tests/test_architecture.py checks
 that): ``middle`` of the codes of a width, ``bin_centre`` of the codes that share a slice, ``centred_codes`` and
@@ -174,7 +174,7 @@ def why_no_kernels(grid: str) -> str | None:
 
 def span(bits: int, grid: str) -> float:
     """Return the length of the grid in units of the ``bits``-bit code: codes stand for weights up to half of it."""
-    return 2 * FLOAT_REACH / 2 ** (MASTER_BITS - bits) if grid == FLOAT else 2**bits - 1
+    return 2 * FLOAT_REACH / 2 ** (MASTER_BITS - bits) if grid == FLOAT else 2 * middle(bits)
 
 
 def slice_positions(codes: Any, bits: int, *, rule: str = "prefix", grid: str = UNIFORM) -> Any:
@@ -215,7 +215,8 @@ def _distances(bits: int) -> np.ndarray:
     if bits in FLOAT_DISTANCES:
         return np.array(FLOAT_DISTANCES[bits], dtype=np.float64)
     centres = (np.arange(2 ** (bits - 1)) + 0.5) * 2 ** (MASTER_BITS - bits)
-    return np.floor(np.interp(centres, *BENDS))
+    found: np.ndarray = np.floor(np.interp(centres, *BENDS))
+    return found
 
 
 @functools.cache
@@ -306,11 +307,11 @@ def slice_affine(scale: Any, zero: Any, bits: int, *, rule: str = "prefix", grid
     """Return the scale and zero-point of the r-bit codes that follow from the 8-bit ``scale`` and ``zero``.
 
     Returns (scale_r, zero_r), both float, such that scale_r * (code_r - zero_r) = scale * (value_r - zero) for every
-    code; on the float grid zero_r is mid-range below 8 bits. Any shapes; arrays, tensors or floats.
+    code, but zero_4 is mid-range on the float grid. Any shapes; arrays, tensors or floats.
     """
     check_bits(bits)
     check_rule(rule)
     step = 2 ** (MASTER_BITS - bits)
-    if grid == FLOAT and bits < MASTER_BITS:
+    if grid == FLOAT and bits == 4:
         return scale * step, zero * 0 + middle(bits)
     return scale * step, (zero - bin_centre(bits, rule=rule)) / step

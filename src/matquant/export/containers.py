@@ -10,7 +10,7 @@ A slice is w = scale * (c - zero) with codes c in 0..levels - 1. Other formats s
 Int4 of the float grid has the values of MXFP4, so ``elements`` holds it if its scales are powers of two: in groups of
 32 they always are. For the other types, positions  that are not evenly spaced are first written as
 integers (nest.integer_positions). On the companded grid they are quarters of a code, p for c, scale / 4 for scale and
-4 zero - 1/2 for zero: int2 is then 0..11 and needs 4 bits, int3 5, int4 6, int6 8; on the float grid 4, 5, 5 and 8.
+4 zero - 1/2 for zero: int2 is then 0..11 and needs 4 bits, int3 5, int4 6, int6 8; on the float grid int2 to int4 need 4, 5 and 5.
 ``minimum`` holds every slice of at most 2^n levels: u = c, d = scale, m = -scale * zero. The others hold a slice if
 zero is a multiple of 1/2: with f = 1 or 2 such that f * zero is an integer, u = f * c + shift and d = scale / f. Only d
 and m are rounded, once, to the type in which the format stores them. Slices that do not fit are rejected with the
