@@ -1,36 +1,30 @@
-"""The float grid against the others, and int4 of it against MXFP4 made directly: the tables of docs/concepts.md.
+"""The float grid against the others, and its int4 against MXFP4 made directly: the tables of docs/concepts.md.
 
-    python experiments/float_grid.py MODEL CALIBRATION VALID [--methods rtn,gptq] [--windows 20]
+    python experiments/float_grid.py MODEL
 
-Of every grid and group size, all linear layers: log-perplexity per width, and for round to nearest the relative squared
-error of the weights; that also for E2M5 cut to its first bits, the grid that the float grid is not (nest.py). Then, for
-round to nearest, int4 as MXFP4: the slice in groups of 32, which is MXFP4; slices of other group sizes after
-``--requantise``; and MXFP4 of the float weights, with the scale of OCP's specification and with the best of that, its
-half and its double. The last line is JSON.
+Relative squared error of round to nearest, all linear layers: of every grid and group size; of E2M5 cut to its first
+bits, the grid that the float grid is not (nest.py), with a least-squares scale for each group and width; and of int4 as
+MXFP4: the slice of the float grid in groups of 32, which is MXFP4; slices of other group sizes after ``--requantise``;
+and MXFP4 of the float weights, with the scale of OCP's specification and with the best of it, its half and its double.
+The last line is JSON.
 """
 
 import argparse
 import json
-import tempfile
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
-import matquant
 from matquant.core.grid import BLOCK, decode, encode
-from matquant.core.nest import FLOAT, GRIDS, middle, positions
+from matquant.core.nest import CENTRE, FLOAT, GRIDS, middle, positions
 from matquant.export.requantise import blocks
-from matquant.format.read import open_checkpoint
-from matquant.format.sizes import bits_per_weight
-from matquant.hf.text import read_documents, token_stream
+from matquant.hf_torch.arrays import nested_to_numpy
 from matquant.hf_torch.layers import select_linears
-from matquant.hf_torch.loading import load_float, load_tokenizer
+from matquant.hf_torch.loading import load_float
+from matquant.methods.parts.fake import Grid, nest
 
 WIDTHS = (8, 6, 4, 3, 2)
 SIZES = {"per channel": None, "groups of 64": 64, "groups of 32": BLOCK}
-CALIBRATION: dict[str, Any] = {"samples": 64, "seq_len": 512}
 
 
 def mxfp4(weight_NK: np.ndarray, tries: tuple[int, ...]) -> np.ndarray:
@@ -69,58 +63,32 @@ def relative(pairs: list[tuple[np.ndarray, np.ndarray]]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
-    parser.add_argument("calibration", type=Path)
-    parser.add_argument("valid", type=Path)
-    parser.add_argument("--methods", default="rtn,gptq")
-    parser.add_argument("--sizes", default=",".join(SIZES))
-    parser.add_argument("--windows", type=int, default=20)
-    args = parser.parse_args()
-    torch.manual_seed(0)
-    source = load_float(args.model).float()
+    source = load_float(parser.parse_args().model).float()
     parameters = dict(source.named_parameters())
-    views = select_linears(source, "linears")
-    weights = {path: view.of(parameters[view.parameter].detach()).numpy() for path, view in views.items()}
-    stream = token_stream(read_documents([args.valid]), load_tokenizer(args.model))[: args.windows * 512 + 1]
+    views = select_linears(source, "linears").values()
+    weights = [view.of(parameters[view.parameter].detach()).numpy() for view in views]
     rows: dict[str, list[float]] = {}
 
     def show(name: str, values: list[float]) -> None:
         rows[name] = values
-        print(f"{name:52}", *(f"{value:9.4f}" if value > 0.5 else f"{value:9.2e}" for value in values), flush=True)
+        print(f"{name:44}", *(f"{value:.2e}" for value in values), flush=True)
 
     for tries in ((0,), (0, -1, 1)):
-        direct = [(mxfp4(weight, tries), weight) for weight in weights.values()]
-        show(f"MXFP4 of the float weights, {len(tries)} scales, error", [relative(direct)])
+        direct = [(mxfp4(weight, tries), weight) for weight in weights]
+        show(f"MXFP4 of the float weights, {len(tries)} scales", [relative(direct)])
     for size, group in SIZES.items():
-        cuts = {bits: [(cut(weight, bits, group), weight) for weight in weights.values()] for bits in WIDTHS}
-        show(f"E2M5 cut, {size}, error", [relative(cuts[bits]) for bits in WIDTHS])
-    for method in args.methods.split(","):
-        text = {} if method == "rtn" else {"text": [args.calibration], **CALIBRATION}
-        for size in args.sizes.split(","):
-            for grid in GRIDS:
-                group = SIZES[size]
-                name = f"{method}, {size}, {grid}"
-                with tempfile.TemporaryDirectory() as folder:
-                    options = {"group_size": group, "grid": grid, "zero_point": "midrange", "symmetric": True, **text}
-                    out = matquant.quantize(args.model, Path(folder) / "out", method=method, scope="linears", **options)
-                    checkpoint = open_checkpoint(out)
-                    tensors = {path: checkpoint.nested(path) for path in weights}
-                    show(
-                        f"{name}, bits per weight",
-                        [bits_per_weight(checkpoint, checkpoint.widths(bits)) for bits in WIDTHS],
-                    )
-                    if method == "rtn":
-                        reads = {
-                            bits: [(tensor.read(bits), weights[path]) for path, tensor in tensors.items()]
-                            for bits in WIDTHS
-                        }
-                        show(f"{name}, error", [relative(reads[bits]) for bits in WIDTHS])
-                    if method == "rtn" and grid == FLOAT:
-                        fitted = [(blocks(tensor).read(4), tensor, weights[path]) for path, tensor in tensors.items()]
-                        loss = relative([(found, tensor.read(4)) for found, tensor, _ in fitted])
-                        show(f"{name}, requantised: loss, error", [loss, relative([(f, w) for f, _, w in fitted])])
-                    model = matquant.load(out, kernels="none", dtype=torch.float32)
-                    found = matquant.evaluate(model, stream, bits=WIDTHS, context=512)
-                    show(f"{name}, log-perplexity", [found[str(bits)] for bits in WIDTHS])
+        for kind in GRIDS:
+            sliced = (2, 3) if kind == FLOAT else (2, 3, 4)
+            grid = Grid(rule="prefix", group_size=group, zeros=CENTRE, sliced=sliced, kind=kind)
+            tensors = [nested_to_numpy(nest(torch.from_numpy(weight), grid)) for weight in weights]
+            reads = {bits: [tensor.read(bits) for tensor in tensors] for bits in WIDTHS}
+            show(f"{size}, {kind}", [relative(list(zip(reads[bits], weights, strict=True))) for bits in WIDTHS])
+            if kind == FLOAT:
+                fitted = [blocks(tensor).read(4) for tensor in tensors]
+                pairs = [list(zip(fitted, wanted, strict=True)) for wanted in (reads[4], weights)]
+                show(f"{size}, requantised: loss, error", [relative(found) for found in pairs])
+        cuts = {bits: [(cut(weight, bits, group), weight) for weight in weights] for bits in WIDTHS}
+        show(f"{size}, E2M5 cut", [relative(cuts[bits]) for bits in WIDTHS])
     print(json.dumps(rows))
 
 

@@ -230,7 +230,8 @@ def position_table(bits: int, grid: str) -> np.ndarray:
     if grid == FLOAT:
         distances = _distances(bits) / 2 ** (MASTER_BITS - bits)
         below, above = (127.0, 128.0) if bits == MASTER_BITS else (middle(bits), middle(bits))
-        return np.concatenate([below - distances[::-1], above + distances]).astype(np.float32)
+        table: np.ndarray = np.concatenate([below - distances[::-1], above + distances]).astype(np.float32)
+        return table
     if bits == MASTER_BITS - 1:  # halfway between two stored integers
         pairs = position_table(MASTER_BITS, grid).reshape(-1, 2)
         halves: np.ndarray = (pairs.mean(1) - 0.5) / 2
@@ -283,7 +284,8 @@ def _nearest_table(bits: int, grid: str) -> np.ndarray:
     distinct, first = np.unique(table, return_index=True)
     thresholds = (distinct[1:] + distinct[:-1]) / 2
     cells = np.arange(RESOLUTION * 2**MASTER_BITS) / (RESOLUTION * 2 ** (MASTER_BITS - bits))
-    return first[np.searchsorted(thresholds, cells, side="right")].astype(np.uint8)
+    nearest: np.ndarray = first[np.searchsorted(thresholds, cells, side="right")].astype(np.uint8)
+    return nearest
 
 
 @functools.cache

@@ -8,9 +8,11 @@ A slice is w = scale * (c - zero) with codes c in 0..levels - 1. Other formats s
     elements   w = d * e, e the number of MXFP4 with the bits u: its sign bit, then its magnitude; d a power of two
 
 Int4 of the float grid has the values of MXFP4, so ``elements`` holds it if its scales are powers of two: in groups of
-32 they always are. For the other types, positions  that are not evenly spaced are first written as
-integers (nest.integer_positions). On the companded grid they are quarters of a code, p for c, scale / 4 for scale and
-4 zero - 1/2 for zero: int2 is then 0..11 and needs 4 bits, int3 5, int4 6, int6 8; on the float grid int2 to int4 need 4, 5 and 5.
+32 they always are. For the other types, positions that are not evenly spaced are first written as integers
+(nest.integer_positions). On the companded grid they are quarters of a code, p for c, scale / 4 for scale and
+4 zero - 1/2 for zero: int2 is then 0..11 and needs 4 bits, int3 5, int4 6, int6 8. On the float grid int2 needs 4 bits,
+int3 and int4 5.
+
 ``minimum`` holds every slice of at most 2^n levels: u = c, d = scale, m = -scale * zero. The others hold a slice if
 zero is a multiple of 1/2: with f = 1 or 2 such that f * zero is an integer, u = f * c + shift and d = scale / f. Only d
 and m are rounded, once, to the type in which the format stores them. Slices that do not fit are rejected with the
@@ -179,7 +181,8 @@ def _fit_elements(tensor: NestedTensor, bits: int, scale: np.ndarray, zero: np.n
 
 def exponents(scale: np.ndarray) -> np.ndarray:
     """Return the stored exponents of powers of two, uint8: 127 + log2 (E8M0 of OCP Microscaling formats)."""
-    return (np.frexp(scale)[1] + 126).astype(np.uint8)
+    found: np.ndarray = (np.frexp(scale)[1] + 126).astype(np.uint8)
+    return found
 
 
 def encode(tensor: NestedTensor, bits: int, container: Container, zero_point: str = EXACT) -> Encoded:
