@@ -49,7 +49,7 @@ from rich.table import Table
 from environments import make_environment
 from linear import WIDTHS, check_products
 from matquant import _native
-from matquant.core.nest import GRIDS, UNIFORM
+from matquant.core.nest import KERNEL_GRIDS, UNIFORM
 from matquant.core.spec import Spec
 from matquant.core.tensor import NestedTensor
 from matquant.engine.bench import LINEARS, STREAM_BYTES, Sample, median, sample_of, timed
@@ -141,7 +141,7 @@ def run(
     burst_s: Annotated[float, typer.Option(help="Seconds of a burst.")] = 1.0,
     keep: Annotated[bool, typer.Option(help="Append to bench/decode.jsonl.")] = True,
     peer: Annotated[bool, typer.Option(help="Measure llama.cpp as well.")] = True,
-    grid: Annotated[str, typer.Option(help=f"One of {', '.join(GRIDS)}.")] = UNIFORM,
+    grid: Annotated[str, typer.Option(help=f"One of {', '.join(KERNEL_GRIDS)}.")] = UNIFORM,
     prompt: Annotated[int, typer.Option(help="Tokens of a prompt; 0: no prompt is timed.")] = PROMPT,
     cpu_time: Annotated[bool, typer.Option("--cpu-time", help="Compare by processor time.")] = False,
 ) -> None:

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from matquant import _native
-from matquant.core.nest import GRIDS, UNIFORM, bits_read
+from matquant.core.nest import KERNEL_GRIDS, UNIFORM, bits_read
 from matquant.core.planes import Weight, isa, load_weight, matmul
 from matquant.core.tensor import NestedTensor
 from matquant.engine.bench import STREAM_BYTES, Sample, median, timed
@@ -67,7 +67,7 @@ def main() -> None:
     for name, default in (("rows", 32768), ("columns", 8192), ("threads", 2), ("group", 0), ("rounds", 15)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--tokens", default="1", help="of a product; several, with commas, take turns")
-    parser.add_argument("--grid", default=UNIFORM, help=f"{', '.join(GRIDS)}; several, with commas, take turns")
+    parser.add_argument("--grid", default=UNIFORM, help=f"{', '.join(KERNEL_GRIDS)}; several, with commas, take turns")
     parser.add_argument("--keep", action="store_true", help="append to bench/linear.jsonl")
     asked = parser.parse_args()
     batches = [int(count) for count in asked.tokens.split(",")]

@@ -310,8 +310,53 @@ def companded_position(code: int, bits: int) -> Fraction:
 
 
 def companded_nearest(position: Fraction, bits: int) -> int:
-    """The r-bit code nearest to a position: of two equally near the upper position, of one position the lowest code."""
-    places = [companded_position(code, bits) for code in range(2**bits)]
+    """The r-bit code nearest to a position."""
+    return nearest_code(position, [companded_position(code, bits) for code in range(2**bits)])
+
+
+def nearest_code(position: Fraction, places: Sequence[Fraction]) -> int:
+    """Index of the nearest place: of two equally near the upper place, of equal places the lowest index."""
     nearest = min(abs(place - position) for place in places)
     best = max(place for place in places if abs(place - position) == nearest)
     return places.index(best)
+
+
+# The float grid: OCP Microscaling formats v1.0, elements with two exponent bits ---------------------------------------
+
+SIXTEENTHS = 16  # int8 steps in the unit of these numbers
+CHOSEN = {1: [32], 2: [16, 56], 3: [8, 24, 48, 88]}  # distances, int8 steps
+
+
+def ocp_float(code: int, mantissa_bits: int) -> Fraction:
+    """The magnitude of an E2Mx element without its sign bit: 2 exponent bits of bias 1, then the mantissa."""
+    exponent, mantissa = code >> mantissa_bits, Fraction(code % 2**mantissa_bits, 2**mantissa_bits)
+    assert 0 <= exponent <= 3
+    return mantissa if exponent == 0 else 2 ** (exponent - 1) * (1 + mantissa)
+
+
+def float_edge(magnitude: int) -> Fraction:
+    """Where magnitude label 0..128 begins, in int8 steps: E2M5 of 8 labels less, and a line from 0 to label 16."""
+    return Fraction(magnitude, 4) if magnitude < 16 else SIXTEENTHS * ocp_float(magnitude - 8, 5)
+
+
+def float_distance(magnitude: int, bits: int) -> Fraction:
+    """Distance of an r-bit magnitude from the middle, in int8 steps."""
+    if bits in CHOSEN:
+        return Fraction(CHOSEN[bits][magnitude])
+    if bits == 4:
+        return SIXTEENTHS * ocp_float(magnitude, 1)
+    step = 2 ** (MASTER_BITS - bits)
+    if step == 1:
+        return Fraction(math.floor((float_edge(magnitude) + float_edge(magnitude + 1)) / 2))
+    return Fraction(math.floor(float_edge(magnitude * step + step // 2)))
+
+
+def float_position(code: int, bits: int) -> Fraction:
+    """Position of an r-bit code in units of the code: about mid-range, at 8 bits -1 - d below the zero-point 128."""
+    half = 2 ** (bits - 1)
+    distance = float_distance(code - half if code >= half else half - 1 - code, bits)
+    if bits == MASTER_BITS:
+        return 128 + distance if code >= half else 127 - distance
+    middle = Fraction(2**bits - 1, 2)
+    away = distance / 2 ** (MASTER_BITS - bits)
+    return middle + away if code >= half else middle - away

@@ -165,7 +165,7 @@ def test_a_narrow_slice_is_held_exactly_by_a_type_with_room_for_its_integers(bit
     [
         ({"rule": "round"}, "grid='companded' needs rule='prefix', found 'round'; use grid 'uniform'"),
         ({"symmetric": False}, "grid='companded' needs symmetric=True, found False; use grid 'uniform'"),
-        ({"grid": "bent"}, "grid='bent' is not known; use one of uniform, companded"),
+        ({"grid": "bent"}, "grid='bent' is not known; use one of uniform, companded, float"),
     ],
 )
 def test_what_the_grid_cannot_hold_is_rejected(options: dict[str, object], message: str, llama: Path) -> None:

@@ -22,7 +22,7 @@ from gguf_files import assert_holds_the_slices, file_types, file_weights, gguf_n
 from matquant.core.spec import Plan
 from matquant.export import export
 from matquant.export.blocks import CONTAINERS, LAYOUTS, pack_blocks
-from matquant.export.containers import FIXED, Container, Encoded, Fit, decode
+from matquant.export.containers import ELEMENTS, FIXED, Container, Encoded, Fit, decode
 from matquant.export.tokens import read_tokens
 from matquant.format.read import open_checkpoint
 from matquant.hf.families import supported
@@ -62,6 +62,8 @@ def weight_of(kind: Container, *, rows: int, columns: int, groups: int, seed: in
     codes = generator.integers(0, 2**kind.bits, (rows, columns), dtype=np.uint8)
     codes[0] = np.arange(columns) % 2**kind.bits
     scale = generator.uniform(1e-3, 1, (rows, groups)).astype(np.float32)
+    if kind.zero == ELEMENTS:
+        scale = np.exp2(generator.integers(-120, 120, (rows, groups))).astype(np.float32)
     middle = np.full_like(scale, 2 ** (kind.bits - 1))
     zero = middle if kind.zero == FIXED else generator.uniform(-3, 2**kind.bits, (rows, groups)).astype(np.float32)
     ones = np.ones_like(scale, dtype=np.uint8)
@@ -94,13 +96,14 @@ def test_every_bit_of_a_block_counts(kind: Container) -> None:
             codes = encoded.codes.copy()
             codes[0, place] ^= 1 << bit
             after = foreign_weights(kind, pack_blocks(kind, Encoded(codes=codes, fit=encoded.fit)))[0]
-            assert np.flatnonzero(after != before).tolist() == [place]
+            zeros = kind.zero == ELEMENTS and encoded.codes[0, place] % 8 == 0 and bit == 3  # 0 and -0
+            assert np.flatnonzero(after != before).tolist() == ([] if zeros else [place])
 
 
 def test_containers_come_by_size_the_fixed_zero_first() -> None:
     sizes = [(LAYOUTS[kind.name].itemsize * 8 / kind.block, kind.zero != FIXED) for kind in CONTAINERS]
     assert sizes == sorted(sizes)
-    assert [size for size, _ in sizes] == [2.625, 3.4375, 4.5, 4.5, 5.0, 5.5, 5.5, 6.0, 6.5625, 8.5]
+    assert [size for size, _ in sizes] == [2.625, 3.4375, 4.25, 4.5, 4.5, 5.0, 5.5, 5.5, 6.0, 6.5625, 8.5]
 
 
 # Weights in files ----------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 import oracle
 from matquant import _native
-from matquant.core.nest import COMPANDED, GRIDS, UNIFORM, integer_positions, position_table
+from matquant.core.nest import COMPANDED, KERNEL_GRIDS, UNIFORM, integer_positions, position_table
 from matquant.core.planes import Weight, isa, load_weight, matmul
 from matquant.core.tensor import NestedTensor
 
@@ -46,7 +46,7 @@ def available() -> list[str]:
 
 ISAS = available()
 each_isa = pytest.mark.parametrize("isa_name", ISAS)
-each_grid = pytest.mark.parametrize("grid", GRIDS)
+each_grid = pytest.mark.parametrize("grid", KERNEL_GRIDS)
 each_reading = pytest.mark.parametrize(("rule", "grid"), READINGS)
 each_width = pytest.mark.parametrize("bits", WIDTHS)
 
@@ -88,7 +88,7 @@ def integer_table(bits: int, rule: str, grid: str) -> NDArray[np.int64]:
 def other_readings(bits: int, rule: str, grid: str) -> list[tuple[int, str]]:
     """The widths and grids that a product must not be mistaken for."""
     widths = [(other, grid) for other in {max(bits - 1, 1), min(bits + 1, 8)} - {bits}]
-    return [*widths, *((bits, other) for other in GRIDS if other != grid and rule == "prefix")]
+    return [*widths, *((bits, other) for other in KERNEL_GRIDS if other != grid and rule == "prefix")]
 
 
 def random_x(tokens: int, columns: int, *, seed: int = 1) -> Floats:
@@ -153,7 +153,7 @@ def test_codes_are_sliced_by_the_rule(isa_name: str, rule: str, grid: str, bits:
     """Every code in every byte of a tile, against the table written from the paper."""
     _native.use_isa(isa_name)
     codes = (np.arange(256)[:, None] + np.arange(40)[None, :] * 7).astype(np.uint8)
-    weight = _native.Weight(codes, 8, oracle.RULES.index(rule), 40, GRIDS.index(grid))
+    weight = _native.Weight(codes, 8, oracle.RULES.index(rule), 40, KERNEL_GRIDS.index(grid))
     table = np.array(oracle.slice_code_table(bits, rule), dtype=np.uint8)
     np.testing.assert_array_equal(weight.codes(bits, oracle.RULES.index(rule)), table[codes])
 
@@ -167,7 +167,7 @@ def test_integer_products_are_exact(isa_name: str, rule: str, grid: str, bits: i
     generator = np.random.default_rng(bits)
     codes = (np.arange(256)[:, None] + np.arange(128)[None, :] * 7).astype(np.uint8)
     codes[:, :64] = np.arange(256, dtype=np.uint8)[:, None]  # rows of one code: the extremes of every sum
-    native = _native.Weight(codes, 8, oracle.RULES.index(rule), 128, GRIDS.index(grid))
+    native = _native.Weight(codes, 8, oracle.RULES.index(rule), 128, KERNEL_GRIDS.index(grid))
     ones = np.ones((256, 1), np.float32)
     native.set_affine(bits, native.add_values(ones, np.zeros_like(ones)), 1.0, 0.0)
     table = integer_table(bits, rule, grid)

@@ -153,6 +153,7 @@ GPU = {"device": "cuda", "dtype": torch.bfloat16}
             {"rule": "round"},
             "rule 'round' rounds, which needs a bit more than a width has; GPU planes are read by 'prefix'",
         ),
+        ({"grid": "float"}, "kernels read the grids uniform and companded, found 'float'"),
         ({"kernels": "auto"}, "a product with planes needs a GPU"),
         ({**GPU, "kernels": "auto"}, "kernels need compute capability 8.0, cuda has 7.5"),
     ],
@@ -162,12 +163,12 @@ def test_what_planes_cannot_hold_has_a_reason(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    asked: dict[str, Any] = {"rule": "prefix", "group": None, "columns": 256, "kernels": "planes"}
+    asked: dict[str, Any] = {"rule": "prefix", "grid": "uniform", "group": None, "columns": 256, "kernels": "planes"}
     assert why_dense(**{**asked, "device": "cpu", "dtype": torch.float32, **changes}) == reason
 
 
 def test_a_machine_without_a_gpu_is_told() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is one")
-    found = why_dense(rule="prefix", group=None, columns=256, **GPU)
+    found = why_dense(rule="prefix", grid="uniform", group=None, columns=256, **GPU)
     assert found == "no CUDA device is available"

@@ -101,7 +101,7 @@ def test_without_it_the_wider_type_is_named(nested: Path, tmp_path: Path) -> Non
 
 def test_the_uniform_grid_needs_none(llama: Path, tmp_path: Path) -> None:
     uniform = conftest.quantize(llama, tmp_path / "uniform", method="rtn")
-    message = "--requantise is for the companded grid, found grid 'uniform'; drop --requantise"
+    message = "--requantise is for the companded and float grids, found grid 'uniform'; drop --requantise"
     with pytest.raises(InputError, match=message):
         export(uniform, tmp_path / "out", to="gptq", bits=4, requantise=True)
     assert not (tmp_path / "out").exists()

@@ -154,7 +154,8 @@ def _why_not_card(device: torch.device) -> str | None:
 def why_not_weight(tensor: NestedTensor) -> str | None:
     """See ``Backend.why_not_weight``."""
     columns = tensor.codes.shape[-1]
-    return gpu_layout.why_not(rule=tensor.rule, group=columns // tensor.scale.shape[-1], columns=columns)
+    group = columns // tensor.scale.shape[-1]
+    return gpu_layout.why_not(rule=tensor.rule, grid=tensor.grid, group=group, columns=columns)
 
 
 def describe(count: int, activations: str) -> str:

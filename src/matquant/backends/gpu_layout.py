@@ -32,6 +32,7 @@ from matquant.core.nest import (
     bits_read,
     integer_positions,
     slice_positions,
+    why_no_kernels,
 )
 from matquant.core.tensor import Affine, NestedTensor
 from matquant.system.errors import InputError
@@ -66,13 +67,13 @@ class Resident:
         return sum(part.numel() * part.element_size() for part in parts)
 
 
-def why_not(*, rule: str, group: int, columns: int) -> str | None:
+def why_not(*, rule: str, grid: str, group: int, columns: int) -> str | None:
     """Return why planes cannot hold such a weight, as half a sentence; None if they can."""
     if rule != "prefix":
         return f"rule {rule!r} rounds, which needs a bit more than a width has; GPU planes are read by 'prefix'"
     if group != columns and group % PLACE_INPUTS:
         return f"GPU planes take groups of a multiple of {PLACE_INPUTS} inputs, found {group}"
-    return None
+    return why_no_kernels(grid)
 
 
 def load_resident(tensor: NestedTensor, *, device: torch.device | str = "cpu", max_bits: int = MASTER_BITS) -> Resident:
@@ -81,7 +82,7 @@ def load_resident(tensor: NestedTensor, *, device: torch.device | str = "cpu", m
     Raises InputError for a weight that planes cannot hold (``why_not``).
     """
     columns, groups = tensor.codes.shape[-1], tensor.scale.shape[-1]
-    obstacle = why_not(rule=tensor.rule, group=columns // groups, columns=columns)
+    obstacle = why_not(rule=tensor.rule, grid=tensor.grid, group=columns // groups, columns=columns)
     if obstacle is not None:
         raise InputError(f"{obstacle}; use dense weights")
     codes = tensor.codes if isinstance(tensor.codes, torch.Tensor) else torch.from_numpy(np.array(tensor.codes))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from matquant.backends.backend import Backend, names
+from matquant.core.nest import why_no_kernels
 from matquant.core.tensor import NestedTensor
 
 try:
@@ -74,4 +75,5 @@ BACKEND = Backend(
     describe=describe,
     activations=("float", "int8"),
     devices=("cpu",),
+    why_not_weight=lambda tensor: why_no_kernels(tensor.grid),
 )

@@ -35,7 +35,7 @@ def export(
     base_model: BaseModel = None,
     measured: Measured = None,
     requantise: Annotated[
-        bool, Option("--requantise", help="Fit companded slices to the format, at a loss that is printed.")
+        bool, Option("--requantise", help="Fit companded and float slices to the format, at a loss that is printed.")
     ] = False,
     split_experts: Annotated[
         bool, Option("--split-experts", help="With --to dense, write experts that share a tensor apart.")

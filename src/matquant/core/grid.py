@@ -15,6 +15,8 @@ by least squares (``fit_slice``). They cost 4 bytes per group, nothing in a kern
 untrained Gaussian rows by 20 %. With zeros "centre" the zero-point is fixed at mid-range, (2^r - 1)/2, and not stored:
 2 bytes per group, and integers of r + 1 bits hold the slice exactly.
 
+On the float grid a group of 32 is a block of MXFP4, so its scale is a power of two, rounded up (``power_of_two``).
+
 The code runs on numpy arrays and torch tensors.
 Shapes: N out features, K in features, G groups of K/G features.
 """
@@ -26,6 +28,7 @@ from array_api_compat import array_namespace
 
 from matquant.core.nest import (
     CENTRE,
+    FLOAT,
     OWN,
     UNIFORM,
     check_bits,
@@ -34,12 +37,14 @@ from matquant.core.nest import (
     round_half_up,
     slice_affine,
     slice_positions,
+    span,
 )
 from matquant.system.errors import InputError
 
 SMALLEST_SCALE = 2.0**-24  # the smallest positive fp16 number
 LARGEST_SCALE = 65280.0  # the largest fp16 number with 8 significant bits
 LARGEST_ZERO = 65504.0  # the largest fp16 number
+BLOCK = 32  # neighbouring in features that share a scale in MXFP4
 GROUP_SIZES = (16, 32, 64, 128, 256)  # sizes that other engines can read
 
 
@@ -78,6 +83,7 @@ def fit_grid(
     integer_zero: bool = True,
     storable: bool = True,
     finite: bool = False,
+    grid: str = UNIFORM,
     name: str = "weight",
 ) -> tuple[Any, Any]:
     """Fit the min-max grid of Eq. 1, clipped as in Eq. 3, to each group of each row.
@@ -88,7 +94,8 @@ def fit_grid(
     loses the half-step guarantee on narrow groups far from 0, and a group whose clipped range is empty uses |max| as
     its range).
     storable: round scales up to 8 significant bits in the range of fp16. Up, so that no weight is clipped by it.
-    finite: the weights are known to be finite, so do not check, which would wait for a GPU.
+    finite: the weights are known to be finite, so do not check, which would wait for a GPU. grid: the positions that
+    codes stand for, one of nest.GRIDS.
     Returns (scale_NG, zero_NG), float32. Raises ValueError on NaN or infinite weights and on group sizes that do not
     divide K, both naming ``name``.
     """
@@ -104,14 +111,16 @@ def fit_grid(
     top_code = 2**bits - 1
     # Divide each end before adding them: their sum may overflow float32.
     if symmetric:
-        step = xp.maximum(xp.abs(high), xp.abs(low)) / top_code * 2
+        step = xp.maximum(xp.abs(high), xp.abs(low)) / span(bits, grid) * 2
     elif integer_zero:
         high, low = high.clip(min=0.0), low.clip(max=0.0)
         step = high / top_code - low / top_code
     else:
         # A constant group has no range; with |c|/top as its step it decodes to within half of it.
         step = xp.where(high > low, high / top_code - low / top_code, xp.abs(high) / top_code)
-    if storable and (symmetric or integer_zero):
+    if grid == FLOAT and group_size == BLOCK:
+        scale = power_of_two(step)
+    elif storable and (symmetric or integer_zero):
         scale = storable_scale(step, up=True)
     else:
         scale = xp.where(step > 0, step, xp.full_like(step, SMALLEST_SCALE))
@@ -171,7 +180,7 @@ def fit_slice(
     centred_code = code - mean_code[..., None]
     variance = xp.sum(centred_code * centred_code, axis=-1)
     covariance = xp.sum(centred_code * (weight - mean_weight[..., None]), axis=-1)
-    default, _ = slice_affine(scale, zero, bits, rule=rule)
+    default, _ = slice_affine(scale, zero, bits, rule=rule, grid=grid)
     slope = covariance / xp.where(variance > 0, variance, xp.ones_like(variance))
     usable = (variance > 0) & (slope >= (SMALLEST_SCALE if storable else 0.0)) & (slope > 0)
     fitted = xp.where(usable, slope, default)
@@ -199,6 +208,14 @@ def storable_scale(scale: Any, *, up: bool = False) -> Any:
     units = scale / step
     rounded = (xp.ceil(units) if up else round_half_up(units)) * step
     return rounded.clip(min=SMALLEST_SCALE, max=LARGEST_SCALE)
+
+
+def power_of_two(scale: Any) -> Any:
+    """Round positive scales up to powers of two inside the range of fp16; float32 in, float32 out."""
+    xp = array_namespace(scale)
+    scale = xp.astype(scale, xp.float32).clip(min=SMALLEST_SCALE, max=2.0**15)
+    below = xp.exp2(xp.floor(xp.log2(scale)))  # or the power above, if log2 is rounded up to an integer
+    return xp.where(below < scale, 2 * below, below)
 
 
 def _grouped(values_NK: Any, scale_NG: Any) -> Any:

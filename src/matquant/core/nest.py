@@ -19,6 +19,7 @@ a slice is the middle of its bin. For rule ``prefix`` only:
     uniform      q
     companded    labels about the middle lie 3/4 apart, those in the outer half 5/4: with x = 2 q - 255,
                  floor(128 + sign(x) (3 |x| + 2 max(0, |x| - 128)) / 8), an integer 0..255
+    float        floating point with two exponent bits, 16 codes to the unit: ``_distances``
 
 Weights have tails. On a uniform grid an int2 threshold is at half the range: either the grid covers the tails and most
 weights share two of the four bins, or int8 loses its outliers. The companded grid puts the threshold at 3/8 for every
@@ -26,6 +27,14 @@ width, where the error of int2, int3 and int4 is smallest for groups of 64 real 
 tried: docs/concepts.md). Its 8-bit positions are still integers 0..255, so the stored tensor is ordinary int8; at 2 to
 6 bits the positions are 0..11, 27, 59, 123 and 251 in quarters of the distance of two codes (``integer_positions``),
 with steps of 3, 4 across the bend, and 5.
+
+The float grid is for exports to MXFP4. From label 16 on, magnitude label m = q - 128 (127 - q below the middle) is the
+floating-point number E2M5 with the bits m - 8, in the bias-1 encoding of OCP Microscaling formats; the 16 labels before
+it fill the rest of the range down to 0. The 8 makes truncation to the top bits round E2M5 to the nearest E2M1, half up,
+instead of towards 0: int4 has exactly the values of MXFP4, 0 1/2 1 3/2 2 3 4 6 and their negatives, with two zeros.
+(Without it, cut E2M5 bits are E2M3 and E2M1 bits, but each slice is up to a whole step too small: int4 then has 12 %
+more squared error per channel, int2 65 %; docs/concepts.md.) The zero-point of int4 is mid-range (``slice_affine``), so
+that its values are symmetric.
 
 Every one-half in this arithmetic is a named function here and occurs nowhere else (tests/test_architecture.py checks
 that): ``middle`` of the codes of a width, ``bin_centre`` of the codes that share a slice, ``centred_codes`` and
@@ -46,11 +55,19 @@ from matquant.system.arguments import check_types
 from matquant.system.errors import InputError, InputTypeError
 
 RULES = ("prefix", "round", "extra")
-UNIFORM, COMPANDED = "uniform", "companded"
-GRIDS = (UNIFORM, COMPANDED)
+UNIFORM, COMPANDED, FLOAT = "uniform", "companded", "float"
+KERNEL_GRIDS = (UNIFORM, COMPANDED)  # those that kernels read
+GRIDS = (*KERNEL_GRIDS, FLOAT)
 MASTER_BITS = 8
 RESIDENT_BITS = (2, 3, 4, 6, 8)  # bits of a code in its first one, two, ... bit planes
-RESOLUTION = 8  # thresholds between neighbouring positions of a grid are multiples of 1/8 of a code
+RESOLUTION = 8  # thresholds between neighbouring positions of a grid are multiples of 1/8 of an 8-bit code
+FLOAT_REACH = 112  # end of the float grid, 7 units, in 8-bit codes from its middle; int4 rounds 5 to 7 to 6
+# Distances of positions from the middle on the float grid, in 8-bit codes. int4: E2M1. int2 and int3: in proportion to
+# the mean weights of their bins, in few small integers; the per-width scale does the rest. Other widths: a line through
+# BENDS at the middle of the bin.
+FLOAT_DISTANCES = {1: (32,), 2: (16, 56), 3: (8, 24, 48, 88), 4: (0, 8, 16, 24, 32, 48, 64, 96)}
+FLOAT_UNITS = {1: 32, 2: 8, 3: 8, 4: 8}  # of which these are multiples
+BENDS = ((0, 16, 72, 104, 128), (0, 4, 32, 64, FLOAT_REACH))  # magnitude labels, and E2M5 of 8 labels less
 OWN, CENTRE = "own", "centre"
 ZEROS = (OWN, CENTRE)  # zero-points of slices with a per-width scale: stored, or mid-range
 
@@ -150,6 +167,16 @@ def check_grid(grid: str, *, rule: str = "prefix", symmetric: bool = True) -> No
             raise InputError(f"grid={grid!r} needs {name}={wanted!r}, found {found!r}; use grid {UNIFORM!r}")
 
 
+def why_no_kernels(grid: str) -> str | None:
+    """Return why no kernel multiplies by codes of this grid, as half a sentence; None if some do."""
+    return None if grid in KERNEL_GRIDS else f"kernels read the grids {' and '.join(KERNEL_GRIDS)}, found {grid!r}"
+
+
+def span(bits: int, grid: str) -> float:
+    """Return the length of the grid in units of the ``bits``-bit code: codes stand for weights up to half of it."""
+    return 2 * FLOAT_REACH / 2 ** (MASTER_BITS - bits) if grid == FLOAT else 2 * middle(bits)
+
+
 def slice_positions(codes: Any, bits: int, *, rule: str = "prefix", grid: str = UNIFORM) -> Any:
     """Return positions of the ``bits``-bit slice of 8-bit codes, in units of the r-bit code.
 
@@ -171,15 +198,25 @@ def positions(codes: Any, bits: int, *, grid: str = UNIFORM) -> Any:
 def nearest_codes(position: Any, bits: int, *, grid: str = UNIFORM) -> Any:
     """Return the nearest ``bits``-bit codes to positions, uint8; of two equally near the upper one.
 
-    position: floats in units of the code, any shape. Of codes that share a position (companded, 8 bits) the lowest.
+    position: floats in units of the code, any shape. Of codes that share a position the lowest.
     """
     check_bits(bits)
     check_grid(grid)
     xp = array_namespace(position)
     if grid == UNIFORM:
         return xp.astype(round_half_up(position).clip(min=0, max=2**bits - 1), xp.uint8)
-    cell = xp.floor(xp.astype(position, xp.float32) * RESOLUTION).clip(min=0, max=RESOLUTION * 2**bits - 1)
+    cells = RESOLUTION * 2**MASTER_BITS
+    cell = xp.floor(xp.astype(position, xp.float32) * (cells // 2**bits)).clip(min=0, max=cells - 1)
     return _placed(_nearest_table, bits, grid, xp, position.device)[xp.astype(cell, xp.int32)]
+
+
+def _distances(bits: int) -> np.ndarray:
+    """Return the distances of positions on the float grid from its middle, float64 [2^(bits - 1)], in 8-bit codes."""
+    if bits in FLOAT_DISTANCES:
+        return np.array(FLOAT_DISTANCES[bits], dtype=np.float64)
+    centres = (np.arange(2 ** (bits - 1)) + 0.5) * 2 ** (MASTER_BITS - bits)
+    found: np.ndarray = np.floor(np.interp(centres, *BENDS))
+    return found
 
 
 @functools.cache
@@ -190,6 +227,11 @@ def position_table(bits: int, grid: str) -> np.ndarray:
     codes = np.arange(2**bits, dtype=np.float32)
     if grid == UNIFORM:
         return codes
+    if grid == FLOAT:
+        distances = _distances(bits) / 2 ** (MASTER_BITS - bits)
+        below, above = (127.0, 128.0) if bits == MASTER_BITS else (middle(bits), middle(bits))
+        table: np.ndarray = np.concatenate([below - distances[::-1], above + distances]).astype(np.float32)
+        return table
     if bits == MASTER_BITS - 1:  # halfway between two stored integers
         pairs = position_table(MASTER_BITS, grid).reshape(-1, 2)
         halves: np.ndarray = (pairs.mean(1) - 0.5) / 2
@@ -208,8 +250,11 @@ def integer_positions(bits: int, grid: str) -> tuple[np.ndarray, float, float]:
     For kernels and other engines' formats. Uniform: the codes, 1.0, 0.0.
     """
     exact = position_table(bits, grid)
-    unit = 1.0 if grid == UNIFORM or bits == MASTER_BITS else 0.5 if bits == MASTER_BITS - 1 else 0.25
-    offset = 0.0 if grid == UNIFORM or bits >= MASTER_BITS - 1 else 0.125
+    if grid == FLOAT and bits < MASTER_BITS:
+        unit, offset = FLOAT_UNITS.get(bits, 1) / 2 ** (MASTER_BITS - bits), float(exact[0])
+    else:
+        unit = 1.0 if grid == UNIFORM or bits == MASTER_BITS else 0.5 if bits == MASTER_BITS - 1 else 0.25
+        offset = 0.0 if grid == UNIFORM or bits >= MASTER_BITS - 1 else 0.125
     return ((exact - offset) / unit).astype(np.uint8), unit, offset
 
 
@@ -234,12 +279,13 @@ def _look_up(table: np.ndarray, codes: Any) -> Any:
 
 @functools.cache
 def _nearest_table(bits: int, grid: str) -> np.ndarray:
-    """Return the nearest code of each cell of 1/RESOLUTION from 0 on, uint8 [RESOLUTION * 2^bits]."""
+    """Return the nearest code of each cell of 1/RESOLUTION of an 8-bit code from 0 on, uint8 [RESOLUTION * 256]."""
     table = position_table(bits, grid)
     distinct, first = np.unique(table, return_index=True)
     thresholds = (distinct[1:] + distinct[:-1]) / 2
-    cells = np.arange(RESOLUTION * 2**bits) / RESOLUTION
-    return first[np.searchsorted(thresholds, cells, side="right")].astype(np.uint8)
+    cells = np.arange(RESOLUTION * 2**MASTER_BITS) / (RESOLUTION * 2 ** (MASTER_BITS - bits))
+    nearest: np.ndarray = first[np.searchsorted(thresholds, cells, side="right")].astype(np.uint8)
+    return nearest
 
 
 @functools.cache
@@ -259,13 +305,15 @@ def slice_values(codes: Any, bits: int, *, rule: str = "prefix", grid: str = UNI
     return position + bin_centre(bits, rule=rule) if rule == "prefix" else position
 
 
-def slice_affine(scale: Any, zero: Any, bits: int, *, rule: str = "prefix") -> tuple[Any, Any]:
+def slice_affine(scale: Any, zero: Any, bits: int, *, rule: str = "prefix", grid: str = UNIFORM) -> tuple[Any, Any]:
     """Return the scale and zero-point of the r-bit codes that follow from the 8-bit ``scale`` and ``zero``.
 
     Returns (scale_r, zero_r), both float, such that scale_r * (code_r - zero_r) = scale * (value_r - zero) for every
-    code. Any shapes; arrays, tensors or floats.
+    code, but zero_4 is mid-range on the float grid. Any shapes; arrays, tensors or floats.
     """
     check_bits(bits)
     check_rule(rule)
     step = 2 ** (MASTER_BITS - bits)
+    if grid == FLOAT and bits == 4:
+        return scale * step, zero * 0 + middle(bits)
     return scale * step, (zero - bin_centre(bits, rule=rule)) / step

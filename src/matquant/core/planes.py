@@ -21,7 +21,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from matquant import _native
-from matquant.core.nest import GRIDS, MASTER_BITS, RULES, UNIFORM, bin_centre, bits_read, check_bits, integer_positions
+from matquant.core.nest import (
+    GRIDS,
+    MASTER_BITS,
+    RULES,
+    UNIFORM,
+    bin_centre,
+    bits_read,
+    check_bits,
+    integer_positions,
+    why_no_kernels,
+)
 from matquant.core.tensor import NestedTensor
 from matquant.system.errors import InputError
 from matquant.system.threads import check_threads
@@ -86,9 +96,12 @@ def load_weight(tensor: NestedTensor, *, max_bits: int = MASTER_BITS) -> Weight:
 
     ``checkpoint.nested(path, mapped=True)`` is packed straight from the memory-mapped file. Scales and zero-points take
     16 bits each where bfloat16 and float16 hold them exactly; widths without per-width ones share the 8-bit grid's.
-    Raises InputError as ``pack`` does.
+    Raises InputError as ``pack`` does, and for a grid that kernels do not read.
     """
     check_bits(max_bits)
+    obstacle = why_no_kernels(tensor.grid)
+    if obstacle is not None:
+        raise InputError(f"{obstacle}; use matquant.load(..., kernels='none'), or export --bits 4 to another engine")
     columns, groups = tensor.codes.shape[-1], tensor.scale.shape[-1]
     resident = bits_read(max_bits, rule=tensor.rule)
     planes = _pack(tensor.codes, resident, rule=tensor.rule, group=columns // groups, grid=tensor.grid)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from matquant.core.experts import Experts, why_unknown
-from matquant.core.nest import GRIDS, MASTER_BITS, OWN, UNIFORM, ZEROS, check_bits, check_grid, check_rule
+from matquant.core.nest import FLOAT, GRIDS, MASTER_BITS, OWN, UNIFORM, ZEROS, check_bits, check_grid, check_rule
 from matquant.system.arguments import check_given, check_types
 from matquant.system.errors import InputError, InputTypeError
 from matquant.system.files import read_json
@@ -24,6 +24,7 @@ SINCE = {
     "head_bits": 5,
     "experts": 6,
 }  # the format that introduced a key; a record is written in the oldest format that holds it
+FLOAT_SINCE = 6  # the format that introduced grid "float"
 DAMAGED = "the checkpoint is damaged: write it again"
 SCALE_DTYPES = ("bfloat16", "float32")
 ABOUT = ("strategy", "budget", "bits_per_weight", "bytes", "loss", "log_perplexity")  # facts in a plan's "about"
@@ -138,7 +139,8 @@ class Spec:
         given = {"stored_bits": self.stored_bits != MASTER_BITS, "zeros": self.zeros != OWN}
         given |= {"grid": self.grid != UNIFORM, "head_bits": self.head_bits is not None}
         given |= {"experts": self.experts is not None}
-        return max([1, *(SINCE[key] for key, is_given in given.items() if is_given)])
+        newest = FLOAT_SINCE if self.grid == FLOAT else 1
+        return max([newest, *(SINCE[key] for key, is_given in given.items() if is_given)])
 
     def stored(self, path: str) -> int:
         """Return how many top bits of the codes at ``path`` are stored."""
@@ -157,6 +159,8 @@ class Spec:
         for key, since in SINCE.items():
             if key in known and version < since:
                 raise InputError(f"{where} has the key {key!r}, which format {version} does not have; {DAMAGED}")
+        if known.get("grid") == FLOAT and version < FLOAT_SINCE:
+            raise InputError(f"{where} has grid {FLOAT!r}, which format {version} does not have; {DAMAGED}")
         for name in ("rule", "widths"):
             if name not in known:
                 raise InputError(f"{where} lacks {name!r}; {DAMAGED}")

@@ -36,7 +36,7 @@ class NestedTensor:
         """Return (scale_r, zero_r) of the ``bits``-bit slice: per-width, or as it follows from the 8-bit grid."""
         if bits in self.slices:
             return self.slices[bits]
-        return slice_affine(self.scale, self.zero, bits, rule=self.rule)
+        return slice_affine(self.scale, self.zero, bits, rule=self.rule, grid=self.grid)
 
     def read(self, bits: int = MASTER_BITS) -> Any:
         """Return the ``bits``-bit weights, float32 [N, K]: scale_r * (slice_positions(codes) - zero_r)."""

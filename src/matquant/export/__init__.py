@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from matquant.core.dtypes import CONFIG_NAMES
-from matquant.core.nest import MASTER_BITS, UNIFORM
+from matquant.core.nest import FLOAT, MASTER_BITS, UNIFORM
 from matquant.core.spec import Plan
 from matquant.export import compressed_tensors, dense, gguf, gptq, mlx, nested, planes
 from matquant.export.card import RECORD, read_evaluation
@@ -70,8 +70,8 @@ def export(
 
     zero_point: MIDRANGE moves zero-points to mid-range first, for formats that store none. dtype: dtype of dense
     weights, None: the model's; for mlx also of scales and biases, None: float32. measured: a record of ``matquant eval
-    --json`` for the model card. requantise: fit companded slices again to evenly spaced codes, so that formats hold
-    them in as many bits; this changes the weights, and the relative squared error is reported and put into the card.
+    --json`` for the model card. requantise: fit slices of the companded and float grids again to codes that formats
+    hold in as many bits; this changes the weights, and the relative squared error is reported and put into the card.
     split_experts: dense experts become a tensor each where the model's own files keep all in one.
     Returns {"out", "bytes", "seconds", "bits_per_weight", "containers": {name: weights}}.
     If a slice does not fit, InputError is raised and nothing is written.
@@ -108,9 +108,9 @@ def export(
 
 
 def _fitted(checkpoint: Checkpoint, to: str, plan: Mapping[str, int]) -> Requantised:
-    """Return the checkpoint with evenly spaced slices, and the zero-points with which ``to`` takes no extra bits."""
+    """Return the checkpoint with refitted slices, and the zero-points with which ``to`` takes no extra bits."""
     if checkpoint.spec.grid == UNIFORM:
-        raise InputError("--requantise is for the companded grid, found grid 'uniform'; drop --requantise")
+        raise InputError("--requantise is for the companded and float grids, found grid 'uniform'; drop --requantise")
     exporter = _exporter(to, checkpoint)
     paths = {bits: path for path, bits in plan.items() if path not in checkpoint.ends}  # one of each width
     centred = min(paths) <= 2
@@ -132,13 +132,15 @@ def _split(job: Job) -> Job:
 
 
 def _tell_wide(job: Job, notice: Callable[[str], None]) -> None:
-    """Say that companded slices take wider containers than their width, and what to do."""
+    """Say that slices on a grid take wider containers than their width, and what to do."""
     wide = [path for path, container in job.held().items() if container.bits > job.plan[path]]
-    if wide and job.checkpoint.spec.grid != UNIFORM:
+    grid = job.checkpoint.spec.grid
+    if wide and grid != UNIFORM:
         bits, name = job.plan[wide[0]], job.held()[wide[0]].name
+        instead = "in groups of 32" if (grid, bits) == (FLOAT, 4) else "with --portable"
         notice(
-            f"companded slices take wider types to be exact, {bits} bits {name}; "
-            f"--requantise fits them to {bits}-bit types at a loss, or quantise with --portable"
+            f"{grid} slices take wider types to be exact, {bits} bits {name}; "
+            f"--requantise fits them to {bits}-bit types at a loss, or quantise {instead}"
         )
 
 

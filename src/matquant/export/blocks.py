@@ -3,7 +3,8 @@
 Source: ggml-common.h and ggml-quants.c of llama.cpp. A block is 32 or 256 neighbouring in features of a row, and a
 group is made of whole blocks. K types split their 256 features into sub-blocks with small integer scales; we set them
 all to one, because our scale is the same in the whole block. In ggml's terms w = d * (u - 2^(n-1)), or w = d * u + m,
-which K types store as w = d * u - dmin.
+which K types store as w = d * u - dmin. MXFP4 stores the exponent of d and floating-point numbers instead of integers;
+ggml doubles the numbers and halves d.
 
 u: the integers 0..2^n - 1 of a container (containers.py), uint8. B blocks.
 """
@@ -13,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from matquant.export.containers import FIXED, MINIMUM, Container, Encoded
+from matquant.export.containers import ELEMENTS, FIXED, MINIMUM, MXFP4, Container, Encoded, exponents
 
 CHUNK = 2**19  # codes packed at once: they and their blocks fit the cache
 HALF = "<f2"
@@ -24,6 +25,7 @@ ONES = 0x11  # a sub-scale of 1 in both nibbles
 LAYOUTS: dict[str, np.dtype[Any]] = {
     "Q2_K": np.dtype([("scales", "u1", 16), ("qs", "u1", 64), ("d", HALF), (NEGATIVE, HALF)]),
     "Q3_K": np.dtype([("hmask", "u1", 32), ("qs", "u1", 64), ("scales", "u1", 12), ("d", HALF)]),
+    "MXFP4": np.dtype([("e", "u1"), ("qs", "u1", 16)]),
     "Q4_0": np.dtype([("d", HALF), ("qs", "u1", 16)]),
     "Q4_K": np.dtype([("d", HALF), (NEGATIVE, HALF), ("scales", "u1", 12), ("qs", "u1", 128)]),
     "Q4_1": np.dtype([("d", HALF), ("m", HALF), ("qs", "u1", 16)]),
@@ -36,6 +38,8 @@ LAYOUTS: dict[str, np.dtype[Any]] = {
 
 
 def _container(name: str) -> Container:
+    if name == MXFP4.name:
+        return MXFP4
     fields = LAYOUTS[name].names or ()
     minimum = NEGATIVE in fields or "m" in fields
     return Container(
@@ -60,6 +64,8 @@ def pack_blocks(container: Container, encoded: Encoded) -> np.ndarray:
     minimum = encoded.fit.minimum() if container.zero == MINIMUM else None
     floats = {"d": encoded.fit.scale, "m": minimum, NEGATIVE: None if minimum is None else -minimum}
     step = max(1, CHUNK // columns)
+    if container.zero == ELEMENTS:
+        blocks["e"] = np.repeat(exponents(encoded.fit.scale), repeats, axis=1)
     for name in layout.names or ():
         if name in floats:
             blocks[name] = np.repeat(np.asarray(floats[name]).astype(HALF), repeats, axis=1)
@@ -146,6 +152,7 @@ def _q6_k(codes: np.ndarray) -> dict[str, np.ndarray]:
 
 
 PACKERS: dict[str, Callable[[np.ndarray], dict[str, np.ndarray]]] = {
+    "MXFP4": lambda codes: {"qs": _nibbles(codes, 16)},
     "Q2_K": _q2_k,
     "Q3_K": _q3_k,
     "Q4_0": lambda codes: {"qs": _nibbles(codes, 16)},

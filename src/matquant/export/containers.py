@@ -5,9 +5,14 @@ A slice is w = scale * (c - zero) with codes c in 0..levels - 1. Other formats s
     fixed      w = d * (u - 2^(n-1))
     integer    w = d * (u - o), o an integer 0..2^n - 1 stored per group
     minimum    w = d * u + m, m a float stored per group
+    elements   w = d * e, e the number of MXFP4 with the bits u: its sign bit, then its magnitude; d a power of two
 
-Positions on a companded grid are first written as integers p in quarters of a code (nest.integer_positions), with p for
-c, scale / 4 for scale and 4 zero - 1/2 for zero: int2 is then 0..11 and needs 4 bits, int3 5, int4 6, int6 8.
+Int4 of the float grid has the values of MXFP4, so ``elements`` holds it if its scales are powers of two: in groups of
+32 they always are. For the other types, positions that are not evenly spaced are first written as integers
+(nest.integer_positions). On the companded grid they are quarters of a code, p for c, scale / 4 for scale and
+4 zero - 1/2 for zero: int2 is then 0..11 and needs 4 bits, int3 5, int4 6, int6 8. On the float grid int2 needs 4 bits,
+int3 and int4 5.
+
 ``minimum`` holds every slice of at most 2^n levels: u = c, d = scale, m = -scale * zero. The others hold a slice if
 zero is a multiple of 1/2: with f = 1 or 2 such that f * zero is an integer, u = f * c + shift and d = scale / f. Only d
 and m are rounded, once, to the type in which the format stores them. Slices that do not fit are rejected with the
@@ -22,11 +27,19 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from matquant.core.dtypes import FLOATS
-from matquant.core.grid import storable_scale
-from matquant.core.nest import MASTER_BITS, UNIFORM, integer_positions, middle, slice_codes
+from matquant.core.grid import BLOCK, storable_scale
+from matquant.core.nest import (
+    FLOAT,
+    MASTER_BITS,
+    UNIFORM,
+    integer_positions,
+    middle,
+    position_table,
+    slice_codes,
+)
 from matquant.core.tensor import Affine, NestedTensor
 
-FIXED, INTEGER, MINIMUM = "fixed", "integer", "minimum"
+FIXED, INTEGER, MINIMUM, ELEMENTS = "fixed", "integer", "minimum", "elements"
 EXACT, MIDRANGE = "exact", "midrange"
 ZERO_POINTS = (EXACT, MIDRANGE)
 STEPS = {"F32": 2.0**-24, "F16": 2.0**-11, "BF16": 2.0**-8}  # relative error of rounding to nearest
@@ -38,10 +51,14 @@ class Container:
 
     name: str  # its common name
     bits: int  # n
-    zero: str  # FIXED, INTEGER or MINIMUM, as above
+    zero: str  # FIXED, INTEGER, MINIMUM or ELEMENTS, as above
     block: int = 1  # neighbouring in features that share a scale; a group must be made of whole blocks
     scale: str = "F16"  # dtype in which d and m are stored, as safetensors names it
     rows: int = 1  # the number of out features must be a multiple of this
+
+
+MXFP4 = Container(name="MXFP4", bits=4, zero=ELEMENTS, block=BLOCK, scale="E8M0")
+SIGNED = np.array([15 - code if code < 8 else code - 8 for code in range(16)], dtype=np.uint8)  # its bits, by int4 code
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +97,7 @@ class Misfit:
 
     reason: str  # in words
     blocked: bool = False  # whether only the weight's size is the reason
-    small: bool = False  # whether the container has too few integers
+    small: bool = False  # whether the container has too few numbers
 
 
 def largest_block(sizes: Sequence[int], group: int) -> int:
@@ -108,7 +125,10 @@ def _fit(container: Container, tensor: NestedTensor, bits: int, affine: Affine) 
     rows, columns = tensor.codes.shape
     scale, zero = affine
     _, unit, offset = integer_positions(bits, tensor.grid)
-    found = _fit_numbers(container, scale * unit, (zero - offset) / unit, levels(bits, tensor.rule, tensor.grid))
+    if container.zero == ELEMENTS:
+        found = _fit_elements(tensor, bits, scale, zero)
+    else:
+        found = _fit_numbers(container, scale * unit, (zero - offset) / unit, levels(bits, tensor.rule, tensor.grid))
     group = columns // scale.shape[1]
     if isinstance(found, Misfit):
         return found
@@ -149,11 +169,29 @@ def _fit_numbers(container: Container, scale: np.ndarray, zero: np.ndarray, coun
     return _storable(container, found, np.zeros(1))
 
 
+def _fit_elements(tensor: NestedTensor, bits: int, scale: np.ndarray, zero: np.ndarray) -> Fit | Misfit:
+    """Fit a slice to MXFP4, whatever the size of the weight."""
+    if tensor.grid != FLOAT or bits != MXFP4.bits or (zero != middle(bits)).any():
+        return Misfit(f"{MXFP4.name} holds only int4 of the float grid", small=True)
+    uneven = np.frexp(scale)[0] != 0.5
+    if uneven.any():
+        return Misfit(f"scale {float(scale[uneven][0]):g} is not a power of two ({MXFP4.name})")
+    return Fit(factor=_full(zero, 1), shift=_full(zero, 0), scale=scale, offset=np.zeros_like(zero))
+
+
+def exponents(scale: np.ndarray) -> np.ndarray:
+    """Return the stored exponents of powers of two, uint8: 127 + log2 (E8M0 of OCP Microscaling formats)."""
+    found: np.ndarray = (np.frexp(scale)[1] + 126).astype(np.uint8)
+    return found
+
+
 def encode(tensor: NestedTensor, bits: int, container: Container, zero_point: str = EXACT) -> Encoded:
     """Encode the ``bits``-bit slice as the integers of a container that holds it: u = factor * c + shift."""
     found = fit(container, tensor, bits, zero_point=zero_point)
     assert isinstance(found, Fit)  # it was when the container was chosen
     codes = slice_codes(tensor.codes, bits, rule=tensor.rule)
+    if container.zero == ELEMENTS:
+        return Encoded(codes=SIGNED[codes], fit=found)
     if tensor.grid != UNIFORM:
         codes = integer_positions(bits, tensor.grid)[0][codes]
     if found.factor.max() > 1 or found.shift.max() > 0:
@@ -208,6 +246,10 @@ def read_affine(tensor: NestedTensor, bits: int, *, zero_point: str = EXACT) -> 
 def decode(container: Container, encoded: Encoded) -> np.ndarray:
     """Return the weights that a reader of the format sees, float32 [N, K]: d and m (or d and o) as stored."""
     rows, columns = encoded.codes.shape
+    if container.zero == ELEMENTS:
+        number = (position_table(4, FLOAT) - middle(4))[np.argsort(SIGNED)][encoded.codes]
+        elements: np.ndarray = number * np.repeat(encoded.fit.scale, columns // encoded.fit.scale.shape[1], axis=1)
+        return elements
     scale = _rounded(encoded.fit.scale, container.scale)
     grouped = encoded.codes.reshape(rows, scale.shape[1], -1).astype(np.float32)
     if container.zero == MINIMUM:

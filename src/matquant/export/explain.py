@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from matquant.core.nest import UNIFORM
+from matquant.core.nest import FLOAT, UNIFORM
 from matquant.export import FORMATS, make_job
 from matquant.export.containers import EXACT
 from matquant.format.read import Checkpoint
@@ -65,8 +65,11 @@ def render(outcomes: Mapping[str, Mapping[str, Mapping[str, Any]]], checkpoint: 
     for to in outcomes:
         engines.add_row(to, FORMATS[to].engines)
     notes = ["+: some weights are in another type. -: not exact; the reasons are below."]
-    if checkpoint.spec.grid != UNIFORM:
-        notes.append("Slices of the companded grid take wider types; --requantise fits them to their width, at a loss.")
+    grid = checkpoint.spec.grid
+    if grid != UNIFORM:
+        notes.append(f"Slices of the {grid} grid take wider types; --requantise fits them to their width, at a loss.")
+    if grid == FLOAT:
+        notes.append("In groups of 32, int4 is MXFP4 without a loss.")
     return Group(table, engines, *notes, *_reasons(outcomes))
 
 

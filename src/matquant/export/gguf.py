@@ -40,7 +40,13 @@ ALIGNMENT = 32  # bytes, GGUF's default
 FAMILIES = supported("gguf")
 ROPE_FACTORS = "rope_freqs.weight"
 LARGEST = 2**31 - 1  # largest integer that llama.cpp keeps in 32 bits
-FILE_TYPES = {"Q2_K": "MOSTLY_Q2_K", "Q3_K": "MOSTLY_Q3_K_S", "Q4_K": "MOSTLY_Q4_K_S", "Q5_K": "MOSTLY_Q5_K_S"}
+FILE_TYPES = {
+    "MXFP4": "MOSTLY_MXFP4_MOE",
+    "Q2_K": "MOSTLY_Q2_K",
+    "Q3_K": "MOSTLY_Q3_K_S",
+    "Q4_K": "MOSTLY_Q4_K_S",
+    "Q5_K": "MOSTLY_Q5_K_S",
+}
 YARN_KEYS = {"rope_type", "rope_theta", "factor", "original_max_position_embeddings"}
 SAMPLING = {"temperature": "temp", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
 

@@ -1,9 +1,12 @@
-"""Slices of the companded grid, fitted again to evenly spaced codes, for formats that hold nothing else.
+"""Slices of the companded and float grids, fitted again to formats of their width.
 
-Positions on the companded grid are not evenly spaced, so a format of r bits cannot hold an r-bit slice exactly. Here
+Positions on these grids are not evenly spaced, so an integer format of r bits cannot hold an r-bit slice exactly. Here
 the slice's weights w are rounded to scale * (u - zero), u in 0..2^r - 1, with the scale of every group fitted by least
 squares: the best of CLIPS times the largest weight, then ROUNDS of fitting and rounding. This changes the weights, and
 the loss is reported: the squared distance to the slice over the squared slice. 8-bit weights stay as they are, exact.
+
+int4 of the float grid becomes MXFP4 instead: numbers of int4 in blocks of 32 whose scale is a power of two, the best of
+the one that OCP's specification gives, its half and its double. In groups of 32 it is MXFP4 already, without a loss.
 
 N out features, K in features, G groups.
 """
@@ -14,9 +17,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from matquant.core.grid import decode, encode
-from matquant.core.nest import MASTER_BITS, OWN, UNIFORM, middle
+from matquant.core.grid import BLOCK, SMALLEST_SCALE, decode, encode
+from matquant.core.nest import FLOAT, MASTER_BITS, OWN, UNIFORM, middle, positions
 from matquant.core.tensor import NestedTensor
+from matquant.export.containers import MXFP4
 from matquant.format.read import Checkpoint
 
 CLIPS = (1.0, 0.9, 0.8, 0.7, 0.6)  # scales that are tried, relative to the one that reaches the largest weight
@@ -37,6 +41,8 @@ class Requantised(Checkpoint):
         tensor, bits = self.source.nested(path, mapped=mapped), self.plan[path]
         if bits == MASTER_BITS:
             return tensor
+        if tensor.grid == FLOAT and bits == MXFP4.bits:
+            return blocks(tensor)
         if path not in self.scales:
             self.scales[path] = fit_scale(tensor, bits, zero=_zero(bits, centred=self.centred))
         return requantise(tensor, bits, self.scales[path], centred=self.centred)
@@ -70,6 +76,26 @@ def requantise(tensor: NestedTensor, bits: int, scale_NG: np.ndarray, *, centred
         rule="prefix" if centred else "round",
         slices={bits: (scale_NG, zero_NG)},
     )
+
+
+def blocks(tensor: NestedTensor) -> NestedTensor:
+    """Return the 4-bit slice of the float grid as MXFP4, on the float grid; itself if rows are no whole blocks."""
+    weight_NK = np.asarray(tensor.read(4))
+    if weight_NK.shape[1] % BLOCK:
+        return tensor
+    weight = weight_NK.reshape(len(weight_NK), -1, BLOCK)
+    zero = np.full(weight.shape[:2], middle(4), dtype=np.float32)
+    exponent = np.floor(np.log2(np.maximum(np.abs(weight).max(-1), SMALLEST_SCALE))) - 2
+    best, least = np.zeros_like(zero), np.full(zero.shape, np.inf, dtype=np.float32)
+    codes = np.zeros_like(tensor.codes)
+    for more in (0, -1, 1):
+        scale = np.exp2(exponent + more).astype(np.float32)
+        found = encode(weight_NK, scale, zero, bits=4, grid=FLOAT)
+        error = np.square(weight - decode(positions(found, 4, grid=FLOAT), scale, zero).reshape(weight.shape)).sum(-1)
+        better = error < least
+        best, least = np.where(better, scale, best), np.minimum(error, least)
+        codes = np.where(np.repeat(better, BLOCK, axis=1), found << 4, codes)
+    return dataclasses.replace(tensor, codes=codes, slices={4: (best, zero)})
 
 
 def fit_scale(tensor: NestedTensor, bits: int, *, zero: float) -> np.ndarray:

@@ -57,7 +57,7 @@ class Planes(torch.nn.Module):
 
 
 def why_dense(
-    *, rule: str, group: int | None, columns: int, device: str, dtype: torch.dtype, kernels: str = "auto"
+    *, rule: str, grid: str, group: int | None, columns: int, device: str, dtype: torch.dtype, kernels: str = "auto"
 ) -> str | None:
     """Return why planes do not serve a rank's part with K ``columns``, as half a sentence; None if they do.
 
@@ -68,7 +68,7 @@ def why_dense(
         return f"tensor parallelism leaves a rank {columns} inputs, which cuts a group of {group}"
     if device == "cpu" and kernels != "planes":
         return "a product with planes needs a GPU"
-    obstacle = why_not(rule=rule, group=group or columns, columns=columns)
+    obstacle = why_not(rule=rule, grid=grid, group=group or columns, columns=columns)
     return obstacle if obstacle is not None or device == "cpu" else gpu.why_not(device, dtype, "float")
 
 

@@ -152,6 +152,7 @@ class NestedConfig(QuantizationConfig):  # type: ignore[misc]
             return f"vLLM makes {stacked} parts of {', '.join(paths)}"
         return why_dense(
             rule=checkpoint.spec.rule,
+            grid=checkpoint.spec.grid,
             group=checkpoint.spec.group_size,
             columns=layer.input_size // (layer.tp_size if isinstance(layer, RowParallelLinear) else 1),
             device=current_platform.device_type,

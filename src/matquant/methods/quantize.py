@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from matquant.core.grid import check_finite
-from matquant.core.nest import MASTER_BITS, UNIFORM
+from matquant.core.nest import FLOAT, MASTER_BITS, UNIFORM
 from matquant.core.spec import Spec
 from matquant.core.tensor import NestedTensor
 from matquant.distributed.collect import check_same, held_rows, on_first, together, wait
@@ -231,7 +231,7 @@ def _make_grid(prepared: Prepared, report: Report) -> Grid:
         affine=request.affine,
         zeros=request.zeros,
         storable=common.scale_dtype == "bfloat16",
-        sliced=_own_affines(request.affine, baseline),
+        sliced=_own_affines(request.affine, baseline, common.grid),
         kind=common.grid,
     )
     may_choose = common.symmetric is None and baseline is None and common.grid == UNIFORM
@@ -319,10 +319,12 @@ def _objective(request: Request) -> str:
     return str(baseline) if baseline is not None and not request.widths[0].teachers else request.objective
 
 
-def _own_affines(affine: str, baseline_bits: int | None) -> tuple[int, ...]:
+def _own_affines(affine: str, baseline_bits: int | None, grid: str) -> tuple[int, ...]:
+    """Return the widths with a per-width scale. int4 of the float grid keeps the 8-bit scale: it is nearest already."""
     if affine == "none":
         return ()
-    return AFFINE_WIDTHS if baseline_bits in (None, MASTER_BITS) else (baseline_bits,)
+    widths = AFFINE_WIDTHS if baseline_bits in (None, MASTER_BITS) else (baseline_bits,)
+    return tuple(bits for bits in widths if grid != FLOAT or bits != 4)
 
 
 def _with_notice(report: Report, notice: str) -> Report:

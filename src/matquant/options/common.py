@@ -86,7 +86,8 @@ class Common:
     )
     grid: str = option(
         UNIFORM,
-        "Spacing of the 256 positions: uniform, or companded (finer near 0; better slices, fewer exact exports).",
+        "Spacing of the 256 positions: uniform, companded (finer near 0; better slices, fewer exact exports), or float "
+        "(int4 is MXFP4; rtn and gptq).",
         panel=GRID,
         choices=GRIDS,
     )

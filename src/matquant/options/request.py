@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from matquant.calibration import calibration_text
-from matquant.core.nest import CENTRE, OWN, check_bits, check_grid
+from matquant.core.nest import CENTRE, FLOAT, OWN, check_bits, check_grid
 from matquant.format.side_files import side_files
 from matquant.format.write import check_writable
 from matquant.hf.source import check_source
@@ -153,6 +153,11 @@ def _check_grid(request: Request) -> None:
     common, symmetric = request.common, request.common.symmetric is not False
     _check_zero_point(common.zero_point, affine=request.affine, rule=common.rule, symmetric=symmetric)
     check_grid(common.grid, rule=common.rule, symmetric=symmetric)
+    if common.grid == FLOAT and request.method.learns_affine:
+        raise InputError(
+            f"--grid float works with methods rtn and gptq, found method {request.choice.method!r}, which would train "
+            "its power-of-two scales; use --method gptq, or --grid companded"
+        )
     check_patterns(common.exclude)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from matquant.core.nest import COMPANDED, UNIFORM
+from matquant.core.nest import COMPANDED, FLOAT, UNIFORM
 from matquant.format.contents import file_bytes, slice_counts
 from matquant.format.describe import ends_words, float_bytes, float_dtype, parameters, scope_words, size
 from matquant.format.manifest import side_file
@@ -21,6 +21,7 @@ WIDTHS = (8, 6, 4, 3, 2)
 GRID_WORDS = {
     UNIFORM: "uniform: evenly spaced positions",
     COMPANDED: "companded: positions closer together near 0",
+    FLOAT: "float: floating point, int4 has the values of MXFP4",
 }
 COMPARED = {"kld": "KL divergence from the reference", "top1": "same top token as the reference"}
 

@@ -237,6 +237,7 @@ def encode_clipped(
         beta=beta,
         storable=grid.storable,
         finite=finite,
+        grid=grid.kind,
         name=name,
     )
     if grid.bits == MASTER_BITS:
