@@ -155,7 +155,7 @@ def test_int4_of_a_block_is_as_near_as_mxfp4_of_the_float_weights() -> None:
     ("method", "options"),
     [
         ("rtn", {}),
-        ("gptq", {"samples": 8, "seq_len": 32}),
+        pytest.param("gptq", {"samples": 8, "seq_len": 32}, marks=pytest.mark.slow),
         pytest.param("gptq", {"samples": 8, "seq_len": 32, "tune": 2}, marks=pytest.mark.slow),
         pytest.param("gptq", {"samples": 8, "seq_len": 32, "baseline_bits": 4}, marks=pytest.mark.slow),
     ],
