@@ -918,6 +918,7 @@ def test_quantising_takes_every_option_of_the_record(run: Run, llama: Path, tmp_
         "zeros": "own",
         "grid": "uniform",
         "head_bits": None,
+        "experts": None,
     }
 
 
@@ -1350,7 +1351,7 @@ FLAGS: dict[str, list[str]] = {
     ],
     "plan": [
         "--out", "--strategy", "--bits-per-weight", "--size", "--tokens-per-second", "--text", "--reference",
-        "--widths", "--fused", "--samples", "--seq-len", "--seed", "--device", "--evaluations", "--pareto",
+        "--widths", "--fused", "--experts", "--samples", "--seq-len", "--seed", "--device", "--evaluations", "--pareto",
         "--baselines", "--plot", "--help",
     ],
     "inspect": ["--json", "--help"],
@@ -1376,8 +1377,7 @@ FLAGS: dict[str, list[str]] = {
     ],
     "export": [
         "--to", "--out", "--bits", "--plan", "--zero-point", "--dtype", "--base-model", "--measured",
-        "--requantise", "--explain",
-        "--overwrite", "--help",
+        "--requantise", "--split-experts", "--explain", "--overwrite", "--help",
     ],
     "demo": ["--out", "--help"],
 }  # fmt: skip
