@@ -78,6 +78,14 @@ class Uniform(Protocol):
     def random(self) -> float: ...
 
 
+def log_probabilities(logits_TV: np.ndarray, targets: Sequence[int]) -> np.ndarray:
+    """Return the log-probability of a target token in each row of logits, nats, float64 [T]."""
+    values_TV = logits_TV.astype(np.float64)
+    largest_T = values_TV.max(axis=1)
+    totals_T = largest_T + np.log(np.exp(values_TV - largest_T[:, None]).sum(axis=1))
+    return np.asarray(values_TV[np.arange(len(values_TV)), targets] - totals_T)
+
+
 def choose(logits: np.ndarray, sampling: Sampling, generator: Uniform) -> int:
     """Return the next token id from logits [vocab], float32. InputError if they are not finite."""
     return pick(logits, sampling, generator.random)
