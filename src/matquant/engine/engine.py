@@ -56,8 +56,8 @@ class Engine:
 
     path: a checkpoint directory, perhaps with its first planes only. max_bits: keep only the planes that widths up to
     this one need; as an attribute the widest width that is in memory. threads: None for OMP_NUM_THREADS or all cores
-    this process may use. activations: "int8" or "float". check_hashes, mmap: as in ``open_checkpoint``. resident, swaps:
-    most bytes of weights, such as "2GB", for a model with experts (resident.py). InputError if it cannot be decoded.
+    this process may use. activations: "int8" or "float". check_hashes, mmap: as in ``open_checkpoint``. resident: a
+    budget for weights, such as "2GB", with swaps to replay (resident.py). InputError if it cannot be decoded.
     """
 
     def __init__(

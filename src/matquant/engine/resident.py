@@ -44,8 +44,8 @@ class Swap(NamedTuple):
 class Residency:
     """Which planes of experts are in memory. The engine calls it from one thread at a time.
 
-    budget_bytes: most bytes of weights. widths: those of the levels (worth.py). swaps: done so far. failure: why planes
-    could not be read; then there are no more swaps.
+    budget_bytes: most bytes of weights. least_bytes: of weights with all experts at the narrowest width. widths: those
+    of the levels (worth.py). swaps: done so far. failure: why planes could not be read; then there are no more swaps.
     """
 
     def __init__(
@@ -76,12 +76,12 @@ class Residency:
         self._sizes = Sizes(bytes_P=bytes_P, gains_P=-np.diff(4.0 ** -np.array(read)) / bytes_P)
         self._levels_E = np.zeros(len(self._places), np.int64)
         self._used_E = np.ones(len(self._places))
-        self._fixed_bytes = plain_bytes(checkpoint) + sum(weight.planes.bytes for weight in model.weights.values())
+        self.least_bytes = plain_bytes(checkpoint) + sum(weight.planes.bytes for weight in model.weights.values())
         self._allowed_bytes, self._allowed_at = 0.0, time.monotonic()
         self._reader: threading.Thread | None = None
         self._read: Levels = {}
         self._replayed = None if swaps is None else [Swap(*entry) for entry in swaps]
-        _check_budget(checkpoint, budget_bytes, self._fixed_bytes)
+        _check_budget(checkpoint, budget_bytes, self.least_bytes)
 
     def start(self, model: Model) -> Model:
         """Return the model with as many planes as the budget holds, given to all experts alike."""
@@ -114,7 +114,7 @@ class Residency:
         levels_E = self._levels_E.copy()
         for expert, level in self._read.items():
             levels_E[expert] = level
-        return self._fixed_bytes + self._sizes.total(levels_E)
+        return self.least_bytes + self._sizes.total(levels_E)
 
     def stats(self) -> dict[str, Any]:
         """Return counts since the start: steps, swaps, bytes read, bytes in memory, and tokens by width.
@@ -131,7 +131,7 @@ class Residency:
 
     @property
     def _room(self) -> int:
-        return self.budget_bytes - self._fixed_bytes
+        return self.budget_bytes - self.least_bytes
 
     def _begin(self, model: Model) -> Model:
         """Free the planes that make room for more valuable ones, and begin to read those."""

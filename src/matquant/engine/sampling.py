@@ -7,7 +7,7 @@ token takes one uniform number from a generator seeded once per call, so the sam
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
