@@ -74,7 +74,7 @@ def measure(engines: list[Engine]) -> list[dict[str, Any]]:
     sessions = [engine.session(CONTEXT) for engine in engines]
     rates: list[list[float]] = [[] for _ in engines]
     random = np.random.default_rng(0)
-    before: list[dict[str, Any]] = []
+    before: list[dict[str, float]] = []
     for count in (WARM_TOKENS, *[ROUND_TOKENS] * ROUNDS):
         tokens = random.integers(0, SHAPE["vocab_size"], count).tolist()
         for session, found in zip(sessions, rates, strict=True):
@@ -83,24 +83,24 @@ def measure(engines: list[Engine]) -> list[dict[str, Any]]:
     rows = []
     for engine, found, old in zip(engines, rates, before, strict=True):
         new = stats(engine)
-        tokens_by_width = {bits: n - old["tokens_by_width"].get(bits, 0) for bits, n in new["tokens_by_width"].items()}
-        total = sum(tokens_by_width.values())
+        tokens = {key[-1]: n - old.get(key, 0) for key, n in new.items() if "/" in key}
+        total = sum(tokens.values())
         ratios = [rate / whole for rate, whole in zip(found[1:], rates[-1][1:], strict=True)]
         rows.append(
             {
                 "mb": new["resident_bytes"] / 1e6,
                 "tok_s": statistics.median(found[1:]),
                 "ratio": statistics.median(ratios),
-                "shares": {bits: n / total for bits, n in tokens_by_width.items()},
-                "swaps": new["swaps"] - old["swaps"],
-                "swap_mb": (new["swap_bytes"] - old["swap_bytes"]) / 1e6,
-                "swap_mb_before": old["swap_bytes"] / 1e6,
+                "shares": {bits: n / total for bits, n in tokens.items()},
+                "swaps": new["expert_swaps"] - old["expert_swaps"],
+                "swap_mb": (new["expert_swap_bytes"] - old["expert_swap_bytes"]) / 1e6,
+                "swap_mb_before": old["expert_swap_bytes"] / 1e6,
             }
         )
     return rows
 
 
-def stats(engine: Engine) -> dict[str, Any]:
+def stats(engine: Engine) -> dict[str, float]:
     """Return the counts of an engine with a budget."""
     assert engine.residency is not None
     return engine.residency.stats()

@@ -60,6 +60,11 @@ def plan_of(engine: matquant.Engine, bits: int = 8) -> Plan:
     return Plan(default=bits, bits={path: min(bits, width) for path, width in held.items() if ".experts." in path})
 
 
+def tokens_by_width(engine: matquant.Engine) -> dict[int, int]:
+    counts = engine.residency.stats()
+    return {int(key.split("/")[1]): count for key, count in counts.items() if "/" in key}
+
+
 def use(engine: matquant.Engine, prompt: list[int], times: int) -> None:
     """Run steps, with a little time for planes to be read meanwhile."""
     for _ in range(times):
@@ -82,7 +87,7 @@ def test_with_the_least_budget_all_experts_are_read_at_int2(
         assert not np.array_equal(expected, plain.score(prompt, bits=bits))
     assert engine.residency.resident_bytes == budgets[0]
     tokens = sum(len(prompt) - 1 for prompt in PROMPTS)
-    assert engine.residency.stats()["tokens_by_width"] == {2: tokens * ACTIVE * LAYERS}
+    assert tokens_by_width(engine) == {2: tokens * ACTIVE * LAYERS}
 
 
 @pytest.mark.parametrize("activations", ["int8", pytest.param("float", marks=pytest.mark.slow)])
@@ -96,7 +101,7 @@ def test_a_budget_for_everything_changes_nothing(directory: Path, budgets: tuple
     assert held_bytes(engine) == held_bytes(other)
     count = (len(PROMPTS[0]) - 1) * ACTIVE * LAYERS
     expected = {bits: count * (41 if bits == 8 else 1) for bits in range(1, 9)}
-    assert engine.residency.stats()["tokens_by_width"] == expected
+    assert tokens_by_width(engine) == expected
 
 
 def test_every_step_reads_what_is_in_memory_while_planes_come_and_go(
@@ -120,7 +125,7 @@ def test_every_step_reads_what_is_in_memory_while_planes_come_and_go(
         seen[layer, expert] = bits
     assert rises > 0
     assert falls > 0
-    assert len(engine.residency.stats()["tokens_by_width"]) > 1
+    assert len(tokens_by_width(engine)) > 1
 
 
 @pytest.mark.slow
@@ -163,8 +168,8 @@ def test_replayed_swaps_give_the_same_text_and_scores(directory: Path, budgets: 
     again = matquant.Engine(directory, threads=2, resident=budget, swaps=swaps)
     assert run(again) == expected
     assert again.residency.swaps == first.residency.swaps
-    for count in ("steps", "swaps", "swap_bytes", "tokens_by_width"):
-        assert again.residency.stats()[count] == first.residency.stats()[count]
+    counts = [engine.residency.stats() | {"resident_bytes": 0} for engine in (first, again)]  # one may be reading
+    assert counts[0] == counts[1]
     assert run(matquant.Engine(directory, threads=1, resident=budget, swaps=[])) != expected
 
 

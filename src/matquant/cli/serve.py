@@ -51,6 +51,15 @@ ToolFormat = Annotated[
     Option(help="Form of tool calls: hermes, llama3 or mistral.", show_default="from its template"),
 ]
 MaxBits = Annotated[int, Option(help="Keep in memory only the bits that widths up to this one need.")]
+Resident = Annotated[
+    str | None,
+    Option(
+        metavar="SIZE",
+        help="Memory for weights, such as 20GB: experts get more bits as they are used.",
+        show_default="all of them",
+        rich_help_panel=LIMITS,
+    ),
+]
 Context = Annotated[
     int | None,
     Option(
@@ -110,6 +119,7 @@ def serve(
     speculate: Speculate = "off",
     tool_format: ToolFormat = None,
     max_bits: MaxBits = 8,
+    resident: Resident = None,
     context: Context = None,
     max_num_seqs: MaxNumSeqs = 16,
     max_queued: MaxQueued = 128,
@@ -133,7 +143,7 @@ def serve(
     batching = {"max_num_seqs": max_num_seqs, "max_queued_requests": max_queued, "widths": listed, "min_bits": min_bits}
     batching |= {"kv_bytes": None if kv_bytes is None else read_size(kv_bytes, "--kv-bytes")}
     batching |= {"prefill_bits": prefill_bits}
-    engine = {"max_bits": max_bits, "threads": threads, "activations": activations}
+    engine = {"max_bits": max_bits, "threads": threads, "activations": activations, "resident": resident}
     settings = run.Settings(
         directory=directory,
         engine={**engine, "check_hashes": check_hashes, "mmap": mmap},

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -61,7 +61,7 @@ class Residency:
         self.budget_bytes = budget_bytes
         self.widths = levels_up_to(max_bits, rule=rule)
         self.step = self.swap_bytes = 0
-        self.tokens_by_width = np.zeros(MASTER_BITS + 1, np.int64)
+        self._tokens_by_width = np.zeros(MASTER_BITS + 1, np.int64)
         self.swaps: list[Swap] = []
         self.failure: str | None = None
         self._checkpoint = checkpoint
@@ -96,10 +96,7 @@ class Residency:
     def after(self, model: Model, workspace: _native.Workspace) -> Model:
         """Note a step that has ended, and exchange planes if it is time; return the model."""
         self.step += 1
-        used = workspace.used
-        self.tokens_by_width += used.sum(axis=0)[: MASTER_BITS + 1].astype(np.int64)
-        self._used_E = 1 + (self._used_E - 1) * 0.5 ** (1 / HALF_LIFE_STEPS) + used.sum(axis=1)
-        used[:] = 0
+        self._count(workspace.used)
         if self._replayed is not None:
             return self._replay(model, self._replayed)
         if self._reader is not None:
@@ -107,6 +104,17 @@ class Residency:
         if self.step % PERIOD_STEPS or self.failure is not None:
             return model
         return self._begin(model)
+
+    def _count(self, used: np.ndarray) -> None:
+        """Add up what a step used, uint32 [E, widths], and clear it."""
+        cells = np.flatnonzero(used)
+        experts, widths = np.divmod(cells, used.shape[1])
+        tokens = used[experts, widths]
+        np.add.at(self._used_E, experts, tokens)
+        np.add.at(self._tokens_by_width, widths, tokens)
+        used[experts, widths] = 0
+        if self.step % PERIOD_STEPS == 0:
+            self._used_E = 1 + (self._used_E - 1) * 0.5 ** (PERIOD_STEPS / HALF_LIFE_STEPS)
 
     @property
     def resident_bytes(self) -> int:
@@ -116,17 +124,17 @@ class Residency:
             levels_E[expert] = level
         return self.least_bytes + self._sizes.total(levels_E)
 
-    def stats(self) -> dict[str, Any]:
-        """Return counts since the start: steps, swaps, bytes read, bytes in memory, and tokens by width.
+    def stats(self) -> dict[str, float]:
+        """Return bytes of weights in memory, and counts since the start: swaps, bytes read, and tokens by width.
 
-        A token counts once for each expert that it used in each layer, at the width of the expert's gate.
+        "expert_tokens/4" is how often an expert was read at int4: a token counts for each of its experts in each layer.
         """
+        tokens = {f"expert_tokens/{bits}": int(count) for bits, count in enumerate(self._tokens_by_width) if count}
         return {
-            "steps": self.step,
-            "swaps": len(self.swaps),
-            "swap_bytes": self.swap_bytes,
             "resident_bytes": self.resident_bytes,
-            "tokens_by_width": {bits: int(count) for bits, count in enumerate(self.tokens_by_width) if count},
+            "expert_swaps": len(self.swaps),
+            "expert_swap_bytes": self.swap_bytes,
+            **tokens,
         }
 
     @property
