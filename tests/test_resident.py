@@ -17,6 +17,7 @@ from matquant.core.planes import add_planes
 from matquant.core.spec import Plan
 from matquant.engine.resident import SWAP_BYTES, levels_up_to
 from matquant.engine.worth import Sizes, exchange, wanted
+from serving import alone, generation, run, starting
 from test_runtime import make
 
 EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
@@ -150,27 +151,40 @@ def test_sessions_of_several_threads_go_on(directory: Path, plain: matquant.Engi
     assert engine.residency.step == 61 * len(PROMPTS)
 
 
+def test_a_server_counts_the_widths_that_experts_were_read_at(
+    directory: Path, plain: matquant.Engine, budgets: tuple[int, int]
+) -> None:
+    engine = matquant.Engine(directory, threads=1, resident=budgets[0])
+    with starting(engine) as get:
+        batcher = get()
+        [receiver] = run(batcher, generation(PROMPTS[0], bits=8, max_tokens=6))
+        counts = batcher.stats()
+    assert counts["expert_tokens/2"] == (len(PROMPTS[0]) + len(receiver.tokens) - 1) * ACTIVE * LAYERS
+    assert counts["resident_bytes"] == budgets[0]
+    assert receiver.tokens == alone(plain, generation(PROMPTS[0], plan=plan_of(engine), max_tokens=6))
+
+
 # ------------------------------------------------------------------------------------------------------------- replayed
 
 
 def test_replayed_swaps_give_the_same_text_and_scores(directory: Path, budgets: tuple[int, int]) -> None:
     budget = between(budgets, 0.3)
 
-    def run(engine: matquant.Engine) -> list[Any]:
+    def answers(engine: matquant.Engine) -> list[Any]:
         use(engine, PROMPTS[0], 40)
-        texts = [engine.generate(prompt, max_tokens=40) for prompt in PROMPTS]
+        texts = [engine.generate(prompt, max_tokens=24) for prompt in PROMPTS]
         return [*texts, engine.score(PROMPTS[0]).tolist(), engine.score(PROMPTS[1]).tolist()]
 
     first = matquant.Engine(directory, threads=1, resident=budget)
-    expected = run(first)
+    expected = answers(first)
     swaps = json.loads(json.dumps(first.residency.swaps))
     assert swaps
     again = matquant.Engine(directory, threads=2, resident=budget, swaps=swaps)
-    assert run(again) == expected
+    assert answers(again) == expected
     assert again.residency.swaps == first.residency.swaps
     counts = [engine.residency.stats() | {"resident_bytes": 0} for engine in (first, again)]  # one may be reading
     assert counts[0] == counts[1]
-    assert run(matquant.Engine(directory, threads=1, resident=budget, swaps=[])) != expected
+    assert answers(matquant.Engine(directory, threads=1, resident=budget, swaps=[])) != expected
 
 
 # -------------------------------------------------------------------------------------------------------------- policy
@@ -257,9 +271,7 @@ def test_planes_that_cannot_be_read_leave_the_experts_as_they_are(
     np.testing.assert_array_equal(engine.score(PROMPTS[0]), plain.score(PROMPTS[0], plan=plan_of(engine)))
 
 
-def test_errors_name_the_budget_and_what_would_do(
-    directory: Path, plain: matquant.Engine, budgets: tuple[int, int], llama: Path, tmp_path: Path
-) -> None:
+def test_errors_name_the_budget_and_what_would_do(directory: Path, budgets: tuple[int, int]) -> None:
     least = budgets[0]
     with pytest.raises(matquant.InputError, match="below the int2 floor"):
         matquant.Engine(directory, resident=1)  # before anything is loaded
@@ -269,10 +281,8 @@ def test_errors_name_the_budget_and_what_would_do(
         f"resident={least - 1} bytes is below the int2 floor: {directory} needs at least {least} bytes "
         "with its experts at int2; give more, or a smaller max_bits"
     )
-    dense = conftest.quantize(llama, tmp_path / "dense", method="rtn")
     engine = matquant.Engine(directory, threads=1, resident=least)
     for call, message in (
-        (lambda: matquant.Engine(dense, resident="1GB"), f"{dense} has none; use a smaller max_bits"),
         (lambda: matquant.Engine(directory, resident="much"), "resident 'much' is not a size"),
         (lambda: matquant.Engine(directory, swaps=[]), "give resident as well"),
         (lambda: matquant.Engine(directory, resident=WHOLE, swaps=[[1, 0, 6, 8]]), "replay swaps of this checkpoint"),
@@ -285,3 +295,13 @@ def test_errors_name_the_budget_and_what_would_do(
             call()
         assert message in str(caught.value)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.slow
+def test_a_model_without_experts_has_nothing_to_divide(llama: Path, tmp_path: Path) -> None:
+    out = conftest.quantize(llama, tmp_path / "dense", method="rtn")
+    with pytest.raises(matquant.InputError) as caught:
+        matquant.Engine(out, resident="1GB")
+    assert str(caught.value) == (
+        f"resident=1GB needs a model with quantised experts, and {out} has none; use a smaller max_bits"
+    )
