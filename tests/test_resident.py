@@ -284,6 +284,7 @@ def test_errors_name_the_budget_and_what_would_do(directory: Path, budgets: tupl
     engine = matquant.Engine(directory, threads=1, resident=least)
     for call, message in (
         (lambda: matquant.Engine(directory, resident="much"), "resident 'much' is not a size"),
+        (lambda: matquant.Engine(directory, resident=2.5e9), "give a text or an integer"),
         (lambda: matquant.Engine(directory, swaps=[]), "give resident as well"),
         (lambda: matquant.Engine(directory, resident=WHOLE, swaps=[[1, 0, 6, 8]]), "replay swaps of this checkpoint"),
         (lambda: matquant.Engine(directory, resident=WHOLE, swaps=[[1, 0, 0, 5]]), "replay swaps of this checkpoint"),

@@ -152,7 +152,8 @@ void check_layer(const std::vector<HeldMatrix*>& matrices, const std::vector<Vec
 Experts add_experts(HeldModel& held, Adder& adder, const Routing& routing) {
   Experts experts;
   experts.active = routing.active;
-  for (const Layer& layer : held.model.layers) experts.first += static_cast<int>(layer.feed_forward.experts.each.size());
+  for (const Layer& before : held.model.layers)
+    experts.first += static_cast<int>(before.feed_forward.experts.each.size());
   experts.renormalise = routing.renormalise;
   require(adder.next().nested == nullptr, "a router is nested");
   experts.router = adder.add(routing.experts, held.model.hidden);

@@ -143,7 +143,8 @@ def serve(
     batching = {"max_num_seqs": max_num_seqs, "max_queued_requests": max_queued, "widths": listed, "min_bits": min_bits}
     batching |= {"kv_bytes": None if kv_bytes is None else read_size(kv_bytes, "--kv-bytes")}
     batching |= {"prefill_bits": prefill_bits}
-    engine = {"max_bits": max_bits, "threads": threads, "activations": activations, "resident": resident}
+    engine = {"max_bits": max_bits, "threads": threads, "activations": activations}
+    engine |= {"resident": None if resident is None else read_size(resident, "--resident")}
     settings = run.Settings(
         directory=directory,
         engine={**engine, "check_hashes": check_hashes, "mmap": mmap},

@@ -22,7 +22,7 @@ from matquant.engine.model import Model, load_model
 from matquant.engine.worth import Levels, Sizes, exchange, wanted
 from matquant.format.read import Checkpoint
 from matquant.format.sizes import plain_bytes
-from matquant.system.arguments import read_size
+from matquant.system.arguments import check_given, read_size
 from matquant.system.errors import InputError
 
 FLOOR_BITS = 2  # width that every expert keeps
@@ -230,6 +230,7 @@ def load_within(
     swaps: those of an earlier run, to be done at the same steps in place of new ones; None: new ones. InputError if
     the experts do not fit at int2 beside the other weights, or the swaps are of another model or budget.
     """
+    check_given(resident=resident)
     if resident is None:
         if swaps is not None:
             raise InputError("swaps are replayed within the budget of their run; give resident as well")
