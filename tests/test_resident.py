@@ -288,6 +288,7 @@ def test_errors_name_the_budget_and_what_would_do(directory: Path, budgets: tupl
         (lambda: matquant.Engine(directory, swaps=[]), "give resident as well"),
         (lambda: matquant.Engine(directory, resident=WHOLE, swaps=[[1, 0, 6, 8]]), "replay swaps of this checkpoint"),
         (lambda: matquant.Engine(directory, resident=WHOLE, swaps=[[1, 0, 0, 5]]), "replay swaps of this checkpoint"),
+        (lambda: matquant.Engine(directory, resident=WHOLE, swaps=[[1, 0]]), "[1, 0] is not a swap"),
         (lambda: matquant.Engine(directory, resident=least, swaps=[[1, 0, 0, 8]]), "use the budget that it was"),
         (engine.add_planes, "open an engine without it"),
         (lambda: engine.evict(2), "open an engine without it"),
@@ -299,10 +300,28 @@ def test_errors_name_the_budget_and_what_would_do(directory: Path, budgets: tupl
 
 
 @pytest.mark.slow
-def test_a_model_without_experts_has_nothing_to_divide(llama: Path, tmp_path: Path) -> None:
-    out = conftest.quantize(llama, tmp_path / "dense", method="rtn")
-    with pytest.raises(matquant.InputError) as caught:
-        matquant.Engine(out, resident="1GB")
-    assert str(caught.value) == (
-        f"resident=1GB needs a model with quantised experts, and {out} has none; use a smaller max_bits"
-    )
+def test_a_model_without_quantised_experts_has_nothing_to_divide(directory: Path, llama: Path, tmp_path: Path) -> None:
+    dense = conftest.quantize(llama, tmp_path / "dense", method="rtn")
+    source = directory.parent / "float"
+    partly = conftest.quantize(source, tmp_path / "partly", method="rtn", scope="linears", exclude=["0.mlp.experts"])
+    for out, message in (
+        (dense, f"resident needs a model with quantised experts, and {dense} has none; use a smaller max_bits"),
+        (
+            partly,
+            "resident needs a model with all experts quantised, and model.layers.0.mlp.experts.0.gate_proj of "
+            f"{partly} is not; leave it out",
+        ),
+    ):
+        with pytest.raises(matquant.InputError) as caught:
+            matquant.Engine(out, resident="1GB")
+        assert str(caught.value) == message
+
+
+@pytest.mark.slow
+def test_max_bits_limits_what_experts_get(directory: Path, plain: matquant.Engine, budgets: tuple[int, int]) -> None:
+    for most in (1, 2, 4):
+        engine = matquant.Engine(directory, threads=1, max_bits=most, resident=budgets[1])
+        use(engine, PROMPTS[0], 40)
+        for bits in range(1, most + 1):
+            np.testing.assert_array_equal(engine.score(PROMPTS[0], bits=bits), plain.score(PROMPTS[0], bits=bits))
+        assert engine.residency.swaps == []

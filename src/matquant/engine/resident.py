@@ -67,6 +67,11 @@ class Residency:
         self._checkpoint = checkpoint
         self._paths: dict[tuple[int, int], list[str]] = {}  # (layer, expert) -> its matrices, in native order
         for path in model.shares:
+            if path not in model.weights:
+                raise InputError(
+                    f"resident needs a model with all experts quantised, and {path} of {checkpoint.directory} is not; "
+                    "leave it out"
+                )
             parts = path.split(".")
             self._paths.setdefault((int(parts[2]), int(parts[-2])), []).append(path)
         self._places = list(self._paths)
@@ -80,7 +85,7 @@ class Residency:
         self._allowed_bytes, self._allowed_at = 0.0, time.monotonic()
         self._reader: threading.Thread | None = None
         self._read: Levels = {}
-        self._replayed = None if swaps is None else [Swap(*entry) for entry in swaps]
+        self._replayed = None if swaps is None else [_read_swap(entry) for entry in swaps]
         _check_budget(checkpoint, budget_bytes, self.least_bytes)
 
     def start(self, model: Model) -> Model:
@@ -248,6 +253,13 @@ def check_change(max_bits: int, residency: Residency | None) -> None:
         raise InputError("resident decides which planes are in memory; open an engine without it to add or evict some")
 
 
+def _read_swap(entry: Sequence[int]) -> Swap:
+    try:
+        return Swap(*entry)
+    except TypeError:
+        raise InputError(f"{entry!r} is not a swap; give (step, layer, expert, bits)") from None
+
+
 def _read_budget(resident: str | int, checkpoint: Checkpoint, *, max_bits: int) -> int:
     """Return a budget such as "2GB" in bytes, before anything is loaded.
 
@@ -257,7 +269,7 @@ def _read_budget(resident: str | int, checkpoint: Checkpoint, *, max_bits: int) 
     experts = {path for path in checkpoint.shapes if ".experts." in path}
     if not experts:
         raise InputError(
-            f"resident={resident} needs a model with quantised experts, and {checkpoint.directory} has none; "
+            f"resident needs a model with quantised experts, and {checkpoint.directory} has none; "
             "use a smaller max_bits"
         )
     needed_bytes = plain_bytes(checkpoint)
