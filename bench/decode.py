@@ -183,10 +183,12 @@ def write_random(
     *,
     grid: str = UNIFORM,
     files: Mapping[str, bytes] | None = None,
+    change: Callable[[str, np.ndarray], np.ndarray] = lambda _, values: values,
 ) -> None:
     """A nested checkpoint of ``shape`` with random codes, written a matrix at a time; an untied embedding is bf16.
 
-    files: further files by name, such as a tokenizer.
+    files: further files by name, such as a tokenizer. change: of the name and the values of an embedding or a router,
+    returns those to write.
     """
     generator = np.random.default_rng(0)
     architecture = read_architecture(shape, where=directory)
@@ -198,8 +200,9 @@ def write_random(
         scale = (deviation / 74).astype(ml_dtypes.bfloat16).astype(np.float32)  # 74: of uniform codes
         return NestedTensor(codes=codes, scale=scale, zero=np.full_like(scale, 128), rule="prefix", grid=grid)
 
-    def plain(rows: int, columns: int) -> np.ndarray:
-        return generator.standard_normal((rows, columns), np.float32).astype(ml_dtypes.bfloat16)
+    def plain(path: str, rows: int, columns: int) -> Item:
+        name, values = f"{path}.weight", generator.standard_normal((rows, columns), np.float32)
+        return name, change(name, values).astype(ml_dtypes.bfloat16)
 
     def ones(count: int) -> np.ndarray:
         return np.ones(count, ml_dtypes.bfloat16)
@@ -208,13 +211,13 @@ def write_random(
         if architecture.tied:
             yield EMBEDDING, nested(architecture.vocab, hidden)
         else:
-            yield f"{EMBEDDING}.weight", plain(architecture.vocab, hidden)
+            yield plain(EMBEDDING, architecture.vocab, hidden)
         for layer in range(architecture.layers):
             experts = architecture.experts_at(layer)
             router = None if experts is None else router_path(experts, layer)
             for name, size in architecture.matrices(layer):
                 path = f"model.layers.{layer}.{name}"
-                yield (f"{path}.weight", plain(*size)) if path == router else (path, nested(*size))
+                yield plain(path, *size) if path == router else (path, nested(*size))
             for place, name in architecture.family.norms.items():
                 count = architecture.head_dim if place in ("query", "key") else hidden
                 yield f"model.layers.{layer}.{name}.weight", ones(count)

@@ -1365,8 +1365,8 @@ FLAGS: dict[str, list[str]] = {
         "--seed", "--speculate", "--max-bits", "--threads", "--activations", "--check-hashes", "--mmap", "--help",
     ],
     "serve": [
-        *("--context", "--max-num-seqs", "--max-queued", "--kv-bytes", "--answer-tokens", "--max-body-mb"),
-        *("--drain-seconds", "--api-key", "--cors-origin", "--allow-host"),
+        *("--resident", "--context", "--max-num-seqs", "--max-queued", "--kv-bytes", "--answer-tokens"),
+        *("--max-body-mb", "--drain-seconds", "--api-key", "--cors-origin", "--allow-host"),
         *("--host", "--port", "--name", "--widths", "--plan", "--min-bits", "--prefill-bits", "--latency-ms"),
         *("--speculate", "--tool-format"),
         *("--max-bits", "--threads", "--activations", "--check-hashes", "--mmap", "--help"),
@@ -1505,6 +1505,7 @@ DEFAULTS: dict[str, dict[str, str]] = {
         "--latency-ms": "100.0",
         "--speculate": "off",
         "--tool-format": "(from its template)",
+        "--resident": "(all of them)",
         "--context": "(the model's context, 32768 at most)",
         "--max-num-seqs": "16",
         "--max-queued": "128",

@@ -230,7 +230,7 @@ def test_a_machine_without_memory_or_threads_is_one_line_and_exit_code_2(
         raise error
 
     for verb, place in (
-        ("generate", "matquant.engine.engine.load_model"),
+        ("generate", "matquant.engine.engine.load_within"),
         ("verify", "matquant.cli.verify.verify_checkpoint"),
     ):
         with monkeypatch.context() as patch:

@@ -3,6 +3,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <cstring>
 #include <mutex>
 #include <new>
 #include <vector>
@@ -60,20 +61,44 @@ struct Memory::Region {
 
 namespace {
 
-// The region of a pool from which the next memory is taken, while any memory in it lives.
-struct Newest {
-  std::mutex mutex;
+// Memory that was given back within a region in which others live.
+struct Hole {
   std::weak_ptr<Memory::Region> region;
+  std::uint8_t* start;
+  std::size_t bytes;
 };
 
-Newest& newest(int pool) {
-  static Newest* const all = new Newest[POOLS];  // never destroyed: memories may outlive them
-  return all[pool];
+// Where the next memory of a pool is taken from: a hole of its size, or the end of the newest region. Planes that come
+// and go would otherwise leave more and more pages that are partly used.
+struct Pool {
+  std::mutex mutex;
+  std::weak_ptr<Memory::Region> newest;
+  std::vector<Hole> holes;
+
+  // Returns a zeroed hole of this size and its region, null if there is none.
+  std::uint8_t* fill_hole(std::size_t bytes, std::shared_ptr<Memory::Region>& region) {
+    for (std::size_t i = holes.size(); i-- > 0;) {
+      const Hole hole = holes[i];
+      if (hole.bytes != bytes && !hole.region.expired()) continue;
+      holes[i] = holes.back();
+      holes.pop_back();
+      region = hole.region.lock();
+      if (region == nullptr || hole.bytes != bytes) continue;
+      std::memset(hole.start, 0, bytes);
+      return hole.start;
+    }
+    return nullptr;
+  }
+};
+
+Pool& pool_of(int number) {
+  static Pool* const all = new Pool[POOLS];  // never destroyed: memories may outlive them
+  return all[number];
 }
 
 }  // namespace
 
-Memory::Memory(std::size_t bytes, Pages pages, int pool) {
+Memory::Memory(std::size_t bytes, Pages pages, int pool) : pool_(pool) {
   if (bytes == 0) return;
   if (pages == Pages::on_demand) {
     bytes_ = rounded_up(bytes, PAGE);
@@ -81,24 +106,30 @@ Memory::Memory(std::size_t bytes, Pages pages, int pool) {
     return;
   }
   bytes_ = rounded_up(bytes, LINE_BYTES);
-  Newest& last = newest(pool);
-  const std::lock_guard<std::mutex> lock(last.mutex);
-  region_ = last.region.lock();
-  if (region_ == nullptr || region_->left < bytes_) {
-    region_ = std::make_shared<Region>(std::max(REGION_BYTES, rounded_up(bytes_, HUGE_PAGE)));
-    last.region = region_;
+  Pool& shared = pool_of(pool);
+  const std::lock_guard<std::mutex> lock(shared.mutex);
+  data_ = shared.fill_hole(bytes_, region_);
+  if (data_ == nullptr) {
+    region_ = shared.newest.lock();
+    if (region_ == nullptr || region_->left < bytes_) {
+      region_ = std::make_shared<Region>(std::max(REGION_BYTES, rounded_up(bytes_, HUGE_PAGE)));
+      shared.newest = region_;
+    }
+    data_ = region_->data + region_->used;
+    region_->used += bytes_;
+    region_->left -= bytes_;
   }
-  data_ = region_->data + region_->used;
-  region_->used += bytes_;
-  region_->left -= bytes_;
   region_->count(data_, bytes_, 1);
 }
 
 Memory::~Memory() {
-  if (region_ != nullptr)
+  if (region_ != nullptr) {
     region_->count(data_, bytes_, -1);
-  else if (data_ != nullptr)
+    const std::lock_guard<std::mutex> lock(pool_of(pool_).mutex);
+    pool_of(pool_).holes.push_back({region_, data_, bytes_});
+  } else if (data_ != nullptr) {
     munmap(data_, bytes_);
+  }
 }
 
 }  // namespace matquant

@@ -32,6 +32,7 @@ class Memory {
   std::shared_ptr<Region> region_;  // null: pages that it has for itself
   std::uint8_t* data_ = nullptr;
   std::size_t bytes_ = 0;
+  int pool_;
 };
 
 }  // namespace matquant

@@ -76,6 +76,14 @@ void group_rows(const Worker& worker, const Experts& experts) {
   for (int t = 0; t < worker.tokens; ++t) groups.tokens[rows + t] = t;  // of the shared expert
 }
 
+// Adds the rows of each expert to those of the width that it is read at.
+void count_use(const Worker& worker, const Experts& experts) {
+  const int* const starts = worker.space.groups(0).starts;
+  for (std::size_t e = 0; e < experts.each.size(); ++e)
+    worker.space.used[(experts.first + e) * WIDTH_COUNTS + worker.bits_of(experts.each[e].gate)] +=
+        starts[e + 1] - starts[e];
+}
+
 void route(Worker& worker, const Experts& experts) {
   const Workspace& space = worker.space;
   const float* const x = worker.normed(0);
@@ -89,6 +97,7 @@ void route(Worker& worker, const Experts& experts) {
   }
   if (worker.tokens > 1) worker.finish(Part::gate_up);
   group_rows(worker, experts);
+  if (worker.thread == 0) count_use(worker, experts);
 }
 
 // Inputs of the groups: of a single token's normed row each thread has one for itself; those of many tokens begin at

@@ -23,6 +23,7 @@ struct Gated {
 struct Experts {
   int router = -1;          // matrix [experts, hidden], dense
   int active = 0;           // experts of a token
+  int first = 0;            // number of its first expert, counted over all layers
   bool renormalise = false;
   std::vector<Gated> each;  // all of one size; empty: a layer without experts
   Gated shared{};           // used by every token

@@ -81,6 +81,7 @@ class Worker {
   // out [hidden] = the embedding of a token.
   void look_up(int token, float* out) const;
 
+  int bits_of(int matrix) const { return bits_[matrix]; }
   bool is_nested(int matrix) const { return model.matrices[matrix].nested != nullptr; }
   // The Input made of x [rows][cols], for int8 or exact products; quantise() fills it, once for all `matrices`.
   Input input_of(const float* x, int rows, int cols) const;

@@ -15,6 +15,7 @@ namespace {
 struct FeedForwardSizes {
   std::size_t values = 0;  // of gate and up
   std::size_t experts = 0, active = 0;
+  std::size_t all_experts = 0;  // of all layers
   std::size_t routed_input_bytes = 0;
   int widest = 0;  // of a gated block that all tokens use
 };
@@ -33,6 +34,7 @@ FeedForwardSizes sizes_of(const Model& m, int tokens) {
     const int width = routed ? width_of(experts.each[0]) : 0;
     const std::size_t rows = static_cast<std::size_t>(tokens) * experts.active;
     sizes.values = std::max(sizes.values, times(rows, width) + times(tokens, common));
+    sizes.all_experts += experts.each.size();
     sizes.experts = std::max(sizes.experts, experts.each.size());
     sizes.active = std::max<std::size_t>(sizes.active, experts.active);
     sizes.widest = std::max(sizes.widest, common);
@@ -83,6 +85,7 @@ std::size_t Workspace::lay_out(const Model& m, char* base) {
   place(input, std::max(bytes_of_input(max_tokens, std::max(widest, m.heads * m.head_dim)), ffn.routed_input_bytes));
   single_input_bytes_ = bytes_of_input(1, widest);
   place(single_inputs_, (threads + 1) * single_input_bytes_);
+  all_experts = ffn.all_experts;
   if (ffn.experts == 0) return offset;
   rows_ = tokens * (ffn.active + 1);
   starts_ = ffn.experts + 1;
@@ -94,6 +97,7 @@ std::size_t Workspace::lay_out(const Model& m, char* base) {
   place(groups_.starts, threads * starts_);
   place(groups_.tokens, threads * rows_);
   place(groups_.weights, threads * rows_);
+  place(used, all_experts * WIDTH_COUNTS);
   return offset;
 }
 

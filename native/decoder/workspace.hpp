@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 
 #include "core/memory.hpp"
 #include "decoder/model.hpp"
@@ -9,6 +10,7 @@
 namespace matquant {
 
 constexpr int MOST_TOKENS = 1 << 14;  // of a step
+constexpr int WIDTH_COUNTS = 16;      // counters of an expert, by width
 
 // Parts of a step, timed on the first thread. `wait` is its time at barriers, including the prefetches it issues there.
 enum class Part { norm, quantise, qkv, attention, output, gate_up, activation, down, head, wait };
@@ -41,6 +43,9 @@ class Workspace {
   int* chosen;                           // [max(max_tokens, threads)][active]
   float* chosen_weights;                 // likewise
   float* routed;                         // [max_tokens * (active + 1)][hidden]
+  // Rows that each expert of the model was used for, by the width of its gate, since the caller last cleared them.
+  std::uint32_t* used = nullptr;  // [all_experts][WIDTH_COUNTS]
+  std::size_t all_experts = 0;    // of all layers
   Groups groups(int thread) const;
   // Memory for the Inputs of a single token: one for each thread, then one that the threads share.
   char* single_input(int which) const { return single_inputs_ + which * single_input_bytes_; }

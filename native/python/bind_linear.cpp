@@ -215,6 +215,14 @@ void rows_at(const Weight& weight, std::uintptr_t tokens, std::uintptr_t out, in
              reinterpret_cast<float*>(out) + static_cast<std::size_t>(i) * linear.cols);
 }
 
+// Of the planes with the top `bits` bits of codes [rows, cols].
+std::size_t planes_bytes(int rows, int cols, int bits) {
+  std::size_t total = 0;
+  for (int plane = 0; plane < PLANE_COUNT; ++plane)
+    if (BITS_UP_TO[plane] <= bits) total += plane_bytes(rows, cols, plane);
+  return total;
+}
+
 }  // namespace
 
 void bind_linear(nb::module_& module) {
@@ -234,6 +242,7 @@ void bind_linear(nb::module_& module) {
       .def("rows_at", rows_at, nb::arg("tokens"), nb::arg("out"), nb::arg("count"), nb::arg("bits"))
       .def_prop_ro("pointer", [](const Weight& weight) { return reinterpret_cast<std::uintptr_t>(&weight.linear()); })
       .def_prop_ro("bytes", &Weight::bytes);
+  module.def("planes_bytes", &planes_bytes, nb::arg("rows"), nb::arg("cols"), nb::arg("bits"));
   module.def("isa", isa);
   // An empty name: MATQUANT_ISA, else the best of the machine.
   module.def("use_isa", [](const char* name) { use_kernels(*name == '\0' ? nullptr : name); });

@@ -90,6 +90,7 @@ std::uint16_t widths_of(const Matrix& matrix) {
 int add_matrix(HeldModel& held, const HeldMatrix& matrix) {
   own(held, matrix);
   held.served.push_back(widths_of(matrix.matrix));
+  held.narrows.push_back(false);
   return held.model.add(matrix.matrix);
 }
 
@@ -151,6 +152,8 @@ void check_layer(const std::vector<HeldMatrix*>& matrices, const std::vector<Vec
 Experts add_experts(HeldModel& held, Adder& adder, const Routing& routing) {
   Experts experts;
   experts.active = routing.active;
+  for (const Layer& before : held.model.layers)
+    experts.first += static_cast<int>(before.feed_forward.experts.each.size());
   experts.renormalise = routing.renormalise;
   require(adder.next().nested == nullptr, "a router is nested");
   experts.router = adder.add(routing.experts, held.model.hidden);
@@ -206,6 +209,14 @@ void set_ends(HeldModel& held, const HeldMatrix& head, const HeldMatrix* embeddi
   m.embedding = embedding == nullptr ? m.head : add_matrix(held, *embedding);
 }
 
+// From now on steps read these matrices at the widest width in memory, if that is below the requested one.
+void narrow(HeldModel& held, const std::vector<std::size_t>& ids) {
+  for (const std::size_t id : ids) {
+    require(id < held.narrows.size(), "no such matrix");
+    held.narrows[id] = true;
+  }
+}
+
 // Calls `change`, which may add and drop planes of the model's weights, while no step runs.
 void change_weights(HeldModel& held, const nb::callable& change) {
   struct Closed {
@@ -254,6 +265,7 @@ void bind_model(nb::module_& module) {
       .def("add_layer", &add_layer, nb::arg("matrices"), nb::arg("norms"), nb::arg("window"), nb::arg("rope"),
            nb::arg("sinks").none() = nb::none(), nb::arg("experts") = 0, nb::arg("active") = 0,
            nb::arg("renormalise") = false, nb::arg("shared") = false)
+      .def("narrow", &narrow, nb::arg("ids"))
       .def("change_weights", &change_weights, nb::arg("change"))
       .def("set_ends", &set_ends, nb::arg("head"), nb::arg("embedding").none(), nb::arg("norm"));
 }

@@ -17,14 +17,24 @@ struct HeldWorkspace {
   Workspace workspace;
   std::vector<Row> rows;
   std::vector<float> logits;
+  std::vector<std::uint8_t> bits;  // by matrix id
   HeldWorkspace(const HeldModel& held, int max_tokens, int capacity, int threads)
-      : workspace(held.model, max_tokens, capacity, threads), rows(max_tokens), logits(held.model.vocab) {}
+      : workspace(held.model, max_tokens, capacity, threads), rows(max_tokens), logits(held.model.vocab),
+        bits(held.served.size()) {}
 };
 
-void check_widths(const HeldModel& held, const Array<const std::uint8_t, 1>& bits) {
-  require(bits.shape(0) == held.served.size(), "one width per matrix");
-  for (std::size_t id = 0; id < held.served.size(); ++id)
-    require(bits(id) < 16 && (held.served[id] >> bits(id) & 1), "a width is not held in memory");
+// Writes the width that each matrix is read at to the workspace.
+void fill_widths(const HeldModel& held, const Array<const std::uint8_t, 1>& bits, HeldWorkspace& space) {
+  const std::size_t count = held.served.size();
+  require(bits.shape(0) == count && space.bits.size() == count, "one width per matrix");
+  for (std::size_t id = 0; id < count; ++id) {
+    int width = bits(id);
+    require(width < 16, "a width is not held in memory");
+    if (held.narrows[id])
+      while (width > 0 && !(held.served[id] >> width & 1)) --width;
+    require(held.served[id] >> width & 1, "a width is not held in memory");
+    space.bits[id] = static_cast<std::uint8_t>(width);
+  }
 }
 
 // Checks tokens, positions and caches, and writes them to the workspace.
@@ -60,8 +70,8 @@ void run_step(const HeldModel& held, Array<const std::uint8_t, 1> bits, bool exa
   fill_rows(m, tokens, positions, caches, space);
   const nb::gil_scoped_release unlocked;
   const Gate::Step entered(held.gate);
-  check_widths(held, bits);
-  step(m, bits.data(), exact ? Activations::exact : Activations::int8, space.rows.data(), count, first_logit,
+  fill_widths(held, bits, space);
+  step(m, space.bits.data(), exact ? Activations::exact : Activations::int8, space.rows.data(), count, first_logit,
        logits ? logits->data() : space.logits.data(), space.workspace);
 }
 
@@ -100,6 +110,12 @@ void bind_step(nb::module_& module) {
                    [](HeldWorkspace& space) {
                      return nb::ndarray<nb::numpy, float, nb::ndim<1>>(space.logits.data(), {space.logits.size()},
                                                                        nb::find(space));
+                   })
+      .def_prop_ro("used",
+                   [](HeldWorkspace& space) {
+                     const Workspace& of = space.workspace;
+                     return nb::ndarray<nb::numpy, std::uint32_t, nb::ndim<2>>(
+                         of.used, {of.all_experts, std::size_t{WIDTH_COUNTS}}, nb::find(space));
                    })
       .def("seconds", &seconds_by_part);
 

@@ -80,6 +80,7 @@ struct HeldModel {
   std::vector<nb::object> owners;
   std::vector<std::shared_ptr<Memory>> memories;
   std::vector<std::uint16_t> served;  // by matrix id: bit r is set if width r can be read; all bits if it is dense
+  std::vector<bool> narrows;          // by matrix id: a width that is not held is read as the widest one below it
   mutable Gate gate;                  // for `served` and the planes of the matrices
 };
 

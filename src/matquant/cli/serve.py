@@ -51,6 +51,15 @@ ToolFormat = Annotated[
     Option(help="Form of tool calls: hermes, llama3 or mistral.", show_default="from its template"),
 ]
 MaxBits = Annotated[int, Option(help="Keep in memory only the bits that widths up to this one need.")]
+Resident = Annotated[
+    str | None,
+    Option(
+        metavar="SIZE",
+        help="Memory for weights, such as 20GB: experts get more bits as they are used.",
+        show_default="all of them",
+        rich_help_panel=LIMITS,
+    ),
+]
 Context = Annotated[
     int | None,
     Option(
@@ -110,6 +119,7 @@ def serve(
     speculate: Speculate = "off",
     tool_format: ToolFormat = None,
     max_bits: MaxBits = 8,
+    resident: Resident = None,
     context: Context = None,
     max_num_seqs: MaxNumSeqs = 16,
     max_queued: MaxQueued = 128,
@@ -131,12 +141,11 @@ def serve(
     _check(max_num_seqs=max_num_seqs, max_queued=max_queued, latency_ms=latency_ms, drain_seconds=drain_seconds)
     _check(answer_tokens=answer_tokens, max_body_mb=max_body_mb)
     batching = {"max_num_seqs": max_num_seqs, "max_queued_requests": max_queued, "widths": listed, "min_bits": min_bits}
-    batching |= {"kv_bytes": None if kv_bytes is None else read_size(kv_bytes, "--kv-bytes")}
-    batching |= {"prefill_bits": prefill_bits}
+    batching |= {"kv_bytes": _size(kv_bytes, "--kv-bytes"), "prefill_bits": prefill_bits}
     engine = {"max_bits": max_bits, "threads": threads, "activations": activations}
     settings = run.Settings(
         directory=directory,
-        engine={**engine, "check_hashes": check_hashes, "mmap": mmap},
+        engine={**engine, "check_hashes": check_hashes, "mmap": mmap, "resident": _size(resident, "--resident")},
         batching={**batching, "latency_s": latency_ms / 1000, "speculate": read_speculate(speculate)},
         host=host,
         port=port,
@@ -156,6 +165,10 @@ def serve(
         run.serve(settings)
     except KeyboardInterrupt:  # while it loads; later a signal drains
         raise typer.Exit(INTERRUPTED) from None
+
+
+def _size(text: str | None, flag: str) -> int | None:
+    return None if text is None else read_size(text, flag)
 
 
 def _check_widths(least: int, prefill: int | None, *listed: int, most: int) -> None:

@@ -109,6 +109,11 @@ def load_weight(tensor: NestedTensor, *, max_bits: int = MASTER_BITS) -> Weight:
     return _with_affines(bare, tensor)
 
 
+def planes_bytes(rows: int, columns: int, *, bits: int) -> int:
+    """Return the bytes of the planes that hold the top ``bits`` bits (2, 3, 4, 6 or 8) of codes [rows, columns]."""
+    return _native.planes_bytes(rows, columns, bits)
+
+
 def add_planes(weight: Weight, tensor: NestedTensor, *, max_bits: int) -> Weight:
     """Return the weight with what widths up to ``max_bits`` need besides: planes of the same codes, and scales.
 

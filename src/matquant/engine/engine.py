@@ -15,7 +15,7 @@ model that the codes define, much slower).
 import contextlib
 import functools
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,10 @@ from matquant.core.planes import ACTIVATIONS
 from matquant.core.spec import Plan
 from matquant.engine.completion import Completion
 from matquant.engine.decoder import Decoder, StepByStep
-from matquant.engine.model import load_model, narrow, widen
+from matquant.engine.model import narrow, widen
 from matquant.engine.pace import Pace
-from matquant.engine.sampling import Sampling
+from matquant.engine.resident import check_change, load_within
+from matquant.engine.sampling import Sampling, log_probabilities
 from matquant.engine.source import Source
 from matquant.engine.speculation import AUTO, DRAFT_WIDTHS, LEAST_SAVING, OFF, Speculative, check_speculate, narrower
 from matquant.format.facts import GENERATION
@@ -55,8 +56,8 @@ class Engine:
 
     path: a checkpoint directory, perhaps with its first planes only. max_bits: keep only the planes that widths up to
     this one need; as an attribute the widest width that is in memory. threads: None for OMP_NUM_THREADS or all cores
-    this process may use. activations: "int8" or "float". check_hashes, mmap: as in ``open_checkpoint``. InputError for
-    checkpoints that cannot be decoded.
+    this process may use. activations: "int8" or "float". check_hashes, mmap: as in ``open_checkpoint``. resident: a
+    budget for weights, such as "2GB", with swaps to replay (resident.py). InputError if it cannot be decoded.
     """
 
     def __init__(
@@ -68,6 +69,8 @@ class Engine:
         activations: str = "int8",
         check_hashes: bool = True,
         mmap: bool = True,
+        resident: str | int | None = None,
+        swaps: Iterable[Sequence[int]] | None = None,
     ) -> None:
         check_types(path=path, activations=activations, check_hashes=check_hashes, mmap=mmap)
         check_bits(max_bits)
@@ -84,7 +87,7 @@ class Engine:
         self._start = checkpoint.config.get("bos_token_id")
         self._vocabulary: Vocabulary | None = None
         self._paces: dict[bytes, Pace] = {}  # widths -> what drafting for them costs and yields
-        self.model = load_model(checkpoint, max_bits=max_bits)
+        self.model, self.residency = load_within(resident, checkpoint, max_bits=max_bits, swaps=swaps)
         self.context = self.model.architecture.context
         self._source = Source(checkpoint, check_hashes=check_hashes)
 
@@ -125,7 +128,7 @@ class Engine:
         others serve. Sessions go on meanwhile, in any thread. InputError if a file is damaged, or the directory holds
         another checkpoint by now; then nothing changes.
         """
-        check_bits(max_bits)
+        check_change(max_bits, self.residency)
         with self._source.alone:
             checkpoint = self._source.open(held_bits=self.max_bits)
             reached = min(max_bits, checkpoint.max_bits)
@@ -139,11 +142,17 @@ class Engine:
 
         Takes effect between steps. Completions at wider widths end with an InputError. Memory is in pages of 2 MiB.
         """
-        check_bits(max_bits)
+        check_change(max_bits, self.residency)
         with self._source.alone:
             if max_bits < self.max_bits:
                 self.max_bits = max_bits
                 self.model = narrow(self.model, max_bits=max_bits)
+
+    def stepped(self, workspace: _native.Workspace) -> None:
+        """Let planes of experts be exchanged now that a step with ``workspace`` has ended."""
+        if self.residency is not None:
+            with self._source.alone:
+                self.model = self.residency.after(self.model, workspace)
 
     def session(self, capacity: int | None = None) -> "Session":
         """Return an empty session with room for ``capacity`` tokens (None: the model's context)."""
@@ -260,11 +269,8 @@ class Engine:
         scores = []
         for start in range(0, len(ids) - 1, size):
             inputs = ids[start : min(start + size, len(ids) - 1)]
-            logits = session.extend(inputs, widths, all_logits=True).astype(np.float64)
-            largest = logits.max(axis=1)
-            total = largest + np.log(np.exp(logits - largest[:, None]).sum(axis=1))
-            targets = ids[start + 1 : start + 1 + len(inputs)]
-            scores.append(logits[np.arange(len(inputs)), targets] - total)
+            logits = session.extend(inputs, widths, all_logits=True)
+            scores.append(log_probabilities(logits, ids[start + 1 : start + 1 + len(inputs)]))
         return np.concatenate(scores)
 
 
@@ -374,6 +380,7 @@ class Session:
             if str(error) != NOT_HELD:
                 raise
             raise InputError(f"{error}: it was evicted; bring it back with Engine.add_planes") from None
+        self.engine.stepped(self.workspace)
 
     def rewind(self, length: int) -> None:
         """Forget the tokens from ``length`` on. InputError unless ``length`` is from 0 to the number of tokens."""

@@ -62,8 +62,11 @@ class Model:
         return round(total)
 
 
-def load_model(checkpoint: Checkpoint, *, max_bits: int) -> Model:
-    """Build the native model; InputError if it does not support the checkpoint's family or one of its tensors."""
+def load_model(checkpoint: Checkpoint, *, max_bits: int, expert_bits: int | None = None) -> Model:
+    """Build the native model; InputError if it does not support the checkpoint's family or one of its tensors.
+
+    expert_bits: keep only the planes of experts that this width needs, and the scales of widths up to max_bits.
+    """
     where = checkpoint.directory
     check_sizes(checkpoint.config, checkpoint.weight_shapes(), where=where)
     architecture = read_architecture(checkpoint.config, where=where)
@@ -76,11 +79,11 @@ def load_model(checkpoint: Checkpoint, *, max_bits: int) -> Model:
     least = checkpoint.least
     _check_names(checkpoint, tensors, architecture, paths)
     native = _empty_model(architecture)
-    weights = {
-        path: load_weight(checkpoint.nested(path, mapped=True), max_bits=max(max_bits, least.get(path, 1)))
-        for path in paths
-        if path in checkpoint.shapes
-    }
+    weights = {}
+    for path in filter(checkpoint.shapes.__contains__, paths):
+        weights[path] = load_weight(checkpoint.nested(path, mapped=True), max_bits=max(max_bits, least.get(path, 1)))
+        if expert_bits is not None and ".experts." in path:
+            weights[path] = hold(weights[path], max_bits=expert_bits)
     try:
         _fill(native, architecture, paths, weights, tensors, where)
     except InputError:

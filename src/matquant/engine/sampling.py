@@ -7,7 +7,7 @@ token takes one uniform number from a generator seeded once per call, so the sam
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
@@ -76,6 +76,14 @@ class Uniform(Protocol):
     """A source of uniform numbers from 0 to 1, such as ``numpy.random.Generator``."""
 
     def random(self) -> float: ...
+
+
+def log_probabilities(logits_TV: np.ndarray, targets: Sequence[int]) -> np.ndarray:
+    """Return the log-probability of a target token in each row of logits, nats, float64 [T]."""
+    values_TV = logits_TV.astype(np.float64)
+    largest_T = values_TV.max(axis=1)
+    totals_T = largest_T + np.log(np.exp(values_TV - largest_T[:, None]).sum(axis=1))
+    return np.asarray(values_TV[np.arange(len(values_TV)), targets] - totals_T)
 
 
 def choose(logits: np.ndarray, sampling: Sampling, generator: Uniform) -> int:

@@ -13,6 +13,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.tasks import TaskManager
 
 from matquant.engine.engine import CHUNK, SCORE_VALUES, Engine
+from matquant.engine.sampling import log_probabilities
 from matquant.hf.text import check_ids
 from matquant.system.errors import InputError
 
@@ -89,12 +90,9 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
         for start in range(first, len(inputs), size):
             piece = inputs[start : start + size]
             logits = self._session.extend(piece, self._widths, all_logits=True)
-            targets = np.array(ids[start + 1 : start + 1 + len(piece)])
-            each = np.arange(len(piece))
+            targets = ids[start + 1 : start + 1 + len(piece)]
             is_greedy = is_greedy and bool((logits.argmax(axis=1) == targets).all())
-            largest = logits.max(axis=1, keepdims=True)
-            sums = np.exp(logits - largest).sum(axis=1, dtype=np.float64)
-            total += float((logits[each, targets] - largest[:, 0] - np.log(sums)).sum())
+            total += float(log_probabilities(logits, targets).sum())
         if not np.isfinite(total):
             raise InputError(
                 f"{self.engine.path} gives logits that are not finite; --engine torch names the layer where it begins"

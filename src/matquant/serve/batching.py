@@ -164,6 +164,7 @@ class Batching:
             "width_rejected": self.policy.rejected,
             "width_correction": self.policy.correction,
             "failed": float(self.failure is not None),
+            **(self.engine.residency.stats() if self.engine.residency is not None else {}),
         }
 
     def stop(self, drain_s: float) -> None:

@@ -88,6 +88,7 @@ class Stepper:
             self._logits,
             self.workspace,
         )
+        self.engine.stepped(self.workspace)
         self.counts["rows"] += len(group.tokens)
         return self._logits
 

@@ -88,7 +88,7 @@ KINDS: dict[str, Kind] = {
     "weights": NUMBERS,
     "ids": INTEGERS,
     "bits": INTEGERS,  # where several are asked for; of one, nest.check_bits
-    "speculate": WORD,
+    **dict.fromkeys(("speculate", "resident"), WORD),
     "prompt": PROMPT,
     "document": PROMPT,
     "plan": MAPPING,
