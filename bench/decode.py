@@ -176,7 +176,8 @@ def run(
             if not directory.exists():
                 write_random(directory, SHAPES[shape], group_size or None, grid=grid)
             for count in threads or (1, 2):
-                asked: Record = {"threads": count, "rounds": rounds, "burst_s": burst_s, "prompt": prompt, "cpu_time": cpu_time}
+                asked: Record = {"threads": count, "rounds": rounds, "burst_s": burst_s}
+                asked |= {"prompt": prompt, "cpu_time": cpu_time}
                 record = {**asked, **measure(directory, other, served, **asked)}
                 made = {**origin(), "matquant": version("matquant"), "versions": other.versions if other else {}}
                 record = {"shape": shape, "group": group_size, "grid": grid, **record, **made}
