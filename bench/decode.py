@@ -7,9 +7,13 @@
 
 Models have the shapes of released ones, vocabulary included, and random weights. All matrices are nested, the tied
 head is read at HEAD_BITS or wider, and every figure is of a whole token. Shapes without experts run as a Llama: norms
-of queries and keys are left out. qwen3-30b-a3b-2 is two layers of that model. llama.cpp gets random blocks of the type
-of the same nominal width for every matrix, the head included; where its K types do not fit, because 256 does not divide
-the inputs, the type that llama-quantize falls back to (SmolLM2, Gemma 3). --shape tiny only shows that everything runs.
+of queries and keys are left out. llama.cpp gets random blocks of the type of the same nominal width for every matrix,
+the head included; where its K types do not fit, because 256 does not divide the inputs, the type that llama-quantize
+falls back to (SmolLM2, Gemma 3). --shape tiny only shows that everything runs.
+
+qwen3-30b-a3b-1 and -2 are one and two layers of that model, up to int4, with routers that use all experts about
+equally. In the last layer llama.cpp computes the experts for the last token of a prompt only, matquant for all. Compare
+the second layer of a prompt instead: the time with two layers less that with one.
 
 The limit is the speed of reading as many bytes as a token reads, 256 MiB at most, again and again: a small model may
 stay in part in the last-level cache, and so does what it is compared with.
@@ -19,9 +23,9 @@ token. Then, in every round, everything takes turns in bursts: the stream of mem
 two widths in turn, a plan, llama.cpp's decoding, prefills of both. A burst is as many stretches of 2 tokens after 16,
 or prompts of 128, as fill its time. One counts as undisturbed if its process had its cores for at least 97 % of it;
 medians are over those if there are three (matquant.engine.bench), and ratios are medians of those of each round. Both
-sides compute the logits of the last token and choose nothing. Ratios of samples that were mostly disturbed show little:
-look at "undisturbed" first. On a busy machine --cpu-time compares by the processor time of one thread; then the shares
-of a step's parts and the time to the first token are left out.
+sides read the same random tokens, compute the logits of the last one and choose nothing. Ratios of samples that were
+mostly disturbed show little: look at "undisturbed" first. On a busy machine --cpu-time compares by the processor time
+of one thread; then the shares of a step's parts and the time to the first token are left out.
 """
 
 import dataclasses
@@ -76,21 +80,24 @@ LLAMA: dict[str, Any] = {
     **{"max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "tie_word_embeddings": True},
     "dtype": "bfloat16",
 }
+QWEN3_MOE: dict[str, Any] = {
+    **{"model_type": "qwen3_moe", "hidden_size": 2048, "intermediate_size": 6144},
+    **{"num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "vocab_size": 151936},
+    **{"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": True},
+    **{"max_position_embeddings": 40960, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "tie_word_embeddings": False},
+    "dtype": "bfloat16",
+}
 SIZES = (*("hidden_size", "intermediate_size", "num_hidden_layers"), *HEADS, "head_dim", "vocab_size")
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-3.2-1b": LLAMA,
     "qwen3-0.6b": LLAMA | dict(zip(SIZES, (1024, 3072, 28, 16, 8, 128, 151936), strict=True)),
     "gemma-3-1b": LLAMA | dict(zip(SIZES, (1152, 6912, 26, 4, 1, 256, 262144), strict=True)),
     "smollm2-135m": LLAMA | dict(zip(SIZES, (576, 1536, 30, 9, 3, 64, 49152), strict=True)),
-    "qwen3-30b-a3b-2": {
-        **{"model_type": "qwen3_moe", "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 2},
-        **{"num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "vocab_size": 151936},
-        **{"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": True},
-        **{"max_position_embeddings": 40960, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "tie_word_embeddings": False},
-        "dtype": "bfloat16",
-    },
+    "qwen3-30b-a3b-1": QWEN3_MOE | {"num_hidden_layers": 1},
+    "qwen3-30b-a3b-2": QWEN3_MOE | {"num_hidden_layers": 2},
     "tiny": LLAMA | dict(zip(SIZES, (256, 512, 2, 4, 2, 64, 512), strict=True)),
 }
+MAX_BITS = {"qwen3-30b-a3b-1": 4, "qwen3-30b-a3b-2": 4}  # int8 and llama.cpp's Q8_0 would need too much memory
 HEAD_BITS = 6  # the least of the head, as the recipes have it
 CHECKED = 8  # matrices, the last ones: those of the last layer of a Llama, and the head
 
@@ -101,17 +108,24 @@ LOADS = 3
 PARTS = ("linears", "outside", "wait")  # of a step
 
 # What whole tokens are to reach: a fraction of the streaming limit, factors over our int8 and over llama.cpp.
-LIMIT_TARGETS = dict.fromkeys(SHAPES, 0.85) | {"smollm2-135m": 0.8, "qwen3-30b-a3b-2": 0.8}
+LIMIT_TARGET = 0.85
 STEP_TARGETS = {2: 2.7}
 DECODE_TARGETS = {8: 1.3, 6: 1.5, 4: 1.5, 3: 2.0, 2: 2.0}
 PREFILL_TARGET = 1.5
+EXPERT_TARGETS = {"fraction": dict.fromkeys(WIDTHS, 0.8), "over_peer": {4: 1.4, 2: 2.0}, "prefill_over_peer": {}}
+SHAPE_TARGETS: dict[str, dict[str, dict[int, float]]] = {  # instead of these, by key and width
+    "smollm2-135m": {"fraction": dict.fromkeys(WIDTHS, 0.8)},
+    "qwen3-30b-a3b-1": EXPERT_TARGETS,
+    "qwen3-30b-a3b-2": EXPERT_TARGETS,
+}
 SAME = 0.98  # a speed ratio from which on nothing is to be seen of the difference
 LOAD_TARGET_S = 3.0
 FIRST_TOKEN = """
 import sys
 from matquant import Engine
-engine = Engine(sys.argv[1], threads=int(sys.argv[2]), check_hashes=sys.argv[3] == "checked")
-engine.session(16).extend([1], engine.widths(8))
+directory, threads, kind, bits = sys.argv[1:]
+engine = Engine(directory, threads=int(threads), check_hashes=kind == "checked", max_bits=int(bits))
+engine.session(16).extend([1], engine.widths())
 """
 
 Record = dict[str, Any]
@@ -148,22 +162,23 @@ def run(
     """Measure and print."""
     if shape not in SHAPES:
         raise SystemExit(f"--shape {shape}: give one of {', '.join(SHAPES)}")
-    if peer and SHAPES[shape]["model_type"] != "llama":
-        raise SystemExit(f"llama.cpp's worker makes only Llamas; give --no-peer with {shape}")
     if cpu_time and threads != [1]:
         raise SystemExit("--cpu-time is the processor time of one thread; add --threads 1")
     folder = CACHE / "decode" / shape
     folder.mkdir(parents=True, exist_ok=True)
-    running: AbstractContextManager[LlamaCpp | None] = LlamaCpp(folder, SHAPES[shape]) if peer else nullcontext()
+    served = tuple(bits for bits in WIDTHS if bits <= MAX_BITS.get(shape, max(WIDTHS)))
+    running: AbstractContextManager[LlamaCpp | None] = nullcontext()
+    if peer:
+        running = LlamaCpp(folder, SHAPES[shape], served)
     with running as other:
         for group_size in group or (64,):
             directory = folder / f"{grid}-{group_size}"
             if not directory.exists():
                 write_random(directory, SHAPES[shape], group_size or None, grid=grid)
             for count in threads or (1, 2):
-                record = measure(
-                    *(directory, other), threads=count, rounds=rounds, burst_s=burst_s, prompt=prompt, cpu_time=cpu_time
-                )
+                asked: Record = {"threads": count, "rounds": rounds, "burst_s": burst_s}
+                asked |= {"prompt": prompt, "cpu_time": cpu_time}
+                record = {**asked, **measure(directory, other, served, **asked)}
                 made = {**origin(), "matquant": version("matquant"), "versions": other.versions if other else {}}
                 record = {"shape": shape, "group": group_size, "grid": grid, **record, **made}
                 show(record)
@@ -202,6 +217,8 @@ def write_random(
 
     def plain(path: str, rows: int, columns: int) -> Item:
         name, values = f"{path}.weight", generator.standard_normal((rows, columns), np.float32)
+        if path != EMBEDDING:  # logits of a router of about 1: larger ones leave most experts without a weight
+            values /= columns**0.5
         return name, change(name, values).astype(ml_dtypes.bfloat16)
 
     def ones(count: int) -> np.ndarray:
@@ -232,15 +249,15 @@ def write_random(
 
 
 class LlamaCpp:
-    """The worker in its own environment, with all its models loaded."""
+    """The worker in its own environment, with a model of each of the widths ``served`` loaded."""
 
-    def __init__(self, folder: Path, shape: Record) -> None:
+    def __init__(self, folder: Path, shape: Record, served: Sequence[int]) -> None:
         python = VENV / "bin" / "python"
         if not python.is_file():
             raise SystemExit(f"{python} is missing; first: python bench/decode.py setup")
         (folder / "shape.json").write_text(json.dumps(shape))
         self._log = (folder / "llamacpp.log").open("w")
-        command = [python, WORKER, folder]
+        command: list[str | Path] = [python, WORKER, folder, *(PEERS[bits] for bits in served)]
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self._log, text=True)
         ready = self._answer()
@@ -278,26 +295,24 @@ class LlamaCpp:
 def measure(
     directory: Path,
     peer: LlamaCpp | None,
+    served: Sequence[int],
     *,
     threads: int,
     rounds: int,
     burst_s: float,
-    prompt: int = PROMPT,
-    cpu_time: bool = False,
+    prompt: int,
+    cpu_time: bool,
 ) -> Record:
-    """The record of one engine, and of llama.cpp if it takes part, all with ``threads`` threads."""
+    """The record of an engine at the widths ``served``, and of llama.cpp if it takes part, with ``threads`` threads."""
     loads = () if cpu_time else ("checked", "unchecked")
-    load_s = {kind: first_token_s(directory, threads, kind) for kind in loads}
-    engine = Engine(directory, threads=threads, check_hashes=False)
+    load_s = {kind: first_token_s(directory, threads, kind, max(served)) for kind in loads}
+    engine = Engine(directory, threads=threads, check_hashes=False, max_bits=max(served))
     session = engine.session(CONTEXT + max(prompt, STRETCH))
-    check(engine, session)
-    widths = {str(bits): [engine.widths(bits)] * STRETCH for bits in WIDTHS}
-    few, many = engine.widths(min(WIDTHS)), engine.widths(max(WIDTHS))
-    schedules = {
-        **widths,
-        "switch": [few, many],
-        "mix": [mixed(engine)] * STRETCH,
-    }
+    check(engine, session, served)
+    schedules = {str(bits): [engine.widths(bits)] * STRETCH for bits in served}
+    schedules["switch"] = [engine.widths(min(served)), engine.widths(max(served))]
+    if max(MIX) <= max(served):
+        schedules["mix"] = [mixed(engine)] * STRETCH
     sizes = {name: min(STREAM_BYTES, engine.model.bytes_per_token(steps[0])) for name, steps in schedules.items()}
     of_size = {size: _native.Stream(size) for size in set(sizes.values())}
     streams = {name: of_size[size] for name, size in sizes.items()}
@@ -307,7 +322,7 @@ def measure(
         samples.setdefault(name, []).append(burst)
 
     def prefills(tokens: int, seconds: float) -> None:
-        for bits in WIDTHS:
+        for bits in served:
             note(f"prefill {bits}", burst(partial(prefill, session, engine.widths(bits), tokens), seconds))
             if peer:
                 answer = peer.burst(bits, "prefill", tokens=tokens, threads=threads, seconds=seconds)
@@ -330,8 +345,7 @@ def measure(
         if prompt:
             prefills(prompt, burst_s)
         decodes(burst_s)
-    asked = {"threads": threads, "rounds": rounds, "burst_s": burst_s, "prompt": prompt, "cpu_time": cpu_time}
-    return {**asked, "load_s": load_s, **summary(engine, peer, by_processor_time(samples) if cpu_time else samples)}
+    return {"load_s": load_s, **summary(engine, peer, served, by_processor_time(samples) if cpu_time else samples)}
 
 
 def by_processor_time(samples: Samples) -> Samples:
@@ -346,7 +360,7 @@ def by_processor_time(samples: Samples) -> Samples:
     }
 
 
-def summary(engine: Engine, peer: LlamaCpp | None, samples: Samples) -> Record:
+def summary(engine: Engine, peer: LlamaCpp | None, served: Sequence[int], samples: Samples) -> Record:
     """Medians as rates, and medians over rounds of ratios: the memory's speed may differ from round to round."""
     every = {name: [sample for burst in bursts for sample in burst] for name, bursts in samples.items()}
     rate = {name: median(values) for name, values in every.items()}
@@ -358,14 +372,15 @@ def summary(engine: Engine, peer: LlamaCpp | None, samples: Samples) -> Record:
         return float(statistics.median(value / mean for value, mean in zip(by_round[over], means, strict=True)))
 
     rows: dict[str, Record] = {}
-    for bits in WIDTHS:
+    for bits in served:
         read = engine.model.bytes_per_token(engine.widths(bits))
         rows[str(bits)] = {
             "mb_per_token": read / 1e6,
             "tok_s": rate[f"decode {bits}"],
             "fraction": ratio(f"decode {bits}", f"stream {bits}") * read,
-            "over_int8": ratio(f"decode {bits}", "decode 8"),
         }
+        if 8 in served:
+            rows[str(bits)]["over_int8"] = ratio(f"decode {bits}", "decode 8")
         if f"linears {bits}" in rate:
             rows[str(bits)] |= {
                 "linear_fraction": ratio(f"linears {bits}", f"stream {bits}") * read,
@@ -388,6 +403,10 @@ def summary(engine: Engine, peer: LlamaCpp | None, samples: Samples) -> Record:
             }
     streams = [sample for name, values in every.items() if name.startswith("stream") for sample in values]
     timed_samples = [sample for name, values in every.items() if not name.startswith("stream") for sample in values]
+    mixes: Record = {}
+    if "decode mix" in rate:
+        mixes["mix"] = ratio("decode mix", f"decode {MIX_MEAN}")
+        mixes["mix_of_parts"] = ratio("decode mix", *(f"decode {bits}" for bits in MIX))
     return {
         "stream_gb_s": median(streams) / 1e9,
         "stream_gb_s_by_round": [value / 1e9 for value in by_round[f"stream {MIX_MEAN}"]],
@@ -398,21 +417,21 @@ def summary(engine: Engine, peer: LlamaCpp | None, samples: Samples) -> Record:
             "stream": statistics.fmean(sample.undisturbed for sample in streams),
             **{name: statistics.fmean(s.undisturbed for s in values) for name, values in every.items()},
         },
-        "switch": ratio("decode switch", f"decode {min(WIDTHS)}", f"decode {max(WIDTHS)}"),
-        "mix": ratio("decode mix", f"decode {MIX_MEAN}"),
-        "mix_of_parts": ratio("decode mix", *(f"decode {bits}" for bits in MIX)),
+        "switch": ratio("decode switch", f"decode {min(served)}", f"decode {max(served)}"),
+        **mixes,
         "widths": rows,
     }
 
 
-def check(engine: Engine, session: Session) -> None:
-    """SystemExit unless the last matrices multiply, and steps add up, as they should at every width."""
+def check(engine: Engine, session: Session, served: Sequence[int] = WIDTHS) -> None:
+    """SystemExit unless the last matrices multiply, and steps add up, as they should at every width ``served``."""
     checkpoint = open_checkpoint(engine.path, check_hashes=False)
     for path in list(engine.model.weights)[-CHECKED:]:
-        check_products(checkpoint.nested(path, mapped=True), engine.model.weights[path], threads=engine.threads)
+        tensor = checkpoint.nested(path, mapped=True)
+        check_products(tensor, engine.model.weights[path], threads=engine.threads, widths=served)
     prompt = list(range(1, 9))
     seen: list[np.ndarray] = []
-    for bits in WIDTHS:
+    for bits in served:
         widths = engine.widths(bits)
         session.rewind(0)
         at_once = session.extend(prompt, widths).copy()
@@ -453,11 +472,12 @@ def decode_burst(session: Session, schedule: Sequence[np.ndarray], seconds: floa
     wait: shares of a step's time, outside the linear layers, and waiting (counted with the layers).
     """
     parts_of: dict[str, list[Sample]] = {name: [] for name in PARTS}
+    tokens = random_tokens(session, len(schedule))
 
     def steps() -> None:
         session.rewind(CONTEXT)
-        for widths in schedule:
-            session.extend([1], widths)
+        for token, widths in zip(tokens, schedule, strict=True):
+            session.extend([token], widths)
 
     def stretch() -> Sample:
         session.workspace.profile = True  # a clock per part of the step, now at zero; costs microseconds
@@ -475,16 +495,23 @@ def decode_burst(session: Session, schedule: Sequence[np.ndarray], seconds: floa
 def prefill(session: Session, widths: np.ndarray, tokens: int) -> Sample:
     """Tokens/s of a prompt of ``tokens`` tokens, which it leaves in the cache."""
     session.rewind(0)
-    return timed(lambda: session.extend([1] * tokens, widths), tokens, session.engine.threads)
+    prompt = random_tokens(session, tokens)
+    return timed(lambda: session.extend(prompt, widths), tokens, session.engine.threads)
 
 
-def first_token_s(directory: Path, threads: int, kind: str) -> float:
-    """Seconds from the start of a process to the first int8 token, with hashes "checked" or not; median of LOADS."""
+def random_tokens(session: Session, count: int) -> list[int]:
+    """Ids that the worker of llama.cpp draws too; different ones, since equal tokens use the same experts."""
+    vocab = session.engine.model.architecture.vocab
+    return [int(token) for token in np.random.default_rng(0).integers(vocab, size=count)]
+
+
+def first_token_s(directory: Path, threads: int, kind: str, max_bits: int) -> float:
+    """Seconds from a process's start to its first token at ``max_bits``, hashes "checked" or not; median of LOADS."""
     for file in directory.iterdir():  # into the page cache
         with file.open("rb") as stream:
             while stream.read(2**24):
                 pass
-    command: list[str | Path] = [sys.executable, "-c", FIRST_TOKEN, directory, str(threads), kind]
+    command: list[str | Path] = [sys.executable, "-c", FIRST_TOKEN, directory, str(threads), kind, str(max_bits)]
     seconds = []
     for _ in range(LOADS):
         began = time.perf_counter()
@@ -498,7 +525,7 @@ def first_token_s(directory: Path, threads: int, kind: str) -> float:
 # column -> (key of a width's row, format, targets by width)
 COLUMNS: dict[str, tuple[str, str, dict[int, float]]] = {
     "tokens/s": ("tok_s", ".1f", {}),
-    "of the limit": ("fraction", ".2f", {}),
+    "of the limit": ("fraction", ".2f", dict.fromkeys(WIDTHS, LIMIT_TARGET)),
     "layers of the limit": ("linear_fraction", ".2f", {}),
     "outside layers": ("outside", ".1%", {}),
     "over int8": ("over_int8", ".2f", STEP_TARGETS),
@@ -520,17 +547,18 @@ def show(record: Record) -> None:
     for width, measured in record["widths"].items():
         cells = []
         for key, form, targets in COLUMNS.values():
-            target = LIMIT_TARGETS.get(record["shape"]) if key == "fraction" else targets.get(int(width))
-            cells.append(_cell(measured[key], form, target) if key in measured else "")
+            wanted = SHAPE_TARGETS.get(record["shape"], {}).get(key, targets)
+            cells.append(_cell(measured[key], form, wanted.get(int(width))) if key in measured else "")
         table.add_row(f"int{width}, {measured.get('peer', 'alone')}", *cells)
     console = Console(width=150)
     console.print(table)
-    few, many, (one, other) = min(WIDTHS), max(WIDTHS), MIX
-    console.print(
-        f"int{few} and int{many} in turn: {_cell(record['switch'], '.3f', SAME)} of the speed of both alone; "
-        f"layers of int{one} and int{other} in turn: {_cell(record['mix_of_parts'], '.3f', SAME)} of the speed of both "
-        f"alone, {_cell(record['mix'], '.3f', SAME)} of that of int{MIX_MEAN}"
-    )
+    few, *_, many = record["widths"]
+    console.print(f"int{few} and int{many} in turn: {_cell(record['switch'], '.3f', SAME)} of the speed of both alone")
+    if "mix" in record:
+        console.print(
+            f"layers of int{MIX[0]} and int{MIX[1]} in turn: {_cell(record['mix_of_parts'], '.3f', SAME)} of the speed "
+            f"of both alone, {_cell(record['mix'], '.3f', SAME)} of that of int{MIX_MEAN}"
+        )
     if record["load_s"]:
         checked, unchecked = record["load_s"]["checked"], record["load_s"]["unchecked"]
         colour = "green" if checked < LOAD_TARGET_S else "red"

@@ -45,7 +45,7 @@ def skewed(name: str, values: np.ndarray) -> np.ndarray:
     if name.startswith(EMBEDDING):
         values[:, 0] = CONSTANT
         return values
-    values *= typical / hidden**0.5  # noise of about 1
+    values *= typical  # noise of about 1
     order = np.random.default_rng(int(name.split(".")[2])).permutation(EXPERTS)
     values[order, 0] = -np.log(np.arange(1, EXPERTS + 1)) * typical / CONSTANT
     return values

@@ -15,6 +15,7 @@ default is 268 MB at int8, 67 MB at int2. MATQUANT_ISA chooses the instruction s
 import argparse
 import json
 import statistics
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
@@ -51,11 +52,13 @@ def error_units(tensor: NestedTensor, x: np.ndarray, y: np.ndarray, bits: int) -
     return float((np.abs(y[:, :64] - x.astype(np.float64) @ weight.T) / (2.0**-24 * magnitude)).max())
 
 
-def check_products(tensor: NestedTensor, weight: Weight, *, tokens: int = 1, threads: int = 0) -> np.ndarray:
+def check_products(
+    tensor: NestedTensor, weight: Weight, *, tokens: int = 1, threads: int = 0, widths: Sequence[int] = WIDTHS
+) -> np.ndarray:
     """SystemExit unless each width of ``weight`` is the definition's and no neighbour's; the x_TK they were given."""
     x = np.random.default_rng(1).integers(-127, 128, (tokens, tensor.codes.shape[1])).astype(np.float32)
     x[:, ::128] = 127  # the scale of every group is 1, and rounding exact
-    for bits in WIDTHS:
+    for bits in widths:
         y = matmul(weight, x, bits=bits, threads=threads)
         if not error_units(tensor, x, y, bits) <= UNITS < error_units(tensor, x, y, bits - 1 if bits > 2 else 3):
             raise SystemExit(f"int{bits} is not the definition's product: nothing was timed")

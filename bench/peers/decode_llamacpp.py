@@ -1,19 +1,22 @@
-"""Worker: llama.cpp in its own environment. ``python decode_llamacpp.py FOLDER`` reads FOLDER/shape.json.
+"""Worker: llama.cpp in its own environment. ``python decode_llamacpp.py FOLDER TYPE...`` reads FOLDER/shape.json.
 
 Writes a GGUF per block type into FOLDER if it is not there, "pure": every matrix in that type, or in the one that
 llama-quantize falls back to where blocks of 256 do not fit, random blocks with one small scale, so that all weights are
-finite. Then it loads them all and serves bursts: a request per line of stdin,
+finite, and about as many above zero as below: tokens then differ enough to use different experts. Routers are float32,
+as llama.cpp keeps them. Then it loads them all and serves bursts: a request per line of stdin,
 
     {"type": "Q4_K", "threads": 2, "work": "decode" or "prefill", "tokens": 2, "context": 16, "seconds": 1}
 
 an answer per line of stdout: [[wall seconds, CPU seconds], ...], a pair per stretch of ``tokens`` tokens, until
 ``seconds`` are over (one stretch at least). Decoding begins after the first ``context`` tokens of the last prefill.
-The first line is {"versions", "mb_per_token"}, the bytes of all matrices but the embedding.
+The first line is {"versions", "mb_per_token"}, the bytes of all matrices but the embedding, and of the experts in use.
 """
 
 import json
+import math
 import sys
 import time
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,24 +28,24 @@ from llama_gguf import finish_gguf, start_gguf  # type: ignore[import-not-found]
 
 # block type -> where its blocks have float16 scales (bytes); everything else in a block may be any byte
 SCALES = {"Q8_0": (0,), "Q6_K": (208,), "Q4_K": (0, 2), "Q3_K": (108,), "Q2_K": (80, 82), "Q4_0": (0,), "Q5_0": (0,)}
+MINIMUM = {"Q4_K": 7.5, "Q2_K": 1.5}  # second scale over the first, for a mean of zero: half the largest code
 FALLBACKS = {"Q6_K": "Q8_0", "Q4_K": "Q5_0", "Q3_K": "Q4_0", "Q2_K": "Q4_0"}  # tensor_type_fallback of llama.cpp
-KINDS = ("Q8_0", *FALLBACKS)
+EXPERTS = "_exps"  # in the names of tensors that hold all experts of a layer
 SCALE = 2.0**-14
 CONTEXT = 256
-TOKEN = 1
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, kinds: list[str]) -> None:
     """Write what is missing, load everything, answer until stdin ends."""
     shape = json.loads((folder / "shape.json").read_text())
-    for kind in KINDS:
+    for kind in kinds:
         if not (folder / f"{kind}.gguf").is_file():
             partial = folder / f"{kind}.partial"
             _write_gguf(partial, kind, shape)
             partial.rename(folder / f"{kind}.gguf")
     llama_cpp.llama_backend_init()
-    models = {kind: _load(folder / f"{kind}.gguf") for kind in KINDS}
-    read = {kind: sum(_bytes(kind, *size) for size in _matrices(shape).values()) / 1e6 for kind in KINDS}
+    models = {kind: _load(folder / f"{kind}.gguf") for kind in kinds}
+    read = {kind: _read_bytes(kind, shape) / 1e6 for kind in kinds}
     names = ("llama-cpp-python", "gguf")
     _answer({"versions": {name: version(name) for name in names}, "mb_per_token": read})
     for line in sys.stdin:
@@ -54,20 +57,42 @@ def _answer(value: Any) -> None:
     print(json.dumps(value), flush=True)
 
 
-def _matrices(shape: dict[str, int]) -> dict[str, tuple[int, int]]:
-    """Every matrix that a token reads, by GGUF name: rows and columns."""
-    hidden, ffn = shape["hidden_size"], shape["intermediate_size"]
+def _matrices(shape: dict[str, int]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of quantised matrices but the embedding, by GGUF name: [rows, columns] or [experts, ...]."""
+    hidden, ffn, suffix = shape["hidden_size"], shape["intermediate_size"], ""
+    experts: tuple[int, ...] = ()
+    if "num_experts" in shape:
+        ffn, suffix, experts = shape["moe_intermediate_size"], EXPERTS, (shape["num_experts"],)
     attended = shape["num_attention_heads"] * shape["head_dim"]
     shared = shape["num_key_value_heads"] * shape["head_dim"]
-    sizes = {
+    sizes: dict[str, tuple[int, ...]] = {
         **{"attn_q": (attended, hidden), "attn_k": (shared, hidden), "attn_v": (shared, hidden)},
-        **{"attn_output": (hidden, attended), "ffn_gate": (ffn, hidden), "ffn_up": (ffn, hidden)},
-        "ffn_down": (hidden, ffn),
+        "attn_output": (hidden, attended),
+        **{f"{name}{suffix}": (*experts, ffn, hidden) for name in ("ffn_gate", "ffn_up")},
+        f"ffn_down{suffix}": (*experts, hidden, ffn),
     }
     layers = range(shape["num_hidden_layers"])
     return {f"blk.{layer}.{name}": size for layer in layers for name, size in sizes.items()} | {
         "output": (shape["vocab_size"], hidden)
     }
+
+
+def _floats(shape: dict[str, int]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield the float32 tensors: norms, and routers [experts, hidden]."""
+    hidden, experts = shape["hidden_size"], shape.get("num_experts")
+    for layer in range(shape["num_hidden_layers"]):
+        yield from ((f"blk.{layer}.{name}", (hidden,)) for name in ("attn_norm", "ffn_norm"))
+        if experts:
+            yield from ((f"blk.{layer}.{name}", (shape["head_dim"],)) for name in ("attn_q_norm", "attn_k_norm"))
+            yield f"blk.{layer}.ffn_gate_inp", (experts, hidden)
+    yield "output_norm", (hidden,)
+
+
+def _read_bytes(kind: str, shape: dict[str, int]) -> float:
+    """Bytes of matrices that a token reads."""
+    used = shape["num_experts_per_tok"] / shape["num_experts"] if "num_experts" in shape else 0.0
+    quantised = (_bytes(kind, *size) * (used if EXPERTS in name else 1) for name, size in _matrices(shape).items())
+    return sum(quantised) + sum(4 * math.prod(size) for _, size in _floats(shape) if len(size) > 1)
 
 
 def _fitting(kind: str, columns: int) -> str:
@@ -76,9 +101,9 @@ def _fitting(kind: str, columns: int) -> str:
     return kind if columns % weights == 0 else FALLBACKS[kind]
 
 
-def _bytes(kind: str, rows: int, columns: int) -> int:
-    weights, stored = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[_fitting(kind, columns)]]
-    return int(rows * columns // weights * stored)
+def _bytes(kind: str, *size: int) -> int:
+    weights, stored = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[_fitting(kind, size[-1])]]
+    return int(math.prod(size) // weights * stored)
 
 
 def _write_gguf(file: Path, kind: str, shape: dict[str, Any]) -> None:
@@ -87,22 +112,24 @@ def _write_gguf(file: Path, kind: str, shape: dict[str, Any]) -> None:
     generator = np.random.default_rng(0)
     quantised = {"token_embd": (shape["vocab_size"], shape["hidden_size"]), **_matrices(shape)}
     for name, size in quantised.items():
-        fitting = _fitting(kind, size[1])
+        fitting = _fitting(kind, size[-1])
         blocks = _random_blocks(generator, fitting, *size)
         writer.add_tensor(f"{name}.weight", blocks, raw_dtype=gguf.GGMLQuantizationType[fitting])
-    norms = [f"blk.{layer}.{name}" for layer in range(shape["num_hidden_layers"]) for name in ("attn_norm", "ffn_norm")]
-    for name in (*norms, "output_norm"):
-        writer.add_tensor(f"{name}.weight", np.ones(shape["hidden_size"], np.float32))
+    for name, size in _floats(shape):
+        values = np.ones(size, np.float32)
+        if len(size) > 1:  # a router; logits of about 1
+            values = generator.standard_normal(size, np.float32) / np.float32(size[-1] ** 0.5)
+        writer.add_tensor(f"{name}.weight", values)
     finish_gguf(writer)
 
 
-def _random_blocks(generator: np.random.Generator, kind: str, rows: int, columns: int) -> np.ndarray:
-    """uint8 [rows, bytes of a row]."""
+def _random_blocks(generator: np.random.Generator, kind: str, *size: int) -> np.ndarray:
+    """uint8 [..., rows, bytes of a row]."""
     _, stored = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
-    values = np.frombuffer(generator.bytes(_bytes(kind, rows, columns)), np.uint8).reshape(-1, stored).copy()
-    for at in SCALES[kind]:
-        values[:, at : at + 2] = np.array([SCALE], np.float16).view(np.uint8)
-    return values.reshape(rows, -1)
+    values = np.frombuffer(bytearray(generator.bytes(_bytes(kind, *size))), np.uint8).reshape(-1, stored)
+    for at, factor in zip(SCALES[kind], (1.0, MINIMUM.get(kind, 1.0)), strict=False):
+        values[:, at : at + 2] = np.array([SCALE * factor], np.float16).view(np.uint8)
+    return values.reshape(*size[:-1], -1)
 
 
 def _load(file: Path) -> Any:
@@ -117,14 +144,15 @@ def _load(file: Path) -> Any:
 
 def _burst(context: Any, request: dict[str, Any], vocab: int) -> list[tuple[float, float]]:
     llama_cpp.llama_set_n_threads(context, request["threads"], request["threads"])
+    ids = np.random.default_rng(0).integers(vocab, size=request["tokens"]).tolist()
     stop = time.perf_counter() + request["seconds"]
     samples: list[tuple[float, float]] = []
     while not samples or time.perf_counter() < stop:
         wall, cpu = time.perf_counter(), time.process_time()
         if request["work"] == "prefill":
-            _run(context, keep=0, steps=1, tokens=request["tokens"])
+            _run(context, keep=0, batches=[ids])
         else:
-            _run(context, keep=request["context"], steps=request["tokens"], tokens=1)
+            _run(context, keep=request["context"], batches=[[token] for token in ids])
         samples.append((time.perf_counter() - wall, time.process_time() - cpu))
     logits = llama_cpp.llama_get_logits_ith(context, -1)
     if not np.isfinite(np.ctypeslib.as_array(logits, (vocab,))).all():
@@ -132,16 +160,16 @@ def _burst(context: Any, request: dict[str, Any], vocab: int) -> list[tuple[floa
     return samples
 
 
-def _run(context: Any, *, keep: int, steps: int, tokens: int) -> None:
-    """Forget all but ``keep`` tokens, then ``steps`` batches of ``tokens``, each until its last logits are there."""
+def _run(context: Any, *, keep: int, batches: list[list[int]]) -> None:
+    """Forget all but ``keep`` tokens, then run batches of token ids, each until its last logits are there."""
     llama_cpp.llama_memory_seq_rm(llama_cpp.llama_get_memory(context), -1, keep, -1)
-    ids = (llama_cpp.llama_token * tokens)(*[TOKEN] * tokens)
-    for _ in range(steps):
-        code = llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(ids, tokens))
+    for batch in batches:
+        ids = (llama_cpp.llama_token * len(batch))(*batch)
+        code = llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(ids, len(batch)))
         if code != 0:
             raise SystemExit(f"llama_decode gave {code}")
         llama_cpp.llama_synchronize(context)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])
