@@ -1,6 +1,5 @@
 """The companded grid: every label and width against the oracle, on disk, in stock readers and in every method."""
 
-import dataclasses
 import json
 from fractions import Fraction
 from pathlib import Path
@@ -13,6 +12,7 @@ import transformers
 import conftest
 import matquant
 import oracle
+from grid_checks import LABELS, WIDTHS, assert_every_slice_comes_back, assert_example_is_written_and_read
 from matquant.core.nest import (
     CENTRE,
     COMPANDED,
@@ -27,18 +27,13 @@ from matquant.core.nest import (
     stored_codes,
 )
 from matquant.core.spec import Spec
-from matquant.core.tensor import NestedTensor
 from matquant.export.blocks import CONTAINERS
 from matquant.export.containers import FIXED, Misfit, decode, encode, fit
 from matquant.format.read import open_checkpoint
-from matquant.format.write import write_checkpoint
 from matquant.hf_torch.arrays import nested_to_numpy
 from matquant.methods.parts.fake import Grid, nest
 from matquant.system.errors import InputError
 from test_checkpoint import document_tables
-
-LABELS = np.arange(256, dtype=np.uint8)
-WIDTHS = range(1, 9)
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
@@ -79,13 +74,8 @@ def test_nearest_codes_are_those_of_the_oracle_everywhere(bits: int) -> None:
 
 
 def test_stored_codes_are_an_ordinary_int8_tensor_from_which_every_slice_comes_back() -> None:
-    stored = stored_codes(LABELS, grid=COMPANDED)
-    assert stored.tolist() == [oracle.companded_int8(label) for label in range(256)]
-    labels = labels_of(stored, grid=COMPANDED)
-    for bits in range(1, 7):  # labels that share a position share these bits
-        assert np.array_equal(slice_codes(labels, bits), slice_codes(LABELS, bits))
-    assert np.array_equal(stored_codes(labels, grid=COMPANDED), stored)
-    assert len(np.unique(stored)) == 224
+    expected = [oracle.companded_int8(label) for label in range(256)]
+    stored = assert_every_slice_comes_back(COMPANDED, expected=expected, distinct=224)
     assert labels_of(stored, grid=UNIFORM) is stored
 
 
@@ -175,28 +165,8 @@ def test_what_the_grid_cannot_hold_is_rejected(options: dict[str, object], messa
 
 
 def test_the_example_of_the_format_page_is_what_is_written_and_read(tmp_path: Path) -> None:
-    rows = {row[""]: [row["row 0"], row["row 1"]] for row in document_tables("The companded grid: format 4")[1]}
-    labels = np.array([[int(label) for label in row.split()] for row in rows["labels"]], dtype=np.uint8)
-    assert stored_codes(labels, grid=COMPANDED).tolist() == [
-        [int(c) for c in row.split()] for row in rows["stored codes"]
-    ]
-    scale, zero = np.array([[0.5], [0.75]], dtype=np.float32), np.full((2, 1), 128.0, dtype=np.float32)
-    own = np.array([[30.0], [46.0]], dtype=np.float32), np.array([[1.75], [1.875]], dtype=np.float32)
-    tensor = NestedTensor(codes=labels, scale=scale, zero=zero, rule="prefix", slices={2: own}, grid=COMPANDED)
-    spec = Spec(rule="prefix", widths=(8, 4, 2), slices=(2,), grid=COMPANDED)
-    write_checkpoint(tmp_path / "out", [("linear", tensor)], spec=spec, config={}, ignore=[], files={})
-    checkpoint = open_checkpoint(tmp_path / "out")
-    packed = checkpoint.array("linear.weight_packed").view(np.uint8)
-    assert [bytes(row) for row in packed] == [bytes.fromhex(row) for row in rows["linear.weight_packed"]]
-    read = checkpoint.nested("linear")
-    plain = dataclasses.replace(read, slices={})
-    for name, found in (
-        ("8 bits", read.read(8)),
-        ("4 bits", read.read(4)),
-        ("2 bits", plain.read(2)),
-        ("2 bits, own scale and zero", read.read(2)),
-    ):
-        assert found.tolist() == [[float(value) for value in row.split()] for row in rows[name]], name
+    example = document_tables("The companded grid: format 4")[1]
+    assert_example_is_written_and_read(example, COMPANDED, tmp_path / "out", widths=(8, 4, 2))
 
 
 def test_a_uniform_record_stays_in_its_old_format() -> None:

@@ -1,6 +1,5 @@
 """The float grid: every label and width against OCP's element formats, on disk, in stock readers, in rtn and gptq."""
 
-import dataclasses
 import json
 from fractions import Fraction
 from pathlib import Path
@@ -17,22 +16,20 @@ import conftest
 import matquant
 import oracle
 from gguf_files import file_types, file_weights, from_pairs, gguf_name, metadata
+from grid_checks import LABELS, WIDTHS, assert_every_slice_comes_back, assert_example_is_written_and_read
 from matquant.core.grid import BLOCK, fit_grid, power_of_two
 from matquant.core.nest import (
     CENTRE,
     FLOAT,
     integer_positions,
-    labels_of,
     middle,
     nearest_codes,
     position_table,
     slice_affine,
     slice_codes,
     slice_positions,
-    stored_codes,
 )
 from matquant.core.spec import Plan, Spec
-from matquant.core.tensor import NestedTensor
 from matquant.engine.engine import Engine
 from matquant.export import export
 from matquant.export.blocks import CONTAINERS
@@ -40,14 +37,12 @@ from matquant.export.card import RECORD
 from matquant.export.containers import Container, choose, decode, encode
 from matquant.export.explain import explain, render
 from matquant.format.read import open_checkpoint
-from matquant.format.write import write_checkpoint
 from matquant.hf_torch.arrays import nested_to_numpy
+from matquant.methods.parts.cells import chooser
 from matquant.methods.parts.fake import Grid, nest
 from matquant.system.errors import InputError
 from test_checkpoint import document_tables
 
-LABELS = np.arange(256, dtype=np.uint8)
-WIDTHS = range(1, 9)
 # OCP Microscaling Formats v1.0: 5.3.3 (FP4, E2M1) and the first and last values of each exponent of 5.3.2 (FP6, E2M3)
 E2M1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
 E2M3 = {0b00000: 0, 0b00001: 0.125, 0b00111: 0.875, 0b01000: 1, 0b01111: 1.875, 0b10000: 2, 0b11000: 4, 0b11111: 7.5}
@@ -113,14 +108,24 @@ def test_nearest_codes_are_those_of_the_oracle_everywhere(bits: int) -> None:
     assert nearest_codes(torch.from_numpy(values), bits, grid=FLOAT).tolist() == expected
 
 
+@pytest.mark.parametrize("widths", [(8, 2), (8, 5, 2), (8, 6, 4, 3, 2)])
+def test_gptq_chooses_a_code_of_least_error(widths: tuple[int, ...]) -> None:
+    """All targets about the thresholds of int2, in sixteenths of a code and between them, against all 256 labels."""
+    place = torch.arange(-16, 5 * 64) / 64  # of an int2 code
+    target_RN = torch.stack([place * 2 ** (bits - 2) + (2 ** (bits - 2) - 1) / 2 for bits in widths])
+    ones_RN, zeros_RN = torch.ones_like(target_RN), torch.zeros_like(target_RN)
+    lambdas_R = torch.tensor([16.0 ** (2 - bits) for bits in widths])  # each about as important as the others
+    codes_N, read_RN = chooser("prefix", FLOAT, widths, torch.device("cpu"))(target_RN, ones_RN, zeros_RN, lambdas_R)
+    every_RQ = torch.stack([slice_positions(torch.from_numpy(LABELS), bits, grid=FLOAT) for bits in widths])
+    cost_NQ = torch.tensordot(lambdas_R, (target_RN[:, :, None] - every_RQ[:, None]).square(), dims=1)
+    assert torch.equal(read_RN, every_RQ[:, codes_N.long()])
+    chosen_N = cost_NQ.gather(1, codes_N.long()[:, None])[:, 0]
+    torch.testing.assert_close(chosen_N, cost_NQ.amin(1), rtol=1e-5, atol=1e-6)
+
+
 def test_stored_codes_are_an_ordinary_int8_tensor_from_which_every_slice_comes_back() -> None:
-    stored = stored_codes(LABELS, grid=FLOAT)
-    assert stored.tolist() == [int(oracle.float_position(label, 8)) for label in range(256)]
-    labels = labels_of(stored, grid=FLOAT)
-    for bits in range(1, 7):  # labels that share a position share these bits
-        assert np.array_equal(slice_codes(labels, bits), slice_codes(LABELS, bits))
-    assert np.array_equal(stored_codes(labels, grid=FLOAT), stored)
-    assert len(np.unique(stored)) == 176
+    expected = [int(oracle.float_position(label, 8)) for label in range(256)]
+    assert_every_slice_comes_back(FLOAT, expected=expected, distinct=176)
 
 
 def test_scales_of_blocks_are_powers_of_two_and_cover_every_weight() -> None:
@@ -215,23 +220,7 @@ def test_methods_that_train_the_scales_are_rejected(llama: Path) -> None:
 
 def test_the_example_of_the_format_page_is_what_is_written_and_read(tmp_path: Path) -> None:
     example = document_tables("The float grid: format 6")[-1]
-    rows = {row[""]: [row["row 0"], row["row 1"]] for row in example}
-    labels = np.array([[int(label) for label in row.split()] for row in rows["labels"]], dtype=np.uint8)
-    wanted = [[int(code) for code in row.split()] for row in rows["stored codes"]]
-    assert stored_codes(labels, grid=FLOAT).tolist() == wanted
-    scale, zero = np.array([[0.5], [0.75]], dtype=np.float32), np.full((2, 1), 128.0, dtype=np.float32)
-    own = np.array([[30.0], [46.0]], dtype=np.float32), np.array([[1.75], [1.875]], dtype=np.float32)
-    tensor = NestedTensor(codes=labels, scale=scale, zero=zero, rule="prefix", slices={2: own}, grid=FLOAT)
-    spec = Spec(rule="prefix", widths=(8, 4, 2), slices=(2,), grid=FLOAT)
-    write_checkpoint(tmp_path / "out", [("linear", tensor)], spec=spec, config={}, ignore=[], files={})
-    checkpoint = open_checkpoint(tmp_path / "out")
-    packed = checkpoint.array("linear.weight_packed").view(np.uint8)
-    assert [bytes(row) for row in packed] == [bytes.fromhex(row) for row in rows["linear.weight_packed"]]
-    read = checkpoint.nested("linear")
-    plain = dataclasses.replace(read, slices={})
-    found = {f"{bits} bits": plain.read(bits) for bits in (8, 6, 4, 2)} | {"2 bits, own scale and zero": read.read(2)}
-    for name, weight in found.items():
-        assert weight.tolist() == [[float(value) for value in row.split()] for row in rows[name]], name
+    assert_example_is_written_and_read(example, FLOAT, tmp_path / "out", widths=(8, 6, 4, 2))
 
 
 def test_a_grid_of_a_newer_format_is_damage(blocks: Path) -> None:

@@ -52,6 +52,7 @@ class Cells:
     step_C1: torch.Tensor  # 0, 1, 2, ...
     start_R1: torch.Tensor  # where each width's places start among those of all
     limit_R1: torch.Tensor  # last place of each width, from 0, as a float
+    places_R1: torch.Tensor  # places in a code of each width, as a float; not of the uniform grid
     code_I: torch.Tensor  # nearest code of the width to a place
     first_I: torch.Tensor  # first cell of that code
     last_I: torch.Tensor  # last cell of that code
@@ -62,7 +63,8 @@ class Cells:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the best code of each row, int32 [N], and the values read from it at each width [R, N]."""
         position_RN = target_RN / scale_RN + zero_RN
-        place_RN = round_half_up(position_RN) if self.grid == UNIFORM else torch.floor(position_RN.float() * RESOLUTION)
+        uniform = self.grid == UNIFORM
+        place_RN = round_half_up(position_RN) if uniform else torch.floor(position_RN.float() * self.places_R1)
         place_RN = torch.fmin(place_RN.clamp_(min=0), self.limit_R1).int() + self.start_R1  # fmin: of NaN the limit
         master_N = self.code_I.index_select(0, place_RN[0])
         place_RN = place_RN.view(-1)  # index_select is four times as fast as an index of two dimensions
@@ -93,15 +95,17 @@ def _cells(rule: str, grid: str, widths: tuple[int, ...], device: torch.device) 
     count = int(cell[-1]) + 1
     low = torch.tensor([int((cell == index).nonzero()[0]) for index in range(count)])
     high = torch.tensor([int((cell == index).nonzero()[-1]) for index in range(count)])
+    every_place = torch.arange(RESOLUTION * 2**MASTER_BITS)
+    places = [len(every_place) // 2**bits for bits in widths]
     codes, first, last = [], [], []
-    for bits, row in zip(widths, slices, strict=True):
+    for bits, row, in_code in zip(widths, slices, places, strict=True):
         members = [(row == code).nonzero().flatten() for code in range(int(row.max()) + 1)]
         codes.append(torch.arange(len(members)))
         if grid != UNIFORM:
-            codes[-1] = nearest_codes(torch.arange(RESOLUTION * len(members)) / RESOLUTION, bits, grid=grid).long()
+            codes[-1] = nearest_codes(every_place / in_code, bits, grid=grid).long()
         first.append(cell[torch.stack([codes_of[0] for codes_of in members])][codes[-1]])
         last.append(cell[torch.stack([codes_of[-1] for codes_of in members])][codes[-1]])
-    counts = torch.tensor([len(places) for places in codes])
+    counts = torch.tensor([len(codes_of) for codes_of in codes])
     reads = [slice_positions(every, bits, rule=rule, grid=grid) for bits in widths]
     return Cells(
         widths=widths,
@@ -111,6 +115,7 @@ def _cells(rule: str, grid: str, widths: tuple[int, ...], device: torch.device) 
         step_C1=torch.arange(count, dtype=torch.int32)[:, None].to(device),
         start_R1=(counts.cumsum(0) - counts)[:, None].int().to(device),
         limit_R1=(counts - 1.0)[:, None].to(device),
+        places_R1=torch.tensor(places, dtype=torch.float32)[:, None].to(device),
         code_I=torch.cat(codes).int().to(device),
         first_I=torch.cat(first).int().to(device),
         last_I=torch.cat(last).int().to(device),
