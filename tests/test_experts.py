@@ -359,7 +359,10 @@ def test_experts_with_few_tokens_are_named_in_the_log_and_counted_in_the_report(
     few = {name: tokens for record in records for name, tokens in record.get("few_tokens", {}).items()}
     assert few
     assert max(few.values()) < INNER
-    facts = dict(made_facts(open_checkpoint(out)))
+    checkpoint = open_checkpoint(out)
+    with (out / "training.jsonl").open("a") as log:
+        log.write("[" * 100_000)  # a damaged line, too deep for a reader of JSON
+    facts = dict(made_facts(checkpoint))
     assert facts["experts calibrated on the whole layer's tokens, having seen too few"] == str(len(few))
     named = "".join(notices)
     assert all(f"{name.rpartition('.')[2]} ({tokens})" in named for name, tokens in few.items())

@@ -105,3 +105,10 @@ def test_the_uniform_grid_needs_none(llama: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=message):
         export(uniform, tmp_path / "out", to="gptq", bits=4, requantise=True)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_nested_export_keeps_its_codes(nested: Path, tmp_path: Path) -> None:
+    message = "--requantise fits slices to other formats, and --to matquant keeps the codes; drop --requantise"
+    with pytest.raises(InputError, match=message):
+        export(nested, tmp_path / "out", to="matquant", bits=4, requantise=True)
+    assert not (tmp_path / "out").exists()

@@ -14,14 +14,13 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-import conftest
 import matquant
 from conftest import HEADS, SMALL
 from matquant import _native
 from matquant.format.read import open_checkpoint
 from matquant.format.write import write_checkpoint
 from matquant.hf.architecture import read_architecture
-from test_runtime import IDS, assert_same_logits, make, native_logits, one_by_one, transformers_logits
+from test_runtime import IDS, assert_same_logits, checkpoints, native_logits, one_by_one, transformers_logits
 
 EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 # Two threads keep what they write from gate and up to the input of down.
@@ -41,19 +40,7 @@ PLAIN = "qwen2_moe, renormalised"
 
 @pytest.fixture(scope="module")
 def checkpoint_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """(a key of CONFIGS, options of quantize) -> the checkpoint, made once."""
-    root = tmp_path_factory.mktemp("experts")
-
-    def get(case: str, **options: Any) -> Path:
-        name = "-".join([*case.replace(",", "").split(), *map(str, options.values())])
-        if not (root / name).is_dir():
-            source = root / f"{name}.float"
-            if not source.is_dir():
-                make(CONFIGS[case](), source)
-            conftest.quantize(source, root / name, method="rtn", **{"scope": "all", **options})
-        return root / name
-
-    return get
+    return checkpoints(tmp_path_factory.mktemp("experts"), CONFIGS)
 
 
 def rewritten(source: Path, out: Path, config: dict[str, Any] | None = None, skip: str = "", **tensors: Any) -> Path:
@@ -283,3 +270,9 @@ def test_the_native_layer_rejects_what_does_not_fit() -> None:
         with pytest.raises(ValueError, match=message):
             model.add_layer(matrices, norms, 0, -1, **options)
     model.add_layer([*good, *other, dense(1, 32)], norms, 0, -1, experts=2, active=1, shared=True)
+
+
+def test_a_null_clamp_is_that_of_the_family() -> None:
+    config = transformers.GptOssConfig(**SMALL, **HEADS, num_local_experts=5, num_experts_per_tok=2).to_dict()
+    found = read_architecture({**config, "swiglu_alpha": None, "swiglu_limit": None}, where=Path("DIR"))
+    assert (found.gate_alpha, found.gate_limit) == (1.702, 7.0)

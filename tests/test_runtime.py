@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -85,20 +85,23 @@ def make(config: Any, directory: Path) -> Path:
     return directory
 
 
-@pytest.fixture(scope="module")
-def checkpoint_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """(a key of CONFIGS, options of quantize) -> the checkpoint, made once."""
-    root = tmp_path_factory.mktemp("runtime")
+def checkpoints(root: Path, configs: Mapping[str, Callable[[], Any]]) -> Callable[..., Path]:
+    """Return (a key of ``configs``, options of quantize) -> the checkpoint, made once under ``root``."""
 
     def get(case: str, **options: Any) -> Path:
         name = "-".join([*case.replace(",", "").split(), *map(str, options.values())])
         if not (root / name).is_dir():
             if not (root / f"{name}.float").is_dir():
-                make(CONFIGS[case](), root / f"{name}.float")
+                make(configs[case](), root / f"{name}.float")
             conftest.quantize(root / f"{name}.float", root / name, method="rtn", **{"scope": "all", **options})
         return root / name
 
     return get
+
+
+@pytest.fixture(scope="module")
+def checkpoint_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    return checkpoints(tmp_path_factory.mktemp("runtime"), CONFIGS)
 
 
 @pytest.fixture(autouse=True)

@@ -112,6 +112,10 @@ def _fitted(checkpoint: Checkpoint, to: str, plan: Mapping[str, int]) -> Requant
     if checkpoint.spec.grid == UNIFORM:
         raise InputError("--requantise is for the companded and float grids, found grid 'uniform'; drop --requantise")
     exporter = _exporter(to, checkpoint)
+    if exporter is FORMATS["matquant"]:
+        raise InputError(
+            "--requantise fits slices to other formats, and --to matquant keeps the codes; drop --requantise"
+        )
     paths = {bits: path for path, bits in plan.items() if path not in checkpoint.ends}  # one of each width
     centred = min(paths) <= 2
     for zero_points in (centred, not centred):

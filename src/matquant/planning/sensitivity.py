@@ -137,8 +137,8 @@ class Losses:
         keys = [[f"{bits} {' '.join(group)}" for bits in widths] for group in groups]
         if any(key not in self._estimated for row in keys for key in row):
             known = gradients.estimable(self.model, self.paths)
-            names = [{expert_name(path) for path in group} for group in groups]
-            experts = any(len(found) == 1 and None not in found for found in names)
+            several = [{expert_name(path) for path in group} for group in groups if len(group) > 1]
+            experts = any(len(names) == 1 and None not in names for names in several)  # whole ones, not single matrices
             of = gradients.estimate(self.checkpoint, self.model, self.tokens, widths, paths=known, experts=experts)
             for group, row in zip(groups, keys, strict=True):
                 estimated = of(group)

@@ -81,7 +81,7 @@ def _few_tokens(checkpoint: Checkpoint) -> list[tuple[str, str]]:
     log = side_file(checkpoint.directory, LOG)
     found: dict[str, int] = {}
     for line in [] if log is None else log.read_text(encoding="utf-8", errors="replace").splitlines():
-        with contextlib.suppress(ValueError, AttributeError, TypeError):
+        with contextlib.suppress(ValueError, AttributeError, TypeError, RecursionError):
             found |= json.loads(line).get("few_tokens", {})
     return [("experts calibrated on the whole layer's tokens, having seen too few", f"{len(found):,}")] if found else []
 

@@ -1,8 +1,9 @@
 """Deal the calibration sequences to processes, and rows of weights too.
 
-A piece is what one forward pass runs: this process's sequences of a batch. With ``ordered`` (--deterministic) it is a
-single sequence, and sums over pieces have a fixed order (distributed/sums.py), so that results do not depend on the
-number of processes: the shapes of all products, and the order of all sums, are then the same for any number.
+A piece is what one forward pass runs: this process's sequences of a batch, or, without training steps, one sequence.
+With ``ordered`` (--deterministic) it is always one, and sums over pieces have a fixed order (distributed/sums.py), so
+that results do not depend on the number of processes: the shapes of all products, and the order of all sums, are then
+the same for any number.
 """
 
 import itertools
@@ -155,6 +156,7 @@ def check_parts(rows: Mapping[str, int], *, ordered: bool) -> None:
 def part_rows(rows: int, *, ordered: bool, most: int) -> int:
     """Return how many of a weight's N rows to solve at once: equal parts of at most ``most``."""
     each = max(LEAST_ROWS, -(-rows // ROW_PARTS)) if ordered else -(-rows // ranks.count())
+    each = min(each, rows)
     return -(-each // -(-each // most))
 
 
