@@ -17,7 +17,7 @@ import torch
 
 from matquant.core.grid import BLOCK, decode, encode
 from matquant.core.nest import CENTRE, FLOAT, GRIDS, middle, positions
-from matquant.export.requantise import blocks
+from matquant.export.requantise import blocks, fit_blocks
 from matquant.hf_torch.arrays import nested_to_numpy
 from matquant.hf_torch.layers import select_linears
 from matquant.hf_torch.loading import load_float
@@ -29,17 +29,9 @@ SIZES = {"per channel": None, "groups of 64": 64, "groups of 32": BLOCK}
 
 def mxfp4(weight_NK: np.ndarray, tries: tuple[int, ...]) -> np.ndarray:
     """Weights rounded to MXFP4, with the best scale of 2^tries times the usual one in each block."""
-    weight = weight_NK.reshape(len(weight_NK), -1, BLOCK)
-    usual = np.floor(np.log2(np.abs(weight).max(-1))) - 2
-    zero = np.full_like(usual, middle(4))
-    best, least = weight_NK, np.full(usual.shape, np.inf)
-    for more in tries:
-        scale = np.exp2(usual + more).astype(np.float32)
-        found = decode(positions(encode(weight_NK, scale, zero, bits=4, grid=FLOAT), 4, grid=FLOAT), scale, zero)
-        error = np.square(found.reshape(weight.shape) - weight).sum(-1)
-        best = np.where(np.repeat(error < least, BLOCK, axis=1), found, best)
-        least = np.minimum(error, least)
-    return best
+    scale = fit_blocks(weight_NK, tries)
+    zero = np.full_like(scale, middle(4))
+    return np.asarray(decode(positions(encode(weight_NK, scale, zero, bits=4, grid=FLOAT), 4, grid=FLOAT), scale, zero))
 
 
 def cut(weight_NK: np.ndarray, bits: int, group: int | None) -> np.ndarray:
@@ -84,7 +76,7 @@ def main() -> None:
             reads = {bits: [tensor.read(bits) for tensor in tensors] for bits in WIDTHS}
             show(f"{size}, {kind}", [relative(list(zip(reads[bits], weights, strict=True))) for bits in WIDTHS])
             if kind == FLOAT:
-                fitted = [blocks(tensor).read(4) for tensor in tensors]
+                fitted = [blocks(tensor, fit_blocks(tensor.read(4))).read(4) for tensor in tensors]
                 pairs = [list(zip(fitted, wanted, strict=True)) for wanted in (reads[4], weights)]
                 show(f"{size}, requantised: loss, error", [relative(found) for found in pairs])
         cuts = {bits: [(cut(weight, bits, group), weight) for weight in weights] for bits in WIDTHS}

@@ -91,9 +91,10 @@ def unpack(planes: Planes, *, bits: int = MASTER_BITS) -> Codes:
     return planes.native.codes(bits, RULES.index("prefix"))
 
 
-def load_weight(tensor: NestedTensor, *, max_bits: int = MASTER_BITS) -> Weight:
+def load_weight(tensor: NestedTensor, *, max_bits: int = MASTER_BITS, held_bits: int | None = None) -> Weight:
     """Pack a nested tensor (numpy) with the scales and zero-points of all widths up to ``max_bits``.
 
+    held_bits: pack only the planes that this width needs, as if by ``hold``; None: those of max_bits.
     ``checkpoint.nested(path, mapped=True)`` is packed straight from the memory-mapped file. Scales and zero-points take
     16 bits each where bfloat16 and float16 hold them exactly; widths without per-width ones share the 8-bit grid's.
     Raises InputError as ``pack`` does, and for a grid that kernels do not read.
@@ -103,10 +104,11 @@ def load_weight(tensor: NestedTensor, *, max_bits: int = MASTER_BITS) -> Weight:
     if obstacle is not None:
         raise InputError(f"{obstacle}; use matquant.load(..., kernels='none'), or export --bits 4 to another engine")
     columns, groups = tensor.codes.shape[-1], tensor.scale.shape[-1]
-    resident = bits_read(max_bits, rule=tensor.rule)
+    held = max_bits if held_bits is None else held_bits
+    resident = bits_read(held, rule=tensor.rule)
     planes = _pack(tensor.codes, resident, rule=tensor.rule, group=columns // groups, grid=tensor.grid)
     bare = Weight(planes=planes, rule=tensor.rule, max_bits=max_bits, affines=frozenset(), shared=None)
-    return _with_affines(bare, tensor)
+    return replace(_with_affines(bare, tensor), max_bits=held)
 
 
 def planes_bytes(rows: int, columns: int, *, bits: int) -> int:

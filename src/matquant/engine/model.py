@@ -5,6 +5,7 @@ matrices that each token reads whole (head, linear layers outside the scope) are
 dtype; an embedding that is not also the head stays memory-mapped. Norm weights are small and become float32.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -81,9 +82,9 @@ def load_model(checkpoint: Checkpoint, *, max_bits: int, expert_bits: int | None
     native = _empty_model(architecture)
     weights = {}
     for path in filter(checkpoint.shapes.__contains__, paths):
-        weights[path] = load_weight(checkpoint.nested(path, mapped=True), max_bits=max(max_bits, least.get(path, 1)))
-        if expert_bits is not None and ".experts." in path:
-            weights[path] = hold(weights[path], max_bits=expert_bits)
+        held = expert_bits if ".experts." in path else None
+        most = max(max_bits, least.get(path, 1))
+        weights[path] = load_weight(checkpoint.nested(path, mapped=True), max_bits=most, held_bits=held)
     try:
         _fill(native, architecture, paths, weights, tensors, where)
     except InputError:
@@ -101,7 +102,7 @@ def load_model(checkpoint: Checkpoint, *, max_bits: int, expert_bits: int | None
         weights=weights,
         least=least,
         looked_up=looked_up,
-        groups={path: checkpoint.array(f"{path}.weight_scale").size for path in weights},
+        groups={path: math.prod(checkpoint.stored_shape(f"{path}.weight_scale")) for path in weights},
         group_bytes=4 if checkpoint.spec.scale_dtype == "bfloat16" else 8,
         plain_bytes=round(sum(tensors[f"{path}.weight"].nbytes * shares.get(path, 1) for path in plain)),
         shares=shares,

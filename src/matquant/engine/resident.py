@@ -75,6 +75,7 @@ class Residency:
             parts = path.split(".")
             self._paths.setdefault((int(parts[2]), int(parts[-2])), []).append(path)
         self._places = list(self._paths)
+        self._numbers = {place: number for number, place in enumerate(self._places)}
         shapes = [checkpoint.shapes[path] for path in self._paths[self._places[0]]]
         read = [bits_read(bits, rule=rule) for bits in self.widths]
         bytes_P = np.diff([sum(planes_bytes(*shape, bits=bits) for shape in shapes) for bits in read])
@@ -208,7 +209,7 @@ class Residency:
     def _replay(self, model: Model, swaps: Sequence[Swap]) -> Model:
         while len(self.swaps) < len(swaps) and swaps[len(self.swaps)].step == self.step:
             swap = swaps[len(self.swaps)]
-            levels = {self._places.index((swap.layer, swap.expert)): self.widths.index(swap.bits)}
+            levels = {self._numbers[swap.layer, swap.expert]: self.widths.index(swap.bits)}
             self._add(model, levels)
             model = self._adopt(model, levels)
         return model
@@ -216,11 +217,10 @@ class Residency:
     def _check_replayed(self, swaps: Sequence[Swap]) -> None:
         """Raise InputError for swaps that another model made, or one with a larger budget."""
         levels_E, last = self._levels_E.copy(), 1
-        numbers = {place: number for number, place in enumerate(self._places)}
         for swap in swaps:
-            if (swap.layer, swap.expert) not in numbers or swap.bits not in self.widths or swap.step < last:
+            if (swap.layer, swap.expert) not in self._numbers or swap.bits not in self.widths or swap.step < last:
                 raise InputError(f"{swap} does not fit {self._checkpoint.directory}; replay swaps of this checkpoint")
-            levels_E[numbers[swap.layer, swap.expert]], last = self.widths.index(swap.bits), swap.step
+            levels_E[self._numbers[swap.layer, swap.expert]], last = self.widths.index(swap.bits), swap.step
             if self._sizes.total(levels_E) > self._room:
                 raise InputError(
                     f"{swap} exceeds resident={self.budget_bytes} bytes; use the budget that it was recorded with"

@@ -12,7 +12,7 @@ N out features, K in features, G groups.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -41,10 +41,14 @@ class Requantised(Checkpoint):
         tensor, bits = self.source.nested(path, mapped=mapped), self.plan[path]
         if bits == MASTER_BITS:
             return tensor
-        if tensor.grid == FLOAT and bits == MXFP4.bits:
-            return blocks(tensor)
+        blocked = tensor.grid == FLOAT and bits == MXFP4.bits
+        if blocked and tensor.codes.shape[1] % BLOCK:  # rows are no whole blocks
+            return tensor
         if path not in self.scales:
-            self.scales[path] = fit_scale(tensor, bits, zero=_zero(bits, centred=self.centred))
+            zero = _zero(bits, centred=self.centred)
+            self.scales[path] = fit_blocks(tensor.read(4)) if blocked else fit_scale(tensor, bits, zero=zero)
+        if blocked:
+            return blocks(tensor, self.scales[path])
         return requantise(tensor, bits, self.scales[path], centred=self.centred)
 
     def loss(self) -> float:
@@ -78,24 +82,25 @@ def requantise(tensor: NestedTensor, bits: int, scale_NG: np.ndarray, *, centred
     )
 
 
-def blocks(tensor: NestedTensor) -> NestedTensor:
-    """Return the 4-bit slice of the float grid as MXFP4, on the float grid; itself if rows are no whole blocks."""
-    weight_NK = np.asarray(tensor.read(4))
-    if weight_NK.shape[1] % BLOCK:
-        return tensor
-    weight = weight_NK.reshape(len(weight_NK), -1, BLOCK)
+def blocks(tensor: NestedTensor, scale_NB: np.ndarray) -> NestedTensor:
+    """Return the 4-bit slice of the float grid as MXFP4 with the scales of ``fit_blocks``, on the float grid."""
+    zero_NB = np.full_like(scale_NB, middle(4))
+    codes = encode(np.asarray(tensor.read(4)), scale_NB, zero_NB, bits=4, grid=FLOAT) << (MASTER_BITS - 4)
+    return dataclasses.replace(tensor, codes=codes, slices={4: (scale_NB, zero_NB)})
+
+
+def fit_blocks(weight_NK: np.ndarray, tries: Sequence[int] = (0, -1, 1)) -> np.ndarray:
+    """Return scales of MXFP4, float32 [N, K/32]: the best of 2^tries times OCP's scale in each block."""
+    weight = np.asarray(weight_NK).reshape(len(weight_NK), -1, BLOCK)
     zero = np.full(weight.shape[:2], middle(4), dtype=np.float32)
     exponent = np.floor(np.log2(np.maximum(np.abs(weight).max(-1), SMALLEST_SCALE))) - 2
     best, least = np.zeros_like(zero), np.full(zero.shape, np.inf, dtype=np.float32)
-    codes = np.zeros_like(tensor.codes)
-    for more in (0, -1, 1):
+    for more in tries:
         scale = np.exp2(exponent + more).astype(np.float32)
         found = encode(weight_NK, scale, zero, bits=4, grid=FLOAT)
         error = np.square(weight - decode(positions(found, 4, grid=FLOAT), scale, zero).reshape(weight.shape)).sum(-1)
-        better = error < least
-        best, least = np.where(better, scale, best), np.minimum(error, least)
-        codes = np.where(np.repeat(better, BLOCK, axis=1), found << 4, codes)
-    return dataclasses.replace(tensor, codes=codes, slices={4: (best, zero)})
+        best, least = np.where(error < least, scale, best), np.minimum(error, least)
+    return best
 
 
 def fit_scale(tensor: NestedTensor, bits: int, *, zero: float) -> np.ndarray:

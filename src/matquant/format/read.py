@@ -9,6 +9,7 @@ Shapes: N out features, K in features, G groups.
 
 import contextlib
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,6 +93,13 @@ class Checkpoint:
     def stored_shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a stored tensor."""
         return tuple(self._header(name)[1][name]["shape"])
+
+    def stored_bytes(self, name: str) -> int:
+        """Return the bytes of a stored tensor; InputError for a dtype that numpy lacks."""
+        dtype, file = self.stored_dtype(name), self.directory / self.files[name]
+        if dtype not in DTYPES:
+            raise InputError(f"{name} in {file} cannot be read (dtype {dtype}); {AGAIN}")
+        return math.prod(self.stored_shape(name)) * int(np.dtype(DTYPES[dtype]).itemsize)
 
     def mapped(self, name: str, dtype: Any) -> np.ndarray:
         """Return a stored tensor of ``dtype`` as a read-only view of its file, which the system pages in on access.

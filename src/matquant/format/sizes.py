@@ -53,4 +53,4 @@ def bits_per_weight(checkpoint: Checkpoint, plan: Mapping[str, int]) -> float:
 
 def plain_bytes(checkpoint: Checkpoint) -> int:
     """Return the bytes of the unquantised tensors (embeddings, norms, biases, linear layers outside the scope)."""
-    return sum(checkpoint.array(name).nbytes for name in checkpoint.plain_names())
+    return sum(checkpoint.stored_bytes(name) for name in checkpoint.plain_names())

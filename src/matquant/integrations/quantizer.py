@@ -137,14 +137,23 @@ def _joins(checkpoint: Checkpoint) -> list[WeightConverter]:
     return found
 
 
-class _Join(ConversionOps):  # type: ignore[misc]
+class _Operation(ConversionOps):  # type: ignore[misc]
+    """A step of transformers' conversion that is never copied or reversed."""
+
+    def __deepcopy__(self, memo: Any) -> Self:
+        return self  # transformers copies the operations for every parameter
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        """Never called: a loaded model keeps the conversions of ``update_weight_conversions``."""
+        raise NotImplementedError
+
+
+class _Join(_Operation):
     """Write the weights [N, K] of all experts into the tensor that holds them."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
-
-    def __deepcopy__(self, memo: Any) -> Self:
-        return self
 
     def convert(
         self,
@@ -170,20 +179,12 @@ class _Join(ConversionOps):  # type: ignore[misc]
             joined.as_strided(*place).copy_(weights[key])
         return {full_layer_name: joined}
 
-    @property
-    def reverse_op(self) -> ConversionOps:
-        """Never called, as that of ``_Slice``."""
-        raise NotImplementedError
 
-
-class _Slice(ConversionOps):  # type: ignore[misc]
+class _Slice(_Operation):
     """Convert the stored tensors of one parameter to weights [N, K]: the first step of transformers' conversion."""
 
     def __init__(self, hf_quantizer: MatQuantQuantizer) -> None:
         self.hf_quantizer = hf_quantizer
-
-    def __deepcopy__(self, memo: Any) -> Self:
-        return self  # transformers copies the operations for every parameter
 
     def convert(
         self,
@@ -209,11 +210,6 @@ class _Slice(ConversionOps):  # type: ignore[misc]
             found[pattern] = [weight.to(dtype) for weight in weights]
         # if the class has no conversion, transformers uses the whole name
         return {full_layer_name: found["weight"][0]} if source_patterns[0] == "weight" else found
-
-    @property
-    def reverse_op(self) -> ConversionOps:
-        """Never called: a loaded model keeps the conversions of ``update_weight_conversions``."""
-        raise NotImplementedError
 
 
 _merge = AutoHfQuantizer.merge_quantization_configs

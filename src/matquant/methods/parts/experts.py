@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from matquant.core.experts import GATE_UP
-from matquant.hf_torch.experts import is_transposed
+from matquant.hf_torch.experts import expert_count, is_transposed
 from matquant.hf_torch.views import View
 
 NAMED = 8  # experts that a notice names
@@ -43,14 +43,14 @@ def paths_by_expert(
     return found
 
 
-def routed(args: tuple[torch.Tensor, ...], expert: int | None, *, experts: int) -> torch.Tensor:
+def routed(module: torch.nn.Module, args: tuple[torch.Tensor, ...], expert: int | None) -> torch.Tensor:
     """Return the rows [T, H] of a module's inputs that reach an expert, or with None any expert.
 
     Inputs are the tokens and the experts chosen for each; or, for Llama 4, all tokens once for every expert, times the
     router's score, which is 0 where the expert is not chosen.
     """
     if len(args) == 1:
-        rows = args[0].view(experts, -1, args[0].shape[-1])
+        rows = args[0].view(expert_count(module), -1, args[0].shape[-1])
         rows = rows.flatten(0, 1) if expert is None else rows[expert]
         return rows[rows.any(-1)]
     return args[0] if expert is None else args[0][(args[1] == expert).any(-1)]

@@ -15,7 +15,7 @@ import torch
 
 from matquant.distributed.collect import total_values
 from matquant.distributed.sums import Sums
-from matquant.hf_torch.experts import expert_count, is_experts
+from matquant.hf_torch.experts import is_experts
 from matquant.methods.parts.blocks import Block
 from matquant.methods.parts.experts import Paths, paths_by_expert, product, routed
 from matquant.system.errors import InputError
@@ -178,14 +178,14 @@ class _Sums:
 
     def _experts(self, module: Any, args: tuple[torch.Tensor, ...], experts: Mapping[int, Paths]) -> None:
         for expert, paths in experts.items():
-            rows = routed(args, expert, experts=expert_count(module))
+            rows = routed(module, args, expert)
             self.tokens[self.expert_of[[*paths.first, *paths.last][0]]] += len(rows)
             self._add(paths.first, rows)
             if paths.last:
                 self._add(paths.last, product(module, rows, expert))
 
     def _all_tokens(self, module: Any, args: tuple[torch.Tensor, ...], experts: Mapping[int, Paths]) -> None:
-        rows = routed(args, None, experts=expert_count(module))
+        rows = routed(module, args, None)
         self._add([path for paths in experts.values() for path in paths.first], rows)
         for expert, paths in experts.items():
             if paths.last:
