@@ -98,7 +98,7 @@ def routing(model: Any, batches: Iterable[torch.Tensor]) -> dict[str, float]:
 
     def count(watch: Watched, module: Any, args: tuple[torch.Tensor, ...]) -> None:
         for expert, (number, _) in watch.experts.items():
-            rows = routed(module, args, number)
+            rows, _ = routed(module, args, number)
             counts[expert] = counts.get(expert, 0) + len(rows)
 
     handles = [part.module.register_forward_pre_hook(functools.partial(count, part)) for part in modules]
@@ -118,10 +118,9 @@ def _chosen(
     module: Any, args: tuple[torch.Tensor, ...], gradient: torch.Tensor, expert: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the inputs [T, H] of an expert and the gradient [T, H] of its output. args: see ``routed``."""
-    rows = routed(module, args, expert)
+    rows, tokens = routed(module, args, expert)
     if len(args) == 1:
-        seen = args[0].view(expert_count(module), -1, args[0].shape[-1])[expert].any(-1)
-        return rows, gradient.view(expert_count(module), -1, gradient.shape[-1])[expert][seen]
+        return rows, gradient.view(expert_count(module), -1, gradient.shape[-1])[expert][tokens]
     token, position = torch.where(args[1] == expert)
     return rows, gradient[token] * args[2][token, position, None]
 

@@ -43,17 +43,24 @@ def paths_by_expert(
     return found
 
 
-def routed(module: torch.nn.Module, args: tuple[torch.Tensor, ...], expert: int | None) -> torch.Tensor:
-    """Return the rows [T, H] of a module's inputs that reach an expert, or with None any expert.
+def routed(
+    module: torch.nn.Module, args: tuple[torch.Tensor, ...], expert: int | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the rows [T, H] of a module's inputs that reach an expert, or with None any expert, and their tokens [T].
 
     Inputs are the tokens and the experts chosen for each; or, for Llama 4, all tokens once for every expert, times the
     router's score, which is 0 where the expert is not chosen.
     """
     if len(args) == 1:
-        rows = args[0].view(expert_count(module), -1, args[0].shape[-1])
-        rows = rows.flatten(0, 1) if expert is None else rows[expert]
-        return rows[rows.any(-1)]
-    return args[0] if expert is None else args[0][(args[1] == expert).any(-1)]
+        rows_ETH = args[0].view(expert_count(module), -1, args[0].shape[-1])
+        chosen_ET = rows_ETH.any(-1)
+        if expert is not None:
+            return rows_ETH[expert][chosen_ET[expert]], chosen_ET[expert].nonzero()[:, 0]
+        return rows_ETH[chosen_ET], chosen_ET.nonzero()[:, 1]
+    if expert is None:
+        return args[0], torch.arange(len(args[0]), device=args[0].device)
+    tokens = (args[1] == expert).any(-1).nonzero()[:, 0]
+    return args[0][tokens], tokens
 
 
 def product(module: Any, rows_TH: torch.Tensor, expert: int) -> torch.Tensor:

@@ -3,7 +3,12 @@
 H is summed over the calibration tokens, once per decoder layer, from the inputs of the model at its widest width.
 Linear layers with the same input share one H and one factor, which saves a quarter of the Cholesky work of a Llama
 layer. The factor is U, upper triangular, with U^T U = (H + damping)^-1 (Frantar et al. 2022, Alg. 1).
-Shapes: K in features, T tokens.
+
+A few tokens, above all the first of a sequence, have hidden states hundreds of times as long as all others (Sun et al.
+2024, "Massive activations in large language models"). X^T X is then the error of these tokens alone in the feed-forward
+layers that make them. So there inputs are multiplied by rms(h)^-1/4, where h is the decoder layer's output for the
+token; attention counts every token alike, because its keys and values are read by the others (experiments/log.md).
+Shapes: B sequences, K in features, T tokens.
 """
 
 import functools
@@ -16,11 +21,13 @@ import torch
 from matquant.distributed.collect import total_values
 from matquant.distributed.sums import Sums
 from matquant.hf_torch.experts import is_experts
+from matquant.hf_torch.layers import is_attention
 from matquant.methods.parts.blocks import Block
 from matquant.methods.parts.experts import Paths, paths_by_expert, product, routed
 from matquant.system.errors import InputError
 
 DAMP_LIMIT = 1.0  # with more damping than the mean diagonal the Hessian carries no information
+SHRINK = 0.25  # power of the root mean square of a token's hidden states by which its feed-forward inputs are divided
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,8 +123,11 @@ class _Sums:
     leaders: dict[str, str] = field(default_factory=dict)  # path -> the path whose Hessian it shares
     expert_of: dict[str, str] = field(default_factory=dict)  # path -> expert's name
     tokens: dict[str, float] = field(default_factory=dict)  # expert's name -> tokens that reached it, of this process
-    # Inputs of this forward pass, by id; kept alive so that ids are not reused.
-    given: dict[int, tuple[str, torch.Tensor]] = field(default_factory=dict)
+    # Inputs of this forward pass, by id and kind; kept alive so that ids are not reused.
+    given: dict[tuple[int, bool], tuple[str, torch.Tensor]] = field(default_factory=dict)
+    # Feed-forward inputs [B, T, K] or [T, K] of this forward pass: the paths that read them, and the tokens that they
+    # are of, by number; None: of all tokens, in order.
+    waiting: list[tuple[list[str], torch.Tensor, torch.Tensor | None]] = field(default_factory=list)
 
     def run(self) -> dict[str, torch.Tensor]:
         """Run the block on its one stream; return the Hessians, float32, with what the other processes have."""
@@ -126,8 +136,7 @@ class _Sums:
         try:
             with torch.no_grad():
                 for batch in states:
-                    self.given.clear()
-                    self.block.call(self.block.module, batch)
+                    self._add_weighted(self.block.call(self.block.module, batch))
             return self._totals()
         finally:
             for handle in handles:
@@ -158,6 +167,21 @@ class _Sums:
             (totals[path],) = sums.total([like])
         return totals
 
+    def _add_weighted(self, outputs_BTH: torch.Tensor) -> None:
+        """End a forward pass: add the feed-forward inputs, weighted by the layer's outputs."""
+        weights_BT1 = (outputs_BTH.float().square().mean(-1, keepdim=True) + 1e-6) ** (-SHRINK / 2)
+        for paths, inputs, tokens in self.waiting:
+            if tokens is not None:
+                self._add(paths, inputs * weights_BT1.flatten(0, 1)[tokens])
+            elif inputs.shape[:-1] == weights_BT1.shape[:-1]:
+                self._add(paths, inputs * weights_BT1)
+            elif len(inputs) == weights_BT1.numel():
+                self._add(paths, inputs * weights_BT1.flatten(0, 1))
+            else:  # some tokens, and which ones is not known
+                self._add(paths, inputs)
+        self.waiting.clear()
+        self.given.clear()
+
     def _add(self, paths: list[str], inputs: torch.Tensor) -> None:
         """Add the product of each sequence of [B, T, K], or of tokens [T, K], to the Hessian that ``paths`` share; the
         first one leads."""
@@ -171,22 +195,25 @@ class _Sums:
             self.sums[paths[0]][0].add([product])
 
     def _linear(self, module: torch.nn.Module, args: tuple[torch.Tensor, ...], path: str) -> None:
-        leader, _ = self.given.setdefault(id(args[0]), (path, args[0]))
+        attention = is_attention(path)
+        leader, _ = self.given.setdefault((id(args[0]), attention), (path, args[0]))
         self.leaders[path] = leader
-        if leader == path:
+        if leader == path and attention:
             self._add([path], args[0])
+        elif leader == path:
+            self.waiting.append(([path], args[0], None))
 
     def _experts(self, module: Any, args: tuple[torch.Tensor, ...], experts: Mapping[int, Paths]) -> None:
         for expert, paths in experts.items():
-            rows = routed(module, args, expert)
+            rows, tokens = routed(module, args, expert)
             self.tokens[self.expert_of[[*paths.first, *paths.last][0]]] += len(rows)
-            self._add(paths.first, rows)
+            self.waiting.append((paths.first, rows, tokens))
             if paths.last:
-                self._add(paths.last, product(module, rows, expert))
+                self.waiting.append((paths.last, product(module, rows, expert), tokens))
 
     def _all_tokens(self, module: Any, args: tuple[torch.Tensor, ...], experts: Mapping[int, Paths]) -> None:
-        rows = routed(module, args, None)
-        self._add([path for paths in experts.values() for path in paths.first], rows)
+        rows, tokens = routed(module, args, None)
+        self.waiting.append(([path for paths in experts.values() for path in paths.first], rows, tokens))
         for expert, paths in experts.items():
             if paths.last:
-                self._add(paths.last, product(module, rows, expert))
+                self.waiting.append((paths.last, product(module, rows, expert), tokens))
