@@ -275,8 +275,10 @@ def test_a_damaged_record_is_an_error() -> None:
 # Calibration ---------------------------------------------------------------------------------------------------------
 
 
-def inputs_of(family: str, block: Any, rows: np.ndarray, expert: int, *, everywhere: bool) -> tuple[np.ndarray, Any]:
-    """What the first and the last projection of an expert get, in numpy: of its tokens, or of all tokens."""
+def inputs_of(
+    family: str, block: Any, rows: np.ndarray, expert: int, *, everywhere: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The tokens of an expert, or all, and what its first and its last projection get for them, in numpy."""
     router, tensors = block.router, {name: p.detach().numpy() for name, p in block.experts.named_parameters()}
     logits = rows @ router.weight.detach().numpy().T
     if family == "gpt_oss":
@@ -285,15 +287,16 @@ def inputs_of(family: str, block: Any, rows: np.ndarray, expert: int, *, everywh
     if family == "llama4":
         best = order[:, :1]
         rows = rows / (1 + np.exp(-np.take_along_axis(logits, best, axis=1)))
-    chosen = rows if everywhere else rows[(order == expert).any(axis=1)]
+    tokens = np.arange(len(rows)) if everywhere else np.flatnonzero((order == expert).any(axis=1))
+    chosen = rows[tokens]
     weight = tensors["gate_up_proj"][expert]
     inner = chosen @ (weight.T if family == "granitemoe" else weight)
     if family == "gpt_oss":
         inner = inner + tensors["gate_up_proj_bias"][expert]
         gate, up = np.minimum(inner[:, ::2], 7.0), np.clip(inner[:, 1::2], -7.0, 7.0)
-        return chosen, (up + 1) * gate / (1 + np.exp(-1.702 * gate))
+        return tokens, chosen, (up + 1) * gate / (1 + np.exp(-1.702 * gate))
     gate, up = inner[:, :INNER], inner[:, INNER:]
-    return chosen, up * gate / (1 + np.exp(-gate))
+    return tokens, chosen, up * gate / (1 + np.exp(-gate))
 
 
 @pytest.mark.parametrize("family", WHOLE)
@@ -306,6 +309,8 @@ def test_hessians_are_of_the_tokens_routed_or_with_too_few_of_all(
         key: view for key, view in linear_views(model).items() if key.startswith(f"{name}.") and ".experts." in key
     }
     tokens = torch.randn(3, 40 if family == "llama4" else 25, 32, generator=torch.Generator().manual_seed(3))
+    outputs = torch.randn(tokens.shape, generator=torch.Generator().manual_seed(4))
+    outputs *= torch.logspace(-1, 2, tokens.shape[1])[:, None]
     experts, share = getattr(module, path), deal(3, 2, steps=False, ordered=False)
     with torch.no_grad():
         if family == "gpt_oss":
@@ -319,17 +324,19 @@ def test_hessians_are_of_the_tokens_routed_or_with_too_few_of_all(
         views=views,
         inputs={8: [tokens[:2], tokens[2:]]},
         share=share,
-        call=lambda module, states: getattr(module, path)(states)[0],
+        call=lambda module, states: (getattr(module, path)(states), outputs[: len(states)])[1],
         config=model.config,
     )
     found = collect_hessians(block)
     rows = tokens.reshape(-1, 32).numpy()
+    lengths = np.sqrt((torch.cat([outputs[:2], outputs[:1]]).reshape(-1, 32).numpy() ** 2).mean(axis=1))
     few, kinds = {}, set()
     for expert in range(NUMBER):
         given = [inputs_of(family, experts, rows, expert, everywhere=flag) for flag in (False, True)]
         count = len(given[0][0])
-        for projection, part in (("gate_proj", 0), ("up_proj", 0), ("down_proj", 1)):
-            inputs = given[count < given[0][part].shape[1]][part]
+        for projection, part in (("gate_proj", 1), ("up_proj", 1), ("down_proj", 2)):
+            number, inputs = (given[count < given[0][part].shape[1]][at] for at in (0, part))
+            inputs = inputs / lengths[number, None] ** 0.25
             key = f"{name}.{path}.experts.{expert}.{projection}"
             hessian = found.of[found.leaders[key]].numpy()
             np.testing.assert_allclose(hessian, inputs.T @ inputs, rtol=1e-3, atol=1e-4 * np.abs(hessian).max())

@@ -18,14 +18,17 @@ from matquant.core.nest import CENTRE, slice_affine
 from matquant.format.read import open_checkpoint
 from matquant.format.verify import verify_checkpoint
 from matquant.hf.text import data_sha256, read_documents, token_stream
-from matquant.hf_torch.layers import decoder_layers
+from matquant.hf_torch.layers import decoder_layers, linear_views
+from matquant.hf_torch.layerwise import embed
 from matquant.hf_torch.loading import load_float, load_tokenizer
 from matquant.measure.likelihood import log_perplexity
 from matquant.methods.gptq import nested_gptq
 from matquant.methods.parts.affines import refit_affine
+from matquant.methods.parts.blocks import Block
 from matquant.methods.parts.compensation import nested_codes, sweep
 from matquant.methods.parts.fake import Grid
-from matquant.methods.parts.hessians import inverse_factor
+from matquant.methods.parts.hessians import collect_hessians, inverse_factor
+from matquant.methods.parts.share import deal
 from matquant.system.errors import InputError
 
 N, K = 6, 24
@@ -196,11 +199,36 @@ def test_every_family_is_solved_block_by_block(
     assert served == pytest.approx(reference, rel=0.02)
 
 
-def test_the_second_block_sees_what_the_first_one_serves(llama: Path, text_file: Path, tmp_path: Path) -> None:
-    """The Hessian of a block's first linears is X^T X of the hidden states of the model served at 8 bits."""
-    out = quantize(llama, tmp_path / "out", text_file, scope="all", objective="8,2", weights=(0.0, 1.0))
-    records = [line for line in (out / "training.jsonl").read_text().splitlines() if line]
-    assert len(records) == len(decoder_layers(load_float(llama))) + 1  # and the head
+@pytest.mark.parametrize("family", ["llama", "gptj"])  # in gptj attention and feed-forward read the same tensor
+def test_feed_forward_inputs_are_divided_by_the_fourth_root_of_the_mean_square_of_what_the_layer_returns(
+    family: str, family_model: Callable[[str], Path]
+) -> None:
+    model = load_float(family_model(family), dtype=torch.float32)
+    (hidden,), calls = embed(model, [torch.randint(0, 64, (2, 9), generator=torch.Generator().manual_seed(1))])
+    hidden[:, 0] *= 100  # a token as long as the first one is in real models
+    name, module = decoder_layers(model)[0]
+    views = {path: view for path, view in linear_views(model).items() if path.startswith(f"{name}.")}
+    seen: dict[str, np.ndarray] = {}
+    for path in views:
+
+        def keep(_: Any, args: tuple[torch.Tensor, ...], path: str = path) -> None:
+            seen[path] = args[0].numpy()
+
+        model.get_submodule(path).register_forward_pre_hook(keep)
+    share = deal(2, 2, steps=False, ordered=False)
+    found = collect_hessians(
+        Block(index=0, count=1, name=name, module=module, views=views, inputs={8: [hidden]}, share=share,
+              call=calls[0], config=model.config)
+    )  # fmt: skip
+    with torch.no_grad():
+        outputs = calls[0](module, hidden).numpy()
+    lengths = np.sqrt((outputs**2).mean(axis=-1, keepdims=True))
+    assert lengths.max() > 10 * lengths.min()
+    for path, inputs in seen.items():
+        rows = inputs if "attn" in path else inputs / lengths**0.25
+        rows = rows.reshape(-1, rows.shape[-1])
+        hessian = found.of[found.leaders[path]].numpy()
+        np.testing.assert_allclose(hessian, rows.T @ rows, rtol=1e-3, atol=1e-5 * np.abs(hessian).max(), err_msg=path)
 
 
 def test_the_same_run_gives_the_same_bits_and_another_text_others(llama: Path, text_file: Path, tmp_path: Path) -> None:
