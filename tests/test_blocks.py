@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import conftest
 from conftest import FAMILIES, OTHERS, Interrupt
+from matquant.format.read import open_checkpoint
 from matquant.hf_torch.layers import decoder_layers
 from matquant.hf_torch.layerwise import embed, head_inputs, layer_output
 from matquant.hf_torch.loading import load_float
@@ -49,6 +50,21 @@ def test_a_model_without_safetensors_is_read_from_memory(llama: Path, tmp_path: 
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     shards = open_shards(tmp_path)
     assert all(torch.equal(shards.read(name), tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "options", [{"sweeps": 0}, pytest.param({"method": "omniquant", "steps": 1}, marks=pytest.mark.slow)]
+)
+def test_a_layer_whose_matrices_are_all_excluded_stays_float(
+    options: dict[str, Any], llama: Path, text_file: Path, tmp_path: Path
+) -> None:
+    run = {name: value for name, value in RUN.items() if name != "scope"} | {"exclude": [r"layers\.0\."]}
+    out = conftest.quantize(llama, tmp_path / "out", text=[text_file], **run | options)
+    state, quantised = open_shards(llama), open_checkpoint(out)
+    assert not any("layers.0." in path for path in quantised.shapes)
+    assert any("layers.1." in path for path in quantised.shapes)
+    name = "model.layers.0.mlp.down_proj.weight"
+    assert torch.equal(load_file(out / "model.safetensors")[name], state.read(name))
 
 
 def test_a_shard_that_does_not_fit_is_an_error(llama: Path, tmp_path: Path) -> None:

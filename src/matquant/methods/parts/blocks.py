@@ -118,7 +118,8 @@ def run_blocks(
                 call=calls[index], config=job.model.config,
             )  # fmt: skip
             at = (index + 1, count)
-            _save_solved(job, solve(job, block), file, mark, name=name, at=at, began=began, sent=sent)
+            found = solve(job, block) if views else Solved(nested={})  # --exclude may name all of a layer
+            _save_solved(job, found, file, mark, name=name, at=at, began=began, sent=sent)
         solved = _load(file, mark, device=job.device)
         records.append(solved.record)
         job.report(dict(solved.record))
