@@ -37,7 +37,7 @@ def main(
     threads: Annotated[int, typer.Option()] = 1,
     group: Annotated[int, typer.Option(help="Group size; 0 for per-channel.")] = 128,
     rounds: Annotated[int, typer.Option()] = 15,
-    prompt: Annotated[int, typer.Option(help="Tokens of a prompt, 0 for none.")] = 32,
+    prompt: Annotated[int, typer.Option(min=0, help=f"Tokens of a prompt, 0 for none, or from {CONTEXT}.")] = 32,
     keep: Annotated[bool, typer.Option(help="Append to bench/grids.jsonl.")] = False,
 ) -> None:
     """Measure and print."""
@@ -50,6 +50,7 @@ def main(
         engine = Engine(directory, threads=threads, check_hashes=False)
         sessions[grid] = engine.session(CONTEXT + max(prompt, STRETCH))
         check(engine, sessions[grid])
+        prefill(sessions[grid], WIDTHS[0], CONTEXT)
     rates = measure(sessions, threads=threads, rounds=rounds, prompt=prompt)
     table = Table("work", "width", *(f"{grid}, tokens/s" for grid in PAIR), "ratio")
     rows = []
