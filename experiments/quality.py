@@ -209,6 +209,7 @@ def _one_pass() -> dict[str, Cell]:
     }
     cells |= {
         "gptq+ joint": Cell(what="nested, prefix", options=gptq),
+        "gptq+ joint companded": Cell(what="nested, companded grid", options={**gptq, "grid": "companded"}),
         "gptq+ joint even": Cell(what="nested, prefix, lambda 1", options={**gptq, "weights": (1.0,) * 5}),
         "gptq+ joint round": Cell(what="nested, Eq. 6", options={**gptq, "rule": "round"}),
         "gptq+ joint even centre": Cell(
@@ -375,6 +376,11 @@ CELLS: dict[str, Cell] = {
         rates=STEADY,
     ),
     **_ours("qat", BEST, (5e-4, 7e-4, 1e-3), WARM),
+    "qat+ joint companded": Cell(
+        what="... on the companded grid",
+        options={**BEST, "start": "gptq+ joint companded", "grid": "companded"},
+        rates=(5e-4,),
+    ),
     "qat+ joint even": Cell(
         what="... from nested GPTQ with lambda 1",
         options=EVENLY,
