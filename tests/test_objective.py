@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from matquant.methods.parts import objective
 from matquant.methods.parts.objective import width_loss
 from matquant.options.objective import FLOAT, parse_objective
 from matquant.system.errors import InputError
@@ -96,22 +97,30 @@ def log_softmax(x: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("truth", [True, False])
 @pytest.mark.parametrize("teachers", [0, 1, 2])
-def test_the_loss_of_a_width_is_the_mean_of_its_terms(truth: bool, teachers: int) -> None:
+@pytest.mark.parametrize("piece", [11, 4 * 11, 2**20])  # one token of six at once, four, all
+def test_the_loss_of_a_width_is_the_mean_of_its_terms(
+    truth: bool, teachers: int, piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if not truth and not teachers:
         pytest.skip("no loss")
+    monkeypatch.setattr(objective, "PIECE", {"cpu": piece})
     rng = np.random.default_rng(0)
     student, targets = rng.normal(size=(2, 3, 11)), rng.integers(0, 11, size=(2, 3))
     sources = [rng.normal(size=(2, 3, 11)) for _ in range(teachers)]
-    terms = []
+    terms, gradients = [], []
     if truth:
         terms.append(-np.mean(np.take_along_axis(log_softmax(student), targets[..., None], -1)))
+        gradients.append(np.exp(log_softmax(student)) - np.eye(11)[targets])
     for source in sources:
         probability = np.exp(log_softmax(source))
         terms.append(np.mean((probability * (log_softmax(source) - log_softmax(student))).sum(-1)))
-    found = width_loss(
-        torch.from_numpy(student), torch.from_numpy(targets), [torch.from_numpy(s) for s in sources], truth=truth
-    )
-    assert float(found) == pytest.approx(np.mean(terms), rel=1e-5)
+        gradients.append(np.exp(log_softmax(student)) - probability)
+    logits = torch.from_numpy(student).requires_grad_()
+    found = width_loss(logits, torch.from_numpy(targets), [torch.from_numpy(s) for s in sources], truth=truth)
+    assert found.item() == pytest.approx(np.mean(terms), rel=1e-5)
+    (3 * found).backward()
+    assert logits.grad is not None
+    np.testing.assert_allclose(logits.grad.numpy(), 3 * np.mean(gradients, axis=0) / 6, rtol=1e-4, atol=1e-7)
 
 
 def test_no_gradient_reaches_the_teacher() -> None:
