@@ -78,10 +78,10 @@ TRAINED = {
     ),
     "qat": Trained(objective="fp->8;4;2", options={"masters": "one"}, steps=300),
     "best": Trained(
-        objective="fp->8;4;3;2", options={"masters": "each", "hidden": 1.0}, steps=20, after="best, first stage"
+        objective="fp->8;4;3;2", options={"masters": "each", "hidden": 1.0}, steps=40, after="best, first stage"
     ),
 }
-CALIBRATED = {"balanced": 64 * 1024, "best, first stage": 128 * 512}  # tokens
+CALIBRATED = dict.fromkeys(("balanced", "best, first stage"), 128 * 512)  # tokens
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -51,8 +51,8 @@ RECIPES: dict[str, Recipe] = {
             "seq_len": 512,
         },
         why="one calibrated pass: good int8 to int4 without training",
-        cost="22 min, 1.3 GB",
-        perplexity=("29.62", "29.92", "34.08", "61.6", "1,785"),
+        cost="20 min, 1.3 GB",
+        perplexity=("29.55", "29.88", "33.93", "61.2", "1,235"),
     ),
     "best": Recipe(
         method="distill",
