@@ -101,7 +101,7 @@ class Engine:
 
     @functools.cached_property
     def choosable(self) -> int:
-        """Return the number of ids that may be chosen: rows of the head beyond the tokenizer's last token have none."""
+        """Return the number of ids that may be chosen: those up to the tokenizer's last token. Heads may have more."""
         return self.vocabulary.reach(self.model.architecture.vocab)
 
     # ----------------------------------------------------------------------------------------------------- widths
