@@ -57,8 +57,9 @@ from matquant.core.nest import KERNEL_GRIDS, UNIFORM
 from matquant.core.spec import Spec
 from matquant.core.tensor import NestedTensor
 from matquant.engine.bench import LINEARS, STREAM_BYTES, Sample, median, sample_of, timed
-from matquant.engine.engine import Engine, Session
+from matquant.engine.engine import Engine
 from matquant.engine.model import HEAD, NORM
+from matquant.engine.session import Session
 from matquant.format.read import open_checkpoint
 from matquant.format.write import Item, write_checkpoint
 from matquant.hf.architecture import EMBEDDING, read_architecture

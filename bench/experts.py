@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 
 import decode
-from matquant.engine.engine import Engine, Session
+from matquant.engine.engine import Engine
+from matquant.engine.session import Session
 from matquant.hf.architecture import EMBEDDING
 from origin import origin
 

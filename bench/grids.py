@@ -23,7 +23,8 @@ from decode import CACHE, CONTEXT, SHAPES, STRETCH, check, write_random
 from linear import WIDTHS
 from matquant import _native
 from matquant.core.nest import COMPANDED, UNIFORM
-from matquant.engine.engine import Engine, Session
+from matquant.engine.engine import Engine
+from matquant.engine.session import Session
 from origin import ROOT, append_record, origin
 
 RECORDS = ROOT / "bench" / "grids.jsonl"

@@ -78,9 +78,9 @@ class OneByOne:
         widths = self.engine.widths(bits) if generation.plan is None else self.engine.widths(plan=generation.plan)
         if generation.prompt_logprobs:
             every = session.extend(ids, widths, all_logits=True)
-            scored = [Scored(token=ids[0])]
-            scored += [score(row, token, count) for row, token in zip(every, ids[1:], strict=False)]
-            deliver([Event(prompt=tuple(scored), cached_tokens=0)])
+            prompt, reach = [Scored(token=ids[0])], self.engine.choosable
+            prompt += [score(row, token, count, reach) for row, token in zip(every, ids[1:], strict=False)]
+            deliver([Event(prompt=tuple(prompt), cached_tokens=0)])
             logits = every[-1]
         else:
             logits = session.extend(ids, widths)
@@ -95,14 +95,15 @@ class OneByOne:
                 logits[list(generation.ends)] = -np.inf
             if constraint is not None:
                 constraint.mask(logits)
-            token = choose(logits, generation.sampling, generator)
+            token = choose(logits[: self.engine.choosable], generation.sampling, generator)
             ends = token in generation.ends
             if constraint is not None and not ends:
                 constraint.accept(token)
             ids.append(token)
             done = ends or (constraint is not None and constraint.ended)
             finish = "stop" if done else "length" if number + 1 == generation.max_tokens else None
-            deliver([Event(token=score(logits, token, count), bits=str(bits), cached_tokens=0, finish=finish)])
+            scored = score(logits, token, count, self.engine.choosable)
+            deliver([Event(token=scored, bits=str(bits), cached_tokens=0, finish=finish)])
             if finish:
                 return
             if generation.plan is None:
@@ -124,14 +125,14 @@ def penalise(logits: np.ndarray, generation: Generation, ids: Sequence[int], new
         logits[token] += bias
 
 
-def score(logits: np.ndarray, token: int, count: int | None) -> Scored:
-    """The token with its log-probability and the ``count`` most probable tokens (at least the first)."""
+def score(logits: np.ndarray, token: int, count: int | None, choosable: int) -> Scored:
+    """The token with its log-probability and the ``count`` most probable tokens that have text (at least the first)."""
     if count is None:
         return Scored(token=token)
     exact = logits.astype(np.float64)
     values = exact - exact.max()
     values -= np.log(np.exp(values).sum())
-    order = np.argsort(-values, kind="stable")[: max(count, 1)]
+    order = np.argsort(-values[:choosable], kind="stable")[: max(count, 1)]
     return Scored(
         token=token, logprob=float(values[token]), top=tuple((int(t), float(values[t])) for t in order)[: max(count, 1)]
     )

@@ -61,6 +61,22 @@ def test_models_lists_every_width_and_plan(client: TestClient) -> None:
     assert_error(client.get("/v1/models/other"), 404, "model", "tiny:int8")
 
 
+@pytest.mark.parametrize("name", ["tiny", "tiny:auto", *(f"tiny:int{bits}" for bits in range(1, 9)), "tiny:mixed"])
+def test_every_name_that_a_request_may_give_is_described(client: TestClient, name: str) -> None:
+    assert complete(client, model=name, max_tokens=1).status_code == 200
+    found = client.get(f"/v1/models/{name}").json()
+    assert (found["id"], found["root"]) == (name, "tiny")
+    if name == "tiny:int5":
+        assert found["matquant"] == {"bits": 5, "bits_per_weight": None, "tokens_per_s": None}
+
+
+@pytest.mark.parametrize("name", ["tiny:int0", "tiny:int9", "tiny:", "tiny:4", "tiny:3.2bpw", "other:int4"])
+def test_names_that_requests_may_not_give_are_not_described(client: TestClient, name: str) -> None:
+    asked, listed = complete(client, model=name), client.get(f"/v1/models/{name}")
+    assert_error(listed, 404, "model", "tiny:int8")
+    assert listed.json() == asked.json()
+
+
 @pytest.mark.parametrize("bits", [8, 4, 2])
 def test_a_named_width_gives_the_text_of_the_engine_at_that_width(
     client: TestClient, engine: matquant.Engine, bits: int
@@ -245,7 +261,7 @@ def test_echo_scores_the_prompt_as_the_harness_reads_it(client: TestClient, engi
     np.testing.assert_allclose(found["token_logprobs"][1:-1], engine.score(ids, bits=4), atol=1e-5)
     assert not np.allclose(found["token_logprobs"][1:-1], engine.score(ids, bits=3), atol=1e-3)
     rows = engine.session(64).extend(ids, engine.widths(4), all_logits=True)
-    greedy = [int(row.argmax()) == token for row, token in zip(rows, ids[1:], strict=False)]
+    greedy = [int(row[: engine.choosable].argmax()) == token for row, token in zip(rows, ids[1:], strict=False)]
     said = [
         logprob == max(top.values())
         for logprob, top in zip(found["token_logprobs"][1:-1], found["top_logprobs"][1:-1], strict=True)

@@ -176,7 +176,7 @@ def test_the_same_seed_gives_the_same_text(batcher: Batching, ids: list[int]) ->
 @settings(max_examples=200, deadline=None)
 def test_the_most_probable_tokens_come_in_order(logits: np.ndarray, top: int, place: int) -> None:
     token = place % len(logits)
-    scored = score(logits, token, top)
+    scored = score(logits, token, top, choosable=len(logits))
     order = sorted(range(len(logits)), key=lambda index: (-log_probabilities(logits)[index], index))
     assert [index for index, _ in scored.top] == order[: max(1, min(top, len(logits)))]
     exact = logits.astype(np.float64)
@@ -187,13 +187,13 @@ def test_the_most_probable_tokens_come_in_order(logits: np.ndarray, top: int, pl
 
 def test_tokens_of_probability_zero_are_not_among_the_most_probable() -> None:
     logits = np.array([-np.inf, 1.0, -np.inf, 0.0], dtype=np.float32)
-    assert [token for token, _ in score(logits, 1, 4).top] == [1, 3]
+    assert [token for token, _ in score(logits, 1, 4, choosable=4).top] == [1, 3]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_logits_that_are_not_finite_have_no_probabilities(value: float) -> None:
     with pytest.raises(InputError, match=f"the model gives logits of {value}"):
-        score(np.array([0.0, value], dtype=np.float32), 0, 1)
+        score(np.array([0.0, value], dtype=np.float32), 0, 1, choosable=2)
 
 
 @pytest.mark.parametrize("chunk", [5, 32])

@@ -80,7 +80,7 @@ class Scripted:
         self.wide += 1
         return self._logits(self.ids)
 
-    def attempt(self, ids: Sequence[int], widths: np.ndarray, *, ahead: int, turn: int, into: np.ndarray) -> np.ndarray:
+    def attempt(self, ids: Sequence[int], widths: np.ndarray, *, ahead: int, turn: int) -> np.ndarray:
         at, width = len(self.ids) + ahead, "wide" if widths is TARGET else "narrow"
         assert turn == 7
         assert at <= len(self.cache), "a gap in the cache"
@@ -89,12 +89,13 @@ class Scripted:
         assert ahead == 0 or width == "narrow"
         self.wide, self.narrow = self.wide + (width == "wide"), self.narrow + (width == "narrow")
         self.cache[at:] = [(token, width) for token in ids]
+        into = np.empty((len(ids), VOCAB), dtype=np.float32)
         for row in range(len(ids)):
             known = [token for token, _ in self.cache[: at + row + 1]]
             into[row] = self._logits(known)
             if width == "narrow" and self._generator.random() < self.lies:
                 into[row] = np.roll(into[row], 1)
-        return into[: len(ids)]
+        return into
 
     def keep(self, token: int, *, turn: int) -> None:
         assert self.cache[len(self.ids)] == (token, "wide"), "not what the step at the requested width computed"

@@ -144,7 +144,9 @@ def test_the_runtime_serves_them(llama: Path, tmp_path: Path) -> None:
     engine = matquant.Engine(out, activations="float")
     dense = matquant.load(out, 2, kernels="none")
     tokens = [5, 6, 7, 8, 9, 10]
-    expected = dense.generate(torch.tensor([tokens]), max_new_tokens=8, do_sample=False)[0].tolist()
+    without_text = list(range(engine.choosable, engine.model.architecture.vocab))
+    options = {"max_new_tokens": 8, "do_sample": False, "suppress_tokens": without_text}
+    expected = dense.generate(torch.tensor([tokens]), **options)[0].tolist()
     reply = engine.stream(tokens, bits=2, max_tokens=8)
     assert len(list(reply)) > 0
     assert reply.ids == expected[: len(reply.ids)]

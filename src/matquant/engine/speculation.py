@@ -35,8 +35,11 @@ AUTO, OFF = "auto", "off"
 class Attempts(Steps, Protocol):
     """The part of a session that speculation uses."""
 
-    def attempt(self, ids: Sequence[int], widths: np.ndarray, *, ahead: int, turn: int, into: np.ndarray) -> np.ndarray:
-        """Return the logits after each of ``ids``, ``ahead`` places after the last token, without appending them."""
+    def attempt(self, ids: Sequence[int], widths: np.ndarray, *, ahead: int, turn: int) -> np.ndarray:
+        """Return the logits after each of ``ids``, ``ahead`` places after the last token, without appending them.
+
+        The next attempt overwrites them.
+        """
 
     def keep(self, token: int, *, turn: int) -> None:
         """Append a token that the last ``attempt`` computed at its place."""
@@ -155,12 +158,10 @@ class Speculative:
         self._lookup = lookup or Lookup()
         self._numbers = Numbers(sampling.seed)
         self._started: tuple[int, np.ndarray] | None = None
-        self._logits = np.empty((0, 0), dtype=np.float32)  # of a step's rows
 
     def start(self) -> None:
         """Read the prompt."""
         self._started = self._session.begin(self._prompt, self._widths)
-        self._logits = np.empty((max(LENGTHS) + 1, len(self._started[1])), dtype=np.float32)
         self._lookup.extend(self._prompt)
 
     def __iter__(self) -> Iterator[int]:
@@ -192,7 +193,7 @@ class Speculative:
     def _verify(self, ids: Sequence[int], *, turn: int) -> np.ndarray:
         """Return the logits after each of ``ids`` at the requested width."""
         began = time.perf_counter()
-        logits = self._session.attempt(ids, self._widths, ahead=0, turn=turn, into=self._logits)
+        logits = self._session.attempt(ids, self._widths, ahead=0, turn=turn)
         self._pace.times.spent(time.perf_counter() - began, rows=len(ids))
         self.steps += 1
         self.drafted += len(ids) - 1
@@ -206,7 +207,7 @@ class Speculative:
         while draft.goes_on:
             began, ahead = time.perf_counter(), len(draft.tokens)
             last, widths = [token, *draft.tokens][-1], self._drafts[draft.source]
-            logits = self._session.attempt([last], widths, ahead=ahead, turn=turn, into=self._logits)
+            logits = self._session.attempt([last], widths, ahead=ahead, turn=turn)
             draft.take(logits[0], self._sampling, self._numbers)
             self._pace.times.spent(time.perf_counter() - began, rows=1, source=draft.source)
         return draft

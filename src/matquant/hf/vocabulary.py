@@ -40,6 +40,14 @@ class Vocabulary:
     eos: int | None = None
     named_templates: Mapping[str, str] = field(default_factory=dict)
 
+    def reach(self, rows: int) -> int:
+        """Return how many of the ids below ``rows`` there are up to the last token; InputError if there is none."""
+        while rows and self.tokenizer.id_to_token(rows - 1) is None:
+            rows -= 1
+        if not rows:
+            raise InputError("tokenizer.json has no token that the model knows; copy the model's own")
+        return rows
+
     def prompt(self, text: str) -> list[int]:
         """Return the ids of a prompt, as the model's tokenizer gives them."""
         ids = self._encode(text, add_special_tokens=True)

@@ -12,8 +12,9 @@ import numpy as np
 from lm_eval.api.model import TemplateLM
 from lm_eval.tasks import TaskManager
 
-from matquant.engine.engine import CHUNK, SCORE_VALUES, Engine
+from matquant.engine.engine import SCORE_VALUES, Engine
 from matquant.engine.sampling import log_probabilities
+from matquant.engine.session import CHUNK
 from matquant.hf.text import check_ids
 from matquant.system.errors import InputError
 

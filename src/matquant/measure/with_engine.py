@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from matquant.core.spec import Plan
-from matquant.engine.engine import CHUNK, SCORE_VALUES, Engine, Session
+from matquant.engine.engine import SCORE_VALUES, Engine
+from matquant.engine.session import CHUNK, Session
 from matquant.format.read import Checkpoint
 from matquant.hf.architecture import read_architecture
 from matquant.hf.text import check_ids

@@ -20,7 +20,7 @@ from matquant.serve.errors import ApiError
 from matquant.serve.fields import is_unicode
 from matquant.serve.jobs import Job
 from matquant.serve.limits import Guard, Limits
-from matquant.serve.models import listing
+from matquant.serve.models import describe
 from matquant.serve.running import GONE, error_response, ignored_header, json_response, respond
 from matquant.serve.service import Service
 from matquant.system.errors import InputError
@@ -149,18 +149,12 @@ def _shown(show: Callable[[Service, Request], Response], service: Service) -> En
 
 
 def _models(service: Service, request: Request) -> Response:
-    return json_response({"object": "list", "data": listing(service.models)})
+    models = service.models
+    return json_response({"object": "list", "data": [describe(models, name) for name in models.ids()]})
 
 
 def _model(service: Service, request: Request) -> Response:
-    name = request.path_params["name"]
-    for entry in listing(service.models):
-        if entry["id"] == name:
-            return json_response(entry)
-    known = ", ".join(service.models.ids())
-    raise ApiError(
-        f"the model {name!r} does not exist; use one of {known}", status=404, param="model", code="model_not_found"
-    )
+    return json_response(describe(service.models, request.path_params["name"]))
 
 
 def _health(service: Service, request: Request) -> Response:

@@ -99,12 +99,12 @@ class Drafter:
         assert draft is not None
         shift(logits_V, generation, slot.penalties, new=slot.new + len(draft.tokens))
         if generation.constraint is None:
-            draft.take(logits_V, generation.sampling, slot.numbers)
+            draft.take(logits_V[: slot.choosable], generation.sampling, slot.numbers)
             return
         try:
             constraint = ahead.get(slot.number) or ahead.setdefault(slot.number, generation.constraint.copy())
             constraint.mask(logits_V)
-            token = draft.take(logits_V, generation.sampling, slot.numbers)
+            token = draft.take(logits_V[: slot.choosable], generation.sampling, slot.numbers)
             if token is not None and token not in generation.ends:
                 constraint.accept(token)
             if constraint.ended:

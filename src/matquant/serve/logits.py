@@ -11,6 +11,9 @@ The order is that of vLLM and transformers, applied to float32 logits:
 
 Sampling (temperature, top-k, top-p, min-p) follows. Log-probabilities are those of the logits after step 6, before the
 temperature: logit - (largest + log(sum(exp(logit - largest)))), float32. V tokens of the vocabulary.
+
+Ids that the tokenizer does not have (``Engine.choosable``) are neither chosen nor among the most probable tokens. The
+sum counts them, so that a chosen token has the log-probability that scoring gives it.
 """
 
 import math
@@ -81,15 +84,17 @@ def log_probabilities(logits_V: np.ndarray) -> np.ndarray:
     return result
 
 
-def score(logits_V: np.ndarray, token: int, top: int) -> Scored:
+def score(logits_V: np.ndarray, token: int, top: int, *, choosable: int) -> Scored:
     """Return a token's log-probability and those of the ``top`` most probable tokens, but at least of the first.
 
+    choosable: tokens from this id on are not among these.
     A token that is the first has exactly the log-probability that ``top`` gives it. Of equally probable tokens the
     smaller id comes first. Tokens of probability 0 are left out.
     """
     logprobs_V = log_probabilities(logits_V)
-    count = min(max(top, 1), len(logprobs_V))
-    best = np.flatnonzero(logprobs_V >= np.partition(logprobs_V, -count)[-count])
+    chances_V = logprobs_V[:choosable]
+    count = min(max(top, 1), len(chances_V))
+    best = np.flatnonzero(chances_V >= np.partition(chances_V, -count)[-count])
     best = best[np.lexsort((best, -logprobs_V[best]))][:count]
     first = tuple((int(index), float(logprobs_V[index])) for index in best if logprobs_V[index] > -math.inf)
     return Scored(token=token, logprob=float(logprobs_V[token]), top=first)

@@ -30,7 +30,7 @@ class Models:
     created: int
 
     def ids(self) -> list[str]:
-        """Return every name that a request may give, the automatic one first."""
+        """Return the names listed, the automatic one first; other widths up to ``max_bits`` are served too."""
         return [
             self.name,
             *(f"{self.name}:int{bits}" for bits in self.widths),
@@ -111,31 +111,29 @@ def _plan(models: Models, label: str, *, param: str) -> Plan | None:
     return Plan(default=int(label))
 
 
-def listing(models: Models) -> list[dict[str, Any]]:
-    """Return the entries of /v1/models."""
-    widest = str(models.max_bits)
-    labels: list[tuple[str, dict[str, Any]]] = [(models.name, {"bits": AUTO, **_facts(models, widest)})]
-    labels += [(f"{models.name}:int{bits}", {"bits": bits, **_facts(models, str(bits))}) for bits in models.widths]
-    labels += [(f"{models.name}:{plan}", {"plan": plan, **_facts(models, plan)}) for plan in models.plans]
-    return [
-        {
-            "id": name,
-            "object": "model",
-            "created": models.created,
-            "owned_by": "matquant",
-            "root": models.name,
-            "parent": None if name == models.name else models.name,
-            "max_model_len": models.context,
-            "permission": [],
-            "matquant": facts,
-        }
-        for name, facts in labels
-    ]
+def describe(models: Models, name: str) -> dict[str, Any]:
+    """Return the entry of /v1/models for a name that a request may give. ApiError if it is not served."""
+    label = label_of(models, name)
+    return {
+        "id": name,
+        "object": "model",
+        "created": models.created,
+        "owned_by": "matquant",
+        "root": models.name,
+        "parent": None if name == models.name else models.name,
+        "max_model_len": models.context,
+        "permission": [],
+        "matquant": _facts(models, label),
+    }
 
 
 def _facts(models: Models, label: str) -> dict[str, Any]:
+    """Return the width of a label, its bits per weight and its speed; of "auto" those of the widest width."""
+    kind, value = ("bits", int(label)) if label.isdigit() else ("bits" if label == AUTO else "plan", label)
+    label = str(models.max_bits) if label == AUTO else label
     bits, speed = models.bits_per_weight.get(label), models.tokens_per_s.get(label)
     return {
+        kind: value,
         "bits_per_weight": None if bits is None else round(bits, 3),
         "tokens_per_s": None if speed is None else round(speed, 2),
     }

@@ -89,6 +89,7 @@ class Slot:
         self.cancelled = False
         self.ending = ""  # "stop", "length", "abort" or "error"; "": it goes on
         self.numbers = Numbers(generation.sampling.seed)
+        self.choosable = engine.choosable
         self.penalties = Penalties(generation, vocab)
         self.lookup = Lookup()  # for drafts; it may be behind
         self.paces: dict[bytes, Pace] = {}  # how often drafts are accepted, by the key of a width
@@ -137,7 +138,8 @@ class Slot:
         """Score the tokens of the prompt that follow those at ``start``, ``start`` + 1, ..."""
         for place, logits_V in enumerate(logits_TV, start + 1):
             if place < len(self.prompt):
-                self._prompt_scores.append(score(logits_V, self.ids[place], self.generation.logprobs or 0))
+                token, top = self.ids[place], self.generation.logprobs or 0
+                self._prompt_scores.append(score(logits_V, token, top, choosable=self.choosable))
 
     def choose(self, logits_V: np.ndarray, *, label: str, reason: str, drafts: Sequence[int] = ()) -> bool:
         """Choose the next token from its logits, which are changed, and note the event.
@@ -153,10 +155,10 @@ class Slot:
             self.finish("length")
             return False
         adjust(logits_V, generation, self.penalties, new=self.new)
-        token = choose(logits_V, generation.sampling, self.numbers)
+        token = choose(logits_V[: self.choosable], generation.sampling, self.numbers)
         scored = Scored(token=token)
         if generation.logprobs is not None:
-            scored = score(logits_V, token, generation.logprobs)
+            scored = score(logits_V, token, generation.logprobs, choosable=self.choosable)
         self.penalties.take(token)
         self.ids.append(token)
         if generation.constraint is not None and token not in generation.ends:
