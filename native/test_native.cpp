@@ -11,6 +11,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <numeric>
 #include <stdexcept>
 #include <vector>
 
@@ -287,6 +288,37 @@ void check_grouping() {
     }
 }
 
+// Of rows without logits the last layer computes keys and values only: the other rows and the next token have the same
+// logits bit for bit, and the experts of that layer are used for rows with logits only.
+void check_rows_without_logits() {
+  const Decoder decoder;
+  const std::vector<std::uint8_t> bits(decoder.model.matrices.size(), 4);
+  constexpr int TOKENS = 9, VOCAB = Decoder::VOCAB;
+  for (const Activations activations : {Activations::int8, Activations::exact})
+    for (const int threads : {1, 2, 3}) {
+      std::vector<float> all;
+      for (const int first_logit : {0, 1, 5, TOKENS - 1, TOKENS}) {
+        const Cache cache(decoder.model, LANES, activations == Activations::exact ? DType::f32 : DType::f16);
+        Workspace workspace(decoder.model, TOKENS, LANES, threads);
+        std::vector<Row> rows;
+        for (int t = 0; t <= TOKENS; ++t) rows.push_back({t * 5 % VOCAB, t, &cache});
+        std::vector<float> logits((TOKENS + 1) * VOCAB);
+        step(decoder.model, bits.data(), activations, rows.data(), TOKENS, first_logit,
+             logits.data() + first_logit * VOCAB, workspace);
+        const std::size_t counts = workspace.all_experts * WIDTH_COUNTS;
+        const bool used = std::accumulate(workspace.used, workspace.used + counts, 0u) ==
+                          static_cast<unsigned>((TOKENS - first_logit) * Decoder::ACTIVE);
+        step(decoder.model, bits.data(), activations, rows.data() + TOKENS, 1, 0, logits.data() + TOKENS * VOCAB,
+             workspace);
+        if (first_logit == 0) all = logits;
+        if (used && std::equal(logits.begin() + first_logit * VOCAB, logits.end(), all.begin() + first_logit * VOCAB))
+          continue;
+        ++failures;
+        std::printf("FAILED: logits from row %d on, %d threads\n", first_logit, threads);
+      }
+    }
+}
+
 // Experts that a token does not use are not read: with all of their scales NaN its logits are the same.
 void check_unused_experts() {
   Decoder decoder;
@@ -315,6 +347,7 @@ void check_unused_experts() {
 int main() {
   check_sizes();
   check_grouping();
+  check_rows_without_logits();
   check_unused_experts();
   if (counting) {
     const long before = allocations;

@@ -158,7 +158,11 @@ def test_exact_logits_are_those_of_transformers_with_the_same_slices(
 def test_a_prompt_read_at_once_equals_one_token_at_a_time(case: str, checkpoint_of: Callable[..., Path]) -> None:
     for activations in ("int8", "float"):
         engine = matquant.Engine(checkpoint_of(case), activations=activations, threads=1)
-        np.testing.assert_array_equal(native_logits(engine, IDS, 3), one_by_one(engine, IDS, 3))
+        alone = one_by_one(engine, IDS, 3)
+        np.testing.assert_array_equal(native_logits(engine, IDS, 3), alone)
+        session = engine.session(len(IDS))  # only the last row of a prompt has logits
+        np.testing.assert_array_equal(session.extend(IDS[:-2], engine.widths(3)), alone[-3])
+        np.testing.assert_array_equal(session.extend(IDS[-2:], engine.widths(3)), alone[-1])
 
 
 @pytest.mark.parametrize("scope", ["all", "ffn", "attention"])

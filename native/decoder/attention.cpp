@@ -32,7 +32,7 @@ struct HeadItem {
 
 // Prefetches the keys and values of this thread's heads that a single token sees: the first tiles and the last.
 void fetch_tiles(const Worker& worker, const Attention& weights, int index) {
-  if (worker.tokens > 1) return;
+  if (!worker.single) return;
   const Cache& cache = *worker.rows[0].cache;
   const int window = weights.window, position = worker.rows[0].position;
   const std::size_t tile = LANES * worker.model.head_dim * size_of(cache.dtype), last = position / LANES;
@@ -74,13 +74,13 @@ void turn(const Worker& worker, float* x, const float* norm, int rope, int t, fl
 void turn_and_store(const Worker& worker, const Attention& weights, int index) {
   const Model& m = worker.model;
   const Workspace& space = worker.space;
-  const int dim = m.head_dim, heads = m.heads, kv = m.kv_heads, group = heads / kv;
+  const int dim = m.head_dim, kv = m.kv_heads, group = m.heads / kv;
   const Share mine = share_of(kv * worker.tokens * (group + 1), worker.thread, worker.threads);
   HeadItem at(mine.start, worker.tokens, group + 1);
   for (std::int64_t item = mine.start; item < mine.stop; ++item, at.next()) {
     const Row& row = worker.rows[at.token];
     if (at.member < group) {
-      float* query = space.query + (static_cast<std::size_t>(at.token) * heads + at.shared * group + at.member) * dim;
+      float* const query = worker.query(at.token) + (at.shared * group + at.member) * dim;
       turn(worker, query, weights.query_norm, weights.rope, at.token, m.attention_scale);
       continue;
     }
@@ -113,11 +113,11 @@ void mix_values(const Worker& worker, const Attention& weights, int index) {
     for (a.queries = 0; a.queries < MOST_QUERIES; ++a.queries, ++item, at.next()) {
       const Row& row = worker.rows[at.token];
       if (item == mine.stop || at.shared != shared || row.cache != cache) break;
-      const std::size_t own = (static_cast<std::size_t>(at.token) * m.heads + shared * group + at.member) * dim;
-      a.query[a.queries] = space.query + own;
-      a.out[a.queries] = space.attended + own;
+      const int head = shared * group + at.member;
+      a.query[a.queries] = worker.query(at.token) + head * dim;
+      a.out[a.queries] = space.attended + (static_cast<std::size_t>(at.token) * m.heads + head) * dim;
       a.stop[a.queries] = row.position + 1;
-      a.sink[a.queries] = weights.sinks ? weights.sinks[shared * group + at.member] : -INFINITY;
+      a.sink[a.queries] = weights.sinks ? weights.sinks[head] : -INFINITY;
       a.start[a.queries] = weights.window ? std::max(0, row.position + 1 - weights.window) : 0;
     }
     worker.fn.attend(a);
@@ -126,12 +126,16 @@ void mix_values(const Worker& worker, const Attention& weights, int index) {
 
 }  // namespace
 
+void store_keys_and_values(Worker& worker, int index) {
+  const Attention& weights = worker.model.layers[index].attention;
+  project_in(worker, weights, index);
+  turn_and_store(worker, weights, index);
+}
+
 void attend(Worker& worker, int index) {
   const Model& m = worker.model;
   const Attention& weights = m.layers[index].attention;
   const int width = m.heads * m.head_dim;
-  project_in(worker, weights, index);
-  turn_and_store(worker, weights, index);
   // A thread that has whole key/value heads reads only what it wrote.
   if (m.kv_heads % worker.threads) worker.finish(Part::attention);
   mix_values(worker, weights, index);

@@ -17,7 +17,9 @@ struct Attention {
   int rope;                       // index into Model::ropes; -1: none
 };
 
-// From the worker's normed rows to its delta, which is complete after the next await(). index: of the layer.
+// From the worker's normed rows to queries, and to keys and values in the caches. index: of the layer.
+void store_keys_and_values(Worker& worker, int index);
+// From there to the worker's delta, which is complete after the next await().
 void attend(Worker& worker, int index);
 
 }  // namespace matquant

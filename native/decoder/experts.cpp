@@ -32,7 +32,7 @@ void for_each_group(const Worker& worker, const Experts& experts, Visit visit) {
   const std::size_t width = worker.model.matrices[experts.each[0].gate].rows();
   for (std::size_t e = 0; e < experts.each.size(); ++e)
     if (starts[e] < starts[e + 1])
-      call(experts.each[e], starts[e], starts[e + 1] - starts[e], starts[e] * width, worker.tokens > 1);
+      call(experts.each[e], starts[e], starts[e + 1] - starts[e], starts[e] * width, !worker.single);
   const int rows = worker.tokens * experts.active;
   if (experts.shared_gate >= 0) call(experts.shared, rows, worker.tokens, rows * width, false);
 }
@@ -90,12 +90,12 @@ void route(Worker& worker, const Experts& experts) {
   const std::size_t count = experts.each.size();
   worker.multiply({experts.router}, x, worker.input_of(x, worker.tokens, worker.model.hidden), {space.router_scores});
   worker.finish(Part::gate_up);
-  const Share mine = worker.rows_from(0);
+  const Share mine = worker.own_rows();
   for (std::int64_t t = mine.start; t < mine.stop; ++t) {
     const std::size_t at = worker.own_row(t) * experts.active;
     choose(space.router_scores + t * count, experts, space.chosen + at, space.chosen_weights + at);
   }
-  if (worker.tokens > 1) worker.finish(Part::gate_up);
+  if (!worker.single) worker.finish(Part::gate_up);
   group_rows(worker, experts);
   if (worker.thread == 0) count_use(worker, experts);
 }
@@ -105,7 +105,7 @@ void route(Worker& worker, const Experts& experts) {
 void prepare_groups(Worker& worker, const Experts& experts) {
   const Workspace& space = worker.space;
   const int hidden = worker.model.hidden;
-  if (worker.tokens == 1) {
+  if (worker.single) {
     prepare(worker.input_of(worker.normed(0), 1, hidden), worker.normed(0));
     return worker.note(Part::quantise);
   }
@@ -126,8 +126,8 @@ void project_in(Worker& worker, const Experts& experts) {
   char* memory = worker.space.input;
   bool keeps = true;
   for_each_group(worker, experts, [&](const Group& group) {
-    const Input input = worker.tokens == 1 ? worker.input_of(worker.normed(0), 1, hidden)
-                                           : worker.input_at(memory, group.count, hidden);
+    const Input input = worker.single ? worker.input_of(worker.normed(0), 1, hidden)
+                                      : worker.input_at(memory, group.count, hidden);
     worker.multiply({group.weights.gate, group.weights.up}, group.x, input, {group.gate, group.up});
     if (&group.weights == &experts.shared)
       worker.multiply({experts.shared_gate}, group.x, input, {worker.space.shared_scores});
@@ -141,7 +141,7 @@ void activate(Worker& worker, const Experts& experts) {
     worker.activate(group.gate, group.up, static_cast<std::int64_t>(group.count) * group.width);
   });
   // Of a single token each thread quantises the groups of inputs that it wrote.
-  worker.tokens > 1 ? worker.finish(Part::activation) : worker.note(Part::activation);
+  worker.single ? worker.note(Part::activation) : worker.finish(Part::activation);
 }
 
 // Each thread adds up the columns that it has computed.

@@ -13,7 +13,7 @@ void feed_forward(Worker& worker, const FeedForward& weights) {
   worker.keeps(width, ACTIVATION_GROUP) ? worker.note(Part::gate_up) : worker.finish(Part::gate_up);
   worker.activate(space.gate, space.up, static_cast<std::int64_t>(worker.tokens) * width);
   // Of a single token each thread quantises the groups that it wrote.
-  const bool waits = worker.tokens > 1 || !worker.is_nested(gated.down);
+  const bool waits = !worker.single || !worker.is_nested(gated.down);
   waits ? worker.finish(Part::activation) : worker.note(Part::activation);
   worker.project({gated.down}, space.gate, worker.tokens, {space.delta});
   worker.arrive(Part::down);

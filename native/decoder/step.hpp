@@ -20,7 +20,8 @@ struct Row {
 };
 
 // Fills the caches at the positions of the rows [tokens] and writes the logits [tokens - first_logit, vocab] of the
-// rows from first_logit on. bits: the width of each matrix, by id; ignored for dense ones.
+// rows from first_logit on; of the others the last layer computes keys and values only. bits: the width of each matrix,
+// by id; ignored for dense ones.
 void step(const Model& model, const std::uint8_t* bits, Activations activations, const Row* rows, int tokens,
           int first_logit, float* logits, Workspace& workspace);
 

@@ -20,14 +20,14 @@ Worker::Worker(const Model& model_, const std::uint8_t* bits, Activations activa
     : model(model_),
       rows(rows_),
       tokens(tokens_),
+      single(tokens_ == 1),
       space(workspace),
       fn(fn_),
       thread(thread_),
       threads(team.threads()),
       bits_(bits),
       activations_(activations),
-      team_(team),
-      own_row_(tokens_ == 1 ? thread_ : 0) {
+      team_(team) {
   if (space.profile) since_ = now_s();
 }
 
@@ -38,23 +38,23 @@ void Worker::note(Part part) {
   since_ = now;
 }
 
-void Worker::add_and_norm(const float* delta_norm, const float* norm, int first) {
+void Worker::add_and_norm(const float* delta_norm, const float* norm) {
   const int n = model.hidden;
-  const Share mine = rows_from(first);
+  const Share mine = own_rows();
   for (std::int64_t t = mine.start; t < mine.stop; ++t) {
     const float* delta = space.delta + t * n;
     if (delta_norm) fn.rms_norm(delta, delta_norm, model.norm_eps, n, normed(t));
     fn.add(residual(t), delta_norm ? normed(t) : delta, n);
     fn.rms_norm(residual(t), norm, model.norm_eps, n, normed(t));
   }
-  tokens == 1 ? note(Part::norm) : finish(Part::norm);
+  single ? note(Part::norm) : finish(Part::norm);
 }
 
 void Worker::norm(const float* norm) {
-  const Share mine = rows_from(0);
+  const Share mine = own_rows();
   for (std::int64_t t = mine.start; t < mine.stop; ++t)
     fn.rms_norm(residual(t), norm, model.norm_eps, model.hidden, normed(t));
-  tokens == 1 ? note(Part::norm) : finish(Part::norm);
+  single ? note(Part::norm) : finish(Part::norm);
 }
 
 void Worker::look_up(int token, float* out) const {
@@ -71,7 +71,6 @@ void Worker::look_up(int token, float* out) const {
 // Of a single token's normed row every thread makes an input for itself. What threads write for the last product of a
 // layer lies apart from what others may still be reading.
 Input Worker::input_of(const float* x, int rows_in, int cols) const {
-  const bool single = tokens == 1;
   char* const memory = single && x == normed(0)    ? space.single_input(thread)
                        : single && x == space.gate ? space.single_input(threads)
                                                    : space.input;
@@ -87,7 +86,7 @@ Input Worker::input_at(char*& memory, int rows_in, int cols) const {
 Input Worker::quantise(std::initializer_list<int> matrices, const float* x, int rows_in) {
   const Input input = input_of(x, rows_in, model.matrices[*matrices.begin()].cols());
   if (std::none_of(matrices.begin(), matrices.end(), [&](int id) { return is_nested(id); })) return input;
-  if (tokens == 1 && x == normed(0)) {
+  if (single && x == normed(0)) {
     prepare(input, x);
     note(Part::quantise);
   } else {
@@ -124,7 +123,7 @@ void Worker::activate(float* gate, const float* up, std::int64_t count) const {
 }
 
 void Worker::fetch_for_norm(const float* norm, const float* x, int cols) const {
-  if (tokens > 1) return;
+  if (!single) return;
   const std::size_t row = model.hidden * sizeof(float);
   fetch(norm, row);
   fetch(residual(0), row);

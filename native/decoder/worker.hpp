@@ -34,27 +34,32 @@ class Worker {
          Workspace& workspace, const FloatKernels& fn, Team& team, int thread);
 
   const Model& model;
-  const Row* const rows;
-  const int tokens;
+  const Row* rows;
+  int tokens;
+  const bool single;  // the step has one token
   Workspace& space;
   const FloatKernels& fn;
   const int thread, threads;
 
-  // This thread's rows from `first` on: of a single token every thread computes the row itself.
-  Share rows_from(int first) const { return tokens == 1 ? Share{first, 1} : token_share(first); }
-  Share token_share(int first = 0) const {
-    const Share mine = share_of(tokens - first, thread, threads);
-    return {first + mine.start, first + mine.stop};
+  // Leaves out the first `count` tokens from now on; the others are numbered from 0.
+  void leave_out(int count) {
+    rows += count;
+    tokens -= count;
+    left_out_ += count;
   }
+  Share token_share() const { return share_of(tokens, thread, threads); }
+  // This thread's rows: of a single token every thread computes the row itself.
+  Share own_rows() const { return single ? Share{0, 1} : token_share(); }
   // Where the workspace has row t: of a single token each thread has a row for itself.
-  std::size_t own_row(std::int64_t t) const { return own_row_ + t; }
+  std::size_t own_row(std::int64_t t) const { return (single ? thread : left_out_) + t; }
   float* residual(std::int64_t t) const { return space.residual + own_row(t) * model.hidden; }
   float* normed(std::int64_t t) const { return space.normed + own_row(t) * model.hidden; }
+  float* query(std::int64_t t) const { return space.query + (left_out_ + t) * model.heads * model.head_dim; }
 
   // True if a thread that wrote its share of `count` values of a single token, cut as linear() cuts rows, has written
   // its whole share in multiples of `unit`: then it need not wait for the others.
   bool keeps(int count, int unit) const {
-    return tokens == 1 && count % threads == 0 && count / threads % BLOCK_ROWS == 0 && count / threads % unit == 0;
+    return single && count % threads == 0 && count / threads % BLOCK_ROWS == 0 && count / threads % unit == 0;
   }
 
   // arrive: this thread has done its share of `part`. await: so have all. finish: both.
@@ -73,8 +78,8 @@ class Worker {
   // Books the time since the last call on `part`.
   void note(Part part);
 
-  // residual += norm(delta), then normed = norm(residual), for rows from `first` on. delta_norm null: delta as it is.
-  void add_and_norm(const float* delta_norm, const float* norm, int first = 0);
+  // residual += norm(delta), then normed = norm(residual). delta_norm null: delta as it is.
+  void add_and_norm(const float* delta_norm, const float* norm);
   // The same without a delta.
   void norm(const float* norm);
 
@@ -106,7 +111,7 @@ class Worker {
   const std::uint8_t* const bits_;
   const Activations activations_;
   Team& team_;
-  const std::size_t own_row_;
+  std::int64_t left_out_ = 0;
   double since_ = 0;
 };
 

@@ -28,7 +28,18 @@ const Kernels* const TABLES[] = {
 
 std::atomic<const Kernels*> in_use{nullptr};
 
+bool is_intel() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  return __builtin_cpu_is("intel");
+#else
+  return false;
+#endif
+}
+
 }  // namespace
+
+const bool prefetch_within_page = is_intel();
 
 bool runs_here(const Kernels& table) {
   if (&table == &kernels_scalar) return true;

@@ -1,6 +1,7 @@
 // The functions of floats.hpp for one instruction set. Compiled once per set; MATQUANT_FLOATS is the name of its table.
 // The compiler lowers 16-lane vectors to whatever its flags allow.
 #include "kernels/floats.hpp"
+#include "kernels/kernels.hpp"
 
 #include <cmath>
 #include <cstring>
@@ -19,11 +20,12 @@ namespace {
 
 uint64_t read(const void* data, size_t bytes) {
   const char* p = (const char*)data;
+  const size_t ahead = prefetch_within_page ? 4096 : 8192;
   W a{}, b{}, c{}, d{};
   for (size_t i = 0; i + 256 <= bytes; i += 256) {
     W w[4];
     std::memcpy(w, p + i, sizeof w);
-    __builtin_prefetch(p + i + 8192);
+    for (size_t line = 0; line < 256; line += 64) __builtin_prefetch(p + i + ahead + line);
     a ^= w[0];
     b ^= w[1];
     c ^= w[2];

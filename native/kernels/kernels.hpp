@@ -35,4 +35,8 @@ const Kernels& kernels();
 void use_kernels(const char* name);
 bool runs_here(const Kernels& table);
 
+// True where prefetching a stream less than a page of 4 KiB ahead is faster than further ahead: on Intel's processors,
+// whose own prefetchers work within a page.
+extern const bool prefetch_within_page;
+
 }  // namespace matquant
