@@ -1,0 +1,122 @@
+"""vLLM's fused experts through the plugin: greedy text and log-probabilities are those of our own dense slice.
+
+One process of vllm_run.py does all jobs but those of several ranks, which start two processes more each.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import matquant
+from conftest import make_tokenizer
+from engines.vllm_jobs import WIDE, ask, assert_same_text, text_job
+from matquant.format.read import open_checkpoint
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(3600)]
+FEW = {"num_experts": 4, "num_experts_per_tok": 2}
+LOCAL = {"num_local_experts": 4, "num_experts_per_tok": 2}
+FAMILIES: dict[str, Callable[[], Any]] = {
+    "qwen3_moe": lambda: transformers.Qwen3MoeConfig(**WIDE, **FEW, moe_intermediate_size=64),
+    "mixtral": lambda: transformers.MixtralConfig(**WIDE, **LOCAL),  # w1, w2, w3
+    "qwen2_moe": lambda: transformers.Qwen2MoeConfig(
+        **WIDE, **FEW, moe_intermediate_size=64, shared_expert_intermediate_size=64
+    ),
+    "granitemoe": lambda: transformers.GraniteMoeConfig(**WIDE, **LOCAL),  # all experts in one tensor
+}
+PLAN = "plan"  # stands for a plan in which neighbouring matrices, and so every expert, have other widths
+CASES: list[tuple[str, dict[str, Any]]] = [
+    *(("qwen3_moe", {"bits": bits}) for bits in (8, 4, 2)),
+    *((family, {"bits": 4, "plan": PLAN}) for family in FAMILIES),
+    ("floats", {"bits": 3}),
+    ("partly", {"bits": 3}),
+]
+RANKS: dict[str, dict[str, Any]] = {
+    "tensor parallel": {"tensor_parallel_size": 2},
+    "expert parallel": {"tensor_parallel_size": 2, "enable_expert_parallel": True},
+}
+MISTAKES: list[tuple[str, dict[str, Any], str]] = [
+    (
+        "qwen3_moe",
+        {"bits": 4, "kernels": "planes"},
+        "kernels='planes' cannot hold the experts in model.layers.0.mlp.experts; use kernels 'auto' or 'dense'",
+    ),
+    (
+        "qwen3_moe",
+        {"plan": {"model.layers.0.mlp.experts.7.up_proj": 2}},
+        "which is not there: model.layers.0.mlp has the experts 0 to 3",
+    ),
+]
+
+
+def widths(model: Path, asked: dict[str, Any], *, shift: int = 0) -> dict[str, Any]:
+    """What is asked of a checkpoint, with PLAN spelled out, its widths moved on by some places."""
+    if asked.get("plan") != PLAN:
+        return asked
+    experts = [path for path in sorted(open_checkpoint(model).shapes) if ".experts." in path]
+    return {**asked, "plan": {path: (2, 4, 8, 3, 6)[(number + shift) % 5] for number, path in enumerate(experts)}}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Every checkpoint of this file, by name."""
+    root = tmp_path_factory.mktemp("experts")
+    found: dict[str, Path] = {}
+
+    def quantise(name: str, source: Path, **options: Any) -> None:
+        found[name] = matquant.quantize(source, root / name, method="rtn", scope="linears", **options)
+
+    for family, config in FAMILIES.items():
+        torch.manual_seed(0)
+        transformers.AutoModelForCausalLM.from_config(config()).save_pretrained(root / f"{family}-float")
+        make_tokenizer().save_pretrained(root / f"{family}-float")
+        quantise(family, root / f"{family}-float")
+    quantise("floats", root / "qwen3_moe-float", exclude=["experts"])
+    quantise("partly", root / "qwen3_moe-float", exclude=["experts.1.", "0.mlp.experts.2.down_proj"])
+    return found
+
+
+@pytest.fixture(scope="module")
+def answers(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What vLLM says to every case, then to every mistake, then to a switch of dense experts."""
+    jobs = [text_job(models[name], widths(models[name], asked)) for name, asked in CASES]
+    jobs += [text_job(models[name], asked) for name, asked, _ in MISTAKES]
+    jobs.append(text_job(models["qwen3_moe"], {"bits": 4}, switch=[{"bits": 2}]))
+    return ask(jobs, tmp_path_factory.mktemp("plugins"))
+
+
+def assert_only_this_width(answer: dict[str, Any], model: Path, asked: dict[str, Any]) -> None:
+    """The answer is that of our slice, and not that of neighbouring widths, nor of a plan with widths moved on."""
+    assert "error" not in answer, answer["error"]
+    loaded = matquant.load(model, kernels="none", dtype=torch.float32, **widths(model, asked))
+    assert_same_text(answer, loaded, model)
+    other = widths(model, asked, shift=1) if "plan" in asked else {"bits": asked["bits"] - 1}
+    loaded.set_bits(other["bits"], plan=other.get("plan"))
+    with pytest.raises(AssertionError, match="log-probabilities differ"):
+        assert_same_text(answer, loaded, model)
+
+
+@pytest.mark.parametrize("number", range(len(CASES)), ids=[f"{name}-{asked}" for name, asked in CASES])
+def test_vllm_serves_experts_of_our_slice(number: int, models: dict[str, Path], answers: list[dict[str, Any]]) -> None:
+    name, asked = CASES[number]
+    assert_only_this_width(answers[number], models[name], asked)
+
+
+@pytest.mark.parametrize("number", range(len(MISTAKES)))
+def test_mistakes_are_refused(number: int, answers: list[dict[str, Any]]) -> None:
+    assert MISTAKES[number][2] in answers[len(CASES) + number]["error"]
+
+
+def test_dense_experts_are_not_switched(answers: list[dict[str, Any]]) -> None:
+    (found,) = answers[-1]["switched"]
+    assert "are dense, so that their width is fixed" in found["error"]
+
+
+@pytest.mark.parametrize("name", RANKS)
+def test_two_ranks_share_the_experts(name: str, models: dict[str, Path], tmp_path: Path) -> None:
+    model, asked = models["qwen3_moe"], {"bits": 4, "plan": PLAN}
+    (answer,) = ask([text_job(model, widths(model, asked), options=RANKS[name])], tmp_path)
+    assert_only_this_width(answer, model, asked)
