@@ -15,6 +15,7 @@ becomes of them is the choice of ``kernels``, for every linear layer; fused expe
 """
 
 import functools
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -43,7 +44,13 @@ from matquant.core.nest import MASTER_BITS
 from matquant.core.spec import Plan
 from matquant.format.read import Checkpoint, open_checkpoint
 from matquant.integrations.ranks import affines, make_planes, own_widths, product, select, why_dense
-from matquant.integrations.vllm_experts import DenseExpertsMethod, check_supported, paths_of
+from matquant.integrations.vllm_experts import (
+    STREAMED,
+    DenseExpertsMethod,
+    check_supported,
+    is_streamed,
+    paths_of,
+)
 from matquant.integrations.words import (
     check_loaded,
     check_widest,
@@ -57,10 +64,7 @@ from matquant.system.errors import InputError
 
 METHOD = "matquant"
 WORDS = ".weight_packed"
-DROPPED = (
-    *(".weight_scale", ".weight_shape", ".weight_zero_point"),
-    *(f".{bits}.{part}" for bits in range(1, MASTER_BITS + 1) for part in ("scale", "zero")),
-)
+DROPPED = re.compile(r"\.(weight_(scale|shape|zero_point)|[1-8]\.(scale|zero))$")
 LOGGER = init_logger(f"vllm.{__name__}")  # vLLM shows its own loggers
 SHARDS = {"q": 0, "k": 1, "v": 2}  # vLLM's names for the parts of qkv_proj; other parts have numbers
 
@@ -76,6 +80,7 @@ class NestedConfig(QuantizationConfig):  # type: ignore[misc]
 
     plan: the requested plan. kernels: one of words.KERNELS. max_bits: the widest width in memory, of planes. directory,
     bits: the model's directory, and the width of every path. paths: vLLM's name of a quantised module -> its path.
+    renamed: ends of tensors' names, and what they become.
     """
 
     def __init__(self, plan: Plan, kernels: str, max_bits: int) -> None:
@@ -84,6 +89,7 @@ class NestedConfig(QuantizationConfig):  # type: ignore[misc]
         self.directory = ""
         self.bits: dict[str, int] = {}
         self.paths: dict[str, str] = {}
+        self.renamed: dict[str, str] = {}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "NestedConfig":
@@ -122,10 +128,9 @@ class NestedConfig(QuantizationConfig):  # type: ignore[misc]
     def get_config_filenames() -> list[str]:
         return []
 
-    @staticmethod
-    def get_checkpoint_weight_mapper() -> WeightsMapper:
+    def get_checkpoint_weight_mapper(self) -> WeightsMapper:
         """Drop the tensors that we read from the checkpoint ourselves; without an index vLLM reads its slices too."""
-        return WeightsMapper(orig_to_new_suffix=dict.fromkeys(DROPPED))
+        return WeightsMapper(orig_to_new_regex={DROPPED: None}, orig_to_new_suffix=self.renamed)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
         if isinstance(layer, LinearBase):
@@ -151,6 +156,8 @@ class NestedConfig(QuantizationConfig):  # type: ignore[misc]
             raise InputError(f"kernels='planes' cannot hold the experts in {prefix}; use kernels 'auto' or 'dense'")
         if self.kernels != "dense":
             LOGGER.info_once("matquant: dense 16-bit weights of experts, because planes are for linear layers")
+        if is_streamed(layer):
+            self.renamed = STREAMED
         return DenseExpertsMethod(layer, _open(self.directory), paths, self.bits)
 
     def _method(self, layer: LinearBase, prefix: str, paths: list[str]) -> Any:

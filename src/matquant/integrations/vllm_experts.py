@@ -4,6 +4,7 @@ vLLM holds the experts of a layer in two tensors, w13 [E, 2 I, H] with gate and 
 their loader one stored matrix at a time. Each is sliced when it arrives, at the width of its path, so that a plan may
 give every expert its own; memory holds one float matrix besides the model. vLLM's loader then takes this rank's part:
 some inner features under tensor parallelism, some experts under expert parallelism, of which the others are not sliced.
+gpt-oss, whose files hold all experts in one tensor, has a loader of its own: see STREAMED.
 Shapes: E experts of the rank, I inner features of the rank, H hidden features, N out and K in features of a matrix.
 """
 
@@ -15,14 +16,31 @@ from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 
 from matquant.format.read import Checkpoint
-from matquant.integrations.words import check_loaded, expert_paths, read_words
+from matquant.integrations.words import EXPERT_SHARDS, check_loaded, expert_paths, read_words
 from matquant.system.errors import InputError
+
+# gpt-oss in vLLM takes tensors of one expert by the name ``experts.NUMBER.NAME`` of any parameter NAME that ends in one
+# of a few words. So its stored words are renamed, and its layer has a module for each of the three matrices.
+STREAMED = {
+    ".gate_proj.weight_packed": ".gate_proj.w13_weight_packed",
+    ".up_proj.weight_packed": ".up_proj.w13_weight_packed",
+    ".down_proj.weight_packed": ".down_proj.w2_weight_packed",
+}
+
+
+def is_streamed(layer: torch.nn.Module) -> bool:
+    """Return whether a layer's experts are those of gpt-oss, with rows of gate and up in turn."""
+    return type(layer).__name__ == "GptOssRoutedExperts"
+
+
+def names_of(layer: RoutedExperts) -> tuple[str, str, str | None]:
+    """Return the checkpoint's names of gate, down and up."""
+    return layer.ckpt_gate_proj_name, layer.ckpt_down_proj_name, layer.ckpt_up_proj_name
 
 
 def paths_of(layer: RoutedExperts, prefix: str) -> dict[tuple[int, str], str]:
     """Return the paths of a layer's experts: (expert, vLLM's name of the matrix) -> path."""
-    names = (layer.ckpt_gate_proj_name, layer.ckpt_down_proj_name, layer.ckpt_up_proj_name)
-    return expert_paths(prefix, names, layer.moe_config.num_logical_experts)
+    return expert_paths(prefix, names_of(layer), layer.moe_config.num_logical_experts)
 
 
 def check_supported(layer: RoutedExperts, prefix: str) -> None:
@@ -58,16 +76,22 @@ class DenseExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]
         self.paths = {key: path for key, path in paths.items() if is_local(key[0])}
         self.missing = {path for path in self.paths.values() if path in bits}
 
-    def create_weights(self, layer: torch.nn.Module, **options: Any) -> None:
-        """Make float weights, and a parameter for the stored words of each of the two."""
+    def create_weights(self, layer: Any, **options: Any) -> None:
+        """Make float weights, and parameters whose loaders take stored words."""
         super().create_weights(layer, **options)
-        for name in ("w13_weight", "w2_weight"):
-            words = torch.nn.Parameter(torch.empty(0, dtype=torch.int32), requires_grad=False)
-            words.weight_loader = self._loader(getattr(layer, name))  # type: ignore[attr-defined]
-            layer.register_parameter(f"{name}_packed", words)
+        if not is_streamed(layer):
+            self._watch(layer, layer, "w13_weight")
+            self._watch(layer, layer, "w2_weight")
+            return
+        for shard, name in zip(EXPERT_SHARDS, names_of(layer), strict=True):
+            layer.add_module(name, torch.nn.Module())
+            self._watch(layer, getattr(layer, name), "w2_weight" if shard == "w2" else "w13_weight", shard)
 
-    def _loader(self, weight: torch.nn.Parameter) -> Any:
-        """Return a loader that slices stored words, int32 [N, ceil(K/4)], and loads the slice into ``weight``."""
+    def _watch(self, layer: Any, holder: torch.nn.Module, tensor: str, shard: str | None = None) -> None:
+        """Give ``holder`` a parameter for words, int32 [N, ceil(K/4)], whose slices go into ``tensor`` of the layer.
+
+        shard: the matrix that the words are of, in place of the one that vLLM names.
+        """
 
         def arrive(
             param: torch.nn.Parameter,
@@ -75,22 +99,41 @@ class DenseExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]
             weight_name: str,
             shard_id: str,
             expert_id: int,
-            return_success: bool = False,
-        ) -> bool | None:
-            path = self.paths.get((expert_id, shard_id))
+            return_success: bool = True,  # vLLM asks some loaders for None instead, which it then ignores
+        ) -> bool:
+            path = self.paths.get((expert_id, shard or shard_id))
             if path is None:  # an expert of another rank
-                return False if return_success else None
+                return False
+            weight = getattr(layer, tensor)
             words = loaded_weight.to(weight.device)
             dense = read_words(self.checkpoint, path, words, self.bits[path], dtype=weight.dtype)
+            if shard is None:
+                weight.weight_loader(weight, dense, weight_name, shard_id=shard_id, expert_id=expert_id)
+            else:
+                place_in_turn(layer, dense, shard=shard, expert=expert_id)
             self.missing.discard(path)
-            loaded: bool | None = weight.weight_loader(  # type: ignore[attr-defined]
-                weight, dense, weight_name, shard_id=shard_id, expert_id=expert_id, return_success=return_success
-            )
-            return loaded
+            return True
 
-        return arrive
+        words = torch.nn.Parameter(torch.empty(0, dtype=torch.int32), requires_grad=False)
+        words.weight_loader = arrive  # type: ignore[attr-defined]
+        holder.register_parameter(f"{tensor}_packed", words)
 
     def process_weights_after_loading(self, layer: Any) -> None:
         check_loaded(self.missing, type(layer).__name__)
-        del layer.w13_weight_packed, layer.w2_weight_packed
+        for name in names_of(layer) if is_streamed(layer) else ("w13_weight_packed", "w2_weight_packed"):
+            delattr(layer, name)
         super().process_weights_after_loading(layer)
+
+
+def place_in_turn(layer: Any, dense: torch.Tensor, *, shard: str, expert: int) -> None:
+    """Copy this rank's part of a matrix [N, K] to where gpt-oss has it: rows of gate and up take turns in w13."""
+    size = layer.moe_config.intermediate_size_per_partition
+    part = slice(layer.moe_config.tp_rank * size, (layer.moe_config.tp_rank + 1) * size)
+    local = layer.expert_map_manager.map_global_to_local(expert)
+    if shard == "w2":
+        mine = dense[:, part]
+        layer.w2_weight.data[local, :, : mine.shape[1]] = mine
+    else:
+        mine = dense[part]
+        rows = layer.w13_weight.data[local, 0 if shard == "w1" else 1 :: 2]
+        rows[: len(mine)] = mine
