@@ -16,6 +16,7 @@ from matquant.integrations.words import (
     check_loaded,
     check_widest,
     expert_paths,
+    place_in_turn,
     read_kernels,
     read_overrides,
     read_words,
@@ -93,6 +94,24 @@ def test_experts_are_named_by_their_numbers_and_matrices() -> None:
     assert set(expert_paths("experts", ["up_proj", "down_proj", None], 3)) == {
         (e, w) for e in range(3) for w in ("w1", "w2")
     }
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_gate_and_up_take_turns_in_the_part_of_every_rank(ranks: int) -> None:
+    """The same cuts of the whole tensors that vLLM makes of the files of gpt-oss."""
+    inner, hidden = 7, 5
+    size = -(-inner // ranks)
+    gate, up, down = torch.randn(inner, hidden), torch.randn(inner, hidden), torch.randn(hidden, inner)
+    whole = torch.stack([gate, up], dim=1).reshape(2 * inner, hidden)
+    for rank in range(ranks):
+        w13, w2 = torch.zeros(2 * size, hidden), torch.zeros(hidden, size)
+        place_in_turn(gate, w13, shard="w1", rank=rank)
+        place_in_turn(up, w13, shard="w3", rank=rank)
+        place_in_turn(down, w2, shard="w2", rank=rank)
+        rows, columns = whole[2 * rank * size : 2 * (rank + 1) * size], down[:, rank * size : (rank + 1) * size]
+        assert torch.equal(w13[: len(rows)], rows)
+        assert torch.equal(w2[:, : columns.shape[1]], columns)
+        assert not w13[len(rows) :].any()
 
 
 def test_a_matrix_that_never_arrives_is_an_error() -> None:

@@ -16,7 +16,7 @@ from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 
 from matquant.format.read import Checkpoint
-from matquant.integrations.words import EXPERT_SHARDS, check_loaded, expert_paths, read_words
+from matquant.integrations.words import EXPERT_SHARDS, check_loaded, expert_paths, place_in_turn, read_words
 from matquant.system.errors import InputError
 
 # gpt-oss in vLLM takes tensors of one expert by the name ``experts.NUMBER.NAME`` of any parameter NAME that ends in one
@@ -110,7 +110,8 @@ class DenseExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]
             if shard is None:
                 weight.weight_loader(weight, dense, weight_name, shard_id=shard_id, expert_id=expert_id)
             else:
-                place_in_turn(layer, dense, shard=shard, expert=expert_id)
+                local = layer.expert_map_manager.map_global_to_local(expert_id)
+                place_in_turn(dense, weight.data[local], shard=shard, rank=layer.moe_config.tp_rank)
             self.missing.discard(path)
             return True
 
@@ -123,17 +124,3 @@ class DenseExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]
         for name in names_of(layer) if is_streamed(layer) else ("w13_weight_packed", "w2_weight_packed"):
             delattr(layer, name)
         super().process_weights_after_loading(layer)
-
-
-def place_in_turn(layer: Any, dense: torch.Tensor, *, shard: str, expert: int) -> None:
-    """Copy this rank's part of a matrix [N, K] to where gpt-oss has it: rows of gate and up take turns in w13."""
-    size = layer.moe_config.intermediate_size_per_partition
-    part = slice(layer.moe_config.tp_rank * size, (layer.moe_config.tp_rank + 1) * size)
-    local = layer.expert_map_manager.map_global_to_local(expert)
-    if shard == "w2":
-        mine = dense[:, part]
-        layer.w2_weight.data[local, :, : mine.shape[1]] = mine
-    else:
-        mine = dense[part]
-        rows = layer.w13_weight.data[local, 0 if shard == "w1" else 1 :: 2]
-        rows[: len(mine)] = mine

@@ -104,6 +104,22 @@ def expert_paths(prefix: str, names: Sequence[str | None], count: int) -> dict[t
     return {(expert, shard): f"{prefix}.{expert}.{name}" for expert in range(count) for shard, name in named}
 
 
+def place_in_turn(dense: torch.Tensor, into: torch.Tensor, *, shard: str, rank: int) -> None:
+    """Copy a rank's part of an expert's matrix [N, K] to where gpt-oss has it in vLLM.
+
+    into: of gate and up ("w1", "w3") their rows in turn, [2 I, H]; of down ("w2") [H, I]. The last rank may have fewer
+    than I inner features.
+    """
+    if shard == "w2":
+        size = into.shape[1]
+        part = dense[:, rank * size : (rank + 1) * size]
+        into[:, : part.shape[1]] = part
+    else:
+        size = into.shape[0] // 2
+        part = dense[rank * size : (rank + 1) * size]
+        into[0 if shard == "w1" else 1 :: 2][: len(part)] = part
+
+
 def check_loaded(missing: Collection[str], module: str) -> None:
     """Raise InputError if weights of a ``module`` never arrived, which vLLM checks only for float models."""
     if missing:
