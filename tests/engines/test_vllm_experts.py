@@ -1,8 +1,9 @@
 """vLLM's fused experts through the plugin: greedy text and log-probabilities are those of our own dense slice.
 
-One process of vllm_run.py does all jobs but those of several ranks, which start two processes more each.
+One process of vllm_run.py does all jobs but that of two ranks, which starts two processes more.
 """
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
 import matquant
 from conftest import make_tokenizer
-from engines.vllm_jobs import WIDE, ask, assert_same_text, text_job
+from engines.vllm_jobs import WIDE, ask, assert_same_text, run_vllm, text_job
+from matquant.core.spec import Plan
 from matquant.format.read import open_checkpoint
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(3600)]
@@ -36,10 +39,6 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("floats", {"bits": 3}),
     ("partly", {"bits": 3}),
 ]
-RANKS: dict[str, dict[str, Any]] = {
-    "tensor parallel": {"tensor_parallel_size": 2},
-    "expert parallel": {"tensor_parallel_size": 2, "enable_expert_parallel": True},
-}
 MISTAKES: list[tuple[str, dict[str, Any], str]] = [
     (
         "qwen3_moe",
@@ -117,8 +116,55 @@ def test_dense_experts_are_not_switched(answers: list[dict[str, Any]]) -> None:
     assert "are dense, so that their width is fixed" in found["error"]
 
 
-@pytest.mark.parametrize("name", RANKS)
-def test_two_ranks_share_the_experts(name: str, models: dict[str, Path], tmp_path: Path) -> None:
+def test_two_processes_share_the_experts(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # there may be fewer cores than processes
     model, asked = models["qwen3_moe"], {"bits": 4, "plan": PLAN}
-    (answer,) = ask([text_job(model, widths(model, asked), options=RANKS[name])], tmp_path)
+    (answer,) = ask([text_job(model, widths(model, asked), options={"tensor_parallel_size": 2})], tmp_path)
     assert_only_this_width(answer, model, asked)
+
+
+@pytest.fixture(scope="module")
+def ranks(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, dict[str, Any]]:
+    """What each of two ranks loads of a layer: the folder of vllm_expert_ranks.py, the layer, and what was asked."""
+    folder, model = tmp_path_factory.mktemp("ranks"), models["qwen3_moe"]
+    asked, config = widths(model, {"bits": 4, "plan": PLAN}), open_checkpoint(model).config
+    job = {
+        "model": str(model),
+        "asked": {"quant_method": "matquant", **asked},
+        "prefix": "model.layers.1.mlp.experts",
+        "experts": config["num_experts"],
+        "hidden": config["hidden_size"],
+        "inner": config["moe_intermediate_size"],
+    }
+    (folder / "job.json").write_text(json.dumps(job))
+    run_vllm("vllm_expert_ranks.py", folder, folder=folder)
+    return folder, job["prefix"], asked
+
+
+@pytest.mark.parametrize("way", ["tensor", "expert"])
+def test_each_rank_loads_its_part_of_the_slice_bit_for_bit(
+    way: str, models: dict[str, Path], ranks: tuple[Path, str, dict[str, Any]]
+) -> None:
+    folder, prefix, asked = ranks
+    checkpoint = open_checkpoint(models["qwen3_moe"])
+    bits = checkpoint.widths(Plan.over(asked["bits"], asked["plan"]))
+    weights = {path: torch.from_numpy(checkpoint.nested(path).read(width)) for path, width in bits.items()}
+    for rank in range(2):
+        found = load_file(folder / f"{way}-{rank}.safetensors")
+        local = range(4) if way == "tensor" else range(2 * rank, 2 * rank + 2)
+        for place, expert in enumerate(local):
+            parts = {name: weights[f"{prefix}.{expert}.{name}_proj"].bfloat16() for name in ("gate", "up", "down")}
+            if way == "tensor":
+                cut = slice(32 * rank, 32 * rank + 32)
+                parts = {name: part[:, cut] if name == "down" else part[cut] for name, part in parts.items()}
+            assert torch.equal(found["w13"][place], torch.cat([parts["gate"], parts["up"]]))
+            assert torch.equal(found["w2"][place], parts["down"])
+
+
+def test_balanced_experts_are_refused(ranks: tuple[Path, str, dict[str, Any]]) -> None:
+    assert json.loads((ranks[0] / "result.json").read_text())["error"] == (
+        "vLLM is to balance the experts of model.layers.1.mlp.experts (enable_eplb), which copies them; "
+        "the plugin does not support that: start vLLM without it"
+    )
