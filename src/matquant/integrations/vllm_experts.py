@@ -4,7 +4,7 @@ vLLM holds the experts of a layer in two tensors, w13 [E, 2 I, H] with gate and 
 their loader one stored matrix at a time. Each is sliced when it arrives, at the width of its path, so that a plan may
 give every expert its own; memory holds one float matrix besides the model. vLLM's loader then takes this rank's part:
 some inner features under tensor parallelism, some experts under expert parallelism, of which the others are not sliced.
-gpt-oss, whose files hold all experts in one tensor, has a loader of its own: see STREAMED.
+gpt-oss, whose files hold all experts in one tensor, is loaded in another way: see STREAMED.
 Shapes: E experts of the rank, I inner features of the rank, H hidden features, N out and K in features of a matrix.
 """
 
