@@ -33,8 +33,8 @@ def is_streamed(layer: torch.nn.Module) -> bool:
     return type(layer).__name__ == "GptOssRoutedExperts"
 
 
-def names_of(layer: RoutedExperts) -> tuple[str, str, str | None]:
-    """Return the checkpoint's names of gate, down and up."""
+def names_of(layer: RoutedExperts) -> tuple[Any, Any, Any]:
+    """Return the checkpoint's names of gate, down and up, strings; that of up is None if there is none."""
     return layer.ckpt_gate_proj_name, layer.ckpt_down_proj_name, layer.ckpt_up_proj_name
 
 
