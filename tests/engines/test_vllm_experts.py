@@ -134,7 +134,7 @@ def ranks(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
         "model": str(model),
         "asked": {"quant_method": "matquant", **asked},
         "prefix": "model.layers.1.mlp.experts",
-        "experts": config["num_experts"],
+        "experts": FEW["num_experts"],
         "hidden": config["hidden_size"],
         "inner": config["moe_intermediate_size"],
     }
