@@ -43,7 +43,7 @@ HEAVY = {  # package -> who imports it: files, or a folder whose files may; the 
     "accelerate": ["hf_torch/shards.py"],
     "matplotlib": ["report/plots.py"],
     "lm_eval": ["integrations/harness.py", "integrations/lm_eval.py"],
-    "vllm": ["integrations/vllm.py"],
+    "vllm": ["integrations/vllm.py", "integrations/vllm_experts.py"],
     "triton": ["backends/gpu_kernels.py", "backends/gpu_operands.py"],
     "huggingface_hub": ["hf/hub.py"],
     "llguidance": ["serve/structured.py"],

@@ -12,7 +12,16 @@ import conftest
 from matquant.core.spec import Plan
 from matquant.export import export
 from matquant.format.read import open_checkpoint
-from matquant.integrations.words import check_widest, read_kernels, read_overrides, read_words, stacked_paths
+from matquant.integrations.words import (
+    check_loaded,
+    check_widest,
+    expert_paths,
+    place_in_turn,
+    read_kernels,
+    read_overrides,
+    read_words,
+    stacked_paths,
+)
 from matquant.system.errors import InputError
 
 QKV = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
@@ -69,6 +78,49 @@ def test_stacked_weights_are_named_in_their_order() -> None:
     ]
     assert stacked_paths("model.layers.3.mlp.down_proj", QKV) == ["model.layers.3.mlp.down_proj"]
     assert stacked_paths("gate_up_proj", QKV) == ["gate_proj", "up_proj"]
+
+
+def test_experts_are_named_by_their_numbers_and_matrices() -> None:
+    mixtral = "model.layers.1.block_sparse_moe.experts"
+    assert expert_paths(mixtral, ["w1", "w2", "w3"], 2) == {
+        (expert, name): f"{mixtral}.{expert}.{name}" for expert in (0, 1) for name in ("w1", "w2", "w3")
+    }
+    qwen = expert_paths("mlp.experts", ["gate_proj", "down_proj", "up_proj"], 1)
+    assert qwen == {
+        (0, "w1"): "mlp.experts.0.gate_proj",
+        (0, "w2"): "mlp.experts.0.down_proj",
+        (0, "w3"): "mlp.experts.0.up_proj",
+    }
+    assert set(expert_paths("experts", ["up_proj", "down_proj", None], 3)) == {
+        (e, w) for e in range(3) for w in ("w1", "w2")
+    }
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_gate_and_up_take_turns_in_the_part_of_every_rank(ranks: int) -> None:
+    """The same cuts of the whole tensors that vLLM makes of the files of gpt-oss."""
+    inner, hidden = 7, 5
+    size = -(-inner // ranks)
+    gate, up, down = torch.randn(inner, hidden), torch.randn(inner, hidden), torch.randn(hidden, inner)
+    whole = torch.stack([gate, up], dim=1).reshape(2 * inner, hidden)
+    for rank in range(ranks):
+        w13, w2 = torch.zeros(2 * size, hidden), torch.zeros(hidden, size)
+        place_in_turn(gate, w13, shard="w1", rank=rank)
+        place_in_turn(up, w13, shard="w3", rank=rank)
+        place_in_turn(down, w2, shard="w2", rank=rank)
+        rows, columns = whole[2 * rank * size : 2 * (rank + 1) * size], down[:, rank * size : (rank + 1) * size]
+        assert torch.equal(w13[: len(rows)], rows)
+        assert torch.equal(w2[:, : columns.shape[1]], columns)
+        assert not w13[len(rows) :].any()
+
+
+def test_a_matrix_that_never_arrives_is_an_error() -> None:
+    check_loaded([], "RoutedExperts")
+    with pytest.raises(InputError) as caught:
+        check_loaded(["b", "a"], "RoutedExperts")
+    assert str(caught.value) == (
+        "vLLM built a RoutedExperts for a but never loaded it; serve a slice: matquant export --to dense"
+    )
 
 
 def test_overrides_are_bits_and_a_plan(tmp_path: Path) -> None:

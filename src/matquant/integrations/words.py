@@ -5,7 +5,7 @@ zero-points, and the per-width ones that stock loaders never read, come from the
 """
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from matquant.system.errors import InputError
 AT_ONCE = 2**18
 OVERRIDES = ("quant_method", "bits", "plan", "kernels", "max_bits")  # the keys of our quantization_config
 KERNELS = ("auto", "planes", "dense")
+EXPERT_SHARDS = ("w1", "w2", "w3")  # vLLM's names of an expert's gate, down and up
 
 
 def read_words(
@@ -92,3 +93,36 @@ def stacked_paths(prefix: str, packed: Mapping[str, Sequence[str]]) -> list[str]
     """
     parent, _, name = prefix.rpartition(".")
     return [f"{parent}.{part}" if parent else part for part in packed.get(name, [name])]
+
+
+def expert_paths(prefix: str, names: Sequence[str | None], count: int) -> dict[tuple[int, str], str]:
+    """Return the path of each matrix of the ``count`` experts in vLLM's module ``prefix``: (expert, shard) -> path.
+
+    names: the checkpoint's names of gate, down and up, None for a matrix that the experts lack.
+    """
+    named = [(shard, name) for shard, name in zip(EXPERT_SHARDS, names, strict=True) if name is not None]
+    return {(expert, shard): f"{prefix}.{expert}.{name}" for expert in range(count) for shard, name in named}
+
+
+def place_in_turn(dense: torch.Tensor, into: torch.Tensor, *, shard: str, rank: int) -> None:
+    """Copy a rank's part of an expert's matrix [N, K] to where gpt-oss has it in vLLM.
+
+    into: of gate and up ("w1", "w3") their rows in turn, [2 I, H]; of down ("w2") [H, I]. The last rank may have fewer
+    than I inner features.
+    """
+    if shard == "w2":
+        size = into.shape[1]
+        part = dense[:, rank * size : (rank + 1) * size]
+        into[:, : part.shape[1]] = part
+    else:
+        size = into.shape[0] // 2
+        part = dense[rank * size : (rank + 1) * size]
+        into[0 if shard == "w1" else 1 :: 2][: len(part)] = part
+
+
+def check_loaded(missing: Collection[str], module: str) -> None:
+    """Raise InputError if weights of a ``module`` never arrived, which vLLM checks only for float models."""
+    if missing:
+        raise InputError(
+            f"vLLM built a {module} for {min(missing)} but never loaded it; serve a slice: matquant export --to dense"
+        )
