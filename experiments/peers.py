@@ -33,6 +33,7 @@ import numpy as np
 import torch
 import typer
 from safetensors.numpy import load_file
+from safetensors.torch import load_file as load_weights
 from safetensors.torch import save_file
 
 from matquant.calibration import calibration_text
@@ -208,7 +209,8 @@ def run(
             continue
         float_model, windows = _load(name)
         paths = decoder_linears(float_model)
-        original = {path: float_model.get_submodule(path).weight.detach().clone() for path in paths}
+        stored = load_weights(CACHE / f"{name}.safetensors")  # of the file, so that memory holds one model only
+        original = {path: stored[f"{path}.weight"] for path in paths}
         reference = _keep(name, float_model, windows)
         for peer, row, options, bits in rows:
             weights, outcome = _quantise(name, peer, row, options, bits, original, threads)
