@@ -189,6 +189,7 @@ def run(
     only: Annotated[list[str] | None, typer.Option(help="Tools to run.")] = None,
     model: Annotated[list[str] | None, typer.Option(help="Models to run.")] = None,
     setting: Annotated[list[str] | None, typer.Option(help="Settings to run, by name.")] = None,
+    width: Annotated[list[int] | None, typer.Option(help="Nominal widths to run.")] = None,
     threads: Annotated[int, typer.Option(help="CPU threads of a tool and of the evaluation.")] = 1,
 ) -> None:
     """Run what has no record yet."""
@@ -200,7 +201,8 @@ def run(
             for row, options, widths in SETTINGS[peer]
             if row in (setting or [row])
             for bits in widths
-            if not any(
+            if bits in (width or [bits])
+            and not any(
                 (record["model"], record["peer"], record["setting"], record["bits"]) == (name, peer, row, bits)
                 for record in _records()
             )
