@@ -33,6 +33,7 @@ import numpy as np
 import torch
 import typer
 from safetensors.numpy import load_file
+from safetensors.torch import load_file as load_weights
 from safetensors.torch import save_file
 
 from matquant.calibration import calibration_text
@@ -188,6 +189,7 @@ def run(
     only: Annotated[list[str] | None, typer.Option(help="Tools to run.")] = None,
     model: Annotated[list[str] | None, typer.Option(help="Models to run.")] = None,
     setting: Annotated[list[str] | None, typer.Option(help="Settings to run, by name.")] = None,
+    width: Annotated[list[int] | None, typer.Option(help="Nominal widths to run.")] = None,
     threads: Annotated[int, typer.Option(help="CPU threads of a tool and of the evaluation.")] = 1,
 ) -> None:
     """Run what has no record yet."""
@@ -199,7 +201,8 @@ def run(
             for row, options, widths in SETTINGS[peer]
             if row in (setting or [row])
             for bits in widths
-            if not any(
+            if bits in (width or [bits])
+            and not any(
                 (record["model"], record["peer"], record["setting"], record["bits"]) == (name, peer, row, bits)
                 for record in _records()
             )
@@ -208,7 +211,8 @@ def run(
             continue
         float_model, windows = _load(name)
         paths = decoder_linears(float_model)
-        original = {path: float_model.get_submodule(path).weight.detach().clone() for path in paths}
+        stored = load_weights(CACHE / f"{name}.safetensors")  # of the file, so that memory holds one model only
+        original = {path: stored[f"{path}.weight"] for path in paths}
         reference = _keep(name, float_model, windows)
         for peer, row, options, bits in rows:
             weights, outcome = _quantise(name, peer, row, options, bits, original, threads)

@@ -3,9 +3,9 @@
 Writes the model as a float32 GGUF, gives llama-imatrix the calibration sequences, calls llama-quantize and reads the
 tensors back with gguf's own dequantisation. options: type (llama-quantize's name) and pure (one type throughout).
 
-llama-imatrix takes text, not tokens. So that it sees exactly the windows of the others, the GGUF's vocabulary names
-token 17 ``<|17|>`` and the text is those names; reading 4096 such names takes it half a minute, counted in its seconds.
-Llama's query and key rows are interleaved as llama.cpp wants them.
+llama-imatrix takes text, not tokens. So that it sees exactly the windows of the others, the GGUF's vocabulary has one
+character for each token, ``chr(FIRST + token)``, and the text is those characters. Llama's query and key rows are
+interleaved as llama.cpp wants them.
 """
 
 import json
@@ -35,6 +35,7 @@ NAMES = {
     "post_attention_layernorm": "ffn_norm",
 }
 OUTSIDE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+FIRST = 0x10000  # beyond every surrogate and every space
 FLOATS = ("F32", "F16", "BF16")
 
 
@@ -65,11 +66,11 @@ def _importance(file: Path, source: Path, ids_SL: np.ndarray, calibration: Path,
     """
     kept, took = (calibration.with_suffix(suffix) for suffix in (".imatrix.gguf", ".imatrix.json"))
     if not took.is_file():
-        (file.parent / "text.txt").write_text("".join(f"<|{token}|>" for token in ids_SL.ravel()))
+        (file.parent / "text.txt").write_text("".join(chr(FIRST + token) for token in ids_SL.ravel()), encoding="utf-8")
         began = time.perf_counter()
         context = ["-c", str(ids_SL.shape[1]), "-b", str(ids_SL.shape[1]), "-t", threads]
         files = ["-m", str(source), "-f", str(file.parent / "text.txt"), "-o", str(kept)]
-        subprocess.run([tools / "llama-imatrix", *files, *context, "--parse-special"], check=True)
+        subprocess.run([tools / "llama-imatrix", *files, *context], check=True)
         took.write_text(json.dumps(time.perf_counter() - began))
     shutil.copyfile(kept, file)
     return float(json.loads(took.read_text()))
@@ -91,9 +92,9 @@ def _write_gguf(file: Path, state: dict[str, np.ndarray], config: dict[str, Any]
     writer = start_gguf(file, config)
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
     writer.add_tokenizer_model("llama")
-    writer.add_token_list([f"<|{token}|>" for token in range(config["vocab_size"])])
+    writer.add_token_list([chr(FIRST + token) for token in range(config["vocab_size"])])
     writer.add_token_scores([0.0] * config["vocab_size"])
-    writer.add_token_types([gguf.TokenType.USER_DEFINED] * config["vocab_size"])
+    writer.add_token_types([gguf.TokenType.NORMAL] * config["vocab_size"])
     writer.add_add_bos_token(False)
     writer.add_add_space_prefix(False)
     for name, tensor in state.items():
