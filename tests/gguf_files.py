@@ -1,5 +1,6 @@
 """GGUF files as the gguf package reads and writes them, and the slices they should hold, for tests."""
 
+import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -68,9 +69,18 @@ def gguf_name(path: str) -> str:
     return f"blk.{layer}.{GGUF_NAMES[rest]}.weight"
 
 
+@functools.lru_cache(maxsize=1)
+def read_once(file: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The weights and types of a file that is not written again."""
+    return file_weights(file), file_types(file)
+
+
 def assert_holds_the_slices(file: Path, directory: Path, plan: dict[str, int], zero_point: str = EXACT) -> None:
-    """Every quantised weight of ``file`` is, bit for bit, the slice of the checkpoint, moved if zeros are."""
-    checkpoint, weights, types = open_checkpoint(directory), file_weights(file), file_types(file)
+    """Every quantised weight of ``file`` is, bit for bit, the slice of the checkpoint, moved if zeros are.
+
+    The file is read once: another one needs a name of its own.
+    """
+    checkpoint, (weights, types) = open_checkpoint(directory), read_once(file)
     config = checkpoint.config
     for path, bits in plan.items():
         found = weights[gguf_name(path)]

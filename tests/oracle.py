@@ -293,11 +293,13 @@ def companded_edge(label: Fraction) -> Fraction:
     return reached if label >= 128 else -reached
 
 
+@functools.cache
 def companded_int8(label: int) -> int:
     """The ordinary int8 code 0..255 of a label: the one whose unit interval holds the middle of the label's."""
     return 128 + math.floor(companded_edge(label + HALF))
 
 
+@functools.cache
 def companded_position(code: int, bits: int) -> Fraction:
     """Position of an r-bit code in units of the code: the grid in the middle of its labels, at 7 and 8 bits on int8."""
     step = 2 ** (MASTER_BITS - bits)
@@ -351,6 +353,7 @@ def float_distance(magnitude: int, bits: int) -> Fraction:
     return Fraction(math.floor(float_edge(magnitude * step + step // 2)))
 
 
+@functools.cache
 def float_position(code: int, bits: int) -> Fraction:
     """Position of an r-bit code in units of the code: about mid-range, at 8 bits -1 - d below the zero-point 128."""
     half = 2 ** (bits - 1)

@@ -14,6 +14,7 @@ own r-bit code. The Hessian of the squared output error of one row is
 Codes do not depend on the factor in front, output errors do: d H d^T is twice the mean squared output error.
 """
 
+import functools
 from collections.abc import Mapping
 from fractions import Fraction
 from math import floor
@@ -69,9 +70,12 @@ def slice_code(code: int, bits: int, rule: str) -> int:
     raise AssertionError(f"rule={rule!r} is unknown to the oracle")
 
 
+@functools.cache
 def slice_table(bits: int, rule: str) -> NDArray[np.int64]:
-    """The slices of all 256 codes."""
-    return np.array([slice_code(code, bits, rule) for code in range(CODES)])
+    """The slices of all 256 codes; read-only, since it is made once."""
+    table = np.array([slice_code(code, bits, rule) for code in range(CODES)])
+    table.flags.writeable = False
+    return table
 
 
 def slice_affine(scale_NG: Floats, zero_NG: Floats, bits: int, rule: str) -> Affine:
@@ -230,7 +234,7 @@ def nested_codes(
 
 def first_of_cheapest(cost_C: Floats, nearest: float) -> int:
     """The cheapest code; of equally cheap ones the nearest to ``nearest``; of those the smallest."""
-    cheapest = [code for code in range(CODES) if cost_C[code] == cost_C.min()]
+    cheapest = np.flatnonzero(cost_C == cost_C.min()).tolist()
     return min(cheapest, key=lambda code: (abs(code - nearest), code))
 
 

@@ -57,10 +57,14 @@ PLAN = ("budget", "request", "strategies", "search", "speed", "run")  # losses a
 
 
 @functools.cache
+def tree(file: Path) -> ast.Module:
+    return ast.parse(file.read_text())
+
+
+@functools.cache
 def imports(file: Path) -> list[str]:
-    tree = ast.parse(file.read_text())
     found = []
-    for node in tree.body:
+    for node in tree(file).body:
         if isinstance(node, ast.Import):
             found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -83,7 +87,7 @@ def test_imports_point_one_way(file: Path) -> None:
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(SOURCE)))
 def test_our_own_package_is_never_imported_inside_a_function(file: Path) -> None:
-    for node in ast.walk(ast.parse(file.read_text())):
+    for node in ast.walk(tree(file)):
         if isinstance(node, ast.FunctionDef):
             for inner in ast.walk(node):
                 assert not (isinstance(inner, ast.ImportFrom) and (inner.module or "").startswith("matquant"))
@@ -141,10 +145,10 @@ def counts_codes(node: ast.expr) -> bool:
     return isinstance(node, ast.Name) and node.id in COUNTS
 
 
-def halves(source: str) -> list[str]:
+def halves(module: ast.Module) -> list[str]:
     """Every place that adds or subtracts 1/2, or halves a count of codes: (2**r - 1) / 2, step // 2, x + 0.5."""
     found = []
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(module):
         if not isinstance(node, ast.BinOp):
             continue
         if isinstance(node.op, (ast.Add, ast.Sub)):
@@ -160,7 +164,7 @@ def halves(source: str) -> list[str]:
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(SOURCE)))
 def test_half_bins_are_computed_in_nest_alone(file: Path) -> None:
     if file != SOURCE / "core" / "nest.py":
-        assert halves(file.read_text()) == [], "use middle, bin_centre, centred_codes, ... or round_half_up of nest.py"
+        assert halves(tree(file)) == [], "use middle, bin_centre, centred_codes, ... or round_half_up of nest.py"
 
 
 @pytest.mark.parametrize(
@@ -172,7 +176,7 @@ def test_half_bins_are_computed_in_nest_alone(file: Path) -> None:
     ],
 )  # fmt: skip
 def test_half_bins_are_found(source: str) -> None:
-    assert len(halves(source)) == 1
+    assert len(halves(ast.parse(source))) == 1
 
 
 @pytest.mark.parametrize(
@@ -183,7 +187,7 @@ def test_half_bins_are_found(source: str) -> None:
     ],
 )  # fmt: skip
 def test_other_halves_are_left_alone(source: str) -> None:
-    assert halves(source) == []
+    assert halves(ast.parse(source)) == []
 
 
 MOST_LINES, MOST_OF_A_FUNCTION = 400, 60
@@ -194,7 +198,7 @@ OPENING = re.compile(r"^( {0,2})(?!namespace|struct|class|enum|union|extern)[\w~
 def functions(file: Path) -> dict[str, int]:
     """Name or first line of every function -> its lines, from the signature to the end."""
     if file.suffix == ".py":
-        nodes = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.FunctionDef)]
+        nodes = [node for node in ast.walk(tree(file)) if isinstance(node, ast.FunctionDef)]
         return {node.name: (node.end_lineno or 0) - node.lineno + 1 for node in nodes}
     lines, found = file.read_text().splitlines(), {}
     for number, line in enumerate(lines):

@@ -36,12 +36,19 @@ UP = "model.layers.1.mlp.up_proj"
 QAT = ("--method", "qat", "--steps", "3", "--batch-size", "2", "--seq-len", "16", "--save-every", "1", "--lr", "0.001")
 SMALL = ("--scope", "ffn", "--group-size", "channel")
 TORCHLESS = """
-import sys
+import contextlib, io, json, sys
 for name in ("torch", "transformers", "tokenizers", "compressed_tensors", "matplotlib"):
     sys.modules[name] = None  # importing it raises ModuleNotFoundError
 from matquant.cli import main
-sys.argv = ["matquant", *sys.argv[1:]]
-main()
+found = []
+for arguments in json.loads(sys.argv[1]):
+    sys.argv, out, err = ["matquant", *arguments], io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main()
+        except SystemExit as stop:  # ends with an exit code even when all went well
+            found.append((stop.code, out.getvalue(), err.getvalue()))
+print(json.dumps(found))
 """
 
 
@@ -1194,7 +1201,7 @@ def test_a_strategy_needs_no_text_and_no_torch(run: Run, make: Arguments, tmp_pa
     assert plan["bits"] == {path: 4 if ".0." in path else 2 for path in open_checkpoint(copy).shapes}
     assert record["bits_per_weight"] == plan["about"]["bits_per_weight"] <= 4.5
     (tmp_path / "made.json").unlink()
-    assert run_without_torch(*arguments).code == 0
+    assert [result.code for result in run_without_torch(arguments)] == [0]
     assert json.loads((tmp_path / "made.json").read_text()) == plan
 
 
@@ -1566,42 +1573,40 @@ def test_the_help_of_a_verb_shows_every_default(verb: str, run: Run) -> None:
 # Without torch --------------------------------------------------------------------------------------------------------
 
 
-def run_without_torch(*arguments: object) -> Result:
-    """The command line in a process where torch and its company cannot be imported."""
+def run_without_torch(*commands: tuple[object, ...]) -> list[Result]:
+    """The command lines, one after the other, in a process where torch and its company cannot be imported."""
     found = subprocess.run(
-        [sys.executable, "-W", "error", "-c", TORCHLESS, *map(str, arguments)],
+        [sys.executable, "-W", "error", "-c", TORCHLESS, json.dumps([[*map(str, command)] for command in commands])],
         capture_output=True,
         text=True,
         env={**os.environ, "COLUMNS": "140", "NO_COLOR": "1"},
-        check=False,
+        check=True,
     )
-    return Result(found.returncode, found.stdout, found.stderr)
+    results = [Result(*result) for result in json.loads(found.stdout)]
+    assert (len(results), found.stderr) == (len(commands), "")
+    return results
 
 
 def test_inspect_verify_and_help_work_without_torch(run: Run, checkpoint: Path) -> None:
-    for arguments in (("verify", checkpoint), ("inspect", checkpoint, "--json"), ("inspect", checkpoint), ("--help",)):
-        result = run_without_torch(*arguments)
+    commands = ("verify", checkpoint), ("inspect", checkpoint, "--json"), ("inspect", checkpoint), ("--help",)
+    for command, result in zip(commands, run_without_torch(*commands), strict=True):
         assert (result.code, result.err) == (0, "")
-        assert result.out.split() == run(*arguments).out.split()
+        assert result.out.split() == run(*command).out.split()
 
 
-@pytest.mark.parametrize("verb", ["quantize", "eval", "plan", "demo"])
-def test_what_needs_torch_says_what_to_install(
-    verb: str, llama: Path, checkpoint: Path, text_file: Path, tmp_path: Path
-) -> None:
-    arguments: dict[str, tuple[object, ...]] = {
-        "quantize": (llama, "-o", tmp_path / "out", "--method", "rtn"),
-        "eval": (checkpoint, "--text", text_file),
-        "plan": (checkpoint, "--text", text_file, "--bits-per-weight", "4", "-o", tmp_path / "plan.json"),
-        "demo": ("-o", tmp_path / "out"),
-    }
-    result = run_without_torch(verb, *arguments[verb])
-    assert result.code == 2
-    assert re.fullmatch(
-        r"\n?error: this needs (torch|matplotlib), which is not installed; pip install 'matquant\[train\]'\n",
-        result.err,
-    )
-    assert result.out == ""
+def test_what_needs_torch_says_what_to_install(llama: Path, checkpoint: Path, text_file: Path, tmp_path: Path) -> None:
+    for result in run_without_torch(
+        ("quantize", llama, "-o", tmp_path / "out", "--method", "rtn"),
+        ("eval", checkpoint, "--text", text_file),
+        ("plan", checkpoint, "--text", text_file, "--bits-per-weight", "4", "-o", tmp_path / "plan.json"),
+        ("demo", "-o", tmp_path / "out"),
+    ):
+        assert result.code == 2
+        assert re.fullmatch(
+            r"\n?error: this needs (torch|matplotlib), which is not installed; pip install 'matquant\[train\]'\n",
+            result.err,
+        )
+        assert result.out == ""
     assert list(tmp_path.iterdir()) == []
 
 

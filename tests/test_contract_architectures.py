@@ -108,7 +108,8 @@ def test_the_engine_decodes_what_it_claims(family: str, checkpoint_of: Callable[
             assert_same_logits(other, logits(model))
 
 
-@pytest.mark.parametrize("to", FORMATS)
+# the second version of GPTQ's layout stores other zero-points, which test_contract_formats.py reads
+@pytest.mark.parametrize("to", [pytest.param(to, marks=pytest.mark.slow if to == "gptq_v2" else []) for to in FORMATS])
 def test_it_is_exported_to_what_it_claims(
     family: str, to: str, checkpoint_of: Callable[[str], Path], tmp_path: Path
 ) -> None:

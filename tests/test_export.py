@@ -1,5 +1,6 @@
 """Exports: what a container holds is the slice, exactly; the rest is refused; nothing half-written."""
 
+import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -273,8 +274,13 @@ def test_a_plan_is_exported_path_by_path(checkpoints: dict[str, Path], tmp_path:
     assert record["containers"][UP] == "int2"
 
 
-@pytest.mark.parametrize("name", OPTIONS)
-@pytest.mark.parametrize("dtype", [None, "float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *((name, None) for name in OPTIONS),
+        *itertools.product(("prefix", "exact scales"), ("float32", "bfloat16", "float16")),
+    ],
+)
 def test_dense_is_what_load_gives(name: str, dtype: str | None, checkpoints: dict[str, Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
     export(checkpoints[name], out, to="dense", bits=3, dtype=dtype)

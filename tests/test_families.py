@@ -1,6 +1,7 @@
 """Every family: one checkpoint, read at any width by us and at 8 bits by a transformers that never saw us."""
 
 import dataclasses
+import functools
 import subprocess
 import sys
 from collections.abc import Callable
@@ -50,10 +51,15 @@ def assert_same_logits(found: torch.Tensor, expected: torch.Tensor) -> None:
         raise AssertionError(f"logits differ by {gap:.2e} of their size")
 
 
+@functools.lru_cache(maxsize=1)
+def files_of(directory: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The tensors of a checkpoint and of its slices, read once."""
+    return load_file(directory / "model.safetensors"), load_file(directory / "matquant_slices.safetensors")
+
+
 def oracle_weight(path: str, directory: Path, bits: int) -> np.ndarray:
     """The ``bits``-bit weight straight from the files, in plain numpy."""
-    tensors = load_file(directory / "model.safetensors")
-    slices = load_file(directory / "matquant_slices.safetensors")
+    tensors, slices = files_of(directory)
     _, columns = tensors[f"{path}.weight_shape"].tolist()
     codes = tensors[f"{path}.weight_packed"].numpy().view(np.uint8)[:, :columns].astype(np.int64)
     scale = tensors[f"{path}.weight_scale"].float().numpy()

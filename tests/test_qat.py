@@ -1,6 +1,8 @@
 """Joint training: its gradients against plain autograd, its state against SIGKILL, its result against its purpose."""
 
+import copy
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -43,16 +45,26 @@ def schedule(**changes: Any) -> qat.Schedule:
     return qat.Schedule(**{**RUN, "warmup": 1, **changes})
 
 
+@functools.lru_cache(maxsize=2)
+def _loaded(directory: Path) -> torch.nn.Module:
+    return load_float(directory, dtype=torch.float32)
+
+
+def float_model(directory: Path) -> Any:
+    """A model of a directory that is not written again, read once: a copy, to be changed."""
+    return copy.deepcopy(_loaded(directory))
+
+
 def masters_gradients(
     directory: Path, objective: str, *, grid: Grid, **changes: Any
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Gradients of the masters after one step of our training, and its log record."""
-    model = load_float(directory, dtype=torch.float32)
+    model = float_model(directory)
     views = select_linears(model, "ffn")
     plan = schedule(lr=0.0, clip_norm=1e9, **changes)
     state = training.start(model, views, grid, plan, trained=[width.bits for width in parse_objective(objective)])
     optimizer = training.make_optimizer(state, plan)
-    teacher = load_float(directory, dtype=torch.float32) if "fp" in objective or plan.hidden else None
+    teacher = float_model(directory) if "fp" in objective or plan.hidden else None
     forward.prepare(model, views, plan)
     windows = np.random.default_rng(0).integers(0, 256, size=(4, 17))
     models = Training(model=model, teacher=teacher, views=views, counts=split_rows(views, model))
@@ -76,7 +88,7 @@ def oracle_gradients(
     mix: weight of one more loss, that of ``plan`` with the targets of the narrowest width. hidden: weight of the
     decoder layers' relative squared distance to the float model's.
     """
-    model = load_float(directory, dtype=torch.float32)
+    model = float_model(directory)
     windows = np.random.default_rng(0).integers(0, 256, size=(4, 17))
     tokens = torch.from_numpy(windows[np.random.default_rng([3, 0]).permutation(4)[:size]])
     names = [f"{path}.weight" for path in select_linears(model, "ffn")]
@@ -193,7 +205,7 @@ def test_a_mix_is_two_neighbouring_widths_the_wider_after_the_narrower() -> None
 def test_without_a_mix_there_is_none(llama: Path, text_file: Path, tmp_path: Path) -> None:
     records: dict[float | None, list[Any]] = {None: [], 0.0: [], 1.0: []}
     for mix, found in records.items():
-        options = {**RUN, **({} if mix is None else {"mix": mix})}
+        options = {**RUN, "steps": 2, **({} if mix is None else {"mix": mix})}
         conftest.quantize(llama, tmp_path / str(mix), text=[text_file], **options, report=found.append)
     shards = [(tmp_path / str(mix) / "model.safetensors").read_bytes() for mix in records]
     assert shards[0] == shards[1]
@@ -226,10 +238,10 @@ def test_emulated_bf16_is_told(
 ) -> None:
     monkeypatch.setattr(quantising, "bf16_is_fast", lambda: fast)
     records: list[dict[str, Any]] = []
-    options = {**RUN, "autocast": autocast, "device": "cpu"}
+    options = {**RUN, "steps": 2, "autocast": autocast, "device": "cpu"}
     conftest.quantize(llama, tmp_path / "out", text=[text_file], **options, report=records.append)
     told = ["emulates bf16" in record.get("notice", "") for record in records]
-    assert told == [autocast and not fast] * RUN["steps"]
+    assert told == [autocast and not fast] * 2
 
 
 @pytest.mark.parametrize("changes", [{"checkpoint_activations": True}, {"accumulate": 2, "batch_size": 1}])

@@ -1,5 +1,6 @@
 """The record and the model card of an export."""
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -119,6 +120,7 @@ def nested_card(
     )
 
 
+@functools.cache
 def _template(name: str) -> Template:
     environment = Environment(loader=PackageLoader("matquant", "export"), undefined=StrictUndefined, trim_blocks=True)
     environment.filters["plain"] = plain
