@@ -5,7 +5,8 @@
 Both have the same random codes (bench/decode.py) and read the same bytes; only what a code stands for differs. In every
 round each width decodes STRETCH tokens and reads a prompt on each grid, the grids in turn first. Rates are per second
 of CPU time of one thread and of wall time of more: what else runs on a machine then takes nothing but its share of
-caches and memory. Ratios are medians of those of the rounds. Records go to bench/grids.jsonl.
+caches and memory. The model that is loaded second may get fewer huge pages and be slower for it: measure with each one
+--first. Ratios are medians of those of the rounds. Records go to bench/grids.jsonl.
 """
 
 import json
@@ -39,11 +40,12 @@ def main(
     group: Annotated[int, typer.Option(help="Group size; 0 for per-channel.")] = 128,
     rounds: Annotated[int, typer.Option()] = 15,
     prompt: Annotated[int, typer.Option(min=0, help=f"Tokens of a prompt, 0 for none, or from {CONTEXT}.")] = 32,
+    first: Annotated[str, typer.Option(help="Which is loaded first.")] = UNIFORM,
     keep: Annotated[bool, typer.Option(help="Append to bench/grids.jsonl.")] = False,
 ) -> None:
     """Measure and print."""
     sessions = {}
-    for grid in PAIR:
+    for grid in sorted(PAIR, key=lambda grid: grid != first):
         directory = CACHE / "grids" / shape / f"{grid}-{group}"
         if not directory.exists():
             directory.parent.mkdir(parents=True, exist_ok=True)
@@ -62,7 +64,7 @@ def main(
         rows.append({"work": work, "bits": bits, **dict(zip(PAIR, medians, strict=True)), "ratio": ratio})
         table.add_row(work, f"int{bits}", *(f"{value:.2f}" for value in medians), f"{ratio:.3f}")
     Console().print(table)
-    sizes = {"shape": shape, "threads": threads, "group": group, "rounds": rounds, "prompt": prompt}
+    sizes = {"shape": shape, "threads": threads, "group": group, "rounds": rounds, "prompt": prompt, "first": first}
     line = json.dumps({**origin(), **sizes, "isa": _native.isa(), "rates": rows}, sort_keys=True)
     if keep:
         append_record(RECORDS, line)
