@@ -80,10 +80,10 @@ def matquant(options: argparse.Namespace, *more: str) -> Iterator[tuple[int, int
 
 @contextlib.contextmanager
 def llama(options: argparse.Namespace, gguf: str, port: int, sequences: int) -> Iterator[tuple[int, int]]:
-    """Start llama-server with continuous batching and a place for each request."""
+    """Start llama-server with continuous batching, a place for each request, and weights that cannot be paged out."""
     context = sequences * (options.prompt + options.tokens + 16)
     command = [options.llama_server, "-m", gguf, "--port", port, "-t", options.threads, "-tb", options.threads]
-    command += ["-c", context, "-np", sequences, "--cache-ram", 0, "--no-webui", "--log-disable"]
+    command += ["-c", context, "-np", sequences, "--cache-ram", 0, "--no-mmap", "--no-webui", "--log-disable"]
     process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         end = time.perf_counter() + START_S
