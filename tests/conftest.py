@@ -63,6 +63,12 @@ OTHERS: dict[str, Callable[[], Any]] = {  # what is peculiar about them: the tes
     "qwen2_moe": lambda: transformers.Qwen2MoeConfig(
         **SMALL, **MOE, shared_expert_intermediate_size=40, mlp_only_layers=[]
     ),
+    "deepseek_v3": lambda: transformers.DeepseekV3Config(
+        **SMALL | {"num_key_value_heads": 4},
+        **{"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "n_shared_experts": 1},
+        **{"moe_intermediate_size": 24, "first_k_dense_replace": 1, "q_lora_rank": 16, "kv_lora_rank": 16},
+        **{"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8},
+    ),
     "granite_hybrid": lambda: transformers.GraniteMoeHybridConfig(
         **SMALL,
         num_local_experts=0,

@@ -382,3 +382,27 @@ def test_a_notice_names_few_experts() -> None:
         "0 (0), 1 (1), 2 (2), 3 (3), 4 (4), 5 (5), 6 (6), 7 (7) and 92 more; "
         "they use the statistics of all tokens of the layer"
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"method": "gptq", "samples": 8, "seq_len": 32, "batch_size": 4}])
+def test_deepseek_is_quantised_and_stays_a_stock_model(
+    options: dict[str, Any], family_model: Callable[[str], Path], text_file: Path, tmp_path: Path
+) -> None:
+    model = family_model("deepseek_v3")
+    text = {"text": [text_file]} if options else {}
+    out = conftest.quantize(model, tmp_path / "out", **{"method": "rtn", "scope": "linears", **options, **text})
+    tokens = torch.randint(0, 250, (2, 20), generator=torch.Generator().manual_seed(0))
+    stock = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    exact = load_float(model, dtype=torch.float32)
+    with torch.no_grad():
+        found, wanted = stock(tokens).logits, exact(tokens).logits
+        served = matquant.load(out, bits=8, dtype=torch.float32, kernels="none")(tokens).logits
+        narrow = matquant.load(out, bits=2, dtype=torch.float32, kernels="none")(tokens).logits
+    assert torch.equal(found, served)
+    assert (served - wanted).norm() < 0.2 * wanted.norm() < (narrow - wanted).norm()
+    paths = open_checkpoint(out).shapes
+    assert "model.layers.1.mlp.experts.3.down_proj" in paths
+    assert "model.layers.1.mlp.shared_experts.up_proj" in paths
+    assert "model.layers.1.self_attn.kv_b_proj" in paths
+    assert not any(path.endswith("mlp.gate") for path in paths), "the router stays float"

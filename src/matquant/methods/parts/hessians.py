@@ -183,12 +183,12 @@ class _Sums:
         self.given.clear()
 
     def _add(self, paths: list[str], inputs: torch.Tensor) -> None:
-        """Add the product of each sequence of [B, T, K], or of tokens [T, K], to the Hessian that ``paths`` share; the
-        first one leads."""
+        """Add the product of each sequence of [B, ..., T, K], or of tokens [T, K], to the Hessian that ``paths`` share;
+        the first one leads."""
         if not paths:
             return
         self.leaders |= dict.fromkeys(paths, paths[0])
-        for inputs_TK in inputs if inputs.ndim > 2 else inputs[None]:
+        for inputs_TK in inputs.flatten(1, -2) if inputs.ndim > 2 else inputs[None]:
             product = inputs_TK.T @ inputs_TK
             if paths[0] not in self.sums:
                 self.sums[paths[0]] = Sums(self.block.share.ranges), product.new_empty(()).expand(product.shape)
