@@ -33,7 +33,8 @@ def seen(directory: Path) -> dict[str, np.ndarray]:
     config = AutoConfig.from_pretrained(directory)
     del config.quantization_config
     with torch.device("meta"):  # names and shapes
-        views = linear_views(AutoModelForCausalLM.from_config(config))
+        model = AutoModelForCausalLM.from_config(config)
+    views = linear_views(model)
     return {path: view.of(parameters[view.parameter].detach()).numpy() for path, view in views.items()}
 
 
