@@ -29,7 +29,7 @@ from matquant.hf.architecture import EMBEDDING
 from origin import origin
 
 LAYERS, EXPERTS, ACTIVE = 4, 64, 4
-SHAPE: dict[str, Any] = decode.SHAPES["qwen3-30b-a3b-2"] | {
+SHAPE: dict[str, Any] = decode.QWEN3_MOE | {
     **{"hidden_size": 1024, "num_hidden_layers": LAYERS, "num_attention_heads": 8, "num_key_value_heads": 2},
     **{"num_experts": EXPERTS, "num_experts_per_tok": ACTIVE, "moe_intermediate_size": 512, "vocab_size": 4096},
 }

@@ -44,6 +44,12 @@ def main(
     keep: Annotated[bool, typer.Option(help="Append to bench/grids.jsonl.")] = False,
 ) -> None:
     """Measure and print."""
+    if first not in PAIR:
+        raise typer.BadParameter(f"--first {first} is neither {' nor '.join(PAIR)}")
+    if 0 < prompt < CONTEXT:
+        raise typer.BadParameter(
+            f"--prompt {prompt} is shorter than the context of {CONTEXT} tokens; use 0 or a longer one"
+        )
     sessions = {}
     for grid in sorted(PAIR, key=lambda grid: grid != first):
         directory = CACHE / "grids" / shape / f"{grid}-{group}"

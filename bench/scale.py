@@ -77,11 +77,9 @@ TRAINED = {
         objective="8,4,2", options={"masters": "one"}, steps=150, rule="round", group_size=None, scope="ffn"
     ),
     "qat": Trained(objective="fp->8;4;2", options={"masters": "one"}, steps=300),
-    "best": Trained(
-        objective="fp->8;4;3;2", options={"masters": "each", "hidden": 1.0}, steps=40, after="best, first stage"
-    ),
+    "best": Trained(objective="fp->8;4;3;2", options={"masters": "each", "hidden": 1.0}, steps=40, after="balanced"),
 }
-CALIBRATED = dict.fromkeys(("balanced", "best, first stage"), 128 * 512)  # tokens
+CALIBRATED = 128 * 512  # tokens of balanced, which is the first stage of best too
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -305,15 +303,14 @@ def main() -> None:
     )
     for name, shape in SHAPES.items():
         record[f"fast {name}"] = fast_row(shape, rounding)
-        for recipe, tokens in CALIBRATED.items():
-            record[f"{recipe} {name}"] = gptq_row(shape, solving, tokens=tokens)
+        record[f"balanced {name}"] = gptq_row(shape, solving, tokens=CALIBRATED)
     for recipe, trained in TRAINED.items():
         record[recipe] = count_training(trained)
         for name, shape in SHAPES.items():
             record[f"{recipe} {name}"] = row = training_row(shape, record[recipe], trained)
             if trained.after:
                 row["minutes"] += record[f"{trained.after} {name}"]["minutes"]
-    for recipe in ("fast", *CALIBRATED, *TRAINED):
+    for recipe in ("fast", "balanced", *TRAINED):
         for name in SHAPES:
             row = record[f"{recipe} {name}"]
             kept = (

@@ -71,14 +71,14 @@ def gguf_name(path: str) -> str:
 
 @functools.lru_cache(maxsize=1)
 def read_once(file: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """The weights and types of a file that is not written again."""
+    """The weights and types of a file, which nothing may write again."""
     return file_weights(file), file_types(file)
 
 
 def assert_holds_the_slices(file: Path, directory: Path, plan: dict[str, int], zero_point: str = EXACT) -> None:
     """Every quantised weight of ``file`` is, bit for bit, the slice of the checkpoint, moved if zeros are.
 
-    The file is read once: another one needs a name of its own.
+    Files are cached by path, so a test that writes several gives each its own name.
     """
     checkpoint, (weights, types) = open_checkpoint(directory), read_once(file)
     config = checkpoint.config

@@ -1,7 +1,7 @@
 """The contract of a method: what every row of METHODS must do, in one loop over the table."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,8 @@ import matquant
 from matquant.core.nest import RULES
 from matquant.format.read import Checkpoint
 from matquant.format.verify import verify_checkpoint
-from matquant.options import METHODS
-from matquant.options.common import SCOPES
+from matquant.options import METHODS, distill, gptq
+from matquant.options.common import SCOPES, Common
 from matquant.options.declare import options_of
 from matquant.options.recipes import RECIPES
 from matquant.system.errors import InputError
@@ -142,5 +142,19 @@ def test_every_option_is_declared_with_a_help_of_one_sentence() -> None:
 def test_every_recipe_names_options_that_its_method_has() -> None:
     for name, recipe in RECIPES.items():
         row = METHODS[recipe.method]
-        common = {field.name for field in dataclasses.fields(matquant.options.common.Common)}
+        common = {field.name for field in dataclasses.fields(Common)}
         assert set(recipe.options) <= common | set(options_of(row.settings)), name
+
+
+def test_balanced_is_the_first_stage_of_best() -> None:
+    """Its codes, that is: the batch size does not change them."""
+    best, common = RECIPES["best"].options, {field.name for field in dataclasses.fields(Common)}
+    first, *_ = distill.stages({name: value for name, value in best.items() if name not in common}, default_lr=1.0)
+    first |= {name: value for name, value in best.items() if name in common}
+
+    def read(options: Mapping[str, Any]) -> tuple[Common, gptq.Settings]:
+        own = {name: value for name, value in options.items() if name not in {*common, "method", "batch_size"}}
+        return Common(**{name: value for name, value in options.items() if name in common}), gptq.Settings(**own)
+
+    assert first["method"] == RECIPES["balanced"].method
+    assert read(first) == read(RECIPES["balanced"].options)

@@ -560,7 +560,10 @@ def held(request: pytest.FixtureRequest) -> Iterator[Callable[[], int]]:
     tracemalloc.stop()
 
 
-@pytest.mark.parametrize(("activations", "threads"), [("int8", 2), ("float", 1)])
+@pytest.mark.parametrize(
+    ("activations", "threads"),
+    [("int8", 2), ("float", 1), *(pytest.param(*rest, marks=pytest.mark.slow) for rest in (("int8", 1), ("float", 2)))],
+)
 def test_memory_of_a_stream_grows_by_its_ids_alone(
     activations: str, threads: int, held: Callable[[], int], reference: Path
 ) -> None:

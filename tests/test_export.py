@@ -277,8 +277,8 @@ def test_a_plan_is_exported_path_by_path(checkpoints: dict[str, Path], tmp_path:
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [
-        *((name, None) for name in OPTIONS),
-        *itertools.product(("prefix", "exact scales"), ("float32", "bfloat16", "float16")),
+        pytest.param(name, dtype, marks=[] if dtype is None or name in ("prefix", "exact scales") else pytest.mark.slow)
+        for name, dtype in itertools.product(OPTIONS, (None, "float32", "bfloat16", "float16"))
     ],
 )
 def test_dense_is_what_load_gives(name: str, dtype: str | None, checkpoints: dict[str, Path], tmp_path: Path) -> None:

@@ -133,9 +133,9 @@ def _random_blocks(generator: np.random.Generator, kind: str, *size: int) -> np.
 
 
 def _load(file: Path) -> Any:
-    parameters = llama_cpp.llama_model_default_params()
-    parameters.use_mmap = False  # pages of a file may be reclaimed, and are small
-    model = llama_cpp.llama_model_load_from_file(str(file).encode(), parameters)
+    loading = llama_cpp.llama_model_default_params()
+    loading.use_mmap = False  # pages of a file may be reclaimed, and are small
+    model = llama_cpp.llama_model_load_from_file(str(file).encode(), loading)
     parameters = llama_cpp.llama_context_default_params()
     parameters.n_ctx = parameters.n_batch = parameters.n_ubatch = CONTEXT
     context = llama_cpp.llama_init_from_model(model, parameters) if model else None

@@ -54,7 +54,7 @@ MISTAKES: list[tuple[str, dict[str, Any], str]] = [
 
 
 def widths(model: Path, asked: dict[str, Any], *, shift: int = 0) -> dict[str, Any]:
-    """What is asked of a checkpoint, with PLAN spelled out, its widths moved on by some places."""
+    """The overrides ``asked``, with PLAN replaced by a plan for this model; another ``shift`` gives other widths."""
     if asked.get("plan") != PLAN:
         return asked
     experts = [path for path in sorted(open_checkpoint(model).shapes) if ".experts." in path]

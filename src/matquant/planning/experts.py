@@ -121,8 +121,8 @@ def _chosen(
     rows, tokens = routed(module, args, expert)
     if len(args) == 1:
         return rows, gradient.view(expert_count(module), -1, gradient.shape[-1])[expert][tokens]
-    token, position = torch.where(args[1] == expert)
-    return rows, gradient[token] * args[2][token, position, None]
+    chosen = args[1][tokens] == expert
+    return rows, gradient[tokens] * args[2][tokens][chosen][:, None]
 
 
 def _output(module: Any, rows_TH: torch.Tensor, expert: int) -> torch.Tensor:

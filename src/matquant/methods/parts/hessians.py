@@ -12,7 +12,7 @@ Shapes: B sequences, K in features, T tokens.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -125,9 +125,9 @@ class _Sums:
     tokens: dict[str, float] = field(default_factory=dict)  # expert's name -> tokens that reached it, of this process
     # Inputs of this forward pass, by id and kind; kept alive so that ids are not reused.
     given: dict[tuple[int, bool], tuple[str, torch.Tensor]] = field(default_factory=dict)
-    # Feed-forward inputs [B, T, K] or [T, K] of this forward pass: the paths that read them, and the tokens that they
-    # are of, by number; None: of all tokens, in order.
-    waiting: list[tuple[list[str], torch.Tensor, torch.Tensor | None]] = field(default_factory=list)
+    # Feed-forward inputs of this forward pass: the paths that read them, what makes them, [B, ..., T, K] or [T, K], and
+    # the numbers of their tokens; None: all tokens, in order.
+    waiting: list[tuple[list[str], Callable[[], torch.Tensor], torch.Tensor | None]] = field(default_factory=list)
 
     def run(self) -> dict[str, torch.Tensor]:
         """Run the block on its one stream; return the Hessians, float32, with what the other processes have."""
@@ -170,15 +170,13 @@ class _Sums:
     def _add_weighted(self, outputs_BTH: torch.Tensor) -> None:
         """End a forward pass: add the feed-forward inputs, weighted by the layer's outputs."""
         weights_BT1 = (outputs_BTH.float().square().mean(-1, keepdim=True) + 1e-6) ** (-SHRINK / 2)
-        for paths, inputs, tokens in self.waiting:
+        for paths, make, tokens in self.waiting:
+            inputs = make()
             if tokens is not None:
-                self._add(paths, inputs * weights_BT1.flatten(0, 1)[tokens])
-            elif inputs.shape[:-1] == weights_BT1.shape[:-1]:
-                self._add(paths, inputs * weights_BT1)
-            elif len(inputs) == weights_BT1.numel():
-                self._add(paths, inputs * weights_BT1.flatten(0, 1))
-            else:  # some tokens, and which ones is not known
-                self._add(paths, inputs)
+                inputs = inputs * weights_BT1.flatten(0, 1)[tokens]
+            elif inputs.shape[:-1].numel() == weights_BT1.numel():  # else some tokens, and which ones is not known
+                inputs = inputs * weights_BT1.view(*inputs.shape[:-1], 1)
+            self._add(paths, inputs)
         self.waiting.clear()
         self.given.clear()
 
@@ -201,19 +199,23 @@ class _Sums:
         if leader == path and attention:
             self._add([path], args[0])
         elif leader == path:
-            self.waiting.append(([path], args[0], None))
+            self.waiting.append(([path], lambda: args[0], None))
 
     def _experts(self, module: Any, args: tuple[torch.Tensor, ...], experts: Mapping[int, Paths]) -> None:
         for expert, paths in experts.items():
             rows, tokens = routed(module, args, expert)
             self.tokens[self.expert_of[[*paths.first, *paths.last][0]]] += len(rows)
-            self.waiting.append((paths.first, rows, tokens))
-            if paths.last:
-                self.waiting.append((paths.last, product(module, rows, expert), tokens))
+            self._wait(module, expert, paths, rows, tokens)
 
     def _all_tokens(self, module: Any, args: tuple[torch.Tensor, ...], experts: Mapping[int, Paths]) -> None:
         rows, tokens = routed(module, args, None)
-        self.waiting.append(([path for paths in experts.values() for path in paths.first], rows, tokens))
+        self._wait(module, 0, Paths(first=[path for paths in experts.values() for path in paths.first]), rows, tokens)
         for expert, paths in experts.items():
-            if paths.last:
-                self.waiting.append((paths.last, product(module, rows, expert), tokens))
+            self._wait(module, expert, Paths(last=paths.last), rows, tokens)
+
+    def _wait(self, module: Any, expert: int, paths: Paths, rows_TH: torch.Tensor, tokens_T: torch.Tensor) -> None:
+        """Note an expert's inputs. Those of its last projection are made when they are added, one at a time."""
+        if paths.first:
+            self.waiting.append((paths.first, lambda: rows_TH, tokens_T))
+        if paths.last:
+            self.waiting.append((paths.last, functools.partial(product, module, rows_TH, expert), tokens_T))
