@@ -11,7 +11,7 @@ of queries and keys are left out. llama.cpp gets random blocks of the type of th
 the head included; where its K types do not fit, because 256 does not divide the inputs, the type that llama-quantize
 falls back to (SmolLM2, Gemma 3). --shape tiny only shows that everything runs.
 
-qwen3-30b-a3b-2 is two layers of that model, up to int4, with routers that use all experts about equally. In the last
+qwen3-30b-a3b-8 is eight layers of that model, up to int4, with routers that use all experts about equally. In the last
 layer both sides compute the experts for the last token of a prompt only.
 
 The limit is the speed of reading as many bytes as a token reads, 256 MiB at most, again and again: a small model may
@@ -93,10 +93,10 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-0.6b": LLAMA | dict(zip(SIZES, (1024, 3072, 28, 16, 8, 128, 151936), strict=True)),
     "gemma-3-1b": LLAMA | dict(zip(SIZES, (1152, 6912, 26, 4, 1, 256, 262144), strict=True)),
     "smollm2-135m": LLAMA | dict(zip(SIZES, (576, 1536, 30, 9, 3, 64, 49152), strict=True)),
-    "qwen3-30b-a3b-2": QWEN3_MOE | {"num_hidden_layers": 2},
+    "qwen3-30b-a3b-8": QWEN3_MOE | {"num_hidden_layers": 8},
     "tiny": LLAMA | dict(zip(SIZES, (256, 512, 2, 4, 2, 64, 512), strict=True)),
 }
-MAX_BITS = {"qwen3-30b-a3b-2": 4}  # int8 and llama.cpp's Q8_0 would need too much memory
+MAX_BITS = {"qwen3-30b-a3b-8": 4}  # int8 and llama.cpp's Q8_0 would need too much memory
 HEAD_BITS = 6  # the least of the head, as the recipes have it
 CHECKED = 8  # matrices, the last ones: those of the last layer of a Llama, and the head
 
@@ -113,8 +113,9 @@ DECODE_TARGETS = {8: 1.3, 6: 1.5, 4: 1.5, 3: 2.0, 2: 2.0}
 PREFILL_TARGET = 1.5
 SHAPE_TARGETS: dict[str, dict[str, dict[int, float]]] = {  # instead of these, by key and width
     "smollm2-135m": {"fraction": dict.fromkeys(WIDTHS, 0.8)},
-    "qwen3-30b-a3b-2": {
-        **{"fraction": dict.fromkeys(WIDTHS, 0.8), "over_peer": {4: 1.4, 2: 2.0}},
+    "qwen3-30b-a3b-8": {
+        "fraction": dict.fromkeys(WIDTHS, 0.8),
+        "over_peer": {4: 1.4, 2: 2.0},
         "prefill_over_peer": dict.fromkeys(WIDTHS, 1.3),
     },
 }
