@@ -144,6 +144,9 @@ MATQUANT_INLINE Floats widen_float16(const std::uint16_t* from) {
   return {_mm256_cvtph_ps(load_eight(from)), _mm256_cvtph_ps(load_eight(from + 8))};
 }
 
+// Sums stay in registers: without this GCC makes many products first, keeps them in memory and adds them afterwards.
+MATQUANT_INLINE void settle(__m256i& sum) { asm("" : "+x"(sum)); }
+
 struct Sum {
   Ints ints, shorts;
   // The range whose code a range can share: fewer ranges mean less to compile.
@@ -177,8 +180,12 @@ struct Sum {
       run_sum = two;
     else
       run_sum = _mm256_add_epi16(run_sum, two);
-    if constexpr (QUAD % RUN == RUN - 1)
+    if constexpr (QUAD % RUN == RUN - 1) {
       sum = _mm256_add_epi32(sum, _mm256_madd_epi16(run_sum, _mm256_set1_epi16(1)));
+      settle(sum);
+    } else {
+      settle(run_sum);
+    }
   }
   MATQUANT_INLINE Ints total() const { return ints; }
 };
