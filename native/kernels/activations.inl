@@ -1,24 +1,32 @@
 // Fills an Input: int8 codes with a scale per token and group, or the floats themselves. Included by kernel.inl.
 
-// Sixteen lanes, which the compiler lowers to the vectors that its flags allow.
-typedef float FloatLanes __attribute__((vector_size(64)));
-typedef std::int32_t IntLanes __attribute__((vector_size(64)));
-typedef std::int8_t ByteLanes __attribute__((vector_size(16)));
+// Vectors of the instruction set's own size: GCC splits larger ones through memory.
+#if defined(__AVX512F__)
+constexpr int NATIVE_BYTES = 64;
+#elif defined(__AVX2__)
+constexpr int NATIVE_BYTES = 32;
+#else
+constexpr int NATIVE_BYTES = 16;
+#endif
+typedef float FloatVector __attribute__((vector_size(NATIVE_BYTES)));
+typedef std::int32_t IntVector __attribute__((vector_size(NATIVE_BYTES)));
+constexpr int NATIVE_LANES = NATIVE_BYTES / 4;
 
 // Quantises one group of one token: 128 floats, padded with 0.
 void quantise_group(const float* x, std::int8_t* codes, float& scale, std::int32_t* sums) {
   // The largest magnitude, compared as bits: NaN ranks above infinity and infinity above all numbers, so neither is
   // lost.
-  IntLanes largest_lanes{};
-  for (int i = 0; i < ACTIVATION_GROUP; i += LANES) {
-    IntLanes bits;
+  IntVector largest_lanes{};
+  for (int i = 0; i < ACTIVATION_GROUP; i += NATIVE_LANES) {
+    IntVector bits;
     __builtin_memcpy(&bits, x + i, sizeof bits);
     bits &= 0x7FFFFFFF;
     largest_lanes = bits > largest_lanes ? bits : largest_lanes;
   }
-  std::int32_t lanes[LANES], largest_bits = 0;
-  __builtin_memcpy(lanes, &largest_lanes, sizeof lanes);
-  for (int i = 0; i < LANES; ++i) largest_bits = lanes[i] > largest_bits ? lanes[i] : largest_bits;
+  std::int32_t largest_bits = 0;
+  unroll<NATIVE_LANES>([&](auto i) MATQUANT_LAMBDA {
+    largest_bits = largest_lanes[i.value] > largest_bits ? largest_lanes[i.value] : largest_bits;
+  });
   float largest;
   __builtin_memcpy(&largest, &largest_bits, sizeof largest);
   // Below 2^-119 the reciprocal overflows float32; such a group becomes 0.
@@ -27,20 +35,23 @@ void quantise_group(const float* x, std::int8_t* codes, float& scale, std::int32
   const float inverse = nothing ? 0.0f : 127.0f / largest;
   constexpr float NEAREST = 0x1.8p23f;  // adding it rounds to the nearest integer, ties to even
   for (int tile = 0; tile < ACTIVATION_TILES; ++tile) {
-    IntLanes tile_lanes{};
+    IntVector tile_lanes{};
     for (int i = tile * TILE_INPUTS; i < (tile + 1) * TILE_INPUTS; i += LANES) {
-      FloatLanes values;
-      __builtin_memcpy(&values, x + i, sizeof values);
-      IntLanes code = ((IntLanes)(values * inverse + NEAREST) & 0x007FFFFF) - 0x00400000;
-      code = code > 127 ? IntLanes{} + 127 : code;
-      code = code < -127 ? IntLanes{} - 127 : code;
-      tile_lanes += code;
-      const ByteLanes bytes = __builtin_convertvector(code, ByteLanes);
-      __builtin_memcpy(codes + i, &bytes, sizeof bytes);
+      Ints ints;
+      unroll<LANES / NATIVE_LANES>([&](auto part) MATQUANT_LAMBDA {
+        FloatVector values;
+        __builtin_memcpy(&values, x + i + part * NATIVE_LANES, sizeof values);
+        IntVector code = ((IntVector)(values * inverse + NEAREST) & 0x007FFFFF) - 0x00400000;
+        code = code > 127 ? IntVector{} + 127 : code;
+        code = code < -127 ? IntVector{} - 127 : code;
+        tile_lanes += code;
+        __builtin_memcpy(reinterpret_cast<char*>(&ints) + part * NATIVE_BYTES, &code, sizeof code);
+      });
+      store_narrow(codes + i, ints);
     }
-    __builtin_memcpy(lanes, &tile_lanes, sizeof lanes);
-    sums[tile] = 0;
-    for (int i = 0; i < LANES; ++i) sums[tile] += lanes[i];
+    std::int32_t sum = 0;
+    unroll<NATIVE_LANES>([&](auto i) MATQUANT_LAMBDA { sum += tile_lanes[i.value]; });
+    sums[tile] = sum;
   }
 }
 

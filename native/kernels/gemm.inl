@@ -3,10 +3,26 @@
 
 constexpr int GEMM_TOKENS = 128;  // that share a decoded segment; their float sums stay in L1 and L2
 
-// dots[block][token][16] += x_scale * (codes - c) . x_codes for the tokens TOKEN .. TOKEN + TOKENS - 1 of a panel of M.
+// The float sums of BLOCKS row blocks and 128 tokens, [panel][block][M][16].
+template <int BLOCKS>
+struct FloatSums {
+  alignas(64) float totals[GEMM_TOKENS * BLOCKS * BLOCK_ROWS];
+  alignas(64) float dots[GEMM_TOKENS * BLOCKS * BLOCK_ROWS];  // of a group that has begun
+  float x_sums[GEMM_TOKENS];
+};
+
+// What a segment is to its group, and the group's scales and zero-points in each row block.
+template <int BLOCKS>
+struct GroupPart {
+  bool begins, ends;
+  RowAffine affine[BLOCKS];
+};
+
+// Adds (codes - c) . x_codes for the tokens TOKEN .. TOKEN + TOKENS - 1 of a panel of M to its sums.
 template <Range RANGE, int BLOCKS, int M, int TOKEN, int TOKENS>
 MATQUANT_INLINE void multiply_panel(const std::uint8_t* codes, unsigned tiles, int centre, const SegmentCodes<M>& x,
-                                    float* dots) {
+                                    const GroupPart<BLOCKS>& part, float* totals, float* dots, float* x_sums) {
+  const int taken = centre - Sum::taken(RANGE);
   Sum sums[BLOCKS * TOKENS];
   unroll<BLOCKS * TOKENS>([&](auto sum) MATQUANT_LAMBDA { sums[sum].clear(); });
   // Piece by piece: AVX2 has registers for the sums of one.
@@ -27,11 +43,33 @@ MATQUANT_INLINE void multiply_panel(const std::uint8_t* codes, unsigned tiles, i
       x_codes += TILE_INPUTS * M;
     }
   });
-  unroll<BLOCKS * TOKENS>([&](auto sum) MATQUANT_LAMBDA {
-    constexpr int BLOCK = sum.value / TOKENS, AT = TOKEN + sum.value % TOKENS;
-    float* dot = dots + (BLOCK * M + AT) * BLOCK_ROWS;
-    const Ints centred = subtract(sums[sum].total(), (centre - Sum::taken(RANGE)) * x.sums[AT]);
-    store_floats(dot, add(load_floats(dot), multiply(to_floats(centred), broadcast(x.scales[AT]))));
+  const auto products = [&](auto block, auto token) MATQUANT_LAMBDA {
+    constexpr int AT = TOKEN + token.value;
+    const Ints centred = subtract(sums[block * TOKENS + token].total(), x.sums[AT] * taken);
+    return multiply(to_floats(centred), broadcast(x.scales[AT]));
+  };
+  if (part.begins && part.ends) {  // most groups are a segment
+    unroll<BLOCKS * TOKENS>([&](auto sum) MATQUANT_LAMBDA {
+      constexpr Index<sum.value / TOKENS> block{};
+      constexpr Index<sum.value % TOKENS> token{};
+      float* const total = totals + (block * M + TOKEN + token) * BLOCK_ROWS;
+      const Floats dot = products(block, token);
+      store_floats(total, finish(part.affine[block], load_floats(total), dot, x.x_sums[TOKEN + token]));
+    });
+    return;
+  }
+  unroll<TOKENS>([&](auto token) MATQUANT_LAMBDA {
+    constexpr int AT = TOKEN + token.value;
+    x_sums[AT] = (part.begins ? 0.0f : x_sums[AT]) + x.x_sums[AT];
+    unroll<BLOCKS>([&](auto block) MATQUANT_LAMBDA {
+      const int at = (block * M + AT) * BLOCK_ROWS;
+      const Floats before = part.begins ? broadcast(0.0f) : load_floats(dots + at);
+      const Floats dot = add(before, products(block, token));
+      if (part.ends)
+        store_floats(totals + at, finish(part.affine[block], load_floats(totals + at), dot, x_sums[AT]));
+      else
+        store_floats(dots + at, dot);
+    });
   });
 }
 
@@ -39,53 +77,42 @@ MATQUANT_INLINE void multiply_panel(const std::uint8_t* codes, unsigned tiles, i
 template <Range RANGE, int BLOCKS, int M>
 void many_tokens(const Linear& weight, const Width& width, const Input& input, int block, int first_token, float* y,
                  std::ptrdiff_t y_stride) {
+  constexpr int STEP = M < GEMM_STEP ? M : GEMM_STEP, PANEL_SUMS = BLOCKS * M * BLOCK_ROWS;
   alignas(64) std::uint8_t decoded[BLOCKS * SEGMENT_BYTES];
-  alignas(64) float dots[GEMM_TOKENS * BLOCKS * BLOCK_ROWS];  // [panel][block][M][16]
-  alignas(64) float totals[GEMM_TOKENS * BLOCKS * BLOCK_ROWS];
-  float x_sums[GEMM_TOKENS];
+  FloatSums<BLOCKS> sums;
   const int tokens = smaller(GEMM_TOKENS, input.tokens - first_token);
   const int panels = ceil_div(tokens, M);
   const bool whole_tiles = has_whole_tiles(weight);
   const std::size_t groups = weight.cols / weight.group;
   const Affines affines(weight, width);
   const Decode decode_segment = decode_of(width);
-  for (int at = 0; at < panels * BLOCKS * M * BLOCK_ROWS; ++at) dots[at] = totals[at] = 0.0f;
-  for (int token = 0; token < panels * M; ++token) x_sums[token] = 0.0f;
-  const auto sums_of = [&](int one, int token) { return ((token / M * BLOCKS + one) * M + token % M) * BLOCK_ROWS; };
+  for (int at = 0; at < panels * PANEL_SUMS; ++at) sums.totals[at] = 0.0f;
 
+  GroupPart<BLOCKS> part;
+  part.ends = true;
   for (Segments segments(weight); segments.more();) {
     const Segment segment = segments.next();
-    for (int one = 0; one < BLOCKS; ++one)
+    part.begins = part.ends;
+    part.ends = segment.ends_group;
+    for (int one = 0; one < BLOCKS; ++one) {
+      part.affine[one] = affines.of((block + one) * groups + segment.group);
       decode_segment(streams_of(weight, block + one), width, segment.first_tile, segment.stop_tile,
                      decoded + one * SEGMENT_BYTES);
+    }
     for (int panel = 0; panel < panels; ++panel) {
       const SegmentCodes<M> x(Panel<M>(input, first_token / M + panel), segment, whole_tiles);
-      constexpr int STEP = M < GEMM_STEP ? M : GEMM_STEP;
       unroll<M / STEP>([&](auto step) MATQUANT_LAMBDA {
-        multiply_panel<RANGE, BLOCKS, M, step.value * STEP, STEP>(decoded, segment.stop_tile - segment.first_tile,
-                                                                  width.centre, x,
-                                                                  dots + panel * BLOCKS * M * BLOCK_ROWS);
+        multiply_panel<RANGE, BLOCKS, M, step.value * STEP, STEP>(
+            decoded, segment.stop_tile - segment.first_tile, width.centre, x, part, sums.totals + panel * PANEL_SUMS,
+            sums.dots + panel * PANEL_SUMS, sums.x_sums + panel * M);
       });
-      for (int token = 0; token < M; ++token)
-        x_sums[panel * M + token] += x.scales[token] * static_cast<float>(x.sums[token]);
     }
-    if (!segment.ends_group) continue;
-    for (int one = 0; one < BLOCKS; ++one) {
-      const RowAffine affine = affines.of((block + one) * groups + segment.group);
-      for (int token = 0; token < panels * M; ++token) {
-        float* total = totals + sums_of(one, token);
-        float* dot = dots + sums_of(one, token);
-        store_floats(total, finish(affine, load_floats(total), load_floats(dot), x_sums[token]));
-        store_floats(dot, broadcast(0.0f));
-      }
-    }
-    for (int token = 0; token < panels * M; ++token) x_sums[token] = 0.0f;
   }
   for (int one = 0; one < BLOCKS; ++one)
     for (int token = 0; token < tokens; ++token) {
       const int row = (block + one) * BLOCK_ROWS;
-      store_rows(y + (first_token + token) * y_stride + row, load_floats(totals + sums_of(one, token)),
-                 weight.rows - row);
+      const float* total = sums.totals + token / M * PANEL_SUMS + (one * M + token % M) * BLOCK_ROWS;
+      store_rows(y + (first_token + token) * y_stride + row, load_floats(total), weight.rows - row);
     }
 }
 

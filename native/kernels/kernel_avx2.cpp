@@ -119,6 +119,13 @@ MATQUANT_INLINE Ints byte_of(Bytes a) {
           _mm256_and_si256(_mm256_srli_epi32(a.high, 8 * LANE), byte)};
 }
 
+// Sixteen integers within -128 .. 127, as bytes.
+MATQUANT_INLINE void store_narrow(std::int8_t* to, Ints a) {
+  const __m256i shorts = _mm256_packs_epi32(a.low, a.high), bytes = _mm256_packs_epi16(shorts, shorts);
+  const __m256i ordered = _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 0, 4, 1, 5));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_castsi256_si128(ordered));
+}
+
 MATQUANT_INLINE Floats broadcast(float value) { return {_mm256_set1_ps(value), _mm256_set1_ps(value)}; }
 MATQUANT_INLINE Floats to_floats(Ints a) { return {_mm256_cvtepi32_ps(a.low), _mm256_cvtepi32_ps(a.high)}; }
 MATQUANT_INLINE Floats load_floats(const float* from) { return {_mm256_loadu_ps(from), _mm256_loadu_ps(from + 8)}; }

@@ -100,6 +100,11 @@ MATQUANT_INLINE Ints byte_of(Bytes a) {
   return {_mm512_and_si512(_mm512_srli_epi32(a, 8 * LANE), _mm512_set1_epi32(0xFF))};
 }
 
+// Sixteen integers within -128 .. 127, as bytes.
+MATQUANT_INLINE void store_narrow(std::int8_t* to, Ints a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(a.at));
+}
+
 MATQUANT_INLINE Floats broadcast(float value) { return _mm512_set1_ps(value); }
 MATQUANT_INLINE Floats to_floats(Ints a) { return _mm512_cvtepi32_ps(a.at); }
 MATQUANT_INLINE Floats load_floats(const float* from) { return _mm512_loadu_ps(from); }

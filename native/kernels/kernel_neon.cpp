@@ -114,6 +114,13 @@ MATQUANT_INLINE Ints byte_of(Bytes a) {
   return MATQUANT_FOUR(byte_of_quarter<LANE>(a.at[i]));
 }
 
+// Sixteen integers within -128 .. 127, as bytes.
+MATQUANT_INLINE void store_narrow(std::int8_t* to, Ints a) {
+  const int16x8_t first = vcombine_s16(vmovn_s32(a.at[0]), vmovn_s32(a.at[1]));
+  const int16x8_t last = vcombine_s16(vmovn_s32(a.at[2]), vmovn_s32(a.at[3]));
+  vst1q_s8(to, vcombine_s8(vmovn_s16(first), vmovn_s16(last)));
+}
+
 MATQUANT_INLINE Floats broadcast(float value) {
   const float32x4_t all = vdupq_n_f32(value);
   return {{all, all, all, all}};

@@ -133,6 +133,11 @@ inline Ints byte_of(const Bytes& a) {
   return out;
 }
 
+// Sixteen integers within -128 .. 127, as bytes.
+inline void store_narrow(std::int8_t* to, const Ints& a) {
+  for (int i = 0; i < 16; ++i) to[i] = static_cast<std::int8_t>(a.at[i]);
+}
+
 inline Floats broadcast(float value) {
   Floats out;
   MATQUANT_EACH(16) out.at[i] = value;

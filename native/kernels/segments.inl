@@ -54,13 +54,13 @@ struct Panel {
   }
 };
 
-// The activation codes of a segment, from its first tile on, and their sums. A segment that begins or ends inside a
+// The activation codes of a segment, from its first tile on, their sums, and the scales times these. A segment that begins or ends inside a
 // tile (groups of 16, or of 5) gets a copy in which the other inputs are 0.
 template <int M>
 struct SegmentCodes {
   const std::int8_t* codes;
   int sums[M];
-  float scales[M];
+  float scales[M], x_sums[M];
   alignas(64) std::int8_t masked[ACTIVATION_GROUP * M];
 
   MATQUANT_INLINE SegmentCodes(const Panel<M>& panel, const Segment& segment, bool whole_tiles) {
@@ -70,12 +70,17 @@ struct SegmentCodes {
       scales[token] = panel.scales[activation_group * M + token];
       sums[token] = panel.group_sums[activation_group * M + token];
     }
-    if (__builtin_expect(whole_tiles && segment.stop_tile - segment.first_tile == ACTIVATION_TILES, 1)) return;
-    for (int token = 0; token < M; ++token) sums[token] = 0;
-    if (!whole_tiles) {
-      mask(segment);
-      return;
+    if (!whole_tiles || segment.stop_tile - segment.first_tile != ACTIVATION_TILES) {
+      for (int token = 0; token < M; ++token) sums[token] = 0;
+      if (whole_tiles)
+        add_tiles(panel, segment);
+      else
+        mask(segment);
     }
+    for (int token = 0; token < M; ++token) x_sums[token] = scales[token] * static_cast<float>(sums[token]);
+  }
+
+  MATQUANT_INLINE void add_tiles(const Panel<M>& panel, const Segment& segment) {
     for (unsigned tile = segment.first_tile; tile < segment.stop_tile; ++tile)
       for (int token = 0; token < M; ++token) sums[token] += panel.sums[static_cast<std::size_t>(tile) * M + token];
   }
