@@ -1,11 +1,11 @@
 // The functions of floats.hpp for one instruction set. Compiled once per set; MATQUANT_FLOATS is the name of its table.
-// The compiler lowers 16-lane vectors to whatever its flags allow.
 #include "kernels/floats.hpp"
 #include "kernels/kernels.hpp"
 
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 #if defined(__AVX512F__) || defined(__F16C__)
 #include <immintrin.h>
 #endif
@@ -23,17 +23,17 @@ uint64_t read(const void* data, size_t bytes) {
   const size_t ahead = prefetch_within_page ? 4096 : 8192;
   W a{}, b{}, c{}, d{};
   for (size_t i = 0; i + 256 <= bytes; i += 256) {
-    W w[4];
-    std::memcpy(w, p + i, sizeof w);
     for (size_t line = 0; line < 256; line += 64) __builtin_prefetch(p + i + ahead + line);
-    a ^= w[0];
-    b ^= w[1];
-    c ^= w[2];
-    d ^= w[3];
+    const auto* words = (const std::uint64_t*)(p + i);
+    a ^= load_as<W>(words);
+    b ^= load_as<W>(words + 8);
+    c ^= load_as<W>(words + 16);
+    d ^= load_as<W>(words + 24);
   }
   a = (a ^ b) ^ (c ^ d);
-  uint64_t result = 0;
-  for (int i = 0; i < 8; ++i) result ^= a[i];
+  uint64_t words[8], result = 0;
+  std::memcpy(words, &a, sizeof words);
+  for (const uint64_t word : words) result ^= word;
   return result;
 }
 
