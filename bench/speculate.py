@@ -188,9 +188,9 @@ def serve_once(
     names = {"tokens": "generation_tokens", "drafted": "draft_tokens", "accepted": "accepted_tokens", "steps": "steps"}
     samples = {}
     for mode, batcher in batchers.items():
-        now, ids = batcher.stats(), [receiver.tokens for receiver in receivers[mode]]
+        now, texts = batcher.stats(), [receiver.tokens for receiver in receivers[mode]]
         counts = {name: int(now.get(key, 0) - before[mode].get(key, 0)) for name, key in names.items()}
-        samples[mode] = {"ids": ids, "wall": made[mode] / wall[mode], "cpu": made[mode] / cpu[mode], **counts}
+        samples[mode] = {"ids": texts, "wall": made[mode] / wall[mode], "cpu": made[mode] / cpu[mode], **counts}
     return samples
 
 

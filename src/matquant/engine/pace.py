@@ -11,8 +11,8 @@ lengthen it, in proportion to plain steps if some were made just before. Both st
 from a measured table of costs. Every PROBE tokens there is
 a plain step, and of the sources that could pay the one that was not used for longest is tried again at K = 1.
 
-Where nothing pays, nothing is weighed again before the next draft, which a probe makes: plain steps take little longer
-than without speculation.
+Where nothing pays, nothing is weighed again before the next draft, which a probe makes, or until a token that was found
+but not drafted turns out to be right: plain steps take little longer than without speculation.
 
 The choice depends on clocks. The text does not depend on the choice.
 """
@@ -219,6 +219,14 @@ class Pace:
             key = source, bisect(SURE, confidence)
             hits, trials = self._sure.get(key, (0.0, 0.0))
             self._sure[key] = (FORGET * hits + (place < accepted), FORGET * trials + 1)
+
+    def watched(self, source: str, *, right: bool) -> None:
+        """Record whether a token that was found but not drafted would have been accepted."""
+        hits, trials = self._judged.get(source) or self._first(source)
+        self._judged[source] = (FORGET * hits + right, FORGET * trials + 1)
+        self._expected.clear()
+        if right:
+            self.times.rests.clear()
 
 
 class Wish(NamedTuple):

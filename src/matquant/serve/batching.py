@@ -261,7 +261,8 @@ class Batching:
         return True
 
     def _step(self) -> None:
-        decoding, reading = [], []
+        decoding: list[Slot] = []
+        reading: list[Slot] = []
         for slot in self._running:
             (reading if slot.cached_tokens is None or slot.is_reading else decoding).append(slot)
         chunks = self._chunks(reading, self._load(decoding)) if reading else []

@@ -63,7 +63,7 @@ class Drafter:
             beside = len(pieces) - len(own), sum(seconds.values()) - seconds[key]
             choices = choose_together([wish for _, wish, _ in own], beside=beside)
             for (piece, wish, tokens), choice in zip(own, choices, strict=True):
-                draft = Draft(wish.pace, tokens, *choice, ends=piece.slot.generation.ends)
+                draft = Draft(wish.pace, tokens, *choice, ends=piece.slot.generation.ends, found=wish.found)
                 drafting.append(piece._replace(draft=draft))
         ahead: dict[int, Constraint] = {}  # constraints after the drafts
         while going := [piece for piece in drafting if piece.draft and piece.draft.goes_on]:
