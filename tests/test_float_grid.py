@@ -15,6 +15,7 @@ from rich.console import Console
 import conftest
 import matquant
 import oracle
+from cases import each
 from gguf_files import file_types, file_weights, from_pairs, gguf_name, metadata
 from grid_checks import LABELS, WIDTHS, assert_every_slice_comes_back, assert_example_is_written_and_read
 from matquant.core.grid import BLOCK, fit_grid, power_of_two
@@ -50,7 +51,7 @@ E2M3 = {0b00000: 0, 0b00001: 0.125, 0b00111: 0.875, 0b01000: 1, 0b01111: 1.875, 
 SCALES = np.array([1, 0.5, 2])  # that an export tries, relative to the scale of OCP 6.3
 
 
-@pytest.mark.parametrize("bits", WIDTHS)
+@each("bits", WIDTHS)
 def test_positions_of_every_label_and_width_are_those_of_the_oracle(bits: int) -> None:
     expected = [float(oracle.float_position(code, bits)) for code in range(2**bits)]
     assert position_table(bits, FLOAT).tolist() == expected == sorted(expected)
@@ -83,7 +84,7 @@ def test_int6_cuts_where_e2m5_truncates_to_e2m3() -> None:
         assert oracle.float_distance(magnitude >> 2, 6) == (lower + upper) / 2, magnitude
 
 
-@pytest.mark.parametrize("bits", WIDTHS)
+@each("bits", WIDTHS)
 def test_integer_positions_are_bytes_and_exact(bits: int) -> None:
     integers, unit, offset = integer_positions(bits, FLOAT)
     assert integers.dtype == np.uint8
