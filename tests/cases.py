@@ -5,6 +5,8 @@ import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import pytest
+
 Test = Callable[..., None]
 
 
@@ -24,6 +26,8 @@ def each(names: str | tuple[str, ...], cases: Iterable[Any]) -> Callable[[Test],
                     test(**fixtures, **row)
                 except BaseException as error:
                     error.add_note("case " + ", ".join(f"{name}={value!r}" for name, value in row.items()))
+                    if isinstance(error, pytest.skip.Exception):
+                        raise AssertionError("one case skips all that follow; leave it out of the table") from error
                     raise
 
         signature = inspect.signature(test)

@@ -42,3 +42,12 @@ def test_no_cases_or_other_names_are_mistakes_of_the_test() -> None:
         each("bits", [])
     with pytest.raises(AssertionError, match=r"has no argument \{'bits'\}"):
         each("bits", [1])(lambda rule: None)
+
+
+def test_a_case_is_not_skipped() -> None:
+    @each("bits", [8, 4])
+    def check(bits: int) -> None:
+        pytest.skip("not here")
+
+    with pytest.raises(AssertionError, match="leave it out of the table"):
+        check()

@@ -109,7 +109,7 @@ def test_nearest_codes_are_those_of_the_oracle_everywhere(bits: int) -> None:
     assert nearest_codes(torch.from_numpy(values), bits, grid=FLOAT).tolist() == expected
 
 
-@pytest.mark.parametrize("widths", [(8, 2), (8, 5, 2), (8, 6, 4, 3, 2)])
+@each("widths", [(8, 2), (8, 5, 2), (8, 6, 4, 3, 2)])
 def test_gptq_chooses_a_code_of_least_error(widths: tuple[int, ...]) -> None:
     """All targets about the thresholds of int2, in sixteenths of a code and between them, against all 256 labels."""
     place = torch.arange(-16, 5 * 64) / 64  # of an int2 code
@@ -329,7 +329,7 @@ def test_what_is_mxfp4_already_is_requantised_without_a_loss(blocks: Path, tmp_p
     assert all(np.array_equal(plain[name], fitted[name]) for name in plain)
 
 
-@pytest.mark.parametrize(("bits", "exact"), [(2, "Q4_0"), (3, "Q5_0"), (4, "MXFP4"), (8, "Q8_0")])
+@each(("bits", "exact"), [(2, "Q4_0"), (3, "Q5_0"), (4, "MXFP4"), (8, "Q8_0")])
 def test_each_slice_is_held_exactly_by_a_type_of_gguf(bits: int, exact: str) -> None:
     weight = torch.from_numpy(np.random.default_rng(1).standard_normal((32, 256)).astype(np.float32) * 0.02)
     grid = Grid(rule="prefix", group_size=BLOCK, zeros=CENTRE, sliced=(2, 3), kind=FLOAT)
