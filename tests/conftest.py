@@ -1,6 +1,7 @@
 """Shared fixtures: tiny random models of every family, a tokenizer, a text, and the third-party data where it is."""
 
 import contextlib
+import gc
 import os
 import resource
 from collections.abc import Callable, Iterator
@@ -106,6 +107,23 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     end = "<|endoftext|>"
     tokenizer.add_special_tokens([end])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=end, eos_token=end, pad_token=end)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what torch, transformers and the collected tests hold is not searched for garbage again and again
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()  # or nanobind reports what they hold as leaks
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_wait_for_the_disk() -> Iterator[None]:
+    """Checkpoints are synced file by file, which takes longer than making tiny ones. Tests that are about it patch
+    os.fsync themselves, and commands in processes of their own sync."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", os.fstat)  # a closed descriptor is still an error
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
+from cases import each
 
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "matquant"
 # A package may import from floors below its own, or from itself.
@@ -76,7 +76,7 @@ def layer(part: str) -> int:
     return next(index for index, parts in enumerate(LAYERS) if part in parts)
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(SOURCE)))
+@each("file", FILES)
 def test_imports_point_one_way(file: Path) -> None:
     own = file.relative_to(SOURCE).parts[0].removesuffix(".py")
     for name in imports(file):
@@ -85,7 +85,7 @@ def test_imports_point_one_way(file: Path) -> None:
             assert other == own or layer(other) < layer(own), f"{own} imports {name}"
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(SOURCE)))
+@each("file", FILES)
 def test_our_own_package_is_never_imported_inside_a_function(file: Path) -> None:
     for node in ast.walk(tree(file)):
         if isinstance(node, ast.FunctionDef):
@@ -161,13 +161,13 @@ def halves(module: ast.Module) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(SOURCE)))
+@each("file", FILES)
 def test_half_bins_are_computed_in_nest_alone(file: Path) -> None:
     if file != SOURCE / "core" / "nest.py":
         assert halves(tree(file)) == [], "use middle, bin_centre, centred_codes, ... or round_half_up of nest.py"
 
 
-@pytest.mark.parametrize(
+@each(
     "source",
     [
         "middle = (2**bits - 1) / 2", "middle = float(2**bits - 1) / 2", "code = code * step + step // 2",
@@ -179,7 +179,7 @@ def test_half_bins_are_found(source: str) -> None:
     assert len(halves(ast.parse(source))) == 1
 
 
-@pytest.mark.parametrize(
+@each(
     "source",
     [
         '"""(2**r - 1) / 2"""', "x = 1  # step // 2", "rate = peak * (1 + cos(x)) / 2", "half = head_dim // 2",
@@ -208,7 +208,7 @@ def functions(file: Path) -> dict[str, int]:
     return found
 
 
-@pytest.mark.parametrize("file", [*FILES, *NATIVE], ids=lambda file: str(file.relative_to(SOURCE.parents[1])))
+@each("file", [*FILES, *NATIVE])
 def test_files_and_functions_can_be_held_in_mind(file: Path) -> None:
     assert len(file.read_text().splitlines()) <= MOST_LINES
     assert {name: lines for name, lines in functions(file).items() if lines > MOST_OF_A_FUNCTION} == {}

@@ -13,6 +13,7 @@ import pytest
 
 import conftest
 import matquant
+from cases import each
 from matquant import _native
 from matquant.core.spec import Plan
 from matquant.engine.sampling import Sampling
@@ -458,7 +459,7 @@ def test_a_request_that_cannot_run_is_rejected(
         serve().submit(generation(wrong.pop("ids"), **wrong), Receiver())
 
 
-@pytest.mark.parametrize(
+@each(
     ("wrong", "told"),
     [
         ({"max_num_seqs": 0}, "max_num_seqs=0; give a number above 0"),
@@ -475,7 +476,7 @@ def test_limits_that_cannot_be_are_rejected(engine: matquant.Engine, wrong: dict
         start(engine, costs=COSTS, **wrong)
 
 
-@pytest.mark.parametrize(
+@each(
     ("options", "widths"),
     [
         ({}, (8, 6, 4)),

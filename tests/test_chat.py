@@ -13,6 +13,7 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import matquant
+from cases import each
 from chat_templates import CONVERSATIONS, DOCUMENTS, SYSTEM, TEMPLATES, TOOLS, USER
 from conftest import make_tokenizer
 from matquant.hf import renderer
@@ -47,7 +48,7 @@ def fast_limits(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 # ------------------------------------------------------------------------------------------- as transformers renders it
 
 
-@pytest.mark.parametrize("form", TEMPLATES)
+@each("form", TEMPLATES)
 def test_templates_of_public_models_render_as_in_transformers(
     form: str, ours: Vocabulary, theirs: PreTrainedTokenizerFast
 ) -> None:
@@ -349,7 +350,7 @@ def test_a_panic_while_encoding_is_one_line(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------ where it ends
 
 
-@pytest.mark.parametrize(
+@each(
     ("config", "generation", "eos", "expected"),
     [
         ({"eos_token_id": 0}, {"eos_token_id": 1}, 2, {0, 1, 2}),

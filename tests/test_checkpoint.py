@@ -326,12 +326,6 @@ def contents(directory: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in directory.iterdir()}
 
 
-@pytest.fixture(autouse=True)
-def quick_sync(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Syncing hundreds of checkpoints takes minutes on some disks."""
-    monkeypatch.setattr(os, "fsync", lambda _descriptor: None)
-
-
 # Comparisons ----------------------------------------------------------------------------------------------------------
 
 

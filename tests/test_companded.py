@@ -12,6 +12,7 @@ import transformers
 import conftest
 import matquant
 import oracle
+from cases import each
 from grid_checks import LABELS, WIDTHS, assert_every_slice_comes_back, assert_example_is_written_and_read
 from matquant.core.nest import (
     CENTRE,
@@ -36,7 +37,7 @@ from matquant.system.errors import InputError
 from test_checkpoint import document_tables
 
 
-@pytest.mark.parametrize("bits", WIDTHS)
+@each("bits", WIDTHS)
 def test_positions_of_every_label_and_width_are_those_of_the_oracle(bits: int) -> None:
     expected = [float(oracle.companded_position(code, bits)) for code in range(2**bits)]
     assert position_table(bits, COMPANDED).tolist() == expected
@@ -49,7 +50,7 @@ def test_positions_of_every_label_and_width_are_those_of_the_oracle(bits: int) -
     assert expected != [float(code) for code in range(2**bits)]  # the uniform grid fails this test
 
 
-@pytest.mark.parametrize("bits", WIDTHS)
+@each("bits", WIDTHS)
 def test_integer_positions_are_bytes_and_exact(bits: int) -> None:
     integers, unit, offset = integer_positions(bits, COMPANDED)
     assert integers.dtype == np.uint8
@@ -138,7 +139,7 @@ def stored(checkpoint: matquant.format.read.Checkpoint, path: str) -> np.ndarray
     return np.asarray(stored_codes(checkpoint.nested(path).codes, grid=COMPANDED))
 
 
-@pytest.mark.parametrize(("bits", "exact"), [(2, "Q5_0"), (3, "Q6_K"), (4, "Q8_0"), (6, "Q8_0"), (8, "Q8_0")])
+@each(("bits", "exact"), [(2, "Q5_0"), (3, "Q6_K"), (4, "Q8_0"), (6, "Q8_0"), (8, "Q8_0")])
 def test_a_narrow_slice_is_held_exactly_by_a_type_with_room_for_its_integers(bits: int, exact: str) -> None:
     weight = torch.from_numpy(np.random.default_rng(1).standard_normal((32, 512)).astype(np.float32) * 0.02)
     grid = Grid(rule="prefix", group_size=256, zeros=CENTRE, sliced=(2, 3, 4), kind=COMPANDED)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from cases import each
 from matquant.backends import BACKENDS, DENSE, choose
 from matquant.core.nest import RULES, slice_codes, slice_positions
 from matquant.core.tensor import NestedTensor
@@ -80,7 +81,7 @@ def name(request: pytest.FixtureRequest) -> str:
     return found
 
 
-@pytest.mark.parametrize(("rule", "options"), CASES, ids=str)
+@each(("rule", "options"), CASES)
 def test_the_product_is_that_of_the_slice_and_of_no_neighbour(name: str, rule: str, options: dict[str, Any]) -> None:
     tensor, x = make_weight(rule, **options), inputs()
     if BACKENDS[name].why_not_weight(tensor) is not None:

@@ -22,6 +22,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import conftest
 import matquant
+from cases import each
 from conftest import make_tokenizer
 from matquant.engine.chat import Conversation, render
 from matquant.engine.sampling import BLOCK, Sampling, choose, distribution, draw
@@ -165,7 +166,7 @@ def test_generation_config_is_followed_and_overridden(reference: Path, tmp_path:
     assert greedy == other.generate(PROMPT, max_tokens=20, top_k=1, seed=7)
 
 
-@pytest.mark.parametrize(
+@each(
     ("arguments", "message"),
     [
         ({"bits": 9}, "bits=9 is not a width; use one of 1 to 8"),
@@ -181,7 +182,6 @@ def test_generation_config_is_followed_and_overridden(reference: Path, tmp_path:
         ({"top_k": -1}, "top_k=-1; give a number an integer of at least 0"),
         ({"min_p": float("nan")}, "min_p=nan; give a number from 0 to 1"),
     ],
-    ids=str,
 )
 def test_what_cannot_be_generated_is_refused(arguments: dict[str, Any], message: str, engine: matquant.Engine) -> None:
     with pytest.raises(matquant.InputError) as caught:
@@ -331,7 +331,7 @@ def test_the_distribution_is_that_of_transformers(options: dict[str, Any], size:
         np.testing.assert_allclose(dense, transformers_distribution(logits, **settings), rtol=1e-6, atol=1e-12)
 
 
-@pytest.mark.parametrize("size", [1, 7, BLOCK, BLOCK + 1, 3 * BLOCK - 5])
+@each("size", [1, 7, BLOCK, BLOCK + 1, 3 * BLOCK - 5])
 def test_a_draw_is_the_first_token_whose_sum_exceeds_the_number(size: int) -> None:
     """Exact weights, some of them 0, so that sums are too; the numbers lie on their bounds and between."""
     generator = np.random.default_rng(size)
@@ -578,7 +578,7 @@ def test_memory_of_a_stream_grows_by_its_ids_alone(
     assert bytes_per_piece(leaking, held) > ids_bytes, "logits that are kept must be seen"
 
 
-@pytest.mark.parametrize("temperature", [1e-320, 1e-46, 1e-40, 0.0])
+@each("temperature", [1e-320, 1e-46, 1e-40, 0.0])
 def test_a_temperature_too_small_for_float32_is_greedy(temperature: float) -> None:
     logits = np.array([1.0, 3.0, 2.0, -4.0], dtype=np.float32)
     assert choose(logits, Sampling(temperature=temperature), np.random.default_rng(0)) == 1

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import conftest
 import matquant
+from cases import each
 from matquant.core.experts import Experts, is_router
 from matquant.core.nest import MASTER_BITS
 from matquant.core.spec import Plan
@@ -205,7 +206,7 @@ def test_a_plan_for_a_router_or_an_expert_that_is_not_there_says_so(checkpoints:
         assert str(caught.value) == f"the plan names {path!r}, {reason}"
 
 
-@pytest.mark.parametrize("name", ["router", "router.proj", "gate", "gate.wg", "shared_expert_gate"])
+@each("name", ["router", "router.proj", "gate", "gate.wg", "shared_expert_gate"])
 def test_a_linear_layer_in_a_router_is_a_router(name: str) -> None:
     assert is_router(f"model.layers.0.mlp.{name}")
     assert not is_router("model.layers.0.mlp.shared_expert.gate_proj")
@@ -239,8 +240,8 @@ def test_more_experts_per_token_than_there_are_is_an_error(
 # How the tensors are divided -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("interleaved", [False, True])
+@each("transposed", [False, True])
+@each("interleaved", [False, True])
 def test_the_places_of_a_tensor_cover_it_once(transposed: bool, interleaved: bool) -> None:
     layout = Experts(
         names={"gate_up_proj": "x", "down_proj": "y"}, transposed=transposed, interleaved=interleaved, stock=False

@@ -15,6 +15,7 @@ from rich.console import Console
 import conftest
 import matquant
 import oracle
+from cases import each
 from gguf_files import file_types, file_weights, from_pairs, gguf_name, metadata
 from grid_checks import LABELS, WIDTHS, assert_every_slice_comes_back, assert_example_is_written_and_read
 from matquant.core.grid import BLOCK, fit_grid, power_of_two
@@ -50,7 +51,7 @@ E2M3 = {0b00000: 0, 0b00001: 0.125, 0b00111: 0.875, 0b01000: 1, 0b01111: 1.875, 
 SCALES = np.array([1, 0.5, 2])  # that an export tries, relative to the scale of OCP 6.3
 
 
-@pytest.mark.parametrize("bits", WIDTHS)
+@each("bits", WIDTHS)
 def test_positions_of_every_label_and_width_are_those_of_the_oracle(bits: int) -> None:
     expected = [float(oracle.float_position(code, bits)) for code in range(2**bits)]
     assert position_table(bits, FLOAT).tolist() == expected == sorted(expected)
@@ -83,7 +84,7 @@ def test_int6_cuts_where_e2m5_truncates_to_e2m3() -> None:
         assert oracle.float_distance(magnitude >> 2, 6) == (lower + upper) / 2, magnitude
 
 
-@pytest.mark.parametrize("bits", WIDTHS)
+@each("bits", WIDTHS)
 def test_integer_positions_are_bytes_and_exact(bits: int) -> None:
     integers, unit, offset = integer_positions(bits, FLOAT)
     assert integers.dtype == np.uint8
@@ -108,7 +109,7 @@ def test_nearest_codes_are_those_of_the_oracle_everywhere(bits: int) -> None:
     assert nearest_codes(torch.from_numpy(values), bits, grid=FLOAT).tolist() == expected
 
 
-@pytest.mark.parametrize("widths", [(8, 2), (8, 5, 2), (8, 6, 4, 3, 2)])
+@each("widths", [(8, 2), (8, 5, 2), (8, 6, 4, 3, 2)])
 def test_gptq_chooses_a_code_of_least_error(widths: tuple[int, ...]) -> None:
     """All targets about the thresholds of int2, in sixteenths of a code and between them, against all 256 labels."""
     place = torch.arange(-16, 5 * 64) / 64  # of an int2 code
@@ -328,7 +329,7 @@ def test_what_is_mxfp4_already_is_requantised_without_a_loss(blocks: Path, tmp_p
     assert all(np.array_equal(plain[name], fitted[name]) for name in plain)
 
 
-@pytest.mark.parametrize(("bits", "exact"), [(2, "Q4_0"), (3, "Q5_0"), (4, "MXFP4"), (8, "Q8_0")])
+@each(("bits", "exact"), [(2, "Q4_0"), (3, "Q5_0"), (4, "MXFP4"), (8, "Q8_0")])
 def test_each_slice_is_held_exactly_by_a_type_of_gguf(bits: int, exact: str) -> None:
     weight = torch.from_numpy(np.random.default_rng(1).standard_normal((32, 256)).astype(np.float32) * 0.02)
     grid = Grid(rule="prefix", group_size=BLOCK, zeros=CENTRE, sliced=(2, 3), kind=FLOAT)

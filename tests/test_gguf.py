@@ -17,6 +17,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 import conftest
 import matquant
+from cases import each
 from conftest import SMALL, largest_file, make_tokenizer
 from gguf_files import assert_holds_the_slices, file_types, file_weights, gguf_name, metadata, oracle
 from matquant.core.spec import Plan
@@ -86,7 +87,7 @@ def test_gguf_reads_the_blocks_we_pack(kind: Container, monkeypatch: pytest.Monk
             np.testing.assert_array_equal(foreign_weights(kind, pack_blocks(kind, encoded)), decode(kind, encoded))
 
 
-@pytest.mark.parametrize("kind", CONTAINERS, ids=lambda kind: kind.name)
+@each("kind", CONTAINERS)
 def test_every_bit_of_a_block_counts(kind: Container) -> None:
     """The comparison above can fail: each integer changed by one is seen, at its own place only."""
     encoded = weight_of(kind, rows=1, columns=kind.block, groups=1)

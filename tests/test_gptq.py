@@ -12,6 +12,7 @@ import torch
 import conftest
 import matquant
 import oracle_gptq as oracle
+from cases import each
 from matquant.calibration import calibration_text
 from matquant.core.grid import fit_grid
 from matquant.core.nest import CENTRE, slice_affine
@@ -72,9 +73,9 @@ def test_codes_equal_an_exhaustive_search_over_all_256(
     assert (wrong.numpy() != expected).any(), "the comparison must be able to fail"
 
 
-@pytest.mark.parametrize("columns", [24, 160])  # 160: more than one block of columns compensated together
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("reorder", [False, True])
+@each("columns", [24, 160])  # 160: more than one block of columns compensated together
+@each("bits", [2, 3, 4, 8])
+@each("reorder", [False, True])
 def test_a_dedicated_width_is_the_gptq_of_the_paper(bits: int, reorder: bool, columns: int) -> None:
     weight, hessian = correlated(bits, columns)
     scale, zero = (part.double() for part in fit_grid(weight.float(), bits=bits, symmetric=False))
@@ -134,9 +135,9 @@ def test_refitted_scales_about_the_centre_are_the_normal_equations_solution(grou
         np.testing.assert_allclose(own.numpy()[usable], expected[usable], rtol=2**-8)
 
 
-@pytest.mark.parametrize("rule", ["prefix", "round", "extra"])
-@pytest.mark.parametrize("group_size", [None, 8])
-@pytest.mark.parametrize("symmetric", [True, False])
+@each("rule", ["prefix", "round", "extra"])
+@each("group_size", [None, 8])
+@each("symmetric", [True, False])
 def test_every_width_is_better_than_rounding_in_the_norm_of_the_hessian(
     rule: str, group_size: int | None, symmetric: bool
 ) -> None:
@@ -280,8 +281,8 @@ def test_a_dedicated_baseline_is_served_at_its_width(bits: int, llama: Path, tex
     assert len(np.unique(nested.codes)) <= 2**bits
 
 
-@pytest.mark.parametrize("rule", ["prefix", "round", "extra"])
-@pytest.mark.parametrize("columns", [24, 160])
+@each("rule", ["prefix", "round", "extra"])
+@each("columns", [24, 160])
 def test_a_sweep_never_raises_the_summed_error(rule: str, columns: int) -> None:
     weight, hessian = correlated(7, columns)
     weights = {8: 1.0, 4: 0.3, 2: 0.1}

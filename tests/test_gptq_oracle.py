@@ -15,6 +15,7 @@ import torch
 
 import oracle
 import oracle_gptq as gptq
+from cases import each
 
 Floats = gptq.Floats
 ROWS, COLUMNS, TOKENS = 6, 24, 200
@@ -25,9 +26,9 @@ LAMBDAS: tuple[Mapping[int, float], ...] = (
     {8: 1.0, 6: 2.0, 3: 0.5},
 )
 
-each_rule = pytest.mark.parametrize("rule", oracle.RULES)
-each_seed = pytest.mark.parametrize("seed", range(4))
-each_group_size = pytest.mark.parametrize("group_size", [COLUMNS, 8, 1])
+each_rule = each("rule", oracle.RULES)
+each_seed = each("seed", range(4))
+each_group_size = each("group_size", [COLUMNS, 8, 1])
 
 
 def problem(seed: int, *, columns: int = COLUMNS, damp: float = 0.01) -> tuple[Floats, Floats]:
@@ -124,7 +125,7 @@ def test_inverse_without_a_column_is_the_inverse_of_the_rest() -> None:
 
 @each_seed
 @each_group_size
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@each("bits", [2, 4, 8])
 def test_elimination_and_cholesky_give_identical_codes(seed: int, group_size: int, bits: int) -> None:
     weight_NK, hessian_KK = problem(seed)
     affine = symmetric_grid(weight_NK, group_size, bits=bits)
@@ -144,7 +145,7 @@ def test_gptq_without_correlations_is_round_to_nearest(seed: int) -> None:
 
 
 @each_seed
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@each("bits", [2, 3, 4, 8])
 def test_gptq_beats_round_to_nearest_on_correlated_inputs(seed: int, bits: int) -> None:
     weight_NK, hessian_KK = problem(seed)
     affine = symmetric_grid(weight_NK, COLUMNS, bits=bits)
@@ -187,7 +188,7 @@ def test_nested_with_width_8_alone_is_gptq(rule: str, seed: int, group_size: int
 
 
 @each_seed
-@pytest.mark.parametrize("bits", [1, 2, 4])
+@each("bits", [1, 2, 4])
 def test_nested_with_one_prefix_width_is_gptq_at_that_width(seed: int, bits: int) -> None:
     weight_NK, hessian_KK = problem(seed)
     affines = sliced(symmetric_grid(weight_NK, COLUMNS), "prefix")
@@ -211,7 +212,7 @@ def test_nested_without_correlations_decides_every_weight_by_itself(rule: str) -
         assert costs[codes_NK[row, column]] == pytest.approx(min(costs), rel=1e-9, abs=1e-12)
 
 
-@pytest.mark.parametrize(
+@each(
     ("weight", "expected"),
     [(0.3, 100), (0.5, 101), (-0.5, 100), (0.4999, 100), (155.5, 255), (400.0, 255), (-101.0, 0)],
 )
@@ -222,7 +223,7 @@ def test_equally_cheap_codes_are_decided_by_the_nearest_8_bit_code(weight: float
     assert codes_NK.tolist() == [[expected]]
 
 
-@pytest.mark.parametrize(("weight", "expected"), [(3.2, 103), (-3.0, 97), (100.0, 127), (-60.0, 64)])
+@each(("weight", "expected"), [(3.2, 103), (-3.0, 97), (100.0, 127), (-60.0, 64)])
 def test_width_8_decides_inside_a_bin_even_without_a_lambda(weight: float, expected: int) -> None:
     """All of 64..127 read as one int2 weight; the int2 affine here makes that bin the best one by far."""
     affines = {8: (np.ones((1, 1)), np.full((1, 1), 100.0)), 2: (np.full((1, 1), 1000.0), np.ones((1, 1)))}
@@ -237,7 +238,7 @@ def test_a_tie_of_the_tie_takes_the_smallest_code() -> None:
 
 
 @each_rule
-@pytest.mark.parametrize("weights", LAMBDAS)
+@each("weights", LAMBDAS)
 def test_own_targets_beat_a_shared_one_and_rounding(rule: str, weights: Mapping[int, float]) -> None:
     """Summed over problems: the reason for a target per width."""
     totals = dict.fromkeys(("own", "shared", "rounded"), 0.0)
@@ -266,7 +267,7 @@ def refit_case(seed: int, group_size: int) -> tuple[Floats, Floats, np.ndarray, 
 
 
 @each_seed
-@pytest.mark.parametrize("group_size", [COLUMNS, 8])
+@each("group_size", [COLUMNS, 8])
 def test_refit_is_stationary(seed: int, group_size: int) -> None:
     weight_NK, hessian_KK, codes_NK, _ = refit_case(seed, group_size)
     affine = gptq.refit_affine(weight_NK, codes_NK, hessian_KK, group_size)
@@ -286,7 +287,7 @@ def test_refit_is_stationary(seed: int, group_size: int) -> None:
 
 
 @each_seed
-@pytest.mark.parametrize("group_size", [COLUMNS, 8])
+@each("group_size", [COLUMNS, 8])
 def test_refit_beats_plain_least_squares_under_the_hessian(seed: int, group_size: int) -> None:
     weight_NK, hessian_KK, codes_NK, grid = refit_case(seed, group_size)
     ours, plain = (
@@ -352,8 +353,8 @@ def test_matgptq_with_width_8_alone_is_gptq(seed: int) -> None:
 
 
 @each_seed
-@pytest.mark.parametrize("rule", ["round", "prefix"])
-@pytest.mark.parametrize("weights", LAMBDAS)
+@each("rule", ["round", "prefix"])
+@each("weights", LAMBDAS)
 def test_matgptq_is_nested_gptq_with_a_shared_error(seed: int, rule: str, weights: Mapping[int, float]) -> None:
     weight_NK, hessian_KK = problem(seed)
     affine = symmetric_grid(weight_NK, 8)
@@ -379,9 +380,9 @@ def benchmark() -> dict[str, Any]:
     return runpy.run_path(str(Path(__file__).resolve().parents[1] / "experiments" / "matgptq.py"))
 
 
-@pytest.mark.parametrize("reorder", [False, True])
-@pytest.mark.parametrize("rule", ["round", "prefix"])
-@pytest.mark.parametrize("weights", LAMBDAS)
+@each("reorder", [False, True])
+@each("rule", ["round", "prefix"])
+@each("weights", LAMBDAS)
 def test_the_look_up_of_the_benchmark_is_the_search(rule: str, weights: Mapping[int, float], reorder: bool) -> None:
     for seed in range(2):
         weight_NK, hessian_KK = problem(seed, damp=0.0)

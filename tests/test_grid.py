@@ -23,14 +23,15 @@ from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
 import oracle
+from cases import each
 from matquant.core import grid, nest
 
 torch: Any = importlib.import_module("torch") if importlib.util.find_spec("torch") else None
 needs_torch = pytest.mark.skipif(torch is None, reason="torch is not installed")
 each_kind = pytest.mark.parametrize("kind", ["numpy", pytest.param("torch", marks=needs_torch)])
-each_rule = pytest.mark.parametrize("rule", oracle.RULES)
-each_width = pytest.mark.parametrize("bits", range(1, 9))
-each_symmetry = pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+each_rule = each("rule", oracle.RULES)
+each_width = each("bits", range(1, 9))
+each_symmetry = each("symmetric", [True, False])
 
 Array = Any  # a numpy array or a torch tensor: every test runs on both
 
@@ -67,7 +68,7 @@ CASES: dict[str, tuple[NDArray[np.float32], int | None]] = {
     "one_column": (degenerate_rows(1), None),
     "one_column_group": (gaussian(5, 1), 1),
 }
-each_case = pytest.mark.parametrize("case", CASES)
+each_case = each("case", CASES)
 
 
 def of_kind(array: Array, kind: str) -> Array:
@@ -220,7 +221,7 @@ def grid_of(case: str, symmetric: bool) -> tuple[NDArray[np.uint8], NDArray[np.f
 ONE = np.ones((1, 1))
 
 
-@pytest.mark.parametrize(
+@each(
     ("helper", "right", "wrong"),
     [
         (assert_same_kind, (np.zeros(2), np.ones(2), (2,), "float64"), (np.zeros(2), np.ones(2), (2,), "float32")),
@@ -460,7 +461,7 @@ def test_without_storage_rounding_a_tiny_group_keeps_the_scale_of_the_formula(ki
 
 
 @each_kind
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@each("dtype", ["float16", "bfloat16", "float32"])
 def test_half_precision_weights_are_read_as_the_numbers_they_hold(dtype: str, kind: str) -> None:
     weight_NK = np.concatenate([gaussian(3, 172), degenerate_rows(172)])
     weight_NK = (weight_NK.view(np.uint32) & 0xFFFF0000).view(np.float32).astype(np.float16).astype(np.float32)
@@ -714,7 +715,7 @@ def test_refit_never_has_a_larger_error_than_the_default_affine(
 
 
 @each_rule
-@pytest.mark.parametrize("bits", range(2, 9))
+@each("bits", range(2, 9))
 def test_refit_of_one_bit_less_does_not_beat_the_default_affine(bits: int, rule: str) -> None:
     weight_NK, _ = CASES["gaussian_rows"]
     codes_NK, scale_NG, zero_NG = grid_of("gaussian_rows", True)
@@ -854,7 +855,7 @@ def test_a_small_positive_slope_is_kept_without_storage_rounding(rule: str, kind
 
 @each_kind
 @each_rule
-@pytest.mark.parametrize("bits", [7, 8])
+@each("bits", [7, 8])
 def test_a_nearly_constant_group_on_a_border_gets_a_zero_that_float16_holds(bits: int, rule: str, kind: str) -> None:
     scale = 129 / 128
     weight_NK = np.array([[253.5 * scale + 1e-4, 253.5 * scale - 1e-4]], dtype=np.float32)
@@ -896,7 +897,7 @@ SLICE_ERRORS = {
 
 
 @each_rule
-@pytest.mark.parametrize("bits", [4, 3, 2])
+@each("bits", [4, 3, 2])
 def test_slice_errors_of_gaussian_rows_are_those_measured_for_the_rule(bits: int, rule: str) -> None:
     weight_NK = gaussian(48, 4096)
     scale, zero = grid.fit_grid(weight_NK, symmetric=False, gamma=0.6, beta=0.6)
@@ -917,7 +918,7 @@ def test_slice_errors_of_gaussian_rows_are_those_measured_for_the_rule(bits: int
 
 
 @each_kind
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@each("dtype", ["float16", "float32"])
 def test_nan_and_infinite_weights_are_counted_and_named(dtype: str, kind: str) -> None:
     weight_NK = gaussian(4, 32).astype(dtype)
     grid.check_finite(of_kind(weight_NK, kind))
@@ -935,7 +936,7 @@ def test_nan_and_infinite_weights_are_counted_and_named(dtype: str, kind: str) -
 
 
 @each_kind
-@pytest.mark.parametrize(
+@each(
     ("columns", "group_size", "fits"),
     [
         (172, 128, "channel"),

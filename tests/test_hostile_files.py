@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 import conftest
 import matquant
+from cases import each
 from conftest import FAMILIES, OTHERS
 from matquant import InputError, _native
 from matquant.engine import terminal
@@ -334,7 +335,7 @@ SMALL_MODEL: dict[str, Any] = {"hidden": 32, "heads": 4, "kv_heads": 2, "head_di
 FACTORS = {"norm_eps": 1e-5, "attention_scale": 1.0, "embedding_scale": 1.0, "attention_cap": 0.0, "logit_cap": 0.0}
 
 
-@pytest.mark.parametrize(
+@each(
     "sizes",
     [
         {"heads": 2, "kv_heads": 1, "head_dim": 2**31 + 64},
@@ -344,7 +345,6 @@ FACTORS = {"norm_eps": 1e-5, "attention_scale": 1.0, "embedding_scale": 1.0, "at
         {"head_dim": 0},
         {"heads": 3},
     ],
-    ids=str,
 )
 def test_native_sizes_whose_products_leave_32_bits_are_rejected(sizes: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=r"out of range|do not make a model"):

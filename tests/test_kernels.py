@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import oracle
+from cases import each
 from matquant import _native
 from matquant.core.nest import COMPANDED, KERNEL_GRIDS, UNIFORM, integer_positions, position_table
 from matquant.core.planes import Weight, isa, load_weight, matmul
@@ -46,9 +47,9 @@ def available() -> list[str]:
 
 ISAS = available()
 each_isa = pytest.mark.parametrize("isa_name", ISAS)
-each_grid = pytest.mark.parametrize("grid", KERNEL_GRIDS)
-each_reading = pytest.mark.parametrize(("rule", "grid"), READINGS)
-each_width = pytest.mark.parametrize("bits", WIDTHS)
+each_grid = each("grid", KERNEL_GRIDS)
+each_reading = each(("rule", "grid"), READINGS)
+each_width = each("bits", WIDTHS)
 
 
 @pytest.fixture(autouse=True)
@@ -189,7 +190,7 @@ def test_integer_products_are_exact(isa_name: str, rule: str, grid: str, bits: i
 
 @each_reading
 @each_width
-@pytest.mark.parametrize("activations", ["int8", "float"])
+@each("activations", ["int8", "float"])
 def test_products_are_those_of_the_definition_and_not_of_the_neighbour(
     activations: str, bits: int, rule: str, grid: str
 ) -> None:
@@ -207,7 +208,7 @@ def test_products_are_those_of_the_definition_and_not_of_the_neighbour(
 
 
 @each_width
-@pytest.mark.parametrize("activations", ["int8", "float"])
+@each("activations", ["int8", "float"])
 def test_instruction_sets_batches_and_threads_give_the_same_bits(activations: str, bits: int) -> None:
     for number, shape in enumerate(SHAPES):
         rule, grid = READINGS[(number + bits) % len(READINGS)]
@@ -232,10 +233,10 @@ def test_instruction_sets_batches_and_threads_give_the_same_bits(activations: st
 
 @each_isa
 @each_grid
-@pytest.mark.parametrize(("columns", "group"), [
+@each(("columns", "group"), [
     (10, 5), (48, 16), (96, 48), (256, 64), (384, 128), (512, 256), (768, 384), (130, 1), (390, 130), (99, 33),
 ])  # fmt: skip
-@pytest.mark.parametrize("activations", ["int8", "float"])
+@each("activations", ["int8", "float"])
 def test_groups_of_any_length(isa_name: str, grid: str, activations: str, columns: int, group: int) -> None:
     _native.use_isa(isa_name)
     tensor = random_tensor((21, columns), group=group, grid=grid, slices=True)
@@ -278,7 +279,7 @@ def test_wide_zeros_and_scales_stay_float32() -> None:
 
 
 @each_isa
-@pytest.mark.parametrize("activations", ["int8", "float"])
+@each("activations", ["int8", "float"])
 def test_zero_tiny_and_infinite_activations(isa_name: str, activations: str) -> None:
     _native.use_isa(isa_name)
     tensor = random_tensor((3, 256))

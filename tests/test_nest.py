@@ -18,6 +18,7 @@ import pytest
 
 import matquant
 import oracle
+from cases import each
 from matquant.core import nest
 
 torch: Any = importlib.import_module("torch") if importlib.util.find_spec("torch") else None
@@ -33,8 +34,8 @@ NOT_RULES = ["truncate", "Prefix", "", ["round"], None, 2]
 CODES = np.arange(256, dtype=np.uint8)
 
 each_kind = pytest.mark.parametrize("kind", ["numpy", pytest.param("torch", marks=needs_torch)])
-each_rule = pytest.mark.parametrize("rule", oracle.RULES)
-each_width = pytest.mark.parametrize("bits", WIDTHS)
+each_rule = each("rule", oracle.RULES)
+each_width = each("bits", WIDTHS)
 
 
 def of_kind(array: Array, kind: str) -> Array:
@@ -167,7 +168,7 @@ def test_eight_bits_is_the_identity(rule: str, kind: str) -> None:
 
 @each_kind
 @each_rule
-@pytest.mark.parametrize("shape", [(0,), (0, 4), (1, 1), (2, 4, 32)])
+@each("shape", [(0,), (0, 4), (1, 1), (2, 4, 32)])
 def test_any_shape_and_stride_is_sliced_elementwise(shape: tuple[int, ...], rule: str, kind: str) -> None:
     flat = CODES[: int(np.prod(shape))]
     for bits in WIDTHS:
@@ -184,7 +185,7 @@ def test_any_shape_and_stride_is_sliced_elementwise(shape: tuple[int, ...], rule
 
 
 @each_kind
-@pytest.mark.parametrize(
+@each(
     ("code", "rule", "sliced", "value"),
     [
         (53, "round", 1, 64),  # appendix A: the bit worth 32 is set, so 00 is rounded up to 01
@@ -247,7 +248,7 @@ def test_slice_of_slice_is_the_slice_under_prefix(kind: str) -> None:
 
 
 @each_kind
-@pytest.mark.parametrize("rule", ["round", "extra"])
+@each("rule", ["round", "extra"])
 def test_slice_of_slice_differs_under_rounding(rule: str, kind: str) -> None:
     codes = of_kind(CODES.astype(np.int16), kind)  # a 4-bit extra slice stands at up to 256
     directly = np.asarray(nest.slice_codes(codes, 2, rule=rule))
@@ -259,7 +260,7 @@ def test_slice_of_slice_differs_under_rounding(rule: str, kind: str) -> None:
 
 
 @each_kind
-@pytest.mark.parametrize("rule", ["round", "extra"])
+@each("rule", ["round", "extra"])
 def test_halves_round_up_where_half_even_would_round_down(rule: str, kind: str) -> None:
     for bits in range(1, 8):
         step = 2 ** (8 - bits)
@@ -275,7 +276,7 @@ def test_halves_round_up_where_half_even_would_round_down(rule: str, kind: str) 
 
 
 @each_kind
-@pytest.mark.parametrize("rule", ["round", "extra"])
+@each("rule", ["round", "extra"])
 def test_the_top_codes_do_not_wrap_around_in_uint8(rule: str, kind: str) -> None:
     for bits in range(1, 8):
         tops = of_kind(CODES[-(2 ** (7 - bits)) :], kind)  # adding half a step to any of these passes 255
@@ -337,7 +338,7 @@ def wrong_rule(rule: object) -> str:
 
 
 @each_kind
-@pytest.mark.parametrize("bits", NOT_WIDTHS, ids=repr)
+@each("bits", NOT_WIDTHS)
 def test_a_width_that_is_not_an_int_from_1_to_8_is_rejected(bits: object, kind: str) -> None:
     codes, scale = of_kind(CODES, kind), of_kind(np.ones((1, 1), dtype=np.float32), kind)
     for rule in oracle.RULES:
@@ -347,7 +348,7 @@ def test_a_width_that_is_not_an_int_from_1_to_8_is_rejected(bits: object, kind: 
 
 
 @each_kind
-@pytest.mark.parametrize("rule", NOT_RULES, ids=repr)
+@each("rule", NOT_RULES)
 def test_a_rule_outside_the_table_is_rejected_at_every_width(rule: object, kind: str) -> None:
     codes, scale = of_kind(CODES, kind), of_kind(np.ones((1, 1), dtype=np.float32), kind)
     for bits in WIDTHS:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from cases import each
 from matquant.methods.parts import objective
 from matquant.methods.parts.objective import width_loss
 from matquant.options.objective import FLOAT, parse_objective
@@ -38,12 +39,12 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("text", FORMS)
+@each("text", FORMS)
 def test_every_form_of_the_paper_parses(text: str) -> None:
     assert [(width.bits, width.truth, width.teachers) for width in parse_objective(text)] == FORMS[text]
 
 
-@pytest.mark.parametrize("text", BROKEN)
+@each("text", BROKEN)
 def test_an_objective_that_does_not_parse_points_at_the_place(text: str) -> None:
     problem, place = BROKEN[text]
     with pytest.raises(InputError) as caught:
@@ -76,7 +77,7 @@ def test_lambdas_follow_the_order_of_first_mention() -> None:
     assert [width.weight for width in parse_objective("2,8->4,8", [3.0, 2.0, 1.0])] == [1.0, 2.0, 3.0]
 
 
-@pytest.mark.parametrize(
+@each(
     ("weights", "message"),
     [
         ([1.0], "1 weights for the 3 widths 8, 4, 2; give one per width, in that order"),

@@ -12,6 +12,7 @@ import torch
 
 import conftest
 import oracle
+from cases import each
 from conftest import FAMILIES
 from matquant.core.nest import CENTRE, slice_codes
 from matquant.hf_torch.layers import decoder_layers, select_linears
@@ -71,7 +72,7 @@ def clipped(weight: torch.Tensor, grid: Grid, trained: tuple[int, ...] = (8, 4, 
 # ------------------------------------------------------------------------------------------------------- the quantiser
 
 
-@pytest.mark.parametrize("grid", GRIDS + BASELINES, ids=name_of)
+@each("grid", GRIDS + BASELINES)
 def test_a_simulated_read_has_the_bits_of_the_stored_one_and_the_oracles_numbers(grid: Grid) -> None:
     torch.manual_seed(0)
     weight = torch.randn(6, 32)
@@ -105,7 +106,7 @@ def test_a_simulated_read_has_the_bits_of_the_stored_one_and_the_oracles_numbers
         np.testing.assert_allclose(nested.read(bits).numpy(), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("grid", GRIDS + BASELINES, ids=name_of)
+@each("grid", GRIDS + BASELINES)
 def test_untrained_it_is_round_to_nearest_bit_for_bit(grid: Grid) -> None:
     torch.manual_seed(0)
     weight = torch.randn(6, 32)

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import oracle_overflow
+from cases import each
 from matquant.core import overflow
 from matquant.core.nest import slice_codes
 from matquant.core.overflow import packed_bytes
@@ -31,7 +32,7 @@ DAMAGED = "the bytes are damaged: pack the codes again"
 
 Codes = NDArray[np.uint8]
 
-each_width = pytest.mark.parametrize("bits", WIDTHS)
+each_width = each("bits", WIDTHS)
 
 
 def random_codes(shape: tuple[int, int], bits: int, *, share: float, seed: int = 0) -> Codes:
@@ -204,8 +205,8 @@ def test_golden_bytes() -> None:
 SHARES = (0.001, 0.01, 0.017, 0.022, 0.029, 0.05, 0.1, 0.2, 0.25, 0.3, 0.38, 0.45, 0.5)
 
 
-@pytest.mark.parametrize("share", SHARES)
-@pytest.mark.parametrize("bits", [1, 2, 7])
+@each("share", SHARES)
+@each("bits", [1, 2, 7])
 def test_the_overflow_set_is_near_its_entropy(bits: int, share: float) -> None:
     shape = (1024, 1024)
     found = 8 * (packed_bytes(exact_share(shape, bits, share=share), bits) - dense_bytes(shape, bits)) / 2**20
@@ -219,7 +220,7 @@ def test_above_half_the_overflow_set_is_a_bitmap() -> None:
         assert packed - dense_bytes((64, 1024), 2) <= 1 + 8 + 64 * 1024 / 8
 
 
-@pytest.mark.parametrize("rows", [64, 65, 1000])
+@each("rows", [64, 65, 1000])
 def test_no_overflow_costs_a_byte_and_eight_per_block(rows: int) -> None:
     codes = np.zeros((rows, 16), np.uint8)
     assert packed_bytes(codes, 2) == rows * 4 + 1 + 8 * math.ceil(rows / 64)
@@ -334,7 +335,7 @@ def test_huge_numbers_are_refused_before_anything_is_allocated() -> None:
     assert refusal(b"", shape=(2**60, 2**24)).endswith(DAMAGED)
 
 
-@pytest.mark.parametrize("bits", [0, 8, -1, 2.0, True, "2", None])
+@each("bits", [0, 8, -1, 2.0, True, "2", None])
 def test_other_widths_are_refused(bits: Any) -> None:
     message = f"bits={bits!r} is not a width of extra precision; use one of 1 to 7"
     for call in (
@@ -346,7 +347,7 @@ def test_other_widths_are_refused(bits: Any) -> None:
             call()
 
 
-@pytest.mark.parametrize("shape", [(3,), (2, 2, 2), (), (1, 2**25)])
+@each("shape", [(3,), (2, 2, 2), (), (1, 2**25)])
 def test_what_is_no_matrix_is_refused(shape: tuple[int, ...]) -> None:
     message = f"extra precision needs codes [N, K] with K up to 33554431, found shape {shape}"
     codes = np.broadcast_to(np.uint8(0), shape)

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 import conftest
 import matquant
+from cases import each
 from matquant import cli
 from matquant.core.spec import Plan
 from matquant.engine.bench import median, timed
@@ -47,8 +48,8 @@ def has_form(strategy: str, mix: Sequence[int]) -> bool:
     return sorted(mix) == list(mix) if strategy.endswith("creasing") else sorted(outside_in) == outside_in
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("widths", [(2, 4, 8), (3,), (1, 2, 5, 8)])
+@each("strategy", STRATEGIES)
+@each("widths", [(2, 4, 8), (3,), (1, 2, 5, 8)])
 def test_mixes_are_all_assignments_of_the_form(strategy: str, widths: tuple[int, ...]) -> None:
     for layers in range(1, 6):
         found = [tuple(row) for row in mixes(strategy, widths, layers=layers).tolist()]
@@ -74,7 +75,7 @@ def test_of_equal_mixes_of_a_form_the_one_with_the_fewest_narrow_layers_is_taken
     assert widest_mix("increasing", (2, 4, 8), costs=costs, limit=20) == (2, 2, 4, 4, 8)  # not 4 4 4 4 4
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@each("strategy", STRATEGIES)
 def test_a_strategy_is_the_widest_assignment_within_the_budget(strategy: str) -> None:
     rng = np.random.default_rng(0)
     for widths in ((2, 4, 8), (2, 3, 4, 8)):
@@ -151,8 +152,8 @@ class Made:
         return Budget(limit=limit, costs=costs, asked=f"{bits}", least=str)
 
 
-@pytest.mark.parametrize("fused", [True, False])
-@pytest.mark.parametrize("seed", range(3))
+@each("fused", [True, False])
+@each("seed", range(3))
 def test_more_budget_is_never_worse_and_never_exceeded(seed: int, fused: bool) -> None:
     made = Made(4, seed)
     found = []

@@ -13,6 +13,7 @@ import pytest
 from safetensors import safe_open
 
 import conftest
+from cases import each
 from matquant.core.nest import COMPANDED, RULES, UNIFORM, labels_of, stored_codes
 from matquant.core.spec import Plan, Spec
 from matquant.core.tensor import NestedTensor
@@ -141,8 +142,8 @@ def plane_bits(codes: list[int], plane: int) -> bytes:
     return bytes(sum(bit << place for place, bit in enumerate(row[at : at + 8])) for at in range(0, len(row), 8))
 
 
-@pytest.mark.parametrize("columns", [1, 3, 7, 8, 33, 256])
-@pytest.mark.parametrize("plane", range(5))
+@each("columns", [1, 3, 7, 8, 33, 256])
+@each("plane", range(5))
 def test_a_plane_is_that_of_the_oracle(plane: int, columns: int) -> None:
     codes = np.random.default_rng(columns).integers(0, 256, (3, columns)).astype(np.uint8)
     codes[0] = np.resize(np.arange(256), columns)
@@ -152,7 +153,7 @@ def test_a_plane_is_that_of_the_oracle(plane: int, columns: int) -> None:
     assert packed.tobytes() != pack_plane(codes ^ 255, plane).tobytes()
 
 
-@pytest.mark.parametrize("shape", [(256, 256), (2, 1), (3, 77), (1, 2**17 + 5)])
+@each("shape", [(256, 256), (2, 1), (3, 77), (1, 2**17 + 5)])
 def test_planes_give_the_top_bits_of_the_codes(shape: tuple[int, int]) -> None:
     codes = np.resize(np.arange(256), shape).astype(np.uint8)
     planes = [pack_plane(codes, plane) for plane in range(5)]
@@ -160,7 +161,7 @@ def test_planes_give_the_top_bits_of_the_codes(shape: tuple[int, int]) -> None:
         assert np.array_equal(unpack_planes(planes[:count], shape[1]), codes >> dropped << dropped)
 
 
-@pytest.mark.parametrize("rule", RULES)
+@each("rule", RULES)
 def test_widths_need_the_planes_of_their_rule(rule: str) -> None:
     wanted = {"prefix": [1, 1, 2, 3, 4, 4, 5, 5], "round": [1, 2, 3, 4, 4, 5, 5, 5]}
     assert [planes_read(bits, rule) for bits in range(1, 9)] == wanted.get(rule, wanted["round"])

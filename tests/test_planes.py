@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from cases import each
 from matquant.core.nest import COMPANDED, RESIDENT_BITS, bits_read, labels_of, slice_codes, stored_codes
 from matquant.core.planes import load_weight, matmul, pack, unpack
 from matquant.core.spec import Spec
@@ -53,7 +54,7 @@ def plane_oracle(codes_NK: Codes) -> list[bytes]:
     return [bytes(plane) for plane in planes]
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@each("shape", SHAPES)
 def test_planes_are_the_bytes_of_the_document(shape: tuple[int, int]) -> None:
     codes = random_codes(shape)
     planes = pack(codes)
@@ -62,8 +63,8 @@ def test_planes_are_the_bytes_of_the_document(shape: tuple[int, int]) -> None:
     assert found != plane_oracle(codes ^ np.uint8(1))
 
 
-@pytest.mark.parametrize("max_bits", WIDTHS)
-@pytest.mark.parametrize("shape", SHAPES)
+@each("max_bits", WIDTHS)
+@each("shape", SHAPES)
 def test_unpacked_codes_are_the_prefix_of_every_resident_width(shape: tuple[int, int], max_bits: int) -> None:
     codes = random_codes(shape)
     planes = pack(codes, max_bits=max_bits)
@@ -86,8 +87,8 @@ def test_all_codes_in_every_place_of_a_tile() -> None:
         np.testing.assert_array_equal(unpack(pack(codes)), codes)
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (17, 33), (16, 32), (15, 100)])
-@pytest.mark.parametrize("at_end", [True, False])
+@each("shape", [(1, 1), (3, 5), (17, 33), (16, 32), (15, 100)])
+@each("at_end", [True, False])
 def test_packing_reads_nothing_outside_the_codes(shape: tuple[int, int], at_end: bool) -> None:
     """The codes touch a page that nobody may read."""
     page = mmap.PAGESIZE
@@ -107,14 +108,14 @@ def test_packing_reads_nothing_outside_the_codes(shape: tuple[int, int], at_end:
             protect(ctypes.c_void_p(first), ctypes.c_size_t(page), 3)
 
 
-@pytest.mark.parametrize("rule", ["prefix", "round", "extra"])
-@pytest.mark.parametrize("bits", WIDTHS)
+@each("rule", ["prefix", "round", "extra"])
+@each("bits", WIDTHS)
 def test_a_width_reads_the_fewest_planes_that_hold_it(bits: int, rule: str) -> None:
     needed = bits if rule == "prefix" else min(bits + 1, 8)
     assert bits_read(bits, rule=rule) == min(resident for resident in RESIDENT_BITS if resident >= needed)
 
 
-@pytest.mark.parametrize("max_bits", WIDTHS)
+@each("max_bits", WIDTHS)
 def test_only_the_planes_that_are_needed_stay(max_bits: int) -> None:
     codes = random_codes((256, 1024))
     planes = pack(codes, max_bits=max_bits)
@@ -209,7 +210,7 @@ for max_bits in (8, 4):
     subprocess.run([sys.executable, "-W", "error", "-c", script], check=True)
 
 
-@pytest.mark.parametrize(("codes", "said"), [
+@each(("codes", "said"), [
     (np.zeros((2, 3), np.int8), "planes need uint8 codes [N, K], found int8 [2, 3]"),
     (np.zeros(3, np.uint8), "planes need uint8 codes [N, K], found uint8 [3]"),
     (np.zeros((0, 3), np.uint8), "planes need uint8 codes [N, K], found uint8 [0, 3]"),

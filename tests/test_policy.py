@@ -9,6 +9,7 @@ import pytest
 
 import conftest
 import matquant
+from cases import each
 from matquant.core.spec import Plan
 from matquant.serve.cost import Costs, drafting, measure
 from matquant.serve.offers import offer
@@ -41,7 +42,7 @@ def play(
 # --------------------------------------------------------------------------------------------------------- cost table
 
 
-@pytest.mark.parametrize(
+@each(
     ("bits", "rows", "seconds"),
     [
         (8, 0, 0.0), (8, 1, 0.040), (8, 2.5, 0.042), (8, 16, 0.100), (8, 80, 0.390), (8, 256, 1.2), (4, 32, 0.180),
@@ -215,7 +216,7 @@ def test_one_interruption_starts_the_wait_again() -> None:
 # ------------------------------------------------------------------------------------------------------------- chatter
 
 
-@pytest.mark.parametrize("period_s", [0.5, 1.0, 3.0, 5.0, 9.0])
+@each("period_s", [0.5, 1.0, 3.0, 5.0, 9.0])
 def test_a_load_that_swings_does_not_make_the_width_chatter(period_s: float) -> None:
     """Two minutes of a load that is heavy for one half of a period, light for the other."""
     one = policy(COSTS, latency_s=0.055)

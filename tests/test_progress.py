@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import conftest
+from cases import each
 from matquant import cli
 from matquant.system import progress
 from matquant.system.progress import Log, duration
@@ -102,7 +103,7 @@ def test_the_thread_of_a_log_ends_with_it(monkeypatch: pytest.MonkeyPatch) -> No
     assert not log._thread.is_alive()
 
 
-@pytest.mark.parametrize(("seconds", "words"), [(0.4, "0:00"), (59.6, "1:00"), (750, "12:30"), (10800, "3:00:00")])
+@each(("seconds", "words"), [(0.4, "0:00"), (59.6, "1:00"), (750, "12:30"), (10800, "3:00:00")])
 def test_durations_are_minutes_and_seconds(seconds: float, words: str) -> None:
     assert duration(seconds) == words
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from cases import each
 from matquant.cli.verbs import VERBS, load
 from matquant.options import declared_options
 from matquant.options.declare import PANELS
@@ -91,7 +92,7 @@ def tells(text: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("name", NAMES)
+@each("name", NAMES)
 def test_pages_have_no_tells(name: str) -> None:
     assert tells((ROOT / name).read_text()) == []
 
@@ -184,7 +185,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", title).strip().replace(" ", "-") for title in plain}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@each("name", NAMES)
 def test_relative_links_resolve(name: str) -> None:
     page = ROOT / name
     for target in links(page.read_text()):
@@ -204,7 +205,7 @@ def test_anchors_are_those_of_github(tmp_path: Path) -> None:
     assert anchors(page) == {"the---mix-option-twice", "int8--int4"}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@each("name", NAMES)
 def test_files_named_in_a_page_exist(name: str) -> None:
     text = (ROOT / name).read_text()
     for file in re.findall(r"(?<![\w/.-])(?:bench|experiments|docs|tests|examples|src/matquant)/[\w./-]*\w", text):
@@ -246,7 +247,7 @@ def check_command(line: str) -> None:
             assert flag in flags(verb), f"{line}: matquant {verb} has no {flag}"
 
 
-@pytest.mark.parametrize("name", NAMES)
+@each("name", NAMES)
 def test_commands_parse(name: str) -> None:
     for line in commands((ROOT / name).read_text()):
         check_command(line)
@@ -261,7 +262,7 @@ def test_wrong_commands_are_noticed() -> None:
 OTHERS = {"--hf-overrides", "--no-fused"}  # vLLM's, and what is always known
 
 
-@pytest.mark.parametrize("name", NAMES)
+@each("name", NAMES)
 def test_flags_in_running_text_exist(name: str) -> None:
     known = {flag for verb in VERBS for flag in flags(verb)} | OTHERS
     text = re.sub(r"^```.*?^```", "", (ROOT / name).read_text(), flags=re.DOTALL | re.MULTILINE)
@@ -273,7 +274,7 @@ def test_flags_in_running_text_exist(name: str) -> None:
 # ------------------------------------------------------------------------------------------------- length and generated
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/results.md"])
+@each("name", ["README.md", "docs/results.md"])
 def test_pages_people_read_first_are_short(name: str) -> None:
     assert len((ROOT / name).read_text().splitlines()) <= 150
 

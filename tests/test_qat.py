@@ -22,6 +22,7 @@ from torch.nn import functional
 
 import conftest
 import matquant
+from cases import each
 from conftest import Interrupt
 from matquant.core.grid import fit_slice
 from matquant.format.read import open_checkpoint
@@ -301,8 +302,8 @@ def read_by_autograd(
     return scale * step * (code - (128 - (step - 1) / 2) / step)
 
 
-@pytest.mark.parametrize("own", ["own", "centre", None])
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@each("own", ["own", "centre", None])
+@each("bits", [2, 4, 8])
 def test_learned_gradients_are_those_of_autograd(bits: int, own: str | None) -> None:
     torch.manual_seed(0)
     weight = torch.randn(5, 32, requires_grad=True)

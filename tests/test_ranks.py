@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from cases import each
 from matquant.backends.gpu_layout import padded
 from matquant.core.nest import COMPANDED, UNIFORM
 from matquant.core.tensor import NestedTensor
@@ -71,7 +72,7 @@ def assert_close(found: torch.Tensor, x: torch.Tensor, stacked: Sequence[NestedT
         start += len(dense)
 
 
-@pytest.mark.parametrize(("group", "grid"), [(None, UNIFORM), (32, UNIFORM), (32, COMPANDED), (160, UNIFORM)])
+@each(("group", "grid"), [(None, UNIFORM), (32, UNIFORM), (32, COMPANDED), (160, UNIFORM)])
 def test_ranks_together_are_the_whole_layer(group: int | None, grid: str) -> None:
     stacked = [weight(rows, group=group, grid=grid, seed=rows) for rows in SIZES]
     single, x = stacked[:1], torch.randn(3, COLUMNS, generator=torch.Generator().manual_seed(0))

@@ -9,6 +9,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import conftest
+from cases import each
 from matquant.core.grid import fit_grid
 from matquant.core.nest import COMPANDED
 from matquant.core.tensor import NestedTensor
@@ -31,8 +32,8 @@ def companded(seed: int = 0) -> NestedTensor:
     return NestedTensor(codes=codes, scale=scale, zero=zero, rule="prefix", grid=COMPANDED)
 
 
-@pytest.mark.parametrize("centred", [True, False])
-@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6])
+@each("centred", [True, False])
+@each("bits", [2, 3, 4, 5, 6])
 def test_codes_are_the_nearest_ones_and_scales_beat_the_range_of_the_group(bits: int, centred: bool) -> None:
     tensor = companded()
     zero = (2**bits - 1) / 2 if centred else 2 ** (bits - 1)

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import conftest
 import matquant
+from cases import each
 from conftest import SMALL, make_tokenizer
 from matquant import _native
 from matquant.format.read import open_checkpoint
@@ -407,7 +408,7 @@ OLD_STYLE: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("family", "extra"), OLD_STYLE, ids=str)
+@each(("family", "extra"), OLD_STYLE)
 def test_what_an_old_config_leaves_out_means_what_transformers_says(family: str, extra: dict[str, Any]) -> None:
     found = read_architecture({"model_type": family, **SIZES, **extra}, where="here")
     config = CLASSES[family](**SIZES, **extra)
@@ -433,7 +434,7 @@ def test_what_an_old_config_leaves_out_means_what_transformers_says(family: str,
             np.testing.assert_allclose(found.frequencies[index], getattr(rotary, name).numpy(), rtol=1e-6)
 
 
-@pytest.mark.parametrize(
+@each(
     ("change", "message"),
     [
         ({"model_type": "opt"}, "is a opt model, which the engine does not support; it supports llama, mistral, "),
@@ -445,7 +446,6 @@ def test_what_an_old_config_leaves_out_means_what_transformers_says(family: str,
         ({"rope_scaling": {"type": "dynamic"}}, "has rotary positions of type 'dynamic', partial_rotary_factor 1.0"),
         ({"rope_scaling": {"type": "linear"}}, "has linear rotary positions without 'factor'; repair config.json"),
     ],
-    ids=str,
 )
 def test_what_cannot_be_decoded_is_refused_by_name(change: dict[str, Any], message: str) -> None:
     with pytest.raises(matquant.InputError) as caught:

@@ -13,6 +13,7 @@ import pytest
 from starlette.testclient import TestClient
 
 import matquant
+from cases import each
 from http_service import assert_error, chat, complete, events, make_engine, make_service, stop_all
 from matquant.hf.renderer import warm
 from matquant.serve import running
@@ -61,7 +62,7 @@ def test_models_lists_every_width_and_plan(client: TestClient) -> None:
     assert_error(client.get("/v1/models/other"), 404, "model", "tiny:int8")
 
 
-@pytest.mark.parametrize("name", ["tiny", "tiny:auto", *(f"tiny:int{bits}" for bits in range(1, 9)), "tiny:mixed"])
+@each("name", ["tiny", "tiny:auto", *(f"tiny:int{bits}" for bits in range(1, 9)), "tiny:mixed"])
 def test_every_name_that_a_request_may_give_is_described(client: TestClient, name: str) -> None:
     assert complete(client, model=name, max_tokens=1).status_code == 200
     found = client.get(f"/v1/models/{name}").json()
@@ -70,7 +71,7 @@ def test_every_name_that_a_request_may_give_is_described(client: TestClient, nam
         assert found["matquant"] == {"bits": 5, "bits_per_weight": None, "tokens_per_s": None}
 
 
-@pytest.mark.parametrize("name", ["tiny:int0", "tiny:int9", "tiny:", "tiny:4", "tiny:3.2bpw", "other:int4"])
+@each("name", ["tiny:int0", "tiny:int9", "tiny:", "tiny:4", "tiny:3.2bpw", "other:int4"])
 def test_names_that_requests_may_not_give_are_not_described(client: TestClient, name: str) -> None:
     asked, listed = complete(client, model=name), client.get(f"/v1/models/{name}")
     assert_error(listed, 404, "model", "tiny:int8")
@@ -113,7 +114,7 @@ def test_the_answer_says_which_widths_served_it(engine: matquant.Engine) -> None
         assert events(stream)[-1]["matquant"] == body["matquant"]
 
 
-@pytest.mark.parametrize(
+@each(
     ("fields", "status", "param"),
     [
         ({"model": "other"}, 404, "model"),
@@ -374,7 +375,7 @@ def test_metrics_count_tokens_by_width(client: TestClient) -> None:
 # -------------------------------------------------------------------------------------------------------------- errors
 
 
-@pytest.mark.parametrize(
+@each(
     ("fields", "param"),
     [
         ({"messages": None}, "messages"),
@@ -438,7 +439,7 @@ def test_unknown_fields_are_named_in_a_header(client: TestClient) -> None:
         assert_error(client.post(path, json={**fields, "model": "other"}), 404, "model")
 
 
-@pytest.mark.parametrize(
+@each(
     "fields",
     [
         {"structured_outputs": {"choice": ["\ud800", "b"]}},

@@ -12,6 +12,7 @@ import pytest
 from llguidance import LLTokenizer
 from starlette.testclient import TestClient
 
+from cases import each
 from conftest import make_tokenizer
 from http_service import assert_error, chat, complete, make_engine, make_service, stop_all
 from matquant.hf.vocabulary import Vocabulary, read_vocabulary
@@ -160,7 +161,7 @@ def test_a_copy_is_independent(grammars: Grammars) -> None:
         copy.accept(0)
 
 
-@pytest.mark.parametrize(
+@each(
     ("fields", "words"),
     [
         ({"response_format": {"type": "json_schema"}}, "give an object"),

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from starlette.testclient import TestClient
 
+from cases import each
 from chat_templates import TEMPLATES
 from conftest import make_tokenizer
 from http_service import assert_error, chat, events, make_engine, make_service, stop_all
@@ -88,7 +89,7 @@ CASES: dict[str, tuple[str, str, str, list[tuple[str, str]]]] = {  # form, text,
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES)
+@each("case", CASES)
 def test_calls_are_read_however_the_text_is_cut(case: str) -> None:
     form, text, shown, calls = CASES[case]
     generator = random.Random(1)
@@ -226,7 +227,7 @@ def test_tools_reach_the_template_unless_none_may_be_called(client: TestClient) 
         assert ("sub.2" in prompt) is is_there
 
 
-@pytest.mark.parametrize(
+@each(
     ("fields", "param"),
     [
         ({"tools": [{"type": "web_search"}]}, "tools"),

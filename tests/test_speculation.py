@@ -10,6 +10,7 @@ import pytest
 
 import conftest
 import matquant
+from cases import each
 from matquant.engine import pace as pacing
 from matquant.engine.chat import Conversation
 from matquant.engine.decoder import StepByStep
@@ -280,7 +281,7 @@ def test_a_model_with_short_steps_drafts_nothing_by_itself(
     assert assert_same(engine, speculate="auto", max_tokens=30).drafted == 0
 
 
-@pytest.mark.parametrize("value", ["", "on", "3", 0, 8, -1])
+@each("value", ["", "on", "3", 0, 8, -1])
 def test_other_values_of_speculate_are_rejected(value: str | int, engine: matquant.Engine) -> None:
     with pytest.raises(InputError) as caught:
         engine.stream(PROMPT, speculate=value)

@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
 
 import conftest
+from cases import each
 from conftest import SMALL
 from matquant.core.nest import CENTRE, COMPANDED, RULES, UNIFORM, nearest_codes, positions
 from matquant.core.tensor import NestedTensor
@@ -242,7 +243,7 @@ def test_memory_is_compared_with_what_is_free(monkeypatch: pytest.MonkeyPatch) -
     assert throughput.peak_flop_s(torch.device("cpu")) == 0.0
 
 
-@pytest.mark.parametrize(
+@each(
     ("card", "peak"),
     [
         ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H100 NVL", 835e12),

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import conftest
+from cases import each
 from matquant.core.spec import Plan
 from matquant.export import export
 from matquant.format.read import open_checkpoint
@@ -96,7 +97,7 @@ def test_experts_are_named_by_their_numbers_and_matrices() -> None:
     }
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
+@each("ranks", [1, 2, 3])
 def test_gate_and_up_take_turns_in_the_part_of_every_rank(ranks: int) -> None:
     """The same cuts of the whole tensors that vLLM makes of the files of gpt-oss."""
     inner, hidden = 7, 5
@@ -131,7 +132,7 @@ def test_overrides_are_bits_and_a_plan(tmp_path: Path) -> None:
     assert read_overrides({**ours, "plan": str(tmp_path / "plan.json")}) == Plan(default=3, bits={"a": 2})
 
 
-@pytest.mark.parametrize(
+@each(
     ("overrides", "message"),
     [
         ({"bits": 9}, "bits=9 is not a width; use one of 1 to 8"),
@@ -150,7 +151,7 @@ def test_other_overrides_are_refused(overrides: dict[str, Any], message: str) ->
     assert str(caught.value) == message
 
 
-@pytest.mark.parametrize(
+@each(
     ("config", "message"),
     [
         ({"kernels": "fast"}, "quantization_config has kernels='fast'; use one of auto, planes, dense"),
