@@ -1,5 +1,5 @@
 """Worker: llama.cpp or ik_llama.cpp, whichever its environment has. ``python decode_llamacpp.py FOLDER TYPE...`` reads
-FOLDER/shape.json. ik_llama.cpp repacks the blocks as it loads them, four or eight rows interleaved, as its --run-time-repack.
+FOLDER/shape.json. ik_llama.cpp repacks blocks as it loads them, four or eight rows interleaved (--run-time-repack).
 
 Writes a GGUF per block type into FOLDER if it is not there, "pure": every matrix in that type, or in the one that
 llama-quantize falls back to where blocks of 256 do not fit, random blocks with one small scale, so that all weights are
