@@ -3,7 +3,6 @@
 typedef float V __attribute__((vector_size(64)));
 typedef int32_t I __attribute__((vector_size(64)));
 typedef uint32_t U __attribute__((vector_size(64)));
-typedef uint64_t W __attribute__((vector_size(64)));
 typedef uint16_t H __attribute__((vector_size(32)));
 struct Half { uint16_t bits; };
 struct Brain { uint16_t bits; };
