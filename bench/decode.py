@@ -1,6 +1,7 @@
 """Tokens per second of a model at every width, compared with the streaming limit, its int8 and llama.cpp.
 
-    python bench/decode.py setup      llama.cpp for this processor, in an environment under MATQUANT_PEERS (.peers/)
+    python bench/decode.py setup      llama.cpp for this processor and ik_llama.cpp, in environments under
+                                      MATQUANT_PEERS (.peers/)
     python bench/decode.py run        measure: a record per shape, thread count and group size in bench/decode.jsonl
     python bench/decode.py report     the newest records against their targets
     python bench/decode.py plot       docs/roofline.png
@@ -9,7 +10,8 @@ Models have the shapes of released ones, vocabulary included, and random weights
 head is read at HEAD_BITS or wider, and every figure is of a whole token. Shapes without experts run as a Llama: norms
 of queries and keys are left out. llama.cpp gets random blocks of the type of the same nominal width for every matrix,
 the head included; where its K types do not fit, because 256 does not divide the inputs, the type that llama-quantize
-falls back to (SmolLM2, Gemma 3). --shape tiny only shows that everything runs.
+falls back to (SmolLM2, Gemma 3). ik_llama.cpp gets the same files and interleaves their rows as it loads them. --shape
+tiny only shows that everything runs.
 
 qwen3-30b-a3b-8 is eight layers of that model, up to int4, with routers that use all experts about equally. In the last
 layer both sides compute the experts for the last token of a prompt only.
@@ -19,7 +21,7 @@ stay in part in the last-level cache, and so does what it is compared with.
 
 Correctness first: products of the last layer and of the head against the definition, a prompt at once against token by
 token. Then, in every round, everything takes turns in bursts: the stream of memory and our decoding at each width,
-two widths in turn, a plan, llama.cpp's decoding, prefills of both. A burst is as many stretches of 2 tokens after 16,
+two widths in turn, a plan, the peers' decoding, prefills of all. A burst is as many stretches of 2 tokens after 16,
 or prompts of 128, as fill its time. One counts as undisturbed if its process had its cores for at least 97 % of it;
 medians are over those if there are three (matquant.engine.bench), and ratios are medians of those of each round. Both
 sides read the same random tokens, compute the logits of the last one and choose nothing. Ratios of samples that were
@@ -35,7 +37,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import ExitStack
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -69,8 +71,11 @@ RECORDS = ROOT / "bench" / "decode.jsonl"
 PICTURE = ROOT / "docs" / "roofline.png"
 CACHE = Path(os.environ.get("MATQUANT_PEERS", ROOT / ".peers")).resolve()
 WORKER = ROOT / "bench" / "peers" / "decode_llamacpp.py"
-VENV = CACHE / "llama-cpp-python" / "venv"
-PACKAGES = ("llama-cpp-python==0.3.36", "gguf==0.19.0", "numpy")
+# key in records -> packages of its environment; the first is built from its sources, the second's wheel has AVX2
+PEER_PACKAGES = {
+    "peer": ("llama-cpp-python==0.3.36", "gguf==0.19.0", "numpy"),
+    "ik": ("ik-llama-cpp-python==0.1.5", "gguf==0.19.0", "numpy"),
+}
 CMAKE = ("GGML_NATIVE=ON", "LLAVA_BUILD=OFF", "LLAMA_CURL=OFF", "LLAMA_OPENSSL=OFF")
 
 HEADS = ("num_attention_heads", "num_key_value_heads")
@@ -136,13 +141,18 @@ app = typer.Typer(add_completion=False)
 
 @app.command()
 def setup() -> None:
-    """Make the environment of llama-cpp-python, built from its sources."""
-    ready = VENV.parent / "ready"
-    if ready.is_file():
-        return
+    """Make the environments of llama-cpp-python, built from its sources, and of ik-llama-cpp-python."""
     flags = {"CMAKE_ARGS": " ".join(f"-D{flag}" for flag in CMAKE)}
-    make_environment(VENV.parent, PACKAGES, pip=("--no-binary", "llama-cpp-python"), environ=flags)
-    ready.touch()
+    for key, packages in PEER_PACKAGES.items():
+        folder = _environment(key)
+        if not (folder / "ready").is_file():
+            pip = ("--no-binary", "llama-cpp-python") if key == "peer" else ()
+            make_environment(folder, packages, pip=pip, environ=flags)
+            (folder / "ready").touch()
+
+
+def _environment(key: str) -> Path:
+    return CACHE / PEER_PACKAGES[key][0].split("=")[0]
 
 
 @app.command()
@@ -155,7 +165,7 @@ def run(
     rounds: Annotated[int, typer.Option(help="Bursts of each kind.")] = 7,
     burst_s: Annotated[float, typer.Option(help="Seconds of a burst.")] = 1.0,
     keep: Annotated[bool, typer.Option(help="Append to bench/decode.jsonl.")] = True,
-    peer: Annotated[bool, typer.Option(help="Measure llama.cpp as well.")] = True,
+    peer: Annotated[bool, typer.Option(help="Measure llama.cpp and ik_llama.cpp as well.")] = True,
     grid: Annotated[str, typer.Option(help=f"One of {', '.join(KERNEL_GRIDS)}.")] = UNIFORM,
     prompt: Annotated[int, typer.Option(help="Tokens of a prompt; 0: no prompt is timed.")] = PROMPT,
     cpu_time: Annotated[bool, typer.Option("--cpu-time", help="Compare by processor time.")] = False,
@@ -168,10 +178,9 @@ def run(
     folder = CACHE / "decode" / shape
     folder.mkdir(parents=True, exist_ok=True)
     served = tuple(bits for bits in WIDTHS if bits <= MAX_BITS.get(shape, max(WIDTHS)))
-    running: AbstractContextManager[LlamaCpp | None] = nullcontext()
-    if peer:
-        running = LlamaCpp(folder, SHAPES[shape], served)
-    with running as other:
+    with ExitStack() as running:
+        keys = PEER_PACKAGES if peer else ()
+        others = [running.enter_context(LlamaCpp(key, folder, SHAPES[shape], served)) for key in keys]
         for group_size in group or (64,):
             directory = folder / f"{grid}-{group_size}"
             if not directory.exists():
@@ -179,8 +188,9 @@ def run(
             for count in threads or (1, 2):
                 asked: Record = {"threads": count, "rounds": rounds, "burst_s": burst_s}
                 asked |= {"prompt": prompt, "cpu_time": cpu_time}
-                record = {**asked, **measure(directory, other, served, **asked)}
-                made = {**origin(), "matquant": version("matquant"), "versions": other.versions if other else {}}
+                record = {**asked, **measure(directory, others, served, **asked)}
+                versions = {name: number for other in others for name, number in other.versions.items()}
+                made = {**origin(), "matquant": version("matquant"), "versions": versions}
                 record = {"shape": shape, "group": group_size, "grid": grid, **record, **made}
                 show(record)
                 line = json.dumps(record, sort_keys=True)
@@ -250,14 +260,15 @@ def write_random(
 
 
 class LlamaCpp:
-    """The worker in its own environment, with a model of each of the widths ``served`` loaded."""
+    """The worker in the environment of ``key``, with a model of each of the widths ``served`` loaded."""
 
-    def __init__(self, folder: Path, shape: Record, served: Sequence[int]) -> None:
-        python = VENV / "bin" / "python"
+    def __init__(self, key: str, folder: Path, shape: Record, served: Sequence[int]) -> None:
+        self.key = key
+        python = _environment(key) / "venv" / "bin" / "python"
         if not python.is_file():
             raise SystemExit(f"{python} is missing; first: python bench/decode.py setup")
         (folder / "shape.json").write_text(json.dumps(shape))
-        self._log = (folder / "llamacpp.log").open("w")
+        self._log = (folder / f"{key}.log").open("w")
         command: list[str | Path] = [python, WORKER, folder, *(PEERS[bits] for bits in served)]
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self._log, text=True)
@@ -295,7 +306,7 @@ class LlamaCpp:
 
 def measure(
     directory: Path,
-    peer: LlamaCpp | None,
+    peers: Sequence[LlamaCpp],
     served: Sequence[int],
     *,
     threads: int,
@@ -304,7 +315,7 @@ def measure(
     prompt: int,
     cpu_time: bool,
 ) -> Record:
-    """The record of an engine at the widths ``served``, and of llama.cpp if it takes part, with ``threads`` threads."""
+    """The record of an engine at the widths ``served``, and of the peers that take part, with ``threads`` threads."""
     loads = () if cpu_time else ("checked", "unchecked")
     load_s = {kind: first_token_s(directory, threads, kind, max(served)) for kind in loads}
     engine = Engine(directory, threads=threads, check_hashes=False, max_bits=max(served))
@@ -325,9 +336,9 @@ def measure(
     def prefills(tokens: int, seconds: float) -> None:
         for bits in served:
             note(f"prefill {bits}", burst(partial(prefill, session, engine.widths(bits), tokens), seconds))
-            if peer:
+            for peer in peers:
                 answer = peer.burst(bits, "prefill", tokens=tokens, threads=threads, seconds=seconds)
-                note(f"peer prefill {bits}", answer)
+                note(f"{peer.key} prefill {bits}", answer)
 
     def decodes(seconds: float) -> None:
         for name, schedule in schedules.items():
@@ -335,9 +346,9 @@ def measure(
             note(f"stream {name}", burst(partial(timed, read, streams[name].bytes, threads), seconds / 5))
             for kind, values in decode_burst(session, schedule, seconds).items():
                 note(f"{kind} {name}", values)
-            if peer and name.isdigit():
+            for peer in peers if name.isdigit() else ():
                 answer = peer.burst(int(name), "decode", tokens=STRETCH, threads=threads, seconds=seconds)
-                note(f"peer decode {name}", answer)
+                note(f"{peer.key} decode {name}", answer)
 
     prefills(CONTEXT, 0.0)  # both touch everything once
     decodes(0.0)
@@ -346,7 +357,7 @@ def measure(
         if prompt:
             prefills(prompt, burst_s)
         decodes(burst_s)
-    return {"load_s": load_s, **summary(engine, peer, served, by_processor_time(samples) if cpu_time else samples)}
+    return {"load_s": load_s, **summary(engine, peers, served, by_processor_time(samples) if cpu_time else samples)}
 
 
 def by_processor_time(samples: Samples) -> Samples:
@@ -361,7 +372,7 @@ def by_processor_time(samples: Samples) -> Samples:
     }
 
 
-def summary(engine: Engine, peer: LlamaCpp | None, served: Sequence[int], samples: Samples) -> Record:
+def summary(engine: Engine, peers: Sequence[LlamaCpp], served: Sequence[int], samples: Samples) -> Record:
     """Medians as rates, and medians over rounds of ratios: the memory's speed may differ from round to round."""
     every = {name: [sample for burst in bursts for sample in burst] for name, bursts in samples.items()}
     rate = {name: median(values) for name, values in every.items()}
@@ -390,18 +401,19 @@ def summary(engine: Engine, peer: LlamaCpp | None, served: Sequence[int], sample
             }
         if f"prefill {bits}" in rate:
             rows[str(bits)]["prefill_tok_s"] = rate[f"prefill {bits}"]
-        if peer:
+        for peer in peers:
+            key, theirs = peer.key, f"{peer.key} prefill {bits}"
             rows[str(bits)] |= {
-                "peer": PEERS[bits],
-                "peer_mb_per_token": peer.mb_per_token[PEERS[bits]],
-                "peer_tok_s": rate[f"peer decode {bits}"],
-                "over_peer": ratio(f"decode {bits}", f"peer decode {bits}"),
+                key: PEERS[bits],
+                f"{key}_mb_per_token": peer.mb_per_token[PEERS[bits]],
+                f"{key}_tok_s": rate[f"{key} decode {bits}"],
+                f"over_{key}": ratio(f"decode {bits}", f"{key} decode {bits}"),
             }
-        if f"peer prefill {bits}" in rate:
-            rows[str(bits)] |= {
-                "peer_prefill_tok_s": rate[f"peer prefill {bits}"],
-                "prefill_over_peer": ratio(f"prefill {bits}", f"peer prefill {bits}"),
-            }
+            if theirs in rate:
+                rows[str(bits)] |= {
+                    f"{key}_prefill_tok_s": rate[theirs],
+                    f"prefill_over_{key}": ratio(f"prefill {bits}", theirs),
+                }
     streams = [sample for name, values in every.items() if name.startswith("stream") for sample in values]
     timed_samples = [sample for name, values in every.items() if not name.startswith("stream") for sample in values]
     mixes: Record = {}
@@ -532,9 +544,13 @@ COLUMNS: dict[str, tuple[str, str, dict[int, float]]] = {
     "over int8": ("over_int8", ".2f", STEP_TARGETS),
     "llama.cpp": ("peer_tok_s", ".1f", {}),
     "over it": ("over_peer", ".2f", DECODE_TARGETS),
+    "ik_llama.cpp": ("ik_tok_s", ".1f", {}),
+    "over this": ("over_ik", ".2f", {}),
     "prompt tokens/s": ("prefill_tok_s", ".0f", {}),
     "llama.cpp's": ("peer_prefill_tok_s", ".0f", {}),
     "over them": ("prefill_over_peer", ".2f", dict.fromkeys(WIDTHS, PREFILL_TARGET)),
+    "ik_llama.cpp's": ("ik_prefill_tok_s", ".0f", {}),
+    "over these": ("prefill_over_ik", ".2f", {}),
 }
 
 
@@ -551,7 +567,7 @@ def show(record: Record) -> None:
             wanted = SHAPE_TARGETS.get(record["shape"], {}).get(key, targets)
             cells.append(_cell(measured[key], form, wanted.get(int(width))) if key in measured else "")
         table.add_row(f"int{width}, {measured.get('peer', 'alone')}", *cells)
-    console = Console(width=150)
+    console = Console(width=200)
     console.print(table)
     few, *_, many = record["widths"]
     console.print(f"int{few} and int{many} in turn: {_cell(record['switch'], '.3f', SAME)} of the speed of both alone")

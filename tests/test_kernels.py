@@ -5,6 +5,7 @@ width and the other grid must fail the same comparison. Instruction sets, batche
 N out features, K in features, G groups, T tokens.
 """
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -66,6 +67,7 @@ def random_tensor(
     group: int | None = None,
     seed: int = 0,
     slices: bool = False,
+    one_zero: bool = False,
 ) -> NestedTensor:
     """A weight with storable scales and, with ``slices``, an affine of its own at widths 2 and 3."""
     generator = np.random.default_rng([seed, *shape])
@@ -76,7 +78,9 @@ def random_tensor(
 
     own = {bits: (values(0.5, 2), values(0, 2**bits - 1)) for bits in (2, 3)} if slices else {}
     codes = generator.integers(0, 256, shape, dtype=np.uint8)
-    scale, zero = values(0.5, 1.5), np.full((shape[0], groups), 128, np.float32)
+    scale, zero = values(0.5, 1.5), values(120, 136)
+    if one_zero:
+        zero[:] = zero[0, 0]
     return NestedTensor(codes=codes, scale=scale, zero=zero, rule=rule, grid=grid, slices=own)
 
 
@@ -229,6 +233,28 @@ def test_instruction_sets_batches_and_threads_give_the_same_bits(activations: st
         for threads in (2, 3, 16):
             assert_same_bits(product(x, threads), expected)
             assert_same_bits(product(x[:1], threads), expected[:1])
+
+
+@each_isa
+@each_grid
+@each("group", [64, 128, 512])
+def test_one_zero_point_gives_the_bits_of_many_equal_ones(isa_name: str, grid: str, group: int) -> None:
+    _native.use_isa(isa_name)
+    tensor = random_tensor((33, 512), grid=grid, group=group, one_zero=True)
+    weight, zero = load_weight(tensor), float(tensor.zero[0, 0])
+    many = load_weight(dataclasses.replace(tensor, zero=np.where(np.arange(33)[:, None] == 32, zero + 1, tensor.zero)))
+    for bits in WIDTHS:
+        assert weight.planes.native.affine_bytes(bits) * 2 == many.planes.native.affine_bytes(bits)
+        for activations in ("int8", "float"):
+            x = random_x(9, 512)
+            y = matmul(weight, x, bits=bits, activations=activations, threads=1)
+            stored = matmul(many, x, bits=bits, activations=activations, threads=1)
+            assert_same_bits(y[:, :32], stored[:, :32])
+            assert (y[:, 32] != stored[:, 32]).any()
+            for tokens in (1, 2):
+                assert_same_bits(matmul(weight, x[:tokens], bits=bits, activations=activations, threads=1), y[:tokens])
+                alone = matmul(many, x[:tokens], bits=bits, activations=activations, threads=1)
+                assert_same_bits(alone, stored[:tokens])
 
 
 @each_isa

@@ -143,7 +143,12 @@ def test_weights_that_share_pages_outlive_each_other() -> None:
 def test_affines_that_fit_take_four_bytes_per_group_and_are_shared() -> None:
     codes = random_codes((256, 1024))
     scale = np.full((256, 8), 0.5, np.float32)
-    zero = np.full((256, 8), 128.0, np.float32)
+    same = np.full((256, 8), 128.0, np.float32)
+    zero = same + np.arange(8, dtype=np.float32)
+    weight = load_weight(NestedTensor(codes=codes, scale=scale, zero=same, rule="prefix"))
+    assert weight.planes.bytes == codes.size + 2 * scale.size
+    weight = load_weight(NestedTensor(codes=codes, scale=scale + 2**-20, zero=same, rule="prefix"))
+    assert weight.planes.bytes == codes.size + 4 * scale.size
     weight = load_weight(NestedTensor(codes=codes, scale=scale, zero=zero, rule="prefix"))
     assert weight.planes.bytes == codes.size + 4 * scale.size
     own = {2: (scale, zero)}

@@ -1,4 +1,5 @@
-"""Worker: llama.cpp in its own environment. ``python decode_llamacpp.py FOLDER TYPE...`` reads FOLDER/shape.json.
+"""Worker: llama.cpp or ik_llama.cpp, whichever its environment has. ``python decode_llamacpp.py FOLDER TYPE...`` reads
+FOLDER/shape.json. ik_llama.cpp repacks blocks as it loads them, four or eight rows interleaved (--run-time-repack).
 
 Writes a GGUF per block type into FOLDER if it is not there, "pure": every matrix in that type, or in the one that
 llama-quantize falls back to where blocks of 256 do not fit, random blocks with one small scale, so that all weights are
@@ -12,6 +13,7 @@ an answer per line of stdout: [[wall seconds, CPU seconds], ...], a pair per str
 The first line is {"versions", "mb_per_token"}, the bytes of all matrices but the embedding, and of the experts in use.
 """
 
+import ctypes
 import json
 import math
 import sys
@@ -22,9 +24,17 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-import llama_cpp  # type: ignore[import-not-found]
 import numpy as np
 from llama_gguf import finish_gguf, start_gguf  # type: ignore[import-not-found]
+
+try:
+    from ik_llama_cpp import _ctypes_api as llama_cpp  # type: ignore[import-not-found]
+
+    FORK = True
+except ModuleNotFoundError:
+    import llama_cpp  # type: ignore[import-not-found]
+
+    FORK = False
 
 # block type -> where its blocks have float16 scales (bytes); everything else in a block may be any byte
 SCALES = {"Q8_0": (0,), "Q6_K": (208,), "Q4_K": (0, 2), "Q3_K": (108,), "Q2_K": (80, 82), "Q4_0": (0,), "Q5_0": (0,)}
@@ -46,7 +56,7 @@ def main(folder: Path, kinds: list[str]) -> None:
     llama_cpp.llama_backend_init()
     models = {kind: _load(folder / f"{kind}.gguf") for kind in kinds}
     read = {kind: _read_bytes(kind, shape) / 1e6 for kind in kinds}
-    names = ("llama-cpp-python", "gguf")
+    names = ("ik-llama-cpp-python" if FORK else "llama-cpp-python", "gguf")
     _answer({"versions": {name: version(name) for name in names}, "mb_per_token": read})
     for line in sys.stdin:
         request = json.loads(line)
@@ -134,18 +144,32 @@ def _random_blocks(generator: np.random.Generator, kind: str, *size: int) -> np.
 
 def _load(file: Path) -> Any:
     loading = llama_cpp.llama_model_default_params()
-    loading.use_mmap = False  # pages of a file may be reclaimed, and are small
+    if FORK:  # pages of a mapped file may be reclaimed, and are small
+        loading.use_mmap, loading.repack_tensors = False, True
+    else:
+        loading.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE
     model = llama_cpp.llama_model_load_from_file(str(file).encode(), loading)
     parameters = llama_cpp.llama_context_default_params()
     parameters.n_ctx = parameters.n_batch = parameters.n_ubatch = CONTEXT
     context = llama_cpp.llama_init_from_model(model, parameters) if model else None
     if not context:
         raise SystemExit(f"llama.cpp does not load {file}; remove it to have it written again")
-    return context
+    return _bound(context) if FORK else context
+
+
+def _bound(context: int) -> Any:
+    """The context for functions of ik_llama.cpp that its package does not declare."""
+    library, place, count = llama_cpp._lib, ctypes.c_void_p, ctypes.c_int32
+    library.llama_set_n_threads.argtypes = [place, ctypes.c_uint32, ctypes.c_uint32]
+    library.llama_synchronize.argtypes = [place]
+    library.llama_kv_cache_seq_rm.argtypes = [place, count, count, count]
+    library.llama_batch_get_one.argtypes = [llama_cpp.llama_token_p, count, count, count]
+    library.llama_batch_get_one.restype = llama_cpp.llama_batch
+    return place(context)
 
 
 def _burst(context: Any, request: dict[str, Any], vocab: int) -> list[tuple[float, float]]:
-    llama_cpp.llama_set_n_threads(context, request["threads"], request["threads"])
+    _library().llama_set_n_threads(context, request["threads"], request["threads"])
     ids = np.random.default_rng(0).integers(vocab, size=request["tokens"]).tolist()
     stop = time.perf_counter() + request["seconds"]
     samples: list[tuple[float, float]] = []
@@ -164,13 +188,23 @@ def _burst(context: Any, request: dict[str, Any], vocab: int) -> list[tuple[floa
 
 def _run(context: Any, *, keep: int, batches: list[list[int]]) -> None:
     """Forget all but ``keep`` tokens, then run batches of token ids, each until its last logits are there."""
-    llama_cpp.llama_memory_seq_rm(llama_cpp.llama_get_memory(context), -1, keep, -1)
+    library = _library()
+    if FORK:
+        library.llama_kv_cache_seq_rm(context, -1, keep, -1)
+    else:
+        library.llama_memory_seq_rm(library.llama_get_memory(context), -1, keep, -1)
     for batch in batches:
         ids = (llama_cpp.llama_token * len(batch))(*batch)
-        code = llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(ids, len(batch)))
+        place = (keep, 0) if FORK else ()
+        code = llama_cpp.llama_decode(context, library.llama_batch_get_one(ids, len(batch), *place))
         if code != 0:
             raise SystemExit(f"llama_decode gave {code}")
-        llama_cpp.llama_synchronize(context)
+        library.llama_synchronize(context)
+        keep += len(batch)
+
+
+def _library() -> Any:
+    return llama_cpp._lib if FORK else llama_cpp
 
 
 if __name__ == "__main__":

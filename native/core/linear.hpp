@@ -31,6 +31,8 @@ struct Affine {
   bool half;           // scales in bfloat16 and zero-points in float16, otherwise both in float32
   float step;
   float centre;
+  bool one_zero;  // all zero-points are `zero`, and values has none: [ceil(rows / 16)][groups][16]
+  float zero;
 };
 
 // A nested weight [rows, cols]. It owns none of its memory.

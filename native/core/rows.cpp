@@ -28,15 +28,17 @@ struct ScaleAndZero {
 };
 
 ScaleAndZero affine_of(const Affine& affine, int groups, int row, int group) {
-  const std::size_t at =
-      (static_cast<std::size_t>(row / BLOCK_ROWS) * groups + group) * 2 * BLOCK_ROWS + row % BLOCK_ROWS;
-  float scale, zero;
+  const std::size_t index = static_cast<std::size_t>(row / BLOCK_ROWS) * groups + group;
+  const std::size_t at = index * (affine.one_zero ? 1 : 2) * BLOCK_ROWS + row % BLOCK_ROWS;
+  float scale, zero = affine.zero;
   if (affine.half) {
     const auto* values = static_cast<const std::uint16_t*>(affine.values) + at;
-    scale = from_bf16(values[0]), zero = from_f16(values[BLOCK_ROWS]);
+    scale = from_bf16(values[0]);
+    if (!affine.one_zero) zero = from_f16(values[BLOCK_ROWS]);
   } else {
     const auto* values = static_cast<const float*>(affine.values) + at;
-    scale = values[0], zero = values[BLOCK_ROWS];
+    scale = values[0];
+    if (!affine.one_zero) zero = values[BLOCK_ROWS];
   }
   return {scale * affine.step, (zero - affine.centre) / affine.step};
 }

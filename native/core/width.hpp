@@ -6,7 +6,7 @@
 namespace matquant {
 
 // Upper bound of the bytes of a product; it decides how many products fit in 16 bits.
-enum class Range { to_16, to_32, to_64, to_128, any };
+enum class Range { to_4, to_16, to_32, to_64, to_128, any };
 
 // Lookup tables for the integers of a companded width. With n the top four bits of the code, by the bits read:
 //     2       top[n] for the upper two bits of a nibble that holds two codes, rest[n] for the lower two

@@ -32,10 +32,10 @@ constexpr int planes_read(int read) { return read == 2 ? 1 : read == 3 ? 2 : rea
 template <int READ>
 MATQUANT_INLINE void prefetch(const Streams& streams, unsigned tile) {
   constexpr unsigned MOST = (READ == 8 ? 4096 : 8192) / (VECTOR_BYTES * READ), WITHIN_PAGE = 3072 / tile_bytes(0);
-  const unsigned ahead = prefetch_within_page && WITHIN_PAGE < MOST ? WITHIN_PAGE : MOST;
+  const std::size_t ahead = prefetch_within_page && WITHIN_PAGE < MOST ? WITHIN_PAGE : MOST;
   unroll<planes_read(READ)>([&](auto plane) MATQUANT_LAMBDA {
     const auto at = reinterpret_cast<std::uintptr_t>(streams.plane[plane]) +
-                    static_cast<std::size_t>(tile + ahead) * tile_bytes(plane);
+                    static_cast<std::size_t>(tile) * tile_bytes(plane) + ahead * tile_bytes(plane);
     unroll<PLANE_BITS[plane]>([&](auto line) MATQUANT_LAMBDA {
       __builtin_prefetch(reinterpret_cast<const void*>(at + VECTOR_BYTES * line), 0, 3);
     });
@@ -67,6 +67,16 @@ MATQUANT_INLINE void each_pair(const Streams& streams, unsigned tile, Body&& bod
   });
 }
 
+// Calls body(quad, piece, two) for the eight quads; two: the vector of a plane of two bits that holds the quad.
+template <int PLANE, class Body>
+MATQUANT_INLINE void each_two(const Streams& streams, unsigned tile, Body&& body) {
+  unroll<2 * PIECES>([&](auto at) MATQUANT_LAMBDA {
+    constexpr int HALF = at.value / PIECES, PIECE = at.value % PIECES;
+    const Piece two = plane_piece<PLANE, PIECE>(streams, tile, HALF);
+    unroll<4>([&](auto quad) MATQUANT_LAMBDA { body(Index<4 * HALF + quad.value>{}, Index<PIECE>{}, two); });
+  });
+}
+
 // The last four bits of the codes of a pair, as nibbles; for READ = 6 the last two are 0.
 template <int READ, int PAIR, int PIECE>
 MATQUANT_INLINE Piece low_bits(const Streams& streams, unsigned tile) {
@@ -80,21 +90,27 @@ MATQUANT_INLINE Piece low_bits(const Streams& streams, unsigned tile) {
 // ------------------------------------------------------------------------------------------------ the uniform grid
 
 // A decoded byte may keep its code where it is (IN_PLACE): that saves the shift to bit 0, and bytes with codes in
-// different places go to different sums. SLICED codes are computed from the bits read by a Slicer.
+// different places go to different sums. Codes above four bits may be multiplied as two parts (SPLIT): the top four bits
+// and the others. SLICED codes are computed from the bits read by a Slicer.
 template <int READ, bool SLICED, int M>
 struct Uniform {
   static constexpr bool IN_PLACE = !SLICED && READ <= 4 && ANY_BYTE_IS_FREE && M > 0 && M * (READ == 2 ? 4 : 2) <= 16;
+  static constexpr bool SPLIT = !SLICED && READ >= 6 && PARTS_ARE_FASTER && M > 0;
   static constexpr int read = READ;
-  static constexpr int places = !IN_PLACE ? 1 : READ == 2 ? 4 : 2;
-  static constexpr int base = READ == 6 && !SLICED && M > 0 ? 2 : IN_PLACE ? 8 - READ : 0;
+  static constexpr int places = SPLIT ? 2 : !IN_PLACE ? 1 : READ == 2 ? 4 : 2;
+  static constexpr int base = SPLIT ? 0 : READ == 6 && !SLICED && M > 0 ? 2 : IN_PLACE ? 8 - READ : 0;
   template <int PLACE>
-  static constexpr Range range = READ <= 4 ? Range::to_16 : SLICED ? Range::to_128 : Range::any;
+  static constexpr Range range = READ == 2 || (SPLIT && READ == 6 && PLACE == 1) ? Range::to_4
+                                 : READ <= 4 || SPLIT                            ? Range::to_16
+                                 : SLICED                                        ? Range::to_128
+                                                                                 : Range::any;
 
   const Slicer slicer;
   MATQUANT_INLINE explicit Uniform(const Width& width) : slicer(width) {}
 
   template <int PLACE>
   MATQUANT_INLINE Ints lowered(Ints sum) const {
+    if constexpr (SPLIT) return left<PLACE == 0 ? READ - 4 : 0>(sum);
     constexpr int DROP[4] = {base, base - 4, base - 2, 0};
     return right<DROP[PLACE]>(sum);
   }
@@ -109,15 +125,12 @@ struct Uniform {
       sink(quad, Index<place.value % places>{}, piece, bytes);
     };
     if constexpr (READ == 2) {
-      unroll<2 * PIECES>([&](auto at) MATQUANT_LAMBDA {
-        constexpr int HALF = at.value / PIECES, PIECE = at.value % PIECES;
-        constexpr Index<PIECE> piece{};
-        const Piece two = plane_piece<0, PIECE>(streams, tile, HALF);
-        give(Index<4 * HALF>{}, Index<0>{}, piece, IN_PLACE ? keep<0xC0>(two) : keep<0x03>(right<6>(two)));
-        give(Index<4 * HALF + 1>{}, Index<1>{}, piece, IN_PLACE ? keep<0x0C>(two) : keep<0x03>(right<2>(two)));
-        give(Index<4 * HALF + 2>{}, Index<2>{}, piece, IN_PLACE ? keep<0x30>(two) : keep<0x03>(right<4>(two)));
-        give(Index<4 * HALF + 3>{}, Index<3>{}, piece, keep<0x03>(two));
+      each_two<0>(streams, tile, [&](auto quad, auto piece, const Piece& two) MATQUANT_LAMBDA {
+        constexpr int PLACE = quad.value % 4, MASKS[4] = {0xC0, 0x0C, 0x30, 0x03}, DOWN[4] = {6, 2, 4, 0};
+        give(quad, Index<PLACE>{}, piece, IN_PLACE ? keep<MASKS[PLACE]>(two) : keep<0x03>(shift<DOWN[PLACE]>(two)));
       });
+    } else if constexpr (SPLIT) {
+      decode_parts(streams, tile, sink);
     } else {
       each_pair<READ>(streams, tile, [&](auto pair, auto piece, const Piece&, const Piece& nibbles) MATQUANT_LAMBDA {
         Piece high{}, low{};
@@ -136,6 +149,27 @@ struct Uniform {
         give(Index<2 * pair.value + 1>{}, Index<1>{}, piece, low);
       });
     }
+  }
+
+  // Place 0 has the top four bits, place 1 the others.
+  template <class Sink>
+  MATQUANT_INLINE void decode_parts(const Streams& streams, unsigned tile, Sink&& sink) const {
+    each_pair<READ>(streams, tile, [&](auto pair, auto piece, const Piece&, const Piece& nibbles) MATQUANT_LAMBDA {
+      constexpr Index<2 * pair.value> high{};
+      constexpr Index<2 * pair.value + 1> low{};
+      sink(high, Index<0>{}, piece, keep<0x0F>(right<4>(nibbles)));
+      sink(low, Index<0>{}, piece, keep<0x0F>(nibbles));
+      if constexpr (READ == 8) {
+        const Piece rest = low_bits<READ, pair.value, piece.value>(streams, tile);
+        sink(high, Index<1>{}, piece, keep<0x0F>(right<4>(rest)));
+        sink(low, Index<1>{}, piece, keep<0x0F>(rest));
+      }
+    });
+    if constexpr (READ == 6)
+      each_two<3>(streams, tile, [&](auto quad, auto piece, const Piece& two) MATQUANT_LAMBDA {
+        constexpr int DOWN[4] = {6, 2, 4, 0};
+        sink(quad, Index<1>{}, piece, keep<0x03>(shift<DOWN[quad.value % 4]>(two)));
+      });
   }
 };
 

@@ -17,8 +17,9 @@ MATQUANT_INLINE void add_tile(const Reading& reading, const Streams& streams, un
   });
 }
 
-// The products of the tiles first .. stop - 1, a segment; centre: subtracted from the integers.
-template <class Reading, int M>
+// The products of the tiles first .. stop - 1, a segment; centre: subtracted from the integers. TILES > 0: their number,
+// of a segment that is a group of its own.
+template <class Reading, int M, int TILES = 0>
 MATQUANT_INLINE void add_segment(const Reading& reading, const Streams& streams, const Panel<M>& panel, unsigned first,
                                  unsigned stop, int centre, Accumulators<M>& at) {
   constexpr int PLACES = Reading::places;
@@ -27,17 +28,23 @@ MATQUANT_INLINE void add_segment(const Reading& reading, const Streams& streams,
   int code_sums[M];
   unroll<PLACES * M>([&](auto sum) MATQUANT_LAMBDA { sums[sum].clear(); });
   unroll<M>([&](auto token) MATQUANT_LAMBDA { code_sums[token] = 0; });
-  for (unsigned tile = first; tile < stop; ++tile)
+  unroll<TILES>([&](auto tile) MATQUANT_LAMBDA {
+    add_tile<Reading, M>(reading, streams, first + tile, panel, sums, code_sums);
+  });
+  for (unsigned tile = first + TILES; tile < stop; ++tile)
     add_tile<Reading, M>(reading, streams, tile, panel, sums, code_sums);
   unroll<M>([&](auto token) MATQUANT_LAMBDA {
-    Ints sum = reading.template lowered<0>(sums[token].total());
+    Ints sum = reading.template lowered<0>(sums[token].template total_of<Reading::template range<0>>());
     unroll<PLACES - 1>([&](auto place) MATQUANT_LAMBDA {
       constexpr int PLACE = place.value + 1;
-      sum = add(sum, reading.template lowered<PLACE>(sums[PLACE * M + token].total()));
+      constexpr Range RANGE = Reading::template range<PLACE>;
+      sum = add(sum, reading.template lowered<PLACE>(sums[PLACE * M + token].template total_of<RANGE>()));
     });
     sum = subtract(sum, centre * code_sums[token]);
-    at.dot[token] = add(at.dot[token], multiply(to_floats(sum), broadcast(scales[token])));
-    at.x_sum[token] += scales[token] * static_cast<float>(code_sums[token]);
+    const Floats dot = multiply(to_floats(sum), broadcast(scales[token]));
+    const float x_sum = scales[token] * static_cast<float>(code_sums[token]);
+    at.dot[token] = TILES > 0 ? dot : add(at.dot[token], dot);
+    at.x_sum[token] = TILES > 0 ? x_sum : at.x_sum[token] + x_sum;
   });
 }
 
@@ -47,6 +54,14 @@ MATQUANT_INLINE void add_block(const Reading& reading, const Streams& streams, c
                                const Affines& affines, std::size_t affine, unsigned tiles, unsigned group_tiles,
                                int centre, Accumulators<M>& at) {
   unsigned tile = 0;
+  if constexpr (M == 1)  // groups of 64, the recipes' own: without loops and sums of one
+    if (group_tiles == 2) {
+      for (; tile < tiles; tile += 2) {
+        add_segment<Reading, M, 2>(reading, streams, panel, tile, tile + 2, centre, at);
+        at.end_group(affines.of(affine++));
+      }
+      return;
+    }
   for (unsigned group_stop = group_tiles; tile < tiles; group_stop += group_tiles) {
     while (tile < group_stop) {
       const unsigned activation_stop = (tile | (ACTIVATION_TILES - 1)) + 1;

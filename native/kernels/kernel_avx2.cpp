@@ -1,7 +1,7 @@
 // The kernels for AVX2. vpmaddubsw adds two products of an unsigned and a signed byte in 16 bits and saturates. The
-// bound of the bytes decides how many such sums are added before they are widened: 8 for bytes up to 16, 4 up to 32, 2
-// up to 64, 1 up to 128, as 2 * 128 * 127 = 32512. Larger bytes have 128 subtracted: |byte| * (sign of the byte applied
-// to x).
+// bound of the bytes decides how many such sums are added before they are widened: those of a segment for bytes below 4,
+// 8 up to 16, 4 up to 32, 2 up to 64, 1 up to 128, as 2 * 128 * 127 = 32512. Larger bytes have 128 subtracted: |byte| *
+// (sign of the byte applied to x).
 #include "kernels/kernels.hpp"
 
 #include <immintrin.h>
@@ -10,6 +10,7 @@ namespace matquant {
 namespace {
 
 constexpr bool ANY_BYTE_IS_FREE = false;
+constexpr bool PARTS_ARE_FASTER = true;  // codes above four bits are multiplied as two parts, which need no sign
 // Up to this many tokens are multiplied with codes in the registers in which these were decoded (docs/kernels.md).
 constexpr int fused_tokens(int read) { return read <= 4 ? 4 : 1; }
 constexpr int GEMM_BLOCKS = 1;
@@ -179,21 +180,29 @@ struct Sum {
   template <Range RANGE, int QUAD, int PIECE>
   MATQUANT_INLINE void add(Piece bytes, const std::int8_t* x) {
     constexpr int RUN = run(RANGE);
+    constexpr bool WHOLE = RANGE == Range::to_4;
     std::int32_t four;
     __builtin_memcpy(&four, x, 4);
     const __m256i two = pairs<RANGE>(bytes, _mm256_set1_epi32(four));
     __m256i& sum = PIECE == 0 ? ints.low : ints.high;
     __m256i& run_sum = PIECE == 0 ? shorts.low : shorts.high;
-    if constexpr (QUAD % RUN == 0)
+    if constexpr (!WHOLE && QUAD % RUN == 0)
       run_sum = two;
     else
       run_sum = _mm256_add_epi16(run_sum, two);
-    if constexpr (QUAD % RUN == RUN - 1) {
-      sum = _mm256_add_epi32(sum, _mm256_madd_epi16(run_sum, _mm256_set1_epi16(1)));
+    if constexpr (!WHOLE && QUAD % RUN == RUN - 1) {
+      sum = _mm256_add_epi32(sum, widened(run_sum));
       settle(sum);
     } else {
       settle(run_sum);
     }
+  }
+  MATQUANT_INLINE static __m256i widened(__m256i sums) { return _mm256_madd_epi16(sums, _mm256_set1_epi16(1)); }
+  // Of a segment whose bytes were all added with RANGE.
+  template <Range RANGE>
+  MATQUANT_INLINE Ints total_of() const {
+    if constexpr (RANGE == Range::to_4) return {widened(shorts.low), widened(shorts.high)};
+    return ints;
   }
   MATQUANT_INLINE Ints total() const { return ints; }
 };

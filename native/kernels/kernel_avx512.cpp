@@ -7,6 +7,7 @@ namespace matquant {
 namespace {
 
 constexpr bool ANY_BYTE_IS_FREE = true;
+constexpr bool PARTS_ARE_FASTER = false;
 // Up to this many tokens are multiplied with codes in the registers in which these were decoded (docs/kernels.md).
 constexpr int fused_tokens(int) { return 24; }
 constexpr int GEMM_BLOCKS = 3;  // 3 x 8 sums in registers
@@ -132,6 +133,10 @@ struct Sum {
     ints = _mm512_dpbusd_epi32(ints, bytes, _mm512_set1_epi32(four));
   }
   MATQUANT_INLINE Ints total() const { return {ints}; }
+  template <Range>
+  MATQUANT_INLINE Ints total_of() const {
+    return total();
+  }
 };
 
 #include "kernel.inl"

@@ -8,6 +8,7 @@ namespace matquant {
 namespace {
 
 constexpr bool ANY_BYTE_IS_FREE = false;
+constexpr bool PARTS_ARE_FASTER = false;
 // Up to this many tokens are multiplied with codes in the registers in which these were decoded (docs/kernels.md).
 constexpr int fused_tokens(int) { return 1; }
 constexpr int GEMM_BLOCKS = 1;
@@ -161,6 +162,10 @@ struct Sum {
     ints = MATQUANT_FOUR(vdotq_s32(ints.at[i], centred<RANGE>(bytes.at[i]), fours));
   }
   MATQUANT_INLINE Ints total() const { return ints; }
+  template <Range>
+  MATQUANT_INLINE Ints total_of() const {
+    return total();
+  }
 };
 
 #include "kernel.inl"

@@ -9,6 +9,7 @@ namespace {
 #define MATQUANT_EACH(count) for (int i = 0; i < (count); ++i)
 
 constexpr bool ANY_BYTE_IS_FREE = false;
+constexpr bool PARTS_ARE_FASTER = false;
 // Up to this many tokens are multiplied with codes in the registers in which these were decoded (docs/kernels.md).
 constexpr int fused_tokens(int) { return 0; }
 constexpr int GEMM_BLOCKS = 1;
@@ -202,6 +203,10 @@ struct Sum {
                   bytes.at[4 * i + 3] * x[3];
   }
   Ints total() const { return ints; }
+  template <Range>
+  Ints total_of() const {
+    return total();
+  }
 };
 
 #include "kernel.inl"

@@ -107,31 +107,28 @@ struct RowAffine {
 // Scales and zero-points of a width, by row block and group: [blocks * groups].
 struct Affines {
   const void* values;
-  bool half;
-  float step, inverse, centre, middle;
+  bool half, one_zero;
+  float step, inverse, centre, middle, zero;
 
   MATQUANT_INLINE Affines(const Linear& weight, const Width& width)
       : values(weight.affine[width.bits].values),
         half(weight.affine[width.bits].half),
+        one_zero(weight.affine[width.bits].one_zero),
         step(weight.affine[width.bits].step),
         inverse(1.0f / step),  // of a power of two: exact
         centre(weight.affine[width.bits].centre),
-        middle(static_cast<float>(width.centre)) {}
+        middle(static_cast<float>(width.centre)),
+        zero((weight.affine[width.bits].zero - centre) * inverse - middle) {}
 
   MATQUANT_INLINE RowAffine of(std::size_t index) const {
-    const std::size_t at = index * 2 * BLOCK_ROWS;
-    Floats scale, zero;
-    if (half) {
-      const auto* from = static_cast<const std::uint16_t*>(values) + at;
-      scale = widen_bfloat16(from);
-      zero = widen_float16(from + BLOCK_ROWS);
-    } else {
-      const auto* from = static_cast<const float*>(values) + at;
-      scale = load_floats(from);
-      zero = load_floats(from + BLOCK_ROWS);
-    }
+    const std::size_t at = index * (one_zero ? 1 : 2) * BLOCK_ROWS;
+    const auto* const halves = static_cast<const std::uint16_t*>(values) + at;
+    const auto* const floats = static_cast<const float*>(values) + at;
+    const Floats scale = multiply(half ? widen_bfloat16(halves) : load_floats(floats), broadcast(step));
+    if (one_zero) return {scale, broadcast(zero)};
+    Floats zero = half ? widen_float16(halves + BLOCK_ROWS) : load_floats(floats + BLOCK_ROWS);
     zero = multiply(subtract(zero, broadcast(centre)), broadcast(inverse));
-    return {multiply(scale, broadcast(step)), subtract(zero, broadcast(middle))};
+    return {scale, subtract(zero, broadcast(middle))};
   }
 };
 

@@ -5,6 +5,7 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <initializer_list>
 #include <memory>
 #include <new>
 #include <stdexcept>
@@ -87,38 +88,69 @@ class Weight {
   // several widths may share it.
   template <class T>
   std::size_t add_values(const Contiguous<T>& scale, const Contiguous<T>& zero) {
-    const int groups = linear_.cols / linear_.group;
-    const auto blocks = static_cast<std::size_t>(ceil_div(linear_.rows, BLOCK_ROWS));
-    for (const auto* values : {&scale, &zero})
-      if (size(values->shape(0)) != linear_.rows || size(values->shape(1)) != groups)
-        throw std::invalid_argument("scale and zero are not [rows, groups]");
-    affines_.push_back(std::make_unique<Memory>(sizeof(T) * 2 * BLOCK_ROWS * groups * blocks, Pages::huge));
-    T* out = reinterpret_cast<T*>(affines_.back()->data());
-    for (int row = 0; row < linear_.rows; ++row)
-      for (int group = 0; group < groups; ++group) {
-        const std::size_t from = static_cast<std::size_t>(row) * groups + group;
-        T* to = out + (static_cast<std::size_t>(row / BLOCK_ROWS) * groups + group) * 2 * BLOCK_ROWS + row % BLOCK_ROWS;
-        to[0] = scale.data()[from];
-        to[BLOCK_ROWS] = zero.data()[from];
-      }
-    halves_.push_back(sizeof(T) == 2);
+    add({&scale, &zero}, 0.0f);
+    return affines_.size() - 1;
+  }
+  // The same with one zero-point for all.
+  template <class T>
+  std::size_t add_scales(const Contiguous<T>& scale, float zero) {
+    add({&scale}, zero);
     return affines_.size() - 1;
   }
 
   void set_affine(int bits, std::size_t values, float step, float centre) {
     if (bits < 1 || bits > 8 || values >= affines_.size()) throw std::invalid_argument("no such width or values");
-    linear_.affine[bits] = {affines_[values]->data(), halves_[values], step, centre};
+    const Values& from = affines_[values];
+    linear_.affine[bits] = {from.memory->data(), from.half, step, centre, from.one_zero, from.zero};
+  }
+  // Bytes of a width's scales and zero-points.
+  std::size_t affine_bytes(int bits) const {
+    if (bits < 1 || bits > 8) throw std::invalid_argument("no such width");
+    for (const Values& values : affines_)
+      if (values.memory->data() == linear_.affine[bits].values) return values.bytes;
+    throw std::invalid_argument("that width has no scales");
   }
 
   const Linear& linear() const { return linear_; }
   std::size_t bytes() const {
     std::size_t total = 0;
     for (const auto& plane : planes_) total += plane == nullptr ? 0 : plane->bytes();
-    for (const auto& affine : affines_) total += affine->bytes();
+    for (const Values& values : affines_) total += values.memory->bytes();
     return total;
   }
 
  private:
+  struct Values {
+    std::unique_ptr<Memory> memory;
+    std::size_t bytes;  // without what fills up a page
+    bool half, one_zero;
+    float zero;
+  };
+
+  // Scales [rows, groups] and zero-points of the same shape, or scales alone.
+  template <class T>
+  void add(std::initializer_list<const Contiguous<T>*> parts, float zero) {
+    const int groups = linear_.cols / linear_.group;
+    const std::size_t count = parts.size(), blocks = static_cast<std::size_t>(ceil_div(linear_.rows, BLOCK_ROWS));
+    for (const auto* values : parts)
+      if (size(values->shape(0)) != linear_.rows || size(values->shape(1)) != groups)
+        throw std::invalid_argument("scale and zero are not [rows, groups]");
+    const std::size_t bytes = sizeof(T) * count * BLOCK_ROWS * groups * blocks;
+    auto memory = std::make_unique<Memory>(bytes, Pages::huge);
+    T* const out = reinterpret_cast<T*>(memory->data());
+    std::size_t part = 0;
+    for (const auto* values : parts) {
+      for (int row = 0; row < linear_.rows; ++row)
+        for (int group = 0; group < groups; ++group) {
+          const std::size_t index = static_cast<std::size_t>(row / BLOCK_ROWS) * groups + group;
+          out[(index * count + part) * BLOCK_ROWS + row % BLOCK_ROWS] =
+              values->data()[static_cast<std::size_t>(row) * groups + group];
+        }
+      ++part;
+    }
+    affines_.push_back({std::move(memory), bytes, sizeof(T) == 2, count == 1, zero});
+  }
+
   static int size(std::size_t value) {
     if (value > 0x7FFFFF00) throw std::invalid_argument("a weight has at most 2^31 rows and columns");
     return static_cast<int>(value);
@@ -132,8 +164,7 @@ class Weight {
 
   Linear linear_{};
   std::unique_ptr<Memory> planes_[PLANE_COUNT];
-  std::vector<std::unique_ptr<Memory>> affines_;
-  std::vector<bool> halves_;
+  std::vector<Values> affines_;
 };
 
 Result<std::uint8_t> read_codes(const Weight& weight, int bits, int rule) {
@@ -233,6 +264,9 @@ void bind_linear(nb::module_& module) {
       .def("hold", &Weight::hold, nb::arg("bits"))
       .def("add_values", &Weight::add_values<float>, nb::arg("scale").noconvert(), nb::arg("zero").noconvert())
       .def("add_values", &Weight::add_values<std::uint16_t>, nb::arg("scale").noconvert(), nb::arg("zero").noconvert())
+      .def("add_scales", &Weight::add_scales<float>, nb::arg("scale").noconvert(), nb::arg("zero"))
+      .def("add_scales", &Weight::add_scales<std::uint16_t>, nb::arg("scale").noconvert(), nb::arg("zero"))
+      .def("affine_bytes", &Weight::affine_bytes, nb::arg("bits"))
       .def("set_affine", &Weight::set_affine, nb::arg("bits"), nb::arg("values"), nb::arg("step"), nb::arg("centre"))
       .def("codes", read_codes, nb::arg("bits"), nb::arg("rule"))
       .def("plane", copy_plane, nb::arg("plane"))

@@ -237,6 +237,9 @@ def _add_values(native: _native.Weight, scale_NG: Any, zero_NG: Any) -> int:
     scale = np.ascontiguousarray(scale_NG, np.float32)
     zero = np.ascontiguousarray(zero_NG, np.float32)
     short_scale, short_zero = scale.astype(ml_dtypes.bfloat16), zero.astype(np.float16)
-    if (short_scale == scale).all() and (short_zero == zero).all():
+    short = bool((short_scale == scale).all() and (short_zero == zero).all())
+    if (zero == zero.flat[0]).all():  # mid-range zero-points
+        return native.add_scales(short_scale.view(np.uint16) if short else scale, float(zero.flat[0]))
+    if short:
         return native.add_values(short_scale.view(np.uint16), short_zero.view(np.uint16))
     return native.add_values(scale, zero)

@@ -5,7 +5,6 @@ matrices that each token reads whole (head, linear layers outside the scope) are
 dtype; an embedding that is not also the head stays memory-mapped. Norm weights are small and become float32.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,10 +30,9 @@ HEAD, NORM = "lm_head", "model.norm"
 class Model:
     """A loaded model. paths: the module path of each matrix, by native id. weights: the quantised matrices.
 
-    least: path -> its least width unless a plan names it, for embedding and head. group_bytes: bytes of a group's scale
-    and zero-point. plain_bytes: of the other matrices that each token reads. looked_up: the path of which a token reads
-    one row only, an embedding that is not the head. shares: path -> the share of tokens that read it if a router uses
-    all experts alike, for the matrices of experts.
+    least: path -> its least width unless a plan names it, for embedding and head. plain_bytes: of the other matrices
+    that each token reads. looked_up: the path of which a token reads one row only, an embedding that is not the head.
+    shares: path -> the share of tokens that read it if a router uses all experts alike, for the matrices of experts.
     """
 
     native: _native.Model
@@ -43,8 +41,6 @@ class Model:
     weights: Mapping[str, Weight]
     least: Mapping[str, int]
     looked_up: str | None
-    groups: Mapping[str, int]
-    group_bytes: int
     plain_bytes: int
     shares: Mapping[str, float]
 
@@ -58,7 +54,7 @@ class Model:
             if path in self.weights and path != self.looked_up:
                 weight = self.weights[path]
                 codes = weight.planes.rows * weight.planes.columns
-                read = codes * bits_read(bits, rule=weight.rule) // 8 + self.groups[path] * self.group_bytes
+                read = codes * bits_read(bits, rule=weight.rule) // 8 + weight.planes.native.affine_bytes(bits)
                 total += read * self.shares.get(path, 1)
         return round(total)
 
@@ -102,8 +98,6 @@ def load_model(checkpoint: Checkpoint, *, max_bits: int, expert_bits: int | None
         weights=weights,
         least=least,
         looked_up=looked_up,
-        groups={path: math.prod(checkpoint.stored_shape(f"{path}.weight_scale")) for path in weights},
-        group_bytes=4 if checkpoint.spec.scale_dtype == "bfloat16" else 8,
         plain_bytes=round(sum(tensors[f"{path}.weight"].nbytes * shares.get(path, 1) for path in plain)),
         shares=shares,
     )
