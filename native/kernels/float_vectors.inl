@@ -18,27 +18,27 @@ struct Halves {
   Vector<E, BYTES / 2> low, high;
 };
 
-#define MATQUANT_OPERATOR(SIGN)                                           \
-  template <class E, int B>                                               \
-  MATQUANT_INLINE Halves<E, B> operator SIGN(Halves<E, B> a, Halves<E, B> b) { \
-    return {a.low SIGN b.low, a.high SIGN b.high};                        \
-  }                                                                       \
-  template <class E, int B>                                               \
-  MATQUANT_INLINE Halves<E, B> operator SIGN(Halves<E, B> a, E b) {       \
-    return {a.low SIGN b, a.high SIGN b};                                 \
-  }                                                                       \
-  template <class E, int B>                                               \
-  MATQUANT_INLINE Halves<E, B> operator SIGN(E a, Halves<E, B> b) {       \
-    return {a SIGN b.low, a SIGN b.high};                                 \
+#define MATQUANT_OPERATOR(SIGN)                                                             \
+  template <class E, int B>                                                                 \
+  MATQUANT_INLINE Halves<E, B> operator SIGN(Halves<E, B> a, Halves<E, B> b) {              \
+    return {a.low SIGN b.low, a.high SIGN b.high};                                          \
+  }                                                                                         \
+  template <class E, int B>                                                                 \
+  MATQUANT_INLINE Halves<E, B> operator SIGN(Halves<E, B> a, E b) {                         \
+    return {a.low SIGN b, a.high SIGN b};                                                   \
+  }                                                                                         \
+  template <class E, int B>                                                                 \
+  MATQUANT_INLINE Halves<E, B> operator SIGN(E a, Halves<E, B> b) {                         \
+    return {a SIGN b.low, a SIGN b.high};                                                   \
   }
-#define MATQUANT_COMPARISON(SIGN)                                              \
-  template <class E, int B>                                                    \
-  MATQUANT_INLINE Halves<std::int32_t, B> operator SIGN(Halves<E, B> a, Halves<E, B> b) { \
-    return {a.low SIGN b.low, a.high SIGN b.high};                             \
-  }                                                                            \
-  template <class E, int B>                                                    \
-  MATQUANT_INLINE Halves<std::int32_t, B> operator SIGN(Halves<E, B> a, E b) { \
-    return {a.low SIGN b, a.high SIGN b};                                      \
+#define MATQUANT_COMPARISON(SIGN)                                                           \
+  template <class E, int B>                                                                 \
+  MATQUANT_INLINE Halves<std::int32_t, B> operator SIGN(Halves<E, B> a, Halves<E, B> b) {   \
+    return {a.low SIGN b.low, a.high SIGN b.high};                                          \
+  }                                                                                         \
+  template <class E, int B>                                                                 \
+  MATQUANT_INLINE Halves<std::int32_t, B> operator SIGN(Halves<E, B> a, E b) {              \
+    return {a.low SIGN b, a.high SIGN b};                                                   \
   }
 MATQUANT_OPERATOR(+)
 MATQUANT_OPERATOR(-)

@@ -8,8 +8,8 @@ The choice is the source and the K with the most tokens per second; K = 0 if non
 that are decoded together choose together: their tokens are added up, and so are the rows of the step that verifies.
 Acceptance is a running mean per source. A time is the least of the last few measured, because other programs can only
 lengthen it, in proportion to plain steps if some were made just before. Both start from guesses that favour a trial, or
-from a measured table of costs. Every PROBE tokens there is
-a plain step, and of the sources that could pay the one that was not used for longest is tried again at K = 1.
+from a measured table of costs. Every PROBE tokens there is a plain step, and of the sources that could pay the one that
+was not used for longest is tried again at K = 1.
 
 Where nothing pays, nothing is weighed again before the next draft, which a probe makes, or until a token that was found
 but not drafted turns out to be right: plain steps take little longer than without speculation.
