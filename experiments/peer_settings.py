@@ -107,7 +107,9 @@ SETTINGS: dict[str, tuple[tuple[str, dict[str, Any], tuple[int, ...]], ...]] = {
     ),
     "matquant": (
         ("balanced", {"recipe": "balanced"}, (2, 3, 4, 5, 6, 8)),
-        # 0.1 bits more than IQ4_XS, Q3_K_M and Q4_K_M take of smollm2
+        # as many bits as IQ4_XS and Q4_K_M take of smollm2; then 0.1 more than these and Q3_K_M
+        ("balanced, plan of 4.43 bits", {"recipe": "balanced", "budget": 4.43}, (4,)),
+        ("balanced, plan of 5.53 bits", {"recipe": "balanced", "budget": 5.53}, (5,)),
         ("balanced, plan of 4.54 bits", {"recipe": "balanced", "budget": 4.54}, (4,)),
         ("balanced, plan of 4.73 bits", {"recipe": "balanced", "budget": 4.73}, (4,)),
         ("balanced, plan of 5.63 bits", {"recipe": "balanced", "budget": 5.63}, (5,)),
