@@ -104,6 +104,11 @@ SETTINGS: dict[str, tuple[tuple[str, dict[str, Any], tuple[int, ...]], ...]] = {
         ("per channel, sym", {"group_size": -1, "sym": True, "act_group_aware": False}, (2, 3, 4)),
         ("g128, asym, gptq_v2", {"group_size": 128, "sym": False, "format": "gptq_v2"}, (2, 3, 4, 8)),
         ("g64, asym, gptq_v2", {"group_size": 64, "sym": False, "format": "gptq_v2"}, (2, 3, 4, 8)),
+        (
+            "g64, asym, gptq_v2, float32",
+            {"group_size": 64, "sym": False, "format": "gptq_v2", "dtype": "float32"},
+            (2, 3, 4, 8),
+        ),
     ),
     "matquant": (
         ("balanced", {"recipe": "balanced"}, (2, 3, 4, 5, 6, 8)),
