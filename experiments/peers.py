@@ -195,7 +195,7 @@ def _run_worker(peer: str, folder: Path, job: dict[str, Any]) -> tuple[dict[str,
     if not result.is_file():
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "job.json").write_text(json.dumps(job))
-        command = [_python(peer), WORKERS / f"with_{peer}.py", folder]
+        command: list[str | Path] = [_python(peer), WORKERS / f"with_{peer}.py", folder]
         environment = {**os.environ, **ENVIRONMENT, "OMP_NUM_THREADS": str(job["threads"]), "PYTHONPATH": str(SHARED)}
         with (folder / "log.txt").open("w") as log:
             code = subprocess.run(command, stdout=log, stderr=log, env=environment, check=False).returncode

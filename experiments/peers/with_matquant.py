@@ -39,7 +39,8 @@ def main(folder: Path) -> None:
     began = time.perf_counter()
     checkpoint = open_checkpoint(Path(job["nested"]) / job["options"]["recipe"] / NAME)
     budget = job["options"].get("budget")
-    plan, facts = dict.fromkeys(job["shapes"], job["bits"]), {}
+    plan: dict[str, int] = dict.fromkeys(job["shapes"], job["bits"])
+    facts: dict[str, Any] = {}
     if budget is not None:
         plan, facts = _search(checkpoint, list(plan), budget, np.load(job["calibration"]))
     save_file({path: checkpoint.nested(path).read(bits) for path, bits in plan.items()}, folder / "weights.safetensors")
