@@ -8,7 +8,8 @@ All are one-shot: a float model, 128 calibration sequences of 512 tokens, no tra
 of the decoder is quantised, the rest stays float. Each tool runs in a separate process and environment
 (experiments/peers/with_*.py) and writes the dequantised weights and the bytes of its stored form. All are evaluated
 here in the same way: in the float model, float32, with our log-perplexity, KL divergence and top-1 agreement. The model
-smollm2 is what ``make smollm2`` converts.
+smollm2 is what ``make smollm2`` converts, matquant the nested checkpoints that it makes; smollm2-c4 is the same on
+another text. What is compared is in experiments/peer_settings.py.
 
     bits per weight = 8 * bytes stored for these layers (codes, scales, zeros, g_idx, block headers) / their weights
 
@@ -25,7 +26,6 @@ import subprocess
 import sys
 import tarfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -44,115 +44,16 @@ from matquant.measure.likelihood import keep, measure
 from matquant.measure.windows import Windows, cut
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))
-from environments import TORCH, make_environment
+from environments import make_environment
 from origin import ROOT, origin
+from peer_settings import CMAKE, CONTEXT, ENVIRONMENT, LLAMACPP, MODELS, PACKAGES, SETTINGS
 
 RECORDS = ROOT / "experiments" / "peers.jsonl"
 WORKERS = ROOT / "experiments" / "peers"
 SHARED = ROOT / "bench" / "peers"  # llama_gguf.py
 CACHE = Path(os.environ.get("MATQUANT_PEERS", ROOT / ".peers")).resolve()
-DATA = Path(os.environ.get("MATQUANT_DATA", ROOT.parent / "shared" / "data"))
-REFERENCE = ROOT / "examples" / "reference"
-SMOLLM2 = Path(os.environ.get("MATQUANT_SMOLLM2", ROOT / "out" / "smollm2" / "model"))
-CONTEXT = 512
 CALIBRATION = 128  # windows of CONTEXT tokens, the first of the training text
 TOLERANCE = 1e-3  # at 8 bits, relative to the float model's log-perplexity: more means a wrong read-back
-
-
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """A model and its texts."""
-
-    model: Path
-    train: Path | None  # calibration text; None: the text that comes with matquant
-    valid: Path  # evaluation text
-    dropped: int = 0  # its first documents, not used
-    windows: int  # evaluated
-    context: int = CONTEXT  # tokens of a window evaluated
-
-
-MODELS = {
-    "reference": Case(
-        model=REFERENCE / "model",
-        train=REFERENCE / "text" / "train.txt",
-        valid=REFERENCE / "text" / "valid.txt",
-        windows=80,
-    ),
-    "stories260K": Case(
-        model=DATA / "models" / "stories260K",
-        train=DATA / "text" / "tinystories-train.txt",
-        valid=DATA / "text" / "tinystories-valid.txt",
-        dropped=1,  # cut at its beginning
-        windows=117,
-    ),
-    "smollm2": Case(
-        model=SMOLLM2,
-        train=None,
-        valid=DATA / "text" / "wikitext2-test.raw.txt",
-        windows=8,
-        context=1024,
-    ),
-}
-
-# name -> what pip installs; the first is the tool
-PACKAGES: dict[str, tuple[str, ...]] = {
-    "gptqmodel": ("gptqmodel==7.6.0", TORCH),
-    "autoround": ("auto-round==0.16.1", TORCH),
-    "hqq": ("hqq==0.2.8.post1", "transformers==5.23.0", TORCH),
-    "llamacpp": ("gguf==0.19.0", "numpy", "safetensors"),
-}
-LLAMACPP = "llama-cpp-python==0.3.36"  # its source archive on PyPI carries llama.cpp's
-CMAKE = (
-    *("-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release", "-DBUILD_SHARED_LIBS=OFF", "-DGGML_NATIVE=ON"),
-    *("-DGGML_OPENMP=OFF", "-DLLAMA_CURL=OFF", "-DLLAMA_OPENSSL=OFF", "-DLLAMA_BUILD_TESTS=OFF"),
-    *("-DLLAMA_BUILD_EXAMPLES=OFF", "-DLLAMA_BUILD_SERVER=OFF"),
-)
-ENVIRONMENT = {"GPTQMODEL_CPU_WORKERS": "2"}  # its default on two cores is one, with which it does not start
-
-AUTOROUND = {"iters": 200, "group_size": 128, "sym": True}
-# peer -> rows of (setting, options, nominal bits)
-SETTINGS: dict[str, tuple[tuple[str, dict[str, Any], tuple[int, ...]], ...]] = {
-    "float": (("float32", {}, (32,)),),
-    "rtn": (
-        ("asymmetric, per channel", {"group_size": None}, (2, 3, 4, 8)),
-        ("asymmetric, g128", {"group_size": 128}, (2, 3, 4, 8)),
-    ),
-    "hqq": (
-        ("g64, axis 1", {"group_size": 64, "axis": 1}, (2, 3, 4, 8)),
-        ("g64, axis 0", {"group_size": 64, "axis": 0}, (2, 3, 4, 8)),
-        ("g128, axis 1", {"group_size": 128, "axis": 1}, (2, 3, 4, 8)),
-        ("per channel", {"group_size": None, "axis": 1}, (2, 3, 4, 8)),
-    ),
-    "llamacpp": (
-        ("Q2_K, imatrix", {"type": "Q2_K"}, (2,)),
-        ("Q2_K pure, imatrix", {"type": "Q2_K", "pure": True}, (2,)),
-        ("IQ2_XXS, imatrix", {"type": "IQ2_XXS"}, (2,)),
-        ("IQ2_XS, imatrix", {"type": "IQ2_XS"}, (2,)),
-        ("IQ2_S, imatrix", {"type": "IQ2_S"}, (2,)),
-        ("IQ2_M, imatrix", {"type": "IQ2_M"}, (2,)),
-        ("IQ3_XXS, imatrix", {"type": "IQ3_XXS"}, (3,)),
-        ("Q3_K_M, imatrix", {"type": "Q3_K_M"}, (3,)),
-        ("Q3_K pure, imatrix", {"type": "Q3_K_S", "pure": True}, (3,)),
-        ("IQ4_XS, imatrix", {"type": "IQ4_XS"}, (4,)),
-        ("Q4_K_M, imatrix", {"type": "Q4_K_M"}, (4,)),
-        ("Q4_K pure, imatrix", {"type": "Q4_K_S", "pure": True}, (4,)),
-        ("Q6_K, imatrix", {"type": "Q6_K"}, (6,)),
-        ("Q8_0, imatrix", {"type": "Q8_0"}, (8,)),
-    ),
-    "gptqmodel": (
-        ("g128, sym, defaults", {"group_size": 128, "sym": True}, (2, 3, 4, 8)),
-        # Its default act_group_aware does not support one group per row.
-        ("per channel, sym", {"group_size": -1, "sym": True, "act_group_aware": False}, (2, 3, 4)),
-        ("g128, asym, gptq_v2", {"group_size": 128, "sym": False, "format": "gptq_v2"}, (2, 3, 4, 8)),
-        ("g64, asym, gptq_v2", {"group_size": 64, "sym": False, "format": "gptq_v2"}, (2, 3, 4, 8)),
-    ),
-    "autoround": (
-        ("iters 200, g128, sym", AUTOROUND, (2, 3, 4, 8)),
-        ("iters 200, per channel, sym", {**AUTOROUND, "group_size": -1}, (2, 3, 4, 8)),
-        # What its documentation recommends for two bits: auto-round-best with enable_alg_ext.
-        ("best: iters 1000, alg_ext, g128, sym", {**AUTOROUND, "iters": 1000, "enable_alg_ext": True}, (2,)),
-    ),
-}
 
 app = typer.Typer(add_completion=False)
 
@@ -202,7 +103,8 @@ def run(
             if row in (setting or [row])
             for bits in widths
             if bits in (width or [bits])
-            and not any(
+            if not (peer == "matquant" and MODELS[name].nested is None)
+            if not any(
                 (record["model"], record["peer"], record["setting"], record["bits"]) == (name, peer, row, bits)
                 for record in _records()
             )
@@ -211,15 +113,17 @@ def run(
             continue
         float_model, windows = _load(name)
         paths = decoder_linears(float_model)
-        stored = load_weights(CACHE / f"{name}.safetensors")  # of the file, so that memory holds one model only
+        stem = MODELS[name].jobs or name
+        stored = load_weights(CACHE / f"{stem}.safetensors")  # of the file, so that memory holds one model only
         original = {path: stored[f"{path}.weight"] for path in paths}
         reference = _keep(name, float_model, windows)
         for peer, row, options, bits in rows:
-            weights, outcome = _quantise(name, peer, row, options, bits, original, threads)
+            weights, outcome = _quantise(stem, peer, row, options, bits, original, threads)
             if weights is not None:
                 _install(float_model, weights)
                 outcome = {**outcome, **_measure(float_model, windows, reference, original, outcome["bytes_by_part"])}
-                _check_read_back(outcome["log_perplexity"], reference.log_perplexity, bits, f"{peer}, {row}")
+                if peer != "matquant":  # whose int8 shares its codes with int2
+                    _check_read_back(outcome["log_perplexity"], reference.log_perplexity, bits, f"{peer}, {row}")
             _append({"model": name, "peer": peer, "setting": row, "bits": bits, **outcome, **_origin(peer)})
 
 
@@ -230,13 +134,13 @@ def decoder_linears(model: Any) -> list[str]:
 
 def _load(name: str) -> tuple[Any, Windows]:
     """The float32 model and the windows evaluated; its weights and calibration sequences go to the cache."""
-    case = MODELS[name]
+    case, stem = MODELS[name], MODELS[name].jobs or name
     model, tokenizer = load_float(case.model, dtype=torch.float32), load_tokenizer(case.model)
     CACHE.mkdir(parents=True, exist_ok=True)
-    save_file({key: value.clone() for key, value in model.state_dict().items()}, CACHE / f"{name}.safetensors")
+    save_file({key: value.clone() for key, value in model.state_dict().items()}, CACHE / f"{stem}.safetensors")
     documents = calibration_text() if case.train is None else read_documents([case.train])
     calibration = token_stream(documents, tokenizer)[: CALIBRATION * CONTEXT]
-    np.save(CACHE / f"{name}.npy", calibration.reshape(CALIBRATION, CONTEXT))
+    np.save(CACHE / f"{stem}.npy", calibration.reshape(CALIBRATION, CONTEXT))
     stream = token_stream(read_documents([case.valid])[case.dropped :], tokenizer)
     return model, cut(stream[: case.windows * case.context + 1], context=case.context)
 
@@ -274,6 +178,7 @@ def _quantise(
     folder = CACHE / "jobs" / re.sub(r"\W+", "-", f"{model}-{peer}-{setting}-{bits}")
     job = {
         "model": str(MODELS[model].model),
+        "nested": str(MODELS[model].nested),
         "weights": str(CACHE / f"{model}.safetensors"),
         "calibration": str(CACHE / f"{model}.npy"),
         "tools": str(CACHE / "llamacpp" / "build" / "bin"),
@@ -290,7 +195,7 @@ def _run_worker(peer: str, folder: Path, job: dict[str, Any]) -> tuple[dict[str,
     if not result.is_file():
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "job.json").write_text(json.dumps(job))
-        command = [CACHE / peer / "venv" / "bin" / "python", WORKERS / f"with_{peer}.py", folder]
+        command: list[str | Path] = [_python(peer), WORKERS / f"with_{peer}.py", folder]
         environment = {**os.environ, **ENVIRONMENT, "OMP_NUM_THREADS": str(job["threads"]), "PYTHONPATH": str(SHARED)}
         with (folder / "log.txt").open("w") as log:
             code = subprocess.run(command, stdout=log, stderr=log, env=environment, check=False).returncode
@@ -301,6 +206,11 @@ def _run_worker(peer: str, folder: Path, job: dict[str, Any]) -> tuple[dict[str,
     if "types" in outcome:
         record["types"] = outcome["types"]
     return load_file(folder / "weights.safetensors"), record
+
+
+def _python(peer: str) -> str:
+    """The interpreter of a tool; ours for what runs here."""
+    return str(CACHE / peer / "venv" / "bin" / "python") if peer in PACKAGES else sys.executable
 
 
 def _reason(log: Path) -> str:
@@ -377,11 +287,9 @@ def _origin(peer: str) -> dict[str, Any]:
 
 def _versions(peer: str) -> dict[str, str]:
     """Of the tool's packages in its own environment; ours for what runs here."""
-    here = peer not in PACKAGES
-    python = sys.executable if here else str(CACHE / peer / "venv" / "bin" / "python")
-    wanted = ("torch", "transformers", "numpy") if here else [re.split("==", item)[0] for item in PACKAGES[peer]]
+    wanted = [re.split("==", item)[0] for item in PACKAGES.get(peer, ("torch", "transformers", "numpy"))]
     code = "import sys, json, importlib.metadata as m; print(json.dumps({n: m.version(n) for n in sys.argv[1:]}))"
-    found = subprocess.run([python, "-c", code, *wanted], capture_output=True, text=True, check=True).stdout
+    found = subprocess.run([_python(peer), "-c", code, *wanted], capture_output=True, text=True, check=True).stdout
     extra = {"llama.cpp": (CACHE / peer / "ready").read_text()} if peer == "llamacpp" else {}
     return {**json.loads(found), **extra}
 
