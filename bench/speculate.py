@@ -13,9 +13,10 @@ always. Acceptance is the share of tokens for which one draft step at that width
 width, chooses what that width chooses with the same random number.
 
 With --server the server's batching generates, for 1 and for 4 requests at once: continuations of one text from which
-the first 0, 1, 2 and 3 tokens are left out, or ("mixed") of the four texts. A sample is tokens/s from the moment when
-all requests have --after tokens, and "cpu" counts the CPU time of the process. What steps cost is measured in CPU
-time of the engine thread, so that drafts are chosen as on a machine without other work; threads must be 1.
+the first 0, 1, 2 and 3 tokens are left out, or ("mixed") of the four texts. The modes take turns at every step, in one
+thread. A sample is tokens/s from the moment when all requests have --after tokens, and "cpu" counts the CPU time of the
+steps. What steps cost is measured in CPU time too, so that drafts are chosen as on a machine without other work;
+threads must be 1.
 """
 
 import argparse
@@ -70,10 +71,10 @@ def drafting_as(mode: str) -> Iterator[None]:
     if mode != LIES:
         yield
         return
-    with (
-        mock.patch.object(Lookup, "find", return_value="lookup8"),
-        mock.patch.object(Lookup, "propose", side_effect=lambda count: [WRONG] * count),
-        mock.patch("matquant.engine.speculation.pick", return_value=WRONG),
+    with (  # a Mock would take longer than what it replaces
+        mock.patch.object(Lookup, "find", lambda self: "lookup8"),  # noqa: PT008
+        mock.patch.object(Lookup, "propose", lambda self, count: [WRONG] * count),
+        mock.patch("matquant.engine.speculation.pick", lambda *given: WRONG),  # noqa: PT008
     ):
         yield
 
@@ -152,29 +153,45 @@ def summary(samples: list[dict[str, Any]], plain: list[dict[str, Any]]) -> dict[
 # -------------------------------------------------------------------------------------------------------------- server
 
 
+class Turns(Batching):
+    """The server's batching without its thread: whoever calls ``turn`` makes the next step."""
+
+    def _loop(self) -> None: ...
+
+    def turn(self) -> None:
+        self._turn()
+
+
 def serve_once(
-    batcher: Batching, prompts: list[list[int]], *, bits: int, tokens: int, after: int, sampling: Sampling
-) -> dict[str, Any]:
-    """Generate for all prompts at once; return the ids, tokens/s of the wall clock and of CPU time, and the counts."""
-    before, receivers = batcher.stats(), [Receiver() for _ in prompts]
-    for ids, receiver in zip(prompts, receivers, strict=True):
-        batcher.submit(Generation(ids=ids, plan=Plan(default=bits), max_tokens=tokens, sampling=sampling), receiver)
-    while not all(len(receiver.tokens) >= after or receiver.done.is_set() for receiver in receivers):
-        time.sleep(0.0005)
-    first = sum(len(receiver.tokens) for receiver in receivers)
-    wall, cpu = time.perf_counter(), time.process_time()
-    for receiver in receivers:
-        receiver.done.wait()
-    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    now, made = batcher.stats(), sum(len(receiver.tokens) for receiver in receivers)
+    batchers: dict[str, Turns], prompts: list[list[int]], *, bits: int, tokens: int, after: int, sampling: Sampling
+) -> dict[str, dict[str, Any]]:
+    """Generate for all prompts at once, a step in each mode by turns; return for each the ids, tokens/s of the wall
+    clock and of CPU time, and the counts."""
+    before = {mode: batcher.stats() for mode, batcher in batchers.items()}
+    receivers: dict[str, list[Receiver]] = {mode: [Receiver() for _ in prompts] for mode in batchers}
+    for mode, batcher in batchers.items():
+        for ids, receiver in zip(prompts, receivers[mode], strict=True):
+            batcher.submit(Generation(ids=ids, plan=Plan(default=bits), max_tokens=tokens, sampling=sampling), receiver)
+    made, wall, cpu = (dict.fromkeys(batchers, 0.0) for _ in range(3))
+    while going := [mode for mode, own in receivers.items() if not all(receiver.done.is_set() for receiver in own)]:
+        for mode in going:
+            held = [len(receiver.tokens) for receiver in receivers[mode]]
+            with drafting_as(mode):
+                times = time.perf_counter(), time.thread_time()
+                batchers[mode].turn()
+                spent = time.perf_counter() - times[0], time.thread_time() - times[1]
+            if all(
+                count >= after or receiver.done.is_set() for count, receiver in zip(held, receivers[mode], strict=True)
+            ):
+                made[mode] += sum(len(receiver.tokens) for receiver in receivers[mode]) - sum(held)
+                wall[mode], cpu[mode] = wall[mode] + spent[0], cpu[mode] + spent[1]
     names = {"tokens": "generation_tokens", "drafted": "draft_tokens", "accepted": "accepted_tokens", "steps": "steps"}
-    counts = {name: int(now.get(key, 0) - before.get(key, 0)) for name, key in names.items()}
-    return {
-        "ids": [receiver.tokens for receiver in receivers],
-        "wall": (made - first) / wall,
-        "cpu": (made - first) / cpu,
-        **counts,
-    }
+    samples = {}
+    for mode, batcher in batchers.items():
+        now, texts = batcher.stats(), [receiver.tokens for receiver in receivers[mode]]
+        counts = {name: int(now.get(key, 0) - before[mode].get(key, 0)) for name, key in names.items()}
+        samples[mode] = {"ids": texts, "wall": made[mode] / wall[mode], "cpu": made[mode] / cpu[mode], **counts}
+    return samples
 
 
 def run_server(engine: Engine, options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -184,7 +201,7 @@ def run_server(engine: Engine, options: argparse.Namespace) -> list[dict[str, An
     cases += [(count, "mixed", list(texts.values())) for count in options.server if count == len(texts)]
     costs = measure_costs(engine, drafting((options.bits,), engine), most_rows=MOST_ROWS, clock=time.thread_time)
     batchers = {
-        mode: Batching(engine, Limits(policy=False, speculate=speculation(mode)), costs=costs, clock=time.thread_time)
+        mode: Turns(engine, Limits(policy=False, speculate=speculation(mode)), costs=costs, clock=time.thread_time)
         for mode in options.modes
     }
     rows, asked = [], {"bits": options.bits, "tokens": options.tokens, "after": options.after}
@@ -192,9 +209,7 @@ def run_server(engine: Engine, options: argparse.Namespace) -> list[dict[str, An
         found: dict[str, list[dict[str, Any]]] = {mode: [] for mode in options.modes}
         for seed in range(options.rounds):
             sampling = Sampling(temperature=temperature, top_p=TOP_P, seed=seed)
-            for mode, batcher in batchers.items():
-                with drafting_as(mode):
-                    sample = serve_once(batcher, prompts, **asked, sampling=sampling)
+            for mode, sample in serve_once(batchers, prompts, **asked, sampling=sampling).items():
                 found[mode].append(sample)
             assert all(samples[-1]["ids"] == found["off"][-1]["ids"] for samples in found.values()), "ids differ"
         summaries = {mode: summary(samples, found["off"]) for mode, samples in found.items()}

@@ -1,6 +1,7 @@
 """Chat templates: rendered as transformers does, within limits of time and size; where a reply ends."""
 
 import json
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import matquant
 from chat_templates import CONVERSATIONS, DOCUMENTS, SYSTEM, TEMPLATES, TOOLS, USER
 from conftest import make_tokenizer
 from matquant.hf import renderer
+from matquant.hf.panics import one_line
 from matquant.hf.renderer import render_template
 from matquant.hf.templates import render
 from matquant.hf.vocabulary import Vocabulary, end_ids, read_vocabulary
@@ -311,6 +313,27 @@ def test_a_panic_of_tokenizers_is_one_line(panic: str, tmp_path: Path, capfd: py
     with pytest.raises(matquant.InputError, match=f"{tmp_path}.* (copy it again|repair its tokenizer files)$"):
         load_tokenizer(tmp_path)
     assert threading.active_count() > 1 or capfd.readouterr().err == "", "the panic's own report is not shown"
+
+
+def test_what_others_report_meanwhile_is_passed_on_unless_an_error_replaces_it(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def report_and_fail() -> None:
+        with one_line("fault", "advice"):
+            os.write(2, b"a report\n")
+            raise ValueError("broken")
+
+    monkeypatch.setattr(threading, "active_count", lambda: 1)
+    for _ in range(2):
+        with one_line("fault", "advice"):
+            os.write(2, b"first\n")
+            with one_line("fault", "advice"):
+                os.write(2, b"second\n")
+            assert capfd.readouterr().err == ""
+        assert capfd.readouterr().err == "first\nsecond\n"
+        with pytest.raises(matquant.InputError, match=r"^fault \(broken\); advice$"):
+            report_and_fail()
+        assert capfd.readouterr().err == ""
 
 
 def test_a_panic_while_encoding_is_one_line(tmp_path: Path) -> None:

@@ -397,7 +397,7 @@ def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
     def spend(self: stepping.Stepper, group: Group) -> np.ndarray:
         logits = compute(self, group)
-        now[0] += COSTS.step_s(group.width.bits, pacing.panel(min(len(group.tokens), 8)))
+        now[0] += COSTS.step_s(group.width.bits, pacing.PANEL_OF[min(len(group.tokens), 8)])
         return logits
 
     monkeypatch.setattr(stepping.Stepper, "run", spend)

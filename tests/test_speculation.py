@@ -16,7 +16,7 @@ from matquant.engine.decoder import StepByStep
 from matquant.engine.lookup import Lookup
 from matquant.engine.pace import Pace
 from matquant.engine.sampling import Sampling
-from matquant.engine.speculation import Numbers, Speculative
+from matquant.engine.speculation import Draft, Numbers, Speculative
 from matquant.system.errors import InputError, InUseError
 
 REFERENCE = Path(__file__).resolve().parents[1] / "examples" / "reference" / "model"
@@ -320,9 +320,10 @@ class Machine:
         self.generator = np.random.default_rng(0)
         self.lengths: list[int] = []
         self.sources: list[str] = []
+        self.load = 1.0
 
     def spend(self, pace: Pace, rows: int, source: str = "") -> None:
-        seconds = COST[source or pacing.panel(rows)]
+        seconds = COST[source or pacing.PANEL_OF[rows]] * self.load
         self.now += seconds
         pace.times.spent(seconds, rows=rows, source=source)
 
@@ -351,6 +352,43 @@ def test_a_drafter_that_always_lies_costs_little_after_64_tokens() -> None:
     pace = Pace({"int2": 0.25, "int4": 0.5})
     machine.run(pace, 64, found="lookup3")
     assert machine.run(pace, 1000, found="lookup3") > 95
+
+
+def test_drafts_that_do_not_pay_are_hardly_made_and_weighed_only_after_a_draft(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other programs make steps up to twice as long: a plain step then takes longer than eight rows did before."""
+    weighed, weigh = [], pacing._weigh
+    monkeypatch.setattr(pacing, "_weigh", lambda *given: (weighed.append(given), weigh(*given))[1])
+    machine = Machine(dict.fromkeys(("int2", "int4", "lookup3"), 0.0))
+    pace = Pace({"int2": 0.25, "int4": 0.5})
+    machine.run(pace, 300, found="lookup3")
+    machine.lengths.clear()
+    weighed.clear()
+    for number in range(80):
+        machine.load = 2 - abs(number % 40 - 20) / 20
+        machine.run(pace, 10, found="lookup3")
+    drafts = sum(length > 0 for length in machine.lengths)
+    assert 10 < drafts < 26, "a probe every 64 tokens, and few others"
+    assert len(weighed) <= drafts * len(pacing.LENGTHS) * 3, "each length, with each source and without"
+
+
+def test_tokens_that_are_found_but_not_drafted_count_for_acceptance() -> None:
+    """A text begins to repeat itself after 300 tokens of which none was as found."""
+    machine = Machine({"lookup3": 0.0})
+    pace = Pace()
+    machine.run(pace, 300, found="lookup3")
+    found = []
+    for _ in range(20):
+        source, count = pace.choose("lookup3", 7)
+        found.append(source)
+        if source:
+            break
+        machine.spend(pace, 1)
+        Draft(pace, [5], source, count, found="lookup3").judge(0, 5)
+    assert found[0] == ""
+    assert found[-1] == "lookup3"
+    for _ in range(20):
+        Draft(pace, [5], "", 0, found="lookup3").judge(0, 6)
+    assert pace.choose("lookup3", 7) == ("", 0)
 
 
 @pytest.mark.parametrize("acceptance", [0.95, 0.8, 0.6, 0.3])

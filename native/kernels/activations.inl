@@ -1,16 +1,8 @@
 // Fills an Input: int8 codes with a scale per token and group, or the floats themselves. Included by kernel.inl.
 
-// Vectors of the instruction set's own size: GCC splits larger ones through memory.
-#if defined(__AVX512F__)
-constexpr int NATIVE_BYTES = 64;
-#elif defined(__AVX2__)
-constexpr int NATIVE_BYTES = 32;
-#else
-constexpr int NATIVE_BYTES = 16;
-#endif
+// Vectors of the registers' size: GCC splits larger ones through memory.
 typedef float FloatVector __attribute__((vector_size(NATIVE_BYTES)));
 typedef std::int32_t IntVector __attribute__((vector_size(NATIVE_BYTES)));
-constexpr int NATIVE_LANES = NATIVE_BYTES / 4;
 
 // Quantises one group of one token: 128 floats, padded with 0.
 void quantise_group(const float* x, std::int8_t* codes, float& scale, std::int32_t* sums) {

@@ -52,7 +52,9 @@ struct Span {
 template <int Queries, class T>
 inline void score(const HeadQueries& a, int query, Span span, V never, V* largest) {
   const T* keys = (const T*)a.keys;
-  const I lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  static const std::int32_t COUNT[LANES] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  I lane;
+  std::memcpy(&lane, COUNT, sizeof lane);
 #pragma GCC unroll 4
   for (int q = 0; q < Queries; ++q) largest[q] = never;
   for (int position = span.start; position < span.stop; position += LANES) {
@@ -88,9 +90,14 @@ inline float weigh(float* scores, int count, V never, V largest, float sink) {
     store(scores + i, weight);
     total += weight;
   }
-  if (sink == never[0]) return 1.0f / sum(total);
-  return 1.0f / (sum(total) + exponential(splat(sink - top))[0]);
+  if (sink == -std::numeric_limits<float>::infinity()) return 1.0f / sum(total);
+  float sinks[LANES];
+  store(sinks, exponential(splat(sink - top)));
+  return 1.0f / (sum(total) + sinks[0]);
 }
+
+constexpr bool MANY_REGISTERS = NATIVE_BYTES == 64;
+constexpr int TOGETHER = MANY_REGISTERS ? MOST_QUERIES : 2;  // queries for which a key or value is read once
 
 template <int Queries, class T>
 void attend_some(const HeadQueries& a, int query) {
@@ -110,7 +117,8 @@ void attend_some(const HeadQueries& a, int query) {
     inverse[q] = weigh(a.scores + (query + q) * a.scores_stride, span.stop - span.start, never, largest[q],
                        a.sink[query + q]);
   const T* values = (const T*)a.values;
-  constexpr int COLUMNS = Queries == 1 ? 4 : 2;  // vectors at a time, so that the sums stay in registers
+  // Vectors at a time, so that the sums stay in registers.
+  constexpr int COLUMNS = (MANY_REGISTERS ? 4 : 2) / (Queries == 1 ? 1 : 2);
   const int columns = round_to_lanes(a.dim);
   int d = 0;
   for (; d + COLUMNS * LANES <= columns; d += COLUMNS * LANES)
@@ -121,9 +129,7 @@ void attend_some(const HeadQueries& a, int query) {
 template <class T>
 void attend_as(const HeadQueries& a) {
   int query = 0;
-#ifdef __AVX512F__  // the others have too few registers
-  for (; query + MOST_QUERIES <= a.queries; query += MOST_QUERIES) attend_some<MOST_QUERIES, T>(a, query);
-#endif
+  for (; query + TOGETHER <= a.queries; query += TOGETHER) attend_some<TOGETHER, T>(a, query);
   for (; query < a.queries; ++query) attend_some<1, T>(a, query);
 }
 
@@ -137,8 +143,9 @@ void store_key(const float* key, int dim, int position, DType dtype, void* keys)
       for (int i = 0; i < count; ++i) ((float*)keys)[at + (d + i) * LANES] = key[d + i];
       continue;
     }
-    const H half = to_half(load_some(key + d, count));
-    for (int i = 0; i < count; ++i) ((Half*)keys)[at + (d + i) * LANES] = {half[i]};
+    Half half[LANES];
+    store(half, load_some(key + d, count));
+    for (int i = 0; i < count; ++i) ((Half*)keys)[at + (d + i) * LANES] = half[i];
   }
 }
 
@@ -146,11 +153,9 @@ void store_value(const float* value, int dim, int position, DType dtype, void* v
   const size_t at = (size_t)position * round_to_lanes(dim);
   for (int d = 0; d < dim; d += LANES) {
     const V v = load_some(value + d, dim - d < LANES ? dim - d : LANES);
-    if (dtype == DType::f32) {
+    if (dtype == DType::f32)
       store((float*)values + at + d, v);
-    } else {
-      const H half = to_half(v);
-      std::memcpy((Half*)values + at + d, &half, sizeof half);
-    }
+    else
+      store((Half*)values + at + d, v);
   }
 }

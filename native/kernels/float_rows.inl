@@ -14,7 +14,7 @@ inline V exponential(V x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  return p * (V)((__builtin_convertvector(n, I) + 127) << 23);
+  return p * power_of_two(n);
 }
 
 inline V hyperbolic_tangent(V x) { return 1.0f - 2.0f / (exponential(2.0f * x) + 1.0f); }

@@ -1,44 +1,137 @@
 // Vectors of 16 floats: loads, stores and sums. Included by floats.cpp.
 
-typedef float V __attribute__((vector_size(64)));
-typedef int32_t I __attribute__((vector_size(64)));
-typedef uint32_t U __attribute__((vector_size(64)));
-typedef uint16_t H __attribute__((vector_size(32)));
+template <class E, int BYTES>
+struct Raw {
+  typedef E type __attribute__((vector_size(BYTES)));
+};
+
+// A vector larger than the registers is two halves: GCC passes its own 64-byte vectors through memory on AVX2.
+template <class E, int BYTES>
+struct Halves;
+template <class E, int BYTES>
+using Vector = typename std::conditional<(BYTES > NATIVE_BYTES), Halves<E, BYTES>, Raw<E, BYTES>>::type::type;
+
+template <class E, int BYTES>
+struct Halves {
+  using type = Halves;
+  static constexpr int HALF_LANES = BYTES / 2 / sizeof(E);
+  Vector<E, BYTES / 2> low, high;
+};
+
+#define MATQUANT_OPERATOR(SIGN)                                           \
+  template <class E, int B>                                               \
+  MATQUANT_INLINE Halves<E, B> operator SIGN(Halves<E, B> a, Halves<E, B> b) { \
+    return {a.low SIGN b.low, a.high SIGN b.high};                        \
+  }                                                                       \
+  template <class E, int B>                                               \
+  MATQUANT_INLINE Halves<E, B> operator SIGN(Halves<E, B> a, E b) {       \
+    return {a.low SIGN b, a.high SIGN b};                                 \
+  }                                                                       \
+  template <class E, int B>                                               \
+  MATQUANT_INLINE Halves<E, B> operator SIGN(E a, Halves<E, B> b) {       \
+    return {a SIGN b.low, a SIGN b.high};                                 \
+  }
+#define MATQUANT_COMPARISON(SIGN)                                              \
+  template <class E, int B>                                                    \
+  MATQUANT_INLINE Halves<std::int32_t, B> operator SIGN(Halves<E, B> a, Halves<E, B> b) { \
+    return {a.low SIGN b.low, a.high SIGN b.high};                             \
+  }                                                                            \
+  template <class E, int B>                                                    \
+  MATQUANT_INLINE Halves<std::int32_t, B> operator SIGN(Halves<E, B> a, E b) { \
+    return {a.low SIGN b, a.high SIGN b};                                      \
+  }
+MATQUANT_OPERATOR(+)
+MATQUANT_OPERATOR(-)
+MATQUANT_OPERATOR(*)
+MATQUANT_OPERATOR(/)
+MATQUANT_OPERATOR(&)
+MATQUANT_OPERATOR(^)
+MATQUANT_COMPARISON(<)
+MATQUANT_COMPARISON(>)
+MATQUANT_COMPARISON(>=)
+MATQUANT_COMPARISON(==)
+#undef MATQUANT_OPERATOR
+#undef MATQUANT_COMPARISON
+template <class E, int B>
+MATQUANT_INLINE Halves<E, B> operator-(Halves<E, B> a) {
+  return {-a.low, -a.high};
+}
+template <class E, int B>
+MATQUANT_INLINE void operator+=(Halves<E, B>& a, Halves<E, B> b) {
+  a = a + b;
+}
+template <class E, int B>
+MATQUANT_INLINE void operator^=(Halves<E, B>& a, Halves<E, B> b) {
+  a = a ^ b;
+}
+
+using V = Vector<float, 64>;
+using I = Vector<std::int32_t, 64>;
+using W = Vector<std::uint64_t, 64>;
+using RawV = Raw<float, NATIVE_BYTES>::type;
+using RawI = Raw<std::int32_t, NATIVE_BYTES>::type;
+using RawU = Raw<std::uint32_t, NATIVE_BYTES>::type;
+using RawW = Raw<std::uint64_t, NATIVE_BYTES>::type;
+using RawH = Raw<std::uint16_t, NATIVE_BYTES / 2>::type;
 struct Half { uint16_t bits; };
 struct Brain { uint16_t bits; };
 
-inline V splat(float value) { return V{} + value; }
-inline V select(I mask, V yes, V no) { return (V)(((I)yes & mask) | ((I)no & ~mask)); }
+MATQUANT_INLINE V splat(float value) { return V{} + value; }
 
-inline V load(const float* p) {
-  V v;
+MATQUANT_INLINE RawV select(RawI mask, RawV yes, RawV no) { return (RawV)(((RawI)yes & mask) | ((RawI)no & ~mask)); }
+template <int B>
+MATQUANT_INLINE Halves<float, B> select(Halves<std::int32_t, B> mask, Halves<float, B> yes, Halves<float, B> no) {
+  return {select(mask.low, yes.low, no.low), select(mask.high, yes.high, no.high)};
+}
+
+// 2^n of integers n.
+MATQUANT_INLINE RawV power_of_two(RawV n) { return (RawV)((__builtin_convertvector(n, RawI) + 127) << 23); }
+template <int B>
+MATQUANT_INLINE Halves<float, B> power_of_two(Halves<float, B> n) {
+  return {power_of_two(n.low), power_of_two(n.high)};
+}
+
+MATQUANT_INLINE RawV load_raw(const float* p) {
+  RawV v;
   std::memcpy(&v, p, sizeof v);
   return v;
 }
-
-inline V load(const Brain* p) {
-  H h;
+MATQUANT_INLINE RawW load_raw(const std::uint64_t* p) {
+  RawW w;
+  std::memcpy(&w, p, sizeof w);
+  return w;
+}
+MATQUANT_INLINE RawV load_raw(const Brain* p) {
+  RawH h;
   std::memcpy(&h, p, sizeof h);
-  return (V)(__builtin_convertvector(h, U) << 16);
+  return (RawV)(__builtin_convertvector(h, RawU) << 16);
+}
+MATQUANT_INLINE RawV load_raw(const Half* p) {
+#if defined(__AVX512F__)
+  return (RawV)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256((const __m256i*)p));
+#elif defined(__F16C__)
+  return (RawV)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#else
+  RawH h;
+  std::memcpy(&h, p, sizeof h);
+  const RawU wide = __builtin_convertvector(h, RawU);
+  const RawV magnitude = (RawV)((wide & 0x7fffu) << 13) * 0x1p112f;  // moves the exponent; exact, subnormals included
+  return (RawV)((RawU)magnitude | ((wide & 0x8000u) << 16));
+#endif
 }
 
-inline V load(const Half* p) {
-#if defined(__AVX512F__)
-  return (V)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256((const __m256i*)p));
-#elif defined(__F16C__)
-  const __m256 low = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
-  const __m256 high = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p + 1));
-  V v;
-  std::memcpy(&v, &low, 32);
-  std::memcpy((char*)&v + 32, &high, 32);
-  return v;
-#else
-  H h;
-  std::memcpy(&h, p, sizeof h);
-  const U wide = __builtin_convertvector(h, U);
-  const V magnitude = (V)((wide & 0x7fffu) << 13) * 0x1p112f;  // moves the exponent; exact, subnormals included
-  return (V)((U)magnitude | ((wide & 0x8000u) << 16));
-#endif
+template <class R, class T>
+MATQUANT_INLINE R load_as(const T* p) {
+  if constexpr (sizeof(R) == NATIVE_BYTES) {
+    return load_raw(p);
+  } else {
+    using Part = decltype(R::low);
+    return {load_as<Part>(p), load_as<Part>(p + R::HALF_LANES)};
+  }
+}
+template <class T>
+MATQUANT_INLINE V load(const T* p) {
+  return load_as<V>(p);
 }
 
 template <class T>
@@ -49,7 +142,7 @@ inline V load_some(const T* p, int count) {  // the first `count` lanes, then ze
   return load(lanes);
 }
 
-inline void store(float* p, V v) { std::memcpy(p, &v, sizeof v); }
+MATQUANT_INLINE void store(float* p, V v) { std::memcpy(p, &v, sizeof v); }
 inline void store_some(float* p, V v, int count) {
   if (count == LANES)
     store(p, v);
@@ -57,27 +150,30 @@ inline void store_some(float* p, V v, int count) {
     std::memcpy(p, &v, count * sizeof(float));
 }
 
-// Rounds to the nearest f16, ties to even; saturates.
-inline H to_half(V v) {
-  v = select(v > 65504.0f, splat(65504.0f), select(v < -65504.0f, splat(-65504.0f), v));
+MATQUANT_INLINE void store_half(RawV v, Half* p) {
 #if defined(__AVX512F__)
-  return (H)_mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT);
+  _mm256_storeu_si256((__m256i*)p, _mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT));
 #elif defined(__F16C__)
-  __m256 parts[2];
-  std::memcpy(parts, &v, sizeof v);
-  const __m128i half[2] = {_mm256_cvtps_ph(parts[0], _MM_FROUND_TO_NEAREST_INT),
-                           _mm256_cvtps_ph(parts[1], _MM_FROUND_TO_NEAREST_INT)};
-  H h;
-  std::memcpy(&h, half, sizeof h);
-  return h;
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
 #else
-  const U sign = (U)v & 0x80000000u, magnitude = (U)v & 0x7fffffffu;
-  const U normal = (magnitude + 0xfffu + (magnitude >> 13 & 1u) - (112u << 23)) >> 13;
+  const RawU sign = (RawU)v & 0x80000000u, magnitude = (RawU)v & 0x7fffffffu;
+  const RawU normal = (magnitude + 0xfffu + (magnitude >> 13 & 1u) - (112u << 23)) >> 13;
   // After adding 1/2 the last bit is worth 2^-24, as the last bit of a subnormal f16.
-  const U small = (U)((V)magnitude + 0.5f) - 0x3f000000u;
-  const I is_small = (V)magnitude < 0x1p-14f;
-  return __builtin_convertvector((U)select(is_small, (V)small, (V)normal) | sign >> 16, H);
+  const RawU small = (RawU)((RawV)magnitude + 0.5f) - 0x3f000000u;
+  const RawI is_small = (RawV)magnitude < 0x1p-14f;
+  const RawH half = __builtin_convertvector((RawU)select(is_small, (RawV)small, (RawV)normal) | sign >> 16, RawH);
+  std::memcpy(p, &half, sizeof half);
 #endif
+}
+template <int B>
+MATQUANT_INLINE void store_half(Halves<float, B> v, Half* p) {
+  store_half(v.low, p);
+  store_half(v.high, p + Halves<float, B>::HALF_LANES);
+}
+// Rounds to the nearest f16, ties to even; saturates.
+MATQUANT_INLINE void store(Half* p, V v) {
+  v = select(v > 65504.0f, splat(65504.0f), v);
+  store_half(select(v < -65504.0f, splat(-65504.0f), v), p);
 }
 
 // Combines lanes 0-7 with 8-15, then 0-3 with 4-7, and so on.

@@ -1,11 +1,11 @@
 // The functions of floats.hpp for one instruction set. Compiled once per set; MATQUANT_FLOATS is the name of its table.
-// The compiler lowers 16-lane vectors to whatever its flags allow.
 #include "kernels/floats.hpp"
 #include "kernels/kernels.hpp"
 
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 #if defined(__AVX512F__) || defined(__F16C__)
 #include <immintrin.h>
 #endif
@@ -18,29 +18,23 @@ namespace {
 #include "float_attention.inl"
 #include "float_dense.inl"
 
-// Vectors of 64 bytes would go through memory with AVX2.
-typedef uint64_t Words __attribute__((vector_size(32)));
-
-inline Words words_at(const char* from) {
-  Words words;
-  std::memcpy(&words, from, sizeof words);
-  return words;
-}
-
 uint64_t read(const void* data, size_t bytes) {
   const char* p = (const char*)data;
   const size_t ahead = prefetch_within_page ? 4096 : 8192;
-  Words a{}, b{}, c{}, d{};
-  for (size_t i = 0; i + 128 <= bytes; i += 128) {
-    __builtin_prefetch(p + i + ahead);
-    __builtin_prefetch(p + i + ahead + 64);
-    a ^= words_at(p + i);
-    b ^= words_at(p + i + 32);
-    c ^= words_at(p + i + 64);
-    d ^= words_at(p + i + 96);
+  W a{}, b{}, c{}, d{};
+  for (size_t i = 0; i + 256 <= bytes; i += 256) {
+    for (size_t line = 0; line < 256; line += 64) __builtin_prefetch(p + i + ahead + line);
+    const auto* words = (const std::uint64_t*)(p + i);
+    a ^= load_as<W>(words);
+    b ^= load_as<W>(words + 8);
+    c ^= load_as<W>(words + 16);
+    d ^= load_as<W>(words + 24);
   }
   a = (a ^ b) ^ (c ^ d);
-  return a[0] ^ a[1] ^ a[2] ^ a[3];
+  uint64_t words[8], result = 0;
+  std::memcpy(words, &a, sizeof words);
+  for (const uint64_t word : words) result ^= word;
+  return result;
 }
 
 }  // namespace

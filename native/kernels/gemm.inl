@@ -77,7 +77,7 @@ MATQUANT_INLINE void multiply_panel(const std::uint8_t* codes, unsigned tiles, i
 template <Range RANGE, int BLOCKS, int M>
 void many_tokens(const Linear& weight, const Width& width, const Input& input, int block, int first_token, float* y,
                  std::ptrdiff_t y_stride) {
-  constexpr int STEP = M < GEMM_STEP ? M : GEMM_STEP, PANEL_SUMS = BLOCKS * M * BLOCK_ROWS;
+  constexpr int STEP = smaller(M, gemm_step(RANGE)), PANEL_SUMS = BLOCKS * M * BLOCK_ROWS;
   alignas(64) std::uint8_t decoded[BLOCKS * SEGMENT_BYTES];
   FloatSums<BLOCKS> sums;
   const int tokens = smaller(GEMM_TOKENS, input.tokens - first_token);

@@ -26,7 +26,7 @@ MATQUANT_INLINE void unroll(Body&& body) {
 }
 
 // Not std::min: the linker could keep a copy compiled for another instruction set.
-MATQUANT_INLINE int smaller(int a, int b) { return a < b ? a : b; }
+constexpr MATQUANT_INLINE int smaller(int a, int b) { return a < b ? a : b; }
 
 // Shifts right by COUNT bits, or left if COUNT is negative.
 template <int COUNT>

@@ -14,7 +14,8 @@ constexpr bool PARTS_ARE_FASTER = true;  // codes above four bits are multiplied
 // Up to this many tokens are multiplied with codes in the registers in which these were decoded (docs/kernels.md).
 constexpr int fused_tokens(int read) { return read <= 4 ? 4 : 1; }
 constexpr int GEMM_BLOCKS = 1;
-constexpr int GEMM_STEP = 4;  // 4 tokens x 2 registers of sums, out of 16 registers
+// Tokens multiplied at a time, out of 16 registers. Bytes that need their sign applied are worth reading once.
+constexpr int gemm_step(Range range) { return range == Range::any ? 8 : 4; }
 
 // A vector is decoded in two pieces, rows 0..7 and rows 8..15: there are only sixteen registers.
 constexpr int PIECES = 2;

@@ -11,7 +11,7 @@ constexpr bool PARTS_ARE_FASTER = false;
 // Up to this many tokens are multiplied with codes in the registers in which these were decoded (docs/kernels.md).
 constexpr int fused_tokens(int) { return 24; }
 constexpr int GEMM_BLOCKS = 3;  // 3 x 8 sums in registers
-constexpr int GEMM_STEP = 8;
+constexpr int gemm_step(Range) { return 8; }
 
 using Bytes = __m512i;
 struct Ints {

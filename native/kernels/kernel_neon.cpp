@@ -12,7 +12,7 @@ constexpr bool PARTS_ARE_FASTER = false;
 // Up to this many tokens are multiplied with codes in the registers in which these were decoded (docs/kernels.md).
 constexpr int fused_tokens(int) { return 1; }
 constexpr int GEMM_BLOCKS = 1;
-constexpr int GEMM_STEP = 4;  // 4 tokens x 4 registers of sums, out of 32 registers
+constexpr int gemm_step(Range) { return 4; }  // 4 tokens x 4 registers of sums, out of 32 registers
 
 #define MATQUANT_FOUR(expression) \
   { {[&](int i) { return (expression); }(0), [&](int i) { return (expression); }(1), \

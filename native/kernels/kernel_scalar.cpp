@@ -13,7 +13,7 @@ constexpr bool PARTS_ARE_FASTER = false;
 // Up to this many tokens are multiplied with codes in the registers in which these were decoded (docs/kernels.md).
 constexpr int fused_tokens(int) { return 0; }
 constexpr int GEMM_BLOCKS = 1;
-constexpr int GEMM_STEP = 8;
+constexpr int gemm_step(Range) { return 8; }
 
 struct Bytes {
   alignas(16) std::uint8_t at[64];

@@ -8,6 +8,16 @@
 
 namespace matquant {
 
+// Size of the registers that the file is compiled for.
+#if defined(__AVX512F__)
+constexpr int NATIVE_BYTES = 64;
+#elif defined(__AVX2__)
+constexpr int NATIVE_BYTES = 32;
+#else
+constexpr int NATIVE_BYTES = 16;
+#endif
+constexpr int NATIVE_LANES = NATIVE_BYTES / 4;
+
 struct FloatKernels;  // floats.hpp
 extern const FloatKernels float_kernels_scalar;
 extern const FloatKernels float_kernels_avx2;

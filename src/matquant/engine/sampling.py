@@ -93,14 +93,15 @@ def choose(logits: np.ndarray, sampling: Sampling, generator: Uniform) -> int:
 
 def pick(logits: np.ndarray, sampling: Sampling, number: Callable[[], float]) -> int:
     """``choose`` with the uniform number that ``number`` returns; it is not called if decoding is greedy."""
-    largest = float(logits.max())
+    first = int(logits.argmax())
+    largest = float(logits[first])
     if not math.isfinite(largest):
         raise InputError(
             f"the model gives logits of {largest}, so no token can be chosen; "
             "matquant eval --text FILE names the width and the layer"
         )
     if sampling.temperature < SMALLEST_TEMPERATURE:
-        return int(logits.argmax())
+        return first
     if sampling.keeps_all:
         return draw(np.exp(_shifted(logits, sampling)), number())
     ids, probabilities = distribution(logits, sampling)

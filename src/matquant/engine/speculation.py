@@ -77,11 +77,19 @@ class Draft:
     """The tokens drafted for a sequence in one step, and the ``confidences`` in them, between 0 and 1.
 
     proposed: tokens that took no step, used unless ``source`` drafts by steps. source: where the drafts come from, ""
-    for nowhere. count: the most of them. ends: tokens after which none are drafted.
+    for nowhere. count: the most of them. ends: tokens after which none are drafted. found: where ``proposed`` are from;
+    if nothing is drafted, it is noted whether the first would have been right.
     """
 
     def __init__(
-        self, pace: Pace, proposed: Sequence[int], source: str, count: int, *, ends: Container[int] = ()
+        self,
+        pace: Pace,
+        proposed: Sequence[int],
+        source: str,
+        count: int,
+        *,
+        ends: Container[int] = (),
+        found: str = "",
     ) -> None:
         self.source = source
         self._by_steps = source in pace.times.drafts
@@ -89,6 +97,7 @@ class Draft:
         self.confidences = [1.0] * len(self.tokens)
         self._pace, self._count, self._ends = pace, count, ends
         self._chance = 1.0  # that all of them are accepted
+        self._watched = (found, proposed[0]) if found and proposed and not source else None
 
     @property
     def goes_on(self) -> bool:
@@ -123,9 +132,11 @@ class Draft:
         """Return what steps for the sequence take."""
         return self._pace.times
 
-    def judge(self, accepted: int) -> None:
-        """Record how many of the tokens were accepted."""
+    def judge(self, accepted: int, token: int) -> None:
+        """Record how many of the tokens were accepted. token: the one that was chosen after them."""
         self._pace.judged(self.source, self.confidences, accepted=accepted)
+        if self._watched:
+            self._pace.watched(self._watched[0], right=self._watched[1] == token)
 
 
 class Speculative:
@@ -188,7 +199,7 @@ class Speculative:
                 if token != drafted:
                     break
                 self._lookup.extend([token])
-            draft.judge(accepted)
+            draft.judge(accepted, token)
 
     def _verify(self, ids: Sequence[int], *, turn: int) -> np.ndarray:
         """Return the logits after each of ``ids`` at the requested width."""
@@ -203,7 +214,8 @@ class Speculative:
         """Return the tokens that may follow ``token``."""
         found = self._lookup.find() if room > 0 else ""
         source, count = self._pace.choose(found, room)
-        draft = Draft(self._pace, self._lookup.propose(count) if found else [], source, count)
+        proposed = self._lookup.propose(max(count, 1)) if found else []
+        draft = Draft(self._pace, proposed, source, count, found=found)
         while draft.goes_on:
             began, ahead = time.perf_counter(), len(draft.tokens)
             last, widths = [token, *draft.tokens][-1], self._drafts[draft.source]

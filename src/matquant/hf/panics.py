@@ -6,6 +6,7 @@ instead (the panic's message cuts a character in two); ``check_merges`` detects 
 """
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -61,23 +62,32 @@ def _without_report() -> Iterator[None]:
 
     Only in a process with one Python thread, such as the command line: other threads may be writing there.
     """
-    if threading.active_count() > 1 or sys.stderr is None:
+    saved = None
+    with contextlib.suppress(OSError):  # no file descriptor 2, or no room for a file
+        if threading.active_count() == 1 and sys.stderr is not None:
+            held = _held(os.getpid())
+            saved = None if os.path.sameopenfile(held, 2) else os.dup(2)  # None: a caller holds it back already
+    if saved is None:
         yield
         return
-    try:
-        saved, held = os.dup(2), tempfile.TemporaryFile()  # noqa: SIM115 (closed below)
-    except OSError:  # no file descriptor 2, or no room for a file
-        yield
-        return
-    os.dup2(held.fileno(), 2)
+    os.dup2(held, 2)
     try:
         yield
     except InputError:
-        held.truncate(0)
+        os.ftruncate(held, 0)
         raise
     finally:
         os.dup2(saved, 2)
         os.close(saved)
-        held.seek(0)
-        os.write(2, held.read())
-        held.close()
+        if size := os.lseek(held, 0, os.SEEK_CUR):
+            os.lseek(held, 0, os.SEEK_SET)
+            os.write(2, os.read(held, size))
+            os.ftruncate(held, 0)
+            os.lseek(held, 0, os.SEEK_SET)
+
+
+@functools.cache
+def _held(process: int) -> int:
+    """Return the descriptor of an empty file of a process. It stays open: a new one for each token takes too long."""
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())

@@ -13,9 +13,8 @@ is admitted.
 import atexit
 import threading
 from bisect import insort
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from itertools import takewhile
 from typing import Any
 
@@ -25,7 +24,7 @@ from matquant.engine.speculation import OFF
 from matquant.serve.admission import Limits, available_bytes, cache_bytes, candidates, resolve_kv_bytes
 from matquant.serve.cost import Costs, drafting, measure
 from matquant.serve.drafting import Drafter
-from matquant.serve.policy import Load, Policy
+from matquant.serve.policy import Load, Policy, counted
 from matquant.serve.scheduling import Piece, next_chunks
 from matquant.serve.slots import Slot, Width, at_least, make_width
 from matquant.serve.stepping import Stepper, now_s
@@ -262,18 +261,13 @@ class Batching:
         return True
 
     def _step(self) -> None:
-        decoding = [slot for slot in self._running if slot.cached_tokens is not None and not slot.is_reading]
-        reading = sorted((slot for slot in self._running if slot not in decoding), key=lambda slot: slot.order)
-        load = self._load(decoding)
-        chunks = next_chunks(
-            reading,
-            reading=self._reading,
-            rows=self._prompt_rows(load),
-            vocab=self.engine.model.architecture.vocab,
-            begin=lambda slot, width: self._stepper.begin(slot, width, self._running),
-        )
+        decoding: list[Slot] = []
+        reading: list[Slot] = []
+        for slot in self._running:
+            (reading if slot.cached_tokens is None or slot.is_reading else decoding).append(slot)
+        chunks = self._chunks(reading, self._load(decoding)) if reading else []
         drafts = bool(self._drafter and not chunks and self._drafter.room(len(decoding)))
-        load = replace(load, prompt_rows=sum(piece.stop - piece.start for piece in chunks), drafts=drafts)
+        load = self._load(decoding, prompt_rows=sum(piece.stop - piece.start for piece in chunks), drafts=drafts)
         self._look(load)
         pieces = [Piece(slot=s, start=s.read, stop=s.read + 1, width=self._width(s)) for s in decoding]
         began, before = self._clock(), self._stepper.counts["generation_tokens"]
@@ -288,6 +282,16 @@ class Batching:
         self._counts["steps"] += 1
         for piece in (*pieces, *chunks):
             self._send(piece.slot)
+
+    def _chunks(self, reading: Sequence[Slot], load: Load) -> list[Piece]:
+        """Return the pieces of prompts that the next step reads. load: without them."""
+        return next_chunks(
+            sorted(reading, key=lambda slot: slot.order),
+            reading=self._reading,
+            rows=self._prompt_rows(load),
+            vocab=self.engine.model.architecture.vocab,
+            begin=lambda slot, width: self._stepper.begin(slot, width, self._running),
+        )
 
     def _draft(self, pieces: list[Piece]) -> list[Piece]:
         """Return the pieces, each of one row, with what is to be verified behind them."""
@@ -304,17 +308,14 @@ class Batching:
         bits = [self._force(slot.generation, slot.new + place) for place in range(most + 1)]
         return len(list(takewhile(lambda width: width == bits[0], bits))) - 1
 
-    def _load(self, decoding: Sequence[Slot]) -> Load:
-        """Return the load of a step that reads no prompts."""
-        now = self._clock()
-        with self._changed:
-            oldest = max((now - slot.arrived_s for slot in self._waiting), default=0.0)
-        return Load(
-            now_s=now,
-            auto=[slot.least_bits for slot in decoding if slot.fixed is None],
-            fixed=Counter(slot.fixed.bits for slot in decoding if slot.fixed is not None),
-            oldest_wait_s=oldest,
-        )
+    def _load(self, decoding: Sequence[Slot], *, prompt_rows: int = 0, drafts: bool = False) -> Load:
+        now, oldest = self._clock(), 0.0
+        if self._waiting:
+            with self._changed:
+                oldest = max((now - slot.arrived_s for slot in self._waiting), default=0.0)
+        auto = [slot.least_bits for slot in decoding if slot.fixed is None]
+        fixed = counted(slot.fixed.bits for slot in decoding if slot.fixed is not None)
+        return Load(now_s=now, auto=auto, fixed=fixed, prompt_rows=prompt_rows, oldest_wait_s=oldest, drafts=drafts)
 
     def _prompt_rows(self, load: Load) -> int:
         """Return how many rows of prompts the next step may have."""

@@ -12,7 +12,6 @@ that text is drafted without a step.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import numpy as np
 
@@ -52,30 +51,35 @@ class Drafter:
     def draft(self, pieces: Sequence[Piece], rooms: Sequence[int]) -> list[Piece]:
         """Return the pieces, each of the last token of a sequence, with at most ``rooms`` drafts behind them."""
         began = self._clock()
-        rows = {piece.width.key: sum(other.width.key == piece.width.key for other in pieces) for piece in pieces}
-        seconds = {piece.width.key: self._of(piece.width).cost(rows[piece.width.key]) for piece in pieces}
-        drafts: dict[int, Draft] = {}  # by number of the slot
-        ahead: dict[int, Constraint] = {}  # constraints after the drafts
-        for key in rows:
-            own = [(piece.slot, room) for piece, room in zip(pieces, rooms, strict=True) if piece.width.key == key]
+        together: dict[bytes, list[tuple[Piece, Wish, Sequence[int]]]] = {}
+        for piece, room in zip(pieces, rooms, strict=True):
+            found, tokens = propose(piece.slot, room)
+            held = len(tokens) if len(tokens) < room else MOST_ROWS - 1
+            wish = Wish(self._pace(piece.slot, piece.width), found, room, held)
+            together.setdefault(piece.width.key, []).append((piece, wish, tokens))
+        seconds = {key: self._times[key].cost(len(own)) for key, own in together.items()}
+        drafting: list[Piece] = []
+        for key, own in together.items():
             beside = len(pieces) - len(own), sum(seconds.values()) - seconds[key]
-            found = [propose(slot, room) for slot, room in own]
-            wishes = [
-                Wish(pace=self._pace(slot, key), found=source, room=room, held=len(tokens))
-                for (slot, room), (source, tokens) in zip(own, found, strict=True)
-            ]
-            choices = choose_together(wishes, beside=beside)
-            for (slot, _), wish, (_, tokens), choice in zip(own, wishes, found, choices, strict=True):
-                drafts[slot.number] = Draft(wish.pace, tokens, *choice, ends=slot.generation.ends)
-        drafting = [replace(piece, draft=drafts[piece.slot.number]) for piece in pieces]
+            choices = choose_together([wish for _, wish, _ in own], beside=beside)
+            for (piece, wish, tokens), choice in zip(own, choices, strict=True):
+                draft = Draft(wish.pace, tokens, *choice, ends=piece.slot.generation.ends, found=wish.found)
+                drafting.append(piece._replace(draft=draft))
+        ahead: dict[int, Constraint] = {}  # constraints after the drafts
         while going := [piece for piece in drafting if piece.draft and piece.draft.goes_on]:
             self._step(going, ahead)
         self._stepper.counts["drafting_s"] += self._clock() - began
-        return [replace(piece, stop=piece.stop + len(piece.draft.tokens)) for piece in drafting if piece.draft]
+        return [
+            piece._replace(stop=piece.stop + len(piece.draft.tokens)) if piece.draft and piece.draft.tokens else piece
+            for piece in drafting
+        ]
 
-    def _pace(self, slot: Slot, key: bytes) -> Pace:
+    def _pace(self, slot: Slot, width: Width) -> Pace:
         """Return how often drafts of a sequence are accepted at a width."""
-        return slot.paces.setdefault(key, Pace(times=self._times[key], length=self._length))
+        times, pace = self._of(width), slot.paces.get(width.key)
+        if pace is None:
+            pace = slot.paces[width.key] = Pace(times=times, length=self._length)
+        return pace
 
     def _step(self, pieces: Sequence[Piece], ahead: dict[int, Constraint]) -> None:
         """Draft one more token for each of the pieces. ahead: their constraints after the drafts, by number."""
@@ -83,7 +87,7 @@ class Drafter:
         for piece in pieces:
             assert piece.draft is not None
             start, width = piece.start + len(piece.draft.tokens), self._sources[piece.width.key][piece.draft.source]
-            steps.append(replace(piece, start=start, stop=start + 1, width=width))
+            steps.append(piece._replace(start=start, stop=start + 1, width=width))
         for group in group_pieces(steps):
             began = self._clock()
             logits = self._stepper.run(group)

@@ -15,9 +15,9 @@ multiplied by the time and divided by the tokens of recent steps at that width: 
 keep the width. A width at which nothing was drafted yet is predicted without drafts.
 """
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 from matquant.serve.cost import Costs
 
@@ -68,6 +68,14 @@ class Change:
         return "down" if self.after < self.before else "up"
 
 
+def counted(widths: Iterable[int], others: Mapping[int, int] = MappingProxyType({})) -> dict[int, int]:
+    """Return the number of rows by width, with those of ``others``. A Counter takes longer for a row or two."""
+    rows = dict(others)
+    for bits in widths:
+        rows[bits] = rows.get(bits, 0) + 1
+    return rows
+
+
 class Policy:
     """Chooses ``bits``, one of ``widths`` (widest first)."""
 
@@ -103,9 +111,9 @@ class Policy:
         return self.correction * self._table_s(load, level) + self.choosing_s
 
     def _table_s(self, load: Load, level: int) -> float:
-        rows = Counter(dict(load.fixed))
-        rows.update(self.bits_for(least, level) for least in load.auto)
-        rows[self.widths[0]] += load.prompt_rows
+        rows = counted((self.bits_for(least, level) for least in load.auto), load.fixed)
+        if load.prompt_rows:
+            rows[self.widths[0]] = rows.get(self.widths[0], 0) + load.prompt_rows
         return sum(self.costs.step_s(bits, count) for bits, count in rows.items())
 
     def prompt_rows(self, load: Load, most: int) -> int:

@@ -10,6 +10,7 @@ Rows are grouped by width; each group is one native step. Within a group, rows t
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from matquant import _native
 from matquant.engine.speculation import Draft
@@ -19,8 +20,7 @@ from matquant.serve.slots import Slot, Width
 LOGIT_VALUES = 2**23  # logits that a step computes for prompts, at most
 
 
-@dataclass(frozen=True, kw_only=True)
-class Piece:
+class Piece(NamedTuple):
     """Tokens ``start`` to ``stop`` of a sequence, to be read in one step. scored: all of their logits are wanted.
 
     draft: tokens behind those of the sequence; None: nothing was to be drafted.
@@ -99,12 +99,14 @@ def group_pieces(pieces: Iterable[Piece]) -> list[Group]:
     for piece in pieces:
         groups.setdefault(piece.width.key, Group(width=piece.width, pieces=[])).pieces.append(piece)
     for group in groups.values():
-        for piece in group.pieces:
-            add_rows(group, piece, piece.start, piece.stop - piece.logits)
+        wanted = [piece.stop - piece.logits for piece in group.pieces]  # where the rows begin that want logits
+        for piece, middle in zip(group.pieces, wanted, strict=True):
+            if piece.start < middle:
+                add_rows(group, piece, piece.start, middle)
         group.first_logit = len(group.tokens)
-        for piece in group.pieces:
+        for piece, middle in zip(group.pieces, wanted, strict=True):
             group.places.append(len(group.tokens) - group.first_logit)
-            add_rows(group, piece, piece.stop - piece.logits, piece.stop)
+            add_rows(group, piece, middle, piece.stop)
     return list(groups.values())
 
 

@@ -116,7 +116,7 @@ class Stepper:
                 break
             slot.advance(len(slot.ids), piece.width.key)
         if piece.draft and not slot.finished:
-            piece.draft.judge(accepted)
+            piece.draft.judge(accepted, slot.ids[-1])
         if drafts:
             self.counts["drafts"] += 1
             self.counts["draft_tokens"] += len(drafts)

@@ -7,7 +7,7 @@ a request with ``n`` answers is ``n`` generations. Nothing here knows text, HTTP
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -63,8 +63,7 @@ class Generation:
     prompt_logprobs: bool = False  # the same for the tokens of the prompt, sent as one event before all others
 
 
-@dataclass(frozen=True, kw_only=True)
-class Scored:
+class Scored(NamedTuple):
     """A token with its log-probability (nats, after temperature 1, penalties and bias) and the most probable ones."""
 
     token: int
@@ -72,8 +71,7 @@ class Scored:
     top: tuple[tuple[int, float], ...] = ()  # (token, logprob), most probable first; includes the chosen one's rank
 
 
-@dataclass(frozen=True, kw_only=True)
-class Event:
+class Event(NamedTuple):
     """Something that happened to a generation."""
 
     token: Scored | None = None  # a new token
