@@ -169,6 +169,7 @@ def run(
     grid: Annotated[str, typer.Option(help=f"One of {', '.join(KERNEL_GRIDS)}.")] = UNIFORM,
     prompt: Annotated[int, typer.Option(help="Tokens of a prompt; 0: no prompt is timed.")] = PROMPT,
     cpu_time: Annotated[bool, typer.Option("--cpu-time", help="Compare by processor time.")] = False,
+    checkpoint: Annotated[Path | None, typer.Option(help="One of this shape, instead of random weights.")] = None,
 ) -> None:
     """Measure and print."""
     if shape not in SHAPES:
@@ -182,7 +183,7 @@ def run(
         keys = PEER_PACKAGES if peer else ()
         others = [running.enter_context(LlamaCpp(key, folder, SHAPES[shape], served)) for key in keys]
         for group_size in group or (64,):
-            directory = folder / f"{grid}-{group_size}"
+            directory = checkpoint or folder / f"{grid}-{group_size}"
             if not directory.exists():
                 write_random(directory, SHAPES[shape], group_size or None, grid=grid)
             for count in threads or (1, 2):
@@ -191,7 +192,8 @@ def run(
                 record = {**asked, **measure(directory, others, served, **asked)}
                 versions = {name: number for other in others for name, number in other.versions.items()}
                 made = {**origin(), "matquant": version("matquant"), "versions": versions}
-                record = {"shape": shape, "group": group_size, "grid": grid, **record, **made}
+                name = {"checkpoint": checkpoint.name} if checkpoint else {}
+                record = {"shape": shape, "group": group_size, "grid": grid, **name, **record, **made}
                 show(record)
                 line = json.dumps(record, sort_keys=True)
                 if keep:

@@ -47,7 +47,8 @@ def random_tensor(rows: int, columns: int, group: int, *, grid: str = UNIFORM) -
 def error_units(tensor: NestedTensor, x: np.ndarray, y: np.ndarray, bits: int) -> float:
     """Largest error of the first 64 rows in units of 2^-24 sum |x| |w|, activations as integers with scale 1."""
     first = {"codes": tensor.codes[:64], "scale": tensor.scale[:64], "zero": tensor.zero[:64]}
-    weight = NestedTensor(**first, rule=tensor.rule, grid=tensor.grid).read(bits).astype(np.float64)
+    slices = {width: (scale[:64], zero[:64]) for width, (scale, zero) in tensor.slices.items()}
+    weight = NestedTensor(**first, rule=tensor.rule, grid=tensor.grid, slices=slices).read(bits).astype(np.float64)
     magnitude = np.abs(x).astype(np.float64) @ np.abs(weight).T
     return float((np.abs(y[:, :64] - x.astype(np.float64) @ weight.T) / (2.0**-24 * magnitude)).max())
 

@@ -90,8 +90,8 @@ MATQUANT_INLINE Piece low_bits(const Streams& streams, unsigned tile) {
 // ------------------------------------------------------------------------------------------------ the uniform grid
 
 // A decoded byte may keep its code where it is (IN_PLACE): that saves the shift to bit 0, and bytes with codes in
-// different places go to different sums. Codes above four bits may be multiplied as two parts (SPLIT): the top four bits
-// and the others. SLICED codes are computed from the bits read by a Slicer.
+// different places go to different sums. Codes above four bits may be multiplied as two parts (SPLIT): the top four
+// bits and the others. SLICED codes are computed from the bits read by a Slicer.
 template <int READ, bool SLICED, int M>
 struct Uniform {
   static constexpr bool IN_PLACE = !SLICED && READ <= 4 && ANY_BYTE_IS_FREE && M > 0 && M * (READ == 2 ? 4 : 2) <= 16;

@@ -17,8 +17,8 @@ MATQUANT_INLINE void add_tile(const Reading& reading, const Streams& streams, un
   });
 }
 
-// The products of the tiles first .. stop - 1, a segment; centre: subtracted from the integers. TILES > 0: their number,
-// of a segment that is a group of its own.
+// The products of the tiles first .. stop - 1, a segment; centre: subtracted from the integers. TILES > 0: their
+// number, of a segment that is a group of its own.
 template <class Reading, int M, int TILES = 0>
 MATQUANT_INLINE void add_segment(const Reading& reading, const Streams& streams, const Panel<M>& panel, unsigned first,
                                  unsigned stop, int centre, Accumulators<M>& at) {

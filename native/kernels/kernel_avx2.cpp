@@ -1,7 +1,7 @@
 // The kernels for AVX2. vpmaddubsw adds two products of an unsigned and a signed byte in 16 bits and saturates. The
-// bound of the bytes decides how many such sums are added before they are widened: those of a segment for bytes below 4,
-// 8 up to 16, 4 up to 32, 2 up to 64, 1 up to 128, as 2 * 128 * 127 = 32512. Larger bytes have 128 subtracted: |byte| *
-// (sign of the byte applied to x).
+// bound of the bytes decides how many such sums are added before they are widened: those of a segment for bytes below
+// 4, 8 up to 16, 4 up to 32, 2 up to 64, 1 up to 128, as 2 * 128 * 127 = 32512. Larger bytes have 128 subtracted:
+// |byte| * (sign of the byte applied to x).
 #include "kernels/kernels.hpp"
 
 #include <immintrin.h>
