@@ -144,14 +144,15 @@ def setup() -> None:
     """Make the environments of llama-cpp-python, built from its sources, and of ik-llama-cpp-python."""
     flags = {"CMAKE_ARGS": " ".join(f"-D{flag}" for flag in CMAKE)}
     for key, packages in PEER_PACKAGES.items():
-        folder = _environment(key)
+        folder = environment(key)
         if not (folder / "ready").is_file():
             pip = ("--no-binary", "llama-cpp-python") if key == "peer" else ()
-            make_environment(folder, packages, pip=pip, environ=flags)
+            makeenvironment(folder, packages, pip=pip, environ=flags)
             (folder / "ready").touch()
 
 
-def _environment(key: str) -> Path:
+def environment(key: str) -> Path:
+    """Return the folder of a peer's environment."""
     return CACHE / PEER_PACKAGES[key][0].split("=")[0]
 
 
@@ -266,7 +267,7 @@ class LlamaCpp:
 
     def __init__(self, key: str, folder: Path, shape: Record, served: Sequence[int]) -> None:
         self.key = key
-        python = _environment(key) / "venv" / "bin" / "python"
+        python = environment(key) / "venv" / "bin" / "python"
         if not python.is_file():
             raise SystemExit(f"{python} is missing; first: python bench/decode.py setup")
         (folder / "shape.json").write_text(json.dumps(shape))

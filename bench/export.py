@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 from safetensors import safe_open
 
-from decode import CACHE, SHAPES, VENV, write_random
+from decode import CACHE, SHAPES, environment, write_random
 from decode import setup as setup_llamacpp
 from environments import make_environment
 from matquant.export import export, make_job
@@ -96,7 +96,7 @@ def run(
                     str(BLOCK),
                 ]
                 if tool == LLAMACPP:
-                    worker = (VENV / "bin" / "python", PEERS / "quantize_llamacpp.py")
+                    worker = (environment("peer") / "venv" / "bin" / "python", PEERS / "quantize_llamacpp.py")
                     theirs = [*worker, work / "bf16.gguf", target, kind, str(THREADS)]
                 found[kind]["ours"].append(measured(ours, target))
                 contents = types(target)
