@@ -147,7 +147,7 @@ def setup() -> None:
         folder = environment(key)
         if not (folder / "ready").is_file():
             pip = ("--no-binary", "llama-cpp-python") if key == "peer" else ()
-            makeenvironment(folder, packages, pip=pip, environ=flags)
+            make_environment(folder, packages, pip=pip, environ=flags)
             (folder / "ready").touch()
 
 
