@@ -110,17 +110,17 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def pytest_collection_finish() -> None:
-    gc.freeze()  # what torch, transformers and the collected tests hold is not searched for garbage again and again
+    gc.freeze()  # so that collections skip what torch, transformers and the collected tests hold
 
 
 def pytest_sessionfinish() -> None:
-    gc.unfreeze()  # or nanobind reports what they hold as leaks
+    gc.unfreeze()  # otherwise nanobind reports leaks
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_wait_for_the_disk() -> Iterator[None]:
-    """Checkpoints are synced file by file, which takes longer than making tiny ones. Tests that are about it patch
-    os.fsync themselves, and commands in processes of their own sync."""
+    """Syncing every file takes longer than writing a tiny checkpoint. Tests of syncing patch os.fsync themselves;
+    subprocesses still sync."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", os.fstat)  # a closed descriptor is still an error
         yield

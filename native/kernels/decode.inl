@@ -77,6 +77,13 @@ MATQUANT_INLINE void each_two(const Streams& streams, unsigned tile, Body&& body
   });
 }
 
+// The bits of a quad, its number mod 4, in a vector of `each_two`.
+template <int PLACE>
+MATQUANT_INLINE Piece two_bits(const Piece& two) {
+  constexpr int DOWN[4] = {6, 2, 4, 0};
+  return keep<0x03>(shift<DOWN[PLACE]>(two));
+}
+
 // The last four bits of the codes of a pair, as nibbles; for READ = 6 the last two are 0.
 template <int READ, int PAIR, int PIECE>
 MATQUANT_INLINE Piece low_bits(const Streams& streams, unsigned tile) {
@@ -126,8 +133,8 @@ struct Uniform {
     };
     if constexpr (READ == 2) {
       each_two<0>(streams, tile, [&](auto quad, auto piece, const Piece& two) MATQUANT_LAMBDA {
-        constexpr int PLACE = quad.value % 4, MASKS[4] = {0xC0, 0x0C, 0x30, 0x03}, DOWN[4] = {6, 2, 4, 0};
-        give(quad, Index<PLACE>{}, piece, IN_PLACE ? keep<MASKS[PLACE]>(two) : keep<0x03>(shift<DOWN[PLACE]>(two)));
+        constexpr int PLACE = quad.value % 4, MASKS[4] = {0xC0, 0x0C, 0x30, 0x03};
+        give(quad, Index<PLACE>{}, piece, IN_PLACE ? keep<MASKS[PLACE]>(two) : two_bits<PLACE>(two));
       });
     } else if constexpr (SPLIT) {
       decode_parts(streams, tile, sink);
@@ -167,8 +174,7 @@ struct Uniform {
     });
     if constexpr (READ == 6)
       each_two<3>(streams, tile, [&](auto quad, auto piece, const Piece& two) MATQUANT_LAMBDA {
-        constexpr int DOWN[4] = {6, 2, 4, 0};
-        sink(quad, Index<1>{}, piece, keep<0x03>(shift<DOWN[quad.value % 4]>(two)));
+        sink(quad, Index<1>{}, piece, two_bits<quad.value % 4>(two));
       });
   }
 };

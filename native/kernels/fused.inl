@@ -34,11 +34,11 @@ MATQUANT_INLINE void add_segment(const Reading& reading, const Streams& streams,
   for (unsigned tile = first + TILES; tile < stop; ++tile)
     add_tile<Reading, M>(reading, streams, tile, panel, sums, code_sums);
   unroll<M>([&](auto token) MATQUANT_LAMBDA {
-    Ints sum = reading.template lowered<0>(sums[token].template total_of<Reading::template range<0>>());
+    Ints sum = reading.template lowered<0>(sums[token].template total<Reading::template range<0>>());
     unroll<PLACES - 1>([&](auto place) MATQUANT_LAMBDA {
       constexpr int PLACE = place.value + 1;
       constexpr Range RANGE = Reading::template range<PLACE>;
-      sum = add(sum, reading.template lowered<PLACE>(sums[PLACE * M + token].template total_of<RANGE>()));
+      sum = add(sum, reading.template lowered<PLACE>(sums[PLACE * M + token].template total<RANGE>()));
     });
     sum = subtract(sum, centre * code_sums[token]);
     const Floats dot = multiply(to_floats(sum), broadcast(scales[token]));
@@ -54,7 +54,7 @@ MATQUANT_INLINE void add_block(const Reading& reading, const Streams& streams, c
                                const Affines& affines, std::size_t affine, unsigned tiles, unsigned group_tiles,
                                int centre, Accumulators<M>& at) {
   unsigned tile = 0;
-  if constexpr (M == 1)  // groups of 64, the recipes' own: without loops and sums of one
+  if constexpr (M == 1)  // groups of 64, without a loop over tiles or a sum over segments
     if (group_tiles == 2) {
       for (; tile < tiles; tile += 2) {
         add_segment<Reading, M, 2>(reading, streams, panel, tile, tile + 2, centre, at);

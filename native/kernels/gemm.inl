@@ -45,7 +45,7 @@ MATQUANT_INLINE void multiply_panel(const std::uint8_t* codes, unsigned tiles, i
   });
   const auto products = [&](auto block, auto token) MATQUANT_LAMBDA {
     constexpr int AT = TOKEN + token.value;
-    const Ints centred = subtract(sums[block * TOKENS + token].total(), x.sums[AT] * taken);
+    const Ints centred = subtract(sums[block * TOKENS + token].template total<RANGE>(), x.sums[AT] * taken);
     return multiply(to_floats(centred), broadcast(x.scales[AT]));
   };
   if (part.begins && part.ends) {  // most groups are a segment
@@ -95,7 +95,7 @@ void many_tokens(const Linear& weight, const Width& width, const Input& input, i
     part.begins = part.ends;
     part.ends = segment.ends_group;
     for (int one = 0; one < BLOCKS; ++one) {
-      part.affine[one] = affines.of((block + one) * groups + segment.group);
+      if (part.ends) part.affine[one] = affines.of((block + one) * groups + segment.group);
       decode_segment(streams_of(weight, block + one), width, segment.first_tile, segment.stop_tile,
                      decoded + one * SEGMENT_BYTES);
     }

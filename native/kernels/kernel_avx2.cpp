@@ -14,7 +14,7 @@ constexpr bool PARTS_ARE_FASTER = true;  // codes above four bits are multiplied
 // Up to this many tokens are multiplied with codes in the registers in which these were decoded (docs/kernels.md).
 constexpr int fused_tokens(int read) { return read <= 4 ? 4 : 1; }
 constexpr int GEMM_BLOCKS = 1;
-// Tokens multiplied at a time, out of 16 registers. Bytes that need their sign applied are worth reading once.
+// Tokens multiplied at a time, so that sums fit 16 registers. Of Range::any the magnitude is computed for each reading.
 constexpr int gemm_step(Range range) { return range == Range::any ? 8 : 4; }
 
 // A vector is decoded in two pieces, rows 0..7 and rows 8..15: there are only sixteen registers.
@@ -200,11 +200,10 @@ struct Sum {
   MATQUANT_INLINE static __m256i widened(__m256i sums) { return _mm256_madd_epi16(sums, _mm256_set1_epi16(1)); }
   // Of a segment whose bytes were all added with RANGE.
   template <Range RANGE>
-  MATQUANT_INLINE Ints total_of() const {
+  MATQUANT_INLINE Ints total() const {
     if constexpr (RANGE == Range::to_4) return {widened(shorts.low), widened(shorts.high)};
     return ints;
   }
-  MATQUANT_INLINE Ints total() const { return ints; }
 };
 
 #include "kernel.inl"

@@ -132,10 +132,9 @@ struct Sum {
     __builtin_memcpy(&four, x, 4);
     ints = _mm512_dpbusd_epi32(ints, bytes, _mm512_set1_epi32(four));
   }
-  MATQUANT_INLINE Ints total() const { return {ints}; }
   template <Range>
-  MATQUANT_INLINE Ints total_of() const {
-    return total();
+  MATQUANT_INLINE Ints total() const {
+    return {ints};
   }
 };
 

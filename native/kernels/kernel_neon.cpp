@@ -161,10 +161,9 @@ struct Sum {
     const int8x16_t fours = vreinterpretq_s8_s32(vdupq_n_s32(four));
     ints = MATQUANT_FOUR(vdotq_s32(ints.at[i], centred<RANGE>(bytes.at[i]), fours));
   }
-  MATQUANT_INLINE Ints total() const { return ints; }
   template <Range>
-  MATQUANT_INLINE Ints total_of() const {
-    return total();
+  MATQUANT_INLINE Ints total() const {
+    return ints;
   }
 };
 

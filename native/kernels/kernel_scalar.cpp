@@ -202,10 +202,9 @@ struct Sum {
     ints.at[i] += bytes.at[4 * i] * x[0] + bytes.at[4 * i + 1] * x[1] + bytes.at[4 * i + 2] * x[2] +
                   bytes.at[4 * i + 3] * x[3];
   }
-  Ints total() const { return ints; }
   template <Range>
-  Ints total_of() const {
-    return total();
+  Ints total() const {
+    return ints;
   }
 };
 
