@@ -28,8 +28,9 @@ inline void mix(const HeadQueries& a, int query, const T* values, int start, int
       const V first = load(at), second = load(at + stride);
 #pragma GCC unroll 4
       for (int q = 0; q < Queries; ++q) {
-        even[q][v] += weights[q * a.scores_stride + position - start] * first;
-        odd[q][v] += weights[q * a.scores_stride + position + 1 - start] * second;
+        const float* const weight = weights + q * a.scores_stride + position - start;
+        even[q][v] = multiply_add(weight[0], first, even[q][v]);
+        odd[q][v] = multiply_add(weight[1], second, odd[q][v]);
       }
     }
 #pragma GCC unroll 4
@@ -64,8 +65,8 @@ inline void score(const HeadQueries& a, int query, Span span, V never, V* larges
       const V first = load(tile + d * LANES), second = load(tile + (d + 1) * LANES);
 #pragma GCC unroll 4
       for (int q = 0; q < Queries; ++q) {
-        even[q] += a.query[query + q][d] * first;
-        odd[q] += a.query[query + q][d + 1] * second;
+        even[q] = multiply_add(a.query[query + q][d], first, even[q]);
+        odd[q] = multiply_add(a.query[query + q][d + 1], second, odd[q]);
       }
     }
     const I at = lane + position;

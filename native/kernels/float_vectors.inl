@@ -84,6 +84,24 @@ MATQUANT_INLINE Halves<float, B> select(Halves<std::int32_t, B> mask, Halves<flo
   return {select(mask.low, yes.low, no.low), select(mask.high, yes.high, no.high)};
 }
 
+// a * b + c, rounded once, on every instruction set.
+MATQUANT_INLINE RawV multiply_add(float a, RawV b, RawV c) {
+#if defined(__AVX512F__)
+  return (RawV)_mm512_fmadd_ps(_mm512_set1_ps(a), (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  return (RawV)_mm256_fmadd_ps(_mm256_set1_ps(a), (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+  return (RawV)vfmaq_n_f32((float32x4_t)c, (float32x4_t)b, a);
+#else
+  for (int lane = 0; lane < NATIVE_LANES; ++lane) c[lane] = std::fma(a, b[lane], c[lane]);
+  return c;
+#endif
+}
+template <int B>
+MATQUANT_INLINE Halves<float, B> multiply_add(float a, Halves<float, B> b, Halves<float, B> c) {
+  return {multiply_add(a, b.low, c.low), multiply_add(a, b.high, c.high)};
+}
+
 // 2^n of integers n.
 MATQUANT_INLINE RawV power_of_two(RawV n) { return (RawV)((__builtin_convertvector(n, RawI) + 127) << 23); }
 template <int B>
