@@ -25,7 +25,7 @@ from matquant.serve.admission import Limits, available_bytes, cache_bytes, candi
 from matquant.serve.cost import Costs, drafting, measure
 from matquant.serve.drafting import Drafter
 from matquant.serve.policy import Load, Policy, counted
-from matquant.serve.scheduling import Piece, next_chunks
+from matquant.serve.scheduling import Piece, next_chunks, whole_panels
 from matquant.serve.slots import Slot, Width, at_least, make_width
 from matquant.serve.stepping import Stepper, now_s
 from matquant.serve.work import Deliver, Generation, Refused
@@ -288,7 +288,7 @@ class Batching:
         return next_chunks(
             sorted(reading, key=lambda slot: slot.order),
             reading=self._reading,
-            rows=self._prompt_rows(load),
+            rows=self._prompt_rows(load, self._reading(min(reading, key=lambda slot: slot.order))[0].bits),
             vocab=self.engine.model.architecture.vocab,
             begin=lambda slot, width: self._stepper.begin(slot, width, self._running),
         )
@@ -317,13 +317,16 @@ class Batching:
         fixed = counted(slot.fixed.bits for slot in decoding if slot.fixed is not None)
         return Load(now_s=now, auto=auto, fixed=fixed, prompt_rows=prompt_rows, oldest_wait_s=oldest, drafts=drafts)
 
-    def _prompt_rows(self, load: Load) -> int:
-        """Return how many rows of prompts the next step may have."""
-        most = self.limits.rows
+    def _prompt_rows(self, load: Load, bits: int) -> int:
+        """Return how many rows of prompts the next step may have. bits: of the first ones."""
+        most = self.limits.rows - load.decoding
         if not load.decoding:
             return most
-        chunk = min(self.limits.chunk, most - load.decoding)
-        return self.policy.prompt_rows(load, chunk) if self.limits.policy else chunk
+        rows = min(self.limits.chunk, most)
+        if self.limits.policy:
+            rows = self.policy.prompt_rows(load, rows)
+        beside = counted(map(self.policy.bits_for, load.auto), load.fixed).get(bits, 0)
+        return min(whole_panels(rows + beside) - beside, most)
 
     def _look(self, load: Load) -> None:
         """Let the policy look at the load."""
