@@ -36,7 +36,7 @@ Floats = NDArray[np.float32]
 
 def available() -> list[str]:
     names = []
-    for name in ("scalar", "avx2", "avx512", "neon"):
+    for name in ("scalar", "avx2", "avx512", "amx", "neon"):
         try:
             _native.use_isa(name)
             names.append(name)
@@ -358,6 +358,6 @@ except InputError as error:
 """
     environment = {**os.environ, "MATQUANT_ISA": "mmx"}
     done = subprocess.run([sys.executable, "-c", script], env=environment, check=True, capture_output=True, text=True)
-    known = ", ".join(name for name in ("avx512", "avx2", "neon", "scalar") if name in ISAS)
+    known = ", ".join(name for name in ("amx", "avx512", "avx2", "neon", "scalar") if name in ISAS)
     assert done.stdout.strip() == f"MATQUANT_ISA=mmx is not an instruction set of this machine; use one of {known}"
     assert isa() in ISAS

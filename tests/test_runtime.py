@@ -291,7 +291,7 @@ def test_dense_products_of_many_tokens_give_the_bits_of_one(dtype: torch.dtype, 
 
 def available_kernels() -> list[str]:
     found = []
-    for isa in ("scalar", "avx2", "avx512", "neon"):
+    for isa in ("scalar", "avx2", "avx512", "amx", "neon"):
         try:
             _native.use_isa(isa)
         except ValueError:

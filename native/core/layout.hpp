@@ -14,7 +14,9 @@ constexpr int VECTOR_BYTES = 64;
 constexpr int LINE_BYTES = 64;         // of the processor's caches
 constexpr int ACTIVATION_GROUP = 128;  // inputs that share an activation scale
 constexpr int ACTIVATION_TILES = ACTIVATION_GROUP / TILE_INPUTS;
-constexpr int PANEL_TOKENS = 8;        // of the widest panel of an Input
+constexpr int PANEL_TOKENS = 8;        // of a panel of an Input
+constexpr int WIDE_PANEL = 16;         // of one for matrix registers
+constexpr int WIDE_INPUTS = 64;        // of a token that lie together in a wide panel
 
 constexpr int PLANE_COUNT = 5;
 constexpr int PLANE_BITS[PLANE_COUNT] = {2, 1, 1, 2, 2};  // most significant first

@@ -8,9 +8,9 @@ namespace {
 
 int panel_of(int tokens) { return tokens <= 1 ? 1 : tokens <= 2 ? 2 : tokens <= 4 ? 4 : PANEL_TOKENS; }
 
-// Tokens rounded up to whole panels times inputs rounded up to whole groups.
+// Tokens rounded up to whole panels, of either width, times inputs rounded up to whole groups.
 std::size_t padded_values(int tokens, int cols) {
-  const int panel = panel_of(tokens);
+  const int panel = tokens <= PANEL_TOKENS ? panel_of(tokens) : WIDE_PANEL;
   const int groups = ceil_div(cols, ACTIVATION_GROUP);
   return static_cast<std::size_t>(ceil_div(tokens, panel)) * panel * groups * ACTIVATION_GROUP;
 }
@@ -30,7 +30,9 @@ bool serves(const Linear& weight, int bits) {
 Input make_input(void* workspace, int tokens, int cols, Activations activations) {
   const std::size_t padded = padded_values(tokens, cols);
   auto* at = static_cast<char*>(workspace);
-  Input input{tokens, cols, activations, panel_of(tokens), nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
+  const bool wide = activations == Activations::int8 && tokens >= kernels().wide_from;
+  const int panel = wide ? WIDE_PANEL : panel_of(tokens);
+  Input input{tokens, cols, activations, panel, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
   if (activations == Activations::exact) {
     input.values = reinterpret_cast<float*>(at);
     input.value_sums = reinterpret_cast<float*>(at + whole_lines(padded * sizeof(float)));

@@ -57,8 +57,8 @@ struct Input {
   int tokens;
   int cols;
   Activations activations;
-  int panel;                 // tokens interleaved: 1, 2, 4 or 8 (padded with zeros)
-  std::int8_t* codes;        // [panels][padded / 4][panel][4]
+  int panel;                 // tokens interleaved: 1, 2, 4, 8 or, for matrix registers, 16 (padded with zeros)
+  std::int8_t* codes;        // [panels][padded / 4][panel][4]; [panels][padded / 64][16][64]
   float* scales;             // [panels][padded / 128][panel]
   std::int32_t* code_sums;   // [panels][padded / 32][panel]
   std::int32_t* group_sums;  // [panels][padded / 128][panel]
@@ -78,8 +78,8 @@ void prepare(const Input& input, const float* x, int thread = 0, int threads = 1
 void linear(const Linear& weight, int bits, const Input& input, float* y, std::ptrdiff_t y_stride, int thread = 0,
             int threads = 1);
 
-// The instruction set in use: "scalar", "avx2", "avx512" or "neon". It is the best of the machine unless MATQUANT_ISA
-// names another. Throws std::invalid_argument if that name is unknown or the machine lacks the instructions.
+// The instruction set in use: "scalar", "avx2", "avx512", "amx" or "neon". It is the best of the machine unless
+// MATQUANT_ISA names another. Throws std::invalid_argument if that name is unknown or the machine lacks the instructions.
 const char* isa();
 
 }  // namespace matquant

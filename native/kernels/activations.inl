@@ -76,6 +76,11 @@ MATQUANT_INLINE void prepare_group(const Input& input, const float* x, int token
     input.code_sums[(start / TILE_INPUTS + tile) * panel + at] = sums[tile];
   input.group_sums[start / ACTIVATION_GROUP * panel + at] = sums[0] + sums[1] + sums[2] + sums[3];
   if (panel == 1) return;
+  if (panel == WIDE_PANEL) {
+    for (int part = 0; part < ACTIVATION_GROUP; part += WIDE_INPUTS)
+      __builtin_memcpy(input.codes + (start + part) * WIDE_PANEL + at * WIDE_INPUTS, codes + part, WIDE_INPUTS);
+    return;
+  }
   for (int quad = 0; quad < ACTIVATION_GROUP / 4; ++quad)
     __builtin_memcpy(input.codes + ((start / 4 + quad) * panel + at) * 4, codes + 4 * quad, 4);
 }

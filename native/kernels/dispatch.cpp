@@ -8,8 +8,10 @@
 #include <stdexcept>
 #include <string>
 
-#if defined(__aarch64__) && defined(__linux__)
+#if defined(__linux__)
 #include <sys/auxv.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 namespace matquant {
@@ -18,6 +20,7 @@ namespace {
 // Best first.
 const Kernels* const TABLES[] = {
 #if defined(__x86_64__)
+    &kernels_amx,
     &kernels_avx512,
     &kernels_avx2,
 #elif defined(__aarch64__)
@@ -37,6 +40,20 @@ bool is_intel() {
 #endif
 }
 
+#if defined(__x86_64__)
+// True where the processor has AMX and the system lets this process use its registers, for which it has to be asked.
+bool has_amx() {
+#if defined(__linux__)
+  constexpr int REQUEST_PERMISSION = 0x1023, REGISTERS = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  static const bool granted = __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-int8") &&
+                              syscall(SYS_arch_prctl, REQUEST_PERMISSION, REGISTERS) == 0;
+  return granted;
+#else
+  return false;
+#endif
+}
+#endif
+
 }  // namespace
 
 const bool prefetch_within_page = is_intel();
@@ -47,6 +64,7 @@ bool runs_here(const Kernels& table) {
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   if (!avx2 || &table == &kernels_avx2) return avx2;
+  if (&table == &kernels_amx && !has_amx()) return false;
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
          __builtin_cpu_supports("avx512vnni");

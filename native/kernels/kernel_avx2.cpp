@@ -210,6 +210,6 @@ struct Sum {
 
 }  // namespace
 
-const Kernels kernels_avx2 = {"avx2", prepare_share, linear_share, codes, &float_kernels_avx2};
+const Kernels kernels_avx2 = {"avx2", NEVER, prepare_share, linear_share, codes, &float_kernels_avx2};
 
 }  // namespace matquant

@@ -139,9 +139,11 @@ struct Sum {
 };
 
 #include "kernel.inl"
+#include "amx.inl"
 
 }  // namespace
 
-const Kernels kernels_avx512 = {"avx512", prepare_share, linear_share, codes, &float_kernels_avx512};
+const Kernels kernels_avx512 = {"avx512", NEVER, prepare_share, linear_share, codes, &float_kernels_avx512};
+const Kernels kernels_amx = {"amx", AMX_FROM, prepare_share, amx_share, codes, &float_kernels_avx512};
 
 }  // namespace matquant

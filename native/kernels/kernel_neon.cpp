@@ -171,6 +171,6 @@ struct Sum {
 
 }  // namespace
 
-const Kernels kernels_neon = {"neon", prepare_share, linear_share, codes, &float_kernels_neon};
+const Kernels kernels_neon = {"neon", NEVER, prepare_share, linear_share, codes, &float_kernels_neon};
 
 }  // namespace matquant

@@ -212,6 +212,6 @@ struct Sum {
 
 }  // namespace
 
-const Kernels kernels_scalar = {"scalar", prepare_share, linear_share, codes, &float_kernels_scalar};
+const Kernels kernels_scalar = {"scalar", NEVER, prepare_share, linear_share, codes, &float_kernels_scalar};
 
 }  // namespace matquant

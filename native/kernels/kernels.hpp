@@ -4,6 +4,8 @@
 
 #include "core/width.hpp"
 
+#include <limits>
+
 #define MATQUANT_INLINE inline __attribute__((always_inline))
 
 namespace matquant {
@@ -18,6 +20,8 @@ constexpr int NATIVE_BYTES = 16;
 #endif
 constexpr int NATIVE_LANES = NATIVE_BYTES / 4;
 
+constexpr int NEVER = std::numeric_limits<int>::max();
+
 struct FloatKernels;  // floats.hpp
 extern const FloatKernels float_kernels_scalar;
 extern const FloatKernels float_kernels_avx2;
@@ -26,6 +30,7 @@ extern const FloatKernels float_kernels_neon;
 
 struct Kernels {
   const char* name;
+  int wide_from;  // the tokens from which an int8 Input has panels of 16
   void (*prepare)(const Input& input, const float* x, int thread, int threads);
   void (*linear)(const Linear& weight, const Width& width, const Input& input, float* y, std::ptrdiff_t y_stride,
                  int thread, int threads);
@@ -37,6 +42,7 @@ struct Kernels {
 extern const Kernels kernels_scalar;
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
+extern const Kernels kernels_amx;  // avx512 but for many tokens
 extern const Kernels kernels_neon;
 
 // The table in use. The first call chooses it: MATQUANT_ISA, else the best one of the machine.
