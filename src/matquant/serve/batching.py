@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import takewhile
 from typing import Any
 
+from matquant import _native
 from matquant.core.spec import Plan
 from matquant.engine.engine import Engine
 from matquant.engine.speculation import OFF
@@ -25,7 +26,7 @@ from matquant.serve.admission import Limits, available_bytes, cache_bytes, candi
 from matquant.serve.cost import Costs, drafting, measure
 from matquant.serve.drafting import Drafter
 from matquant.serve.policy import Load, Policy, counted
-from matquant.serve.scheduling import Piece, next_chunks, whole_panels
+from matquant.serve.scheduling import Piece, next_chunks
 from matquant.serve.slots import Slot, Width, at_least, make_width
 from matquant.serve.stepping import Stepper, now_s
 from matquant.serve.work import Deliver, Generation, Refused
@@ -143,7 +144,6 @@ class Batching:
         with self._changed:
             running, waiting = list(self._running), list(self._waiting)
             counts = dict(self._counts) | dict(self._stepper.counts)
-        now = self._clock()
         reserved = sum(slot.bytes for slot in running)
         prefixes = self._stepper.prefixes
         return {
@@ -151,7 +151,7 @@ class Batching:
             "running": len(running),
             "waiting": len(waiting),
             "deferred": sum(slot.cached_tokens is None for slot in running),  # until a prompt like theirs has been read
-            "oldest_wait_s": max((now - slot.arrived_s for slot in waiting), default=0.0),
+            "oldest_wait_s": max((self._clock() - slot.arrived_s for slot in waiting), default=0.0),
             "kv_bytes": reserved + prefixes.bytes,
             "kv_bytes_reserved": reserved,
             "kv_bytes_limit": self.kv_bytes,
@@ -320,13 +320,10 @@ class Batching:
     def _prompt_rows(self, load: Load, bits: int) -> int:
         """Return how many rows of prompts the next step may have. bits: of the first ones."""
         most = self.limits.rows - load.decoding
-        if not load.decoding:
-            return most
-        rows = min(self.limits.chunk, most)
-        if self.limits.policy:
-            rows = self.policy.prompt_rows(load, rows)
+        rows = min(self.limits.chunk, most) if load.decoding else most
+        rows = self.policy.prompt_rows(load, rows) if self.limits.policy else rows
         beside = counted(map(self.policy.bits_for, load.auto), load.fixed).get(bits, 0)
-        return min(whole_panels(rows + beside) - beside, most)
+        return min(_native.padded_tokens(rows + beside, self.engine.exact) - beside, most)
 
     def _look(self, load: Load) -> None:
         """Let the policy look at the load."""

@@ -1,8 +1,8 @@
 """Which rows the next step computes: one of every decoding sequence, and a chunk of prompts.
 
 A prompt is read in chunks so that the sequences that decode meanwhile wait for a bounded time: ``chunk`` tokens of all
-prompts together per step, or as many as a step takes if nothing decodes. Products take PANEL rows at a time and fill up
-what is missing, so a chunk is made as much longer as costs nothing. Prompts are read at the widest width of the
+prompts together per step, or as many as a step takes if nothing decodes. Products take 8 or 16 rows at a time and fill
+up what is missing, so a chunk is made as much longer as costs nothing. Prompts are read at the widest width of the
 policy, unless their width is fixed: reading a prompt is bound by arithmetic and is about as fast at every width. So
 with ``prefill_bits`` the prompt of a narrower width is read at that one, all but its last token, whose logits choose.
 
@@ -18,7 +18,6 @@ from matquant.engine.speculation import Draft
 from matquant.serve.prefixes import SHORTEST, common, uniform
 from matquant.serve.slots import Slot, Width
 
-PANEL = 8  # rows that a product takes together (PANEL_TOKENS in native/core/layout.hpp)
 LOGIT_VALUES = 2**23  # logits that a step computes for prompts, at most
 
 
@@ -93,11 +92,6 @@ def next_chunks(
         rows -= size
         logits -= size if scored else 0
     return pieces
-
-
-def whole_panels(rows: int) -> int:
-    """Return the number of rows that takes as long as ``rows`` and is a multiple of PANEL."""
-    return -(-rows // PANEL) * PANEL
 
 
 def group_pieces(pieces: Iterable[Piece]) -> list[Group]:
