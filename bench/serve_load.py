@@ -37,6 +37,7 @@ from rich.console import Console
 from rich.table import Table
 
 from load_client import Answer, BrokenOffError, ask, body, cpu_s, read, resident_bytes, together
+from matquant.core.planes import isa
 from matquant.engine.engine import Engine
 from origin import ROOT, append_record, origin
 
@@ -323,7 +324,7 @@ def main() -> None:
     record = {"overload": overload, "soak": soak, "load": load}[kind](options)
     if kind == "load":
         Console(width=120).print(table(record))
-    line = json.dumps({**origin(), "kind": kind, "checkpoint": options.checkpoint.name, **record})
+    line = json.dumps({**origin(), "kind": kind, "checkpoint": options.checkpoint.name, "isa": isa(), **record})
     print(line)
     if options.keep:
         append_record(RECORDS, line)

@@ -192,6 +192,21 @@ def test_prompts_are_read_in_chunks_while_others_decode(
     assert [step[1][1] for step in both][:12] == [8] * 11 + [2]
 
 
+def test_a_chunk_fills_the_rows_that_a_product_takes_together(
+    serve: Callable[..., Batching], engine: matquant.Engine, ids: list[int], steps: list[list[tuple[int, int]]]
+) -> None:
+    batcher, gate, receivers = serve(chunk=8, max_batched_tokens=64), Gate(), [Receiver(), Receiver()]
+    batcher.submit(generation(ids, bits=8, constraint=gate, max_tokens=40), receivers[0])
+    gate.reached.wait(PATIENT_S)
+    batcher.submit(generation((ids * 5)[:90], bits=8), receivers[1])
+    gate.open.set()
+    for receiver in receivers:
+        receiver.wait()
+    both = [step for step in steps if len(step) == 2]
+    assert both[0][1][1] == _native.padded_tokens(9, engine.exact) - 1 > 8
+    assert _native.padded_tokens(both[0][1][1] + 2, engine.exact) > both[0][1][1] + 1
+
+
 def test_a_request_of_higher_priority_is_started_first(
     serve: Callable[..., Batching], ids: list[int], steps: list[list[tuple[int, int]]]
 ) -> None:

@@ -6,11 +6,14 @@
 namespace matquant {
 namespace {
 
-int panel_of(int tokens) { return tokens <= 1 ? 1 : tokens <= 2 ? 2 : tokens <= 4 ? 4 : PANEL_TOKENS; }
+int panel_of(int tokens, Activations activations) {
+  if (activations == Activations::int8 && tokens >= kernels().wide_from) return WIDE_PANEL;
+  return tokens <= 1 ? 1 : tokens <= 2 ? 2 : tokens <= 4 ? 4 : PANEL_TOKENS;
+}
 
 // Tokens rounded up to whole panels, of either width, times inputs rounded up to whole groups.
 std::size_t padded_values(int tokens, int cols) {
-  const int panel = tokens <= PANEL_TOKENS ? panel_of(tokens) : WIDE_PANEL;
+  const int panel = tokens <= PANEL_TOKENS ? panel_of(tokens, Activations::exact) : WIDE_PANEL;
   const int groups = ceil_div(cols, ACTIVATION_GROUP);
   return static_cast<std::size_t>(ceil_div(tokens, panel)) * panel * groups * ACTIVATION_GROUP;
 }
@@ -30,9 +33,7 @@ bool serves(const Linear& weight, int bits) {
 Input make_input(void* workspace, int tokens, int cols, Activations activations) {
   const std::size_t padded = padded_values(tokens, cols);
   auto* at = static_cast<char*>(workspace);
-  const bool wide = activations == Activations::int8 && tokens >= kernels().wide_from;
-  const int panel = wide ? WIDE_PANEL : panel_of(tokens);
-  Input input{tokens, cols, activations, panel, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
+  Input input{tokens, cols, activations, panel_of(tokens, activations), nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
   if (activations == Activations::exact) {
     input.values = reinterpret_cast<float*>(at);
     input.value_sums = reinterpret_cast<float*>(at + whole_lines(padded * sizeof(float)));
@@ -46,6 +47,11 @@ Input make_input(void* workspace, int tokens, int cols, Activations activations)
     input.group_sums = reinterpret_cast<std::int32_t*>(at);
   }
   return input;
+}
+
+int padded_tokens(int tokens, Activations activations) {
+  const int panel = panel_of(tokens, activations);
+  return ceil_div(tokens, panel) * panel;
 }
 
 std::size_t input_bytes(int tokens, int cols, Activations activations) {

@@ -66,6 +66,8 @@ struct Input {
   float* value_sums;         // [panels][padded / 32][panel]    (exact)
 };
 
+// Tokens rounded up to whole panels, which take as long.
+int padded_tokens(int tokens, Activations activations);
 // Workspace bytes of an Input, a multiple of 64. Monotone in tokens and cols.
 std::size_t input_bytes(int tokens, int cols, Activations activations);
 // Returns the view. `workspace` is 64-byte aligned and has input_bytes(tokens, cols, activations).

@@ -277,6 +277,9 @@ void bind_linear(nb::module_& module) {
       .def_prop_ro("pointer", [](const Weight& weight) { return reinterpret_cast<std::uintptr_t>(&weight.linear()); })
       .def_prop_ro("bytes", &Weight::bytes);
   module.def("planes_bytes", &planes_bytes, nb::arg("rows"), nb::arg("cols"), nb::arg("bits"));
+  module.def("padded_tokens", [](int tokens, bool exact) {
+    return padded_tokens(tokens, exact ? Activations::exact : Activations::int8);
+  });
   module.def("isa", isa);
   // An empty name: MATQUANT_ISA, else the best of the machine.
   module.def("use_isa", [](const char* name) { use_kernels(*name == '\0' ? nullptr : name); });

@@ -28,7 +28,7 @@ class Limits:
     max_queued_requests: int = 64  # sequences that wait
     max_queued_tokens: int = 2**17  # prompt tokens that wait
     max_batched_tokens: int | None = None  # rows of a step; None: 128, or max_num_seqs if that is more
-    chunk: int = 32  # prompt tokens of a step in which other sequences decode; alone: all rows
+    chunk: int = 64  # prompt tokens of a step in which other sequences decode; alone: all rows
     kv_bytes: int | None = None  # keys and values; None: a quarter of the memory available, see ``resolve``
     widths: tuple[int, ...] = WIDTHS  # that the policy may choose
     min_bits: int = 4  # the policy does not go below this width: int3 and int2 need a checkpoint trained for them

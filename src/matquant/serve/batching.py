@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import takewhile
 from typing import Any
 
+from matquant import _native
 from matquant.core.spec import Plan
 from matquant.engine.engine import Engine
 from matquant.engine.speculation import OFF
@@ -143,7 +144,6 @@ class Batching:
         with self._changed:
             running, waiting = list(self._running), list(self._waiting)
             counts = dict(self._counts) | dict(self._stepper.counts)
-        now = self._clock()
         reserved = sum(slot.bytes for slot in running)
         prefixes = self._stepper.prefixes
         return {
@@ -151,7 +151,7 @@ class Batching:
             "running": len(running),
             "waiting": len(waiting),
             "deferred": sum(slot.cached_tokens is None for slot in running),  # until a prompt like theirs has been read
-            "oldest_wait_s": max((now - slot.arrived_s for slot in waiting), default=0.0),
+            "oldest_wait_s": max((self._clock() - slot.arrived_s for slot in waiting), default=0.0),
             "kv_bytes": reserved + prefixes.bytes,
             "kv_bytes_reserved": reserved,
             "kv_bytes_limit": self.kv_bytes,
@@ -288,7 +288,7 @@ class Batching:
         return next_chunks(
             sorted(reading, key=lambda slot: slot.order),
             reading=self._reading,
-            rows=self._prompt_rows(load),
+            rows=self._prompt_rows(load, self._reading(min(reading, key=lambda slot: slot.order))[0].bits),
             vocab=self.engine.model.architecture.vocab,
             begin=lambda slot, width: self._stepper.begin(slot, width, self._running),
         )
@@ -317,13 +317,13 @@ class Batching:
         fixed = counted(slot.fixed.bits for slot in decoding if slot.fixed is not None)
         return Load(now_s=now, auto=auto, fixed=fixed, prompt_rows=prompt_rows, oldest_wait_s=oldest, drafts=drafts)
 
-    def _prompt_rows(self, load: Load) -> int:
-        """Return how many rows of prompts the next step may have."""
-        most = self.limits.rows
-        if not load.decoding:
-            return most
-        chunk = min(self.limits.chunk, most - load.decoding)
-        return self.policy.prompt_rows(load, chunk) if self.limits.policy else chunk
+    def _prompt_rows(self, load: Load, bits: int) -> int:
+        """Return how many rows of prompts the next step may have. bits: of the first ones."""
+        most = self.limits.rows - load.decoding
+        rows = min(self.limits.chunk, most) if load.decoding else most
+        rows = self.policy.prompt_rows(load, rows) if self.limits.policy else rows
+        beside = counted(map(self.policy.bits_for, load.auto), load.fixed).get(bits, 0)
+        return min(_native.padded_tokens(rows + beside, self.engine.exact) - beside, most)
 
     def _look(self, load: Load) -> None:
         """Let the policy look at the load."""

@@ -1,7 +1,8 @@
 """Which rows the next step computes: one of every decoding sequence, and a chunk of prompts.
 
 A prompt is read in chunks so that the sequences that decode meanwhile wait for a bounded time: ``chunk`` tokens of all
-prompts together per step, or as many as a step takes if nothing decodes. Prompts are read at the widest width of the
+prompts together per step, or as many as a step takes if nothing decodes. Products take 8 or 16 rows at a time and fill
+up what is missing, so a chunk is made as much longer as costs nothing. Prompts are read at the widest width of the
 policy, unless their width is fixed: reading a prompt is bound by arithmetic and is about as fast at every width. So
 with ``prefill_bits`` the prompt of a narrower width is read at that one, all but its last token, whose logits choose.
 
