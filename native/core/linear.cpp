@@ -33,7 +33,8 @@ bool serves(const Linear& weight, int bits) {
 Input make_input(void* workspace, int tokens, int cols, Activations activations) {
   const std::size_t padded = padded_values(tokens, cols);
   auto* at = static_cast<char*>(workspace);
-  Input input{tokens, cols, activations, panel_of(tokens, activations), nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
+  const int panel = panel_of(tokens, activations);
+  Input input{tokens, cols, activations, panel, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
   if (activations == Activations::exact) {
     input.values = reinterpret_cast<float*>(at);
     input.value_sums = reinterpret_cast<float*>(at + whole_lines(padded * sizeof(float)));

@@ -81,7 +81,8 @@ void linear(const Linear& weight, int bits, const Input& input, float* y, std::p
             int threads = 1);
 
 // The instruction set in use: "scalar", "avx2", "avx512", "amx" or "neon". It is the best of the machine unless
-// MATQUANT_ISA names another. Throws std::invalid_argument if that name is unknown or the machine lacks the instructions.
+// MATQUANT_ISA names another. Throws std::invalid_argument if that name is unknown or the machine lacks the
+// instructions.
 const char* isa();
 
 }  // namespace matquant
