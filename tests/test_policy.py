@@ -148,6 +148,7 @@ def test_prompts_give_way_before_widths_do() -> None:
     assert one.prompt_rows(load, 32) == 16  # 24 rows: 0.14 s
     one.latency_s = 0.01
     assert one.prompt_rows(load, 32) == 8  # never less
+    assert one.prompt_rows(replace(load, auto=()), 128) == 128  # no one waits for the step
 
 
 def test_a_group_more_may_cost_more_than_it_gains() -> None:

@@ -120,8 +120,10 @@ class Policy:
         """Return how many rows of prompts to read beside decoding rows, at most ``most``.
 
         Fewer, by halves but not below LEAST_CHUNK, if the step would take longer than the target: prompts give way
-        before widths do.
+        before widths do. If nothing decodes, no one waits for the step.
         """
+        if not load.decoding:
+            return most
         rows = most
         while rows > LEAST_CHUNK and self.predict_s(replace(load, prompt_rows=rows), self.bits) > self.latency_s:
             rows = max(rows // 2, LEAST_CHUNK)
