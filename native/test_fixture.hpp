@@ -89,7 +89,7 @@ struct Fixture {
     const bool codes = linear.grid == Grid::uniform || bits == 8;
     const float unit = codes ? 1.0f : bits == 7 ? 0.5f : 0.25f, offset = codes || bits == 7 ? 0.0f : 0.125f;
     for (Affine& affine : linear.affine) affine = {};
-    linear.affine[bits] = {values.data(), false, step * unit, centre + step * offset};
+    linear.affine[bits] = {values.data(), false, step * unit, centre + step * offset, false, 0.0f};
   }
 };
 

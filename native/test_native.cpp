@@ -149,7 +149,7 @@ struct Decoder {
       of.values[i] = i / BLOCK_ROWS % 2 == 0 ? of.values[i] / 64.0f : 128.0f;
     for (int bits = 1; bits <= 8; ++bits) {
       const float step = static_cast<float>(1 << (8 - bits));
-      of.linear.affine[bits] = {of.values.data(), false, step, (step - 1) / 2};
+      of.linear.affine[bits] = {of.values.data(), false, step, (step - 1) / 2, false, 0.0f};
     }
     Matrix matrix;
     matrix.nested = &of.linear;
