@@ -119,6 +119,8 @@ SETTINGS: dict[str, tuple[tuple[str, dict[str, Any], tuple[int, ...]], ...]] = {
         ("balanced, plan of 4.73 bits", {"recipe": "balanced", "budget": 4.73}, (4,)),
         ("balanced, plan of 5.63 bits", {"recipe": "balanced", "budget": 5.63}, (5,)),
         ("best", {"recipe": "best"}, (2, 3, 4, 5, 6, 8)),
+        ("best, plan of 4.54 bits", {"recipe": "best", "budget": 4.54}, (4,)),
+        ("best, plan of 5.53 bits", {"recipe": "best", "budget": 5.53}, (5,)),
     ),
     "autoround": (
         ("iters 200, g128, sym", AUTOROUND, (2, 3, 4, 8)),
