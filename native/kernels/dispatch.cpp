@@ -8,6 +8,9 @@
 #include <stdexcept>
 #include <string>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 #if defined(__linux__)
 #include <sys/auxv.h>
 #include <sys/syscall.h>
@@ -45,8 +48,12 @@ bool is_intel() {
 bool has_amx() {
 #if defined(__linux__)
   constexpr int REQUEST_PERMISSION = 0x1023, REGISTERS = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-  static const bool granted = __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-int8") &&
-                              syscall(SYS_arch_prctl, REQUEST_PERMISSION, REGISTERS) == 0;
+  constexpr unsigned TILE_AND_INT8 = 3u << 24;                // of EDX. Not every compiler knows their names.
+  static const bool granted = [] {
+    unsigned eax, ebx, ecx, edx;
+    return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & TILE_AND_INT8) == TILE_AND_INT8 &&
+           syscall(SYS_arch_prctl, REQUEST_PERMISSION, REGISTERS) == 0;
+  }();
   return granted;
 #else
   return false;
