@@ -18,7 +18,6 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import takewhile
 from typing import Any
 
-from matquant import _native
 from matquant.core.spec import Plan
 from matquant.engine.engine import Engine
 from matquant.engine.speculation import OFF
@@ -26,7 +25,7 @@ from matquant.serve.admission import Limits, available_bytes, cache_bytes, candi
 from matquant.serve.cost import Costs, drafting, measure
 from matquant.serve.drafting import Drafter
 from matquant.serve.policy import Load, Policy, counted
-from matquant.serve.scheduling import Piece, next_chunks
+from matquant.serve.scheduling import Piece, fill_panels, next_chunks
 from matquant.serve.slots import Slot, Width, at_least, make_width
 from matquant.serve.stepping import Stepper, now_s
 from matquant.serve.work import Deliver, Generation, Refused
@@ -144,6 +143,7 @@ class Batching:
         with self._changed:
             running, waiting = list(self._running), list(self._waiting)
             counts = dict(self._counts) | dict(self._stepper.counts)
+        now = self._clock()
         reserved = sum(slot.bytes for slot in running)
         prefixes = self._stepper.prefixes
         return {
@@ -151,7 +151,7 @@ class Batching:
             "running": len(running),
             "waiting": len(waiting),
             "deferred": sum(slot.cached_tokens is None for slot in running),  # until a prompt like theirs has been read
-            "oldest_wait_s": max((self._clock() - slot.arrived_s for slot in waiting), default=0.0),
+            "oldest_wait_s": max((now - slot.arrived_s for slot in waiting), default=0.0),
             "kv_bytes": reserved + prefixes.bytes,
             "kv_bytes_reserved": reserved,
             "kv_bytes_limit": self.kv_bytes,
@@ -265,7 +265,7 @@ class Batching:
         reading: list[Slot] = []
         for slot in self._running:
             (reading if slot.cached_tokens is None or slot.is_reading else decoding).append(slot)
-        chunks = self._chunks(reading, self._load(decoding)) if reading else []
+        chunks = self._chunks(sorted(reading, key=lambda slot: slot.order), self._load(decoding)) if reading else []
         drafts = bool(self._drafter and not chunks and self._drafter.room(len(decoding)))
         load = self._load(decoding, prompt_rows=sum(piece.stop - piece.start for piece in chunks), drafts=drafts)
         self._look(load)
@@ -284,11 +284,11 @@ class Batching:
             self._send(piece.slot)
 
     def _chunks(self, reading: Sequence[Slot], load: Load) -> list[Piece]:
-        """Return the pieces of prompts that the next step reads. load: without them."""
+        """Return the pieces of prompts that the next step reads, of the first slots first. load: without them."""
         return next_chunks(
-            sorted(reading, key=lambda slot: slot.order),
+            reading,
             reading=self._reading,
-            rows=self._prompt_rows(load, self._reading(min(reading, key=lambda slot: slot.order))[0].bits),
+            rows=self._prompt_rows(load, self._reading(reading[0])[0].bits),
             vocab=self.engine.model.architecture.vocab,
             begin=lambda slot, width: self._stepper.begin(slot, width, self._running),
         )
@@ -323,7 +323,7 @@ class Batching:
         rows = min(self.limits.chunk, most) if load.decoding else most
         rows = self.policy.prompt_rows(load, rows) if self.limits.policy else rows
         beside = counted(map(self.policy.bits_for, load.auto), load.fixed).get(bits, 0)
-        return min(_native.padded_tokens(rows + beside, self.engine.exact) - beside, most)
+        return min(fill_panels(rows, beside=beside, exact=self.engine.exact), most)
 
     def _look(self, load: Load) -> None:
         """Let the policy look at the load."""

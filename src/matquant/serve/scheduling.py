@@ -94,6 +94,11 @@ def next_chunks(
     return pieces
 
 
+def fill_panels(rows: int, *, beside: int, exact: bool) -> int:
+    """Return ``rows``, and the rows more that products of them and of the rows ``beside`` take no longer with."""
+    return _native.padded_tokens(rows + beside, exact) - beside
+
+
 def group_pieces(pieces: Iterable[Piece]) -> list[Group]:
     """Return the native steps that read the pieces, one for each width, in the order of their first pieces."""
     groups: dict[bytes, Group] = {}
