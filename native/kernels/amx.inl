@@ -7,6 +7,7 @@
 
 constexpr int STEP_INPUTS = WIDE_INPUTS, STEP_TILES = STEP_INPUTS / TILE_INPUTS, STEP_BYTES = STEP_INPUTS * BLOCK_ROWS;
 constexpr int AMX_FROM = 9;    // tokens
+static_assert(AMX_FROM > PANEL_TOKENS, "workspaces of fewer tokens have no room for a wide panel");
 constexpr int AMX_BLOCKS = 4;  // whose float sums of 128 tokens stay in L1
 constexpr int MOST_PANELS = GEMM_TOKENS / WIDE_PANEL;
 constexpr int SQUARE = WIDE_PANEL * BLOCK_ROWS;  // products of a panel and a row block, [token][row]
@@ -59,12 +60,12 @@ struct StoreCentred {
 // A segment in whole steps of 64 inputs: codes minus the centre, 0 outside the segment, [block][step][16 quads][64].
 template <int BLOCKS>
 struct StepCodes {
-  int first, steps;
+  int steps;
   alignas(64) std::int8_t codes[BLOCKS * SEGMENT_BYTES];
 
   MATQUANT_INLINE void decode(const Linear& weight, const Width& width, Decode decode_segment, int block,
                               const Segment& segment, bool whole_tiles) {
-    first = static_cast<int>(segment.first_tile) / STEP_TILES;
+    const int first = static_cast<int>(segment.first_tile) / STEP_TILES;
     steps = ceil_div(static_cast<int>(segment.stop_tile), STEP_TILES) - first;
     const int before = static_cast<int>(segment.first_tile) % STEP_TILES, stop = segment.stop_tile - first * STEP_TILES;
     constexpr int TILE_BYTES = TILE_QUADS * VECTOR_BYTES;
@@ -74,12 +75,11 @@ struct StepCodes {
                      to + before * TILE_BYTES);
       if (before > 0) __builtin_memset(to, 0, TILE_BYTES);
       if (stop % STEP_TILES > 0) __builtin_memset(to + stop * TILE_BYTES, 0, TILE_BYTES);
-      if (!whole_tiles) mask(codes + one * SEGMENT_BYTES, segment);
+      if (!whole_tiles) mask(codes + one * SEGMENT_BYTES, segment, first * STEP_INPUTS);
     }
   }
 
-  void mask(std::int8_t* to, const Segment& segment) const {
-    const int start = first * STEP_INPUTS;
+  void mask(std::int8_t* to, const Segment& segment, int start) const {
     for (int input = 0; input < steps * STEP_INPUTS; ++input) {
       const unsigned at = static_cast<unsigned>(start + input);
       if (at >= segment.first && at < segment.stop) continue;
@@ -246,13 +246,6 @@ void amx_share(const Linear& weight, const Width& width, const Input& input, flo
                int thread, int threads) {
   if (input.panel != WIDE_PANEL) return linear_share(weight, width, input, y, y_stride, thread, threads);
   const AmxRegisters configured;
-  const std::int64_t blocks = ceil_div(weight.rows, BLOCK_ROWS);
-  const int first = static_cast<int>(blocks * thread / threads);
-  const int stop = static_cast<int>(blocks * (thread + 1) / threads);
-  for (int token = 0; token < input.tokens; token += GEMM_TOKENS) {
-    int block = first;
-    for (; block + AMX_BLOCKS <= stop; block += AMX_BLOCKS)
-      amx_tokens<AMX_BLOCKS>(weight, width, input, block, token, y, y_stride);
-    for (; block < stop; ++block) amx_tokens<1>(weight, width, input, block, token, y, y_stride);
-  }
+  linear_blocks(Blocks(weight, thread, threads), amx_tokens<AMX_BLOCKS>, AMX_BLOCKS, amx_tokens<1>, weight, width,
+                input, y, y_stride);
 }

@@ -65,30 +65,44 @@ void codes(const Linear& weight, const Width& width, std::uint8_t* out) {
   }
 }
 
+// The row blocks of a thread.
+struct Blocks {
+  int first, stop;
+  MATQUANT_INLINE Blocks(const Linear& weight, int thread, int threads) {
+    const std::int64_t blocks = ceil_div(weight.rows, BLOCK_ROWS);
+    first = static_cast<int>(blocks * thread / threads);
+    stop = static_cast<int>(blocks * (thread + 1) / threads);
+  }
+};
+
+// Multiplies these with all tokens: `step` blocks at a time by `several`, the last ones by `one`.
+void linear_blocks(const Blocks& blocks, ManyTokens several, int step, ManyTokens one, const Linear& weight,
+                   const Width& width, const Input& input, float* y, std::ptrdiff_t y_stride) {
+  for (int token = 0; token < input.tokens; token += GEMM_TOKENS) {
+    int block = blocks.first;
+    for (; block + step <= blocks.stop; block += step) several(weight, width, input, block, token, y, y_stride);
+    for (; block < blocks.stop; ++block) one(weight, width, input, block, token, y, y_stride);
+  }
+}
+
 void linear_share(const Linear& weight, const Width& width, const Input& input, float* y, std::ptrdiff_t y_stride,
                   int thread, int threads) {
-  const std::int64_t blocks = ceil_div(weight.rows, BLOCK_ROWS);
-  const int first = static_cast<int>(blocks * thread / threads);
-  const int stop = static_cast<int>(blocks * (thread + 1) / threads);
+  const Blocks blocks(weight, thread, threads);
   if (input.activations == Activations::exact) {
     const ExactBlock run = exact_block_of(input.panel);
-    for (int block = first; block < stop; ++block)
+    for (int block = blocks.first; block < blocks.stop; ++block)
       for (int panel = 0; panel < ceil_div(input.tokens, input.panel); ++panel)
         run(weight, width, input, panel, block, y, y_stride);
     return;
   }
   if constexpr (fused_tokens(2) > 0)
     if (input.tokens <= fused_tokens(width.read) && has_whole_tiles(weight))
-      return row_blocks_of(width, input.panel)(weight, width, input, first, stop, y, y_stride);
+      return row_blocks_of(width, input.panel)(weight, width, input, blocks.first, blocks.stop, y, y_stride);
   const ManyTokens one = input.panel == 1   ? many_tokens_of<1, 1>(width)
                          : input.panel == 2 ? many_tokens_of<1, 2>(width)
                          : input.panel == 4 ? many_tokens_of<1, 4>(width)
                                             : many_tokens_of<1, 8>(width);
   const ManyTokens several = input.panel == PANEL_TOKENS ? many_tokens_of<GEMM_BLOCKS, PANEL_TOKENS>(width) : one;
   const int step = input.panel == PANEL_TOKENS ? GEMM_BLOCKS : 1;
-  for (int token = 0; token < input.tokens; token += GEMM_TOKENS) {
-    int block = first;
-    for (; block + step <= stop; block += step) several(weight, width, input, block, token, y, y_stride);
-    for (; block < stop; ++block) one(weight, width, input, block, token, y, y_stride);
-  }
+  linear_blocks(blocks, several, step, one, weight, width, input, y, y_stride);
 }
