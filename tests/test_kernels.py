@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import oracle
-from cases import each
+from cases import KNOWN_ISAS, available_isas, each
 from matquant import _native
 from matquant.core.nest import COMPANDED, KERNEL_GRIDS, UNIFORM, integer_positions, position_table
 from matquant.core.planes import Weight, isa, load_weight, matmul
@@ -34,19 +34,7 @@ SHAPES = [(1, 1), (16, 32), (17, 31), (33, 300), (130, 128), (5, 515)]
 Floats = NDArray[np.float32]
 
 
-def available() -> list[str]:
-    names = []
-    for name in ("scalar", "avx2", "avx512", "amx", "neon"):
-        try:
-            _native.use_isa(name)
-            names.append(name)
-        except ValueError:
-            continue
-    _native.use_isa("")
-    return names
-
-
-ISAS = available()
+ISAS = available_isas()
 each_isa = pytest.mark.parametrize("isa_name", ISAS)
 each_grid = each("grid", KERNEL_GRIDS)
 each_reading = each(("rule", "grid"), READINGS)
@@ -358,6 +346,6 @@ except InputError as error:
 """
     environment = {**os.environ, "MATQUANT_ISA": "mmx"}
     done = subprocess.run([sys.executable, "-c", script], env=environment, check=True, capture_output=True, text=True)
-    known = ", ".join(name for name in ("amx", "avx512", "avx2", "neon", "scalar") if name in ISAS)
+    known = ", ".join(name for name in KNOWN_ISAS if name in ISAS)
     assert done.stdout.strip() == f"MATQUANT_ISA=mmx is not an instruction set of this machine; use one of {known}"
     assert isa() in ISAS
