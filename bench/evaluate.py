@@ -58,9 +58,8 @@ def main() -> None:
     np.testing.assert_array_equal(
         stream, with_torch.read_stream(asked.checkpoint, checkpoint, read_documents([asked.text]))
     )
-    models: dict[str, Any] = {"torch": with_torch.TorchModel(asked.checkpoint, device="cpu")}
+    models: dict[str, Any] = {"torch": with_torch.TorchModel(asked.checkpoint, device="cpu", dtype=torch.float32)}
     models["native"] = with_engine.EngineModel(asked.checkpoint, device=None)
-    assert next(models["torch"].model.parameters()).dtype == torch.float32, "a float32 checkpoint is needed"
     widths = [int(width) for width in asked.bits.split(",")]
     timed = {name: scorer(m, cut(stream[: asked.tokens + 1], context=asked.seq_len)) for name, m in models.items()}
     rounds = [{name: timed[name](widths[0])[1] for name in models} for _ in range(asked.rounds)]

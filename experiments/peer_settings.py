@@ -125,6 +125,7 @@ SETTINGS: dict[str, tuple[tuple[str, dict[str, Any], tuple[int, ...]], ...]] = {
     "autoround": (
         ("iters 200, g128, sym", AUTOROUND, (2, 3, 4, 8)),
         ("iters 200, per channel, sym", {**AUTOROUND, "group_size": -1}, (2, 3, 4, 8)),
+        ("light: iters 50, g64, sym", {"iters": 50, "lr": 0.005, "group_size": 64, "sym": True}, (2, 3, 4)),
         # What its documentation recommends for two bits: auto-round-best with enable_alg_ext.
         ("best: iters 1000, alg_ext, g128, sym", {**AUTOROUND, "iters": 1000, "enable_alg_ext": True}, (2,)),
     ),

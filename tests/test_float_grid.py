@@ -39,7 +39,7 @@ from matquant.export.containers import Container, choose, decode, encode
 from matquant.export.explain import explain, render
 from matquant.format.read import open_checkpoint
 from matquant.hf_torch.arrays import nested_to_numpy
-from matquant.methods.parts.cells import chooser
+from matquant.methods.parts.cells import cells_of
 from matquant.methods.parts.fake import Grid, nest
 from matquant.system.errors import InputError
 from test_checkpoint import document_tables
@@ -116,7 +116,8 @@ def test_gptq_chooses_a_code_of_least_error(widths: tuple[int, ...]) -> None:
     target_RN = torch.stack([place * 2 ** (bits - 2) + (2 ** (bits - 2) - 1) / 2 for bits in widths])
     ones_RN, zeros_RN = torch.ones_like(target_RN), torch.zeros_like(target_RN)
     lambdas_R = torch.tensor([16.0 ** (2 - bits) for bits in widths])  # each about as important as the others
-    codes_N, read_RN = chooser("prefix", FLOAT, widths, torch.device("cpu"))(target_RN, ones_RN, zeros_RN, lambdas_R)
+    choose = cells_of("prefix", FLOAT, widths, torch.device("cpu")).choose
+    codes_N, read_RN = choose(target_RN, ones_RN, zeros_RN, lambdas_R)
     every_RQ = torch.stack([slice_positions(torch.from_numpy(LABELS), bits, grid=FLOAT) for bits in widths])
     cost_NQ = torch.tensordot(lambdas_R, (target_RN[:, :, None] - every_RQ[:, None]).square(), dims=1)
     assert torch.equal(read_RN, every_RQ[:, codes_N.long()])

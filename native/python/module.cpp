@@ -3,6 +3,7 @@
 #include <nanobind/nanobind.h>
 
 namespace matquant {
+void bind_columns(nanobind::module_& module);
 void bind_linear(nanobind::module_& module);
 void bind_model(nanobind::module_& module);
 void bind_step(nanobind::module_& module);
@@ -10,6 +11,7 @@ void bind_stream(nanobind::module_& module);
 }  // namespace matquant
 
 NB_MODULE(_native, module) {
+  matquant::bind_columns(module);
   matquant::bind_linear(module);
   matquant::bind_model(module);
   matquant::bind_step(module);

@@ -31,6 +31,38 @@ def padded_tokens(tokens: int, exact: bool, /) -> int: ...
 def isa() -> str: ...
 def use_isa(name: str, /) -> None: ...
 
+# Columns of nested GPTQ (native/gptq/columns.hpp)
+
+_Index = NDArray[np.int32]
+
+class Cells:
+    def __init__(
+        self,
+        limit: NDArray[np.float32],
+        places: NDArray[np.float32],
+        start: _Index,
+        code: _Index,
+        first: _Index,
+        last: _Index,
+        low: _Index,
+        high: _Index,
+        positions: NDArray[np.float32],
+    ) -> None: ...
+
+def solve_columns(
+    cells: Cells,
+    values: NDArray[Any],
+    matrix: NDArray[Any],
+    codes: NDArray[np.uint8],
+    scale: NDArray[Any],
+    zero: NDArray[Any],
+    group: _Index,
+    lambdas: NDArray[Any],
+    changes: NDArray[Any],
+    descends: bool,
+    threads: int,
+) -> None: ...
+
 # Models: every matrix that a step multiplies by has an id, in the order in which add_layer and set_ends receive them.
 
 _Vector = NDArray[np.float32]

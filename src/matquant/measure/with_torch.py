@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from matquant.core.spec import Plan
 from matquant.format.read import Checkpoint
@@ -23,12 +24,12 @@ from matquant.system.progress import Count
 
 
 class TorchModel:
-    """A checkpoint loaded dense; its width is switched in place."""
+    """A checkpoint loaded dense; its width is switched in place. dtype None: the checkpoint's."""
 
-    def __init__(self, directory: Path, *, device: str | None) -> None:
+    def __init__(self, directory: Path, *, device: str | None, dtype: torch.dtype | None = None) -> None:
         self.directory = directory
         # the caller has just checked the hashes
-        self.model = load(directory, device=choose_device(device), check_hashes=False, kernels="none")
+        self.model = load(directory, device=choose_device(device), check_hashes=False, kernels="none", dtype=dtype)
 
     def measure(
         self, plans: Mapping[str, Plan], windows: Windows, *, kept: Kept | None, report: Count

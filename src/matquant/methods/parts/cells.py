@@ -13,11 +13,11 @@ Shapes: N out features, R widths, C cells, J candidate codes, Q the 256 codes, I
 """
 
 import functools
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from matquant import _native
 from matquant.core.nest import (
     MASTER_BITS,
     RESOLUTION,
@@ -26,26 +26,14 @@ from matquant.core.nest import (
     positions,
     round_half_up,
     slice_codes,
-    slice_positions,
 )
-
-
-def chooser(
-    rule: str, grid: str, widths: Sequence[int], device: torch.device
-) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
-    """Return the function that chooses a column of codes for ``widths``, descending: (targets [R, N], scales, zeros,
-    lambdas [R]) -> (codes [N], values read at each width [R, N]). A single width takes the nearest of its
-    codes."""
-    if len(widths) > 1:
-        return _cells(rule, grid, tuple(widths), device).choose
-    return functools.partial(_nearest, bits=widths[0], grid=grid)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cells:
-    """The runs of 8-bit codes in which no slice changes."""
+    """The runs of 8-bit codes in which no slice changes. Of a single width, each of its codes is a cell."""
 
-    widths: tuple[int, ...]  # descending, 8 first
+    widths: tuple[int, ...]  # descending; if there are several, 8 first
     grid: str  # one of nest.GRIDS
     low_C: torch.Tensor  # first code of each cell
     high_C: torch.Tensor  # last code of each cell
@@ -57,6 +45,16 @@ class Cells:
     first_I: torch.Tensor  # first cell of that code
     last_I: torch.Tensor  # last cell of that code
     positions_RQ: torch.Tensor  # position of every width's slice of every code
+
+    @functools.cached_property
+    def native(self) -> _native.Cells:
+        """The tables for native code, on a CPU."""
+        places_R1 = self.places_R1[:0] if self.grid == UNIFORM else self.places_R1
+        vectors = (
+            *(self.limit_R1, places_R1, self.start_R1, self.code_I, self.first_I, self.last_I),
+            *(self.low_C, self.high_C),
+        )
+        return _native.Cells(*(vector.flatten().numpy() for vector in vectors), self.positions_RQ.numpy())
 
     def choose(
         self, target_RN: torch.Tensor, scale_RN: torch.Tensor, zero_RN: torch.Tensor, lambdas_R: torch.Tensor
@@ -87,9 +85,13 @@ class Cells:
 
 
 @functools.cache
-def _cells(rule: str, grid: str, widths: tuple[int, ...], device: torch.device) -> Cells:
+def cells_of(rule: str, grid: str, widths: tuple[int, ...], device: torch.device) -> Cells:
+    """Return the cells of ``widths``, descending, for a rule of nest.py. A single width has codes of its own width."""
     every = torch.arange(2**MASTER_BITS)
-    slices = torch.stack([slice_codes(every, bits, rule=rule) for bits in widths])
+    if len(widths) == 1:
+        slices = every.clamp(max=2 ** widths[0] - 1)[None]
+    else:
+        slices = torch.stack([slice_codes(every, bits, rule=rule) for bits in widths])
     changes = (slices[1:, 1:] != slices[1:, :-1]).any(0)
     cell = torch.cat([torch.zeros(1, dtype=torch.int64), changes.long().cumsum(0)])
     count = int(cell[-1]) + 1
@@ -106,7 +108,7 @@ def _cells(rule: str, grid: str, widths: tuple[int, ...], device: torch.device) 
         first.append(cell[torch.stack([codes_of[0] for codes_of in members])][codes[-1]])
         last.append(cell[torch.stack([codes_of[-1] for codes_of in members])][codes[-1]])
     counts = torch.tensor([len(codes_of) for codes_of in codes])
-    reads = [slice_positions(every, bits, rule=rule, grid=grid) for bits in widths]
+    reads = [positions(row, bits, grid=grid) for bits, row in zip(widths, slices, strict=True)]
     return Cells(
         widths=widths,
         grid=grid,
@@ -121,16 +123,3 @@ def _cells(rule: str, grid: str, widths: tuple[int, ...], device: torch.device) 
         last_I=torch.cat(last).int().to(device),
         positions_RQ=torch.stack(reads).to(device),
     )
-
-
-def _nearest(
-    target_RN: torch.Tensor,
-    scale_RN: torch.Tensor,
-    zero_RN: torch.Tensor,
-    lambdas_R: torch.Tensor,
-    *,
-    bits: int,
-    grid: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    code_RN = nearest_codes(target_RN / scale_RN + zero_RN, bits, grid=grid)
-    return code_RN[0], scale_RN * (positions(code_RN, bits, grid=grid) - zero_RN)

@@ -10,13 +10,15 @@ every width. Columns are compensated in blocks of COLUMNS, so that most of the w
 Shapes: N out features, K in features, G groups, R widths.
 """
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Iterator, Mapping
 
 import torch
 
-from matquant.core.nest import UNIFORM, positions, slice_codes
+from matquant import _native
+from matquant.core.nest import UNIFORM
 from matquant.core.tensor import Affine
-from matquant.methods.parts.cells import chooser
+from matquant.methods.parts.cells import Cells, cells_of
 from matquant.methods.parts.hessians import Factor
 
 COLUMNS = 128  # columns compensated together, as in the original
@@ -37,32 +39,14 @@ def nested_codes(
     weights: width -> lambda; without a lambda for 8 bits, its code only follows the other widths. A single width gets
     r-bit codes.
     """
-    widths = sorted(affines, reverse=True)
-    scale_RNK, zero_RNK = (
-        torch.stack([spread(affines[bits][part], weight_NK.shape[1], factor.order_K) for bits in widths])
-        for part in (0, 1)
-    )
-    lambdas_R = weight_NK.new_tensor([weights.get(bits, 0.0) for bits in widths])
-    choose = chooser(rule, grid, widths, weight_NK.device)
-    target_RNK = weight_NK[:, factor.order_K].expand(len(widths), -1, -1).clone()
+    reading = _reading(weight_NK, affines, weights, rule=rule, grid=grid, order_K=factor.order_K)
+    target_RNK = weight_NK[:, factor.order_K].expand(len(affines), -1, -1).clone()
     upper = factor.upper_KK.to(weight_NK.dtype)
     codes_NK = torch.empty(weight_NK.shape, dtype=torch.uint8, device=weight_NK.device)
-    for start in range(0, weight_NK.shape[1], COLUMNS):
-        stop = min(start + COLUMNS, weight_NK.shape[1])
-        # columns first, so that one column of all rows is contiguous
-        part = target_RNK[:, :, start:stop].permute(2, 0, 1).contiguous()
-        scale, zero = (x[:, :, start:stop].permute(2, 0, 1).contiguous() for x in (scale_RNK, zero_RNK))
-        errors = torch.empty_like(part)
-        for column in range(stop - start):
-            code, read_RN = choose(part[column], scale[column], zero[column], lambdas_R)
-            codes_NK[:, start + column] = code
-            row = upper[start + column, start + column : stop]
-            errors[column] = (part[column] - read_RN) / row[0]
-            part[column + 1 :].addcmul_(row[1:, None, None], errors[column], value=-1)
-        if stop < weight_NK.shape[1]:
-            later = upper[start:stop, stop:]
-            for width in range(len(widths)):
-                target_RNK[width, :, stop:].addmm_(errors[:, width].T, later, alpha=-1)
+    for now, later in _parts(weight_NK.shape[1]):
+        error_RNC = _solve(reading, target_RNK, upper, codes_NK, now, descends=False)
+        for target_NK, error_NC in zip(target_RNK, error_RNC, strict=True):
+            target_NK[:, later].addmm_(error_NC, upper[now, later], alpha=-1)
     restored = torch.empty_like(codes_NK)
     restored[:, factor.order_K] = codes_NK
     return restored
@@ -83,39 +67,132 @@ def sweep(
     With D_r the error of width r, its best read of column j is read_rj + (D_r H)_j / H_jj; the summed error
     sum_r lambda_r D_r H D_r^T of a row never grows. hessian: damped as in the pass before.
     """
-    widths = sorted(affines, reverse=True)
-    columns = weight_NK.shape[1]
-    natural = torch.arange(columns, device=weight_NK.device)
-    scale_RNK, zero_RNK = (
-        torch.stack([spread(affines[bits][part], columns, natural) for bits in widths]) for part in (0, 1)
-    )
-    lambdas_R = weight_NK.new_tensor([weights.get(bits, 0.0) for bits in widths])
-    choose = chooser(rule, grid, widths, weight_NK.device)
-    slices = [codes_NK if len(widths) == 1 else slice_codes(codes_NK, bits, rule=rule) for bits in widths]
-    reads = [positions(codes, bits, grid=grid) for codes, bits in zip(slices, widths, strict=True)]
-    read_RNK = scale_RNK * (torch.stack(reads).to(weight_NK.dtype) - zero_RNK)
+    natural = torch.arange(weight_NK.shape[1], device=weight_NK.device)
+    reading = _reading(weight_NK, affines, weights, rule=rule, grid=grid, order_K=natural)
     hessian = hessian_KK.to(weight_NK.dtype)
-    gradient_RNK = (weight_NK - read_RNK) @ hessian
-    result_NK = codes_NK.clone()
+    codes_NK = codes_NK.clone()
+    gradient_RNK = torch.stack([(weight_NK - read_NK) @ hessian for read_NK in reading.whole(codes_NK)])
+    for now, later in _parts(weight_NK.shape[1]):
+        change_RNC = _solve(reading, gradient_RNK, hessian, codes_NK, now, descends=True)
+        for gradient_NK, change_NC in zip(gradient_RNK, change_RNC, strict=True):
+            gradient_NK[:, later].addmm_(change_NC, hessian[now, later])
+    return codes_NK
+
+
+def _parts(columns: int) -> Iterator[tuple[slice, slice]]:
+    """Yield the columns compensated together, and those after them."""
     for start in range(0, columns, COLUMNS):
-        stop = min(start + COLUMNS, columns)
-        read, scale, zero, gradient = (
-            x[:, :, start:stop].permute(2, 0, 1).contiguous() for x in (read_RNK, scale_RNK, zero_RNK, gradient_RNK)
-        )
-        changes = torch.empty_like(read)
-        for column in range(stop - start):
-            row = hessian[start + column, start:stop]
-            target_RN = read[column] + gradient[column] / row[column].clamp(min=torch.finfo(row.dtype).tiny)
-            code, new_RN = choose(target_RN, scale[column], zero[column], lambdas_R)
-            changes[column] = read[column] - new_RN
-            gradient[column + 1 :].addcmul_(row[column + 1 :, None, None], changes[column])
-            result_NK[:, start + column] = code
-        for width in range(len(widths)):
-            gradient_RNK[width, :, stop:].addmm_(changes[:, width].T, hessian[start:stop, stop:])
-    return result_NK
+        yield slice(start, min(start + COLUMNS, columns)), slice(start + COLUMNS, columns)
 
 
-def spread(values_NG: torch.Tensor, columns: int, order_K: torch.Tensor) -> torch.Tensor:
-    """Repeat values per group for every column, [N, K], in the order of compensation."""
-    groups = values_NG.shape[1]
-    return values_NG.repeat_interleave(columns // groups, dim=1)[:, order_K]
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Reading:
+    """What codes stand for, at R widths."""
+
+    cells: Cells
+    lambdas_R: torch.Tensor
+    scale_RNG: torch.Tensor
+    zero_RNG: torch.Tensor
+    group_K: torch.Tensor  # int32, of each column in the order of compensation
+
+    def whole(self, codes_NK: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Yield the weights [N, K] of codes at each width."""
+        index = codes_NK.flatten().int()
+        for place_Q, scale_NG, zero_NG in zip(self.cells.positions_RQ, self.scale_RNG, self.zero_RNG, strict=True):
+            place_NGK = place_Q.index_select(0, index).view(*scale_NG.shape, -1)
+            yield ((place_NGK - zero_NG[..., None]) * scale_NG[..., None]).view(codes_NK.shape)
+
+    def columns(self, now: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return scales and zero-points of some columns, [C, R, N]: one column of all rows is contiguous."""
+        scale, zero = (x.index_select(2, self.group_K[now]).permute(2, 0, 1) for x in (self.scale_RNG, self.zero_RNG))
+        return scale.contiguous(), zero.contiguous()
+
+
+def _reading(
+    weight_NK: torch.Tensor,
+    affines: Mapping[int, Affine],
+    weights: Mapping[int, float],
+    *,
+    rule: str,
+    grid: str,
+    order_K: torch.Tensor,
+) -> _Reading:
+    widths = tuple(sorted(affines, reverse=True))
+    scale_RNG, zero_RNG = (torch.stack([affines[bits][part] for bits in widths]) for part in (0, 1))
+    return _Reading(
+        cells=cells_of(rule, grid, widths, weight_NK.device),
+        lambdas_R=weight_NK.new_tensor([weights.get(bits, 0.0) for bits in widths]),
+        scale_RNG=scale_RNG.to(weight_NK.dtype),
+        zero_RNG=zero_RNG.to(weight_NK.dtype),
+        group_K=(order_K // (weight_NK.shape[1] // scale_RNG.shape[2])).int(),
+    )
+
+
+def _solve(
+    reading: _Reading,
+    values_RNK: torch.Tensor,
+    matrix_KK: torch.Tensor,
+    codes_NK: torch.Tensor,
+    now: slice,
+    *,
+    descends: bool,
+) -> torch.Tensor:
+    """Choose the codes of the columns ``now``, in place, and return the changes that later columns compensate, [R, N,
+    C].
+
+    values: targets of the pass and its U as the matrix, or gradients of the descent and its H; overwritten.
+    """
+    values_RNC, matrix_CC, codes_NC = values_RNK[:, :, now], matrix_KK[now, now].contiguous(), codes_NK[:, now]
+    if values_RNK.device.type != "cpu":
+        solve = _descend_columns if descends else _round_columns
+        return solve(reading, values_RNC, matrix_CC, codes_NC, now)
+    change_RNC = torch.empty(values_RNC.shape, dtype=values_RNC.dtype)
+    _native.solve_columns(
+        reading.cells.native,
+        values_RNC.numpy(),
+        matrix_CC.numpy(),
+        codes_NC.numpy(),
+        reading.scale_RNG.numpy(),
+        reading.zero_RNG.numpy(),
+        reading.group_K[now].numpy(),
+        reading.lambdas_R.numpy(),
+        change_RNC.numpy(),
+        descends,
+        torch.get_num_threads(),
+    )
+    return change_RNC
+
+
+def _round_columns(
+    reading: _Reading, target_RNC: torch.Tensor, upper_CC: torch.Tensor, codes_NC: torch.Tensor, now: slice
+) -> torch.Tensor:
+    """One column after the other of the pass, as native code does it."""
+    part_CRN = target_RNC.permute(2, 0, 1).contiguous()
+    scale_CRN, zero_CRN = reading.columns(now)
+    error_CRN = torch.empty_like(part_CRN)
+    for column, target_RN in enumerate(part_CRN):
+        code, read_RN = reading.cells.choose(target_RN, scale_CRN[column], zero_CRN[column], reading.lambdas_R)
+        codes_NC[:, column] = code
+        row = upper_CC[column, column:]
+        error_CRN[column] = (target_RN - read_RN) / row[0]
+        part_CRN[column + 1 :].addcmul_(row[1:, None, None], error_CRN[column], value=-1)
+    return error_CRN.permute(1, 2, 0)
+
+
+def _descend_columns(
+    reading: _Reading, gradient_RNC: torch.Tensor, hessian_CC: torch.Tensor, codes_NC: torch.Tensor, now: slice
+) -> torch.Tensor:
+    """One column after the other of the descent, as native code does it."""
+    part_CRN = gradient_RNC.permute(2, 0, 1).contiguous()
+    scale_CRN, zero_CRN = reading.columns(now)
+    place_RNC = reading.cells.positions_RQ.index_select(1, codes_NC.flatten().int()).view(gradient_RNC.shape)
+    read_CRN = scale_CRN * (place_RNC.permute(2, 0, 1) - zero_CRN)
+    change_CRN = torch.empty_like(part_CRN)
+    for column, gradient_RN in enumerate(part_CRN):
+        row = hessian_CC[column]
+        target_RN = read_CRN[column] + gradient_RN / row[column].clamp(min=torch.finfo(row.dtype).tiny)
+        code, new_RN = reading.cells.choose(target_RN, scale_CRN[column], zero_CRN[column], reading.lambdas_R)
+        change_CRN[column] = read_CRN[column] - new_RN
+        part_CRN[column + 1 :].addcmul_(row[column + 1 :, None, None], change_CRN[column])
+        codes_NC[:, column] = code
+    return change_CRN.permute(1, 2, 0)
