@@ -15,7 +15,7 @@ import oracle_gptq as oracle
 from cases import each
 from matquant.calibration import calibration_text
 from matquant.core.grid import fit_grid
-from matquant.core.nest import CENTRE, slice_affine
+from matquant.core.nest import CENTRE, COMPANDED, UNIFORM, slice_affine
 from matquant.format.read import open_checkpoint
 from matquant.format.verify import verify_checkpoint
 from matquant.hf.text import data_sha256, read_documents, token_stream
@@ -24,6 +24,7 @@ from matquant.hf_torch.layerwise import embed
 from matquant.hf_torch.loading import load_float, load_tokenizer
 from matquant.measure.likelihood import log_perplexity
 from matquant.methods.gptq import nested_gptq
+from matquant.methods.parts import compensation
 from matquant.methods.parts.affines import refit_affine
 from matquant.methods.parts.blocks import Block
 from matquant.methods.parts.compensation import nested_codes, sweep
@@ -71,6 +72,41 @@ def test_codes_equal_an_exhaustive_search_over_all_256(
     np.testing.assert_array_equal(codes.numpy(), expected)
     wrong = nested_codes(weight, inverse_factor(hessian, damp=0.5, reorder=False), affines, weights, rule=rule)
     assert (wrong.numpy() != expected).any(), "the comparison must be able to fail"
+
+
+@each("descends", [False, True])
+@each(
+    "widths, rule, grid",
+    [
+        ((8, 6, 4, 3, 2), "prefix", UNIFORM),
+        ((8, 6, 4, 3, 2), "prefix", COMPANDED),
+        ((8, 4, 2), "round", UNIFORM),
+        ((8, 4, 2), "extra", UNIFORM),
+        ((3,), "prefix", COMPANDED),
+        ((8,), "prefix", UNIFORM),
+    ],
+)
+@each("dtype", [torch.float32, torch.float64])
+def test_a_gpu_chooses_the_codes_of_native_code(
+    dtype: torch.dtype, widths: tuple[int, ...], rule: str, grid: str, descends: bool
+) -> None:
+    """The columns in torch, here on the CPU, and native ones: the same codes and the same changes to compensate."""
+    weight, hessian = (part.to(dtype) for part in correlated(3))
+    weight[0, 1], weight[1, 2] = 40.0, 0.0  # beyond every grid; halfway between two codes
+    affines = grids(weight, widths, rule, 8)
+    order = torch.randperm(K, generator=torch.Generator().manual_seed(0))
+    reading = compensation._reading(
+        weight, affines, {bits: 0.5**bits for bits in widths}, rule=rule, grid=grid, order_K=order
+    )
+    values = weight[:, order].expand(len(widths), -1, -1) * (hessian.diagonal().mean() if descends else 1)
+    now, codes = slice(0, K), torch.full(weight.shape, 2 ** widths[0] - 2, dtype=torch.uint8)
+    in_torch = compensation._descend_columns if descends else compensation._round_columns
+    expected_codes = codes.clone()
+    expected = in_torch(reading, values, hessian, expected_codes, now)
+    changes = compensation._solve(reading, values, hessian, codes, now, descends=descends)
+    assert torch.equal(codes, expected_codes)
+    assert len(codes.unique()) > 3, "the comparison must be able to fail"
+    torch.testing.assert_close(changes, expected, rtol=1e-4 if dtype == torch.float32 else 1e-12, atol=1e-4)
 
 
 @each("columns", [24, 160])  # 160: more than one block of columns compensated together

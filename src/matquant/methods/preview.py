@@ -25,7 +25,7 @@ from matquant.options.recipes import RECIPES, WIDTHS
 from matquant.options.request import Request
 
 ENCODE_S = 2e-7  # seconds to round one weight
-SEARCH_S = 3.4e-6  # seconds to choose one nested code by GPTQ, including one sweep
+SEARCH_S = 1e-6  # seconds to choose one nested code by GPTQ, including one sweep
 PASSES = 6  # multiply-adds of a GPTQ pass per weight and token: two forward passes and the Hessian, each 2 FLOP
 STEP = 6  # FLOP of a training step per weight and token, forward and backward
 PYTHON_BYTES = 400e6  # memory of the process with torch, before any model

@@ -86,7 +86,7 @@ class Cells:
 
 @functools.cache
 def cells_of(rule: str, grid: str, widths: tuple[int, ...], device: torch.device) -> Cells:
-    """Return the cells of ``widths``, descending, for a rule of nest.py. A single width has codes of its own width."""
+    """Return the cells of ``widths``, descending, for a rule of nest.py. With a single width codes have that width."""
     every = torch.arange(2**MASTER_BITS)
     if len(widths) == 1:
         slices = every.clamp(max=2 ** widths[0] - 1)[None]
