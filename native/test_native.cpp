@@ -359,7 +359,7 @@ int main() {
                         {33, 128, 32, 1}, {20, 256, 128, 4}, {18, 96, 16, 5},   {16, 130, 13, 2},  {70, 64, 64, 20},
                         {16, 48, 48, 130}, {33, 160, 32, 17},  {66, 288, 48, 12}, {17, 320, 64, 40}, {15, 200, 200, 33}};
   int sets = 0;
-  for (const char* isa : {"scalar", "avx2", "avx512", "amx", "neon"}) {
+  for (const char* isa : {"scalar", "avx2", "avxvnni", "avx512", "amx", "neon"}) {
     try {
       use_kernels(isa);
     } catch (const std::invalid_argument&) {

@@ -101,7 +101,7 @@ MATQUANT_INLINE Piece low_bits(const Streams& streams, unsigned tile) {
 // bits and the others. SLICED codes are computed from the bits read by a Slicer.
 template <int READ, bool SLICED, int M>
 struct Uniform {
-  static constexpr bool IN_PLACE = !SLICED && READ <= 4 && ANY_BYTE_IS_FREE && M > 0 && M * (READ == 2 ? 4 : 2) <= 16;
+  static constexpr bool IN_PLACE = !SLICED && READ <= 4 && M > 0 && M * (READ == 2 ? 4 : 2) <= FREE_SUMS;
   static constexpr bool SPLIT = !SLICED && READ >= 6 && PARTS_ARE_FASTER && M > 0;
   static constexpr int read = READ;
   static constexpr int places = SPLIT ? 2 : !IN_PLACE ? 1 : READ == 2 ? 4 : 2;
@@ -191,9 +191,9 @@ using Sliced = Uniform<READ, true, M>;
 // (SPLIT), because each is small.
 template <int READ, int M>
 struct Companded {
-  static constexpr bool SPLIT = READ >= 6 && !ANY_BYTE_IS_FREE && M > 0;
+  static constexpr bool SPLIT = READ >= 6 && FREE_SUMS == 0 && M > 0;
   // As many independent sums as the uniform grid has.
-  static constexpr bool APART = ANY_BYTE_IS_FREE && M > 0 && READ <= 4 && M * (READ == 2 ? 4 : 2) <= 16;
+  static constexpr bool APART = READ <= 4 && M > 0 && M * (READ == 2 ? 4 : 2) <= FREE_SUMS;
   static constexpr int read = READ;
   static constexpr int places = SPLIT ? 2 : !APART ? 1 : READ == 2 ? 4 : 2;
   static constexpr int base = 0;

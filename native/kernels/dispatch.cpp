@@ -25,6 +25,9 @@ const Kernels* const TABLES[] = {
 #if defined(__x86_64__)
     &kernels_amx,
     &kernels_avx512,
+#if defined(MATQUANT_AVXVNNI)
+    &kernels_avxvnni,
+#endif
     &kernels_avx2,
 #elif defined(__aarch64__)
     &kernels_neon,
@@ -44,16 +47,21 @@ bool is_intel() {
 }
 
 #if defined(__x86_64__)
+// Extended features of the processor that not every compiler has names for.
+struct Features {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  explicit Features(unsigned part) { __get_cpuid_count(7, part, &eax, &ebx, &ecx, &edx); }
+};
+
+bool has_avx_vnni() { return (Features(1).eax & 1u << 4) != 0; }
+
 // True where the processor has AMX and the system lets this process use its registers, for which it has to be asked.
 bool has_amx() {
 #if defined(__linux__)
   constexpr int REQUEST_PERMISSION = 0x1023, REGISTERS = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-  constexpr unsigned TILE_AND_INT8 = 3u << 24;                // of EDX. Not every compiler knows their names.
-  static const bool granted = [] {
-    unsigned eax, ebx, ecx, edx;
-    return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & TILE_AND_INT8) == TILE_AND_INT8 &&
-           syscall(SYS_arch_prctl, REQUEST_PERMISSION, REGISTERS) == 0;
-  }();
+  constexpr unsigned TILE_AND_INT8 = 3u << 24;
+  static const bool granted = (Features(0).edx & TILE_AND_INT8) == TILE_AND_INT8 &&
+                              syscall(SYS_arch_prctl, REQUEST_PERMISSION, REGISTERS) == 0;
   return granted;
 #else
   return false;
@@ -71,6 +79,9 @@ bool runs_here(const Kernels& table) {
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   if (!avx2 || &table == &kernels_avx2) return avx2;
+#if defined(MATQUANT_AVXVNNI)
+  if (&table == &kernels_avxvnni) return has_avx_vnni();
+#endif
   if (&table == &kernels_amx && !has_amx()) return false;
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&

@@ -6,7 +6,7 @@
 namespace matquant {
 namespace {
 
-constexpr bool ANY_BYTE_IS_FREE = true;
+constexpr int FREE_SUMS = 16;  // of products with any byte, at no cost: a register each
 constexpr bool PARTS_ARE_FASTER = false;
 // Up to this many tokens are multiplied with codes in the registers in which these were decoded (docs/kernels.md).
 constexpr int fused_tokens(int) { return 24; }

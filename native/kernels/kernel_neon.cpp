@@ -7,7 +7,7 @@
 namespace matquant {
 namespace {
 
-constexpr bool ANY_BYTE_IS_FREE = false;
+constexpr int FREE_SUMS = 0;  // of products with any byte, at no cost: none
 constexpr bool PARTS_ARE_FASTER = false;
 // Up to this many tokens are multiplied with codes in the registers in which these were decoded (docs/kernels.md).
 constexpr int fused_tokens(int) { return 1; }

@@ -8,7 +8,7 @@ namespace {
 
 #define MATQUANT_EACH(count) for (int i = 0; i < (count); ++i)
 
-constexpr bool ANY_BYTE_IS_FREE = false;
+constexpr int FREE_SUMS = 0;  // of products with any byte, at no cost: none
 constexpr bool PARTS_ARE_FASTER = false;
 // Up to this many tokens are multiplied with codes in the registers in which these were decoded (docs/kernels.md).
 constexpr int fused_tokens(int) { return 0; }

@@ -41,6 +41,7 @@ struct Kernels {
 
 extern const Kernels kernels_scalar;
 extern const Kernels kernels_avx2;
+extern const Kernels kernels_avxvnni;
 extern const Kernels kernels_avx512;
 extern const Kernels kernels_amx;  // avx512 but for many tokens
 extern const Kernels kernels_neon;
