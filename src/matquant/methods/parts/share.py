@@ -21,7 +21,7 @@ from matquant.system.errors import InputError
 
 ROW_PARTS = 32  # parts of a weight that are solved apart with --deterministic: as many processes can share them
 LEAST_ROWS = 4  # of such a part
-SOLVING_BYTES = 300  # memory per weight that GPTQ solves at once, at five widths: measured (docs/scale.md)
+SOLVING_BYTES = 140  # memory per weight that GPTQ solves at once, at five widths: measured (docs/scale.md)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +161,7 @@ def part_rows(rows: int, *, ordered: bool, most: int) -> int:
 
 
 def most_weights(device: torch.device, *, head: bool = False) -> int:
-    """Return how many weights to solve at once, which bounds memory to 1.3 GB on CPUs, and to 10 GB on GPUs, where each
+    """Return how many weights to solve at once, which bounds memory to 0.6 GB on CPUs, and to 5 GB on GPUs, where each
     part costs a launch per column and operation; a quarter of that for the head, which is held whole."""
     return (2**25 if device.type == "cuda" else 2**22) // (4 if head else 1)
 
