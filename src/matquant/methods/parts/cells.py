@@ -49,12 +49,17 @@ class Cells:
     @functools.cached_property
     def native(self) -> _native.Cells:
         """The tables for native code, on a CPU."""
-        places_R1 = self.places_R1[:0] if self.grid == UNIFORM else self.places_R1
-        vectors = (
-            *(self.limit_R1, places_R1, self.start_R1, self.code_I, self.first_I, self.last_I),
-            *(self.low_C, self.high_C),
+        return _native.Cells(
+            limit=self.limit_R1.flatten().numpy(),
+            places=self.places_R1[: 0 if self.grid == UNIFORM else None].flatten().numpy(),
+            start=self.start_R1.flatten().numpy(),
+            code=self.code_I.numpy(),
+            first=self.first_I.numpy(),
+            last=self.last_I.numpy(),
+            low=self.low_C.numpy(),
+            high=self.high_C.numpy(),
+            positions=self.positions_RQ.numpy(),
         )
-        return _native.Cells(*(vector.flatten().numpy() for vector in vectors), self.positions_RQ.numpy())
 
     def choose(
         self, target_RN: torch.Tensor, scale_RN: torch.Tensor, zero_RN: torch.Tensor, lambdas_R: torch.Tensor
