@@ -17,8 +17,8 @@
 
 #include "core/team.hpp"
 #include "decoder/step.hpp"
-#include "gptq/columns.hpp"
 #include "kernels/kernels.hpp"
+#include "test_columns.hpp"
 #include "test_fixture.hpp"
 
 using namespace matquant;
@@ -343,73 +343,6 @@ void check_unused_experts() {
   std::printf("FAILED: an expert that is not used changes the logits\n");
 }
 
-// A pass of nested GPTQ at 8 and 2 bits, on buffers of exactly their size, and every code against all 256. The Python
-// tests compare all rules, grids and widths with their oracle.
-void check_columns() {
-  constexpr int ROWS = 5, COLUMNS = 9, GROUPS = 3, WIDTHS = 2;
-  std::vector<std::int32_t> code(260), first(260), last(260), low(4), high(4), group(COLUMNS);
-  std::vector<float> positions(WIDTHS * 256);
-  for (int q = 0; q < 256; ++q) {
-    code[q] = q;
-    first[q] = last[q] = q / 64;
-    positions[q] = static_cast<float>(q);
-    positions[256 + q] = static_cast<float>(q / 64);
-  }
-  for (int cell = 0; cell < 4; ++cell) {
-    code[256 + cell] = first[256 + cell] = last[256 + cell] = cell;
-    low[cell] = 64 * cell;
-    high[cell] = 64 * cell + 63;
-  }
-  for (int column = 0; column < COLUMNS; ++column) group[column] = column * GROUPS / COLUMNS;
-  const float limit[] = {255, 3};
-  const std::int32_t start[] = {0, 256};
-  const Cells cells{WIDTHS, limit, nullptr, start, code.data(), first.data(), last.data(), low.data(), high.data(),
-                    positions.data()};
-
-  std::vector<double> target(WIDTHS * ROWS * COLUMNS), matrix(COLUMNS * COLUMNS), scale(WIDTHS * ROWS * GROUPS),
-      zero(scale.size()), changes(target.size());
-  for (double& value : target) value = 300 * draw_float();
-  for (double& value : matrix) value = 0.1 * draw_float();
-  for (int column = 0; column < COLUMNS; ++column) matrix[column * COLUMNS + column] = 1;
-  for (std::size_t at = 0; at < scale.size(); ++at) {
-    scale[at] = (at < scale.size() / 2 ? 1.5 : 90) + draw_float();
-    zero[at] = at < scale.size() / 2 ? 128 : 1.5;
-  }
-  std::vector<std::uint8_t> codes(ROWS * COLUMNS);
-  std::vector<double> values = target;
-  const double lambdas[] = {1, 0.2};
-  const Columns<double> of{ROWS, COLUMNS, GROUPS, false, values.data(), ROWS * COLUMNS, COLUMNS, matrix.data(), COLUMNS,
-                           codes.data(), COLUMNS, scale.data(), zero.data(), group.data(), lambdas, changes.data()};
-  for (int thread = 0; thread < 3; ++thread) solve_columns(cells, of, thread, 3);
-  int wrong = 0;
-  for (int row = 0; row < ROWS; ++row)
-    for (int column = 0; column < COLUMNS; ++column) {
-      const auto read = [&](int width, int q) {
-        const int at = (width * ROWS + row) * GROUPS + group[column];
-        return scale[at] * (positions[width * 256 + q] - zero[at]);
-      };
-      const auto cost = [&](int q) {
-        double sum = 0;
-        for (int width = 0; width < WIDTHS; ++width) {
-          const double error = target[(width * ROWS + row) * COLUMNS + column] - read(width, q);
-          sum += lambdas[width] * error * error;
-        }
-        return sum;
-      };
-      const int chosen = codes[row * COLUMNS + column];
-      for (int q = 0; q < 256; ++q) wrong += cost(q) < cost(chosen) * (1 - 1e-9);
-      for (int width = 0; width < WIDTHS; ++width) {
-        double* const targets = &target[(width * ROWS + row) * COLUMNS];
-        const double error = targets[column] - read(width, chosen);
-        for (int later = column + 1; later < COLUMNS; ++later)
-          targets[later] -= error * matrix[column * COLUMNS + later];
-      }
-    }
-  if (wrong == 0) return;
-  ++failures;
-  std::printf("FAILED: %d codes of nested GPTQ are not the best\n", wrong);
-}
-
 }  // namespace
 
 int main() {
@@ -417,7 +350,7 @@ int main() {
   check_grouping();
   check_rows_without_logits();
   check_unused_experts();
-  check_columns();
+  if (const int wrong = wrong_columns()) ++failures, std::printf("FAILED: %d codes of nested GPTQ are not the best\n", wrong);
   if (counting) {
     const long before = allocations;
     delete new std::atomic<int>(0);
