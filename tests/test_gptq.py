@@ -100,9 +100,8 @@ def test_a_gpu_chooses_the_codes_of_native_code(
     )
     values = weight[:, order].expand(len(widths), -1, -1) * (hessian.diagonal().mean() if descends else 1)
     now, codes = slice(0, K), torch.full(weight.shape, 2 ** widths[0] - 2, dtype=torch.uint8)
-    in_torch = compensation._descend_columns if descends else compensation._round_columns
     expected_codes = codes.clone()
-    expected = in_torch(reading, values, hessian, expected_codes, now)
+    expected = compensation._solve_in_torch(reading, values, hessian, expected_codes, now, descends=descends)
     changes = compensation._solve(reading, values, hessian, codes, now, descends=descends)
     assert torch.equal(codes, expected_codes)
     assert len(codes.unique()) > 3, "the comparison must be able to fail"

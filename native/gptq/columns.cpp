@@ -41,16 +41,24 @@ int choose(const Cells& cells, const Affines<T>& affine, const T* target, const 
     below = std::min(below, static_cast<int>(cells.last[at]));
     above = std::max(above, static_cast<int>(cells.first[at]));
   }
-  int best = 0;
-  T least = std::numeric_limits<T>::infinity();
-  for (int cell = below; cell <= above; ++cell) {
-    const int code = std::min(std::max(master, static_cast<int>(cells.low[cell])), static_cast<int>(cells.high[cell]));
+  const auto code_in = [&](int cell) {
+    return std::min(std::max(master, static_cast<int>(cells.low[cell])), static_cast<int>(cells.high[cell]));
+  };
+  const auto cost_of = [&](int code) {
     T cost = 0;
-    for (int width = 0; width < cells.widths && below < above; ++width) {
+    for (int width = 0; width < cells.widths; ++width) {
       const T error = target[width] - read_at(cells, affine, width, code);
       cost += lambdas[width] * (error * error);
     }
-    if (cell > below && !(cost < least)) continue;
+    return cost;
+  };
+  int best = code_in(below);
+  if (below == above) return best;
+  T least = cost_of(best);
+  for (int cell = below + 1; cell <= above; ++cell) {
+    const int code = code_in(cell);
+    const T cost = cost_of(code);
+    if (!(cost < least)) continue;
     least = cost;
     best = code;
   }

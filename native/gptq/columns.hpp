@@ -14,12 +14,12 @@ constexpr int MOST_WIDTHS = 8;
 // The tables of methods/parts/cells.py, which explains them.
 struct Cells {
   int widths;
-  const float* limit;                            // [R]
-  const float* places;                           // [R]; null: the uniform grid
-  const std::int32_t* start;                     // [R]
-  const std::int32_t *code, *first, *last;       // by place
-  const std::int32_t *low, *high;                // by cell
-  const float* positions;                        // [R][256]
+  const float* limit;                       // [R]
+  const float* places;                      // [R]; null: the uniform grid
+  const std::int32_t* start;                // [R]
+  const std::int32_t *code, *first, *last;  // by place
+  const std::int32_t *low, *high;           // by cell
+  const float* positions;                   // [R][256]
 };
 
 template <class T>

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 import torch
 
 from matquant import _native
+from matquant.core.grid import decode
 from matquant.core.nest import UNIFORM
 from matquant.core.tensor import Affine
 from matquant.methods.parts.cells import Cells, cells_of
@@ -99,8 +100,7 @@ class _Reading:
         """Yield the weights [N, K] of codes at each width."""
         index = codes_NK.flatten().int()
         for place_Q, scale_NG, zero_NG in zip(self.cells.positions_RQ, self.scale_RNG, self.zero_RNG, strict=True):
-            place_NGK = place_Q.index_select(0, index).view(*scale_NG.shape, -1)
-            yield ((place_NGK - zero_NG[..., None]) * scale_NG[..., None]).view(codes_NK.shape)
+            yield decode(place_Q.index_select(0, index).view(codes_NK.shape), scale_NG, zero_NG)
 
     def columns(self, now: slice) -> tuple[torch.Tensor, torch.Tensor]:
         """Return scales and zero-points of some columns, [C, R, N]: one column of all rows is contiguous."""
@@ -144,8 +144,7 @@ def _solve(
     """
     values_RNC, matrix_CC, codes_NC = values_RNK[:, :, now], matrix_KK[now, now].contiguous(), codes_NK[:, now]
     if values_RNK.device.type != "cpu":
-        solve = _descend_columns if descends else _round_columns
-        return solve(reading, values_RNC, matrix_CC, codes_NC, now)
+        return _solve_in_torch(reading, values_RNC, matrix_CC, codes_NC, now, descends=descends)
     change_RNC = torch.empty(values_RNC.shape, dtype=values_RNC.dtype)
     _native.solve_columns(
         reading.cells.native,
@@ -163,36 +162,30 @@ def _solve(
     return change_RNC
 
 
-def _round_columns(
-    reading: _Reading, target_RNC: torch.Tensor, upper_CC: torch.Tensor, codes_NC: torch.Tensor, now: slice
+def _solve_in_torch(
+    reading: _Reading,
+    values_RNC: torch.Tensor,
+    matrix_CC: torch.Tensor,
+    codes_NC: torch.Tensor,
+    now: slice,
+    *,
+    descends: bool,
 ) -> torch.Tensor:
-    """One column after the other of the pass, as native code does it."""
-    part_CRN = target_RNC.permute(2, 0, 1).contiguous()
+    """One column after the other, as native code does it, all rows at a time."""
+    part_CRN = values_RNC.permute(2, 0, 1).contiguous()
     scale_CRN, zero_CRN = reading.columns(now)
-    error_CRN = torch.empty_like(part_CRN)
-    for column, target_RN in enumerate(part_CRN):
+    before_CRN = part_CRN
+    if descends:
+        place_RNC = reading.cells.positions_RQ.index_select(1, codes_NC.flatten().int()).view(values_RNC.shape)
+        before_CRN = scale_CRN * (place_RNC.permute(2, 0, 1) - zero_CRN)
+    change_CRN = torch.empty_like(part_CRN)
+    for column, row in enumerate(matrix_CC):
+        target_RN = before_CRN[column]
+        if descends:
+            target_RN = target_RN + part_CRN[column] / row[column].clamp(min=torch.finfo(row.dtype).tiny)
         code, read_RN = reading.cells.choose(target_RN, scale_CRN[column], zero_CRN[column], reading.lambdas_R)
         codes_NC[:, column] = code
-        row = upper_CC[column, column:]
-        error_CRN[column] = (target_RN - read_RN) / row[0]
-        part_CRN[column + 1 :].addcmul_(row[1:, None, None], error_CRN[column], value=-1)
-    return error_CRN.permute(1, 2, 0)
-
-
-def _descend_columns(
-    reading: _Reading, gradient_RNC: torch.Tensor, hessian_CC: torch.Tensor, codes_NC: torch.Tensor, now: slice
-) -> torch.Tensor:
-    """One column after the other of the descent, as native code does it."""
-    part_CRN = gradient_RNC.permute(2, 0, 1).contiguous()
-    scale_CRN, zero_CRN = reading.columns(now)
-    place_RNC = reading.cells.positions_RQ.index_select(1, codes_NC.flatten().int()).view(gradient_RNC.shape)
-    read_CRN = scale_CRN * (place_RNC.permute(2, 0, 1) - zero_CRN)
-    change_CRN = torch.empty_like(part_CRN)
-    for column, gradient_RN in enumerate(part_CRN):
-        row = hessian_CC[column]
-        target_RN = read_CRN[column] + gradient_RN / row[column].clamp(min=torch.finfo(row.dtype).tiny)
-        code, new_RN = reading.cells.choose(target_RN, scale_CRN[column], zero_CRN[column], reading.lambdas_R)
-        change_CRN[column] = read_CRN[column] - new_RN
-        part_CRN[column + 1 :].addcmul_(row[column + 1 :, None, None], change_CRN[column])
-        codes_NC[:, column] = code
+        difference_RN = before_CRN[column] - read_RN
+        change_CRN[column] = difference_RN if descends else difference_RN / row[column]
+        part_CRN[column + 1 :].addcmul_(row[column + 1 :, None, None], change_CRN[column], value=1 if descends else -1)
     return change_CRN.permute(1, 2, 0)
