@@ -42,7 +42,7 @@ def each(names: str | tuple[str, ...], cases: Iterable[Any]) -> Callable[[Test],
     return decorate
 
 
-KNOWN_ISAS = ("amx", "avx512", "avxvnni", "avx2", "neon", "scalar")  # best first
+KNOWN_ISAS = ("amx", "avx512vbmi", "avx512", "avxvnni", "avx2", "neon", "scalar")  # best first
 
 
 def available_isas() -> list[str]:

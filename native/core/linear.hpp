@@ -80,7 +80,7 @@ void prepare(const Input& input, const float* x, int thread = 0, int threads = 1
 void linear(const Linear& weight, int bits, const Input& input, float* y, std::ptrdiff_t y_stride, int thread = 0,
             int threads = 1);
 
-// The instruction set in use: "scalar", "avx2", "avxvnni", "avx512", "amx" or "neon". It is the best of the machine
+// The instruction set in use: "scalar", "avx2", "avxvnni", "avx512", "avx512vbmi", "amx" or "neon". It is the best of the machine
 // unless MATQUANT_ISA names another. Throws std::invalid_argument if that name is unknown or the machine lacks the
 // instructions.
 const char* isa();

@@ -1,5 +1,5 @@
 // Row blocks times many tokens with the matrix registers of AMX, bit for bit like gemm.inl. Included by
-// kernel_avx512.cpp.
+// kernel_avx512vbmi.cpp.
 //
 // A register holds 16 rows of 64 bytes. One instruction multiplies 16 tokens x 64 inputs by 64 inputs x 16 rows, which
 // is 256 times vpdpbusd in the time of 16. Decoded codes have the layout it needs for the second factor; WIDE_PANEL

@@ -24,6 +24,7 @@ namespace {
 const Kernels* const TABLES[] = {
 #if defined(__x86_64__)
     &kernels_amx,
+    &kernels_avx512vbmi,
     &kernels_avx512,
 #if defined(MATQUANT_AVXVNNI)
     &kernels_avxvnni,
@@ -83,6 +84,7 @@ bool runs_here(const Kernels& table) {
   if (&table == &kernels_avxvnni) return has_avx_vnni();
 #endif
   if (&table == &kernels_amx && !has_amx()) return false;
+  if (&table != &kernels_avx512 && !__builtin_cpu_supports("avx512vbmi")) return false;
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
          __builtin_cpu_supports("avx512vnni");

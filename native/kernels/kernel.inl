@@ -42,6 +42,12 @@ MATQUANT_INLINE Piece shift(const Piece& a) {
 constexpr int SEGMENT_BYTES = ACTIVATION_TILES * TILE_QUADS * VECTOR_BYTES;  // of a decoded segment
 
 #include "decode.inl"
+#if defined(__AVX512VBMI__)
+#include "companded_64.inl"
+#else
+#include "companded.inl"
+#endif
+#include "tiles.inl"
 #include "segments.inl"
 #include "fused.inl"
 #include "gemm.inl"

@@ -43,7 +43,8 @@ extern const Kernels kernels_scalar;
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avxvnni;
 extern const Kernels kernels_avx512;
-extern const Kernels kernels_amx;  // avx512 but for many tokens
+extern const Kernels kernels_avx512vbmi;
+extern const Kernels kernels_amx;  // avx512vbmi but for many tokens
 extern const Kernels kernels_neon;
 
 // The table in use. The first call chooses it: MATQUANT_ISA, else the best one of the machine.

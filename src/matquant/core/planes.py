@@ -181,7 +181,9 @@ def rows_at(weight: Weight, ids: int, out: int, *, count: int, bits: int) -> Non
 
 
 def isa() -> str:
-    """Return the instruction set in use, the machine's best or $MATQUANT_ISA: amx, avx512, avxvnni, avx2, neon, scalar.
+    """Return the instruction set in use, the machine's best or $MATQUANT_ISA.
+
+    It is amx, avx512vbmi, avx512, avxvnni, avx2, neon or scalar.
 
     Raises InputError if MATQUANT_ISA names one that this machine does not have.
     """

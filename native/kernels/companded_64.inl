@@ -1,0 +1,61 @@
+// Decodes planes to the integers of the companded grid where one instruction looks up six bits of a byte. Included by
+// kernel.inl instead of companded.inl.
+
+// The bits of a code may stand in any order in the index, and the tables repeat for the bits that are not part of it, so
+// most vectors need neither a shift nor a mask. Eight bits are seven and their mirror image.
+template <int READ, int M>
+struct Companded {
+  static constexpr bool APART = READ <= 4 && M > 0 && M * (READ == 2 ? 4 : 2) <= FREE_SUMS;
+  static constexpr int read = READ;
+  static constexpr int places = !APART ? 1 : READ == 2 ? 4 : 2;
+  static constexpr int base = 0;
+  template <int PLACE>
+  static constexpr Range range = Range::any;
+
+  const Table64 first, second, third;
+  const Bytes largest;
+  MATQUANT_INLINE explicit Companded(const Width& width)
+      : first(load_table(width.tables->by_six[0])),
+        second(load_table(width.tables->by_six[1])),
+        third(load_table(width.tables->by_six[2])),
+        largest(all(width.tables->largest)) {}
+
+  template <int PLACE>
+  MATQUANT_INLINE Ints lowered(Ints sum) const {
+    return sum;
+  }
+
+  template <class Sink>
+  MATQUANT_INLINE void decode(const Streams& streams, unsigned tile, Sink&& sink) const {
+    if constexpr (READ == 2) {
+      each_two<0>(streams, tile, [&](auto quad, auto piece, const Piece& two) MATQUANT_LAMBDA {
+        constexpr int PLACE = quad.value % 4;  // at bits 6, 2, 4 and 0
+        const Piece index = shift<PLACE == 0 ? 2 : 0>(two);
+        sink(quad, Index<PLACE % places>{}, piece, look_up_six(PLACE == 3 ? first : PLACE == 1 ? second : third, index));
+      });
+    } else {
+      each_pair<READ>(streams, tile, [&](auto pair, auto piece, const Piece&, const Piece& nibbles) MATQUANT_LAMBDA {
+        const auto give = [&](const Piece& high, const Piece& low) MATQUANT_LAMBDA {
+          sink(Index<2 * pair.value>{}, Index<0>{}, piece, high);
+          sink(Index<2 * pair.value + 1>{}, Index<1 % places>{}, piece, low);
+        };
+        if constexpr (READ <= 4) {
+          give(look_up_six(first, right<4>(nibbles)), look_up_six(first, nibbles));
+        } else if constexpr (READ == 6) {  // the last two bits to bits 4 and 5
+          constexpr bool ODD = pair.value % 2 == 1;
+          const Piece six = plane_piece<3, piece.value>(streams, tile, pair / 2);
+          give(look_up_six(first, select<0x0F>(right<4>(nibbles), shift<ODD ? 0 : 2>(six))),
+               look_up_six(first, select<0x0F>(nibbles, shift<ODD ? -4 : -2>(six))));
+        } else {
+          const Piece rest = low_bits<READ, pair.value, piece.value>(streams, tile);
+          give(of_eight(select<0xF0>(nibbles, right<4>(rest))), of_eight(select<0xF0>(left<4>(nibbles), rest)));
+        }
+      });
+    }
+  }
+
+  MATQUANT_INLINE Bytes of_eight(Bytes codes) const {
+    const Mask upper = high_bits(codes);
+    return subtract_from(largest, look_up_seven(first, second, subtract_from(all(0xFF), codes, upper)), upper);
+  }
+};
