@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 
-from matquant import _native
-
 Test = Callable[..., None]
 
 
@@ -40,19 +38,3 @@ def each(names: str | tuple[str, ...], cases: Iterable[Any]) -> Callable[[Test],
         return run
 
     return decorate
-
-
-KNOWN_ISAS = ("amx", "avx512vbmi", "avx512", "avxvnni", "avx2", "neon", "scalar")  # best first
-
-
-def available_isas() -> list[str]:
-    """Return the instruction sets of this machine, the plainest first; the best one is in use afterwards."""
-    found = []
-    for name in reversed(KNOWN_ISAS):
-        try:
-            _native.use_isa(name)
-        except ValueError:
-            continue
-        found.append(name)
-    _native.use_isa("")
-    return found

@@ -16,6 +16,9 @@
 // read or the input is written again. With the defaults a single thread does all of the work.
 #pragma once
 
+#include <string>
+#include <vector>
+
 #include "core/layout.hpp"
 
 namespace matquant {
@@ -80,9 +83,10 @@ void prepare(const Input& input, const float* x, int thread = 0, int threads = 1
 void linear(const Linear& weight, int bits, const Input& input, float* y, std::ptrdiff_t y_stride, int thread = 0,
             int threads = 1);
 
-// The instruction set in use: "scalar", "avx2", "avxvnni", "avx512", "avx512vbmi", "amx" or "neon". It is the best of the machine
-// unless MATQUANT_ISA names another. Throws std::invalid_argument if that name is unknown or the machine lacks the
-// instructions.
+// The instruction set in use. It is the best of the machine unless MATQUANT_ISA names another. Throws
+// std::invalid_argument if that name is unknown or the machine lacks the instructions.
 const char* isa();
+// The instruction sets of this machine, best first.
+std::vector<std::string> isas();
 
 }  // namespace matquant

@@ -4,21 +4,33 @@
 typedef float FloatVector __attribute__((vector_size(NATIVE_BYTES)));
 typedef std::int32_t IntVector __attribute__((vector_size(NATIVE_BYTES)));
 
+// Combines the lanes of a vector, one half of it with the other, and so on.
+template <class Whole, class Combine>
+MATQUANT_INLINE std::int32_t fold(Whole lanes, Combine combine) {
+  if constexpr (sizeof lanes == 16) {
+    return combine(combine(lanes[0], lanes[2]), combine(lanes[1], lanes[3]));
+  } else {
+    typedef std::int32_t Half __attribute__((vector_size(sizeof lanes / 2)));
+    Half low, high;
+    __builtin_memcpy(&low, &lanes, sizeof low);
+    __builtin_memcpy(&high, reinterpret_cast<const char*>(&lanes) + sizeof low, sizeof high);
+    return fold(combine(low, high), combine);
+  }
+}
+
 // Quantises one group of one token: 128 floats, padded with 0.
 void quantise_group(const float* x, std::int8_t* codes, float& scale, std::int32_t* sums) {
   // The largest magnitude, compared as bits: NaN ranks above infinity and infinity above all numbers, so neither is
   // lost.
   IntVector largest_lanes{};
-  for (int i = 0; i < ACTIVATION_GROUP; i += NATIVE_LANES) {
+  unroll<ACTIVATION_GROUP / NATIVE_LANES>([&](auto part) MATQUANT_LAMBDA {
     IntVector bits;
-    __builtin_memcpy(&bits, x + i, sizeof bits);
+    __builtin_memcpy(&bits, x + part * NATIVE_LANES, sizeof bits);
     bits &= 0x7FFFFFFF;
     largest_lanes = bits > largest_lanes ? bits : largest_lanes;
-  }
-  std::int32_t largest_bits = 0;
-  unroll<NATIVE_LANES>([&](auto i) MATQUANT_LAMBDA {
-    largest_bits = largest_lanes[i.value] > largest_bits ? largest_lanes[i.value] : largest_bits;
   });
+  const std::int32_t largest_bits =
+      fold(largest_lanes, [](const auto& a, const auto& b) MATQUANT_LAMBDA { return a > b ? a : b; });
   float largest;
   __builtin_memcpy(&largest, &largest_bits, sizeof largest);
   // Below 2^-119 the reciprocal overflows float32; such a group becomes 0.
@@ -28,7 +40,8 @@ void quantise_group(const float* x, std::int8_t* codes, float& scale, std::int32
   constexpr float NEAREST = 0x1.8p23f;  // adding it rounds to the nearest integer, ties to even
   for (int tile = 0; tile < ACTIVATION_TILES; ++tile) {
     IntVector tile_lanes{};
-    for (int i = tile * TILE_INPUTS; i < (tile + 1) * TILE_INPUTS; i += LANES) {
+    unroll<TILE_INPUTS / LANES>([&](auto some) MATQUANT_LAMBDA {
+      const int i = tile * TILE_INPUTS + some * LANES;
       Ints ints;
       unroll<LANES / NATIVE_LANES>([&](auto part) MATQUANT_LAMBDA {
         FloatVector values;
@@ -40,10 +53,8 @@ void quantise_group(const float* x, std::int8_t* codes, float& scale, std::int32
         __builtin_memcpy(reinterpret_cast<char*>(&ints) + part * NATIVE_BYTES, &code, sizeof code);
       });
       store_narrow(codes + i, ints);
-    }
-    std::int32_t sum = 0;
-    unroll<NATIVE_LANES>([&](auto i) MATQUANT_LAMBDA { sum += tile_lanes[i.value]; });
-    sums[tile] = sum;
+    });
+    sums[tile] = fold(tile_lanes, [](const auto& a, const auto& b) MATQUANT_LAMBDA { return a + b; });
   }
 }
 

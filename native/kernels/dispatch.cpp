@@ -70,10 +70,6 @@ bool has_amx() {
 }
 #endif
 
-}  // namespace
-
-const bool prefetch_within_page = is_intel();
-
 bool runs_here(const Kernels& table) {
   if (&table == &kernels_scalar) return true;
 #if defined(__x86_64__)
@@ -96,17 +92,27 @@ bool runs_here(const Kernels& table) {
 #endif
 }
 
+}  // namespace
+
+const bool prefetch_within_page = is_intel();
+
+std::vector<std::string> isas() {
+  std::vector<std::string> names;
+  for (const Kernels* table : TABLES)
+    if (runs_here(*table)) names.emplace_back(table->name);
+  return names;
+}
+
 void use_kernels(const char* name) {
   if (name == nullptr) name = std::getenv("MATQUANT_ISA");
   const bool any = name == nullptr || *name == '\0';
-  std::string known;
-  for (const Kernels* table : TABLES) {
-    if (any ? runs_here(*table) : std::strcmp(table->name, name) == 0 && runs_here(*table)) {
+  for (const Kernels* table : TABLES)
+    if ((any || std::strcmp(table->name, name) == 0) && runs_here(*table)) {
       in_use.store(table, std::memory_order_release);
       return;
     }
-    if (runs_here(*table)) known += (known.empty() ? "" : ", ") + std::string(table->name);
-  }
+  std::string known;
+  for (const std::string& one : isas()) known += (known.empty() ? "" : ", ") + one;
   throw std::invalid_argument("MATQUANT_ISA=" + std::string(name) +
                               " is not an instruction set of this machine; use one of " + known);
 }

@@ -51,7 +51,6 @@ extern const Kernels kernels_neon;
 const Kernels& kernels();
 // Chooses a table by name (null: as the first call would). Throws std::invalid_argument.
 void use_kernels(const char* name);
-bool runs_here(const Kernels& table);
 
 // True where prefetching a stream less than a page of 4 KiB ahead is faster than further ahead: on Intel's processors,
 // whose own prefetchers work within a page.

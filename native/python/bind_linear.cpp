@@ -1,7 +1,9 @@
 // Planes and products for Python.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
 #include <nanobind/stl/unique_ptr.h>
+#include <nanobind/stl/vector.h>
 
 #include <cstdlib>
 #include <cstring>
@@ -281,6 +283,7 @@ void bind_linear(nb::module_& module) {
     return padded_tokens(tokens, exact ? Activations::exact : Activations::int8);
   });
   module.def("isa", isa);
+  module.def("isas", isas);
   // An empty name: MATQUANT_ISA, else the best of the machine.
   module.def("use_isa", [](const char* name) { use_kernels(*name == '\0' ? nullptr : name); });
 }
