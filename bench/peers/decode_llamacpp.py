@@ -1,8 +1,8 @@
 """Worker: llama.cpp or ik_llama.cpp, whichever its environment has. ``python decode_llamacpp.py FOLDER TYPE...`` reads
 FOLDER/shape.json. ik_llama.cpp repacks blocks as it loads them, four or eight rows interleaved (--run-time-repack).
 
-Writes a GGUF per block type into FOLDER if it is not there, "pure": every matrix in that type, or in the one that
-llama-quantize falls back to where blocks of 256 do not fit, random blocks with one small scale, so that all weights are
+Writes a GGUF per block type into FOLDER if it is not there: every matrix in that type but the head, which llama-quantize
+keeps at Q6_K or wider; where blocks of 256 do not fit, the type that it falls back to. It has random blocks with one small scale, so that all weights are
 finite, and about as many above zero as below: tokens then differ enough to use different experts. Routers are float32,
 as llama.cpp keeps them. Then it loads them all and serves bursts: a request per line of stdin,
 
@@ -40,6 +40,7 @@ except ModuleNotFoundError:
 SCALES = {"Q8_0": (0,), "Q6_K": (208,), "Q4_K": (0, 2), "Q3_K": (108,), "Q2_K": (80, 82), "Q4_0": (0,), "Q5_0": (0,)}
 MINIMUM = {"Q4_K": 7.5, "Q2_K": 1.5}  # second scale over the first, for a mean of zero: half the largest code
 FALLBACKS = {"Q6_K": "Q8_0", "Q4_K": "Q5_0", "Q3_K": "Q4_0", "Q2_K": "Q4_0"}  # tensor_type_fallback of llama.cpp
+HEAD, HEAD_TYPE = "output", "Q6_K"  # or wider (llama_tensor_get_type)
 EXPERTS = "_exps"  # in the names of tensors that hold all experts of a layer
 SCALE = 2.0**-14
 CONTEXT = 256
@@ -49,18 +50,22 @@ def main(folder: Path, kinds: list[str]) -> None:
     """Write what is missing, load everything, answer until stdin ends."""
     shape = json.loads((folder / "shape.json").read_text())
     for kind in kinds:
-        if not (folder / f"{kind}.gguf").is_file():
+        if not _file(folder, kind).is_file():
             partial = folder / f"{kind}.partial"
             _write_gguf(partial, kind, shape)
-            partial.rename(folder / f"{kind}.gguf")
+            partial.rename(_file(folder, kind))
     llama_cpp.llama_backend_init()
-    models = {kind: _load(folder / f"{kind}.gguf") for kind in kinds}
+    models = {kind: _load(_file(folder, kind)) for kind in kinds}
     read = {kind: _read_bytes(kind, shape) / 1e6 for kind in kinds}
     names = ("ik-llama-cpp-python" if FORK else "llama-cpp-python", "gguf")
     _answer({"versions": {name: version(name) for name in names}, "mb_per_token": read})
     for line in sys.stdin:
         request = json.loads(line)
         _answer(_burst(models[request["type"]], request, shape["vocab_size"]))
+
+
+def _file(folder: Path, kind: str) -> Path:
+    return folder / f"{kind}-head-{_type_of(HEAD, kind)}.gguf"
 
 
 def _answer(value: Any) -> None:
@@ -83,7 +88,7 @@ def _matrices(shape: dict[str, int]) -> dict[str, tuple[int, ...]]:
     }
     layers = range(shape["num_hidden_layers"])
     return {f"blk.{layer}.{name}": size for layer in layers for name, size in sizes.items()} | {
-        "output": (shape["vocab_size"], hidden)
+        HEAD: (shape["vocab_size"], hidden)
     }
 
 
@@ -101,8 +106,13 @@ def _floats(shape: dict[str, int]) -> Iterator[tuple[str, tuple[int, ...]]]:
 def _read_bytes(kind: str, shape: dict[str, int]) -> float:
     """Bytes of matrices that a token reads."""
     used = shape["num_experts_per_tok"] / shape["num_experts"] if "num_experts" in shape else 0.0
-    quantised = (_bytes(kind, *size) * (used if EXPERTS in name else 1) for name, size in _matrices(shape).items())
+    sizes = {name: _bytes(_type_of(name, kind), *size) for name, size in _matrices(shape).items()}
+    quantised = (size * (used if EXPERTS in name else 1) for name, size in sizes.items())
     return sum(quantised) + sum(4 * math.prod(size) for _, size in _floats(shape) if len(size) > 1)
+
+
+def _type_of(name: str, kind: str) -> str:
+    return HEAD_TYPE if name == HEAD and kind != "Q8_0" else kind
 
 
 def _fitting(kind: str, columns: int) -> str:
@@ -122,7 +132,7 @@ def _write_gguf(file: Path, kind: str, shape: dict[str, Any]) -> None:
     generator = np.random.default_rng(0)
     quantised = {"token_embd": (shape["vocab_size"], shape["hidden_size"]), **_matrices(shape)}
     for name, size in quantised.items():
-        fitting = _fitting(kind, size[-1])
+        fitting = _fitting(_type_of(name, kind), size[-1])
         blocks = _random_blocks(generator, fitting, *size)
         writer.add_tensor(f"{name}.weight", blocks, raw_dtype=gguf.GGMLQuantizationType[fitting])
     for name, size in _floats(shape):
