@@ -10,8 +10,8 @@ Models have the shapes of released ones, vocabulary included, and random weights
 head is read at HEAD_BITS or wider, and every figure is of a whole token. Shapes without experts run as a Llama: norms
 of queries and keys are left out. llama.cpp gets random blocks of the type of the same nominal width for every matrix
 but the head, which has Q6_K or wider as in every file that llama-quantize writes; where its K types do not fit, because
-256 does not divide the inputs, the type that it falls back to (SmolLM2, Gemma 3). ik_llama.cpp gets the same files and interleaves their rows as it loads them. --shape
-tiny only shows that everything runs.
+256 does not divide the inputs, the type that it falls back to (SmolLM2, Gemma 3). ik_llama.cpp gets the same files and
+interleaves their rows as it loads them. --shape tiny only shows that everything runs.
 
 qwen3-30b-a3b-8 is eight layers of that model, up to int4, with routers that use all experts about equally. In the last
 layer both sides compute the experts for the last token of a prompt only.

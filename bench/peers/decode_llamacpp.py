@@ -1,10 +1,11 @@
 """Worker: llama.cpp or ik_llama.cpp, whichever its environment has. ``python decode_llamacpp.py FOLDER TYPE...`` reads
 FOLDER/shape.json. ik_llama.cpp repacks blocks as it loads them, four or eight rows interleaved (--run-time-repack).
 
-Writes a GGUF per block type into FOLDER if it is not there: every matrix in that type but the head, which llama-quantize
-keeps at Q6_K or wider; where blocks of 256 do not fit, the type that it falls back to. It has random blocks with one small scale, so that all weights are
-finite, and about as many above zero as below: tokens then differ enough to use different experts. Routers are float32,
-as llama.cpp keeps them. Then it loads them all and serves bursts: a request per line of stdin,
+Writes a GGUF per block type into FOLDER if it is not there: every matrix in that type, or in the one that llama-quantize
+falls back to where blocks of 256 do not fit, and the head at Q6_K or wider, as llama-quantize keeps it. The blocks are
+random, with one small scale, so that all weights are finite, and about as many above zero as below: tokens then differ
+enough to use different experts. Routers are float32, as llama.cpp keeps them. Then it loads them all and serves bursts:
+a request per line of stdin,
 
     {"type": "Q4_K", "threads": 2, "work": "decode" or "prefill", "tokens": 2, "context": 16, "seconds": 1}
 
