@@ -616,18 +616,19 @@ def _newest() -> dict[tuple[str, int, int], Record]:
 
 @app.command()
 def plot(shape: Annotated[str, typer.Option(help="Whose records.")] = "llama-3.2-1b") -> None:
-    """Draw tokens/s against bytes per token, a panel per thread count, under the limit of its per-channel record."""
+    """Draw tokens/s against bytes per token, a panel per thread count, under the limit of its first record."""
     mine = {key[1:]: record for key, record in _newest().items() if key[0] == shape}
     counts = sorted({threads for _, threads in mine})
     figure, panels = plt.subplots(1, len(counts), figsize=(5.5 * len(counts), 4.5), squeeze=False, layout="constrained")
     for axes, threads in zip(panels[0], counts, strict=True):
         records = {group: record for (group, count), record in sorted(mine.items()) if count == threads}
-        for group, record in records.items():
-            _curve(axes, record, "", "o-" if group == 0 else "s:", f"group {group}" if group else "per channel")
         first = next(iter(records.values()))
+        for group, record in records.items():
+            label = f"matquant, groups of {group}" if group else "matquant, per channel"
+            _curve(axes, record, "", "o-" if record is first else "s:", label, named=record is first)
         keys = [key for key in ("mb_per_token", "peer_mb_per_token") if key in first["widths"]["8"]]
         if len(keys) > 1:
-            _curve(axes, first, "peer_", "^--", "llama.cpp")
+            _curve(axes, first, "peer_", "^--", "llama.cpp", named=True)
         reach = np.array([row[key] for row in first["widths"].values() for key in keys])
         line = np.linspace(reach.min() * 0.9, reach.max() * 1.1, 100)
         limit = first["stream_gb_s"]
@@ -643,11 +644,11 @@ def plot(shape: Annotated[str, typer.Option(help="Whose records.")] = "llama-3.2
     print(PICTURE)
 
 
-def _curve(axes: Any, record: Record, prefix: str, style: str, label: str) -> None:
+def _curve(axes: Any, record: Record, prefix: str, style: str, label: str, *, named: bool) -> None:
     rows = record["widths"]
     x, y = ([row[f"{prefix}{key}"] for row in rows.values()] for key in ("mb_per_token", "tok_s"))
     axes.plot(x, y, style, label=label)
-    if record["group"]:
+    if not named:
         return
     for width, at in zip(rows, zip(x, y, strict=True), strict=True):
         text = rows[width]["peer"] if prefix else f"int{width}"
