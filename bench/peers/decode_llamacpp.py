@@ -1,7 +1,7 @@
 """Worker: llama.cpp or ik_llama.cpp, whichever its environment has. ``python decode_llamacpp.py FOLDER TYPE...`` reads
 FOLDER/shape.json. ik_llama.cpp repacks blocks as it loads them, four or eight rows interleaved (--run-time-repack).
 
-Writes a GGUF per block type into FOLDER if it is not there: every matrix in that type, or in the one that llama-quantize
+Writes a GGUF per block type into FOLDER if it is not there: every matrix in that type, or in the one llama-quantize
 falls back to where blocks of 256 do not fit, and the head at Q6_K or wider, as llama-quantize keeps it. The blocks are
 random, with one small scale, so that all weights are finite, and about as many above zero as below: tokens then differ
 enough to use different experts. Routers are float32, as llama.cpp keeps them. Then it loads them all and serves bursts:
