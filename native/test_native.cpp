@@ -68,7 +68,7 @@ void expect(bool holds, const char* what, const Fixture& of, int bits, const cha
 std::vector<float> product(const Fixture& of, int bits, Activations activations, int threads) {
   const std::size_t bytes = input_bytes(of.shape.tokens, of.shape.cols, activations);
   const std::unique_ptr<void, decltype(&std::free)> workspace(std::aligned_alloc(64, bytes), &std::free);
-  const Input input = make_input(workspace.get(), of.shape.tokens, of.shape.cols, activations);
+  const Input input = make_input(workspace.get(), of.shape.tokens, of.shape.cols, activations, activation_group(of.linear));
   for (int thread = 0; thread < threads; ++thread) prepare(input, of.x.data(), thread, threads);
   std::vector<float> y(static_cast<std::size_t>(of.shape.tokens) * of.shape.rows, NAN);
   for (int thread = 0; thread < threads; ++thread)
@@ -82,8 +82,9 @@ bool is_product(const std::vector<float>& y, const Fixture& of, int bits, Grid g
   const double step = 1 << (8 - bits), centre = of.rule == Rule::prefix ? (step - 1) / 2 : 0.0;
   for (int token = 0; token < shape.tokens; ++token) {
     std::vector<double> seen(shape.cols);
-    for (int first = 0; first < shape.cols; first += ACTIVATION_GROUP) {
-      const int stop = first + ACTIVATION_GROUP < shape.cols ? first + ACTIVATION_GROUP : shape.cols;
+    const int group = shape.group <= 64 ? 64 : 128;  // of activations
+    for (int first = 0; first < shape.cols; first += group) {
+      const int stop = std::min(first + group, shape.cols);
       const float* x = &of.x[static_cast<std::size_t>(token) * shape.cols];
       float largest = 0.0f;
       for (int i = first; i < stop; ++i) largest = std::fmax(largest, std::fabs(x[i]));

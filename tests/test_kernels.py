@@ -26,7 +26,6 @@ from matquant.core.tensor import NestedTensor
 
 WIDTHS = range(1, 9)
 UNITS = 16
-GROUP = 128  # inputs that share a scale of activations
 READINGS = [*((rule, UNIFORM) for rule in oracle.RULES), ("prefix", COMPANDED)]
 TOKENS = (1, 2, 3, 4, 5, 8, 9, 24, 131)  # every kernel: single, panels of 2, 4 and 8, one and two rounds of many tokens
 SHAPES = [(1, 1), (16, 32), (17, 31), (33, 300), (130, 128), (5, 515)]
@@ -98,15 +97,19 @@ def oracle_weight(tensor: NestedTensor, bits: int, *, grid: str | None = None) -
     return np.repeat(scale, group, axis=1) * (codes - np.repeat(zero, group, axis=1))
 
 
-def oracle_int8(x_TK: Floats) -> NDArray[np.float64]:
-    """x as the kernels see it: per token and 128 inputs, scale = max|x| / 127 and the nearest integer, ties to even."""
+def oracle_int8(x_TK: Floats, tensor: NestedTensor) -> NDArray[np.float64]:
+    """x as the kernels see it: scale = max|x| / 127 and the nearest integer, ties to even.
+
+    Per token and 128 inputs, or 64 where the weight's groups are no larger.
+    """
     out = np.zeros(x_TK.shape)
-    for start in range(0, x_TK.shape[1], GROUP):
-        part = x_TK[:, start : start + GROUP]
+    group = 64 if x_TK.shape[1] // tensor.scale.shape[1] <= 64 else 128
+    for start in range(0, x_TK.shape[1], group):
+        part = x_TK[:, start : start + group]
         largest = np.abs(part).max(axis=1, keepdims=True)
         inverse = np.divide(np.float32(127), largest, out=np.zeros_like(largest), where=largest > 0)
         codes = np.clip(np.rint(part * inverse), -127, 127)
-        out[:, start : start + GROUP] = (largest / np.float32(127)).astype(np.float64) * codes
+        out[:, start : start + group] = (largest / np.float32(127)).astype(np.float64) * codes
     return out
 
 
@@ -191,7 +194,7 @@ def test_products_are_those_of_the_definition_and_not_of_the_neighbour(
         weight = load_weight(tensor)
         for tokens in (1, 3, 12):
             x = random_x(tokens, shape[1])
-            seen = oracle_int8(x) if activations == "int8" else x.astype(np.float64)
+            seen = oracle_int8(x, tensor) if activations == "int8" else x.astype(np.float64)
             y = matmul(weight, x, bits=bits, activations=activations, threads=1)
             assert_product(y, seen, oracle_weight(tensor, bits))
             for other, other_grid in other_readings(bits, rule, grid):
@@ -258,7 +261,7 @@ def test_groups_of_any_length(isa_name: str, grid: str, activations: str, column
     for bits in (2, 3, 4, 6, 8):
         for tokens in (1, 2, 9):
             x = random_x(tokens, columns)
-            seen = oracle_int8(x) if activations == "int8" else x.astype(np.float64)
+            seen = oracle_int8(x, tensor) if activations == "int8" else x.astype(np.float64)
             y = matmul(weight, x, bits=bits, activations=activations, threads=1)
             assert_product(y, seen, oracle_weight(tensor, bits))
 
@@ -273,7 +276,7 @@ def test_any_shape(
 ) -> None:
     tensor = random_tensor((rows, columns), rule=reading[0], grid=reading[1], seed=seed)
     x = random_x(tokens, columns, seed=seed)
-    seen = oracle_int8(x) if activations == "int8" else x.astype(np.float64)
+    seen = oracle_int8(x, tensor) if activations == "int8" else x.astype(np.float64)
     y = matmul(load_weight(tensor, max_bits=bits), x, bits=bits, activations=activations, threads=1)
     assert_product(y, seen, oracle_weight(tensor, bits))
 
@@ -284,9 +287,9 @@ def test_wide_zeros_and_scales_stay_float32() -> None:
     exact = NestedTensor(codes=tensor.codes, scale=tensor.scale * np.float32(1.0001), zero=tensor.zero, rule="prefix")
     x = random_x(2, 64)
     y = matmul(load_weight(exact), x, bits=4, threads=1)
-    assert_product(y, oracle_int8(x), oracle_weight(exact, 4))
+    assert_product(y, oracle_int8(x, exact), oracle_weight(exact, 4))
     with pytest.raises(AssertionError):
-        assert_product(y, oracle_int8(x), oracle_weight(tensor, 4))
+        assert_product(y, oracle_int8(x, tensor), oracle_weight(tensor, 4))
 
 
 # Activations ----------------------------------------------------------------------------------------------------------

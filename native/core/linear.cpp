@@ -30,11 +30,15 @@ bool serves(const Linear& weight, int bits) {
          bits_read(bits, weight.rule) <= weight.resident_bits;
 }
 
-Input make_input(void* workspace, int tokens, int cols, Activations activations) {
+int activation_group(const Linear& weight) {
+  return weight.group <= LEAST_ACTIVATION_GROUP ? LEAST_ACTIVATION_GROUP : ACTIVATION_GROUP;
+}
+
+Input make_input(void* workspace, int tokens, int cols, Activations activations, int group) {
   const std::size_t padded = padded_values(tokens, cols);
   auto* at = static_cast<char*>(workspace);
   const int panel = panel_of(tokens, activations);
-  Input input{tokens, cols, activations, panel, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
+  Input input{tokens, cols, activations, group, panel, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
   if (activations == Activations::exact) {
     input.values = reinterpret_cast<float*>(at);
     input.value_sums = reinterpret_cast<float*>(at + whole_lines(padded * sizeof(float)));
@@ -42,7 +46,7 @@ Input make_input(void* workspace, int tokens, int cols, Activations activations)
     input.codes = reinterpret_cast<std::int8_t*>(at);
     at += whole_lines(padded);
     input.scales = reinterpret_cast<float*>(at);
-    at += whole_lines(padded / ACTIVATION_GROUP * sizeof(float));
+    at += whole_lines(padded / LEAST_ACTIVATION_GROUP * sizeof(float));
     input.code_sums = reinterpret_cast<std::int32_t*>(at);
     at += whole_lines(padded / TILE_INPUTS * sizeof(std::int32_t));
     input.group_sums = reinterpret_cast<std::int32_t*>(at);
@@ -59,7 +63,7 @@ std::size_t input_bytes(int tokens, int cols, Activations activations) {
   const std::size_t padded = padded_values(tokens, cols);
   const std::size_t sums = whole_lines(padded / TILE_INPUTS * 4);
   if (activations == Activations::exact) return whole_lines(padded * sizeof(float)) + sums;
-  return whole_lines(padded) + 2 * whole_lines(padded / ACTIVATION_GROUP * sizeof(float)) + sums;
+  return whole_lines(padded) + 2 * whole_lines(padded / LEAST_ACTIVATION_GROUP * sizeof(float)) + sums;
 }
 
 void prepare(const Input& input, const float* x, int thread, int threads) {

@@ -1,5 +1,6 @@
 #include "decoder/model.hpp"
 
+#include <algorithm>
 #include <stdexcept>
 
 #include "core/checked.hpp"
@@ -19,6 +20,7 @@ Model::Model(std::int64_t hidden_, std::int64_t heads_, std::int64_t kv_heads_, 
 
 int Model::add(const Matrix& matrix) {
   matrices.push_back(matrix);
+  if (matrix.nested) activation_group = std::min(activation_group, matquant::activation_group(*matrix.nested));
   return static_cast<int>(matrices.size()) - 1;
 }
 

@@ -51,6 +51,7 @@ struct Model {
   float attention_cap = 0, logit_cap = 0;  // 0: none
   bool gelu = false;                       // gates use the tanh form of GELU instead of SiLU
   float gate_alpha = 0, gate_limit = 0;    // of the clamped gate (FloatKernels::clamped_times); limit 0: not clamped
+  int activation_group = ACTIVATION_GROUP;  // of all its activations: the least of its weights
   std::vector<Matrix> matrices;            // all that a step multiplies by, the head included; an id is an index
   std::vector<Layer> layers;
   std::vector<Rope> ropes;

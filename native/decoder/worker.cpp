@@ -74,11 +74,11 @@ Input Worker::input_of(const float* x, int rows_in, int cols) const {
   char* const memory = single && x == normed(0)    ? space.single_input(thread)
                        : single && x == space.gate ? space.single_input(threads)
                                                    : space.input;
-  return make_input(memory, rows_in, cols, activations_);
+  return make_input(memory, rows_in, cols, activations_, model.activation_group);
 }
 
 Input Worker::input_at(char*& memory, int rows_in, int cols) const {
-  const Input input = make_input(memory, rows_in, cols, activations_);
+  const Input input = make_input(memory, rows_in, cols, activations_, model.activation_group);
   memory += input_bytes(rows_in, cols, activations_);
   return input;
 }

@@ -18,12 +18,13 @@ MATQUANT_INLINE std::int32_t fold(Whole lanes, Combine combine) {
   }
 }
 
-// Quantises one group of one token: 128 floats, padded with 0.
-void quantise_group(const float* x, std::int8_t* codes, float& scale, std::int32_t* sums) {
+// Quantises one group of one token: GROUP floats, padded with 0. Returns the sum of its codes.
+template <int GROUP>
+std::int32_t quantise_group(const float* x, std::int8_t* codes, float& scale, std::int32_t* sums) {
   // The largest magnitude, compared as bits: NaN ranks above infinity and infinity above all numbers, so neither is
   // lost.
   IntVector largest_lanes{};
-  unroll<ACTIVATION_GROUP / NATIVE_LANES>([&](auto part) MATQUANT_LAMBDA {
+  unroll<GROUP / NATIVE_LANES>([&](auto part) MATQUANT_LAMBDA {
     IntVector bits;
     __builtin_memcpy(&bits, x + part * NATIVE_LANES, sizeof bits);
     bits &= 0x7FFFFFFF;
@@ -38,7 +39,8 @@ void quantise_group(const float* x, std::int8_t* codes, float& scale, std::int32
   scale = nothing ? 0.0f : largest / 127.0f;
   const float inverse = nothing ? 0.0f : 127.0f / largest;
   constexpr float NEAREST = 0x1.8p23f;  // adding it rounds to the nearest integer, ties to even
-  for (int tile = 0; tile < ACTIVATION_TILES; ++tile) {
+  std::int32_t sum = 0;
+  for (int tile = 0; tile < GROUP / TILE_INPUTS; ++tile) {
     IntVector tile_lanes{};
     unroll<TILE_INPUTS / LANES>([&](auto some) MATQUANT_LAMBDA {
       const int i = tile * TILE_INPUTS + some * LANES;
@@ -55,10 +57,12 @@ void quantise_group(const float* x, std::int8_t* codes, float& scale, std::int32
       store_narrow(codes + i, ints);
     });
     sums[tile] = fold(tile_lanes, [](const auto& a, const auto& b) MATQUANT_LAMBDA { return a + b; });
+    sum += sums[tile];
   }
+  return sum;
 }
 
-// Prepares one group of one token, number `at` of the panel that begins at `panel_start`.
+// Prepares 128 inputs of one token, number `at` of the panel that begins at `panel_start`.
 MATQUANT_INLINE void prepare_group(const Input& input, const float* x, int token, int group, std::size_t panel_start,
                                    int at) {
   const int panel = input.panel, first = group * ACTIVATION_GROUP;
@@ -81,11 +85,20 @@ MATQUANT_INLINE void prepare_group(const Input& input, const float* x, int token
   }
   alignas(64) std::int8_t codes[ACTIVATION_GROUP];
   std::int32_t sums[ACTIVATION_TILES];
-  quantise_group(values, panel == 1 ? input.codes + start : codes, input.scales[start / ACTIVATION_GROUP * panel + at],
-                 sums);
+  std::int8_t* const to = panel == 1 ? input.codes + start : codes;
+  const std::size_t scale = start / input.group * panel + at;
+  float* const scales = input.scales + scale;
+  std::int32_t* const group_sums = input.group_sums + scale;
+  if (input.group == ACTIVATION_GROUP) {
+    *group_sums = quantise_group<ACTIVATION_GROUP>(values, to, *scales, sums);
+  } else {
+    constexpr int HALF = LEAST_ACTIVATION_GROUP;
+    static_assert(2 * HALF == ACTIVATION_GROUP, "two groups at a time");
+    *group_sums = quantise_group<HALF>(values, to, *scales, sums);
+    group_sums[panel] = quantise_group<HALF>(values + HALF, to + HALF, scales[panel], sums + HALF / TILE_INPUTS);
+  }
   for (int tile = 0; tile < ACTIVATION_TILES; ++tile)
     input.code_sums[(start / TILE_INPUTS + tile) * panel + at] = sums[tile];
-  input.group_sums[start / ACTIVATION_GROUP * panel + at] = sums[0] + sums[1] + sums[2] + sums[3];
   if (panel == 1) return;
   if (panel == WIDE_PANEL) {
     for (int part = 0; part < ACTIVATION_GROUP; part += WIDE_INPUTS)

@@ -100,8 +100,8 @@ struct WideTokens {
     const std::size_t padded = static_cast<std::size_t>(padded_cols(input.cols)) * WIDE_PANEL;
     const std::int8_t* const x = input.codes + (first_panel + panel) * padded;
     codes[panel] = x + segment.first_tile / STEP_TILES * WIDE_PANEL * STEP_INPUTS;
-    scales[panel] = input.scales + (first_panel + panel) * (padded / ACTIVATION_GROUP) +
-                    segment.first / ACTIVATION_GROUP * WIDE_PANEL;
+    scales[panel] = input.scales + (first_panel + panel) * (padded / input.group) +
+                    segment.first / input.group * WIDE_PANEL;
     Ints sums{_mm512_setzero_si512()};
     if (whole_tiles) {
       const std::int32_t* const tile_sums = input.code_sums + (first_panel + panel) * (padded / TILE_INPUTS);
@@ -218,7 +218,7 @@ void amx_tokens(const Linear& weight, const Width& width, const Input& input, in
 
   GroupPart<BLOCKS> part;
   part.ends = true;
-  for (Segments segments(weight); segments.more();) {
+  for (Segments segments(weight, input); segments.more();) {
     const Segment segment = segments.next();
     part.begins = part.ends;
     part.ends = segment.ends_group;

@@ -98,7 +98,7 @@ MATQUANT_INLINE Ints byte_of(Bytes a) {
 
 // Sixteen integers within -128 .. 127, as bytes.
 MATQUANT_INLINE void store_narrow(std::int8_t* to, Ints a) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(a.at));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_maskz_cvtepi32_epi8(0xFFFF, a.at));
 }
 
 MATQUANT_INLINE Floats broadcast(float value) { return _mm512_set1_ps(value); }

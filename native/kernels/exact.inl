@@ -43,7 +43,7 @@ void exact_block(const Linear& weight, const Width& width, const Input& input, i
 
   Accumulators<M> at;
   at.clear();
-  for (Segments segments(weight); segments.more();) {
+  for (Segments segments(weight, input); segments.more();) {
     const Segment segment = segments.next();
     decode_segment(streams, width, segment.first_tile, segment.stop_tile, decoded);
     const std::uint8_t* codes = decoded;

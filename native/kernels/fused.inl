@@ -23,7 +23,7 @@ template <class Reading, int M, int TILES = 0>
 MATQUANT_INLINE void add_segment(const Reading& reading, const Streams& streams, const Panel<M>& panel, unsigned first,
                                  unsigned stop, int centre, Accumulators<M>& at) {
   constexpr int PLACES = Reading::places;
-  const float* const scales = panel.scales + static_cast<std::size_t>(first / ACTIVATION_TILES) * M;
+  const float* const scales = panel.scales + static_cast<std::size_t>(first >> panel.group_shift) * M;
   Sum sums[PLACES * M];
   int code_sums[M];
   unroll<PLACES * M>([&](auto sum) MATQUANT_LAMBDA { sums[sum].clear(); });
@@ -62,9 +62,10 @@ MATQUANT_INLINE void add_block(const Reading& reading, const Streams& streams, c
       }
       return;
     }
+  const unsigned within = (1u << panel.group_shift) - 1;  // numbers of the tiles of a group of activations
   for (unsigned group_stop = group_tiles; tile < tiles; group_stop += group_tiles) {
     while (tile < group_stop) {
-      const unsigned activation_stop = (tile | (ACTIVATION_TILES - 1)) + 1;
+      const unsigned activation_stop = (tile | within) + 1;
       const unsigned stop = activation_stop < group_stop ? activation_stop : group_stop;
       add_segment<Reading, M>(reading, streams, panel, tile, stop, centre, at);
       tile = stop;

@@ -90,7 +90,7 @@ void many_tokens(const Linear& weight, const Width& width, const Input& input, i
 
   GroupPart<BLOCKS> part;
   part.ends = true;
-  for (Segments segments(weight); segments.more();) {
+  for (Segments segments(weight, input); segments.more();) {
     const Segment segment = segments.next();
     part.begins = part.ends;
     part.ends = segment.ends_group;

@@ -9,15 +9,16 @@ struct Segment {
 
 // Walks over the segments of a row. No division: a segment is a few dozen cycles of work at two bits.
 struct Segments {
-  unsigned group_inputs, inputs, at = 0, group = 0, group_stop;
+  unsigned group_inputs, activation_inputs, inputs, at = 0, group = 0, group_stop;
 
-  MATQUANT_INLINE explicit Segments(const Linear& weight)
+  MATQUANT_INLINE Segments(const Linear& weight, const Input& input)
       : group_inputs(static_cast<unsigned>(weight.group)),
+        activation_inputs(static_cast<unsigned>(input.group)),
         inputs(static_cast<unsigned>(weight.cols)),
         group_stop(group_inputs) {}
   MATQUANT_INLINE bool more() const { return at < inputs; }
   MATQUANT_INLINE Segment next() {
-    const unsigned activation_stop = (at | (ACTIVATION_GROUP - 1)) + 1;
+    const unsigned activation_stop = (at | (activation_inputs - 1)) + 1;
     const unsigned first = at;
     at = activation_stop < group_stop ? activation_stop : group_stop;
     const Segment segment = {first,       at, first / TILE_INPUTS, (at + TILE_INPUTS - 1) / TILE_INPUTS, group,
@@ -44,13 +45,15 @@ struct Panel {
   const float* scales;
   const std::int32_t* sums;
   const std::int32_t* group_sums;
+  unsigned group_shift;  // tiles of a group of activations are 1 << group_shift
 
-  Panel(const Input& input, int panel) {
+  Panel(const Input& input, int panel) : group_shift(input.group == LEAST_ACTIVATION_GROUP ? 1 : 2) {
     const std::size_t padded = static_cast<std::size_t>(padded_cols(input.cols)) * M;
+    const std::size_t tiles = padded / TILE_INPUTS, groups = tiles >> group_shift;
     codes = input.codes + panel * padded;
-    scales = input.scales + panel * (padded / ACTIVATION_GROUP);
-    sums = input.code_sums + panel * (padded / TILE_INPUTS);
-    group_sums = input.group_sums + panel * (padded / ACTIVATION_GROUP);
+    scales = input.scales + panel * groups;
+    sums = input.code_sums + panel * tiles;
+    group_sums = input.group_sums + panel * groups;
   }
 };
 
@@ -65,12 +68,12 @@ struct SegmentCodes {
 
   MATQUANT_INLINE SegmentCodes(const Panel<M>& panel, const Segment& segment, bool whole_tiles) {
     codes = panel.codes + static_cast<std::size_t>(segment.first_tile) * TILE_INPUTS * M;
-    const std::size_t activation_group = segment.first / ACTIVATION_GROUP;
+    const std::size_t activation_group = segment.first_tile >> panel.group_shift;
     for (int token = 0; token < M; ++token) {
       scales[token] = panel.scales[activation_group * M + token];
       sums[token] = panel.group_sums[activation_group * M + token];
     }
-    if (!whole_tiles || segment.stop_tile - segment.first_tile != ACTIVATION_TILES) {
+    if (!whole_tiles || segment.stop_tile - segment.first_tile != 1u << panel.group_shift) {
       for (int token = 0; token < M; ++token) sums[token] = 0;
       if (whole_tiles)
         add_tiles(panel, segment);

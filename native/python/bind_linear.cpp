@@ -200,7 +200,7 @@ void multiply(const Linear& weight, const float* x, int tokens, float* y, int bi
   const std::unique_ptr<void, decltype(&std::free)> workspace(
       std::aligned_alloc(64, input_bytes(tokens, weight.cols, kind)), &std::free);
   if (workspace == nullptr) throw std::bad_alloc();
-  const Input input = make_input(workspace.get(), tokens, weight.cols, kind);
+  const Input input = make_input(workspace.get(), tokens, weight.cols, kind, activation_group(weight));
   on_threads(threads == 0 ? default_threads() : threads, [&](Team& team, int thread) {
     prepare(input, x, thread, team.threads());
     team.barrier(thread);

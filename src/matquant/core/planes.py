@@ -145,8 +145,9 @@ def hold(weight: Weight, *, max_bits: int) -> Weight:
 def matmul(weight: Weight, x_TK: Floats, *, bits: int, activations: str = "int8", threads: int = 0) -> Floats:
     """Return x_TK @ W.T with the weights read at ``bits`` bits: float32 [T, N].
 
-    x_TK: float32 [T, K]. activations: ``int8`` (dynamic, per token and 128 inputs) or ``float``. threads: 0 for
-    OMP_NUM_THREADS or all cores. The result does not depend on threads, on the other tokens or on the instruction set.
+    x_TK: float32 [T, K]. activations: ``int8`` (dynamic, per token and 128 inputs, or 64 where groups are no larger) or
+    ``float``. threads: 0 for OMP_NUM_THREADS or all cores. The result does not depend on threads, on the other tokens
+    or on the instruction set.
     Raises InputError for widths that are not resident and for other shapes and dtypes.
     """
     check_bits(bits)

@@ -8,8 +8,8 @@ A Session has its own key/value cache and workspace. The weights are shared and 
 widths can run at once from several threads (a step does not hold the interpreter lock). Results depend neither on the
 number of threads nor on other sessions.
 
-Activations: "int8" (dynamic, per token and group of 128 inputs, fp16 cache) or "float" (float32 throughout: exactly the
-model that the codes define, much slower).
+Activations: "int8" (dynamic, per token and group of 128 or 64 inputs, fp16 cache) or "float" (float32 throughout:
+exactly the model that the codes define, much slower).
 """
 
 import functools

@@ -1,8 +1,8 @@
 """Evaluate with the native engine: int8 activations, on a CPU, without torch.
 
-The engine multiplies the codes with activations rounded to int8 (per token and 128 inputs) and keeps an fp16 cache, as
-in serving, so figures differ a little from torch's; docs/evaluation.md has by how much. Switching the width costs
-nothing. Only the logits that count are computed, a step of tokens at a time.
+The engine multiplies the codes with activations rounded to int8 (per token and 128 or 64 inputs) and keeps an fp16
+cache, as in serving, so figures differ a little from torch's; docs/evaluation.md has by how much. Switching the width
+costs nothing. Only the logits that count are computed, a step of tokens at a time.
 """
 
 import contextlib
