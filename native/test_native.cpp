@@ -68,7 +68,8 @@ void expect(bool holds, const char* what, const Fixture& of, int bits, const cha
 std::vector<float> product(const Fixture& of, int bits, Activations activations, int threads) {
   const std::size_t bytes = input_bytes(of.shape.tokens, of.shape.cols, activations);
   const std::unique_ptr<void, decltype(&std::free)> workspace(std::aligned_alloc(64, bytes), &std::free);
-  const Input input = make_input(workspace.get(), of.shape.tokens, of.shape.cols, activations, activation_group(of.linear));
+  const Input input =
+      make_input(workspace.get(), of.shape.tokens, of.shape.cols, activations, activation_group(of.linear));
   for (int thread = 0; thread < threads; ++thread) prepare(input, of.x.data(), thread, threads);
   std::vector<float> y(static_cast<std::size_t>(of.shape.tokens) * of.shape.rows, NAN);
   for (int thread = 0; thread < threads; ++thread)

@@ -2,7 +2,8 @@
 //
 // A weight is scale_r * (p_r - zero_r). The integer p_r is the slice of the stored code by a rule of nest.py, or the
 // position of that slice on the grid (nest.integer_positions). Activations are int8 per token and group of 128 inputs
-// (dynamic, symmetric), or of 64 where the groups of the weights are no larger, or float ("exact"). For each token, row and group of inputs
+// (dynamic, symmetric), or of 64 where the groups of the weights are no larger, or float ("exact"). For each token, row
+// and group of inputs
 //
 //     y += scale_r * (sum_segments x_scale * (sum (p_r - c) * x_code)
 //                     - (zero_r - c) * sum_segments x_scale * sum x_code)
@@ -70,14 +71,14 @@ struct Input {
   float* value_sums;         // [panels][padded / 32][panel]    (exact)
 };
 
-// The group of the activations that a weight is multiplied with: groups of 64 have half the error of 128, and cost nothing
-// where sums end with every 64 inputs anyway.
+// The group of the activations that a weight is multiplied with: groups of 64 have half the error of 128, and cost
+// nothing where sums end with every 64 inputs anyway.
 int activation_group(const Linear& weight);
 // Tokens rounded up to whole panels, which take as long.
 int padded_tokens(int tokens, Activations activations);
 // Workspace bytes of an Input, a multiple of 64. Monotone in tokens and cols.
 std::size_t input_bytes(int tokens, int cols, Activations activations);
-// Returns the view. `workspace` is 64-byte aligned and has input_bytes(tokens, cols, activations).
+// Returns the view. `workspace` is 64-byte aligned and has input_bytes(tokens, cols, activations). group: 64 or 128.
 Input make_input(void* workspace, int tokens, int cols, Activations activations, int group);
 // Fills it from x [tokens, cols]. NaN and infinity in a token reach its results.
 void prepare(const Input& input, const float* x, int thread = 0, int threads = 1);

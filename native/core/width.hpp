@@ -23,7 +23,7 @@ struct Tables {
   Range range;
   int lift;
   std::uint8_t top[16], top_lifted[16], rest[16], sign[16], rest_mask[16];
-  int largest;                 // integer
+  int largest;  // integer
   std::uint8_t by_six[3][64];
 };
 

@@ -1,5 +1,5 @@
-// Vectors of 64 bytes in a register of AVX-512, and sums with VNNI: 64 weights per vpdpbusd, which takes any byte, so codes
-// need no shift to bit 0. Included by kernel_avx512.cpp and kernel_avx512vbmi.cpp.
+// Vectors of 64 bytes in a register of AVX-512, and sums with VNNI: 64 weights per vpdpbusd, which takes any byte, so
+// codes need no shift to bit 0. Included by kernel_avx512.cpp and kernel_avx512vbmi.cpp.
 
 constexpr int FREE_SUMS = 16;  // of products with any byte, at no cost: a register each
 constexpr bool PARTS_ARE_FASTER = false;

@@ -1,8 +1,8 @@
 // Decodes planes to the integers of the companded grid where one instruction looks up six bits of a byte. Included by
 // kernel.inl instead of companded.inl.
 
-// The bits of a code may stand in any order in the index, and the tables repeat for the bits that are not part of it, so
-// most vectors need neither a shift nor a mask. Eight bits are seven and their mirror image.
+// The bits of a code may stand in any order in the index, and the tables repeat for the bits that are not part of it,
+// so most vectors need neither a shift nor a mask. Eight bits are seven and their mirror image.
 template <int READ, int M>
 struct Companded {
   static constexpr bool APART = READ <= 4 && M > 0 && M * (READ == 2 ? 4 : 2) <= FREE_SUMS;
@@ -31,7 +31,8 @@ struct Companded {
       each_two<0>(streams, tile, [&](auto quad, auto piece, const Piece& two) MATQUANT_LAMBDA {
         constexpr int PLACE = quad.value % 4;  // at bits 6, 2, 4 and 0
         const Piece index = shift<PLACE == 0 ? 2 : 0>(two);
-        sink(quad, Index<PLACE % places>{}, piece, look_up_six(PLACE == 3 ? first : PLACE == 1 ? second : third, index));
+        const Table64& table = PLACE == 3 ? first : PLACE == 1 ? second : third;
+        sink(quad, Index<PLACE % places>{}, piece, look_up_six(table, index));
       });
     } else {
       each_pair<READ>(streams, tile, [&](auto pair, auto piece, const Piece&, const Piece& nibbles) MATQUANT_LAMBDA {

@@ -57,8 +57,8 @@ struct Panel {
   }
 };
 
-// The activation codes of a segment, from its first tile on, their sums, and the scales times these. A segment that begins or ends inside a
-// tile (groups of 16, or of 5) gets a copy in which the other inputs are 0.
+// The activation codes of a segment, from its first tile on, their sums, and the scales times these. A segment that
+// begins or ends inside a tile (groups of 16, or of 5) gets a copy in which the other inputs are 0.
 template <int M>
 struct SegmentCodes {
   const std::int8_t* codes;
