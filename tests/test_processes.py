@@ -92,7 +92,7 @@ def assert_close(found: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.T
 
 def test_two_processes_train_as_one(llama: Path, text_file: Path, tmp_path: Path) -> None:
     # Adam divides by the size of a gradient: near 0 its last bits move a weight, by 1.1e-6 at 1e-4 on a CPU with AVX2
-    # and at 5e-5 on a Zen 4. Gradients that are not shared move weights by the rate.
+    # and at 5e-5 on a Zen 4. The gradient of half a batch moves one by 1.1e-4 at 2e-5.
     once = functools.partial(train, llama, text_file, lr=2e-5)
     interrupted(functools.partial(once, tmp_path / "one"))
     forked.run(functools.partial(once, tmp_path / "two"), 2)

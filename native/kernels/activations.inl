@@ -86,7 +86,7 @@ MATQUANT_INLINE void prepare_group(const Input& input, const float* x, int token
   alignas(64) std::int8_t codes[ACTIVATION_GROUP];
   std::int32_t sums[ACTIVATION_TILES];
   std::int8_t* const to = panel == 1 ? input.codes + start : codes;
-  const std::size_t scale = start / input.group * panel + at;
+  const std::size_t scale = activation_groups(input, start) * panel + at;
   float* const scales = input.scales + scale;
   std::int32_t* const group_sums = input.group_sums + scale;
   if (input.group == ACTIVATION_GROUP) {

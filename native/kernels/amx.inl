@@ -49,8 +49,7 @@ MATQUANT_INLINE void amx_multiply() {
 // Signed bytes, as the registers multiply them: integers minus the centre.
 struct StoreCentred {
   const Bytes centre;
-  MATQUANT_INLINE explicit StoreCentred(const Width& width)
-      : centre(_mm512_set1_epi8(static_cast<char>(width.centre))) {}
+  MATQUANT_INLINE explicit StoreCentred(const Width& width) : centre(all(width.centre)) {}
   template <int PIECE>
   MATQUANT_INLINE void piece(std::uint8_t* to, const Bytes& bytes) const {
     store_piece<PIECE>(to, _mm512_sub_epi8(bytes, centre));
@@ -100,8 +99,8 @@ struct WideTokens {
     const std::size_t padded = static_cast<std::size_t>(padded_cols(input.cols)) * WIDE_PANEL;
     const std::int8_t* const x = input.codes + (first_panel + panel) * padded;
     codes[panel] = x + segment.first_tile / STEP_TILES * WIDE_PANEL * STEP_INPUTS;
-    scales[panel] = input.scales + (first_panel + panel) * (padded / input.group) +
-                    segment.first / input.group * WIDE_PANEL;
+    scales[panel] = input.scales + activation_groups(input, (first_panel + panel) * padded) +
+                    activation_groups(input, segment.first) * WIDE_PANEL;
     Ints sums{_mm512_setzero_si512()};
     if (whole_tiles) {
       const std::int32_t* const tile_sums = input.code_sums + (first_panel + panel) * (padded / TILE_INPUTS);

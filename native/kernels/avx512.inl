@@ -14,6 +14,7 @@ struct Ints {
 };
 using Floats = __m512;
 
+MATQUANT_INLINE Bytes all(int byte) { return _mm512_set1_epi8(static_cast<char>(byte)); }
 MATQUANT_INLINE Bytes load(const std::uint8_t* from) { return _mm512_load_si512(from); }
 constexpr int PIECES = 1;  // a vector is decoded in one piece
 using Piece = Bytes;
@@ -27,11 +28,11 @@ MATQUANT_INLINE void store_piece(std::uint8_t* to, Piece bytes) {
 }
 template <int MASK>
 MATQUANT_INLINE Bytes keep(Bytes a) {
-  return _mm512_and_si512(a, _mm512_set1_epi8(static_cast<char>(MASK)));
+  return _mm512_and_si512(a, all(MASK));
 }
 template <int MASK>
 MATQUANT_INLINE Bytes select(Bytes a, Bytes b) {
-  return _mm512_ternarylogic_epi32(_mm512_set1_epi8(static_cast<char>(MASK)), a, b, 0xCA);  // mask ? a : b
+  return _mm512_ternarylogic_epi32(all(MASK), a, b, 0xCA);  // mask ? a : b
 }
 // The bits of FIRST from a, of SECOND from b, the others from c.
 template <int FIRST, int SECOND>
@@ -54,9 +55,9 @@ struct Slicer {
   MATQUANT_INLINE explicit Slicer(const Width& width)
       : shift(_mm_cvtsi32_si128(width.shift)),
         round_shift(_mm_cvtsi32_si128(width.round_shift)),
-        mask(_mm512_set1_epi8(static_cast<char>(width.mask))),
-        round_mask(_mm512_set1_epi8(static_cast<char>(width.round_mask))),
-        cap(_mm512_set1_epi8(static_cast<char>(width.cap))) {}
+        mask(all(width.mask)),
+        round_mask(all(width.round_mask)),
+        cap(all(width.cap)) {}
   MATQUANT_INLINE Bytes operator()(Bytes a) const {
     const Bytes top = _mm512_and_si512(_mm512_srl_epi16(a, shift), mask);
     const Bytes half = _mm512_and_si512(_mm512_srl_epi16(a, round_shift), round_mask);

@@ -21,7 +21,6 @@ MATQUANT_INLINE Bytes look_up_seven(Table64 low, Table64 high, Bytes at) {
 
 using Mask = __mmask64;
 MATQUANT_INLINE Mask high_bits(Bytes a) { return _mm512_movepi8_mask(a); }
-MATQUANT_INLINE Bytes all(int byte) { return _mm512_set1_epi8(static_cast<char>(byte)); }
 // b - a where the mask is set, a elsewhere
 MATQUANT_INLINE Bytes subtract_from(Bytes b, Bytes a, Mask where) { return _mm512_mask_sub_epi8(a, where, b, a); }
 

@@ -38,6 +38,14 @@ MATQUANT_INLINE bool has_whole_tiles(const Linear& weight) {
 
 MATQUANT_INLINE int padded_cols(int cols) { return ceil_div(cols, ACTIVATION_GROUP) * ACTIVATION_GROUP; }
 
+// Tiles of a group of activations are 1 << group_shift.
+MATQUANT_INLINE unsigned group_shift_of(const Input& input) { return input.group == LEAST_ACTIVATION_GROUP ? 1 : 2; }
+
+// The groups of activations in whole groups of inputs, without a division.
+MATQUANT_INLINE std::size_t activation_groups(const Input& input, std::size_t inputs) {
+  return inputs / TILE_INPUTS >> group_shift_of(input);
+}
+
 // Where a panel of activations lies in an Input.
 template <int M>
 struct Panel {
@@ -45,14 +53,14 @@ struct Panel {
   const float* scales;
   const std::int32_t* sums;
   const std::int32_t* group_sums;
-  unsigned group_shift;  // tiles of a group of activations are 1 << group_shift
+  unsigned group_shift;
 
-  Panel(const Input& input, int panel) : group_shift(input.group == LEAST_ACTIVATION_GROUP ? 1 : 2) {
+  Panel(const Input& input, int panel) : group_shift(group_shift_of(input)) {
     const std::size_t padded = static_cast<std::size_t>(padded_cols(input.cols)) * M;
-    const std::size_t tiles = padded / TILE_INPUTS, groups = tiles >> group_shift;
+    const std::size_t groups = activation_groups(input, padded);
     codes = input.codes + panel * padded;
     scales = input.scales + panel * groups;
-    sums = input.code_sums + panel * tiles;
+    sums = input.code_sums + panel * (padded / TILE_INPUTS);
     group_sums = input.group_sums + panel * groups;
   }
 };

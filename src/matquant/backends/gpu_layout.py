@@ -242,7 +242,7 @@ def read(weight: Resident, ids: torch.Tensor | None = None) -> torch.Tensor:
 def round_activations(x_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return int8 codes [T, K'] and scales float32 [T, K' / 128] of x [T, K], K' the next multiple of 128.
 
-    scale = max|x| / 127 and code = the nearest integer of x / scale, ties to even, as on the CPU (docs/kernels.md).
+    scale = max|x| / 127 and code = the nearest integer of x / scale, ties to even (docs/kernels.md).
     """
     x = torch.nn.functional.pad(x_TK.float(), (0, -x_TK.shape[1] % BLOCK)).view(len(x_TK), -1, BLOCK)
     largest = x.abs().amax(-1)
