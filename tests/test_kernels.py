@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+import linear
 import oracle
 from cases import each
 from matquant import _native
@@ -325,6 +326,16 @@ def test_halves_of_activations_round_to_even(isa_name: str) -> None:
         x = np.zeros((1, 128), np.float32)
         x[0, 0], x[0, 1] = 127, half
         assert matmul(weight, x, bits=8, threads=1)[0, 0] == 127 + rounded
+
+
+@each_grid
+@each("group", [64, 128, 512])
+def test_the_benchmarks_accept_the_products_that_they_time(grid: str, group: int) -> None:
+    tensor = linear.random_tensor(64, 512, group, grid=grid)
+    linear.check_products(tensor, load_weight(tensor))
+    other = dataclasses.replace(tensor, codes=np.roll(tensor.codes, 1))
+    with pytest.raises(SystemExit, match="int2 is not the definition's product"):
+        linear.check_products(tensor, load_weight(other))
 
 
 # Choice ---------------------------------------------------------------------------------------------------------------
