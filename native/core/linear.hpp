@@ -5,12 +5,11 @@
 // (dynamic, symmetric), or of 64 where the groups of the weights are no larger, or float ("exact"). For each token, row
 // and group of inputs
 //
-//     y += scale_r * (sum_segments x_scale * (sum (p_r - c) * x_code)
-//                     - (zero_r - c) * sum_segments x_scale * sum x_code)
+//     y += scale_r * sum_segments (x_scale * (sum (p_r - c) * x_code) + (c - zero_r) * x_scale * sum x_code)
 //
-// where c is the middle of the integers, 2^(r-1) for codes. The inner sums are integers. Everything else is float32,
-// multiplied before it is added, in a fixed order: results do not depend on the instruction set, the number of threads
-// or the other tokens of the batch. The exact mode has x in place of x_scale * x_code, in float32.
+// where c is the middle of the integers, 2^(r-1) for codes. The inner sums are integers. Everything else is float32 with
+// fused multiply-adds in a fixed order: results do not depend on the instruction set, the number of threads or the
+// other tokens of the batch. The exact mode has x in place of x_scale * x_code, in float32.
 //
 // Nothing here allocates, locks or starts threads. Every thread of a team calls prepare() and linear() with the same
 // arguments and its own number, and does its share. The caller provides the barriers: after prepare(), and before y is

@@ -70,7 +70,7 @@ struct StepCodes {
     constexpr int TILE_BYTES = TILE_QUADS * VECTOR_BYTES;
     for (int one = 0; one < BLOCKS; ++one) {
       auto* const to = reinterpret_cast<std::uint8_t*>(codes + one * SEGMENT_BYTES);
-      decode_segment(streams_of(weight, block + one), width, segment.first_tile, segment.stop_tile,
+      decode_segment(Streams(weight, block + one, segment.first_tile), width, segment.tiles(),
                      to + before * TILE_BYTES);
       if (before > 0) __builtin_memset(to, 0, TILE_BYTES);
       if (stop % STEP_TILES > 0) __builtin_memset(to + stop * TILE_BYTES, 0, TILE_BYTES);
@@ -91,11 +91,11 @@ struct StepCodes {
 struct WideTokens {
   const std::int8_t* codes[MOST_PANELS];  // [step][16 tokens][64]
   const float* scales[MOST_PANELS];
-  alignas(64) float x_sums[GEMM_TOKENS];  // of the group so far: scales times sums of codes
-  alignas(64) float zeros[GEMM_TOKENS];   // the zero-point times these, if it is the same for all rows
+  alignas(64) float x_sums[GEMM_TOKENS];   // scales times sums of codes
+  alignas(64) float offsets[GEMM_TOKENS];  // the offset times these, if it is the same for all rows
 
   MATQUANT_INLINE void read(const Input& input, int panel, int first_panel, const Segment& segment, bool whole_tiles,
-                            bool begins, Floats zero) {
+                            Floats offset) {
     const std::size_t padded = static_cast<std::size_t>(padded_cols(input.cols)) * WIDE_PANEL;
     const std::int8_t* const x = input.codes + (first_panel + panel) * padded;
     codes[panel] = x + segment.first_tile / STEP_TILES * WIDE_PANEL * STEP_INPUTS;
@@ -113,11 +113,9 @@ struct WideTokens {
           each[token] += x[(at / STEP_INPUTS * WIDE_PANEL + token) * STEP_INPUTS + at % STEP_INPUTS];
       sums = {_mm512_load_si512(each)};
     }
-    float* const of_group = x_sums + panel * WIDE_PANEL;
-    Floats x_sum = multiply(load_floats(scales[panel]), to_floats(sums));
-    if (!begins) x_sum = add(load_floats(of_group), x_sum);
-    store_floats(of_group, x_sum);
-    store_floats(zeros + panel * WIDE_PANEL, multiply(zero, x_sum));
+    const Floats x_sum = multiply(load_floats(scales[panel]), to_floats(sums));
+    store_floats(x_sums + panel * WIDE_PANEL, x_sum);
+    store_floats(offsets + panel * WIDE_PANEL, multiply(offset, x_sum));
   }
 };
 
@@ -149,45 +147,43 @@ struct AmxProducts {
   }
 };
 
-// Ends a segment for a square. WHOLE: the segment is a group of its own. ONE_ZERO: all rows have the same zero-point.
-template <bool WHOLE, bool ONE_ZERO>
-MATQUANT_INLINE void end_square(const std::int32_t* products, const WideTokens& x, int panel, const RowAffine& affine,
-                                bool begins, bool ends, float* totals, float* dots) {
-  const float *const scales = x.scales[panel], *const x_sums = (ONE_ZERO ? x.zeros : x.x_sums) + panel * WIDE_PANEL;
+// Ends a segment for the squares of a panel in the COUNT row blocks from `first` on. WHOLE: the segment is a whole
+// group. ONE_ZERO: all rows have the same zero-point.
+template <bool WHOLE, bool ONE_ZERO, int COUNT, int BLOCKS>
+MATQUANT_INLINE void end_squares(const std::int32_t* products, const WideTokens& x, int panel, int first,
+                                 const GroupPart<BLOCKS>& part, FloatSums<BLOCKS>& sums) {
+  const float *const scales = x.scales[panel], *const of_x = (ONE_ZERO ? x.offsets : x.x_sums) + panel * WIDE_PANEL;
+  const RowAffine* const affine = part.affine + first;
+  float* const totals = sums.totals + (first * MOST_PANELS + panel) * SQUARE;
+  float* const groups = sums.groups + (first * MOST_PANELS + panel) * SQUARE;
   for (int four = 0; four < WIDE_PANEL; four += 4)
-    unroll<4>([&](auto one) MATQUANT_LAMBDA {
-      const int token = four + one, at = token * BLOCK_ROWS;
-      Floats dot = multiply(to_floats({_mm512_load_si512(products + at)}), broadcast(scales[token]));
-      if (!WHOLE) {
-        if (!begins) dot = add(load_floats(dots + at), dot);
-        if (!ends) return store_floats(dots + at, dot);
-      }
-      const Floats zero = ONE_ZERO ? broadcast(x_sums[token]) : multiply(affine.zero, broadcast(x_sums[token]));
-      store_floats(totals + at, add(load_floats(totals + at), multiply(affine.scale, subtract(dot, zero))));
+    unroll<4 * COUNT>([&](auto one) MATQUANT_LAMBDA {
+      constexpr int BLOCK = one.value % COUNT;
+      const int token = four + one.value / COUNT, at = token * BLOCK_ROWS, out = BLOCK * MOST_PANELS * SQUARE + at;
+      const Ints of_token{_mm512_load_si512(products + BLOCK * SQUARE + at)};
+      const Floats before = WHOLE || part.begins ? broadcast(0.0f) : load_floats(groups + out);
+      const Floats group = ONE_ZERO
+                               ? multiply_add(to_floats(of_token), broadcast(scales[token]), broadcast(of_x[token]))
+                               : add_products(before, affine[BLOCK], of_token, scales[token], of_x[token]);
+      if (!WHOLE && !part.ends) return store_floats(groups + out, group);
+      store_floats(totals + out, multiply_add(affine[BLOCK].scale, group, load_floats(totals + out)));
     });
 }
 
-// A segment for all panels and for AT_ONCE of the BLOCKS row blocks, from `first` on.
-template <int AT_ONCE, int BLOCKS>
+// A segment for all panels and for COUNT of the BLOCKS row blocks, from `first` on.
+template <int COUNT, int BLOCKS>
 MATQUANT_INLINE void amx_segment(const StepCodes<BLOCKS>& codes, const WideTokens& x, int panels, int first,
                                  const GroupPart<BLOCKS>& part, bool one_zero, FloatSums<BLOCKS>& sums) {
-  alignas(64) std::int32_t square[SQUARE];
-  const AmxProducts<AT_ONCE> products(codes.codes + first * SEGMENT_BYTES, codes.steps);
+  alignas(64) std::int32_t squares[COUNT * SQUARE];
+  const AmxProducts<COUNT> products(codes.codes + first * SEGMENT_BYTES, codes.steps);
   const auto end = [&](auto set, int panel) MATQUANT_LAMBDA {
-    unroll<AT_ONCE>([&](auto one) MATQUANT_LAMBDA {
-      const int block = first + one, at = (block * MOST_PANELS + panel) * SQUARE;
-      amx_store<2 * set.value + one.value>(square);
-      const auto end_as = [&](auto whole, auto zero) MATQUANT_LAMBDA {
-        end_square<whole.value != 0, zero.value != 0>(square, x, panel, part.affine[block], part.begins, part.ends,
-                                                      sums.totals + at, sums.dots + at);
-      };
-      if (!part.begins || !part.ends)
-        end_as(Index<0>{}, Index<0>{});
-      else if (one_zero)
-        end_as(Index<1>{}, Index<1>{});
-      else
-        end_as(Index<1>{}, Index<0>{});
-    });
+    unroll<COUNT>([&](auto one) MATQUANT_LAMBDA { amx_store<2 * set.value + one.value>(squares + one * SQUARE); });
+    if (!part.begins || !part.ends)
+      end_squares<false, false, COUNT>(squares, x, panel, first, part, sums);
+    else if (one_zero)
+      end_squares<true, true, COUNT>(squares, x, panel, first, part, sums);
+    else
+      end_squares<true, false, COUNT>(squares, x, panel, first, part, sums);
   };
   products.template multiply<0>(x.codes[0]);
   for (int panel = 0; panel < panels; panel += 2) {
@@ -202,7 +198,7 @@ MATQUANT_INLINE void amx_segment(const StepCodes<BLOCKS>& codes, const WideToken
 template <int BLOCKS>
 void amx_tokens(const Linear& weight, const Width& width, const Input& input, int block, int first_token, float* y,
                 std::ptrdiff_t y_stride) {
-  constexpr int AT_ONCE = smaller(2, BLOCKS);
+  constexpr int AT_ONCE = smaller(2, BLOCKS);  // as many as there are registers for
   StepCodes<BLOCKS> codes;
   WideTokens x;
   FloatSums<BLOCKS> sums;  // [block][panel][token][row]
@@ -222,10 +218,10 @@ void amx_tokens(const Linear& weight, const Width& width, const Input& input, in
     part.begins = part.ends;
     part.ends = segment.ends_group;
     for (int one = 0; one < BLOCKS; ++one)
-      if (part.ends) part.affine[one] = affines.of((block + one) * groups + segment.group);
+      if (part.begins) part.affine[one] = affines.of((block + one) * groups + segment.group);
     codes.decode(weight, width, decode_segment, block, segment, whole_tiles);
     for (int panel = 0; panel < panels; ++panel)
-      x.read(input, panel, first_token / WIDE_PANEL, segment, whole_tiles, part.begins, broadcast(affines.zero));
+      x.read(input, panel, first_token / WIDE_PANEL, segment, whole_tiles, broadcast(affines.offset));
     if (!segments.more())  // the lines of the results are mostly not in the caches
       for (int token = 0; token < tokens; ++token)
         unroll<BLOCKS>([&](auto one) MATQUANT_LAMBDA {

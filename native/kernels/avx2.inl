@@ -125,6 +125,9 @@ MATQUANT_INLINE Floats subtract(Floats a, Floats b) {
 MATQUANT_INLINE Floats multiply(Floats a, Floats b) {
   return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)};
 }
+MATQUANT_INLINE Floats multiply_add(Floats a, Floats b, Floats c) {
+  return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
+}
 MATQUANT_INLINE __m128i load_eight(const std::uint16_t* from) {
   return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
 }

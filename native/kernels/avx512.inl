@@ -109,6 +109,7 @@ MATQUANT_INLINE void store_floats(float* to, Floats a) { _mm512_storeu_ps(to, a)
 MATQUANT_INLINE Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
 MATQUANT_INLINE Floats subtract(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
 MATQUANT_INLINE Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+MATQUANT_INLINE Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
 MATQUANT_INLINE __m256i load_half(const std::uint16_t* from) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
 }

@@ -35,11 +35,11 @@ struct Companded {
   }
 
   template <class Sink>
-  MATQUANT_INLINE void decode(const Streams& streams, unsigned tile, Sink&& sink) const {
+  MATQUANT_INLINE void decode(const Streams& streams, Sink&& sink) const {
     if constexpr (READ == 2) {
       unroll<2 * PIECES>([&](auto at) MATQUANT_LAMBDA {
         constexpr int HALF = at.value / PIECES, PIECE = at.value % PIECES;
-        const Piece two = plane_piece<0, PIECE>(streams, tile, HALF);
+        const Piece two = plane_piece<0, PIECE>(streams, HALF);
         const Piece high = high_nibbles(two), low = keep<0x0F>(two);
         give<4 * HALF, PIECE>(look_up(top, high), sink);
         give<4 * HALF + 1, PIECE>(look_up(top, low), sink);
@@ -47,7 +47,7 @@ struct Companded {
         give<4 * HALF + 3, PIECE>(look_up(rest, low), sink);
       });
     } else {
-      each_pair<READ>(streams, tile, [&](auto pair, auto piece, const Piece& two, const Piece& nibbles)
+      each_pair<READ>(streams, [&](auto pair, auto piece, const Piece& two, const Piece& nibbles)
                                          MATQUANT_LAMBDA {
         constexpr int HIGH = 2 * pair.value, LOW = HIGH + 1, PIECE = piece.value;
         const Piece high = high_nibbles(nibbles), low = keep<0x0F>(nibbles);
@@ -56,12 +56,12 @@ struct Companded {
           give<LOW, PIECE>(look_up(top, low), sink);
         } else if constexpr (READ == 6) {
           // The rest depends only on the top two bits and the last two.
-          const Piece six = plane_piece<3, PIECE>(streams, tile, pair / 2);
+          const Piece six = plane_piece<3, PIECE>(streams, pair / 2);
           const Piece ends = select<0xCC>(two, shift<pair.value % 2 == 1 ? 0 : 2>(six));
           give<HIGH, PIECE>(look_up(top, high), look_up(rest, high_nibbles(ends)), sink);
           give<LOW, PIECE>(look_up(top, low), look_up(rest, keep<0x0F>(ends)), sink);
         } else {
-          const Piece four = low_bits<READ, pair.value, PIECE>(streams, tile);
+          const Piece four = low_bits<READ, pair.value, PIECE>(streams);
           give<HIGH, PIECE>(look_up(top, high), slope(high, keep(right<4>(four), rest_mask)), sink);
           give<LOW, PIECE>(look_up(top, low), slope(low, keep(four, rest_mask)), sink);
         }

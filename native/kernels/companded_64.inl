@@ -26,16 +26,16 @@ struct Companded {
   }
 
   template <class Sink>
-  MATQUANT_INLINE void decode(const Streams& streams, unsigned tile, Sink&& sink) const {
+  MATQUANT_INLINE void decode(const Streams& streams, Sink&& sink) const {
     if constexpr (READ == 2) {
-      each_two<0>(streams, tile, [&](auto quad, auto piece, const Piece& two) MATQUANT_LAMBDA {
+      each_two<0>(streams, [&](auto quad, auto piece, const Piece& two) MATQUANT_LAMBDA {
         constexpr int PLACE = quad.value % 4;  // at bits 6, 2, 4 and 0
         const Piece index = shift<PLACE == 0 ? 2 : 0>(two);
         const Table64& table = PLACE == 3 ? first : PLACE == 1 ? second : third;
         sink(quad, Index<PLACE % places>{}, piece, look_up_six(table, index));
       });
     } else {
-      each_pair<READ>(streams, tile, [&](auto pair, auto piece, const Piece&, const Piece& nibbles) MATQUANT_LAMBDA {
+      each_pair<READ>(streams, [&](auto pair, auto piece, const Piece&, const Piece& nibbles) MATQUANT_LAMBDA {
         const auto give = [&](const Piece& high, const Piece& low) MATQUANT_LAMBDA {
           sink(Index<2 * pair.value>{}, Index<0>{}, piece, high);
           sink(Index<2 * pair.value + 1>{}, Index<1 % places>{}, piece, low);
@@ -44,11 +44,11 @@ struct Companded {
           give(look_up_six(first, right<4>(nibbles)), look_up_six(first, nibbles));
         } else if constexpr (READ == 6) {  // the last two bits to bits 4 and 5
           constexpr bool ODD = pair.value % 2 == 1;
-          const Piece six = plane_piece<3, piece.value>(streams, tile, pair / 2);
+          const Piece six = plane_piece<3, piece.value>(streams, pair / 2);
           give(look_up_six(first, select<0x0F>(right<4>(nibbles), shift<ODD ? 0 : 2>(six))),
                look_up_six(first, select<0x0F>(nibbles, shift<ODD ? -4 : -2>(six))));
         } else {
-          const Piece rest = low_bits<READ, pair.value, piece.value>(streams, tile);
+          const Piece rest = low_bits<READ, pair.value, piece.value>(streams);
           give(of_eight(select<0xF0>(nibbles, right<4>(rest))), of_eight(select<0xF0>(left<4>(nibbles), rest)));
         }
       });

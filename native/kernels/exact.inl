@@ -21,7 +21,7 @@ MATQUANT_INLINE void multiply_tile(const std::uint8_t* codes, Floats centre, con
     unroll<4>([&](auto lane) MATQUANT_LAMBDA {
       const Floats code = subtract(to_floats(byte_of<lane.value>(bytes)), centre);
       unroll<M>([&](auto token) MATQUANT_LAMBDA {
-        sum[token] = add(sum[token], multiply(code, broadcast(x[(quad * 4 + lane) * M + token])));
+        sum[token] = multiply_add(code, broadcast(x[(quad * 4 + lane) * M + token]), sum[token]);
       });
     });
   }
@@ -37,7 +37,6 @@ void exact_block(const Linear& weight, const Width& width, const Input& input, i
   const bool whole_tiles = has_whole_tiles(weight);
   const std::size_t groups = weight.cols / weight.group;
   const Affines affines(weight, width);
-  const Streams streams = streams_of(weight, block);
   const Decode decode_segment = decode_of(width);
   const Floats centre = broadcast(static_cast<float>(width.centre));
 
@@ -45,7 +44,8 @@ void exact_block(const Linear& weight, const Width& width, const Input& input, i
   at.clear();
   for (Segments segments(weight, input); segments.more();) {
     const Segment segment = segments.next();
-    decode_segment(streams, width, segment.first_tile, segment.stop_tile, decoded);
+    decode_segment(Streams(weight, block, segment.first_tile), width, segment.tiles(), decoded);
+    const RowAffine affine = affines.of(block * groups + segment.group);
     const std::uint8_t* codes = decoded;
     for (unsigned tile = segment.first_tile; tile < segment.stop_tile; ++tile, codes += TILE_QUADS * VECTOR_BYTES) {
       alignas(64) float masked[TILE_INPUTS * M];
@@ -62,11 +62,10 @@ void exact_block(const Linear& weight, const Width& width, const Input& input, i
       }
       multiply_tile<M>(codes, centre, x, sum);
       unroll<M>([&](auto token) MATQUANT_LAMBDA {
-        at.dot[token] = add(at.dot[token], sum[token]);
-        at.x_sum[token] += tile_sum[token];
+        at.group[token] = add(sum[token], multiply_add(affine.offset, broadcast(tile_sum[token]), at.group[token]));
       });
     }
-    if (segment.ends_group) at.end_group(affines.of(block * groups + segment.group));
+    if (segment.ends_group) at.end_group(affine);
   }
   at.store(weight, input, panel * PANEL_TOKENS, block, y, y_stride);
 }

@@ -1,38 +1,36 @@
 // Row blocks times panels of M tokens. Codes are multiplied in the registers in which they were decoded. Included by
 // kernel.inl.
 
-// Adds the products of a tile to the sums [PLACES][M], and its activation codes to code_sums [M].
+// Adds the products of the tile that streams and panel are at to the sums [PLACES][M], and its activation codes to
+// code_sums [M]. Moves both to the next tile: numbers of tiles would need more registers than there are.
 template <class Reading, int M>
-MATQUANT_INLINE void add_tile(const Reading& reading, const Streams& streams, unsigned tile, const Panel<M>& panel,
-                              Sum* sums, int* code_sums) {
-  const std::size_t at = static_cast<std::size_t>(tile) * M;
-  const std::int8_t* const codes = panel.codes + at * TILE_INPUTS;
-  unroll<M>([&](auto token) MATQUANT_LAMBDA { code_sums[token] += panel.sums[at + token]; });
-  prefetch<Reading::read>(streams, tile);
-  reading.decode(streams, tile, [&](auto quad, auto place, auto piece, const Piece& bytes) MATQUANT_LAMBDA {
+MATQUANT_INLINE void add_tile(const Reading& reading, Streams& streams, Panel<M>& panel, Sum* sums, int* code_sums) {
+  unroll<M>([&](auto token) MATQUANT_LAMBDA { code_sums[token] += panel.sums[token]; });
+  prefetch<Reading::read>(streams);
+  reading.decode(streams, [&](auto quad, auto place, auto piece, const Piece& bytes) MATQUANT_LAMBDA {
     constexpr Range RANGE = Reading::template range<place.value>;
     unroll<M>([&](auto token) MATQUANT_LAMBDA {
-      sums[place * M + token].template add<RANGE, quad.value, piece.value>(bytes, codes + (quad * M + token) * 4);
+      sums[place * M + token].template add<RANGE, quad.value, piece.value>(bytes, panel.codes + (quad * M + token) * 4);
     });
   });
+  streams.template advance<Reading::read>();
+  panel.codes += TILE_INPUTS * M;
+  panel.sums += M;
 }
 
-// The products of the tiles first .. stop - 1, a segment; centre: subtracted from the integers. TILES > 0: their
-// number, of a segment that is a group of its own.
+// The products of a segment of so many tiles; centre: subtracted from the integers. TILES > 0: their number, of a
+// segment that is a whole group.
 template <class Reading, int M, int TILES = 0>
-MATQUANT_INLINE void add_segment(const Reading& reading, const Streams& streams, const Panel<M>& panel, unsigned first,
-                                 unsigned stop, int centre, Accumulators<M>& at) {
+MATQUANT_INLINE void add_segment(const Reading& reading, Streams& streams, Panel<M>& panel, unsigned tiles, int centre,
+                                 const Affines& affines, std::size_t group, Accumulators<M>& at) {
   constexpr int PLACES = Reading::places;
-  const float* const scales = panel.scales + static_cast<std::size_t>(first >> panel.group_shift) * M;
   Sum sums[PLACES * M];
   int code_sums[M];
   unroll<PLACES * M>([&](auto sum) MATQUANT_LAMBDA { sums[sum].clear(); });
   unroll<M>([&](auto token) MATQUANT_LAMBDA { code_sums[token] = 0; });
-  unroll<TILES>([&](auto tile) MATQUANT_LAMBDA {
-    add_tile<Reading, M>(reading, streams, first + tile, panel, sums, code_sums);
-  });
-  for (unsigned tile = first + TILES; tile < stop; ++tile)
-    add_tile<Reading, M>(reading, streams, tile, panel, sums, code_sums);
+  unroll<TILES>([&](auto) MATQUANT_LAMBDA { add_tile<Reading, M>(reading, streams, panel, sums, code_sums); });
+  for (; tiles > TILES; --tiles) add_tile<Reading, M>(reading, streams, panel, sums, code_sums);
+  const RowAffine affine = affines.of(group);  // not sooner: the products need the registers
   unroll<M>([&](auto token) MATQUANT_LAMBDA {
     Ints sum = reading.template lowered<0>(sums[token].template total<Reading::template range<0>>());
     unroll<PLACES - 1>([&](auto place) MATQUANT_LAMBDA {
@@ -41,36 +39,37 @@ MATQUANT_INLINE void add_segment(const Reading& reading, const Streams& streams,
       sum = add(sum, reading.template lowered<PLACE>(sums[PLACE * M + token].template total<RANGE>()));
     });
     sum = subtract(sum, centre * code_sums[token]);
-    const Floats dot = multiply(to_floats(sum), broadcast(scales[token]));
-    const float x_sum = scales[token] * static_cast<float>(code_sums[token]);
-    at.dot[token] = TILES > 0 ? dot : add(at.dot[token], dot);
-    at.x_sum[token] = TILES > 0 ? x_sum : at.x_sum[token] + x_sum;
+    const float scale = panel.scales[token], x_sum = scale * static_cast<float>(code_sums[token]);
+    const Floats before = TILES > 0 ? broadcast(0.0f) : at.group[token];
+    at.group[token] = add_products(before, affine, sum, scale, x_sum);
   });
 }
 
-// A row block times a panel; affine: the number of its first group. No segment begins or ends inside a tile.
+// A row block times a panel; group: the number of its first one. No segment begins or ends inside a tile.
 template <class Reading, int M>
-MATQUANT_INLINE void add_block(const Reading& reading, const Streams& streams, const Panel<M>& panel,
-                               const Affines& affines, std::size_t affine, unsigned tiles, unsigned group_tiles,
-                               int centre, Accumulators<M>& at) {
-  unsigned tile = 0;
+MATQUANT_INLINE void add_block(const Reading& reading, Streams streams, Panel<M> panel, const Affines& affines,
+                               std::size_t group, unsigned tiles, unsigned group_tiles, int centre,
+                               Accumulators<M>& at) {
   if constexpr (M == 1)  // groups of 64, without a loop over tiles or a sum over segments
     if (group_tiles == 2) {
-      for (; tile < tiles; tile += 2) {
-        add_segment<Reading, M, 2>(reading, streams, panel, tile, tile + 2, centre, at);
-        at.end_group(affines.of(affine++));
+      for (; tiles > 0; tiles -= 2) {
+        add_segment<Reading, M, 2>(reading, streams, panel, 2, centre, affines, group, at);
+        at.end_group(affines.of(group++));
+        panel.scales += M;
       }
       return;
     }
   const unsigned within = (1u << panel.group_shift) - 1;  // numbers of the tiles of a group of activations
+  unsigned tile = 0;
   for (unsigned group_stop = group_tiles; tile < tiles; group_stop += group_tiles) {
     while (tile < group_stop) {
       const unsigned activation_stop = (tile | within) + 1;
       const unsigned stop = activation_stop < group_stop ? activation_stop : group_stop;
-      add_segment<Reading, M>(reading, streams, panel, tile, stop, centre, at);
+      add_segment<Reading, M>(reading, streams, panel, stop - tile, centre, affines, group, at);
       tile = stop;
+      if (tile == activation_stop) panel.scales += M;
     }
-    at.end_group(affines.of(affine++));
+    at.end_group(affines.of(group++));
   }
 }
 
@@ -87,7 +86,7 @@ void row_blocks(const Linear& weight, const Width& width, const Input& input, in
   const std::size_t groups = weight.cols / weight.group;
   // The planes of a block are still in the second-level cache for its second panel.
   for (int block = first; block < stop; ++block) {
-    const Streams streams = streams_of(weight, block);
+    const Streams streams(weight, block);
     for (int index = 0; index < panels; ++index) {
       Accumulators<M> at;
       at.clear();

@@ -7,8 +7,7 @@ constexpr int GEMM_TOKENS = 128;  // that share a decoded segment; their float s
 template <int BLOCKS>
 struct FloatSums {
   alignas(64) float totals[GEMM_TOKENS * BLOCKS * BLOCK_ROWS];
-  alignas(64) float dots[GEMM_TOKENS * BLOCKS * BLOCK_ROWS];  // of a group that has begun
-  float x_sums[GEMM_TOKENS];
+  alignas(64) float groups[GEMM_TOKENS * BLOCKS * BLOCK_ROWS];  // of a group that has begun
 };
 
 // What a segment is to its group, and the group's scales and zero-points in each row block.
@@ -21,7 +20,7 @@ struct GroupPart {
 // Adds (codes - c) . x_codes for the tokens TOKEN .. TOKEN + TOKENS - 1 of a panel of M to its sums.
 template <Range RANGE, int BLOCKS, int M, int TOKEN, int TOKENS>
 MATQUANT_INLINE void multiply_panel(const std::uint8_t* codes, unsigned tiles, int centre, const SegmentCodes<M>& x,
-                                    const GroupPart<BLOCKS>& part, float* totals, float* dots, float* x_sums) {
+                                    const GroupPart<BLOCKS>& part, float* totals, float* groups) {
   const int taken = centre - Sum::taken(RANGE);
   Sum sums[BLOCKS * TOKENS];
   unroll<BLOCKS * TOKENS>([&](auto sum) MATQUANT_LAMBDA { sums[sum].clear(); });
@@ -43,33 +42,21 @@ MATQUANT_INLINE void multiply_panel(const std::uint8_t* codes, unsigned tiles, i
       x_codes += TILE_INPUTS * M;
     }
   });
-  const auto products = [&](auto block, auto token) MATQUANT_LAMBDA {
+  const auto add_to = [&](Floats group, auto block, auto token) MATQUANT_LAMBDA {
     constexpr int AT = TOKEN + token.value;
     const Ints centred = subtract(sums[block * TOKENS + token].template total<RANGE>(), x.sums[AT] * taken);
-    return multiply(to_floats(centred), broadcast(x.scales[AT]));
+    return add_products(group, part.affine[block], centred, x.scales[AT], x.x_sums[AT]);
   };
-  if (part.begins && part.ends) {  // most groups are a segment
-    unroll<BLOCKS * TOKENS>([&](auto sum) MATQUANT_LAMBDA {
-      constexpr Index<sum.value / TOKENS> block{};
-      constexpr Index<sum.value % TOKENS> token{};
-      float* const total = totals + (block * M + TOKEN + token) * BLOCK_ROWS;
-      const Floats dot = products(block, token);
-      store_floats(total, finish(part.affine[block], load_floats(total), dot, x.x_sums[TOKEN + token]));
-    });
-    return;
-  }
-  unroll<TOKENS>([&](auto token) MATQUANT_LAMBDA {
-    constexpr int AT = TOKEN + token.value;
-    x_sums[AT] = (part.begins ? 0.0f : x_sums[AT]) + x.x_sums[AT];
-    unroll<BLOCKS>([&](auto block) MATQUANT_LAMBDA {
-      const int at = (block * M + AT) * BLOCK_ROWS;
-      const Floats before = part.begins ? broadcast(0.0f) : load_floats(dots + at);
-      const Floats dot = add(before, products(block, token));
-      if (part.ends)
-        store_floats(totals + at, finish(part.affine[block], load_floats(totals + at), dot, x_sums[AT]));
-      else
-        store_floats(dots + at, dot);
-    });
+  unroll<BLOCKS * TOKENS>([&](auto sum) MATQUANT_LAMBDA {
+    constexpr Index<sum.value / TOKENS> block{};
+    constexpr Index<sum.value % TOKENS> token{};
+    const int at = (block * M + TOKEN + token) * BLOCK_ROWS;
+    const auto end = [&](Floats group) MATQUANT_LAMBDA {
+      store_floats(totals + at, multiply_add(part.affine[block].scale, group, load_floats(totals + at)));
+    };
+    if (part.begins && part.ends) return end(add_to(broadcast(0.0f), block, token));  // most groups are a segment
+    const Floats group = add_to(part.begins ? broadcast(0.0f) : load_floats(groups + at), block, token);
+    part.ends ? end(group) : store_floats(groups + at, group);
   });
 }
 
@@ -95,16 +82,16 @@ void many_tokens(const Linear& weight, const Width& width, const Input& input, i
     part.begins = part.ends;
     part.ends = segment.ends_group;
     for (int one = 0; one < BLOCKS; ++one) {
-      if (part.ends) part.affine[one] = affines.of((block + one) * groups + segment.group);
-      decode_segment(streams_of(weight, block + one), width, segment.first_tile, segment.stop_tile,
+      if (part.begins) part.affine[one] = affines.of((block + one) * groups + segment.group);
+      decode_segment(Streams(weight, block + one, segment.first_tile), width, segment.tiles(),
                      decoded + one * SEGMENT_BYTES);
     }
     for (int panel = 0; panel < panels; ++panel) {
       const SegmentCodes<M> x(Panel<M>(input, first_token / M + panel), segment, whole_tiles);
       unroll<M / STEP>([&](auto step) MATQUANT_LAMBDA {
         multiply_panel<RANGE, BLOCKS, M, step.value * STEP, STEP>(
-            decoded, segment.stop_tile - segment.first_tile, width.centre, x, part, sums.totals + panel * PANEL_SUMS,
-            sums.dots + panel * PANEL_SUMS, sums.x_sums + panel * M);
+            decoded, segment.tiles(), width.centre, x, part, sums.totals + panel * PANEL_SUMS,
+            sums.groups + panel * PANEL_SUMS);
       });
     }
   }

@@ -5,7 +5,7 @@
 // instruction against four activations gives 16 row sums, without horizontal sums (docs/kernels.md).
 //
 // A segment is a run of inputs with one activation scale and one weight scale; integer sums end with it. Everything
-// after them is 16 floats wide, multiplied before it is added, in the order of the segments.
+// after them is 16 floats wide, with fused multiply-adds on every instruction set, in the order of the segments.
 
 #define MATQUANT_LAMBDA __attribute__((always_inline))
 
@@ -58,10 +58,9 @@ void codes(const Linear& weight, const Width& width, std::uint8_t* out) {
   alignas(64) std::uint8_t tile_codes[TILE_QUADS * VECTOR_BYTES];
   const Decode decode_tile = code_decode_of(width);
   for (int block = 0; block < ceil_div(weight.rows, BLOCK_ROWS); ++block) {
-    const Streams streams = streams_of(weight, block);
     const int rows = smaller(BLOCK_ROWS, weight.rows - block * BLOCK_ROWS);
     for (int tile = 0; tile < tiles_of(weight.cols); ++tile) {
-      decode_tile(streams, width, tile, tile + 1, tile_codes);
+      decode_tile(Streams(weight, block, tile), width, 1, tile_codes);
       const int inputs = smaller(TILE_INPUTS, weight.cols - tile * TILE_INPUTS);
       for (int row = 0; row < rows; ++row)
         for (int input = 0; input < inputs; ++input)

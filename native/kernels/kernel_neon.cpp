@@ -134,6 +134,9 @@ MATQUANT_INLINE void store_floats(float* to, Floats a) {
 MATQUANT_INLINE Floats add(Floats a, Floats b) { return MATQUANT_FOUR(vaddq_f32(a.at[i], b.at[i])); }
 MATQUANT_INLINE Floats subtract(Floats a, Floats b) { return MATQUANT_FOUR(vsubq_f32(a.at[i], b.at[i])); }
 MATQUANT_INLINE Floats multiply(Floats a, Floats b) { return MATQUANT_FOUR(vmulq_f32(a.at[i], b.at[i])); }
+MATQUANT_INLINE Floats multiply_add(Floats a, Floats b, Floats c) {
+  return MATQUANT_FOUR(vfmaq_f32(c.at[i], a.at[i], b.at[i]));
+}
 MATQUANT_INLINE Floats widen_bfloat16(const std::uint16_t* from) {
   return MATQUANT_FOUR(vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(from + 4 * i), 16)));
 }

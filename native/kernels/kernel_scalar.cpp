@@ -1,6 +1,7 @@
 // The kernels for any machine, in plain C++; the other sets are tested equal to this one.
 #include "kernels/kernels.hpp"
 
+#include <cmath>
 #include <cstring>
 
 namespace matquant {
@@ -166,6 +167,10 @@ inline Floats subtract(Floats a, const Floats& b) {
 inline Floats multiply(Floats a, const Floats& b) {
   MATQUANT_EACH(16) a.at[i] *= b.at[i];
   return a;
+}
+inline Floats multiply_add(const Floats& a, const Floats& b, Floats c) {
+  MATQUANT_EACH(16) c.at[i] = std::fma(a.at[i], b.at[i], c.at[i]);
+  return c;
 }
 inline Floats widen_bfloat16(const std::uint16_t* from) {
   Floats out;

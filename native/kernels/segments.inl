@@ -5,6 +5,8 @@ struct Segment {
   unsigned first_tile, stop_tile;  // tiles that contain them
   unsigned group;                  // of weights
   bool ends_group;
+
+  MATQUANT_INLINE unsigned tiles() const { return stop_tile - first_tile; }
 };
 
 // Walks over the segments of a row. No division: a segment is a few dozen cycles of work at two bits.
@@ -81,7 +83,7 @@ struct SegmentCodes {
       scales[token] = panel.scales[activation_group * M + token];
       sums[token] = panel.group_sums[activation_group * M + token];
     }
-    if (!whole_tiles || segment.stop_tile - segment.first_tile != 1u << panel.group_shift) {
+    if (!whole_tiles || segment.tiles() != 1u << panel.group_shift) {
       for (int token = 0; token < M; ++token) sums[token] = 0;
       if (whole_tiles)
         add_tiles(panel, segment);
@@ -112,14 +114,14 @@ struct SegmentCodes {
 
 struct RowAffine {
   Floats scale;
-  Floats zero;  // minus the width's centre
+  Floats offset;  // the width's centre minus the zero-point
 };
 
 // Scales and zero-points of a width, by row block and group: [blocks * groups].
 struct Affines {
   const void* values;
   bool half, one_zero;
-  float step, inverse, centre, middle, zero;
+  float step, inverse, centre, middle, offset;
 
   MATQUANT_INLINE Affines(const Linear& weight, const Width& width)
       : values(weight.affine[width.bits].values),
@@ -129,23 +131,23 @@ struct Affines {
         inverse(1.0f / step),  // of a power of two: exact
         centre(weight.affine[width.bits].centre),
         middle(static_cast<float>(width.centre)),
-        zero((weight.affine[width.bits].zero - centre) * inverse - middle) {}
+        offset(middle - (weight.affine[width.bits].zero - centre) * inverse) {}
 
   MATQUANT_INLINE RowAffine of(std::size_t index) const {
     const std::size_t at = index * (one_zero ? 1 : 2) * BLOCK_ROWS;
     const auto* const halves = static_cast<const std::uint16_t*>(values) + at;
     const auto* const floats = static_cast<const float*>(values) + at;
     const Floats scale = multiply(half ? widen_bfloat16(halves) : load_floats(floats), broadcast(step));
-    if (one_zero) return {scale, broadcast(zero)};
-    Floats zero = half ? widen_float16(halves + BLOCK_ROWS) : load_floats(floats + BLOCK_ROWS);
-    zero = multiply(subtract(zero, broadcast(centre)), broadcast(inverse));
-    return {scale, subtract(zero, broadcast(middle))};
+    if (one_zero) return {scale, broadcast(offset)};
+    const Floats stored = half ? widen_float16(halves + BLOCK_ROWS) : load_floats(floats + BLOCK_ROWS);
+    const Floats zero = multiply(subtract(stored, broadcast(centre)), broadcast(inverse));
+    return {scale, subtract(broadcast(middle), zero)};
   }
 };
 
-// total + scale * (dot - zero * x_sum)
-MATQUANT_INLINE Floats finish(const RowAffine& affine, Floats total, Floats dot, float x_sum) {
-  return add(total, multiply(affine.scale, subtract(dot, multiply(affine.zero, broadcast(x_sum)))));
+// A group's sum with one more segment: group + offset * x_sum + products * x_scale
+MATQUANT_INLINE Floats add_products(Floats group, const RowAffine& affine, Ints products, float x_scale, float x_sum) {
+  return multiply_add(to_floats(products), broadcast(x_scale), multiply_add(affine.offset, broadcast(x_sum), group));
 }
 
 // The 16 sums of a row block for one token; rows past the end are not written.
@@ -156,23 +158,18 @@ MATQUANT_INLINE void store_rows(float* y, Floats values, int rows) {
   for (int row = 0; row < rows; ++row) y[row] = all[row];
 }
 
-// What a row block and M tokens accumulate: the result, the current group's products, its sum of activations.
+// What a row block and M tokens accumulate: the result and the current group.
 template <int M>
 struct Accumulators {
-  Floats total[M], dot[M];
-  float x_sum[M];
+  Floats total[M], group[M];
 
   MATQUANT_INLINE void clear() {
-    unroll<M>([&](auto token) MATQUANT_LAMBDA {
-      total[token] = dot[token] = broadcast(0.0f);
-      x_sum[token] = 0.0f;
-    });
+    unroll<M>([&](auto token) MATQUANT_LAMBDA { total[token] = group[token] = broadcast(0.0f); });
   }
   MATQUANT_INLINE void end_group(const RowAffine& affine) {
     unroll<M>([&](auto token) MATQUANT_LAMBDA {
-      total[token] = finish(affine, total[token], dot[token], x_sum[token]);
-      dot[token] = broadcast(0.0f);
-      x_sum[token] = 0.0f;
+      total[token] = multiply_add(affine.scale, group[token], total[token]);
+      group[token] = broadcast(0.0f);
     });
   }
   // Writes the results of tokens first_token .. first_token + M - 1; those past the last token are padding.

@@ -8,21 +8,23 @@ struct Store {
   }
 };
 
-// Writes the integers of the tiles first .. stop - 1 of a row block, [tile][quad][16 rows][4 inputs].
+// Writes the integers of so many tiles, [tile][quad][16 rows][4 inputs].
 template <class Reading, class STORE>
-void decode_tiles(const Streams& streams, const Width& width, unsigned first, unsigned stop, std::uint8_t* out) {
+void decode_tiles(const Streams& from, const Width& width, unsigned tiles, std::uint8_t* out) {
   const Reading reading(width);
   const STORE store(width);
-  for (unsigned tile = first; tile < stop; ++tile) {
-    prefetch<Reading::read>(streams, tile);
-    reading.decode(streams, tile, [&](auto quad, auto, auto piece, const Piece& bytes) MATQUANT_LAMBDA {
+  Streams streams = from;
+  for (; tiles > 0; --tiles) {
+    prefetch<Reading::read>(streams);
+    reading.decode(streams, [&](auto quad, auto, auto piece, const Piece& bytes) MATQUANT_LAMBDA {
       store.template piece<piece.value>(out + quad * VECTOR_BYTES, bytes);
     });
+    streams.template advance<Reading::read>();
     out += TILE_QUADS * VECTOR_BYTES;
   }
 }
 
-using Decode = void (*)(const Streams&, const Width&, unsigned, unsigned, std::uint8_t*);
+using Decode = void (*)(const Streams&, const Width&, unsigned, std::uint8_t*);
 
 template <template <int, int> class READING, class STORE>
 Decode decode_of(int read) {
