@@ -7,8 +7,8 @@
 //
 //     y += scale_r * sum_segments (x_scale * (sum (p_r - c) * x_code) + (c - zero_r) * x_scale * sum x_code)
 //
-// where c is the middle of the integers, 2^(r-1) for codes. The inner sums are integers. Everything else is float32 with
-// fused multiply-adds in a fixed order: results do not depend on the instruction set, the number of threads or the
+// where c is the middle of the integers, 2^(r-1) for codes. The inner sums are integers. Everything else is float32
+// with fused multiply-adds in a fixed order: results do not depend on the instruction set, the number of threads or the
 // other tokens of the batch. The exact mode has x in place of x_scale * x_code, in float32.
 //
 // Nothing here allocates, locks or starts threads. Every thread of a team calls prepare() and linear() with the same

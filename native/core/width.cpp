@@ -14,12 +14,14 @@ constexpr int companded(int bits, int code) {
 
 constexpr bool is_inner(int nibble) { return nibble >= 4 && nibble < 12; }
 
-// The code that entry i of Tables::by_six[part] is for.
-constexpr int code_of(int bits, int part, int i) {
-  if (bits <= 2) return (i >> 2 * part & 3) >> (2 - bits);
-  if (bits <= 4) return (i & 15) >> (4 - bits);
-  if (bits <= 6) return ((i & 15) << 2 | i >> 4) >> (6 - bits);
-  return (part % 2 * 64 + i) >> (8 - bits);
+// Entry i of Tables::by_six[part].
+constexpr int by_six(int bits, int part, int i) {
+  if (bits <= 2) return companded(bits, (i >> 2 * part & 3) >> (2 - bits));
+  if (bits <= 4) return companded(bits, (i & 15) >> (4 - bits));
+  const int six = (i & 15) << 2 | i >> 4, ends = (i & 12) << 4 | (i & 3);
+  if (bits <= 6) return companded(bits, six >> (6 - bits));
+  const auto of_eight = [bits](int label) { return companded(bits, label >> (8 - bits)); };
+  return part == 0 ? of_eight(six << 2) : of_eight(ends) - of_eight(ends & ~3);
 }
 
 constexpr Tables tables_of(int bits) {
@@ -31,10 +33,9 @@ constexpr Tables tables_of(int bits) {
                  : largest <= 64  ? Range::to_64
                  : largest <= 128 ? Range::to_128
                                   : Range::any;
-  tables.largest = largest;
   for (int part = 0; part < 3; ++part)
     for (int i = 0; i < 64; ++i)
-      tables.by_six[part][i] = static_cast<std::uint8_t>(companded(bits, code_of(bits, part, i)));
+      tables.by_six[part][i] = static_cast<std::uint8_t>(by_six(bits, part, i));
   tables.lift = bits >= 6 ? 2 : bits == 5 ? 1 : 0;
   for (int i = 0; i < 16; ++i) {
     const int ends = i >> 2 << 4 | (i & 3);  // six bits: the first two and the last two of i, with zeros between

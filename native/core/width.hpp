@@ -17,13 +17,13 @@ enum class Range { to_4, to_16, to_32, to_64, to_128, any };
 //     2       by_six[j][i] for the code in the bits 2j and 2j + 1 of i
 //     3, 4    by_six[0][i], n = the last four bits of i
 //     6       by_six[0][i], n = the last four bits of i, the last two of the code = the first two of i
-//     8       by_six[j][i] for the codes 64j + i below 128; largest - those of 255 - code for the others
+//     8       by_six[0][i] for the first six bits, in the order of 6, + by_six[1][i], where the last four bits of i are the
+//             first two and the last two of the code
 struct Tables {
   int centre;   // copied to Width, as is the range
   Range range;
   int lift;
   std::uint8_t top[16], top_lifted[16], rest[16], sign[16], rest_mask[16];
-  int largest;  // integer
   std::uint8_t by_six[3][64];
 };
 

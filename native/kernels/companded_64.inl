@@ -2,7 +2,7 @@
 // kernel.inl instead of companded.inl.
 
 // The bits of a code may stand in any order in the index, and the tables repeat for the bits that are not part of it,
-// so most vectors need neither a shift nor a mask. Eight bits are seven and their mirror image.
+// so most vectors need neither a shift nor a mask.
 template <int READ, int M>
 struct Companded {
   static constexpr bool APART = READ <= 4 && M > 0 && M * (READ == 2 ? 4 : 2) <= FREE_SUMS;
@@ -13,12 +13,10 @@ struct Companded {
   static constexpr Range range = Range::any;
 
   const Table64 first, second, third;
-  const Bytes largest;
   MATQUANT_INLINE explicit Companded(const Width& width)
       : first(load_table(width.tables->by_six[0])),
         second(load_table(width.tables->by_six[1])),
-        third(load_table(width.tables->by_six[2])),
-        largest(all(width.tables->largest)) {}
+        third(load_table(width.tables->by_six[2])) {}
 
   template <int PLACE>
   MATQUANT_INLINE Ints lowered(Ints sum) const {
@@ -35,28 +33,24 @@ struct Companded {
         sink(quad, Index<PLACE % places>{}, piece, look_up_six(table, index));
       });
     } else {
-      each_pair<READ>(streams, [&](auto pair, auto piece, const Piece&, const Piece& nibbles) MATQUANT_LAMBDA {
+      each_pair<READ>(streams, [&](auto pair, auto piece, const Piece& two, const Piece& nibbles) MATQUANT_LAMBDA {
         const auto give = [&](const Piece& high, const Piece& low) MATQUANT_LAMBDA {
           sink(Index<2 * pair.value>{}, Index<0>{}, piece, high);
           sink(Index<2 * pair.value + 1>{}, Index<1 % places>{}, piece, low);
         };
         if constexpr (READ <= 4) {
           give(look_up_six(first, right<4>(nibbles)), look_up_six(first, nibbles));
-        } else if constexpr (READ == 6) {  // the last two bits to bits 4 and 5
+        } else {  // bits five and six of the code go to bits 4 and 5 of the index
           constexpr bool ODD = pair.value % 2 == 1;
           const Piece six = plane_piece<3, piece.value>(streams, pair / 2);
-          give(look_up_six(first, select<0x0F>(right<4>(nibbles), shift<ODD ? 0 : 2>(six))),
-               look_up_six(first, select<0x0F>(nibbles, shift<ODD ? -4 : -2>(six))));
-        } else {
-          const Piece rest = low_bits<READ, pair.value, piece.value>(streams);
-          give(of_eight(select<0xF0>(nibbles, right<4>(rest))), of_eight(select<0xF0>(left<4>(nibbles), rest)));
+          const Piece high = look_up_six(first, select<0x0F>(right<4>(nibbles), shift<ODD ? 0 : 2>(six)));
+          const Piece low = look_up_six(first, select<0x0F>(nibbles, shift<ODD ? -4 : -2>(six)));
+          if constexpr (READ == 6) return give(high, low);
+          const Piece eight = plane_piece<READ == 6 ? 3 : 4, piece.value>(streams, pair / 2);
+          const Piece ends = select<0xCC>(two, shift<ODD ? 0 : 2>(eight));
+          give(add_bytes(high, look_up_six(second, right<4>(ends))), add_bytes(low, look_up_six(second, ends)));
         }
       });
     }
-  }
-
-  MATQUANT_INLINE Bytes of_eight(Bytes codes) const {
-    const Mask upper = high_bits(codes);
-    return subtract_from(largest, look_up_seven(first, second, subtract_from(all(0xFF), codes, upper)), upper);
   }
 };

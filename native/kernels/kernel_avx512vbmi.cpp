@@ -1,5 +1,5 @@
 // The kernels for AVX-512 with VNNI and VBMI, of Intel's processors since 2019 and AMD's since 2022: one instruction
-// looks up six or seven bits of 64 bytes, which the companded grid needs. Float parts are those of AVX-512. With AMX
+// looks up six bits of 64 bytes, which the companded grid needs. Float parts are those of AVX-512. With AMX
 // for many tokens, whose processors have VBMI as well.
 #include "kernels/kernels.hpp"
 
@@ -14,15 +14,6 @@ using Table64 = __m512i;
 MATQUANT_INLINE Table64 load_table(const std::uint8_t (&bytes)[64]) { return _mm512_loadu_si512(bytes); }
 // By the low six bits of each byte.
 MATQUANT_INLINE Bytes look_up_six(Table64 table, Bytes at) { return _mm512_permutexvar_epi8(at, table); }
-// By the low seven bits.
-MATQUANT_INLINE Bytes look_up_seven(Table64 low, Table64 high, Bytes at) {
-  return _mm512_permutex2var_epi8(low, at, high);
-}
-
-using Mask = __mmask64;
-MATQUANT_INLINE Mask high_bits(Bytes a) { return _mm512_movepi8_mask(a); }
-// b - a where the mask is set, a elsewhere
-MATQUANT_INLINE Bytes subtract_from(Bytes b, Bytes a, Mask where) { return _mm512_mask_sub_epi8(a, where, b, a); }
 
 #include "kernel.inl"
 #include "amx.inl"
