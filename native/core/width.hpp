@@ -17,8 +17,8 @@ enum class Range { to_4, to_16, to_32, to_64, to_128, any };
 //     2       by_six[j][i] for the code in the bits 2j and 2j + 1 of i
 //     3, 4    by_six[0][i], n = the last four bits of i
 //     6       by_six[0][i], n = the last four bits of i, the last two of the code = the first two of i
-//     8       by_six[0][i] for the first six bits, in the order of 6, + by_six[1][i], where the last four bits of i are the
-//             first two and the last two of the code
+//     8       by_six[0][i] for the first six bits, in the order of 6, + by_six[1][i], where the last four bits of i are
+//             the first two and the last two of the code
 struct Tables {
   int centre;   // copied to Width, as is the range
   Range range;
