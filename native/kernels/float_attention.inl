@@ -26,14 +26,14 @@ inline void mix(const HeadQueries& a, int query, const T* values, int start, int
     for (int v = 0; v < Vectors; ++v) {
       const T* at = values + (size_t)position * stride + d + v * LANES;
       const V first = load(at), second = load(at + stride);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int q = 0; q < Queries; ++q) {
         const float* const weight = weights + q * a.scores_stride + position - start;
         even[q][v] = multiply_add(weight[0], first, even[q][v]);
         odd[q][v] = multiply_add(weight[1], second, odd[q][v]);
       }
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int q = 0; q < Queries; ++q)
 #pragma GCC unroll 4
     for (int v = 0; v < Vectors; ++v) {
@@ -56,21 +56,21 @@ inline void score(const HeadQueries& a, int query, Span span, V never, V* larges
   static const std::int32_t COUNT[LANES] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   I lane;
   std::memcpy(&lane, COUNT, sizeof lane);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int q = 0; q < Queries; ++q) largest[q] = never;
   for (int position = span.start; position < span.stop; position += LANES) {
     const T* tile = keys + (size_t)position * a.dim;
     V even[Queries] = {}, odd[Queries] = {};
     for (int d = 0; d < a.dim; d += 2) {
       const V first = load(tile + d * LANES), second = load(tile + (d + 1) * LANES);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int q = 0; q < Queries; ++q) {
         even[q] = multiply_add(a.query[query + q][d], first, even[q]);
         odd[q] = multiply_add(a.query[query + q][d + 1], second, odd[q]);
       }
     }
     const I at = lane + position;
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int q = 0; q < Queries; ++q) {
       V score = even[q] + odd[q];
       if (a.cap != 0) score = a.cap * hyperbolic_tangent(score / a.cap);
@@ -98,7 +98,7 @@ inline float weigh(float* scores, int count, V never, V largest, float sink) {
 }
 
 constexpr bool MANY_REGISTERS = NATIVE_BYTES == 64;
-constexpr int TOGETHER = MANY_REGISTERS ? MOST_QUERIES : 2;  // queries for which a key or value is read once
+constexpr int TOGETHER = MANY_REGISTERS ? MOST_QUERIES : 2;  // queries for which a key or value is read once, at most
 
 template <int Queries, class T>
 void attend_some(const HeadQueries& a, int query) {
@@ -113,13 +113,13 @@ void attend_some(const HeadQueries& a, int query) {
   V largest[Queries];
   score<Queries, T>(a, query, span, never, largest);
   float inverse[Queries];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int q = 0; q < Queries; ++q)
     inverse[q] = weigh(a.scores + (query + q) * a.scores_stride, span.stop - span.start, never, largest[q],
                        a.sink[query + q]);
   const T* values = (const T*)a.values;
   // Vectors at a time, so that the sums stay in registers.
-  constexpr int COLUMNS = (MANY_REGISTERS ? 4 : 2) / (Queries == 1 ? 1 : 2);
+  constexpr int MOST = MANY_REGISTERS ? 4 : 2, COLUMNS = Queries < TOGETHER / MOST ? MOST : TOGETHER / Queries;
   const int columns = round_to_lanes(a.dim);
   int d = 0;
   for (; d + COLUMNS * LANES <= columns; d += COLUMNS * LANES)
@@ -127,14 +127,16 @@ void attend_some(const HeadQueries& a, int query) {
   for (; d < columns; d += LANES) mix<Queries, 1>(a, query, values, span.start, last, d, inverse);
 }
 
-template <class T>
-void attend_as(const HeadQueries& a) {
-  int query = 0;
-  for (; query + TOGETHER <= a.queries; query += TOGETHER) attend_some<TOGETHER, T>(a, query);
-  for (; query < a.queries; ++query) attend_some<1, T>(a, query);
+// The queries from `query` on: as many together as can be, then half as many.
+template <int Queries, class T>
+void attend_by(const HeadQueries& a, int query) {
+  for (; query + Queries <= a.queries; query += Queries) attend_some<Queries, T>(a, query);
+  if constexpr (Queries > 1) attend_by<Queries / 2, T>(a, query);
 }
 
-void attend(const HeadQueries& a) { a.dtype == DType::f32 ? attend_as<float>(a) : attend_as<Half>(a); }
+void attend(const HeadQueries& a) {
+  a.dtype == DType::f32 ? attend_by<TOGETHER, float>(a, 0) : attend_by<TOGETHER, Half>(a, 0);
+}
 
 void store_key(const float* key, int dim, int position, DType dtype, void* keys) {
   const size_t at = (size_t)(position / LANES) * LANES * dim + position % LANES;

@@ -10,17 +10,18 @@ inline void dots(const T* row, const float* x, int x_stride, int cols, float* y,
 #pragma GCC unroll 4
     for (int t = 0; t < Tokens; ++t) {
       const float* at = x + (size_t)t * x_stride + k;
-      s0[t] += w0 * load(at);
-      s1[t] += w1 * load(at + 16);
-      s2[t] += w2 * load(at + 32);
-      s3[t] += w3 * load(at + 48);
+      s0[t] = multiply_add(w0, load(at), s0[t]);
+      s1[t] = multiply_add(w1, load(at + 16), s1[t]);
+      s2[t] = multiply_add(w2, load(at + 32), s2[t]);
+      s3[t] = multiply_add(w3, load(at + 48), s3[t]);
     }
   }
   for (; k < cols; k += LANES) {
     const int count = cols - k < LANES ? cols - k : LANES;
     const V w = load_some(row + k, count);
 #pragma GCC unroll 4
-    for (int t = 0; t < Tokens; ++t) s0[t] += w * load_some(x + (size_t)t * x_stride + k, count);
+    for (int t = 0; t < Tokens; ++t)
+      s0[t] = multiply_add(w, load_some(x + (size_t)t * x_stride + k, count), s0[t]);
   }
 #pragma GCC unroll 4
   for (int t = 0; t < Tokens; ++t) y[(size_t)t * y_stride] = sum((s0[t] + s1[t]) + (s2[t] + s3[t]));
@@ -73,7 +74,7 @@ inline void add_columns(const T* rows, const float* x, int x_stride, int cols, i
     for (int t = 0; t < TILE; ++t) {
       const V at = from(x + (size_t)t * x_stride + k);
 #pragma GCC unroll 4
-      for (int row = 0; row < TILE; ++row) s[t * TILE + row] += w[row] * at;
+      for (int row = 0; row < TILE; ++row) s[t * TILE + row] = multiply_add(w[row], at, s[t * TILE + row]);
     }
   }
 #pragma GCC unroll 16

@@ -5,15 +5,15 @@ inline V exponential(V x) {
   x = select(x < -87.0f, splat(-87.0f), x);
   x = select(x > 88.0f, splat(88.0f), x);
   const float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  const V n = (x * 1.44269504088896341f + shift) - shift;
-  const V r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+  const V n = multiply_add(1.44269504088896341f, x, splat(shift)) - shift;
+  const V r = multiply_add(2.12194440e-4f, n, multiply_add(-0.693359375f, n, x));
   V p = splat(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
+  p = multiply_add(p, r, 1.3981999507e-3f);
+  p = multiply_add(p, r, 8.3334519073e-3f);
+  p = multiply_add(p, r, 4.1665795894e-2f);
+  p = multiply_add(p, r, 1.6666665459e-1f);
+  p = multiply_add(p, r, 5.0000001201e-1f);
+  p = multiply_add(p * r, r, r) + 1.0f;
   return p * power_of_two(n);
 }
 
@@ -22,8 +22,9 @@ inline V hyperbolic_tangent(V x) { return 1.0f - 2.0f / (exponential(2.0f * x) +
 void rms_norm(const float* x, const float* weight, float eps, int n, float* out) {
   V squares{};
   int i = 0;
-  for (; i + LANES <= n; i += LANES) squares += load(x + i) * load(x + i);
-  if (i < n) squares += load_some(x + i, n - i) * load_some(x + i, n - i);
+  const auto add_square = [&](V a) { squares = multiply_add(a, a, squares); };
+  for (; i + LANES <= n; i += LANES) add_square(load(x + i));
+  if (i < n) add_square(load_some(x + i, n - i));
   const float scale = 1.0f / std::sqrt(sum(squares) / n + eps);
   map(x, weight, n, out, [scale](V a, V w) { return a * scale * w; });
 }
@@ -33,7 +34,7 @@ void add(float* x, const float* y, int n) {
 }
 
 void add_scaled(float* x, const float* y, float factor, int n) {
-  map(x, y, n, x, [factor](V a, V b) { return a + factor * b; });
+  map(x, y, n, x, [factor](V a, V b) { return multiply_add(factor, b, a); });
 }
 
 void silu_times(float* gate, const float* up, int n) {

@@ -76,31 +76,34 @@ using RawH = Raw<std::uint16_t, NATIVE_BYTES / 2>::type;
 struct Half { uint16_t bits; };
 struct Brain { uint16_t bits; };
 
-MATQUANT_INLINE V splat(float value) { return V{} + value; }
+// Minus 0 is folded away, plus 0 is not.
+MATQUANT_INLINE V splat(float value) { return value - V{}; }
 
-MATQUANT_INLINE RawV select(RawI mask, RawV yes, RawV no) { return (RawV)(((RawI)yes & mask) | ((RawI)no & ~mask)); }
+MATQUANT_INLINE RawV select(RawI mask, RawV yes, RawV no) { return mask ? yes : no; }
 template <int B>
 MATQUANT_INLINE Halves<float, B> select(Halves<std::int32_t, B> mask, Halves<float, B> yes, Halves<float, B> no) {
   return {select(mask.low, yes.low, no.low), select(mask.high, yes.high, no.high)};
 }
 
 // a * b + c, rounded once, on every instruction set.
-MATQUANT_INLINE RawV multiply_add(float a, RawV b, RawV c) {
+MATQUANT_INLINE RawV multiply_add(RawV a, RawV b, RawV c) {
 #if defined(__AVX512F__)
-  return (RawV)_mm512_fmadd_ps(_mm512_set1_ps(a), (__m512)b, (__m512)c);
+  return (RawV)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #elif defined(__FMA__)
-  return (RawV)_mm256_fmadd_ps(_mm256_set1_ps(a), (__m256)b, (__m256)c);
+  return (RawV)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
 #elif defined(__aarch64__)
-  return (RawV)vfmaq_n_f32((float32x4_t)c, (float32x4_t)b, a);
+  return (RawV)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
 #else
-  for (int lane = 0; lane < NATIVE_LANES; ++lane) c[lane] = std::fma(a, b[lane], c[lane]);
+  for (int lane = 0; lane < NATIVE_LANES; ++lane) c[lane] = std::fma(a[lane], b[lane], c[lane]);
   return c;
 #endif
 }
 template <int B>
-MATQUANT_INLINE Halves<float, B> multiply_add(float a, Halves<float, B> b, Halves<float, B> c) {
-  return {multiply_add(a, b.low, c.low), multiply_add(a, b.high, c.high)};
+MATQUANT_INLINE Halves<float, B> multiply_add(Halves<float, B> a, Halves<float, B> b, Halves<float, B> c) {
+  return {multiply_add(a.low, b.low, c.low), multiply_add(a.high, b.high, c.high)};
 }
+MATQUANT_INLINE V multiply_add(float a, V b, V c) { return multiply_add(splat(a), b, c); }
+MATQUANT_INLINE V multiply_add(V a, V b, float c) { return multiply_add(a, b, splat(c)); }
 
 // 2^n of integers n.
 MATQUANT_INLINE RawV power_of_two(RawV n) { return (RawV)((__builtin_convertvector(n, RawI) + 127) << 23); }

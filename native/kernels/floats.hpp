@@ -20,7 +20,7 @@ struct Dense {
   int rows, cols;
 };
 
-constexpr int MOST_QUERIES = 4;  // in one HeadQueries
+constexpr int MOST_QUERIES = 8;  // in one HeadQueries
 
 // Queries that share the cached keys and values of a head and sequence; query i sees positions start[i] .. stop[i] - 1.
 struct HeadQueries {
