@@ -25,7 +25,7 @@ from matquant.hf_torch.loading import load_float, load_tokenizer
 from matquant.measure.likelihood import log_perplexity
 from matquant.methods.gptq import nested_gptq
 from matquant.methods.parts import compensation
-from matquant.methods.parts.affines import refit_affine
+from matquant.methods.parts.affines import clip_groups, refit_affine
 from matquant.methods.parts.blocks import Block
 from matquant.methods.parts.compensation import nested_codes, sweep
 from matquant.methods.parts.fake import Grid
@@ -126,6 +126,18 @@ def test_a_dedicated_width_is_the_gptq_of_the_paper(bits: int, reorder: bool, co
         columns,
     )
     np.testing.assert_array_equal(codes.numpy()[:, order], expected)
+
+
+@pytest.mark.parametrize("kind", [UNIFORM, COMPANDED])
+def test_the_largest_weight_of_a_long_row_is_not_clipped_away_for_the_narrow_widths(kind: str) -> None:
+    random = np.random.default_rng(0)
+    rows, columns = np.arange(8), random.integers(0, 1536, 8)
+    values = random.normal(size=(8, 1536))
+    values[rows, columns] = 40.0
+    weight = torch.from_numpy(values).float()
+    grid = Grid(rule="prefix", group_size=None, affine="refit", zeros=CENTRE, sliced=(2, 3, 4), kind=kind)
+    tensor = clip_groups(weight, torch.ones(1536), grid, {8: 10.0, 4: 2.2, 2: 1.0}, "weight")
+    np.testing.assert_allclose(tensor.read(8).numpy()[rows, columns], 40.0, atol=40 / 127)
 
 
 @pytest.mark.parametrize("group_size", [None, 8])

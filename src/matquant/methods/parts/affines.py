@@ -16,7 +16,6 @@ from matquant.core.tensor import Affine, NestedTensor
 from matquant.methods.parts.fake import Grid, Learned, nest
 
 CLIPS = tuple(1 - step / 10 for step in range(7))  # clipping ratios of max|w|: 1, 0.9, ..., 0.4
-SEEN = 256  # weights of a group that the search for its clipping ratio uses
 
 
 def clip_groups(
@@ -27,23 +26,15 @@ def clip_groups(
     importance_K: the Hessian's diagonal, which weights the columns. weights: width -> lambda.
     """
     groups = 1 if grid.group_size is None else weight_NK.shape[1] // grid.group_size
-    size = weight_NK.shape[1] // groups
     largest_NG = weight_NK.reshape(len(weight_NK), groups, -1).abs().amax(-1).clamp(min=torch.finfo(torch.float32).tiny)
-    seen_K = torch.arange(weight_NK.shape[1], device=weight_NK.device)
-    seen_K = seen_K.reshape(groups, size)[:, :: max(1, size // SEEN)].flatten()
-    part_NK, part_K = weight_NK[:, seen_K].contiguous(), importance_K[seen_K]
-    part_grid = dataclasses.replace(
-        grid,
-        group_size=None if grid.group_size is None else len(seen_K) // groups,
-        sliced=tuple(bits for bits in grid.sliced if bits in weights),
-    )
+    tried = dataclasses.replace(grid, sliced=tuple(bits for bits in grid.sliced if bits in weights))
     best_NG = torch.full_like(largest_NG, torch.inf)
     clip_NG = largest_NG.clone()
     for clip in CLIPS:
-        tensor = nest(part_NK, part_grid, learned=Learned(clip=clip * largest_NG), name=name)
+        tensor = nest(weight_NK, tried, learned=Learned(clip=clip * largest_NG), name=name)
         cost_NG = torch.zeros_like(best_NG)
         for bits, weight in weights.items():
-            error_NK = (tensor.read(bits) - part_NK).square_() * part_K
+            error_NK = (tensor.read(bits) - weight_NK).square_() * importance_K
             cost_NG += weight * error_NK.reshape(len(weight_NK), groups, -1).sum(-1)
         clip_NG = torch.where(cost_NG < best_NG, clip * largest_NG, clip_NG)
         best_NG = torch.minimum(best_NG, cost_NG)
