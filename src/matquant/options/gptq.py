@@ -35,5 +35,5 @@ def check_options(options: Mapping[str, Any]) -> None:
 
 
 def default_lambda(bits: int) -> float:
-    """Return 10 at 8 bits down to 1 at 2: int8 then stays within 0.1 % of float (measured: docs/methods.md)."""
+    """Return 10 at 8 bits down to 1 at 2. Recipes weight the wide widths more (measured: docs/methods.md)."""
     return float(10 ** ((bits - 2) / 6))
