@@ -27,14 +27,14 @@ inline void dots(const T* row, const float* x, int x_stride, int cols, float* y,
   for (int t = 0; t < Tokens; ++t) y[(size_t)t * y_stride] = sum((s0[t] + s1[t]) + (s2[t] + s3[t]));
 }
 
-#ifdef __AVX512F__
-constexpr int TILE = 4;  // rows and tokens of a tile: 16 sums in 32 registers
+constexpr int TILE = NATIVE_BYTES == 64 ? 4 : 2;  // rows and tokens of a tile, whose sums stay in registers
 
+#ifdef __AVX512F__
 // Lanes of two vectors: 0 .. 15 are those of a, 16 .. 31 those of b.
 inline V pick(V a, V b, I lanes) { return (V)_mm512_permutex2var_ps((__m512)a, (__m512i)lanes, (__m512)b); }
 
 // Sums of the lanes of 16 vectors, each in the order of `sum`: halves of two vectors are added at once.
-inline V sums_of(const V* v) {
+inline void sums_of(const V* v, float* found) {
   V pairs[8], fours[4], eights[2];
 #pragma GCC unroll 8
   for (int i = 0; i < 8; ++i) {
@@ -55,11 +55,16 @@ inline V sums_of(const V* v) {
                 pick(a, b, I{2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31});
   }
   const V a = eights[0], b = eights[1];
-  return pick(a, b, I{0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30}) +
-         pick(a, b, I{1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31});
+  store(found, pick(a, b, I{0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30}) +
+                   pick(a, b, I{1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31}));
 }
+#else
+inline void sums_of(const V* v, float* found) {
+  for (int i = 0; i < TILE * TILE; ++i) found[i] = sum(v[i]);
+}
+#endif
 
-// Adds columns k, k + step, ... of four rows times four tokens to sums[token * TILE + row]; Load: whole vectors or some.
+// Adds columns k, k + step, ... of TILE rows times TILE tokens to sums[token * TILE + row]; Load: whole vectors or some.
 template <class T, class Load>
 inline void add_columns(const T* rows, const float* x, int x_stride, int cols, int k, int stop, int step, V* sums,
                         Load from) {
@@ -81,7 +86,7 @@ inline void add_columns(const T* rows, const float* x, int x_stride, int cols, i
   for (int i = 0; i < TILE * TILE; ++i) sums[i] = s[i];
 }
 
-// `dots` of four rows and four tokens, with the same additions in the same order.
+// `dots` of TILE rows and TILE tokens, with the same additions in the same order.
 template <class T>
 inline void tile_of_dots(const T* rows, const float* x, int x_stride, int cols, float* y, int y_stride) {
   const int whole = cols / (4 * LANES) * 4 * LANES;
@@ -97,33 +102,25 @@ inline void tile_of_dots(const T* rows, const float* x, int x_stride, int cols, 
 #pragma GCC unroll 16
   for (int i = 0; i < TILE * TILE; ++i) s[0][i] = (s[0][i] + s[1][i]) + (s[2][i] + s[3][i]);
   float found[TILE * TILE];
-  store(found, sums_of(s[0]));
+  sums_of(s[0], found);
   for (int t = 0; t < TILE; ++t) std::memcpy(y + (size_t)t * y_stride, found + t * TILE, sizeof(float) * TILE);
 }
-#endif
 
 template <class T>
 void dense_as(const Dense& w, const float* x, int x_stride, int tokens, int row_start, int row_stop, float* y,
               int y_stride) {
   // Rows that stay in the second-level cache while they are multiplied with all tokens.
   constexpr int DENSE_ROWS = 32;
-#ifdef __AVX512F__
-  constexpr int DENSE_TOKENS = TILE;
-#else
-  constexpr int DENSE_TOKENS = 1;
-#endif
   for (int block = row_start; block < row_stop; block += DENSE_ROWS) {
     const int end = block + DENSE_ROWS < row_stop ? block + DENSE_ROWS : row_stop;
     int t = 0;
-    for (; t + DENSE_TOKENS <= tokens; t += DENSE_TOKENS) {
+    for (; t + TILE <= tokens; t += TILE) {
       int row = block;
-#ifdef __AVX512F__
       for (; row + TILE <= end; row += TILE)
         tile_of_dots((const T*)w.data + (size_t)row * w.cols, x + (size_t)t * x_stride, x_stride, w.cols,
                      y + (size_t)t * y_stride + row, y_stride);
-#endif
       for (; row < end; ++row)
-        dots<DENSE_TOKENS>((const T*)w.data + (size_t)row * w.cols, x + (size_t)t * x_stride, x_stride, w.cols,
+        dots<TILE>((const T*)w.data + (size_t)row * w.cols, x + (size_t)t * x_stride, x_stride, w.cols,
                 y + (size_t)t * y_stride + row, y_stride);
     }
     for (; t < tokens; ++t)
