@@ -164,7 +164,7 @@ MATQUANT_INLINE void end_squares(const std::int32_t* products, const WideTokens&
       const Floats before = WHOLE || part.begins ? broadcast(0.0f) : load_floats(groups + out);
       const Floats group = ONE_ZERO
                                ? multiply_add(to_floats(of_token), broadcast(scales[token]), broadcast(of_x[token]))
-                               : add_products(before, affine[BLOCK], of_token, scales[token], of_x[token]);
+                               : add_products(before, affine[BLOCK].offset, of_token, scales[token], of_x[token]);
       if (!WHOLE && !part.ends) return store_floats(groups + out, group);
       store_floats(totals + out, multiply_add(affine[BLOCK].scale, group, load_floats(totals + out)));
     });

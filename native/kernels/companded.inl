@@ -47,8 +47,7 @@ struct Companded {
         give<4 * HALF + 3, PIECE>(look_up(rest, low), sink);
       });
     } else {
-      each_pair<READ>(streams, [&](auto pair, auto piece, const Piece& two, const Piece& nibbles)
-                                         MATQUANT_LAMBDA {
+      each_pair<READ>(streams, [&](auto pair, auto piece, const Piece& two, const Piece& nibbles) MATQUANT_LAMBDA {
         constexpr int HIGH = 2 * pair.value, LOW = HIGH + 1, PIECE = piece.value;
         const Piece high = high_nibbles(nibbles), low = keep<0x0F>(nibbles);
         if constexpr (READ <= 4) {

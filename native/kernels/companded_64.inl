@@ -46,7 +46,7 @@ struct Companded {
           const Piece high = look_up_six(first, select<0x0F>(right<4>(nibbles), shift<ODD ? 0 : 2>(six)));
           const Piece low = look_up_six(first, select<0x0F>(nibbles, shift<ODD ? -4 : -2>(six)));
           if constexpr (READ == 6) return give(high, low);
-          const Piece eight = plane_piece<READ == 6 ? 3 : 4, piece.value>(streams, pair / 2);
+          const Piece eight = plane_piece<4, piece.value>(streams, pair / 2);
           const Piece ends = select<0xCC>(two, shift<ODD ? 0 : 2>(eight));
           give(add_bytes(high, look_up_six(second, right<4>(ends))), add_bytes(low, look_up_six(second, ends)));
         }

@@ -91,7 +91,7 @@ MATQUANT_INLINE Piece low_bits(const Streams& streams) {
   constexpr bool ODD = PAIR % 2 == 1;
   const Piece six = plane_piece<3, PIECE>(streams, PAIR / 2);
   if constexpr (READ == 6) return keep<0xCC>(shift<ODD ? -2 : 0>(six));
-  const Piece eight = plane_piece<READ == 6 ? 3 : 4, PIECE>(streams, PAIR / 2);
+  const Piece eight = plane_piece<4, PIECE>(streams, PAIR / 2);
   return ODD ? select<0xCC>(left<2>(six), eight) : select<0xCC>(six, right<2>(eight));
 }
 

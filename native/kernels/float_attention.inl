@@ -119,7 +119,7 @@ void attend_some(const HeadQueries& a, int query) {
                        a.sink[query + q]);
   const T* values = (const T*)a.values;
   // Vectors at a time, so that the sums stay in registers.
-  constexpr int MOST = MANY_REGISTERS ? 4 : 2, COLUMNS = Queries < TOGETHER / MOST ? MOST : TOGETHER / Queries;
+  constexpr int MOST = MANY_REGISTERS ? 4 : 2, COLUMNS = TOGETHER / Queries < MOST ? TOGETHER / Queries : MOST;
   const int columns = round_to_lanes(a.dim);
   int d = 0;
   for (; d + COLUMNS * LANES <= columns; d += COLUMNS * LANES)

@@ -30,7 +30,7 @@ MATQUANT_INLINE void add_segment(const Reading& reading, Streams& streams, Panel
   unroll<M>([&](auto token) MATQUANT_LAMBDA { code_sums[token] = 0; });
   unroll<TILES>([&](auto) MATQUANT_LAMBDA { add_tile<Reading, M>(reading, streams, panel, sums, code_sums); });
   for (; tiles > TILES; --tiles) add_tile<Reading, M>(reading, streams, panel, sums, code_sums);
-  const RowAffine affine = affines.of(group);  // not sooner: the products need the registers
+  const Floats offset = affines.of(group).offset;  // not sooner: the products need the registers
   unroll<M>([&](auto token) MATQUANT_LAMBDA {
     Ints sum = reading.template lowered<0>(sums[token].template total<Reading::template range<0>>());
     unroll<PLACES - 1>([&](auto place) MATQUANT_LAMBDA {
@@ -41,7 +41,7 @@ MATQUANT_INLINE void add_segment(const Reading& reading, Streams& streams, Panel
     sum = subtract(sum, centre * code_sums[token]);
     const float scale = panel.scales[token], x_sum = scale * static_cast<float>(code_sums[token]);
     const Floats before = TILES > 0 ? broadcast(0.0f) : at.group[token];
-    at.group[token] = add_products(before, affine, sum, scale, x_sum);
+    at.group[token] = add_products(before, offset, sum, scale, x_sum);
   });
 }
 

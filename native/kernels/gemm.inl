@@ -45,7 +45,7 @@ MATQUANT_INLINE void multiply_panel(const std::uint8_t* codes, unsigned tiles, i
   const auto add_to = [&](Floats group, auto block, auto token) MATQUANT_LAMBDA {
     constexpr int AT = TOKEN + token.value;
     const Ints centred = subtract(sums[block * TOKENS + token].template total<RANGE>(), x.sums[AT] * taken);
-    return add_products(group, part.affine[block], centred, x.scales[AT], x.x_sums[AT]);
+    return add_products(group, part.affine[block].offset, centred, x.scales[AT], x.x_sums[AT]);
   };
   unroll<BLOCKS * TOKENS>([&](auto sum) MATQUANT_LAMBDA {
     constexpr Index<sum.value / TOKENS> block{};
@@ -54,7 +54,8 @@ MATQUANT_INLINE void multiply_panel(const std::uint8_t* codes, unsigned tiles, i
     const auto end = [&](Floats group) MATQUANT_LAMBDA {
       store_floats(totals + at, multiply_add(part.affine[block].scale, group, load_floats(totals + at)));
     };
-    if (part.begins && part.ends) return end(add_to(broadcast(0.0f), block, token));  // most groups are a segment
+    // Most groups are a segment, and 1 to 2 % faster without the tests below.
+    if (part.begins && part.ends) return end(add_to(broadcast(0.0f), block, token));
     const Floats group = add_to(part.begins ? broadcast(0.0f) : load_floats(groups + at), block, token);
     part.ends ? end(group) : store_floats(groups + at, group);
   });

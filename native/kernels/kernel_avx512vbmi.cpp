@@ -1,6 +1,6 @@
 // The kernels for AVX-512 with VNNI and VBMI, of Intel's processors since 2019 and AMD's since 2022: one instruction
-// looks up six bits of 64 bytes, which the companded grid needs. Float parts are those of AVX-512. With AMX
-// for many tokens, whose processors have VBMI as well.
+// looks up six bits of 64 bytes, which the companded grid needs. Float parts are those of AVX-512. With AMX for many
+// tokens, whose processors have VBMI as well.
 #include "kernels/kernels.hpp"
 
 #include <immintrin.h>

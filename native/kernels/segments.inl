@@ -146,8 +146,8 @@ struct Affines {
 };
 
 // A group's sum with one more segment: group + offset * x_sum + products * x_scale
-MATQUANT_INLINE Floats add_products(Floats group, const RowAffine& affine, Ints products, float x_scale, float x_sum) {
-  return multiply_add(to_floats(products), broadcast(x_scale), multiply_add(affine.offset, broadcast(x_sum), group));
+MATQUANT_INLINE Floats add_products(Floats group, Floats offset, Ints products, float x_scale, float x_sum) {
+  return multiply_add(to_floats(products), broadcast(x_scale), multiply_add(offset, broadcast(x_sum), group));
 }
 
 // The 16 sums of a row block for one token; rows past the end are not written.

@@ -13,7 +13,7 @@ template <class Reading, class STORE>
 void decode_tiles(const Streams& from, const Width& width, unsigned tiles, std::uint8_t* out) {
   const Reading reading(width);
   const STORE store(width);
-  Streams streams = from;
+  Streams streams = from;  // copied here: as an argument it goes through memory, and is read before it is there
   for (; tiles > 0; --tiles) {
     prefetch<Reading::read>(streams);
     reading.decode(streams, [&](auto quad, auto, auto piece, const Piece& bytes) MATQUANT_LAMBDA {
