@@ -168,7 +168,6 @@ def refitted(
             weight_NK,
             slice_codes(tensor.codes, bits, rule=tensor.rule),
             hessian_KK,
-            bits=bits,
             fallback=tensor.affine(bits),
         )
         for bits in widths

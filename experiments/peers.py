@@ -2,6 +2,7 @@
 
     python experiments/peers.py setup [NAME]...         an environment per tool under MATQUANT_PEERS (default .peers/)
     python experiments/peers.py run [--only NAME]...    quantise and evaluate what is not yet in experiments/peers.jsonl
+    python experiments/peers.py tasks DATA [--only NAME]...  zero-shot accuracy, into experiments/peer_tasks.jsonl
     python experiments/peers.py report                  print the tables
 
 All are one-shot: a float model, 128 calibration sequences of 512 tokens, no training of the model. Every linear layer
@@ -41,6 +42,7 @@ from matquant.hf.text import read_documents, token_stream
 from matquant.hf_torch.loading import load_float, load_tokenizer
 from matquant.measure import kept
 from matquant.measure.likelihood import keep, measure
+from matquant.measure.tasks import TASKS, find_harness, open_tasks
 from matquant.measure.windows import Windows, cut
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))
@@ -49,6 +51,7 @@ from origin import ROOT, origin
 from peer_settings import CMAKE, CONTEXT, ENVIRONMENT, LLAMACPP, MODELS, PACKAGES, SETTINGS
 
 RECORDS = ROOT / "experiments" / "peers.jsonl"
+TASK_RECORDS = ROOT / "experiments" / "peer_tasks.jsonl"
 WORKERS = ROOT / "experiments" / "peers"
 SHARED = ROOT / "bench" / "peers"  # llama_gguf.py
 CACHE = Path(os.environ.get("MATQUANT_PEERS", ROOT / ".peers")).resolve()
@@ -56,6 +59,11 @@ CALIBRATION = 128  # windows of CONTEXT tokens, the first of the training text
 TOLERANCE = 1e-3  # at 8 bits, relative to the float model's log-perplexity: more means a wrong read-back
 
 app = typer.Typer(add_completion=False)
+Only = Annotated[list[str] | None, typer.Option(help="Tools to run.")]
+Setting = Annotated[list[str] | None, typer.Option(help="Settings to run, by name.")]
+Width = Annotated[list[int] | None, typer.Option(help="Nominal widths to run.")]
+Threads = Annotated[int, typer.Option(help="CPU threads of a tool and of the evaluation.")]
+Row = tuple[str, str, dict[str, Any], int]  # tool, setting, its options, nominal width
 
 
 @app.command()
@@ -87,35 +95,21 @@ def _build_llamacpp(folder: Path) -> None:
 
 @app.command()
 def run(
-    only: Annotated[list[str] | None, typer.Option(help="Tools to run.")] = None,
+    only: Only = None,
     model: Annotated[list[str] | None, typer.Option(help="Models to run.")] = None,
-    setting: Annotated[list[str] | None, typer.Option(help="Settings to run, by name.")] = None,
-    width: Annotated[list[int] | None, typer.Option(help="Nominal widths to run.")] = None,
-    threads: Annotated[int, typer.Option(help="CPU threads of a tool and of the evaluation.")] = 1,
+    setting: Setting = None,
+    width: Width = None,
+    threads: Threads = 1,
 ) -> None:
     """Run what has no record yet."""
     torch.set_num_threads(threads)
     for name in model or MODELS:
-        rows = [
-            (peer, row, options, bits)
-            for peer in only or SETTINGS
-            for row, options, widths in SETTINGS[peer]
-            if row in (setting or [row])
-            for bits in widths
-            if bits in (width or [bits])
-            if not (peer == "matquant" and MODELS[name].nested is None)
-            if not any(
-                (record["model"], record["peer"], record["setting"], record["bits"]) == (name, peer, row, bits)
-                for record in _records()
-            )
-        ]
+        rows = _rows(name, only, setting, width, known=_records(RECORDS))
         if not rows:
             continue
         float_model, windows = _load(name)
-        paths = decoder_linears(float_model)
         stem = MODELS[name].jobs or name
-        stored = load_weights(CACHE / f"{stem}.safetensors")  # of the file, so that memory holds one model only
-        original = {path: stored[f"{path}.weight"] for path in paths}
+        original = _original(stem, float_model)
         reference = _keep(name, float_model, windows)
         for peer, row, options, bits in rows:
             weights, outcome = _quantise(stem, peer, row, options, bits, original, threads)
@@ -124,7 +118,62 @@ def run(
                 outcome = {**outcome, **_measure(float_model, windows, reference, original, outcome["bytes_by_part"])}
                 if peer != "matquant":  # whose int8 shares its codes with int2
                     _check_read_back(outcome["log_perplexity"], reference.log_perplexity, bits, f"{peer}, {row}")
-            _append({"model": name, "peer": peer, "setting": row, "bits": bits, **outcome, **_origin(peer)})
+            record = {"model": name, "peer": peer, "setting": row, "bits": bits, **outcome, **_origin(peer)}
+            _append(RECORDS, record)
+
+
+@app.command()
+def tasks(
+    data: Annotated[Path, typer.Argument(help="A directory with a .jsonl file for every task.")],
+    only: Only = None,
+    setting: Setting = None,
+    width: Width = None,
+    limit: Annotated[int, typer.Option(help="Questions of each task.")] = 500,
+    threads: Threads = 1,
+) -> None:
+    """Answer the six zero-shot tasks with smollm2 as each tool quantised it, in float32 on torch."""
+    torch.set_num_threads(threads)
+    name, harness = "smollm2", find_harness()
+    model, _ = _load(name)
+    served = harness.wrap(model, load_tokenizer(MODELS[name].model), batch_size=16)
+    original = _original(name, model)
+    with open_tasks(harness, list(TASKS), data) as opened:
+        for peer, row, options, bits in _rows(name, only, setting, width, known=_records(TASK_RECORDS)):
+            weights, outcome = _quantise(name, peer, row, options, bits, original, threads)
+            if weights is not None:
+                _install(model, weights)
+                found = {one: harness.score(served, task, limit=limit) for one, task in opened.items()}
+                outcome = {"accuracy": {one: found[one][f"{TASKS[one].metric},none"] for one in TASKS}}
+            record = {"model": name, "peer": peer, "setting": row, "bits": bits, "limit": limit, **outcome}
+            _append(TASK_RECORDS, {**record, "harness": harness.VERSION, **_origin(peer)})
+
+
+def _rows(
+    model: str,
+    only: list[str] | None,
+    setting: list[str] | None,
+    width: list[int] | None,
+    *,
+    known: list[dict[str, Any]],
+) -> list[Row]:
+    """The rows asked for that have no record among those known."""
+    done = {(record["model"], record["peer"], record["setting"], record["bits"]) for record in known}
+    return [
+        (peer, row, options, bits)
+        for peer in only or SETTINGS
+        for row, options, widths in SETTINGS[peer]
+        if row in (setting or [row])
+        for bits in widths
+        if bits in (width or [bits])
+        if not (peer == "matquant" and MODELS[model].nested is None)
+        if (model, peer, row, bits) not in done
+    ]
+
+
+def _original(stem: str, model: Any) -> dict[str, torch.Tensor]:
+    """The float weights by path, mapped from the cache, so that memory holds one model only."""
+    stored = load_weights(CACHE / f"{stem}.safetensors")
+    return {path: stored[f"{path}.weight"] for path in decoder_linears(model)}
 
 
 def decoder_linears(model: Any) -> list[str]:
@@ -294,22 +343,22 @@ def _versions(peer: str) -> dict[str, str]:
     return {**json.loads(found), **extra}
 
 
-def _append(record: dict[str, Any]) -> None:
+def _append(records: Path, record: dict[str, Any]) -> None:
     line = json.dumps(record, sort_keys=True)
-    with RECORDS.open("a") as file:
+    with records.open("a") as file:
         file.write(line + "\n")
     print(line, flush=True)
 
 
-def _records() -> list[dict[str, Any]]:
-    return [json.loads(line) for line in RECORDS.read_text().splitlines()] if RECORDS.is_file() else []
+def _records(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
 
 
 @app.command()
 def report() -> None:
     """Print a table per model, narrow widths first."""
     for name in MODELS:
-        mine = [record for record in _records() if record["model"] == name]
+        mine = [record for record in _records(RECORDS) if record["model"] == name]
         reference = next((r["log_perplexity"] for r in mine if r["peer"] == "float"), math.nan)
         print(f"\n## {name}\n")
         print(

@@ -223,7 +223,7 @@ def test_bytes_per_token_are_those_of_the_planes_that_a_width_reads(engine: matq
     rows = sum(w.planes.rows for w in engine.model.weights.values())
     for bits, read in ((8, 8), (7, 8), (6, 6), (5, 6), (4, 4), (3, 3), (2, 2), (1, 2)):
         found = engine.model.bytes_per_token(engine.widths(bits))
-        scales = 4 if bits in (2, 3, 4) else 2  # the zero-points of int8 are all equal, and one number
+        scales = 4 if bits in (2, 3, 4, 5) else 2  # the zero-points of int8 are all equal, and one number
         assert found == weights * read // 8 + rows * scales + 4096 * 256 * 2
 
 

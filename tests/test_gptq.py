@@ -1,5 +1,6 @@
 """Nested GPTQ against its slow oracle, its one Hessian against the layer's inputs, its errors against bad input."""
 
+import dataclasses
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -146,7 +147,7 @@ def test_refitted_affines_are_the_normal_equations_solution(group_size: int | No
     noise = torch.from_numpy(np.random.default_rng(0).normal(size=(N, K)))
     codes = (2 * weight + noise + 3.5).round().clamp(0, 7)
     fallback = tuple(part.double() for part in fit_grid(weight.float(), bits=3, group_size=group_size, symmetric=False))
-    scale, zero = refit_affine(weight, codes, hessian, bits=3, fallback=fallback)
+    scale, zero = refit_affine(weight, codes, hessian, fallback=fallback)
     expected_scale, expected_zero = oracle.refit_affine(weight.numpy(), codes.numpy(), hessian.numpy(), group_size or K)
     usable = (expected_scale > 2**-20).all(1)
     assert usable.any()
@@ -154,6 +155,18 @@ def test_refitted_affines_are_the_normal_equations_solution(group_size: int | No
     np.testing.assert_allclose(
         (scale * zero).numpy()[usable], (expected_scale * expected_zero)[usable], rtol=0.02, atol=0.02
     )
+
+
+def fitted_scales(positions: torch.Tensor, weight: torch.Tensor, hessian: torch.Tensor, group_size: int) -> np.ndarray:
+    """The scales [N, G] of positions [N, K] that minimise d H d^T: D^T H D s = D^T H w, one column of D a group."""
+    found = np.zeros((N, K // group_size))
+    for row in range(N):
+        design = np.zeros((K, K // group_size))
+        for column in range(K):
+            design[column, column // group_size] = float(positions[row, column])
+        left = design.T @ hessian.numpy() @ design
+        found[row] = np.linalg.solve(left, design.T @ hessian.numpy() @ weight[row].numpy())
+    return found
 
 
 @pytest.mark.parametrize("group_size", [None, 8])
@@ -165,21 +178,34 @@ def test_refitted_scales_about_the_centre_are_the_normal_equations_solution(grou
         torch.full((N, K // (group_size or K)), 9.0).double(),
         torch.full((N, K // (group_size or K)), 3.5).double(),
     )
-    scale, zero = refit_affine(weight, codes, hessian, bits=3, fallback=fallback, zeros=CENTRE)
+    scale, zero = refit_affine(weight, codes, hessian, fallback=fallback, zeros=CENTRE)
     assert bool((zero == 3.5).all())
-    expected = np.zeros(scale.shape)
-    for row in range(N):  # d = w - D s with one column of D a group, D^T H D s = D^T H w
-        design = np.zeros((K, scale.shape[1]))
-        for column in range(K):
-            design[column, column // (group_size or K)] = float(codes[row, column]) - 3.5
-        left = design.T @ hessian.numpy() @ design
-        expected[row] = np.linalg.solve(left, design.T @ hessian.numpy() @ weight[row].numpy())
+    expected = fitted_scales(codes - 3.5, weight, hessian, group_size or K)
     usable = (expected > 2**-20).all(1)
     assert usable.any()
     np.testing.assert_allclose(scale.numpy()[usable], expected[usable], rtol=2**-8)  # stored with 8 bits
-    own, _ = refit_affine(weight, codes, hessian, bits=3, fallback=fallback)
+    own, _ = refit_affine(weight, codes, hessian, fallback=fallback)
     with pytest.raises(AssertionError):
         np.testing.assert_allclose(own.numpy()[usable], expected[usable], rtol=2**-8)
+
+
+@each("kind", [UNIFORM, COMPANDED])
+@each("group_size", [None, 8])
+@each("symmetric", [True, False])
+def test_the_8_bit_scale_is_the_best_for_the_chosen_codes(kind: str, group_size: int | None, symmetric: bool) -> None:
+    if kind == COMPANDED and not symmetric:
+        return
+    weight, hessian = correlated(2)
+    grid = Grid(rule="prefix", group_size=group_size, symmetric=symmetric, sliced=(2, 4), kind=kind)
+    lambdas = {8: 3.0, 4: 2.0, 2: 1.0}
+    tensor = nested_gptq(weight.float(), hessian.float(), grid, lambdas)
+    zero = tensor.zero.repeat_interleave(group_size or K, dim=1)
+    expected = fitted_scales(tensor.positions(8) - zero, weight, hessian, group_size or K)
+    np.testing.assert_allclose(tensor.scale.numpy(), expected, rtol=2**-7)  # stored with 8 bits, if not worse for it
+    start = clip_groups(weight.float(), hessian.diagonal().float(), grid, lambdas, "weight")
+    assert bool((tensor.scale != start.scale).any())
+    shared = nested_gptq(weight.float(), hessian.float(), dataclasses.replace(grid, affine="none"), lambdas)
+    np.testing.assert_array_equal(shared.scale.numpy(), start.scale.numpy())  # all widths have this one
 
 
 @each("rule", ["prefix", "round", "extra"])

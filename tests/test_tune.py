@@ -165,7 +165,7 @@ def test_a_step_is_that_of_adam_in_units_of_the_row() -> None:
 
 def test_tuning_that_does_not_gain_is_dropped(llama: Path, text_file: Path, tmp_path: Path) -> None:
     plain = run_plain(llama, text_file, tmp_path / "plain", affine="none")
-    wild, records = run(llama, text_file, tmp_path / "wild", tune=2, lr=1e3, affine="none", objective="8,6,4,3,2")
+    wild, records = run(llama, text_file, tmp_path / "wild", tune=2, lr=1e3, affine="none", objective="8,6,5,4,3,2")
     assert records[0]["loss"] == records[0]["loss_before"]
     path = "model.layers.0.mlp.up_proj"
     np.testing.assert_array_equal(open_checkpoint(wild).nested(path).codes, open_checkpoint(plain).nested(path).codes)

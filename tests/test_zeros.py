@@ -45,7 +45,7 @@ def test_every_method_stores_scales_alone(name: str, llama: Path, text_file: Pat
     assert (checkpoint.spec.format, checkpoint.spec.zeros) == (3, "centre")
     with safe_open(out / SLICES, "np") as file:
         stored = set(file.keys())
-    widths = (2,) if name == "baseline" else (2, 3, 4)
+    widths = (2,) if name == "baseline" else (2, 3, 4, 5)
     assert stored == {f"{path}.{bits}.scale" for path in checkpoint.shapes for bits in widths}
     for path in checkpoint.shapes:
         tensor = checkpoint.nested(path)
@@ -73,12 +73,12 @@ def test_they_cost_half_the_bytes_of_scales_and_zeros(llama: Path, tmp_path: Pat
         )
         for path, (rows, columns) in own.shapes.items():
             groups = 1 if group_size is None else columns // group_size
-            for bits in (2, 3, 4):
+            for bits in (2, 3, 4, 5):
                 assert size_bytes(own, path, bits) - size_bytes(centre, path, bits) == 2 * rows * groups
             for bits in (6, 8):
                 assert size_bytes(own, path, bits) == size_bytes(centre, path, bits)
         real = (own.directory / SLICES).stat().st_size - (centre.directory / SLICES).stat().st_size
-        counted = sum(size_bytes(own, p, b) - size_bytes(centre, p, b) for p in own.shapes for b in (2, 3, 4))
+        counted = sum(size_bytes(own, p, b) - size_bytes(centre, p, b) for p in own.shapes for b in (2, 3, 4, 5))
         assert counted < real < 1.5 * counted + 4096  # and the names of the tensors
 
 

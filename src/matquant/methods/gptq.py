@@ -21,7 +21,16 @@ from typing import Any
 
 import torch
 
-from matquant.core.nest import MASTER_BITS, centred_codes, labels_of, positions, slice_codes, stored_codes
+from matquant.core.nest import (
+    CENTRE,
+    MASTER_BITS,
+    centred_codes,
+    labels_of,
+    positions,
+    slice_codes,
+    stored_codes,
+)
+from matquant.core.nest import FLOAT as FLOAT_GRID
 from matquant.core.tensor import Affine, NestedTensor
 from matquant.distributed.collect import own_rows, together, total_values
 from matquant.distributed.nested import cut_rows
@@ -79,33 +88,44 @@ def nested_gptq(
     """Return the nested codes of one weight, as torch tensors like ``fake.nest``.
 
     hessian: X^T X up to a factor; weights: width -> lambda (ignored by a dedicated baseline, ``grid.bits`` below 8).
-    sweeps: rounds of ``sweep``; scales and zero-points are refitted before each round and at the end.
+    sweeps: rounds of ``sweep``; scales and zero-points are refitted before each round and at the end, those of
+    ``grid.sliced`` and, for int8, the 8-bit scale.
     """
     factor = factor or inverse_factor(hessian_KK, damp=Settings.damp, name=name)
     dedicated = grid.bits < MASTER_BITS
     weights = {grid.bits: 1.0} if dedicated else weights
-    start = clip_groups(weight_NK, hessian_KK.diagonal(), grid, weights, name)
-    affines = {bits: start.affine(bits) for bits in ({grid.bits} if dedicated else {MASTER_BITS, *weights})}
-    codes = nested_codes(weight_NK, factor, affines, weights, rule=grid.rule, grid=grid.kind)
+    tensor = clip_groups(weight_NK, hessian_KK.diagonal(), grid, weights, name)
+    widths = {grid.bits} if dedicated else {MASTER_BITS, *weights}
     own = tuple(bits for bits in grid.sliced if grid.affine != "none")
 
-    def refit(bits: int) -> Affine:
-        sliced = codes if dedicated else slice_codes(codes, bits, rule=grid.rule)
-        fallback = affines.get(bits) or start.affine(bits)
-        position = positions(sliced, bits, grid=grid.kind)
-        return refit_affine(weight_NK, position, hessian_KK, bits=bits, fallback=fallback, zeros=grid.zeros)
+    def affines() -> dict[int, Affine]:
+        return {bits: tensor.affine(bits) for bits in widths}
 
+    def refit(bits: int, zeros: str) -> Affine:
+        sliced = codes if dedicated else slice_codes(codes, bits, rule=grid.rule)
+        position = positions(sliced, bits, grid=grid.kind)
+        return refit_affine(weight_NK, position, hessian_KK, fallback=tensor.affine(bits), zeros=zeros)
+
+    def refitted(own: Iterable[int]) -> NestedTensor:
+        # the 8-bit grid keeps its zero-point, and the float grid its power of two
+        fixed = dedicated or grid.affine == "none" or grid.kind == FLOAT_GRID
+        scale = tensor.scale if fixed else refit(MASTER_BITS, CENTRE)[0]
+        return dataclasses.replace(
+            tensor, scale=scale, slices=tensor.slices | {bits: refit(bits, grid.zeros) for bits in own}
+        )
+
+    codes = nested_codes(weight_NK, factor, affines(), weights, rule=grid.rule, grid=grid.kind)
     damped = hessian_KK.clone()
     damped.diagonal().add_(factor.damp * hessian_KK.diagonal().mean())
     for _ in range(sweeps):
-        affines |= {bits: refit(bits) for bits in own if bits in affines}
-        codes = sweep(weight_NK, codes, damped, affines, weights, rule=grid.rule, grid=grid.kind)
-    slices = dict(start.slices) | {bits: refit(bits) for bits in own}
+        tensor = refitted(widths.intersection(own))
+        codes = sweep(weight_NK, codes, damped, affines(), weights, rule=grid.rule, grid=grid.kind)
+    tensor = refitted(own)
     if dedicated:
         codes = centred_codes(codes, grid.bits)  # as fake.nest stores them
     # of codes with equal positions, the one that is read back
     codes = labels_of(stored_codes(codes, grid=grid.kind), grid=grid.kind)
-    return dataclasses.replace(start, codes=codes, slices=slices)
+    return dataclasses.replace(tensor, codes=codes)
 
 
 def _solve(job: Job, block: Block, settings: Settings) -> Solved:

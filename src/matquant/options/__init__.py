@@ -47,7 +47,7 @@ METHODS: dict[str, Method] = {
         streamed=True,
         learns_affine=False,
         affine="refit",
-        objective="8,6,4,3,2",
+        objective="8,6,5,4,3,2",
         lambdas=gptq.default_lambda,
     ),
     "omniquant": Method(

@@ -44,7 +44,7 @@ class Settings:
     freeze: int = shared.freeze(4)
     gptq_weights: Sequence[float] | None = option(
         None,
-        "Loss weights of the first stage, of widths 8, 6, 4, 3 and 2.",
+        "Loss weights of the first stage, of widths 8, 6, 5, 4, 3 and 2.",
         panel=TRAINING,
         metavar="NUMBERS",
         parse=lambda text: read_numbers(text, float, "--gptq-weights"),

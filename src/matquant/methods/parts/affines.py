@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 
 from matquant.core.grid import SMALLEST_SCALE, storable_scale
-from matquant.core.nest import CENTRE, OWN, middle
+from matquant.core.nest import OWN
 from matquant.core.tensor import Affine, NestedTensor
 from matquant.methods.parts.fake import Grid, Learned, nest
 
@@ -46,24 +46,23 @@ def refit_affine(
     position_NK: torch.Tensor,
     hessian_KK: torch.Tensor,
     *,
-    bits: int,
     fallback: Affine,
     zeros: str = OWN,
 ) -> Affine:
     """Fit scale and zero-point of r-bit positions, [N, G] each, as stored, in the norm of H.
 
     They minimise d H d^T with d = w - scale*(position - zero) over all groups of a row together; the zero-point is
-    mid-range with ``zeros`` CENTRE. Rows that do not improve keep ``fallback``.
+    that of ``fallback`` unless ``zeros`` is OWN. Rows that do not improve keep ``fallback``.
     """
     rows, columns = weight_NK.shape
     groups = fallback[0].shape[1]
     size = columns // groups
     hessian = hessian_KK.to(weight_NK.dtype)
-    base = middle(bits) if zeros == CENTRE else 0.0
-    code_NGK = (position_NK.to(weight_NK.dtype) - base).reshape(rows, groups, size)
+    base_NG = torch.zeros_like(fallback[1]) if zeros == OWN else fallback[1].to(weight_NK.dtype)
+    code_NGK = position_NK.to(weight_NK.dtype).reshape(rows, groups, size) - base_NG[:, :, None]
     # The regressors of a row are its codes and, for stored zero-points, ones, group by group:
     # w = sum_g scale_g code_g - offset_g one_g.
-    features = groups if zeros == CENTRE else 2 * groups
+    features = 2 * groups if zeros == OWN else groups
     gram = weight_NK.new_empty(rows, features, features)
     right = weight_NK.new_empty(rows, features)
     for group in range(groups):
@@ -82,7 +81,7 @@ def refit_affine(
     solution, failed = torch.linalg.solve_ex(gram, right)
     scale = solution[:, :groups]
     stored = storable_scale(scale.clamp(min=SMALLEST_SCALE)).to(weight_NK.dtype)
-    zero = torch.full_like(scale, base)
+    zero = base_NG
     if zeros == OWN:
         mean, offset = code_NGK.mean(-1), -solution[:, groups:]
         zero = (mean - (mean * scale - offset) / stored).half().to(weight_NK.dtype)
