@@ -110,9 +110,8 @@ def nested_gptq(
         # the 8-bit grid keeps its zero-point, and the float grid its power of two
         fixed = dedicated or grid.affine == "none" or grid.kind == FLOAT_GRID
         scale = tensor.scale if fixed else refit(MASTER_BITS, CENTRE)[0]
-        return dataclasses.replace(
-            tensor, scale=scale, slices=tensor.slices | {bits: refit(bits, grid.zeros) for bits in own}
-        )
+        slices = {**tensor.slices, **{bits: refit(bits, grid.zeros) for bits in own}}
+        return dataclasses.replace(tensor, scale=scale, slices=slices)
 
     codes = nested_codes(weight_NK, factor, affines(), weights, rule=grid.rule, grid=grid.kind)
     damped = hessian_KK.clone()
