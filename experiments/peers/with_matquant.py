@@ -1,8 +1,8 @@
 """Worker: a slice or a plan of a nested checkpoint. ``python with_matquant.py FOLDER`` reads FOLDER/job.json.
 
 options: recipe names the checkpoint among those of ``make smollm2 RECIPE=...``. Every layer has the width ``bits``, or
-with budget, in bits per weight of the decoder's layers alone, the width of a plan: that of ``matquant plan`` with
-SAMPLES sequences of the calibration text, EVALUATIONS and WIDTHS, and embedding and head fixed at int8. Only the
+with budget, in bits per weight of the decoder's layers alone, the width of a plan: that of ``matquant plan --no-fused
+--evaluations 0`` with SAMPLES sequences of the calibration text and WIDTHS, and embedding and head fixed at int8. Only the
 layers' weights are written, so embedding and head stay float as in every other row.
 """
 
@@ -29,7 +29,7 @@ from matquant.planning.sensitivity import SEQ_LEN, Losses
 
 NAME = "SmolLM2-135M-Instruct"  # as examples/smollm2/run.py calls its checkpoints
 WIDTHS = (2, 3, 4, 5, 6, 8)
-SAMPLES, EVALUATIONS = 4, 25
+SAMPLES = 8
 
 
 def main(folder: Path) -> None:
@@ -56,7 +56,7 @@ def _search(
     windows = cut_windows(ids_SL.ravel(), SEQ_LEN)[:SAMPLES]
     with Losses(checkpoint, windows) as losses:
         budget = layers_budget(checkpoint, paths, bits_per_weight)
-        plan, facts = make_plan(checkpoint, budget, widths=WIDTHS, losses=losses, evaluations=EVALUATIONS)
+        plan, facts = make_plan(checkpoint, budget, widths=WIDTHS, losses=losses, fused=False, evaluations=0)
     return {path: plan[path] for path in paths}, facts
 
 

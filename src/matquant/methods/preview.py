@@ -56,7 +56,7 @@ def describe(prepared: Prepared) -> list[str]:
     )
     size = "one group per row" if prepared.group_size is None else str(prepared.group_size)
     lines.append(f"group size   {size}{_because(prepared, 'group_size')}")
-    zero_point = "" if request.affine == "none" else f", zero-points of int2 to int4 {common.zero_point}"
+    zero_point = "" if request.affine == "none" else f", zero-points of int2 to int5 {common.zero_point}"
     lines.append(f"grid         {common.grid}, rule {common.rule}{zero_point}")
     if request.widths:
         lines.append(f"objective    {request.objective}")

@@ -106,14 +106,14 @@ class Common:
     )
     affine: str | None = option(
         None,
-        "Per-width scale and zero-point of int2 to int4: none (reuse int8's), refit (least squares) or learned.",
+        "Per-width scale and zero-point of int2 to int5: none (reuse int8's), refit (least squares) or learned.",
         panel=GRID,
         choices=AFFINES,
         shown="by method",
     )
     zero_point: str = option(
         STORED,
-        "Zero-point of int2 to int4: stored, or fixed at mid-range and not stored.",
+        "Zero-point of int2 to int5: stored, or fixed at mid-range and not stored.",
         panel=GRID,
         choices=(STORED, MIDRANGE),
     )

@@ -1,7 +1,7 @@
 """Choose a symmetric or an asymmetric 8-bit grid for round to nearest, unless the user chose one.
 
 A symmetric grid may spend codes on a side of 0 that a group does not use, which matters at 4 bits. An asymmetric grid
-covers exactly the group's range. It costs nothing at int2 to int4, which have per-width scales and zero-points, and
+covers exactly the group's range. It costs nothing at int2 to int5, which have per-width scales and zero-points, and
 0.375 bits per weight at the other widths in groups of 64; fewer formats hold its 8-bit codes (docs/engines.md). So both
 are tried on some rows of every weight, and the asymmetric grid is used if it is clearly better.
 
