@@ -2,8 +2,8 @@
 
 options: recipe names the checkpoint among those of ``make smollm2 RECIPE=...``. Every layer has the width ``bits``, or
 with budget, in bits per weight of the decoder's layers alone, the width of a plan: that of ``matquant plan --no-fused
---evaluations 0`` with SAMPLES sequences of the calibration text and WIDTHS, and embedding and head fixed at int8. Only the
-layers' weights are written, so embedding and head stay float as in every other row.
+--evaluations 0`` with SAMPLES sequences of the calibration text and WIDTHS, and embedding and head fixed at int8. Only
+the layers' weights are written, so embedding and head stay float as in every other row.
 """
 
 import json
