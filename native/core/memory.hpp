@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <memory>
 
+#include "core/layout.hpp"
+
 namespace matquant {
 
 enum class Pages {
@@ -13,8 +15,8 @@ enum class Pages {
 };
 
 // Memories in huge pages share them with those of the same pool only, so that a pool's memories can be given back while
-// those of another stay.
-constexpr int POOLS = 6;
+// those of another stay: one for each plane, 1 + its number, and one for all else.
+constexpr int POOLS = 1 + PLANE_COUNT;
 
 // Throws std::bad_alloc. Nothing is mapped for zero bytes.
 class Memory {
