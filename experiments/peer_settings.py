@@ -112,10 +112,11 @@ SETTINGS: dict[str, tuple[tuple[str, dict[str, Any], tuple[int, ...]], ...]] = {
     ),
     "matquant": (
         ("balanced", {"recipe": "balanced"}, (2, 3, 4, 5, 6, 8)),
-        # as many bits as IQ4_XS, Q3_K_M and Q4_K_M take of smollm2
+        # as many bits as IQ4_XS, Q3_K_M and Q4_K_M take of smollm2, and 0.1 more than the last
         ("balanced, plan of 4.43 bits", {"recipe": "balanced", "budget": 4.43}, (4,)),
         ("balanced, plan of 4.63 bits", {"recipe": "balanced", "budget": 4.63}, (4,)),
         ("balanced, plan of 5.53 bits", {"recipe": "balanced", "budget": 5.53}, (5,)),
+        ("balanced, plan of 5.63 bits", {"recipe": "balanced", "budget": 5.63}, (5,)),
         ("best", {"recipe": "best"}, (2, 3, 4, 5, 6, 8)),
         ("best, plan of 4.63 bits", {"recipe": "best", "budget": 4.63}, (4,)),
         ("best, plan of 5.53 bits", {"recipe": "best", "budget": 5.53}, (5,)),
