@@ -202,7 +202,7 @@ TUNED: Options = {"tune": 60, "autocast": bf16_is_fast()}
 
 def _one_pass() -> dict[str, Cell]:
     """Nested GPTQ and its dedicated passes."""
-    gptq: Options = {"method": "gptq"}
+    gptq: Options = {"method": "gptq", "objective": "8,6,4,3,2"}  # the widths of the records
     cells = {
         f"gptq+ int{bits}": Cell(what=f"dedicated int{bits}", options={**gptq, "baseline_bits": bits})
         for bits in (8, 6, 4, 3, 2)
