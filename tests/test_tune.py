@@ -196,7 +196,7 @@ def test_a_tuned_run_resumed_at_a_block_ends_with_the_same_bits(llama: Path, tex
 
 @pytest.mark.slow
 def test_bf16_tunes_too(llama: Path, text_file: Path, tmp_path: Path) -> None:
-    _, records = run(llama, text_file, tmp_path / "out", autocast=True, tune=10)
+    _, records = run(llama, text_file, tmp_path / "out", autocast=True)
     assert records[0]["loss"]["2"] < records[0]["loss_before"]["2"]
 
 

@@ -45,9 +45,11 @@ from matquant.methods.parts.layer import Layer, check_losses
 from matquant.methods.parts.masters import chain, encode_masters, release_blocked
 from matquant.methods.parts.readings import read_losses, steps_at_once
 from matquant.methods.parts.share import sum_gradients
+from matquant.options.objective import Width
 
 BETAS, EPSILON = (0.9, 0.95), 1e-12
 AFFINE_RATE = 0.2  # learning rate of scales and zero-points, relative to the masters'
+FOLLOWER, LEADERS = 5, {4, 6}  # int5 is not tuned beside int4 and int6: with a sixth master short runs gain nothing
 JUDGED = 16  # number of batches, or a few more, whose loss decides whether to keep tuned codes
 TINY = torch.finfo(torch.float32).tiny
 
@@ -94,13 +96,14 @@ def tune_block(
     """
     layer = Layer(block, job.dtypes)
     targets = layer.targets(autocast=autocast)
-    widths = [width.bits for width in job.objective]
+    objective = _tuned(job.objective)
+    widths = [width.bits for width in objective]
     every = max(1, len(block.share.batches) // JUDGED)
 
     distances = functools.partial(layer.distances, targets=targets, widths=widths, autocast=autocast, every=every)
     before = distances(nested)
     check_losses(before, block.name, "the start")
-    lambdas = {width.bits: width.weight / max(before[width.bits], TINY) for width in job.objective}
+    lambdas = {width.bits: width.weight / max(before[width.bits], TINY) for width in objective}
     floats = dict(layer.weights({}))
     weights = {path: _start(floats[path], tensor, job.grid, widths) for path, tensor in nested.items()}
     adam = Adam([item for weight in weights.values() for item in weight.moved()])
@@ -122,6 +125,12 @@ def tune_block(
     better = sum(lambdas[bits] * (after[bits] - before[bits]) for bits in widths) < 0
     named = [{str(bits): loss for bits, loss in losses.items()} for losses in (after if better else before, before)]
     return tuned if better else dict(nested), {"loss": named[0], "loss_before": named[1], "tuned": steps}
+
+
+def _tuned(objective: Sequence[Width]) -> list[Width]:
+    """Return the widths that are tuned. int5 beside int4 and int6 gets what their masters leave, and a fitted scale."""
+    follows = {width.bits for width in objective} >= LEADERS
+    return [width for width in objective if not (follows and width.bits == FOLLOWER)]
 
 
 def _start(weight_NK: torch.Tensor, nested: NestedTensor, grid: Grid, widths: Sequence[int]) -> _Weight:
