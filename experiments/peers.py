@@ -118,8 +118,7 @@ def run(
                 outcome = {**outcome, **_measure(float_model, windows, reference, original, outcome["bytes_by_part"])}
                 if peer != "matquant":  # whose int8 shares its codes with int2
                     _check_read_back(outcome["log_perplexity"], reference.log_perplexity, bits, f"{peer}, {row}")
-            record = {"model": name, "peer": peer, "setting": row, "bits": bits, **outcome, **_origin(peer)}
-            _append(RECORDS, record)
+            _append(RECORDS, {"model": name, "peer": peer, "setting": row, "bits": bits, **outcome})
 
 
 @app.command()
@@ -137,15 +136,16 @@ def tasks(
     model, _ = _load(name)
     served = harness.wrap(model, load_tokenizer(MODELS[name].model), batch_size=16)
     original = _original(name, model)
+    known = [record for record in _records(TASK_RECORDS) if record["limit"] == limit]
     with open_tasks(harness, list(TASKS), data) as opened:
-        for peer, row, options, bits in _rows(name, only, setting, width, known=_records(TASK_RECORDS)):
+        for peer, row, options, bits in _rows(name, only, setting, width, known=known):
             weights, outcome = _quantise(name, peer, row, options, bits, original, threads)
             if weights is not None:
                 _install(model, weights)
                 found = {one: harness.score(served, task, limit=limit) for one, task in opened.items()}
                 outcome = {"accuracy": {one: found[one][f"{TASKS[one].metric},none"] for one in TASKS}}
-            record = {"model": name, "peer": peer, "setting": row, "bits": bits, "limit": limit, **outcome}
-            _append(TASK_RECORDS, {**record, "harness": harness.VERSION, **_origin(peer)})
+            about = {"limit": limit, "harness": harness.VERSION}
+            _append(TASK_RECORDS, {"model": name, "peer": peer, "setting": row, "bits": bits, **about, **outcome})
 
 
 def _rows(
@@ -344,7 +344,7 @@ def _versions(peer: str) -> dict[str, str]:
 
 
 def _append(records: Path, record: dict[str, Any]) -> None:
-    line = json.dumps(record, sort_keys=True)
+    line = json.dumps({**record, **_origin(record["peer"])}, sort_keys=True)
     with records.open("a") as file:
         file.write(line + "\n")
     print(line, flush=True)

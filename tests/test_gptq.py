@@ -178,7 +178,7 @@ def test_refitted_scales_about_the_centre_are_the_normal_equations_solution(grou
         torch.full((N, K // (group_size or K)), 9.0).double(),
         torch.full((N, K // (group_size or K)), 3.5).double(),
     )
-    scale, zero = refit_affine(weight, codes, hessian, fallback=fallback, zeros=CENTRE)
+    scale, zero = refit_affine(weight, codes, hessian, fallback=fallback, fits_zero=False)
     assert bool((zero == 3.5).all())
     expected = fitted_scales(codes - 3.5, weight, hessian, group_size or K)
     usable = (expected > 2**-20).all(1)

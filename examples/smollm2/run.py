@@ -117,7 +117,7 @@ def quantise(model: Path, target: Path, recipe: str) -> None:
 
 
 def evaluate(checkpoint: Path, target: Path, texts: list[Path], model: Path) -> None:
-    """Measure log-perplexity at every trained width, and of the float reference."""
+    """Measure log-perplexity at every width that GPTQ optimises, and of the float reference."""
     options = [word for text in texts for word in ("--text", text)]
     sizes = ("--seq-len", CONTEXT, "--max-tokens", TOKENS, "--bits", "8,6,5,4,3,2")
     verb("eval", checkpoint, *options, "--reference", model, *sizes, "--json", target)

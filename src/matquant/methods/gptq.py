@@ -21,16 +21,16 @@ from typing import Any
 
 import torch
 
+from matquant.core.nest import FLOAT as FLOAT_GRID
 from matquant.core.nest import (
-    CENTRE,
     MASTER_BITS,
+    OWN,
     centred_codes,
     labels_of,
     positions,
     slice_codes,
     stored_codes,
 )
-from matquant.core.nest import FLOAT as FLOAT_GRID
 from matquant.core.tensor import Affine, NestedTensor
 from matquant.distributed.collect import own_rows, together, total_values
 from matquant.distributed.nested import cut_rows
@@ -101,17 +101,17 @@ def nested_gptq(
     def affines() -> dict[int, Affine]:
         return {bits: tensor.affine(bits) for bits in widths}
 
-    def refit(bits: int, zeros: str) -> Affine:
+    def refit(bits: int, *, fits_zero: bool) -> Affine:
         sliced = codes if dedicated else slice_codes(codes, bits, rule=grid.rule)
         position = positions(sliced, bits, grid=grid.kind)
-        return refit_affine(weight_NK, position, hessian_KK, fallback=tensor.affine(bits), zeros=zeros)
+        return refit_affine(weight_NK, position, hessian_KK, fallback=tensor.affine(bits), fits_zero=fits_zero)
 
-    def refitted(own: Iterable[int]) -> NestedTensor:
+    def refitted(sliced: Iterable[int]) -> NestedTensor:
         # the 8-bit grid keeps its zero-point, and the float grid its power of two
         fixed = dedicated or grid.affine == "none" or grid.kind == FLOAT_GRID
-        scale = tensor.scale if fixed else refit(MASTER_BITS, CENTRE)[0]
-        slices = {**tensor.slices, **{bits: refit(bits, grid.zeros) for bits in own}}
-        return dataclasses.replace(tensor, scale=scale, slices=slices)
+        scale = tensor.scale if fixed else refit(MASTER_BITS, fits_zero=False)[0]
+        slices = {bits: refit(bits, fits_zero=grid.zeros == OWN) for bits in sliced}
+        return dataclasses.replace(tensor, scale=scale, slices={**tensor.slices, **slices})
 
     codes = nested_codes(weight_NK, factor, affines(), weights, rule=grid.rule, grid=grid.kind)
     damped = hessian_KK.clone()

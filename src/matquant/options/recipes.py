@@ -18,7 +18,8 @@ from matquant.system.errors import InputError
 
 DEFAULT = "balanced"
 WIDTHS = (8, 6, 4, 3, 2)  # at which recipes were measured
-# Their loss weights in GPTQ: better int8 to int4 than gptq's default, worse int3 and int2 (experiments/layerwise.py).
+# Loss weights of int8, 6, 5, 4, 3 and 2 in GPTQ: better int8 to int4 than gptq's default, worse int3 and int2
+# (docs/methods.md, experiments/log.md).
 WIDE = (112.0, 28.0, 3.0, 7.0, 3.2, 1.05)
 
 

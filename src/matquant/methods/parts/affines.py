@@ -11,7 +11,6 @@ from collections.abc import Mapping
 import torch
 
 from matquant.core.grid import SMALLEST_SCALE, storable_scale
-from matquant.core.nest import OWN
 from matquant.core.tensor import Affine, NestedTensor
 from matquant.methods.parts.fake import Grid, Learned, nest
 
@@ -47,22 +46,22 @@ def refit_affine(
     hessian_KK: torch.Tensor,
     *,
     fallback: Affine,
-    zeros: str = OWN,
+    fits_zero: bool = True,
 ) -> Affine:
     """Fit scale and zero-point of r-bit positions, [N, G] each, as stored, in the norm of H.
 
     They minimise d H d^T with d = w - scale*(position - zero) over all groups of a row together; the zero-point is
-    that of ``fallback`` unless ``zeros`` is OWN. Rows that do not improve keep ``fallback``.
+    that of ``fallback`` unless ``fits_zero``. Rows that do not improve keep ``fallback``.
     """
     rows, columns = weight_NK.shape
     groups = fallback[0].shape[1]
     size = columns // groups
     hessian = hessian_KK.to(weight_NK.dtype)
-    base_NG = torch.zeros_like(fallback[1]) if zeros == OWN else fallback[1].to(weight_NK.dtype)
+    base_NG = torch.zeros_like(fallback[1]) if fits_zero else fallback[1].to(weight_NK.dtype)
     code_NGK = position_NK.to(weight_NK.dtype).reshape(rows, groups, size) - base_NG[:, :, None]
     # The regressors of a row are its codes and, for stored zero-points, ones, group by group:
     # w = sum_g scale_g code_g - offset_g one_g.
-    features = 2 * groups if zeros == OWN else groups
+    features = 2 * groups if fits_zero else groups
     gram = weight_NK.new_empty(rows, features, features)
     right = weight_NK.new_empty(rows, features)
     for group in range(groups):
@@ -71,7 +70,7 @@ def refit_affine(
         gram[:, group, :groups] = (code_H * code_NGK).sum(-1)
         gram[:, group, groups:] = code_H.sum(-1)[:, : features - groups]
         right[:, group] = (code_H * weight_NK.reshape(rows, groups, size)).sum(-1).sum(-1)
-    if zeros == OWN:
+    if fits_zero:
         ones_GK = torch.eye(groups, dtype=weight_NK.dtype, device=weight_NK.device).repeat_interleave(size, dim=1)
         ones_H = ones_GK @ hessian
         gram[:, groups:, :groups] = gram[:, :groups, groups:].transpose(1, 2)
@@ -82,7 +81,7 @@ def refit_affine(
     scale = solution[:, :groups]
     stored = storable_scale(scale.clamp(min=SMALLEST_SCALE)).to(weight_NK.dtype)
     zero = base_NG
-    if zeros == OWN:
+    if fits_zero:
         mean, offset = code_NGK.mean(-1), -solution[:, groups:]
         zero = (mean - (mean * scale - offset) / stored).half().to(weight_NK.dtype)
     usable = (failed == 0)[:, None] & (scale >= SMALLEST_SCALE) & zero.isfinite()
