@@ -27,9 +27,11 @@ from matquant.hf.text import cut_windows, read_documents, token_stream
 from matquant.hf_torch.loading import load_float, load_tokenizer
 from matquant.methods.gptq import nested_gptq
 from matquant.methods.parts.fake import Grid
+from matquant.methods.quantize import AFFINE_WIDTHS
 from matquant.options.gptq import default_lambda
+from matquant.options.recipes import WIDE
 
-WIDTHS = (8, 6, 4, 3, 2)
+WIDTHS = (8, 6, 5, 4, 3, 2)
 ROWS, TOKENS, WINDOW = 128, 16384, 1024
 PATHS = [f"model.layers.{layer}.{name}" for name in ("self_attn.q_proj", "mlp.gate_proj") for layer in (2, 15, 27)]
 
@@ -72,7 +74,8 @@ def candidates(dedicated: dict[int, float]) -> dict[str, dict[int, float]]:
     """Name -> lambdas, given the errors of dedicated models."""
     ratios = {bits: dedicated[2] / dedicated[bits] for bits in WIDTHS}
     powers = {f"power {power}": {bits: ratios[bits] ** power for bits in WIDTHS} for power in (0.35, 0.5, 0.7)}
-    return {"today": {bits: default_lambda(bits) for bits in WIDTHS}, **powers}
+    wide = dict(zip(WIDTHS, WIDE, strict=True))
+    return {"gptq's default": {bits: default_lambda(bits) for bits in WIDTHS}, "the recipes'": wide, **powers}
 
 
 def main() -> None:
@@ -89,7 +92,7 @@ def main() -> None:
         collected: dict[str, Any] = collect(args.model, args.text)
         np.savez(args.cache, **collected)
     arrays = dict(np.load(args.cache))
-    grid = Grid(rule="prefix", group_size=args.group_size, affine="refit", zeros=CENTRE, sliced=(2, 3, 4))
+    grid = Grid(rule="prefix", group_size=args.group_size, affine="refit", zeros=CENTRE, sliced=AFFINE_WIDTHS)
     rows: dict[str, dict[int, float]] = {}
 
     def show(name: str, found: dict[int, float], began: float) -> None:

@@ -620,7 +620,7 @@ def _plans(best: Best) -> list[str]:
         "## Mix'n'Match (Figure 2)",
         "",
         "Plans of one checkpoint ([docs/plans.md](../docs/plans.md)): log-perplexity on the TEST tokens within a",
-        "budget of bits per weight. The search uses training text only. *interpolated* is the straight line",
+        "budget of bits per weight. The search uses training text only; *search* is with `--fused`, *not fused* the default. *interpolated* is the straight line",
         "between the uniform widths 2, 3, 4, 6 and 8; the best of a row is bold. If a budget allows no mix, all layers",
         "are int2. Plans stay below their budget by up to one layer, the line does not: the last columns compare at",
         "the bits that the plan uses.",

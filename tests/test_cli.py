@@ -1450,7 +1450,6 @@ DEFAULTS: dict[str, dict[str, str]] = {
         "--strategy": "search",
         "--reference": "(the 8-bit model)",
         "--widths": "(search 2,3,4,6,8, others 2,4,8)",
-        "--fused": "fused",
         "--samples": "8",
         "--seq-len": "(the model's context, 512 at most)",
         "--seed": "0",

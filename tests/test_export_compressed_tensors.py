@@ -127,6 +127,21 @@ def test_a_plan_with_zero_points_is_refused(tmp_path: Path) -> None:
     assert [item.name for item in tmp_path.iterdir()] == ["in"]
 
 
+def test_a_plan_that_vllm_cannot_fuse_says_so(tmp_path: Path) -> None:
+    """vLLM fuses q, k and v, and gate and up; transformers reads such a plan."""
+    query, key, down = (f"model.layers.0.{name}_proj" for name in ("self_attn.q", "self_attn.k", "mlp.down"))
+    source = nested_checkpoint(tmp_path / "in", dict.fromkeys((query, key, down), (8, 64)), rule="round", own=False)
+    said: dict[str, list[str]] = {"fused": [], "free": []}
+    for name, bits in (("fused", {query: 4, key: 4}), ("free", {query: 4, down: 4})):
+        plan = Plan(default=8, bits=bits)
+        export(source, tmp_path / name, to="compressed-tensors", plan=plan, notice=said[name].append)
+    told = (
+        f"vLLM does not load this plan: it fuses {key} (int8) and {query} (int4); "
+        "for vLLM make the plan with --fused, or serve the checkpoint itself"
+    )
+    assert said == {"fused": [], "free": [told]}
+
+
 def test_experts_of_several_widths_are_refused(checkpoint_of: Any, tmp_path: Path) -> None:
     """transformers fuses them; attention may have another width."""
     source = checkpoint_of("qwen3_moe", rule="round", affine="none")

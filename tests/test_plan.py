@@ -175,6 +175,15 @@ def test_more_budget_is_never_worse_and_never_exceeded(seed: int, fused: bool) -
     assert again.loss(twice[1]) <= again.loss(twice[0])
 
 
+def test_a_searched_plan_has_a_width_for_each_matrix_unless_told() -> None:
+    made = Made(2, 0)
+    found = search(made, made.budget(4), widths=SEARCHED_WIDTHS)
+    assert any(found[path] != found[path.replace("gate", "up")] for path in found if "gate" in path)
+    assert found == search(made, made.budget(4), widths=SEARCHED_WIDTHS, fused=False)
+    fused = search(Made(2, 0), made.budget(4), widths=SEARCHED_WIDTHS, fused=True)
+    assert made.loss(found) < made.loss(fused)
+
+
 def test_the_search_starts_from_two_neighbouring_widths_cut_inside_a_layer() -> None:
     """Neither sensitivities nor swaps lead to a plan whose linears are fitted to each other."""
     fitted = (2, 2, 2, 2, 3, 3)  # gate and up of the last layer
@@ -221,7 +230,7 @@ def test_paths_that_other_engines_fuse_share_a_width() -> None:
     assert sorted(path for group in groups for path in group) == sorted(paths)
     assert [len(group) for group in groups] == [3, 1, 4, 2] * 2
     assert groups[0] == tuple(path.format(2) for path in attention[:3])  # layer 2 before layer 10
-    assert [len(group) for group in by_width(paths, fused=False)] == [1] * len(paths)
+    assert [len(group) for group in by_width(paths, fused=False)] == [1, 1, 1, 1, 4, 2] * 2  # experts stay together
     assert [len(found) for found in by_layer(paths)] == [10, 10]
 
 

@@ -45,8 +45,8 @@ def plan(
         str | None, Option(help="Widths that a plan may use.", show_default="search 2,3,4,6,8, others 2,4,8")
     ] = None,
     fused: Annotated[
-        bool, Option("--fused/--no-fused", help="Give q, k and v the same width, and gate and up the same width.")
-    ] = True,
+        bool, Option("--fused", help="Give q, k and v the same width, and gate and up, which vLLM needs of exports.")
+    ] = False,
     experts: Annotated[
         bool, Option("--experts", help="Choose a width for each expert, by what it loses and how often it is chosen.")
     ] = False,

@@ -20,6 +20,7 @@ from matquant.format.layout import pack_zeros
 from matquant.format.read import Checkpoint
 from matquant.format.shards import Slot
 from matquant.format.write import stock_config
+from matquant.hf.families import fused_name
 from matquant.system.errors import InputError
 
 MXFP4_FORMAT = "mxfp4-pack-quantized"
@@ -74,8 +75,8 @@ def tensors(container: Container, encoded: Encoded) -> Sequence[np.ndarray]:
     return found
 
 
-def check(job: Job) -> None:
-    """Raise InputError for containers that transformers does not read together."""
+def check(job: Job) -> list[str]:
+    """Return a notice about containers that vLLM does not read together; InputError if transformers does not."""
     kinds = job.held()
     names = ", ".join(kind.name for kind in _by_width(kinds.values()))
     if _asymmetric(job) and len(set(kinds.values())) > 1:
@@ -90,6 +91,15 @@ def check(job: Job) -> None:
             f"--to compressed-tensors does not support experts in {names}: "
             "transformers fuses experts and reads one type for all; use one width for all experts, or --to dense"
         )
+    parts: dict[str, str] = {}  # what vLLM fuses a weight into -> the first weight of it
+    for path, kind in kinds.items():
+        first = parts.setdefault(fused_name(path), path)
+        if kinds[first] != kind:
+            return [
+                f"vLLM does not load this plan: it fuses {first} ({kinds[first].name}) and {path} ({kind.name}); "
+                "for vLLM make the plan with --fused, or serve the checkpoint itself"
+            ]
+    return []
 
 
 def config(job: Job) -> dict[str, Any]:

@@ -8,6 +8,7 @@ Sources: transformers 5.23 (configuration and modeling file of each family), lla
 0.32 (models/), GPTQModel 7.6.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -352,6 +353,16 @@ ARCHITECTURES: dict[str, Family] = {
 
 # The fused linear layers of all families. A plan sees only names of weights, which mean the same in every family.
 FUSED = tuple(dict.fromkeys(names for family in ARCHITECTURES.values() for names in family.fused))
+
+
+def fused_name(path: str) -> str:
+    """Return the name of what a path is fused into: ``...mlp.gate_proj`` -> ``...mlp.gate_up_proj``."""
+    parent, _, name = re.sub(r"\.experts\.\d+\.", ".experts.", path).rpartition(".")
+    for names in FUSED:
+        if name in names:
+            short = "_".join(part.removesuffix("_proj") for part in names)
+            name = f"{short}_proj" if name.endswith("_proj") else short
+    return f"{parent}.{name}"
 
 
 def supported(part: str) -> dict[str, Any]:

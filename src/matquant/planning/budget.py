@@ -5,7 +5,6 @@ A cost is an integer for each path and width: bits on disk (``--bits-per-weight`
 """
 
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -13,7 +12,7 @@ from matquant.core.experts import expert_name
 from matquant.core.nest import check_bits
 from matquant.format.read import Checkpoint
 from matquant.format.sizes import plain_bytes, size_bytes
-from matquant.hf.families import FUSED
+from matquant.hf.families import fused_name
 from matquant.system.arguments import read_size
 from matquant.system.errors import InputError, check_positive
 
@@ -110,25 +109,16 @@ def by_layer(paths: Iterable[str]) -> Groups:
 
 
 def by_width(paths: Iterable[str], *, fused: bool, experts: bool = False) -> Groups:
-    """Return the paths that share a width, in order: with ``fused`` those of FUSED, and all experts of a layer.
+    """Return the paths that share a width, in order: all experts of a layer, and with ``fused`` those of FUSED.
 
     experts: the projections of each expert share a width instead.
     """
     groups: dict[str, list[str]] = {}
     for path in (path for layer in by_layer(paths) for path in layer):
-        expert = expert_name(path) if experts else None
-        groups.setdefault(expert or (group_name(path) if fused else path), []).append(path)
+        expert = expert_name(path)
+        together = fused_name(path) if fused or expert else path
+        groups.setdefault(expert if expert and experts else together, []).append(path)
     return tuple(map(tuple, groups.values()))
-
-
-def group_name(path: str) -> str:
-    """Return the name of the group that a path is fused into: ``...mlp.gate_proj`` -> ``...mlp.gate_up_proj``."""
-    parent, _, name = re.sub(r"\.experts\.\d+\.", ".experts.", path).rpartition(".")
-    for names in FUSED:
-        if name in names:
-            short = "_".join(part.removesuffix("_proj") for part in names)
-            name = f"{short}_proj" if name.endswith("_proj") else short
-    return f"{parent}.{name}"
 
 
 def _layer(path: str) -> int:

@@ -35,7 +35,7 @@ def measure_curves(
     losses: Losses,
     *,
     widths: Sequence[int] = SEARCHED_WIDTHS,
-    fused: bool = True,
+    fused: bool = False,
     evaluations: int,
 ) -> dict[str, list[dict[str, Any]]]:
     """Measure curve name -> [{"bits_per_weight", "bytes", "loss", "log_perplexity", "bits": {path: width}}]."""
@@ -70,7 +70,7 @@ def run(
     *,
     losses: Losses,
     widths: Sequence[int] | None = None,
-    fused: bool = True,
+    fused: bool = False,
     evaluations: int = EVALUATIONS,
     baselines: Path | None = None,
     plot: Path | None = None,

@@ -35,7 +35,7 @@ def run(
     *,
     strategy: str = SEARCH,
     widths: Sequence[int] | None = None,
-    fused: bool = True,
+    fused: bool = False,
     experts: bool = False,
     evaluations: int = EVALUATIONS,
     losses: "Losses | None" = None,
@@ -143,7 +143,7 @@ def make_plan(
     strategy: str = SEARCH,
     widths: Sequence[int],
     losses: "Losses | None" = None,
-    fused: bool = True,
+    fused: bool = False,
     experts: bool = False,
     evaluations: int = EVALUATIONS,
 ) -> tuple[dict[str, int], dict[str, Any]]:

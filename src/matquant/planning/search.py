@@ -51,7 +51,7 @@ def search(
     budget: Budget,
     *,
     widths: Sequence[int],
-    fused: bool = True,
+    fused: bool = False,
     experts: bool = False,
     evaluations: int = EVALUATIONS,
 ) -> dict[str, int]:
