@@ -25,8 +25,10 @@ from safetensors.torch import load_file, save_file
 import conftest
 from conftest import Interrupt
 from matquant import cli
+from matquant.calibration import calibration_text
 from matquant.export import FORMATS
 from matquant.format.contents import summarise
+from matquant.format.manifest import PLAN_CACHE
 from matquant.format.read import open_checkpoint
 from matquant.format.sizes import bits_per_weight
 from matquant.format.verify import verify_checkpoint
@@ -1246,8 +1248,7 @@ def test_the_curve_is_a_record_and_a_picture(run: Run, make: Arguments, tmp_path
         (("--bits-per-weight", "nan"), ("bits_per_weight=nan; give a number above 0",)),
         (("--tokens-per-second", "-1"), ("tokens_per_second=-1.0; give a number above 0",)),
         (("--size", "much"), ("--size 'much' is not a size; give a number and one of B, KB, MB, GB, KiB, MiB, GiB",)),
-        (("--bits-per-weight", "4"), ("--strategy search measures losses, which needs text; give --text FILE",)),
-        (("--pareto",), ("--pareto measures losses, which needs text; give --text FILE",)),
+        (("--pareto", "--experts"), ("--experts is for one plan; drop one of --experts and --pareto",)),
         (
             ("--pareto", "--size", "1GB"),
             ("--pareto covers all strategies and budgets; drop --strategy",),
@@ -1286,6 +1287,18 @@ def test_a_plan_that_cannot_be_made_is_refused(
 ) -> None:
     arguments = make(*more)
     refuse(*arguments, naming=parts)
+
+
+def test_a_plan_without_text_takes_the_calibration_text(run: Run, make: Arguments, copy: Path, tmp_path: Path) -> None:
+    """The same plan as with a file of that text."""
+    file = tmp_path / "calibration.txt"
+    file.write_text("<|endoftext|>".join(calibration_text()), encoding="utf-8")
+    asked = ("--bits-per-weight", "5", "--evaluations", "0")
+    plans = []
+    for text in ((), ("--text", file)):
+        (copy / PLAN_CACHE).unlink(missing_ok=True)
+        plans.append({**last_record(run(*make(*asked), *text)), "seconds": 0})
+    assert plans[0] == plans[1]
 
 
 def test_a_plan_cannot_replace_a_directory(refuse: Refuse, make: Arguments, tmp_path: Path) -> None:
@@ -1448,6 +1461,7 @@ DEFAULTS: dict[str, dict[str, str]] = {
     },
     "plan": {
         "--strategy": "search",
+        "--text": "(text that comes with matquant)",
         "--reference": "(the 8-bit model)",
         "--widths": "(search 2,3,4,6,8, others 2,4,8)",
         "--samples": "8",

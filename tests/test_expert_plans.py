@@ -147,8 +147,8 @@ def test_a_plan_of_experts_that_cannot_be_made_says_why(
     with pytest.raises(InputError) as caught:
         check_experts(open_checkpoint(out), "search")
     assert str(caught.value) == f"--experts needs quantised experts, and {out} has none; leave it out"
-    with pytest.raises(InputError, match="--experts is for one plan by measured losses; give --text FILE"):
-        command(checkpoint.directory, tmp_path / "plan.json", experts=True, size="1MB")
+    with pytest.raises(InputError, match="--experts measures losses, which --strategy pyramid does not"):
+        command(checkpoint.directory, tmp_path / "plan.json", experts=True, size="1MB", strategy="pyramid")
     with pytest.raises(InputError, match=r"1 bits per weight is below the smallest plan of the widths 2,4, which has"):
         read_budget(checkpoint, widths=(2, 4), bits_per_weight=1.0).table(
             by_width(checkpoint.shapes, fused=True, experts=True), (2, 4)

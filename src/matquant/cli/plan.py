@@ -1,13 +1,13 @@
 """``matquant plan``."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.console import Console
 
-from matquant.cli.arguments import Device, Directory, Option, Text, notice
+from matquant.cli.arguments import Device, Directory, Option, notice
 from matquant.planning.request import check_losses
 from matquant.system import progress
 from matquant.system.arguments import read_numbers
@@ -21,6 +21,16 @@ if TYPE_CHECKING:
 else:
     curves, run = lazy("matquant.planning.pareto"), lazy("matquant.planning.run")
     sensitivity = lazy("matquant.planning.sensitivity")
+
+Sample = Annotated[
+    list[Path] | None,
+    Option(
+        "--text",
+        metavar="FILE",
+        help="Text that losses are measured on; may be repeated.",
+        show_default="text that comes with matquant",
+    ),
+]
 
 
 def plan(
@@ -36,7 +46,7 @@ def plan(
     tokens_per_second: Annotated[
         float | None, Option(metavar="T", help="Budget: decoding speed on this machine, which is measured first.")
     ] = None,
-    text: Text = None,
+    text: Sample = None,
     reference: Annotated[
         str | None,
         Option(metavar="MODEL", help="Measure losses against this float reference.", show_default="the 8-bit model"),
@@ -67,15 +77,15 @@ def plan(
     options: dict[str, Any] = {"fused": fused, "evaluations": evaluations, "show": Console().print}
     options |= {"widths": None if widths is None else read_numbers(widths, int, "--widths")}
     one_plan = strategy != "search" or any(value is not None for value in budget.values())
-    _check_together(pareto=pareto, one=one_plan, picture=bool(baselines or plot), text=bool(text), experts=experts)
-    if not text:
+    _check_together(pareto=pareto, one=one_plan, picture=bool(baselines or plot), experts=experts)
+    if not text and not experts and strategy != run.SEARCH:
         print(json_text(run.run(directory, out, **one, **options)))
         return
     chosen: dict[str, Any] = {"reference": reference, "samples": samples, "seq_len": seq_len, "seed": seed}
-    check_losses(directory, text, **chosen)  # before torch is imported
+    check_losses(directory, text or (), **chosen)  # before torch is imported
     if not pareto:
         run.check_plan(directory, out, **one, widths=options["widths"], evaluations=evaluations)
-    with _losses(directory, text, device, chosen) as losses:
+    with _losses(directory, text or (), device, chosen) as losses:
         if pareto:
             record = curves.run(directory, out, losses=losses, baselines=baselines, plot=plot, **options)
         else:
@@ -83,20 +93,18 @@ def plan(
     print(json_text(record))
 
 
-def _check_together(*, pareto: bool, one: bool, picture: bool, text: bool, experts: bool) -> None:
+def _check_together(*, pareto: bool, one: bool, picture: bool, experts: bool) -> None:
     """Raise InputError for options that exclude or need each other. one: a strategy or a budget is given."""
     if pareto and one:
         raise InputError("--pareto covers all strategies and budgets; drop --strategy and the budget")
     if not pareto and picture:
         raise InputError("--baselines and --plot need --pareto")
-    if experts and (pareto or not text):
-        raise InputError("--experts is for one plan by measured losses; give --text FILE, and drop --pareto")
-    if pareto and not text:
-        raise InputError("--pareto measures losses, which needs text; give --text FILE")
+    if experts and pareto:
+        raise InputError("--experts is for one plan; drop one of --experts and --pareto")
 
 
 @contextmanager
-def _losses(directory: Path, text: list[Path], device: str | None, chosen: dict[str, Any]) -> Iterator[Any]:
+def _losses(directory: Path, text: Sequence[Path], device: str | None, chosen: dict[str, Any]) -> Iterator[Any]:
     """Losses of plans on calibration text, with a line of progress."""
     with (
         progress.counted("plan") as count,

@@ -161,7 +161,9 @@ def make_plan(
         paths = [path for path in checkpoint.shapes if path not in body.fixed]
         plan = {**body.fixed, **strategy_plan(strategy, paths, body, widths=widths)}
     elif losses is None:
-        raise InputError("--strategy search measures losses, which needs text; give --text FILE, or another --strategy")
+        raise InputError(
+            "strategy='search' measures losses; give losses (sensitivity.open_losses), or another strategy"
+        )
     else:
         if evaluations < 0:
             raise InputError(f"--evaluations {evaluations} is not valid; use a number of at least 0")

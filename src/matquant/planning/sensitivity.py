@@ -273,7 +273,8 @@ def open_losses(
 ) -> Losses:
     """Return the losses of a checkpoint on at most ``samples`` sequences of ``text``, chosen by the seed.
 
-    seq_len None: the model's context, 512 at most. InputError for text, reference or checkpoint that cannot be read.
+    No text: the package's calibration text. seq_len None: the model's context, 512 at most. InputError for text,
+    reference or checkpoint that cannot be read.
     """
     documents = check_losses(directory, text, reference=reference, samples=samples, seq_len=seq_len, seed=seed)
     checkpoint = open_checkpoint(directory)
