@@ -28,7 +28,7 @@ from matquant.format.read import open_checkpoint
 from matquant.format.sizes import bits_per_weight
 from matquant.measure.likelihood import log_perplexity
 from matquant.planning.budget import Budget, bits_budget
-from matquant.planning.run import SEARCH, SEARCHED_WIDTHS, make_plan
+from matquant.planning.run import SEARCH, make_plan
 from matquant.planning.search import PAPER_WIDTHS
 from matquant.planning.sensitivity import SIDECAR, Losses, open_losses
 from matquant.planning.strategies import STRATEGIES
@@ -44,13 +44,14 @@ FREE = "search, not fused"
 LESS = 1e-3  # bits per weight: a plan of that much less is smaller
 EVOLUTION = 250 * 64  # evaluations of an evolutionary search
 DEPTHS = (2, 4, 8, 16)
-WIDTH_SETS = ((2, 4, 8), SEARCHED_WIDTHS, (2, 3, 4, 5, 6, 7, 8))
+WIDTHS = (2, 3, 4, 6, 8)  # of the straight line, and of a search unless told
+WIDTH_SETS = ((2, 4, 8), WIDTHS, (2, 3, 4, 5, 6, 7, 8))
 
 app = typer.Typer(add_completion=False)
 
 
 @app.command()
-def run(model: str, cell: str = "", samples: int = 16, widths: str = ",".join(map(str, SEARCHED_WIDTHS))) -> None:
+def run(model: str, cell: str = "", samples: int = 16, widths: str = ",".join(map(str, WIDTHS))) -> None:
     """All budgets of one model, from a fresh file of losses; ``cell`` of experiments/quality.py instead of the best."""
     torch.set_num_threads(1)
     searched = tuple(map(int, widths.split(",")))
@@ -73,7 +74,7 @@ def run(model: str, cell: str = "", samples: int = 16, widths: str = ",".join(ma
                 "bits": "".join(map(str, plan.values())),
             }
 
-        uniform = {str(bits): measure(dict.fromkeys(checkpoint.shapes, bits)) for bits in SEARCHED_WIDTHS}
+        uniform = {str(bits): measure(dict.fromkeys(checkpoint.shapes, bits)) for bits in WIDTHS}
 
         def search(budget: Budget) -> dict[str, Any]:
             found = {}

@@ -1272,7 +1272,7 @@ def test_the_curve_is_a_record_and_a_picture(run: Run, make: Arguments, tmp_path
                 " tokens per second; use a larger budget",
             ),
         ),
-        (("text", "--bits-per-weight", "1"), ("1 bits per weight is below the smallest plan of the widths 2,3,4,6,8",)),
+        (("text", "--bits-per-weight", "1"), ("1 bits per weight is below the smallest plan of the widths 2,3,4,5,6,8",)),
         (
             ("text", "--bits-per-weight", "5", "--evaluations", "-1"),
             ("--evaluations -1 is not valid; use a number of at least 0",),
@@ -1463,7 +1463,7 @@ DEFAULTS: dict[str, dict[str, str]] = {
         "--strategy": "search",
         "--text": "(text that comes with matquant)",
         "--reference": "(the 8-bit model)",
-        "--widths": "(search 2,3,4,6,8, others 2,4,8)",
+        "--widths": "(search 2,3,4,5,6,8, others 2,4,8)",
         "--samples": "8",
         "--seq-len": "(the model's context, 512 at most)",
         "--seed": "0",

@@ -52,7 +52,7 @@ def plan(
         Option(metavar="MODEL", help="Measure losses against this float reference.", show_default="the 8-bit model"),
     ] = None,
     widths: Annotated[
-        str | None, Option(help="Widths that a plan may use.", show_default="search 2,3,4,6,8, others 2,4,8")
+        str | None, Option(help="Widths that a plan may use.", show_default="search 2,3,4,5,6,8, others 2,4,8")
     ] = None,
     fused: Annotated[
         bool, Option("--fused", help="Give q, k and v the same width, and gate and up, which vLLM needs of exports.")

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from matquant.planning.sensitivity import Losses
 
 SEARCH = "search"
-SEARCHED_WIDTHS = (2, 3, 4, 6, 8)
+SEARCHED_WIDTHS = (2, 3, 4, 5, 6, 8)
 
 
 @holding("out")
