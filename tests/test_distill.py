@@ -86,6 +86,15 @@ def test_what_is_left_to_itself_has_the_measured_settings(llama: Path) -> None:
     assert last["wide_lr"] == 1.0
 
 
+def test_other_widths_can_be_trained(llama: Path) -> None:
+    _, second, last = distill.stages(llama, {"trained_widths": (8, 5, 2)})
+    assert (second["objective"], second["weights"]) == ("fp->8;5;2", (1, 1, 1))
+    assert (last["objective"], last["weights"]) == ("8,6,5,2,fp->8;6;5;2", (1, 1, 1, 1))
+    for widths, said in (((4, 2), "trains widths 4, 2 but not 8"), ((8, 9), "width 9 is outside 1..8")):
+        with pytest.raises(InputError, match=said):
+            distill.stages(llama, {"trained_widths": widths})
+
+
 def test_with_a_corpus_the_last_phase_frees_more_at_a_higher_rate(llama: Path) -> None:
     last = distill.stages(llama, {"freeze": 2})[2]
     assert (last["freeze"], last["lr"], last["wide_lr"], last["affine_lr"]) == (2, 2e-4, 0.25, 2.5)

@@ -7,6 +7,7 @@ from typing import Any
 
 from matquant.options import gptq, qat, shared
 from matquant.options.declare import TRAINING, check_values, option
+from matquant.options.objective import parse_objective
 from matquant.system.arguments import read_numbers
 from matquant.system.errors import InputError
 
@@ -23,6 +24,7 @@ OWN = (
     "samples",
     "steps",
     "sweeps",
+    "trained_widths",
     "tune",
 )  # apply to the whole method; the others go to every stage
 TUNING = ("autocast", "batch_size", "deterministic", "seed", "seq_len")  # options shared with gptq
@@ -49,6 +51,14 @@ class Settings:
         metavar="NUMBERS",
         parse=lambda text: read_numbers(text, float, "--gptq-weights"),
         shown="gptq's",
+    )
+    trained_widths: Sequence[int] = option(
+        (8, 4, 3, 2),
+        "Widths that the distillation trains; the last phase also trains 6. A step takes time for each.",
+        panel=TRAINING,
+        metavar="WIDTHS",
+        parse=lambda text: read_numbers(text, int, "--trained-widths"),
+        shown="8,4,3,2",
     )
     deterministic: bool = shared.deterministic()
     accumulate: int = shared.accumulate()
@@ -84,16 +94,26 @@ def stages(options: Mapping[str, Any], *, default_lr: float) -> list[Options]:
     distilled = {**trained, "wide_lr": 0.5, "hidden": 1.0, "lr": lr, "steps": steps}
     check_values(gptq.Settings, tuned, owner="method 'gptq'")
     check_values(qat.Schedule, distilled, owner="method 'qat'")
+    widths = options.get("trained_widths", Settings.trained_widths)
     asked: list[Options] = [
         {"method": "gptq", **weights, **tuned},
-        {"method": "qat", "objective": "fp->8;4;3;2", "weights": (1.0,) * 4, **distilled},
+        {"method": "qat", "objective": _from_float(widths), "weights": (1.0,) * len(widths), **distilled},
     ]
     if freeze:
         slower = SLOWER[freeze]  # for the narrowest master; 8 bits gets a tenth of it, scales all of it
         last = {**trained, "freeze": freeze, "lr": lr / slower, "wide_lr": slower / 10, "affine_lr": slower}
         last |= {"steps": max(1, steps * 2 // 3)}
-        asked.append({"method": "qat", "objective": "8,6,4,3,2,fp->8;6;4;3;2", "weights": (1.0,) * 5, **last})
+        more = sorted({6, *widths}, reverse=True)
+        both = ",".join([*map(str, more), _from_float(more)])
+        asked.append({"method": "qat", "objective": both, "weights": (1.0,) * len(more), **last})
     return asked
+
+
+def _from_float(widths: Sequence[int]) -> str:
+    """Return the objective that distils widths from the float model; InputError for widths that it cannot have."""
+    objective = f"fp->{';'.join(map(str, widths))}"
+    parse_objective(objective)
+    return objective
 
 
 def check_options(options: Mapping[str, Any]) -> None:
