@@ -1272,7 +1272,10 @@ def test_the_curve_is_a_record_and_a_picture(run: Run, make: Arguments, tmp_path
                 " tokens per second; use a larger budget",
             ),
         ),
-        (("text", "--bits-per-weight", "1"), ("1 bits per weight is below the smallest plan of the widths 2,3,4,5,6,8",)),
+        (
+            ("text", "--bits-per-weight", "1"),
+            ("1 bits per weight is below the smallest plan of the widths 2,3,4,5,6,8",),
+        ),
         (
             ("text", "--bits-per-weight", "5", "--evaluations", "-1"),
             ("--evaluations -1 is not valid; use a number of at least 0",),
