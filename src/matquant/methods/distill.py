@@ -7,9 +7,9 @@
    zero-points are trained. No two widths share what is trained, so no width improves at another's expense. With a
    corpus only the 2-bit codes stay fixed: then int3 and int4 gain more than they lose to each other (docs/methods.md).
 
-This is the best one-shot method that we measured (docs/methods.md). Cost: gptq's, then ``steps`` of QAT over four
-widths and two thirds of them over five. The stages' checkpoints stay in the work directory until the end, so that an
-interrupted run continues in its current stage.
+This is the best one-shot method that we measured (docs/methods.md). Cost: gptq's, then ``steps`` of QAT over the
+trained widths, and two thirds of them with int6 as well. The stages' checkpoints stay in the work directory until the
+end, so that an interrupted run continues in its current stage.
 """
 
 import contextlib

@@ -70,7 +70,7 @@ RECIPES: dict[str, Recipe] = {
             "freeze": 0,  # no last phase: not measured on this model
             "trained_widths": (8, 5, 4, 3, 2),  # int5 has 0.78 of the KL divergence, others differ by 1 % at most
         },
-        why="GPTQ, then a short distillation from the float model: better than balanced at every width",
+        why="GPTQ, then a short distillation from the float model: closer to it than balanced at every width",
         cost="91 min, 12.8 GB",
         perplexity=("29.54", "29.78", "32.34", "44.4", "191"),
     ),
