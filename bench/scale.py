@@ -17,6 +17,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -30,13 +31,14 @@ from matquant.hf_torch.layers import select_linears
 from matquant.hf_torch.sharded import split_rows
 from matquant.methods import qat
 from matquant.methods.gptq import nested_gptq
-from matquant.methods.parts import forward, training
+from matquant.methods.parts import compensation, forward, training
 from matquant.methods.parts.fake import Grid, nest
 from matquant.methods.parts.share import SOLVING_BYTES, most_weights
 from matquant.methods.parts.split_state import Training
+from matquant.methods.quantize import AFFINE_WIDTHS
 from matquant.options.objective import parse_objective
 from matquant.options.qat import Schedule
-from matquant.options.recipes import WIDE
+from matquant.options.recipes import RECIPES
 from origin import origin
 
 GPUS, GPU_GB = 8, 80
@@ -48,7 +50,7 @@ SPEEDS = {  # H100 SXM, NVIDIA's data sheet; the share that is reached is our as
     "launch_s": 5e-6,  # between two small kernels
     "disk_byte_s": 2e9,  # one process reads the model or writes the checkpoint
 }
-WIDTHS = (8, 6, 4, 3, 2)
+WIDTHS = (8, 6, 5, 4, 3, 2)
 FACTOR_MATRICES = 5  # of the Hessian's size, at the peak of inverse_factor: measured (its docstring)
 GPU = torch.device("cuda")
 FREE = {
@@ -77,7 +79,7 @@ TRAINED = {
         objective="8,4,2", options={"masters": "one"}, steps=150, rule="round", group_size=None, scope="ffn"
     ),
     "qat": Trained(objective="fp->8;4;2", options={"masters": "one"}, steps=300),
-    "best": Trained(objective="fp->8;4;3;2", options={"masters": "each", "hidden": 1.0}, steps=40, after="balanced"),
+    "best": Trained(objective="fp->8;5;4;3;2", options={"masters": "each", "hidden": 1.0}, steps=40, after="balanced"),
 }
 CALIBRATED = 128 * 512  # tokens of balanced, which is the first stage of best too
 
@@ -190,20 +192,29 @@ def _tensors(state: Any, optimizer: Any, *models: Any) -> list[torch.Tensor]:
 
 
 def count_gptq() -> dict[str, float]:
-    """Return the operations per column of a solve at five widths, and the bytes they read and write per weight."""
+    """Return the operations per column of balanced's solve, and the bytes they read and write per weight."""
     torch.manual_seed(0)
     weight, inputs = torch.randn(256, 256), torch.randn(512, 256)
-    lambdas, grid = dict(zip(WIDTHS, WIDE, strict=True)), Grid(rule="prefix", sliced=(2, 3, 4), group_size=64)
-    grid = dataclasses.replace(grid, kind=COMPANDED, zeros=CENTRE)
-    with Counting() as counting:
-        nested_gptq(weight, inputs.T @ inputs, grid, lambdas, sweeps=2)
+    options = RECIPES["balanced"].options
+    lambdas, grid = dict(zip(WIDTHS, options["weights"], strict=True)), Grid(rule="prefix", sliced=AFFINE_WIDTHS)
+    grid = dataclasses.replace(grid, group_size=64, kind=COMPANDED, zeros=CENTRE)
+    with mock.patch.object(compensation, "_solve", _solve_as_gpus_do), Counting() as counting:
+        nested_gptq(weight, inputs.T @ inputs, grid, lambdas, sweeps=options["sweeps"])
     return {"operations": counting.operations / 256, "bytes": counting.bytes / weight.numel()}
+
+
+def _solve_as_gpus_do(
+    reading: Any, values: torch.Tensor, matrix: torch.Tensor, codes: torch.Tensor, now: slice, *, descends: bool
+) -> torch.Tensor:
+    """Choose codes with operations of torch, where a CPU has native code."""
+    part = values[:, :, now], matrix[now, now].contiguous(), codes[:, now]
+    return compensation._solve_in_torch(reading, *part, now, descends=descends)
 
 
 def count_rounding() -> float:
     """Return the bytes that rounding to nearest reads and writes per weight."""
     with Counting() as counting:
-        nest(torch.randn(256, 256), Grid(rule="prefix", affine="refit", sliced=(2, 3, 4), group_size=64))
+        nest(torch.randn(256, 256), Grid(rule="prefix", affine="refit", sliced=AFFINE_WIDTHS, group_size=64))
     return float(counting.bytes / 256**2)
 
 
