@@ -163,7 +163,7 @@ def count_training(trained: Trained) -> dict[str, float]:
     rest = sum(parameter.numel() for parameter in model.parameters()) - weights
     widths = parse_objective(trained.objective)
     schedule = Schedule(steps=2, batch_size=1, seq_len=8, lr=1e-4, warmup=1, learn_clip=True, **trained.options)
-    grid = Grid(rule=trained.rule, affine="learned", sliced=(2, 3, 4), group_size=trained.group_size)
+    grid = Grid(rule=trained.rule, affine="learned", sliced=AFFINE_WIDTHS, group_size=trained.group_size)
     state = training.start(model, views, grid, schedule, trained=[width.bits for width in widths])
     optimizer = training.make_optimizer(state, schedule)
     teacher = LlamaForCausalLM(config).eval() if any(0 in width.teachers for width in widths) else None
