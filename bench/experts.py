@@ -14,13 +14,13 @@ rounds of the rate over that of the engine that holds everything. Widths and swa
 
 import json
 import statistics
-import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import typer
 
 import decode
 from matquant.engine.engine import Engine
@@ -123,4 +123,4 @@ def main(directory: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    typer.run(main)

@@ -6,9 +6,10 @@ model writes means nothing, but servers (bench/serve_load.py) take as long for i
 """
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
+
+import typer
 
 import decode
 
@@ -35,4 +36,4 @@ def main(shape: str, model: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))
+    typer.run(main)

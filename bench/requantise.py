@@ -4,10 +4,10 @@ The baselines of bench/serve_load.py. Types: those that the gguf package can wri
 rounding as llama-quantize without an importance matrix.
 """
 
-import sys
 from pathlib import Path
 
 import numpy as np
+import typer
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, Keys
 from gguf.quants import dequantize, quantize
 
@@ -34,4 +34,4 @@ def requantise(source: Path, out: Path, kind: str) -> None:
 
 
 if __name__ == "__main__":
-    requantise(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
+    typer.run(requantise)

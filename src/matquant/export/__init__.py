@@ -162,7 +162,7 @@ def _write(job: Job, target: Path, *, overwrite: bool, report: Progress, notice:
 
     with hold(target):
         check()
-        for text in (*exporter.check(checkpoint), *exporter.check_plan(job)):
+        for text in (*exporter.check(checkpoint), *exporter.plan_notices(job)):
             notice(text)
         total = sum(part.bytes for part in job.parts())
         check_space(target, total + SPARE_BYTES)

@@ -75,8 +75,8 @@ def tensors(container: Container, encoded: Encoded) -> Sequence[np.ndarray]:
     return found
 
 
-def check(job: Job) -> list[str]:
-    """Return a notice about containers that vLLM does not read together; InputError if transformers does not."""
+def check(job: Job) -> None:
+    """Raise InputError for containers that transformers does not read together."""
     kinds = job.held()
     names = ", ".join(kind.name for kind in _by_width(kinds.values()))
     if _asymmetric(job) and len(set(kinds.values())) > 1:
@@ -91,6 +91,11 @@ def check(job: Job) -> list[str]:
             f"--to compressed-tensors does not support experts in {names}: "
             "transformers fuses experts and reads one type for all; use one width for all experts, or --to dense"
         )
+
+
+def notices(job: Job) -> list[str]:
+    """Return a notice about containers that vLLM does not read together."""
+    kinds = job.held()
     parts: dict[str, str] = {}  # what vLLM fuses a weight into -> the first weight of it
     for path, kind in kinds.items():
         first = parts.setdefault(fused_name(path), path)
@@ -141,5 +146,6 @@ EXPORTER = Exporter(
     tensors=tensors,
     holds_experts=lambda experts: experts.stock,
     check_plan=check,
+    plan_notices=notices,
     write=lambda job, folder, report: write_directory(job, folder, config(job), report),
 )

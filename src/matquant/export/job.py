@@ -61,8 +61,10 @@ class Exporter:
     typed: bool = False
     # whether it holds experts that the model's own files keep in one tensor
     holds_experts: Callable[[Experts], bool] = lambda experts: False
-    # raises InputError for containers that do not work together; returns notices
-    check_plan: "Callable[[Job], Sequence[str]]" = lambda job: ()
+    # raises InputError for containers that do not work together
+    check_plan: "Callable[[Job], None]" = lambda job: None
+    # what some engines do not read together, for people
+    plan_notices: "Callable[[Job], Sequence[str]]" = lambda job: ()
     # raises InputError if the engine would compute another model than the checkpoint; returns notices
     check: Callable[[Checkpoint], Sequence[str]] = lambda checkpoint: ()
 
